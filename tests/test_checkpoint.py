@@ -1,0 +1,160 @@
+"""Checkpoints: what is saved is loaded, and what is damaged or foreign is refused with its reason."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import wavear
+from wavear import CheckpointError, MelConfig, WaveNet, WaveNetConfig
+from wavear.checkpoint import read_config
+
+MEL = MelConfig(sample_rate=8000, n_fft=64, window_length=64, hop_length=20, bands=5, fmax=4000.0)
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    config = WaveNetConfig(
+        layers=4, stacks=2, residual_channels=6, skip_channels=7, head_channels=8, sample_rate=8000, mel=MEL, speakers=2
+    )
+    return WaveNet(config)
+
+
+@pytest.fixture
+def saved(model, tmp_path):
+    return model.save(tmp_path / "model", training={"steps": 10})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_round_trip(model, tmp_path, dtype):
+    model.to(dtype).save(tmp_path / "a" / "b")
+    loaded = wavear.load(str(tmp_path / "a" / "b"))
+    assert loaded.config == model.config
+    assert not loaded.training
+    assert loaded.state_dict().keys() == model.state_dict().keys()
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor)
+        assert loaded.state_dict()[name].dtype == tensor.dtype
+
+
+def test_it_describes_itself(saved):
+    described = json.loads((saved / "config.json").read_text())
+    assert described["family"] == "wavenet"
+    assert described["config"]["mel"]["hop_length"] == 20
+    assert read_config(saved) == described
+    assert described["training"] == {"steps": 10}
+
+
+def test_nothing_is_overwritten_unasked(model, saved):
+    before = (saved / "model.safetensors").read_bytes()
+    with pytest.raises(FileExistsError, match=r"config\.json exists"):
+        model.save(saved)
+    assert (saved / "model.safetensors").read_bytes() == before
+    with torch.no_grad():
+        model.embedding.weight += 1
+    model.save(saved, overwrite=True)
+    assert torch.equal(wavear.load(saved).embedding.weight, model.embedding.weight)
+
+
+def test_a_failed_save_leaves_the_old_one(model, saved, monkeypatch):
+    before = {path.name: path.read_bytes() for path in saved.iterdir()}
+
+    def fail(*_args, **_kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("safetensors.torch.save_file", fail)
+    with pytest.raises(OSError, match="No space left"):
+        model.save(saved, overwrite=True)
+    assert {path.name: path.read_bytes() for path in saved.iterdir()} == before
+
+
+def edit(directory, change):
+    path = directory / "config.json"
+    described = json.loads(path.read_text())
+    change(described)
+    path.write_text(json.dumps(described))
+
+
+def edit_tensors(directory, change):
+    tensors = load_file(directory / "model.safetensors")
+    change(tensors)
+    save_file(tensors, directory / "model.safetensors")
+
+
+def truncate(path, size):
+    path.write_bytes(path.read_bytes()[:size])
+
+
+DAMAGE = {
+    "no config": (lambda d: (d / "config.json").unlink(), "config.json is missing"),
+    "no weights": (lambda d: (d / "model.safetensors").unlink(), "model.safetensors is missing"),
+    "half a config": (lambda d: truncate(d / "config.json", 40), "config.json is damaged, it is not JSON"),
+    "half the weights": (lambda d: truncate(d / "model.safetensors", 2000), "model.safetensors is damaged"),
+    "no bytes": (lambda d: truncate(d / "model.safetensors", 0), "model.safetensors is damaged"),
+    "a pickle": (lambda d: torch.save({"a": torch.zeros(1)}, d / "model.safetensors"), "no safetensors file"),
+    "foreign": (lambda d: (d / "config.json").write_text('{"model_type": "bert"}'), "not of a wavear checkpoint"),
+    "newer": (lambda d: edit(d, lambda c: c.update(format=99)), "format 99.*reads format 1"),
+    "family": (lambda d: edit(d, lambda c: c.update(family="lstm")), "family 'lstm', known are wavenet"),
+    "key missing": (lambda d: edit(d, lambda c: c["config"].pop("layers")), "layers missing"),
+    "key unknown": (lambda d: edit(d, lambda c: c["config"].update(depth=3)), "depth unknown"),
+    "mel key": (lambda d: edit(d, lambda c: c["config"]["mel"].pop("fmin")), "fmin|not of one model"),
+    "edited": (lambda d: edit(d, lambda c: c["config"].update(layers=8)), "not of one model"),
+    "tensor missing": (lambda d: edit_tensors(d, lambda t: t.pop("embedding.weight")), "lacks embedding.weight"),
+    "tensor unknown": (lambda d: edit_tensors(d, lambda t: t.update(x=torch.zeros(1))), "holds x, which"),
+    "shape": (
+        lambda d: edit_tensors(d, lambda t: t.update({"head.3.bias": torch.zeros(3)})),
+        r"head.3.bias has shape \(3,\), by the configuration \(256,\)",
+    ),
+    "NaN": (
+        lambda d: edit_tensors(d, lambda t: t.update({"head.3.bias": torch.full((256,), torch.nan)})),
+        "head.3.bias holds NaN",
+    ),
+}
+
+
+@pytest.mark.parametrize(("damage", "message"), DAMAGE.values(), ids=DAMAGE.keys())
+def test_damage_is_named(saved, damage, message):
+    damage(saved)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        wavear.load(saved)
+    assert str(saved) in str(caught.value)
+
+
+def test_a_directory_above_is_pointed_down(saved):
+    with pytest.raises(CheckpointError, match=f"there is one in {saved}"):
+        wavear.load(saved.parent)
+
+
+def test_no_such_directory(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no such directory"):
+        wavear.load(tmp_path / "nothing")
+
+
+def test_a_file_is_no_checkpoint(saved):
+    with pytest.raises(CheckpointError, match="is a file"):
+        wavear.load(saved / "model.safetensors")
+
+
+def test_hub_id(saved, monkeypatch):
+    asked = []
+
+    def download(repo, allow_patterns):
+        asked.append((repo, tuple(allow_patterns)))
+        return str(saved)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    assert wavear.load("someone/some-model").config.speakers == 2
+    assert asked == [("someone/some-model", ("config.json", "model.safetensors"))] * len(asked)
+
+
+def test_hub_out_of_reach(monkeypatch):
+    def download(*_args, **_kwargs):
+        raise ConnectionError("Name or service not known")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    with pytest.raises(
+        FileNotFoundError, match="someone/some-model: no such directory, and not to be had from the hub"
+    ):
+        wavear.load("someone/some-model")

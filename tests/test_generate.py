@@ -1,0 +1,192 @@
+"""`generate` and `score`: the reference, the shape of what comes back, independence of streams, refusals."""
+
+import itertools
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+import wavear
+from wavear import MelConfig, WaveNet, WaveNetConfig, mulaw_decode, mulaw_encode
+from wavear.generate import Conditioner
+from wavear.generate.sampling import uniforms
+
+MEL = MelConfig(sample_rate=8000, n_fft=64, window_length=64, hop_length=20, bands=5, fmax=4000.0)
+SMALL = {
+    "residual_channels": 6,
+    "skip_channels": 7,
+    "head_channels": 9,
+    "conditioning_channels": 5,
+    "sample_rate": 8000,
+}
+
+
+def make(**settings):
+    torch.manual_seed(0)
+    return WaveNet(WaveNetConfig(**{"layers": 4, "stacks": 2, "classes": 32, **SMALL, **settings}))
+
+
+def mels(batch, frames):
+    return torch.randn(batch, 5, frames, generator=torch.Generator().manual_seed(1))
+
+
+def test_generation_follows_the_law_of_forward():
+    """Every code is the one that the law of `forward`, given all codes before it, assigns to its uniform."""
+    model = make(mel=MEL, speakers=2).double()
+    mel = mels(1, 10).double()
+    waveform = wavear.generate(model, mel, speaker=1, seed=9, engine="reference")
+    assert waveform.shape == (1, 200)
+    assert waveform.dtype == torch.float32
+    codes = mulaw_encode(waveform, 32)
+    assert torch.equal(mulaw_decode(codes, 32), waveform)
+    with torch.no_grad():
+        cumulative = model(codes, model.condition(mel, torch.tensor([1]))).softmax(dim=1).cumsum(dim=1)
+    draws = torch.from_numpy(uniforms(9, 0, 200))
+    inverse = (cumulative[0] <= draws).sum(dim=0)
+    assert torch.equal(inverse, codes[0])
+
+
+@pytest.mark.parametrize("settings", [{}, {"mel": MEL}, {"mel": MEL, "speakers": 3}], ids=["none", "mel", "speakers"])
+def test_an_utterance_does_not_depend_on_its_batch(settings):
+    model = make(**settings)
+    mel = mels(3, 6) if "mel" in settings else None
+    speaker = [0, 2, 1] if "speakers" in settings else None
+    batch = wavear.generate(model, mel, samples=110, speaker=speaker, seed=[5, 6, 7], engine="reference")
+    for b in range(3):
+        alone = wavear.generate(
+            model,
+            None if mel is None else mel[b],
+            samples=110,
+            speaker=None if speaker is None else speaker[b],
+            seed=5 + b,
+            engine="reference",
+        )
+        assert torch.equal(alone[0], batch[b])
+    assert not torch.equal(batch[0], batch[1])
+
+
+def test_mels_of_different_lengths():
+    model = make(mel=MEL)
+    long, short = mels(1, 9)[0], mels(1, 4)[0]
+    batch = wavear.generate(model, [long, short], seed=[1, 2], engine="reference")
+    assert batch.shape == (2, 180)
+    assert torch.equal(batch[1, :80], wavear.generate(model, short, seed=2, engine="reference")[0])
+    assert not batch[1, 80:].any()
+
+
+def test_a_prefix_is_the_beginning_of_the_whole():
+    model = make(mel=MEL)
+    whole = wavear.generate(model, mels(1, 10), seed=3, engine="reference")
+    part = wavear.generate(model, mels(1, 10), seed=3, samples=77, engine="reference")
+    assert torch.equal(part, whole[:, :77])
+
+
+@pytest.mark.parametrize("hop", [1, 3, 20, 256, 300])
+def test_conditioning_is_the_same_however_it_is_cut(hop):
+    mel = MelConfig(sample_rate=8000, n_fft=1024, window_length=1024, hop_length=hop, bands=5, fmax=4000.0)
+    model = make(mel=mel, speakers=2)
+    frames = 1000 // hop + 3
+    x = list(mels(2, frames))
+    with torch.no_grad():
+        whole = Conditioner(model, x, [0, 1]).span(0, frames * hop)
+        expected = model.condition(torch.stack(x), torch.tensor([0, 1]))
+        torch.testing.assert_close(whole, expected, rtol=0, atol=1e-5)  # float32 sums in another order
+        pieces = Conditioner(model, x, [0, 1])
+        cuts = [0, 1, 100, 511, 512, 513, 777, frames * hop]
+        parts = [pieces.span(a, b) for a, b in itertools.pairwise(cuts)]
+        assert torch.equal(torch.cat(parts, dim=2), whole)
+        assert torch.equal(Conditioner(model, x[1:], [1]).span(0, frames * hop)[0], whole[1])
+
+
+@pytest.mark.parametrize("settings", [{}, {"mel": MEL, "speakers": 2}, {"kernel_size": 3, "speakers": 2}])
+def test_score_by_stepping_equals_parallel(settings, monkeypatch):
+    monkeypatch.setattr(sys.modules["wavear.generate"], "_PARALLEL_CHUNK", 64)  # several chunks
+    model = make(**settings).double()
+    waveform = torch.randn(2, 200, dtype=torch.float64).clamp(-1, 1)
+    mel = mels(2, 10).double() if "mel" in settings else None
+    speaker = [1, 0] if "speakers" in settings else None
+    parallel = wavear.score(model, waveform, mel, speaker=speaker)
+    stepped = wavear.score(model, waveform, mel, speaker=speaker, engine="reference")
+    assert parallel.shape == (2, 200)
+    torch.testing.assert_close(parallel, stepped, rtol=0, atol=1e-10)
+    codes = mulaw_encode(waveform, 32)
+    with torch.no_grad():
+        cond = model.condition(mel, None if speaker is None else torch.tensor(speaker)) if model.conditioned else None
+        direct = -torch.nn.functional.cross_entropy(model(codes, cond), codes, reduction="none")
+    torch.testing.assert_close(parallel, direct, rtol=0, atol=1e-10)
+
+
+def test_score_is_a_distribution():
+    """The probabilities of all continuations of two samples sum to one."""
+    model = make(classes=4).double()
+    pairs = torch.cartesian_prod(torch.arange(4), torch.arange(4))
+    scores = wavear.score(model, mulaw_decode(pairs, 4))
+    assert abs(scores.sum(dim=1).exp().sum().item() - 1) < 1e-12
+
+
+def test_score_takes_the_mel_of_the_waveform():
+    model = make(mel=MEL)
+    waveform = torch.randn(1, 210).clamp(-1, 1) * 0.1
+    padded = torch.nn.functional.pad(waveform, (0, 10))
+    expected = wavear.score(model, waveform, wavear.log_mel(padded, MEL))
+    assert torch.equal(wavear.score(model, waveform), expected)
+
+
+def test_temperature_per_sample():
+    model = make()
+    plain = wavear.generate(model, samples=60, engine="reference")
+    ones = wavear.generate(model, samples=60, temperature=np.ones(60), engine="reference")
+    assert torch.equal(plain, ones)
+    later = np.where(np.arange(60) < 30, 1.0, 0.01)
+    mixed = wavear.generate(model, samples=60, temperature=later, engine="reference")
+    assert torch.equal(mixed[:, :30], plain[:, :30])
+    assert not torch.equal(mixed[:, 30:], plain[:, 30:])
+
+
+def test_new_weights_are_used_at_once():
+    model = make()
+    before = wavear.generate(model, samples=50, engine="reference")
+    with torch.no_grad():
+        model.head[3].bias[7] += 100
+    assert (mulaw_encode(wavear.generate(model, samples=50, engine="reference"), 32) == 7).all()
+    with torch.no_grad():
+        model.head[3].bias[7] -= 100
+    assert torch.equal(wavear.generate(model, samples=50, engine="reference"), before)
+
+
+@pytest.mark.parametrize(
+    ("settings", "arguments", "message"),
+    [
+        ({"mel": MEL}, {}, "needs a mel: 5 bands, one frame per 20 samples"),
+        ({"mel": MEL}, {"mel": torch.zeros(1, 6, 10)}, "mel has 6 bands, the model was trained on 5"),
+        ({"mel": MEL}, {"mel": torch.zeros(10, 5)}, "mel has 10 bands.*transposed"),
+        ({"mel": MEL}, {"mel": torch.zeros(5)}, r"mel has shape \(5,\)"),
+        ({"mel": MEL}, {"mel": torch.zeros(5, 0)}, "no frames"),
+        ({"mel": MEL}, {"mel": torch.full((5, 2), torch.nan)}, "NaN"),
+        ({"mel": MEL}, {"mel": torch.zeros(5, 2), "samples": 41}, "samples is 41, and the mel covers 40"),
+        ({}, {"mel": torch.zeros(5, 2)}, "takes no mel"),
+        ({}, {}, "samples is needed"),
+        ({}, {"samples": 0}, "samples is 0"),
+        ({}, {"samples": 5, "seed": -1}, "seed is -1"),
+        ({}, {"samples": 5, "seed": 2**64}, "seed is 18446744073709551616"),
+        ({}, {"samples": 5, "temperature": 0}, "temperature is 0"),
+        ({}, {"samples": 5, "temperature": float("nan")}, "temperature is nan"),
+        ({}, {"samples": 5, "speaker": 0}, "trained without speakers"),
+        ({"speakers": 2}, {"samples": 5}, "needs a speaker, 0 to 1"),
+        ({"speakers": 2}, {"samples": 5, "speaker": 2}, "speaker is 2, the model knows 0 to 1"),
+        ({"speakers": 2}, {"samples": 5, "speaker": [0, 1], "seed": [1, 2, 3]}, "2 speakers, 3 utterances"),
+        ({}, {"samples": 5, "engine": "warp"}, "engine is 'warp', it must be one of auto, reference, numba"),
+        ({}, {"samples": 5, "weights": "int3"}, "weights is 'int3'"),
+        ({}, {"samples": 5, "engine": "reference", "weights": "bfloat16"}, "needs engine 'numba'"),
+        ({}, {"samples": 5, "threads": 0}, "threads is 0"),
+    ],
+)
+def test_what_does_not_fit_is_refused(settings, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        wavear.generate(make(**settings), **arguments)
+
+
+def test_score_refuses_a_mel_that_is_too_short():
+    with pytest.raises(ValueError, match="the mel covers 40 samples and the waveform has 41"):
+        wavear.score(make(mel=MEL), torch.zeros(1, 41), torch.zeros(1, 5, 2))

@@ -1,0 +1,57 @@
+"""Uniforms and inverse-CDF sampling."""
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+from wavear.generate.sampling import sample, uniforms
+
+
+def test_uniforms_are_a_function_of_seed_and_time():
+    whole = uniforms(123, 0, 1000)
+    for start, count in [(0, 1), (1, 1), (3, 5), (4, 4), (997, 3), (500, 0)]:
+        assert (uniforms(123, start, count) == whole[start : start + count]).all()
+    assert not (uniforms(124, 0, 1000) == whole).any()
+
+
+def test_uniforms_do_not_change_between_versions():
+    # Philox4x64-10, key 1, from counter 1 on, by the generator of the paper in exact integer arithmetic.
+    def philox(counter, key, rounds=10):
+        c, k = [counter, 0, 0, 0], [key, 0]
+        mask = 2**64 - 1
+        for _ in range(rounds):
+            high0, low0 = divmod(0xD2E7470EE14C6C93 * c[0], 2**64)
+            high1, low1 = divmod(0xCA5A826395121157 * c[2], 2**64)
+            c = [high1 ^ c[1] ^ k[0], low1, high0 ^ c[3] ^ k[1], low0]
+            k = [(k[0] + 0x9E3779B97F4A7C15) & mask, (k[1] + 0xBB67AE8584CAA73B) & mask]
+        return c
+
+    words = philox(1, 1) + philox(2, 1)
+    assert uniforms(1, 0, 8).tolist() == [(word >> 11) * 2.0**-53 for word in words]
+
+
+def test_uniforms_are_uniform():
+    draws = np.concatenate([uniforms(seed, 0, 100_000) for seed in range(10)])
+    assert stats.kstest(draws, "uniform").pvalue > 1e-3
+    assert abs(np.corrcoef(draws[:100_000], draws[100_000:200_000])[0, 1]) < 0.02
+
+
+def test_sample_is_the_inverse_of_the_cumulative_distribution():
+    logits = torch.log(torch.tensor([[0.25, 0.0, 0.5, 0.25]]))
+    u = torch.tensor([0.0, 0.2499, 0.25, 0.7499, 0.7501, 1 - 2.0**-53], dtype=torch.float64)
+    assert sample(logits.expand(6, 4).double(), u).tolist() == [0, 0, 2, 2, 3, 3]
+
+
+def test_no_uniform_reaches_past_the_last_possible_code():
+    logits = torch.tensor([[0.0, 1.0, 2.0] + [-1e30] * 61])
+    assert sample(logits, torch.tensor([1 - 2.0**-53], dtype=torch.float64)).item() == 2
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5, 2.0])
+def test_samples_follow_the_law(temperature):
+    torch.manual_seed(0)
+    logits = torch.randn(16)
+    draws = sample(logits.expand(200_000, 16), torch.from_numpy(uniforms(5, 0, 200_000)), temperature)
+    expected = torch.softmax(logits.double() / temperature, 0).numpy() * 200_000
+    assert stats.chisquare(np.bincount(draws.numpy(), minlength=16), expected).pvalue > 1e-3

@@ -1,0 +1,24 @@
+"""wavear: autoregressive waveform models, WaveNet first."""
+
+from wavear.checkpoint import CheckpointError, load
+from wavear.generate import generate, score
+from wavear.mel import MelConfig, log_mel
+from wavear.models.base import AutoregressiveModel
+from wavear.models.wavenet import WaveNet, WaveNetConfig
+from wavear.mulaw import mulaw_decode, mulaw_encode
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AutoregressiveModel",
+    "CheckpointError",
+    "MelConfig",
+    "WaveNet",
+    "WaveNetConfig",
+    "generate",
+    "load",
+    "log_mel",
+    "mulaw_decode",
+    "mulaw_encode",
+    "score",
+]

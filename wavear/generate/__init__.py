@@ -1,0 +1,357 @@
+"""Generation and scoring: validates, prepares the conditioning, picks an engine, and runs it in chunks.
+
+    generate: mel -> conditioning -> engine(uniforms, conditioning) -> codes -> waveform
+    score:    waveform -> codes -> engine or forward -> log-probability of every sample
+
+Streams are independent: what one of them becomes depends on the model, its mel, its speaker and its seed, not on the
+batch it rides in, and not on the chunks it is made in.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from wavear.generate.conditioner import Conditioner
+from wavear.generate.reference import ReferenceEngine
+from wavear.generate.sampling import uniforms
+from wavear.models.base import AutoregressiveModel
+from wavear.mulaw import mulaw_decode, mulaw_encode
+
+ENGINES = ("auto", "reference", "numba")
+WEIGHTS = ("float32", "bfloat16")
+_CHUNK = 2048  # samples per call of an engine: a fraction of a second, so that Ctrl-C and the progress bar are prompt
+_PARALLEL_CHUNK = 16384  # samples per forward of `score`, besides the receptive field in front of them
+
+Mel = Tensor | np.ndarray | Sequence[Tensor | np.ndarray]
+
+
+class Engine(Protocol):
+    """Runs `batch` streams of a model; each call continues where the last one ended."""
+
+    def generate(self, uniforms: np.ndarray, cond: Tensor | None, temperature: float | np.ndarray = 1.0) -> np.ndarray:
+        """Codes (B, n) from uniforms (B, n) and conditioning (B, C, n), (B, C, 1) or None."""
+        ...
+
+    def score(self, codes: np.ndarray, cond: Tensor | None) -> np.ndarray:
+        """Log-probabilities (B, n), in nats, of codes (B, n)."""
+        ...
+
+
+def make_engine(
+    model: AutoregressiveModel,
+    batch: int,
+    engine: str = "auto",
+    *,
+    weights: str = "float32",
+    threads: int | None = None,
+) -> tuple[str, Engine]:
+    """The name and the instance of the engine that will run `batch` streams of `model`.
+
+    Parameters
+    ----------
+    engine : str
+        "reference": the plain loop over `model.step`, any model, any device; slow, and the definition of correct.
+        "numba": compiled for this CPU, for WaveNet. "auto": numba for a WaveNet on the CPU, else reference.
+    weights : str
+        "float32", or "bfloat16": rounded once, half the bytes to read, arithmetic in float32 (numba only).
+    threads : int, optional
+        CPU cores the numba engine may use; all of them by default.
+
+    Raises
+    ------
+    ValueError
+        If there is no such engine, or it cannot serve the model; the message says which can.
+    """
+    from wavear.models.wavenet import WaveNet
+
+    if engine not in ENGINES:
+        raise ValueError(f"engine is {engine!r}, it must be one of {', '.join(ENGINES)}")
+    if weights not in WEIGHTS:
+        raise ValueError(f"weights is {weights!r}, it must be one of {', '.join(WEIGHTS)}")
+    if threads is not None and threads < 1:
+        raise ValueError(f"threads is {threads}, it must be at least 1")
+    if engine == "auto":
+        on_cpu = next(model.parameters()).device.type == "cpu"
+        engine = "numba" if isinstance(model, WaveNet) and on_cpu else "reference"
+    if engine == "reference":
+        if weights != "float32":
+            raise ValueError(f"the reference engine runs the model as it is: weights={weights!r} needs engine 'numba'")
+        return engine, ReferenceEngine(model, batch)
+    if not isinstance(model, WaveNet):
+        raise ValueError(f"engine 'numba' serves WaveNet, not {type(model).__name__}: use engine 'reference'")
+    from wavear.generate.numba_cpu import NumbaEngine
+
+    return engine, NumbaEngine(model, batch, weights=weights, threads=threads)
+
+
+def generate(
+    model: AutoregressiveModel,
+    mel: Mel | None = None,
+    *,
+    samples: int | None = None,
+    speaker: int | Sequence[int] | Tensor | None = None,
+    seed: int | Sequence[int] = 0,
+    temperature: float | Tensor | np.ndarray = 1.0,
+    engine: str = "auto",
+    weights: str = "float32",
+    threads: int | None = None,
+    progress: bool = False,
+) -> Tensor:
+    """New audio, sample by sample.
+
+    Parameters
+    ----------
+    model : AutoregressiveModel
+    mel : Tensor or array, shape (B, M, F) or (M, F); or a sequence of (M, F_i) of different lengths
+        Log-mels as `model.config.mel` defines them (`wavear.log_mel`); None for a model without mel conditioning.
+    samples : int, optional
+        Samples T of each utterance. With a mel at most, and by default, F * hop; without one it is required.
+    speaker : int, or one per utterance
+        For a model with speakers, 0 to speakers - 1.
+    seed : int, or one per utterance; 0 to 2**64 - 1
+        An utterance is a function of its own seed: with one number, each utterance becomes what it would alone.
+    temperature : float, or one per sample, shape (T,) or (B, T)
+        Divides the logits. 1 samples from the model as trained; below 1 is duller and cleaner, above 1 noisier.
+    engine, weights, threads
+        See `make_engine`. Every engine makes the same audio from the same seed.
+    progress : bool
+        Show a bar with the real-time factor (seconds of audio per second).
+
+    Returns
+    -------
+    Tensor, shape (B, T), float32 in [-1, 1], on the CPU
+        From mels of different lengths each row ends in zeros.
+
+    Raises
+    ------
+    ValueError
+        If an argument does not fit the model; the message names it.
+
+    Examples
+    --------
+    >>> from wavear import WaveNet, WaveNetConfig
+    >>> model = WaveNet(WaveNetConfig(layers=2, stacks=1, residual_channels=4, skip_channels=4))
+    >>> generate(model, samples=100, seed=[1, 2], engine="reference").shape
+    torch.Size([2, 100])
+    """
+    seeds = _check_seeds(seed)
+    conditioner, batch = _prepare(model, mel, speaker, None if len(seeds) == 1 else len(seeds))
+    seeds = seeds * batch if len(seeds) == 1 else seeds
+    lengths = _check_samples(conditioner.lengths, samples, batch)
+    total = max(lengths)
+    temperatures = _check_temperature(temperature, batch, total)
+    codes = np.empty((batch, total), dtype=np.int64)
+    with torch.inference_mode():
+        name, runner = make_engine(model, batch, engine, weights=weights, threads=threads)
+        for start, stop in _chunks(total, progress, model.config.sample_rate, batch, name):
+            draws = np.stack([uniforms(s, start, stop - start) for s in seeds])
+            scale = temperatures[:, start:stop] if isinstance(temperatures, np.ndarray) else temperatures
+            codes[:, start:stop] = runner.generate(draws, conditioner.span(start, stop), scale)
+    waveform = mulaw_decode(torch.from_numpy(codes), model.config.classes)
+    for row, length in zip(waveform, lengths, strict=True):
+        row[length:] = 0
+    return waveform
+
+
+def score(
+    model: AutoregressiveModel,
+    waveform: Tensor | np.ndarray,
+    mel: Mel | None = None,
+    *,
+    speaker: int | Sequence[int] | Tensor | None = None,
+    engine: str = "parallel",
+    weights: str = "float32",
+    threads: int | None = None,
+    progress: bool = False,
+) -> Tensor:
+    """Log-probability of every sample of a recording: log P(x_t | x_<t, c), nothing left out.
+
+    Parameters
+    ----------
+    model : AutoregressiveModel
+    waveform : Tensor or array, shape (B, T) or (T,), floating point in [-1, 1], at the model's sample rate
+    mel : as in `generate`; with a model that needs one and None given, the waveform's own mel is taken
+    speaker : as in `generate`
+    engine : str
+        "parallel": `model.forward` over long chunks, in memory that does not grow with T where the receptive field is
+        finite. "reference", "numba": by stepping, as in generation.
+    weights, threads
+        See `make_engine`.
+
+    Returns
+    -------
+    Tensor, shape (B, T), float64, in nats; the negative of its mean over log(2) is the bits per sample
+
+    Raises
+    ------
+    ValueError
+        If an argument does not fit the model.
+    """
+    if isinstance(waveform, np.ndarray):
+        waveform = torch.from_numpy(waveform)
+    waveform = waveform[None] if waveform.dim() == 1 else waveform
+    if waveform.dim() != 2 or waveform.shape[1] == 0:
+        raise ValueError(f"waveform has shape {tuple(waveform.shape)}, expected (B, T) or (T,) with T above 0")
+    if not waveform.is_floating_point():
+        raise ValueError(f"waveform is {waveform.dtype}, expected floating point in [-1, 1]")
+    batch, total = waveform.shape
+    if model.config.mel is not None and mel is None:
+        mel = _own_mel(waveform, model.config.mel)
+    conditioner, _ = _prepare(model, mel, speaker, batch)
+    if conditioner.lengths is not None and min(conditioner.lengths) < total:
+        raise ValueError(f"the mel covers {min(conditioner.lengths)} samples and the waveform has {total}")
+    codes = mulaw_encode(waveform.cpu(), model.config.classes)
+    with torch.inference_mode():
+        if engine == "parallel":
+            if weights != "float32":
+                raise ValueError(f"engine 'parallel' runs the model as it is: weights={weights!r} needs engine 'numba'")
+            return _score_parallel(model, codes, conditioner, progress)
+        name, runner = make_engine(model, batch, engine, weights=weights, threads=threads)
+        scores = np.empty((batch, total))
+        for start, stop in _chunks(total, progress, model.config.sample_rate, batch, name):
+            scores[:, start:stop] = runner.score(codes[:, start:stop].numpy(), conditioner.span(start, stop))
+    return torch.from_numpy(scores)
+
+
+def _score_parallel(model: AutoregressiveModel, codes: Tensor, conditioner: Conditioner, progress: bool) -> Tensor:
+    """`score` by `forward`: each chunk with the receptive field before it, whose scores are dropped."""
+    device = next(model.parameters()).device
+    batch, total = codes.shape
+    length = total if model.receptive_field is None else _PARALLEL_CHUNK
+    scores = torch.empty(batch, total, dtype=torch.float64)
+    for start, stop in _chunks(total, progress, model.config.sample_rate, batch, "parallel", length):
+        context = start if model.receptive_field is None else min(start, model.receptive_field)
+        span = codes[:, start - context : stop].to(device)
+        logits = model(span, conditioner.span(start - context, stop))[:, :, context:]
+        logs = torch.log_softmax(logits.double(), dim=1)
+        scores[:, start:stop] = logs.gather(1, span[:, None, context:])[:, 0].cpu()
+    return scores
+
+
+def _own_mel(waveform: Tensor, config: Any) -> Tensor:
+    """The mel of `waveform`, whose end is padded with zeros to whole frames."""
+    from wavear.mel import log_mel
+
+    missing = -waveform.shape[1] % config.hop_length
+    return log_mel(torch.nn.functional.pad(waveform.float(), (0, missing)), config)
+
+
+def _chunks(total: int, progress: bool, rate: int, batch: int, name: str, length: int = _CHUNK):
+    """(start, stop) of each chunk, under a progress bar if one is asked for."""
+    spans = [(start, min(start + length, total)) for start in range(0, total, length)]
+    if not progress:
+        yield from spans
+        return
+    from tqdm import tqdm
+
+    began = time.perf_counter()
+    with tqdm(total=total * batch, unit=" samples", unit_scale=True, desc=name, dynamic_ncols=True) as bar:
+        for start, stop in spans:
+            yield start, stop
+            bar.update((stop - start) * batch)
+            bar.set_postfix_str(f"{stop * batch / rate / (time.perf_counter() - began):.2f} x real time")
+
+
+def _check_seeds(seed: int | Sequence[int]) -> list[int]:
+    seeds = [seed] if isinstance(seed, int | np.integer) else list(seed)
+    for value in seeds:
+        if isinstance(value, bool) or not isinstance(value, int | np.integer) or not 0 <= value < 2**64:
+            raise ValueError(f"seed is {value!r}, it must be a whole number from 0 to 2**64 - 1")
+    if not seeds:
+        raise ValueError("seed is empty: give one number, or one per utterance")
+    return [int(value) for value in seeds]
+
+
+def _check_samples(lengths: list[int] | None, samples: int | None, batch: int) -> list[int]:
+    if samples is not None and (isinstance(samples, bool) or not isinstance(samples, int | np.integer) or samples < 1):
+        raise ValueError(f"samples is {samples!r}, it must be a whole number of at least 1")
+    if lengths is None:
+        if samples is None:
+            raise ValueError("samples is needed where no mel says how long the audio is")
+        return [int(samples)] * batch
+    if samples is None:
+        return lengths
+    if samples > min(lengths):
+        raise ValueError(f"samples is {samples}, and the mel covers {min(lengths)}: give more frames, or ask for less")
+    return [int(samples)] * batch
+
+
+def _check_temperature(temperature: float | Tensor | np.ndarray, batch: int, total: int) -> float | np.ndarray:
+    values = temperature.detach().cpu().numpy() if isinstance(temperature, Tensor) else np.asarray(temperature)
+    values = values.astype(np.float64)
+    if not (np.isfinite(values).all() and (values > 0).all()):
+        raise ValueError(f"temperature is {temperature!r}, it must be above 0 and finite")
+    if values.ndim == 0:
+        return float(values)
+    if values.shape not in ((total,), (batch, total), (batch, 1)):
+        raise ValueError(f"temperature has shape {values.shape}, expected one number, ({total},) or ({batch}, {total})")
+    return np.ascontiguousarray(np.broadcast_to(values, (batch, total)))
+
+
+def _prepare(
+    model: AutoregressiveModel, mel: Mel | None, speaker: int | Sequence[int] | Tensor | None, batch: int | None
+) -> tuple[Conditioner, int]:
+    """Checks mel and speaker against the model; the conditioner and the number of utterances."""
+    config = model.config
+    mels = _check_mel(mel, config.mel)
+    speakers = _check_speaker(speaker, config.speakers)
+    counts = {
+        "mels": len(mels) if mels is not None else None,
+        "speakers": len(speakers) if speakers is not None and len(speakers) > 1 else None,
+        "utterances": batch,
+    }
+    known = {name: count for name, count in counts.items() if count is not None}
+    if len(set(known.values())) > 1:
+        raise ValueError("the numbers do not agree: " + ", ".join(f"{count} {name}" for name, count in known.items()))
+    number = next(iter(known.values()), 1)
+    if speakers is not None and len(speakers) == 1:
+        speakers = speakers * number
+    return Conditioner(model, mels, speakers), number
+
+
+def _check_mel(mel: Mel | None, config: Any) -> list[Tensor] | None:
+    if config is None:
+        if mel is not None:
+            raise ValueError("the model takes no mel: it was trained without mel conditioning")
+        return None
+    if mel is None:
+        raise ValueError(f"the model needs a mel: {config.bands} bands, one frame per {config.hop_length} samples")
+    if isinstance(mel, Tensor | np.ndarray):
+        mel = [mel] if mel.ndim == 2 else list(mel) if mel.ndim == 3 else [mel]
+    mels = [torch.as_tensor(m) for m in mel]
+    if not mels:
+        raise ValueError("there is no mel: the batch is empty")
+    for m in mels:
+        if m.dim() != 2:
+            raise ValueError(f"mel has shape {tuple(m.shape)}, expected (B, M, F) or (M, F)")
+        if m.shape[0] != config.bands:
+            transposed = "; it seems transposed, frames first" if m.shape[1] == config.bands else ""
+            raise ValueError(f"mel has {m.shape[0]} bands, the model was trained on {config.bands}{transposed}")
+        if m.shape[1] == 0:
+            raise ValueError("mel has no frames")
+        if not m.is_floating_point() or not torch.isfinite(m).all():
+            raise ValueError("mel holds NaN or infinity" if m.is_floating_point() else f"mel is {m.dtype}, not float")
+    return mels
+
+
+def _check_speaker(speaker: int | Sequence[int] | Tensor | None, speakers: int) -> list[int] | None:
+    if speakers == 0:
+        if speaker is not None:
+            raise ValueError(f"speaker is {speaker}, and the model was trained without speakers")
+        return None
+    if speaker is None:
+        raise ValueError(f"the model needs a speaker, 0 to {speakers - 1}")
+    values = torch.as_tensor(speaker)
+    if values.dtype.is_floating_point or values.dtype == torch.bool or values.dim() > 1 or values.numel() == 0:
+        raise ValueError(f"speaker is {speaker!r}, expected a whole number, or one per utterance")
+    numbers = [int(value) for value in values.reshape(-1)]
+    for number in numbers:
+        if not 0 <= number < speakers:
+            raise ValueError(f"speaker is {number}, the model knows 0 to {speakers - 1}")
+    return numbers

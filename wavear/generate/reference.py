@@ -1,0 +1,60 @@
+"""The reference engine: the plain loop over `model.step`. It is the definition of correct; the others agree with it."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from wavear.generate.sampling import sample
+from wavear.models.base import AutoregressiveModel
+
+
+class ReferenceEngine:
+    """Steps any autoregressive model, one stream after the other, on the model's device.
+
+    Streams do not share a step, because a matrix product over two rows rounds otherwise than over one: so the audio of
+    a stream does not depend on the batch it rides in.
+    """
+
+    def __init__(self, model: AutoregressiveModel, batch: int):
+        self.model = model
+        self.device = next(model.parameters()).device
+        self.states = [model.init_state(1) for _ in range(batch)]
+        self.previous = [torch.full((1,), model.start_code, device=self.device) for _ in range(batch)]
+
+    def generate(self, uniforms: np.ndarray, cond: Tensor | None, temperature: float | np.ndarray = 1.0) -> np.ndarray:
+        """The next samples of every stream.
+
+        Parameters
+        ----------
+        uniforms : ndarray of float64, shape (B, n)
+        cond : Tensor, shape (B, C, n) or (B, C, 1), or None
+        temperature : float, or ndarray of shape (B, n)
+
+        Returns
+        -------
+        ndarray of int64, shape (B, n): codes
+        """
+        codes = np.empty(uniforms.shape, dtype=np.int64)
+        draws = torch.from_numpy(uniforms).to(self.device)
+        temperatures = np.broadcast_to(np.asarray(temperature, dtype=np.float64), uniforms.shape)
+        for b, t in np.ndindex(*codes.shape):
+            logits = self._step(b, t, cond)
+            self.previous[b] = sample(logits, draws[b, t : t + 1], float(temperatures[b, t]))
+            codes[b, t] = self.previous[b].item()
+        return codes
+
+    def score(self, codes: np.ndarray, cond: Tensor | None) -> np.ndarray:
+        """Log-probabilities, in nats, of the next samples of every stream being `codes`; float64, shape (B, n)."""
+        scores = np.empty(codes.shape)
+        given = torch.from_numpy(codes).to(self.device)
+        for b, t in np.ndindex(*codes.shape):
+            logits = self._step(b, t, cond)
+            self.previous[b] = given[b, t : t + 1]
+            scores[b, t] = torch.log_softmax(logits.double(), dim=-1)[0, given[b, t]].item()
+        return scores
+
+    def _step(self, b: int, t: int, cond: Tensor | None) -> Tensor:
+        cond_t = None if cond is None else cond[b : b + 1, :, t if cond.shape[2] > 1 else 0]
+        return self.model.step(self.previous[b], self.states[b], cond_t)

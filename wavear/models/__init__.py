@@ -1,0 +1,1 @@
+"""Autoregressive models behind one contract, `AutoregressiveModel`."""

@@ -1,0 +1,221 @@
+"""WaveNet (van den Oord et al., 2016, https://arxiv.org/abs/1609.03499): dilated causal convolutions over codes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from wavear.mel import MelConfig
+from wavear.models.base import AutoregressiveModel
+from wavear.models.conditioning import Conditioning
+
+
+@dataclass(frozen=True)
+class WaveNetConfig:
+    """What a WaveNet is made of; saved with its weights."""
+
+    layers: int = 20
+    """Dilated convolutions; a multiple of `stacks`."""
+    stacks: int = 2
+    """The dilation doubles from layer to layer and restarts at 1 in each stack."""
+    kernel_size: int = 2
+    """Taps of each dilated convolution, 2 or more."""
+    residual_channels: int = 64
+    """Channels of the signal that runs through the layers, and of each half of the gate."""
+    skip_channels: int = 128
+    """Channels of the sum over layers that the head reads."""
+    classes: int = 256
+    """Mu-law codes, 2 to 65536."""
+    sample_rate: int = 22050
+    """Of the audio, in Hz."""
+    mel: MelConfig | None = None
+    """The mels the model is conditioned on; None: unconditional."""
+    speakers: int = 0
+    """Speakers the model is conditioned on; 0: none."""
+    head_channels: int = 256
+    """Channels between the two 1x1 convolutions of the head."""
+    conditioning_channels: int = 80
+    """Channels of the conditioning, one vector per sample."""
+    conditioning_context: int = 2
+    """Mel frames that the first convolution of the conditioning sees before and after each frame."""
+
+    def __post_init__(self):
+        positive = ["layers", "stacks", "residual_channels", "skip_channels", "head_channels", "conditioning_channels"]
+        for name, least in {
+            **dict.fromkeys(positive, 1),
+            "kernel_size": 2,
+            "speakers": 0,
+            "conditioning_context": 0,
+        }.items():
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise ValueError(f"{name} is {value!r}, it must be a whole number of at least {least}")
+        if self.layers % self.stacks:
+            raise ValueError(f"{self.layers} layers do not divide into {self.stacks} stacks")
+        if self.layers // self.stacks > 24:
+            raise ValueError(
+                f"{self.layers} layers in {self.stacks} stacks: the dilation doubles, at most 24 fit a stack"
+            )
+        if not isinstance(self.classes, int) or not 2 <= self.classes <= 65536:
+            raise ValueError(f"classes is {self.classes!r}, it must be 2 to 65536")
+        if not isinstance(self.sample_rate, int) or not 1000 <= self.sample_rate <= 384000:
+            raise ValueError(f"sample_rate is {self.sample_rate!r}, it must be 1000 to 384000 Hz")
+        if self.mel is not None and self.mel.sample_rate != self.sample_rate:
+            raise ValueError(
+                f"the mel is of {self.mel.sample_rate} Hz audio and the model of {self.sample_rate} Hz: they must agree"
+            )
+
+    @property
+    def dilations(self) -> tuple[int, ...]:
+        """Of each layer, in samples."""
+        return tuple(2 ** (layer % (self.layers // self.stacks)) for layer in range(self.layers))
+
+    @property
+    def receptive_field(self) -> int:
+        """Past samples that the law of the next one depends on: the sample before, and what each layer adds."""
+        return 1 + (self.kernel_size - 1) * sum(self.dilations)
+
+
+class Block(nn.Module):
+    """One layer: a dilated convolution, the conditioning, a tanh-sigmoid gate, and 1x1 outputs to residual and skip."""
+
+    def __init__(self, config: WaveNetConfig, last: bool):
+        super().__init__()
+        r = config.residual_channels
+        self.dilated = nn.Conv1d(r, 2 * r, config.kernel_size)
+        conditioned = config.mel is not None or config.speakers > 0
+        self.conditioning = nn.Conv1d(config.conditioning_channels, 2 * r, 1, bias=False) if conditioned else None
+        self.skip = nn.Conv1d(r, config.skip_channels, 1)
+        self.residual = None if last else nn.Conv1d(r, r, 1)  # nothing reads the last one
+
+    def forward(self, x: Tensor, cond: Tensor | None, dilation: int) -> tuple[Tensor, Tensor]:
+        """(B, R, T + (kernel - 1) * dilation), (B, C, T or 1) -> the next layer's input (B, R, T), skip (B, S, T).
+
+        In parallel `x` holds the past in front and `dilation` is the layer's own; a step passes the taps side by side
+        and a dilation of 1.
+        """
+        z = F.conv1d(x, self.dilated.weight, self.dilated.bias, dilation=dilation)
+        if self.conditioning is not None:
+            z = z + self.conditioning(cond)
+        tanh, sigmoid = z.chunk(2, dim=1)
+        h = torch.tanh(tanh) * torch.sigmoid(sigmoid)
+        current = x[:, :, -z.shape[2] :]
+        return current if self.residual is None else current + self.residual(h), self.skip(h)
+
+
+@dataclass
+class WaveNetState:
+    """The past of each layer, as ring buffers: sample t lies at t modulo the length."""
+
+    queues: list[Tensor]
+    """Per layer, (B, R, (kernel - 1) * dilation)."""
+    time: Tensor
+    """Samples stepped so far; int64 scalar on the device, so that a captured graph can advance it."""
+
+
+class WaveNet(AutoregressiveModel):
+    """Categorical autoregressive model of mu-law codes.
+
+    Parameters
+    ----------
+    config : WaveNetConfig
+
+    Examples
+    --------
+    >>> model = WaveNet(WaveNetConfig(layers=4, stacks=2, residual_channels=8, skip_channels=8))
+    >>> model.receptive_field
+    7
+    >>> model(torch.zeros(1, 100, dtype=torch.long)).shape
+    torch.Size([1, 256, 100])
+    """
+
+    config: WaveNetConfig
+
+    def __init__(self, config: WaveNetConfig):
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.classes, config.residual_channels)
+        self.blocks = nn.ModuleList(Block(config, last=layer == config.layers - 1) for layer in range(config.layers))
+        self.head = nn.Sequential(
+            nn.ReLU(),
+            nn.Conv1d(config.skip_channels, config.head_channels, 1),
+            nn.ReLU(),
+            nn.Conv1d(config.head_channels, config.classes, 1),
+        )
+        self.conditioning = (
+            Conditioning(
+                config.mel.bands if config.mel else 0,
+                config.conditioning_channels,
+                config.mel.hop_length if config.mel else 1,
+                config.conditioning_context,
+                config.speakers,
+            )
+            if self.conditioned
+            else None
+        )
+        self.initialise()
+
+    def initialise(self) -> None:
+        """Neighbouring codes start with neighbouring embeddings: cosines of the sample's value, at random phases.
+
+        The network then begins by knowing that code 100 and code 101 sound alike, instead of learning it code by code.
+        """
+        levels = torch.arange(self.config.classes) / (self.config.classes - 1) * 2 - 1
+        frequency = torch.rand(self.config.residual_channels) * 8
+        phase = torch.rand(self.config.residual_channels) * 2 * torch.pi
+        with torch.no_grad():
+            self.embedding.weight.copy_(torch.cos(levels[:, None] * frequency * torch.pi / 2 + phase))
+
+    @property
+    def receptive_field(self) -> int:
+        """Past samples that the law of the next one depends on."""
+        return self.config.receptive_field
+
+    @property
+    def lookahead(self) -> int:
+        """Mel frames after its own that a sample depends on, and as many before."""
+        return self.conditioning.lookahead if self.conditioning is not None else 0
+
+    def condition(self, mel: Tensor | None, speaker: Tensor | None = None, *, padded: bool = False) -> Tensor:
+        """See `AutoregressiveModel.condition`."""
+        if self.conditioning is None:
+            raise ValueError("the model is unconditional: it takes neither a mel nor a speaker")
+        return self.conditioning(mel, speaker, padded)
+
+    def forward(self, codes: Tensor, cond: Tensor | None = None) -> Tensor:
+        """See `AutoregressiveModel.forward`."""
+        x = self.embedding(self.shift(codes)).transpose(1, 2)
+        skip = torch.zeros((), dtype=x.dtype, device=x.device)
+        for block, dilation in zip(self.blocks, self.config.dilations, strict=True):
+            past = (self.config.kernel_size - 1) * dilation
+            x, s = block(F.pad(x, (past, 0)), cond, dilation)
+            skip = skip + s
+        return self.head(skip)
+
+    def init_state(self, batch: int) -> WaveNetState:
+        """See `AutoregressiveModel.init_state`."""
+        weight = self.embedding.weight
+        past = [(self.config.kernel_size - 1) * dilation for dilation in self.config.dilations]
+        return WaveNetState(
+            queues=[weight.new_zeros(batch, self.config.residual_channels, length) for length in past],
+            time=torch.zeros((), dtype=torch.long, device=weight.device),
+        )
+
+    def step(self, previous: Tensor, state: WaveNetState, cond_t: Tensor | None = None) -> Tensor:
+        """See `AutoregressiveModel.step`."""
+        x = self.embedding(previous)[:, :, None]
+        cond = None if cond_t is None else cond_t[:, :, None]
+        skip = torch.zeros((), dtype=x.dtype, device=x.device)
+        taps = torch.arange(self.config.kernel_size - 1, device=x.device)
+        for block, dilation, queue in zip(self.blocks, self.config.dilations, state.queues, strict=True):
+            # The oldest tap lies at time modulo the length, where the current sample then takes its place.
+            slots = (state.time + taps * dilation) % queue.shape[2]
+            window = torch.cat([queue.index_select(2, slots), x], dim=2)
+            queue.index_copy_(2, slots[:1], x)
+            x, s = block(window, cond, dilation=1)
+            skip = skip + s
+        state.time += 1
+        return self.head(skip)[:, :, 0]
