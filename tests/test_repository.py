@@ -1,0 +1,95 @@
+"""What the pages, the packaging and the rooms of the design say about each other is true."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import os
+import re
+from pathlib import Path
+
+import pytest
+
+import wavear
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = sorted(
+    [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("recipes/**/*.md"), *ROOT.glob("bench/*.md")]
+)
+MODULES = sorted(ROOT.glob("wavear/**/*.py"))
+RECIPES = sorted(ROOT.glob("recipes/**/*.py"))
+
+
+def relative(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def code_in(page: str) -> list[str]:
+    """Everything a Markdown page sets as code: fenced blocks, indented lines, spans."""
+    fenced = re.findall(r"^```.*?^```", page, flags=re.DOTALL | re.MULTILINE)
+    rest = re.sub(r"^```.*?^```", "", page, flags=re.DOTALL | re.MULTILINE)
+    return fenced + re.findall(r"^ {4,}.*$", rest, flags=re.MULTILINE) + re.findall(r"`[^`\n]+`", rest)
+
+
+def imports_of_wavear(path: Path) -> set[str]:
+    """Absolute names of everything of wavear that a file imports, wherever in it."""
+    package = ".".join(path.relative_to(ROOT).parent.parts)
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            origin = importlib.util.resolve_name("." * node.level + (node.module or ""), package)
+            names |= {f"{origin}.{alias.name}" for alias in node.names}
+    return {name for name in names if name.split(".")[0] == "wavear"}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=relative)
+def test_links_of_a_page_lead_to_files(page):
+    targets = re.findall(r"\]\(<?([^)\s>]+)", page.read_text(encoding="utf-8"))
+    targets += re.findall(r'(?:src|href)="([^"]+)"', page.read_text(encoding="utf-8"))
+    files = [target.split("#")[0] for target in targets if not re.match(r"[a-z]+:|#", target)]
+    assert [file for file in files if not (page.parent / file).exists()] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=relative)
+def test_make_targets_on_a_page_exist(page):
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    targets = set(re.findall(r"^([a-z][a-z-]*):", makefile, flags=re.MULTILINE))
+    assert {"demo", "test", "lint"} <= targets
+    named = re.findall(r"\bmake ([a-z][a-z-]*)", "\n".join(code_in(page.read_text(encoding="utf-8"))))
+    assert set(named) <= targets
+
+
+def test_version_is_the_same_everywhere():
+    def version_in(file: str, pattern: str) -> str:
+        match = re.search(pattern, (ROOT / file).read_text(encoding="utf-8"), flags=re.MULTILINE)
+        assert match, f"no version in {file}"
+        return match[1]
+
+    assert version_in("pyproject.toml", r'^version = "(.+)"$') == wavear.__version__
+    assert version_in("CITATION.cff", r"^version: (\S+)$") == wavear.__version__
+    assert version_in("CHANGELOG.md", r"^## (\S+)") == wavear.__version__  # the newest comes first
+
+
+def test_continuous_integration_can_run():
+    assert os.access(ROOT / ".ci" / "run", os.X_OK)
+
+
+@pytest.mark.parametrize("module", ["audio", "mulaw", "mel"])
+def test_leaves_import_nothing_of_wavear(module):
+    assert imports_of_wavear(ROOT / "wavear" / f"{module}.py") == set()
+
+
+def test_models_know_nothing_of_what_is_done_with_them():
+    """No generation, no data, no training: a model needs the leaves, and the checkpoint it saves itself to."""
+    allowed = re.compile(r"wavear\.(models|mulaw|mel|checkpoint)\b")
+    models = [path for path in MODULES if path.parent.name == "models"]
+    assert models
+    assert [(relative(p), name) for p in models for name in imports_of_wavear(p) if not allowed.match(name)] == []
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=relative)
+def test_recipes_import_only_public_names(recipe):
+    public = {"wavear", "wavear.audio"} | {f"wavear.{name}" for name in wavear.__all__}
+    assert imports_of_wavear(recipe) <= public
