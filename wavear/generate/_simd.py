@@ -1,0 +1,476 @@
+"""Vector code for Numba: small kernels emitted as LLVM IR on generic vector types.
+
+LLVM lowers the same IR to AVX-512, AVX2 or NEON, so nothing here names an instruction set; only the number of
+lanes and the size of a register tile follow the machine (`shape_of_machine`). Every multiply-add is an explicit
+`llvm.fma`, so no compiler may contract, split or reorder it: **an output element is one chain of fused
+multiply-adds over its inputs in ascending order**, whatever the tile that computes it. That is what makes the audio
+of a stream independent of the batch it rides in.
+
+Kernels take plain addresses (int64) and strides in bytes.
+
+Panels
+------
+Activations that several streams share a weight read for lie in *panels*: `[channel block][row][lane]`, the lanes of
+one row and one block of channels contiguous, rows `LANES` floats apart. A tile of `rows` then finds every input at a
+constant displacement.
+
+Weights
+-------
+`[block of vectors][input][vector][lane]`. In bfloat16 two vectors share one vector of 32-bit words: the even one in
+the low half, the odd one in the high half.
+"""
+
+from __future__ import annotations
+
+import math
+
+import llvmlite.binding
+from llvmlite import ir
+from numba.core import config, types
+from numba.extending import intrinsic
+
+_I32 = ir.IntType(32)
+_I64 = ir.IntType(64)
+_F32 = ir.FloatType()
+_F64 = ir.DoubleType()
+
+# Blocks of the softmax sums: the same on every machine, so that the sums have the same bits.
+BLOCK = 16
+
+
+def machine_features() -> tuple[str, dict[str, bool]]:
+    """Name and features of the processor that Numba compiles for (it can be told another one by NUMBA_CPU_NAME)."""
+    name = config.CPU_NAME or llvmlite.binding.get_host_cpu_name()
+    if config.CPU_FEATURES is not None:
+        parts = [part for part in config.CPU_FEATURES.split(",") if part]
+        return name, {part.lstrip("+-"): not part.startswith("-") for part in parts}
+    return name, dict(llvmlite.binding.get_host_cpu_features())
+
+
+def shape_of_machine() -> tuple[int, int]:
+    """Lanes of float32 in a vector, and vector registers: (16, 32) with AVX-512, (8, 16) with AVX, (4, 32) on ARM."""
+    _, features = machine_features()
+    if features.get("avx512f"):
+        return 16, 32
+    if features.get("avx"):
+        return 8, 16
+    if llvmlite.binding.get_process_triple().startswith(("aarch64", "arm64")):
+        return 4, 32
+    return 4, 16
+
+
+LANES, REGISTERS = shape_of_machine()
+VECTOR_BYTES = 4 * LANES
+
+# Accumulators of a tile: all registers but two for weights, one for an input, and some to spare.
+TALLEST = 12 if REGISTERS == 32 else 4
+WIDEST = 12 if REGISTERS == 32 else 8
+# rows -> how many rows one tile kernel takes, by the vectors it is wide
+HEIGHTS = {2: (12, 8, 6, 4, 3, 2, 1), 4: (3, 2, 1)} if REGISTERS == 32 else {2: (4, 3, 2, 1), 4: (2, 1)}
+# rows, vectors, whether the rows lie in a panel
+TILES = [(1, v, False) for v in range(1, WIDEST + 1)]
+TILES += [(rows, v, True) for v, heights in HEIGHTS.items() for rows in heights]
+
+
+class Emitter:
+    """The few IR idioms used below, on vectors of `lanes` floats."""
+
+    def __init__(self, builder: ir.IRBuilder, lanes: int):
+        self.b = builder
+        self.lanes = lanes
+        self.vector = ir.VectorType(_F32, lanes)
+        self.integers = ir.VectorType(_I32, lanes)
+
+    def f32(self, value: float) -> ir.Constant:
+        return ir.Constant(self.vector, [value] * self.lanes)
+
+    def i32(self, value: int) -> ir.Constant:
+        return ir.Constant(self.integers, [value] * self.lanes)
+
+    def at(self, address, offset):
+        if isinstance(offset, int):
+            offset = ir.Constant(_I64, offset)
+        return self.b.add(address, offset)
+
+    def load(self, address, kind=None):
+        kind = kind or self.vector
+        return self.b.load(self.b.inttoptr(address, kind.as_pointer()), align=4)
+
+    def store(self, value, address):
+        self.b.store(value, self.b.inttoptr(address, value.type.as_pointer()), align=4)
+
+    def splat(self, scalar, lanes=None):
+        lanes = lanes or self.lanes
+        kind = ir.VectorType(scalar.type, lanes)
+        one = self.b.insert_element(ir.Constant(kind, ir.Undefined), scalar, ir.Constant(_I32, 0))
+        zeros = ir.Constant(ir.VectorType(_I32, lanes), [0] * lanes)
+        return self.b.shuffle_vector(one, ir.Constant(kind, ir.Undefined), zeros)
+
+    def fma(self, x, y, z):
+        return self.b.call(declare(self.b.module, f"llvm.fma.v{self.lanes}f32", self.vector, [self.vector] * 3), [x, y, z])
+
+    def polynomial(self, x, coefficients):
+        """Horner, highest power first."""
+        result = self.f32(coefficients[0])
+        for coefficient in coefficients[1:]:
+            result = self.fma(result, x, self.f32(coefficient))
+        return result
+
+    def clamp(self, x, low: float, high: float):
+        """Comparisons are false for NaN, which therefore passes."""
+        x = self.b.select(self.b.fcmp_ordered("<", x, self.f32(low)), self.f32(low), x)
+        return self.b.select(self.b.fcmp_ordered(">", x, self.f32(high)), self.f32(high), x)
+
+    def maximum(self, x, y):
+        return self.b.select(self.b.fcmp_ordered("<", x, y), y, x)
+
+    def relu(self, x):
+        return self.b.select(self.b.fcmp_ordered("<", x, self.f32(0.0)), self.f32(0.0), x)
+
+    def exp(self, x):
+        """e^x, relative error below 2e-7 (subnormal results included: half a step), e^-inf = 0, e^inf = inf.
+
+        x = n ln 2 + r, |r| <= ln(2)/2; e^r by the polynomial of Cephes' expf; 2^n in two factors, so that results
+        beyond the range of one exponent field overflow and underflow as they should.
+        """
+        b = self.b
+        # e^-104 rounds to zero, e^89 overflows.
+        x = self.clamp(x, -104.0, 89.0)
+        # Adding 1.5 * 2^23 rounds to the nearest integer and leaves it in the low bits.
+        magic = 12582912.0
+        shifted = self.fma(x, self.f32(math.log2(math.e)), self.f32(magic))
+        n = b.fsub(shifted, self.f32(magic))
+        integer = b.sub(b.bitcast(shifted, self.integers), self.i32(0x4B400000))
+        # ln 2 in two parts: the first has 9 bits, so that n times it is exact.
+        r = self.fma(n, self.f32(-0.693359375), x)
+        r = self.fma(n, self.f32(2.12194440e-4), r)
+        p = self.polynomial(
+            r, [1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1]
+        )
+        p = self.fma(p, b.fmul(r, r), b.fadd(r, self.f32(1.0)))
+        half = b.ashr(integer, self.i32(1))
+        for exponent in (half, b.sub(integer, half)):
+            p = b.fmul(p, b.bitcast(b.shl(b.add(exponent, self.i32(127)), self.i32(23)), self.vector))
+        return p
+
+    def tanh_ratio(self, x):
+        """Numerator and denominator of tanh(x): the 13/6 rational approximation used by Eigen, error below 4e-7."""
+        x = self.clamp(x, -7.90531110763549805, 7.90531110763549805)
+        s = self.b.fmul(x, x)
+        p = self.polynomial(
+            s,
+            [
+                -2.76076847742355e-16,
+                2.00018790482477e-13,
+                -8.60467152213735e-11,
+                5.12229709037114e-08,
+                1.48572235717979e-05,
+                6.37261928875436e-04,
+                4.89352455891786e-03,
+            ],
+        )
+        q = self.polynomial(
+            s, [1.19825839466702e-06, 1.18534705686654e-04, 2.26843463243900e-03, 4.89352518554385e-03]
+        )
+        return self.b.fmul(x, p), q
+
+    def sigmoid_denominator(self, x):
+        return self.b.fadd(self.f32(1.0), self.exp(self.b.fneg(x)))
+
+    def loop(self, count, body):
+        """`body(i)` for i in [0, count)."""
+        b = self.b
+        before = b.block
+        head, inside, after = (b.append_basic_block(name) for name in ("head", "inside", "after"))
+        b.branch(head)
+        b.position_at_end(head)
+        i = b.phi(_I64)
+        i.add_incoming(ir.Constant(_I64, 0), before)
+        b.cbranch(b.icmp_signed("<", i, count), inside, after)
+        b.position_at_end(inside)
+        body(i)
+        following = b.add(i, ir.Constant(_I64, 1))
+        i.add_incoming(following, b.block)
+        # LLVM would unroll what is unrolled already, and take minutes.
+        module = b.module
+        own = module.add_metadata([ir.MetaDataString(module, "llvm.loop.unroll.disable")])
+        vectorize = module.add_metadata([ir.MetaDataString(module, "llvm.loop.mustprogress")])
+        identity = module.add_metadata([vectorize, own])
+        b.branch(head).set_metadata("llvm.loop", identity)
+        b.position_at_end(after)
+
+
+def declare(module, name, result, arguments):
+    """The function of that name in the module, declared if it is not there."""
+    found = module.globals.get(name)
+    return found or ir.Function(module, ir.FunctionType(result, arguments), name)
+
+
+_KINDS = {types.void: ir.VoidType(), types.float32: _F32, types.float64: _F64, types.int64: _I64}
+
+
+def emitted(module, symbol: str, lanes: int, result, arguments, emit) -> ir.Function:
+    """The function of that name in the module; `emit(emitter, *arguments)` writes its body the first time."""
+    found = module.globals.get(symbol)
+    if found is not None:
+        return found
+    function = ir.Function(module, ir.FunctionType(_KINDS[result], [_KINDS[kind] for kind in arguments]), symbol)
+    function.linkage = "internal"
+    function.attributes.add("noinline")
+    function.attributes.add("nounwind")
+    builder = ir.IRBuilder(function.append_basic_block("entry"))
+    value = emit(Emitter(builder, lanes), *function.args)
+    if value is None:
+        builder.ret_void()
+    else:
+        builder.ret(value)
+    return function
+
+
+def kernel(name: str, arguments: int, emit, lanes: int | None = None, result=types.void, floats=()):
+    """A function for Numba code, emitted once per module and called.
+
+    Parameters
+    ----------
+    name : str
+        Unique; becomes part of the symbol.
+    arguments : int
+        Number of int64 arguments (addresses, counts, strides in bytes).
+    emit : callable
+        `emit(emitter, *arguments)`, returns the result or None.
+    result : numba type
+        int64, float32, float64 or void.
+    floats : tuple of numba types
+        Floating-point arguments after the integers.
+    """
+    lanes = lanes or LANES
+    signature = [types.int64] * arguments + list(floats)
+
+    def codegen(context, builder, sig, args):
+        function = emitted(builder.module, f"wavear_{name}_{lanes}", lanes, result, signature, emit)
+        value = builder.call(function, args)
+        return context.get_dummy_value() if result is types.void else value
+
+    names = ", ".join(f"a{i}" for i in range(len(signature)))
+    scope = {"codegen": codegen, "result": result, "signature": signature}
+    # Numba reads the number of arguments from the function itself.
+    exec(f"def {name}(context, {names}):\n    return result(*signature), codegen", scope)
+    return intrinsic(scope[name])
+
+
+def _tile(rows: int, vectors: int, bfloat16: bool, panel: bool, prefetch: int = 0):
+    """Emits out[row] = init[row] + bias + sum over inputs of x[row, input] * weights[input], for one tile of outputs.
+
+    Arguments: weights, inputs, x, block stride of x, bias, init, row and vector stride of init, out, row and vector
+    stride of out. `out` may be `init`.
+    """
+
+    def emit(e: Emitter, weights, inputs, x, x_block, bias, init, init_row, init_vector, out, out_row, out_vector):
+        b = e.b
+        sums = [[b.alloca(e.vector) for _ in range(vectors)] for _ in range(rows)]
+        pointer = b.alloca(_I64)
+        b.store(weights, pointer)
+        for v in range(vectors):
+            offset = e.load(e.at(bias, v * VECTOR_BYTES))
+            for m in range(rows):
+                address = e.at(init, b.add(b.mul(init_row, ir.Constant(_I64, m)), b.mul(init_vector, ir.Constant(_I64, v))))
+                b.store(b.fadd(e.load(address), offset), sums[m][v])
+        step = vectors * VECTOR_BYTES // (2 if bfloat16 else 1)
+
+        def one(address, source, position):
+            """One input: `position` counts from `source` in floats and is a constant."""
+            w = []
+            if bfloat16:
+                for j in range(vectors // 2):
+                    pair = e.load(e.at(address, j * VECTOR_BYTES), e.integers)
+                    w.append(b.bitcast(b.shl(pair, e.i32(16)), e.vector))
+                    w.append(b.bitcast(b.and_(pair, e.i32(0xFFFF0000)), e.vector))
+            else:
+                w = [e.load(e.at(address, j * VECTOR_BYTES)) for j in range(vectors)]
+            if prefetch:
+                for j in range(0, step, 64):
+                    touch(e, e.at(address, prefetch + j))
+            for m in range(rows):
+                value = e.splat(e.load(e.at(source, 4 * (position + m * LANES)), _F32))
+                for v in range(vectors):
+                    b.store(e.fma(value, w[v], b.load(sums[m][v])), sums[m][v])
+
+        def several(source, count):
+            def body(i):
+                address = b.load(pointer)
+                start = b.add(source, b.mul(i, ir.Constant(_I64, 4 * count)))
+                for k in range(count):
+                    one(e.at(address, k * step), start, k)
+                b.store(e.at(address, count * step), pointer)
+
+            return body
+
+        unroll = 4
+        blocks = b.udiv(inputs, ir.Constant(_I64, LANES))
+        if not panel:
+            # Its channels are contiguous.
+            e.loop(b.udiv(inputs, ir.Constant(_I64, unroll)), several(x, unroll))
+            done = b.and_(inputs, ir.Constant(_I64, ~(unroll - 1)))
+            tail = b.add(x, b.mul(done, ir.Constant(_I64, 4)))
+        else:
+            e.loop(
+                blocks,
+                lambda i: e.loop(ir.Constant(_I64, LANES // unroll), several(b.add(x, b.mul(i, x_block)), unroll)),
+            )
+            done = b.mul(blocks, ir.Constant(_I64, LANES))
+            tail = b.add(x, b.mul(blocks, x_block))
+        e.loop(b.sub(inputs, done), several(tail, 1))
+        for v in range(vectors):
+            for m in range(rows):
+                address = e.at(out, b.add(b.mul(out_row, ir.Constant(_I64, m)), b.mul(out_vector, ir.Constant(_I64, v))))
+                e.store(b.load(sums[m][v]), address)
+
+    return emit
+
+
+def tile_key(rows: int, vectors: int, half: int, panel: int) -> int:
+    """Number of the kernel for `rows` rows by `vectors` vectors."""
+    return rows + 16 * vectors + 256 * half + 512 * panel
+
+
+def _tiles(e: Emitter, key, *arguments):
+    """Calls the kernel that `key` names."""
+    b = e.b
+    done = b.append_basic_block("done")
+    switch = b.switch(key, done)
+    for rows, vectors, panel in TILES:
+        for half in (False, True):
+            if half and vectors % 2:
+                continue
+            name = f"wavear_tile_{rows}x{vectors}_{'bfloat16' if half else 'float32'}_{'panel' if panel else 'row'}"
+            function = emitted(b.module, name, LANES, types.void, [types.int64] * 11, _tile(rows, vectors, half, panel))
+            block = b.append_basic_block(name)
+            switch.add_case(ir.Constant(_I64, tile_key(rows, vectors, half, panel)), block)
+            with b.goto_block(block):
+                b.call(function, arguments)
+                b.branch(done)
+    b.position_at_end(done)
+
+
+tile = kernel("tile", 12, _tiles)
+
+
+
+
+def touch(e: Emitter, address):
+    """Ask for a cache line (a hint: any address is allowed)."""
+    pointer = ir.IntType(8).as_pointer()
+    function = declare(e.b.module, "llvm.prefetch.p0", ir.VoidType(), [pointer, _I32, _I32, _I32])
+    e.b.call(function, [e.b.inttoptr(address, pointer)] + [ir.Constant(_I32, value) for value in (0, 3, 1)])
+
+
+def _gate(e: Emitter, filters, gates, out, vectors, out_vector):
+    """out = tanh(filters) * sigmoid(gates), one division for both."""
+
+    def body(i):
+        offset = e.b.mul(i, ir.Constant(_I64, VECTOR_BYTES))
+        numerator, denominator = e.tanh_ratio(e.load(e.at(filters, offset)))
+        denominator = e.b.fmul(denominator, e.sigmoid_denominator(e.load(e.at(gates, offset))))
+        e.store(e.b.fdiv(numerator, denominator), e.at(out, e.b.mul(i, out_vector)))
+
+    e.loop(vectors, body)
+
+
+gate = kernel("gate", 5, _gate)
+
+
+def _pointwise(function):
+    def emit(e: Emitter, x, out, vectors):
+        def body(i):
+            offset = e.b.mul(i, ir.Constant(_I64, VECTOR_BYTES))
+            e.store(function(e, e.load(e.at(x, offset))), e.at(out, offset))
+
+        e.loop(vectors, body)
+
+    return emit
+
+
+exp = kernel("exp", 3, _pointwise(Emitter.exp))
+tanh = kernel("tanh", 3, _pointwise(lambda e, x: e.b.fdiv(*e.tanh_ratio(x))))
+sigmoid = kernel("sigmoid", 3, _pointwise(lambda e, x: e.b.fdiv(e.f32(1.0), e.sigmoid_denominator(x))))
+relu = kernel("relu", 3, _pointwise(Emitter.relu))
+
+
+def _copy(e: Emitter, source, source_vector, out, out_vector, vectors):
+    e.loop(vectors, lambda i: e.store(e.load(e.at(source, e.b.mul(i, source_vector))), e.at(out, e.b.mul(i, out_vector))))
+
+
+copy = kernel("copy", 5, _copy)
+
+
+def _halves(e: Emitter, value, combine):
+    """Reduce a vector by halves: a fixed tree."""
+    width = value.type.count
+    while width > 1:
+        width //= 2
+        parts = [
+            e.b.shuffle_vector(value, value, ir.Constant(ir.VectorType(_I32, width), list(range(s, s + width))))
+            for s in (0, width)
+        ]
+        value = combine(*parts)
+    return e.b.extract_element(value, ir.Constant(_I32, 0))
+
+
+def _largest(e: Emitter, x, blocks):
+    best = e.b.alloca(e.vector)
+    e.b.store(e.load(x), best)
+
+    def body(i):
+        value = e.load(e.at(x, e.b.mul(i, ir.Constant(_I64, 4 * BLOCK))))
+        e.b.store(e.maximum(e.b.load(best), value), best)
+
+    e.loop(blocks, body)
+    return _halves(e, e.b.load(best), e.maximum)
+
+
+largest = kernel("largest", 2, _largest, lanes=BLOCK, result=types.float32)
+
+
+def _exponentials(e: Emitter, logits, blocks, weights, sums, largest, scale):
+    """weights = exp((logits - largest) * scale); sums[block] = their float64 sum per block; returns the total."""
+    total = e.b.alloca(_F64)
+    e.b.store(ir.Constant(_F64, 0.0), total)
+    shift, factor = e.splat(largest), e.splat(scale)
+
+    def body(i):
+        offset = e.b.mul(i, ir.Constant(_I64, 4 * BLOCK))
+        value = e.exp(e.b.fmul(e.b.fsub(e.load(e.at(logits, offset)), shift), factor))
+        e.store(value, e.at(weights, offset))
+        wide = e.b.fpext(value, ir.VectorType(_F64, BLOCK))
+        block = _halves(e, wide, e.b.fadd)
+        e.store(block, e.at(sums, e.b.mul(i, ir.Constant(_I64, 8))))
+        e.b.store(e.b.fadd(e.b.load(total), block), total)
+
+    e.loop(blocks, body)
+    return e.b.load(total)
+
+
+exponentials = kernel(
+    "exponentials", 4, _exponentials, lanes=BLOCK, result=types.float64, floats=(types.float32, types.float32)
+)
+
+load_float = kernel("load_float", 1, lambda e, address: e.load(address, _F32), result=types.float32)
+load_double = kernel("load_double", 1, lambda e, address: e.load(address, _F64), result=types.float64)
+load_int = kernel("load_int", 1, lambda e, address: e.load(address, _I64), result=types.int64)
+
+
+def _call(arguments: int):
+    """An intrinsic that calls the C function at an address: `call(address, *arguments)`, all int64."""
+
+    def codegen(context, builder, sig, args):
+        kind = ir.FunctionType(ir.VoidType(), [_I64] * arguments).as_pointer()
+        builder.call(builder.inttoptr(args[0], kind), args[1:])
+        return context.get_dummy_value()
+
+    names = ", ".join(f"a{i}" for i in range(arguments + 1))
+    scope = {"codegen": codegen, "signature": types.void(*[types.int64] * (arguments + 1))}
+    exec(f"def call(context, {names}):\n    return signature, codegen", scope)
+    return intrinsic(scope["call"])
+
+
+call15 = _call(15)

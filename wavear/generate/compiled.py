@@ -1,0 +1,76 @@
+"""Compiled code kept on disk between processes."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sys
+import tempfile
+import threading
+import warnings
+from pathlib import Path
+
+_lock = threading.RLock()
+
+
+def cache_directory() -> Path:
+    """Where compiled code lies: `NUMBA_CACHE_DIR` if set, else the user's cache directory."""
+    if chosen := os.environ.get("NUMBA_CACHE_DIR"):
+        return Path(chosen)
+    if sys.platform == "win32":
+        base = os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local"
+    elif sys.platform == "darwin":
+        base = Path.home() / "Library" / "Caches"
+    else:
+        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "wavear"
+
+
+def source_key() -> str:
+    """Changes with every source that compiled code is made from, and with the compiler.
+
+    Numba itself looks at the file of the compiled function alone, and the kernels it calls lie in others. (That the
+    processor is the same is part of Numba's own key.)
+    """
+    import llvmlite
+    import numba
+
+    digest = hashlib.sha256(f"{numba.__version__} {llvmlite.__version__} {sys.version}".encode())
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def compiled(function, signature: str, callback: bool = False):
+    """`function` compiled for one signature, from the cache if it is there.
+
+    Called from Python it releases the GIL; as a `callback` it is called by its `address` from other compiled code.
+    """
+    with _lock:
+        try:
+            directory = cache_directory() / f"kernels-{source_key()}"
+            directory.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=directory).close()
+            return _compile(function, signature, callback, directory)
+        except Exception as error:  # whatever is wrong with a cache, the engine works without
+            warnings.warn(
+                f"compiled code is not kept ({error}), so every process compiles anew; "
+                "set NUMBA_CACHE_DIR to a directory that can be written",
+                stacklevel=2,
+            )
+            return _compile(function, signature, callback, None)
+
+
+def _compile(function, signature: str, callback: bool, directory: Path | None):
+    import numba
+
+    compiler = numba.cfunc(signature, cache=bool(directory)) if callback else None
+    compiler = compiler or numba.njit(signature, nogil=True, cache=bool(directory))
+    # Where to cache is read when the cache of a function is made, and is no argument.
+    before = numba.config.CACHE_DIR
+    if directory:
+        numba.config.CACHE_DIR = str(directory)
+    try:
+        return compiler(function)
+    finally:
+        numba.config.CACHE_DIR = before

@@ -1,0 +1,643 @@
+"""The CPU engine: WaveNet's whole loop over samples in compiled code, one call per chunk.
+
+What it does that the plain loop does not:
+
+- weights are packed for the vector kernels of `_simd` and read once per sample, shared by the streams of a group;
+- the past of each layer lies in a ring buffer; a layer of dilation d knows its past taps d samples ahead, so their
+  products are made for several samples at once and their weights read once for all of them;
+- the conditioning of all layers is projected ahead for blocks of samples in the same way.
+
+Every output element is one chain of fused multiply-adds in a fixed order: bias, conditioning, past taps from the
+oldest on, current sample. So a stream's audio has the same bits whatever the batch, the grouping, the number of
+threads and the cuts between calls.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from concurrent.futures import ThreadPoolExecutor
+
+import numba
+import numpy as np
+import torch
+from torch import Tensor
+
+from wavear.generate import _simd
+from wavear.generate._simd import BLOCK, HEIGHTS, LANES, TALLEST, VECTOR_BYTES, WIDEST
+from wavear.generate.compiled import compiled
+from wavear.generate.packing import Region, pack, round_to_bfloat16, to_numpy, vectors_of
+from wavear.models.wavenet import WaveNet
+
+_GROUP = 3 * TALLEST  # streams that one thread runs side by side, at most
+_AHEAD = 16  # samples that past taps are computed ahead, at most, for one stream
+_SPAN = 64  # samples that the conditioning is projected ahead, for one stream
+
+# Fields of a matrix: address of the packed weights, inputs, blocks, vectors in a block, 1 if bfloat16.
+M_ADDRESS, M_INPUTS, M_BLOCKS, M_VECTORS, M_HALF, M_FIELDS = range(6)
+
+# Fields of a layer; matrices by their number. PAST is the first of the past taps, the oldest.
+(L_DILATION, L_AHEAD, L_SLOTS, L_RING, L_PAST, L_NOW, L_SKIP, L_RESIDUAL, L_CONDITION, L_BIAS, L_RESIDUAL_BIAS, L_Z,
+ L_CONSTANT, L_FIELDS) = range(14)  # fmt: skip
+
+# Fields of the network for one group of streams.
+(N_TAPS, N_CLASSES, N_STREAMS, N_ROWS, N_SPAN, N_X_VECTORS, N_H_VECTORS, N_SKIP_VECTORS, N_HEAD_VECTORS, N_Z_ROW,
+ N_LOGIT_ROW, N_LOGIT_BLOCKS, N_EMBEDDING, N_CONDITION_CHANNELS, N_CONDITION_VECTORS, N_HEAD1, N_HEAD2, N_HEAD1_BIAS,
+ N_HEAD2_BIAS, N_SKIP_BIAS, N_ZEROS, N_X, N_H, N_SKIP, N_HEAD, N_LOGITS, N_WEIGHTS, N_SUMS, N_PANELS,
+ N_CONDITION_PANELS, N_TIME, N_FIRST, N_MULTIPLY, N_MATRICES, N_FIELDS) = range(35)  # fmt: skip
+
+NO_CONDITION, CONSTANT_CONDITION, CONDITION = range(3)
+
+_TALL2 = HEIGHTS[2]
+_TALL4 = HEIGHTS[4]
+
+
+@numba.njit
+def _height(rows, vectors):
+    """Rows of the tallest tile kernel of that width that `rows` rows fill."""
+    if vectors == 2:
+        for height in _TALL2:
+            if height <= rows:
+                return height
+    if vectors == 4:
+        for height in _TALL4:
+            if height <= rows:
+                return height
+    return 1
+
+
+def _multiply_rows(matrix, rows, panel_rows, x, x_block, x_panel, bias, init, init_row, init_vector, init_panel, out,
+                   out_row, out_vector, out_panel):  # fmt: skip
+    """out = init + bias + matrix @ x for `rows` rows in panels of `panel_rows`; each weight is read once.
+
+    `matrix` is the address of its fields. This is compiled on its own and called by address: Numba would otherwise
+    compile the vector kernels once more into every function that multiplies.
+    """
+    weights = _simd.load_int(matrix + 8 * M_ADDRESS)
+    inputs = _simd.load_int(matrix + 8 * M_INPUTS)
+    vectors = _simd.load_int(matrix + 8 * M_VECTORS)
+    half = _simd.load_int(matrix + 8 * M_HALF)
+    kind = 16 * vectors + 256 * half + 512 * (panel_rows > 1)
+    size = inputs * vectors * VECTOR_BYTES
+    if half:
+        size //= 2
+    for _ in range(_simd.load_int(matrix + 8 * M_BLOCKS)):
+        done = 0
+        panel = 0
+        while done < rows:
+            last = min(panel_rows, rows - done)
+            row = 0
+            while row < last:
+                height = _height(last - row, vectors)
+                _simd.tile(
+                    height + kind, weights, inputs, x + panel * x_panel + row * VECTOR_BYTES, x_block, bias,
+                    init + panel * init_panel + row * init_row, init_row, init_vector,
+                    out + panel * out_panel + row * out_row, out_row, out_vector,
+                )  # fmt: skip
+                row += height
+            done += last
+            panel += 1
+        weights += size
+        bias += vectors * VECTOR_BYTES
+        init += vectors * init_vector
+        out += vectors * out_vector
+
+
+@numba.njit
+def _multiply(net, matrix, rows, panel_rows, x, x_block, x_panel, bias, init, init_row, init_vector, init_panel, out,
+              out_row, out_vector, out_panel):  # fmt: skip
+    """`_multiply_rows`, by the number of the matrix."""
+    _simd.call15(net[N_MULTIPLY], net[N_MATRICES] + 8 * M_FIELDS * matrix, rows, panel_rows, x, x_block, x_panel, bias,
+                 init, init_row, init_vector, init_panel, out, out_row, out_vector, out_panel)  # fmt: skip
+
+
+@numba.njit
+def _to_panels(first, row_bytes, rows, vectors, panels, done):
+    """Copy rows of channels, `row_bytes` apart, to the rows from `done` on of panels of TALLEST rows."""
+    for r in range(rows):
+        panel = (done + r) // TALLEST
+        row = (done + r) % TALLEST
+        _simd.copy(
+            first + r * row_bytes,
+            VECTOR_BYTES,
+            panels + (panel * vectors * TALLEST + row) * VECTOR_BYTES,
+            TALLEST * VECTOR_BYTES,
+            vectors,
+        )
+
+
+@numba.njit
+def _project(net, matrix, panels, vectors, rows, bias, init, init_row, out):
+    """Rows gathered in panels of TALLEST times a matrix, to rows of the pre-activations."""
+    row = net[N_Z_ROW]
+    _multiply(net, matrix, rows, TALLEST, panels, TALLEST * VECTOR_BYTES, vectors * TALLEST * VECTOR_BYTES, bias,
+              init, init_row, VECTOR_BYTES, TALLEST * init_row, out, row, VECTOR_BYTES, TALLEST * row)  # fmt: skip
+
+
+@numba.njit
+def _prepare_constants(net, layers, condition, mode):
+    """Bias and constant conditioning of every layer and stream, where the pre-activations start."""
+    streams = net[N_STREAMS]
+    if mode == CONSTANT_CONDITION:
+        _to_panels(condition, net[N_CONDITION_VECTORS] * VECTOR_BYTES, streams, net[N_CONDITION_VECTORS],
+                   net[N_CONDITION_PANELS], 0)  # fmt: skip
+    for i in range(layers.shape[0]):
+        layer = layers[i]
+        if mode == CONSTANT_CONDITION:
+            _project(net, layer[L_CONDITION], net[N_CONDITION_PANELS], net[N_CONDITION_VECTORS], streams,
+                     net[N_ZEROS], layer[L_BIAS], 0, layer[L_CONSTANT])  # fmt: skip
+        else:
+            for s in range(streams):
+                _simd.copy(layer[L_BIAS], VECTOR_BYTES, layer[L_CONSTANT] + s * net[N_Z_ROW], VECTOR_BYTES,
+                           2 * net[N_H_VECTORS])  # fmt: skip
+
+
+@numba.njit
+def _start_span(net, layers, condition, condition_row, mode, count):
+    """Bias and conditioning of the next `count` samples of every layer and stream."""
+    streams = net[N_STREAMS]
+    if mode == CONDITION:
+        vectors = net[N_CONDITION_VECTORS]
+        row = vectors * VECTOR_BYTES
+        for t in range(count):
+            for s in range(streams):
+                _to_panels(condition + s * condition_row + t * row, row, 1, vectors, net[N_CONDITION_PANELS],
+                           t * streams + s)  # fmt: skip
+    for i in range(layers.shape[0]):
+        layer = layers[i]
+        if mode == CONDITION:
+            _project(net, layer[L_CONDITION], net[N_CONDITION_PANELS], net[N_CONDITION_VECTORS],
+                     count * streams, net[N_ZEROS], layer[L_BIAS], 0, layer[L_Z])  # fmt: skip
+        else:
+            vectors = streams * net[N_Z_ROW] // VECTOR_BYTES
+            for t in range(count):
+                _simd.copy(layer[L_CONSTANT], VECTOR_BYTES, layer[L_Z] + t * streams * net[N_Z_ROW], VECTOR_BYTES, vectors)
+
+
+@numba.njit
+def _add_past(net, layer, time, position, count):
+    """Add the past taps of the next `count` samples of a layer; all of them are in its ring."""
+    streams = net[N_STREAMS]
+    vectors = net[N_X_VECTORS]
+    x_row = vectors * VECTOR_BYTES
+    slots = layer[L_SLOTS]
+    taps = net[N_TAPS]
+    z = layer[L_Z] + position * streams * net[N_Z_ROW]
+    for tap in range(taps - 1):
+        # Tap 0 is the oldest, (taps - 1) * dilation samples back: the slot that the current sample will take.
+        slot = (time + tap * layer[L_DILATION]) % slots
+        matrix = layer[L_PAST] + tap
+        ring = layer[L_RING]
+        if streams * count == 1:
+            _multiply(net, matrix, 1, 1, ring + slot * x_row, VECTOR_BYTES, 0, net[N_ZEROS], z, 0, VECTOR_BYTES, 0,
+                      z, 0, VECTOR_BYTES, 0)  # fmt: skip
+            continue
+        before = min(count, slots - slot)
+        panels = net[N_PANELS]
+        _to_panels(ring + slot * streams * x_row, x_row, before * streams, vectors, panels, 0)
+        _to_panels(ring, x_row, (count - before) * streams, vectors, panels, before * streams)
+        _project(net, matrix, panels, vectors, count * streams, net[N_ZEROS], z, net[N_Z_ROW], z)
+
+
+@numba.njit
+def _sample(net, logits, uniform, temperature):
+    """The smallest code whose cumulative probability exceeds the uniform; -1 if the logits are not numbers."""
+    blocks = net[N_LOGIT_BLOCKS]
+    largest = _simd.largest(logits, blocks)
+    total = _simd.exponentials(
+        logits, blocks, net[N_WEIGHTS], net[N_SUMS], largest, np.float32(1.0 / temperature)
+    )
+    if not total > 0.0 or total == np.inf:
+        return -1
+    threshold = uniform * total
+    before = 0.0
+    block = 0
+    while block < blocks - 1:
+        after = before + _simd.load_double(net[N_SUMS] + 8 * block)
+        if after > threshold:
+            break
+        before = after
+        block += 1
+    code = block * BLOCK
+    last = min(code + BLOCK, net[N_CLASSES]) - 1
+    while code < last:
+        before += _simd.load_float(net[N_WEIGHTS] + 4 * code)
+        if before > threshold:
+            break
+        code += 1
+    return code
+
+
+@numba.njit
+def _log_probability(net, logits, code):
+    blocks = net[N_LOGIT_BLOCKS]
+    largest = _simd.largest(logits, blocks)
+    total = _simd.exponentials(logits, blocks, net[N_WEIGHTS], net[N_SUMS], largest, np.float32(1.0))
+    return np.float64(_simd.load_float(logits + 4 * code)) - np.float64(largest) - np.log(total)
+
+
+def _run(net, layers, previous, uniforms, temperatures, codes, scores, condition, mode, scoring):
+    """The loop over samples, for one group of streams.
+
+    Parameters
+    ----------
+    net, layers : int64 arrays
+        The plan: see the fields above. `net[N_TIME]` is advanced.
+    previous : int64 array (G,)
+        The code before the first sample; becomes the last one.
+    uniforms, temperatures : float64 arrays (B, n)
+    codes : int64 array (B, n)
+        Written, or read if `scoring`.
+    scores : float64 array (B, n)
+        Written if `scoring`.
+    condition : int64
+        Address of float32 (B, n, padded C), or (B, 1, padded C).
+    mode : int64
+        NO_CONDITION, CONSTANT_CONDITION or CONDITION.
+    scoring : int64
+
+    Returns
+    -------
+    int64
+        The first sample whose logits are no numbers, or -1.
+    """
+    streams = net[N_STREAMS]
+    rows = net[N_ROWS]
+    first = net[N_FIRST]
+    samples = codes.shape[1]
+    count = layers.shape[0]
+    x_vectors = net[N_X_VECTORS]
+    h_vectors = net[N_H_VECTORS]
+    skip_vectors = net[N_SKIP_VECTORS]
+    head_vectors = net[N_HEAD_VECTORS]
+    z_row = net[N_Z_ROW]
+    zeros = net[N_ZEROS]
+    panel_count = (streams + rows - 1) // rows
+    # In a panel of `rows` rows: next row, next vector of channels; next panel, by its number of vectors.
+    vector = rows * VECTOR_BYTES
+    x, h, skip, head, logits = net[N_X], net[N_H], net[N_SKIP], net[N_HEAD], net[N_LOGITS]
+    condition_row = net[N_CONDITION_VECTORS] * VECTOR_BYTES
+    stream_bytes = condition_row if mode == CONSTANT_CONDITION else samples * condition_row
+    condition += first * stream_bytes
+    _prepare_constants(net, layers, condition, mode)
+    position = net[N_SPAN]
+    left = 0
+    for t in range(samples):
+        time = net[N_TIME]
+        if position == net[N_SPAN]:
+            position = 0
+            left = min(net[N_SPAN], samples - t)
+            _start_span(net, layers, condition + t * condition_row, stream_bytes, mode, left)
+        for s in range(streams):
+            panel = s // rows
+            row = (s % rows) * VECTOR_BYTES
+            _simd.copy(net[N_EMBEDDING] + previous[s] * x_vectors * VECTOR_BYTES, VECTOR_BYTES,
+                       x + panel * x_vectors * vector + row, vector, x_vectors)  # fmt: skip
+            _simd.copy(net[N_SKIP_BIAS], VECTOR_BYTES, skip + panel * skip_vectors * vector + row, vector, skip_vectors)
+        for i in range(count):
+            layer = layers[i]
+            ahead = layer[L_AHEAD]
+            if position % ahead == 0:
+                _add_past(net, layer, time, position, min(ahead, left - position))
+            ring = layer[L_RING] + (time % layer[L_SLOTS]) * streams * x_vectors * VECTOR_BYTES
+            for s in range(streams):
+                _simd.copy(x + (s // rows) * x_vectors * vector + (s % rows) * VECTOR_BYTES, vector,
+                           ring + s * x_vectors * VECTOR_BYTES, VECTOR_BYTES, x_vectors)  # fmt: skip
+            z = layer[L_Z] + position * streams * z_row
+            _multiply(net, layer[L_NOW], streams, rows, x, vector, x_vectors * vector, zeros,
+                      z, z_row, VECTOR_BYTES, rows * z_row, z, z_row, VECTOR_BYTES, rows * z_row)  # fmt: skip
+            for s in range(streams):
+                _simd.gate(z + s * z_row, z + s * z_row + h_vectors * VECTOR_BYTES,
+                           h + (s // rows) * h_vectors * vector + (s % rows) * VECTOR_BYTES, h_vectors, vector)  # fmt: skip
+            if i < count - 1:
+                _multiply(net, layer[L_RESIDUAL], streams, rows, h, vector, h_vectors * vector,
+                          layer[L_RESIDUAL_BIAS], x, VECTOR_BYTES, vector, x_vectors * vector,
+                          x, VECTOR_BYTES, vector, x_vectors * vector)  # fmt: skip
+            _multiply(net, layer[L_SKIP], streams, rows, h, vector, h_vectors * vector, zeros,
+                      skip, VECTOR_BYTES, vector, skip_vectors * vector,
+                      skip, VECTOR_BYTES, vector, skip_vectors * vector)  # fmt: skip
+        _simd.relu(skip, skip, panel_count * skip_vectors * rows)
+        _multiply(net, net[N_HEAD1], streams, rows, skip, vector, skip_vectors * vector, zeros,
+                  net[N_HEAD1_BIAS], 0, VECTOR_BYTES, 0, head, VECTOR_BYTES, vector, head_vectors * vector)  # fmt: skip
+        _simd.relu(head, head, panel_count * head_vectors * rows)
+        _multiply(net, net[N_HEAD2], streams, rows, head, vector, head_vectors * vector, zeros,
+                  net[N_HEAD2_BIAS], 0, VECTOR_BYTES, 0,
+                  logits, net[N_LOGIT_ROW], VECTOR_BYTES, rows * net[N_LOGIT_ROW])  # fmt: skip
+        for s in range(streams):
+            row = logits + s * net[N_LOGIT_ROW]
+            if scoring:
+                code = codes[first + s, t]
+                scores[first + s, t] = _log_probability(net, row, code)
+            else:
+                code = _sample(net, row, uniforms[first + s, t], temperatures[first + s, t])
+                if code < 0:
+                    return t
+                codes[first + s, t] = code
+            previous[s] = code
+        net[N_TIME] = time + 1
+        position += 1
+    return -1
+
+
+_SIGNATURE = (
+    "int64(int64[::1], int64[:,::1], int64[::1], float64[:,::1], float64[:,::1], int64[:,::1], "
+    "float64[:,::1], int64, int64, int64)"
+)
+
+
+@functools.cache
+def _kernels():
+    """`_run`, and the address of `_multiply_rows`."""
+    multiply = compiled(_multiply_rows, f"void({', '.join(['int64'] * 15)})", callback=True)
+    return compiled(_run, _SIGNATURE), multiply
+
+
+class _Weights:
+    """The packed weights of a model and the plan of its network, shared by all groups of streams."""
+
+    def __init__(self, model: WaveNet, group: int, weights: str):
+        config = model.config
+        self.region = region = Region()
+        self.matrices: list[list[int]] = []
+        self.weights = weights
+        self.half = weights == "bfloat16"
+        residual, skip, head = config.residual_channels, config.skip_channels, config.head_channels
+        taps = config.kernel_size
+        self.ahead = [_ahead(dilation, group) for dilation in config.dilations]
+        self.span = max([_power(_SPAN // group), *self.ahead])
+        width = _width(group)
+        z_rows = []
+
+        def matrix(array: np.ndarray, rows: int) -> int:
+            packed, blocks, vectors = pack(array, LANES, _width(rows), weights)
+            self.matrices.append([region.put(packed), array.shape[1], blocks, vectors, int(self.half)])
+            return len(self.matrices) - 1
+
+        def vector(array: np.ndarray, vectors: int, fill: float = 0.0) -> int:
+            padded = np.full((*array.shape[:-1], vectors * LANES), fill, np.float32)
+            padded[..., : array.shape[-1]] = array
+            return region.put(padded)
+
+        def total(outputs: int, rows: int) -> int:
+            blocks, vectors = vectors_of(outputs, LANES, _width(rows), self.half)
+            return blocks * vectors
+
+        self.h_vectors = -(-residual // LANES)
+        self.x_vectors = total(residual, group)
+        self.skip_vectors = total(skip, group)
+        self.head_vectors = total(head, group)
+        self.logit_vectors = -(-total(config.classes, group) // (BLOCK // LANES)) * (BLOCK // LANES)
+        self.condition_channels = config.conditioning_channels if model.conditioning is not None else 0
+        self.condition_vectors = -(-self.condition_channels // LANES)
+        gate_rows = 2 * self.h_vectors * LANES
+        z_rows = [total(gate_rows, rows) for rows in (group, self.span * group, *(a * group for a in self.ahead))]
+        self.z_vectors = max(z_rows)
+
+        def gates(array: np.ndarray) -> np.ndarray:
+            """Outputs (2R, ...) with both halves padded to whole vectors."""
+            padded = np.zeros((2, self.h_vectors * LANES, *array.shape[1:]), np.float32)
+            padded[:, :residual] = array.reshape(2, residual, *array.shape[1:])
+            return padded.reshape(gate_rows, *array.shape[1:])
+
+        self.layers: list[list[int]] = []
+        dilated = [to_numpy(block.dilated.weight) for block in model.blocks]  # type: ignore[union-attr]
+        past, conditions = [], []
+        now = []
+        # What every sample reads lies together, in the order of reading; what is read seldom follows.
+        for block, kernels in zip(model.blocks, dilated, strict=True):
+            now.append(
+                (
+                    matrix(gates(kernels[:, :, -1]), group),
+                    -1 if block.residual is None else matrix(to_numpy(block.residual.weight)[:, :, 0], group),
+                    matrix(to_numpy(block.skip.weight)[:, :, 0], group),
+                )
+            )
+        self.head1 = matrix(to_numpy(model.head[1].weight)[:, :, 0], group)
+        self.head2 = matrix(to_numpy(model.head[3].weight)[:, :, 0], group)
+        for kernels, ahead in zip(dilated, self.ahead, strict=True):
+            past.append([matrix(gates(kernels[:, :, k]), ahead * group) for k in range(taps - 1)])
+        for block in model.blocks:
+            if block.conditioning is None:
+                conditions.append(-1)
+            else:
+                conditions.append(matrix(gates(to_numpy(block.conditioning.weight)[:, :, 0]), self.span * group))
+        self.biases = [vector(gates(to_numpy(block.dilated.bias)), self.z_vectors) for block in model.blocks]
+        self.residual_biases = [
+            0 if block.residual is None else vector(to_numpy(block.residual.bias), self.x_vectors)
+            for block in model.blocks
+        ]
+        skip_bias = np.sum([to_numpy(block.skip.bias) for block in model.blocks], axis=0, dtype=np.float64)
+        self.skip_bias = vector(skip_bias.astype(np.float32), self.skip_vectors)
+        self.head1_bias = vector(to_numpy(model.head[1].bias), self.head_vectors)
+        # Outputs beyond the last class are never drawn.
+        self.head2_bias = vector(to_numpy(model.head[3].bias), self.logit_vectors, fill=-np.inf)
+        self.embedding = vector(to_numpy(model.embedding.weight), self.x_vectors)
+        widest = max(self.z_vectors, self.skip_vectors, self.head_vectors, self.logit_vectors, self.x_vectors)
+        self.zeros = region.reserve(widest * VECTOR_BYTES)
+        base = region.allocate()
+        self.table = np.array(self.matrices, dtype=np.int64)
+        self.table[:, M_ADDRESS] += base
+        self.now, self.past, self.conditions, self.width = now, past, conditions, width
+        self.taps, self.classes, self.dilations = taps, config.classes, config.dilations
+
+
+def _power(number: int) -> int:
+    """The largest power of two that is not above `number`, at least 1."""
+    return 1 << max(0, number.bit_length() - 1)
+
+
+def _ahead(dilation: int, group: int) -> int:
+    """Samples that the past taps of a layer are computed ahead."""
+    return min(dilation, _power(_AHEAD * 2 // group) if group > 1 else _AHEAD)
+
+
+def _width(rows: int) -> int:
+    """Vectors in a block of a matrix that is multiplied with `rows` rows at a time."""
+    return WIDEST if rows == 1 else 4 if rows < 4 else 2
+
+
+class _Group:
+    """The state of some streams that one thread runs side by side, and the plan of the network for them."""
+
+    def __init__(self, packed: _Weights, first: int, streams: int, start_code: int):
+        region = Region()
+        base = packed.region.address
+        panels = -(-streams // TALLEST)
+        rows = -(-streams // panels)
+        padded = panels * rows
+        z_row = packed.z_vectors * VECTOR_BYTES
+        layers = np.zeros((len(packed.dilations), L_FIELDS), np.int64)
+        own = (L_RING, L_Z, L_CONSTANT)
+        for i, dilation in enumerate(packed.dilations):
+            slots = (packed.taps - 1) * dilation
+            layers[i, L_DILATION] = dilation
+            layers[i, L_AHEAD] = packed.ahead[i]
+            layers[i, L_SLOTS] = slots
+            layers[i, L_PAST] = packed.past[i][0]
+            layers[i, L_NOW], layers[i, L_RESIDUAL], layers[i, L_SKIP] = packed.now[i]
+            layers[i, L_CONDITION] = packed.conditions[i]
+            layers[i, L_BIAS] = packed.biases[i] + base
+            layers[i, L_RESIDUAL_BIAS] = packed.residual_biases[i] + base
+            layers[i, L_RING] = region.reserve(slots * streams * packed.x_vectors * VECTOR_BYTES)
+            layers[i, L_Z] = region.reserve(packed.span * streams * z_row)
+            layers[i, L_CONSTANT] = region.reserve(streams * z_row)
+        net = np.zeros(N_FIELDS, np.int64)
+        net[N_TAPS] = packed.taps
+        net[N_CLASSES] = packed.classes
+        net[N_STREAMS] = streams
+        net[N_ROWS] = rows
+        net[N_SPAN] = packed.span
+        net[N_X_VECTORS] = packed.x_vectors
+        net[N_H_VECTORS] = packed.h_vectors
+        net[N_SKIP_VECTORS] = packed.skip_vectors
+        net[N_HEAD_VECTORS] = packed.head_vectors
+        net[N_Z_ROW] = z_row
+        net[N_LOGIT_ROW] = packed.logit_vectors * VECTOR_BYTES
+        net[N_LOGIT_BLOCKS] = -(-packed.classes // BLOCK)
+        net[N_CONDITION_CHANNELS] = packed.condition_channels
+        net[N_CONDITION_VECTORS] = packed.condition_vectors
+        net[N_HEAD1], net[N_HEAD2] = packed.head1, packed.head2
+        for field, offset in (
+            (N_EMBEDDING, packed.embedding),
+            (N_HEAD1_BIAS, packed.head1_bias),
+            (N_HEAD2_BIAS, packed.head2_bias),
+            (N_SKIP_BIAS, packed.skip_bias),
+            (N_ZEROS, packed.zeros),
+        ):
+            net[field] = offset + base
+        ahead = -(-max(packed.ahead) * streams // TALLEST) * TALLEST
+        span = -(-packed.span * streams // TALLEST) * TALLEST
+        vectors = {
+            N_X: padded * packed.x_vectors,
+            N_H: padded * packed.h_vectors,
+            N_SKIP: padded * packed.skip_vectors,
+            N_HEAD: padded * packed.head_vectors,
+            N_LOGITS: streams * packed.logit_vectors,
+            N_WEIGHTS: packed.logit_vectors,
+            N_SUMS: 2 * packed.logit_vectors,
+            N_PANELS: ahead * packed.x_vectors,
+            N_CONDITION_PANELS: span * packed.condition_vectors,
+        }
+        for field, count in vectors.items():
+            net[field] = region.reserve(count * VECTOR_BYTES)
+        net[N_FIRST] = first
+        net[N_MATRICES] = packed.table.ctypes.data
+        region.allocate()
+        layers[:, own] += region.address
+        net[list(vectors)] += region.address
+        self.net, self.layers, self.region = net, layers, region
+        self.previous = np.full(streams, start_code, np.int64)
+
+
+class NumbaEngine:
+    """Runs `batch` streams of a WaveNet in compiled code.
+
+    The weights are packed when it is made: an engine made after the model changed runs the model as it then is.
+
+    Parameters
+    ----------
+    model : WaveNet
+        On any device, of any precision.
+    batch : int
+        Streams, at least 1.
+    weights : str
+        "float32", or "bfloat16": the matrices rounded once to nearest, half the bytes to read; arithmetic in float32.
+    threads : int, optional
+        Cores to use; by default all that the process may run on.
+
+    Raises
+    ------
+    ValueError
+        If an argument is none of these.
+    """
+
+    def __init__(self, model: WaveNet, batch: int, *, weights: str = "float32", threads: int | None = None):
+        if not isinstance(model, WaveNet):
+            raise ValueError(f"engine 'numba' serves WaveNet, not {type(model).__name__}: use engine 'reference'")
+        if weights not in ("float32", "bfloat16"):
+            raise ValueError(f"weights is {weights!r}, it must be float32 or bfloat16")
+        if batch < 1:
+            raise ValueError(f"batch is {batch}, it must be at least 1")
+        if threads is not None and threads < 1:
+            raise ValueError(f"threads is {threads}, it must be at least 1")
+        self.batch = batch
+        self.threads = min(threads or available_cores(), batch)
+        self.classes = model.config.classes
+        groups = -(-batch // _GROUP)
+        groups = min(batch, -(-groups // self.threads) * self.threads)
+        bounds = [batch * g // groups for g in range(groups + 1)]
+        sizes = [stop - start for start, stop in zip(bounds, bounds[1:], strict=False)]
+        self._packed = _Weights(model, max(sizes), weights)
+        self._groups = [_Group(self._packed, first, size, model.start_code) for first, size in zip(bounds, sizes)]
+        self._pool = ThreadPoolExecutor(self.threads) if self.threads > 1 else None
+
+    def generate(self, uniforms: np.ndarray, cond: Tensor | None, temperature: float | np.ndarray = 1.0) -> np.ndarray:
+        """The next samples of every stream.
+
+        Parameters
+        ----------
+        uniforms : ndarray of float64 in [0, 1), shape (B, n)
+        cond : Tensor, shape (B, C, n) or (B, C, 1), or None
+        temperature : float, or ndarray of shape (B, n)
+
+        Returns
+        -------
+        ndarray of int64, shape (B, n): codes
+
+        Raises
+        ------
+        ValueError
+            If a shape does not fit, or the logits become infinite or NaN.
+        """
+        uniforms = np.ascontiguousarray(uniforms, np.float64)
+        temperatures = np.ascontiguousarray(np.broadcast_to(np.asarray(temperature, np.float64), uniforms.shape))
+        codes = np.empty(uniforms.shape, np.int64)
+        self._run(uniforms, temperatures, codes, np.empty((1, 1)), cond, scoring=False)
+        return codes
+
+    def score(self, codes: np.ndarray, cond: Tensor | None) -> np.ndarray:
+        """Log-probabilities, in nats, of the next samples of every stream being `codes`; float64, shape (B, n)."""
+        codes = np.ascontiguousarray(codes, np.int64)
+        if codes.size and not 0 <= codes.min() <= codes.max() < self.classes:
+            raise ValueError(f"codes reach from {codes.min()} to {codes.max()}, the model has classes 0 to {self.classes - 1}")
+        scores = np.empty(codes.shape)
+        none = np.empty((1, 1))
+        self._run(none, none, codes, scores, cond, scoring=True)
+        return scores
+
+    def _run(self, uniforms, temperatures, codes, scores, cond, scoring: bool) -> None:
+        if codes.ndim != 2 or codes.shape[0] != self.batch:
+            raise ValueError(f"shape {codes.shape} for {self.batch} streams: expected ({self.batch}, n)")
+        condition, mode = self._condition(cond, codes.shape[1])
+        run, multiply = _kernels()
+
+        def one(group: _Group) -> int:
+            group.net[N_MULTIPLY] = multiply.address
+            return run(group.net, group.layers, group.previous, uniforms, temperatures, codes, scores,
+                       condition.ctypes.data, mode, int(scoring))  # fmt: skip
+
+        results = list(self._pool.map(one, self._groups)) if self._pool else [one(group) for group in self._groups]
+        bad = [t for t in results if t >= 0]
+        if bad:
+            raise ValueError(f"the logits of sample {min(bad)} of this call are infinite or NaN: check the model's weights")
+
+    def _condition(self, cond: Tensor | None, samples: int) -> tuple[np.ndarray, int]:
+        """Conditioning as (B, n or 1, padded C), and its mode."""
+        channels = self._packed.condition_channels
+        if cond is None:
+            if channels:
+                raise ValueError(f"the model is conditioned: cond must have shape ({self.batch}, {channels}, {samples})")
+            return np.empty(0, np.float32), NO_CONDITION
+        if not channels:
+            raise ValueError("the model is unconditional, and cond is given")
+        shape = tuple(cond.shape)
+        if len(shape) != 3 or shape[:2] != (self.batch, channels) or shape[2] not in (1, samples):
+            raise ValueError(f"cond has shape {shape}, expected ({self.batch}, {channels}, {samples}) or (.., .., 1)")
+        rows = np.zeros((self.batch, shape[2], self._packed.condition_vectors * LANES), np.float32)
+        rows[:, :, :channels] = cond.detach().to("cpu", torch.float32).transpose(1, 2).numpy()
+        return rows, CONSTANT_CONDITION if shape[2] == 1 else CONDITION
+
+
+def available_cores() -> int:
+    """Cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

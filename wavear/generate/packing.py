@@ -1,0 +1,112 @@
+"""Weights and state as the CPU engine wants them: packed matrices in memory on huge pages."""
+
+from __future__ import annotations
+
+import mmap
+
+import numpy as np
+from torch import Tensor, nn
+
+LINE = 64
+_HUGE = 2 << 20
+
+
+class Region:
+    """Memory for many arrays, reserved first and then allocated in one piece.
+
+    The piece is aligned to, and advised for, huge pages: with small ones the physical addresses of 2 MB of weights
+    fall unevenly on the sets of an L2 cache of 2 MB, which then holds two thirds of them.
+    """
+
+    def __init__(self):
+        self.size = 0
+        self.address = 0
+        self._filled: list[tuple[int, np.ndarray]] = []
+
+    def reserve(self, nbytes: int) -> int:
+        """Offset of a new array, aligned to a cache line."""
+        offset = self.size
+        self.size += -(-nbytes // LINE) * LINE
+        return offset
+
+    def put(self, array: np.ndarray) -> int:
+        """Offset of a copy of `array`, made by `allocate`."""
+        offset = self.reserve(array.nbytes)
+        self._filled.append((offset, array))
+        return offset
+
+    def allocate(self) -> int:
+        """Address of the whole region; what was not `put` is zero. A line is left over at the end to read beyond."""
+        self._memory = mmap.mmap(-1, self.size + _HUGE + 4096)
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            self._memory.madvise(mmap.MADV_HUGEPAGE)
+        whole = np.frombuffer(self._memory, np.uint8)
+        start = -whole.ctypes.data % _HUGE
+        self.bytes = whole[start : start + self.size]
+        for offset, array in self._filled:
+            self.view(offset, array.nbytes)[:] = array.reshape(-1).view(np.uint8)
+        self._filled.clear()
+        self.address = whole.ctypes.data + start
+        return self.address
+
+    def view(self, offset: int, nbytes: int) -> np.ndarray:
+        return self.bytes[offset : offset + nbytes]
+
+
+def to_numpy(tensor: Tensor) -> np.ndarray:
+    """Any parameter, on any device and of any precision, as contiguous float32."""
+    return np.ascontiguousarray(tensor.detach().float().cpu().numpy())
+
+
+def vectors_of(outputs: int, lanes: int, width: int, even: bool) -> tuple[int, int]:
+    """(blocks, vectors in each) that hold `outputs`: blocks of equal size, at most `width` vectors wide."""
+    vectors = -(-outputs // lanes)
+    if width <= 4:
+        # The kernels for several rows come in these widths only.
+        return -(-vectors // width), width
+    blocks = -(-vectors // width)
+    each = -(-vectors // blocks)
+    if even:
+        each += each % 2
+    return blocks, each
+
+
+def pack(matrix: np.ndarray, lanes: int, width: int, weights: str) -> tuple[np.ndarray, int, int]:
+    """Pack a matrix (outputs, inputs) for the kernels of `_simd.tile`.
+
+    Parameters
+    ----------
+    matrix : ndarray of float32, shape (outputs, inputs)
+    lanes : int
+        Floats in a vector.
+    width : int
+        Vectors in a block, at most.
+    weights : str
+        "float32" or "bfloat16".
+
+    Returns
+    -------
+    packed : ndarray, shape (blocks, inputs, vectors in a block * lanes), or half as many words for bfloat16
+    blocks, vectors : int
+    """
+    outputs, inputs = matrix.shape
+    blocks, vectors = vectors_of(outputs, lanes, width, weights == "bfloat16")
+    columns = np.zeros((inputs, blocks * vectors * lanes), np.float32)
+    columns[:, :outputs] = matrix.T
+    packed = columns.reshape(inputs, blocks, vectors * lanes).transpose(1, 0, 2)
+    if weights == "bfloat16":
+        bits = round_to_bfloat16(packed).reshape(blocks, inputs, vectors // 2, 2, lanes)
+        packed = bits[:, :, :, 0] | (bits[:, :, :, 1] << np.uint32(16))
+    return np.ascontiguousarray(packed), blocks, vectors
+
+
+def round_to_bfloat16(values: np.ndarray) -> np.ndarray:
+    """The upper halves of float32 values rounded to nearest, ties to even, as uint32."""
+    bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
+    rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
+    return np.where(np.isnan(values), np.uint32(0x7FC0), rounded)
+
+
+def kernel1x1(layer: nn.Module) -> np.ndarray:
+    """(outputs, inputs) of a 1x1 convolution."""
+    return to_numpy(layer.weight)[:, :, 0]  # type: ignore[index, arg-type]
