@@ -6,7 +6,7 @@ Frame f belongs to the samples [f * hop, (f + 1) * hop), and a waveform of T sam
 the settings; up to hop - 1 samples at the end belong to no frame (though the last frames still see them). The window
 of frame f is centred on its own samples:
 
-    centre = "middle":  on f * hop + hop / 2, as in HiFi-GAN (padding by (n_fft - hop) / 2, then torch.stft(center=False))
+    centre = "middle":  on f * hop + hop / 2, as in HiFi-GAN (padded by (n_fft - hop) / 2, torch.stft(center=False))
     centre = "start":   on f * hop, as in librosa and torch.stft(center=True), less the frame past the end
 
 What a window sees beyond the ends of the waveform is its mirror image or zeros (`padding`). A frame depends on no
