@@ -165,7 +165,7 @@ def test_every_parameter_learns():
         ({"classes": 65537}, "classes is 65537"),
         ({"residual_channels": 0}, "residual_channels is 0"),
         ({"layers": 2.5}, "layers is 2.5"),
-        ({"layers": 100, "stacks": 1}, "at most 24 layers"),
+        ({"layers": 100, "stacks": 1}, "at most 24 fit a stack"),
         ({"sample_rate": 10}, "sample_rate is 10"),
         ({"mel": MEL, "sample_rate": 16000}, "8000 Hz audio and the model of 16000 Hz"),
     ],
@@ -185,19 +185,20 @@ def test_the_network_is_that_of_the_paper():
         x = model.embedding.weight[[model.start_code, *codes[0, :-1].tolist()]]  # (T, R)
         skip = torch.zeros(24, 7, dtype=torch.float64)
         for i, block in enumerate(model.blocks):
+            dilated = block.dilated.weight.view(12, 3, 6)  # (outputs, taps from the oldest, inputs)
             out = x.clone()
             for t in range(24):
-                z = block.dilated.bias + block.conditioning.weight[:, :, 0] @ cond[0, :, t]
+                z = block.dilated.bias + block.conditioning.weight @ cond[0, :, t]
                 for k in range(3):
                     past = t - (2 - k) * config.dilations[i]
                     if past >= 0:
-                        z = z + block.dilated.weight[:, :, k] @ x[past]
+                        z = z + dilated[:, k] @ x[past]
                 h = torch.tanh(z[:6]) * torch.sigmoid(z[6:])
-                skip[t] += block.skip.weight[:, :, 0] @ h + block.skip.bias
+                skip[t] += block.skip.weight @ h + block.skip.bias
                 if block.residual is not None:
-                    out[t] = x[t] + block.residual.weight[:, :, 0] @ h + block.residual.bias
+                    out[t] = x[t] + block.residual.weight @ h + block.residual.bias
             x = out
         first, second = model.head[1], model.head[3]
-        hidden = torch.relu(torch.relu(skip) @ first.weight[:, :, 0].T + first.bias)
-        logits = hidden @ second.weight[:, :, 0].T + second.bias
+        hidden = torch.relu(torch.relu(skip) @ first.weight.T + first.bias)
+        logits = hidden @ second.weight.T + second.bias
         torch.testing.assert_close(model(codes, cond)[0].T, logits, rtol=0, atol=1e-12)

@@ -80,30 +80,30 @@ class WaveNetConfig:
 
 
 class Block(nn.Module):
-    """One layer: a dilated convolution, the conditioning, a tanh-sigmoid gate, and 1x1 outputs to residual and skip."""
+    """One layer: a dilated convolution, the conditioning, a tanh-sigmoid gate, and 1x1 outputs to residual and skip.
+
+    The convolution is one matrix over its taps side by side, oldest first, and channels are the last axis. So time is
+    an axis like the batch: `forward` and `step` share every line, and a layer is a few large matrix products.
+    """
 
     def __init__(self, config: WaveNetConfig, last: bool):
         super().__init__()
         r = config.residual_channels
-        self.dilated = nn.Conv1d(r, 2 * r, config.kernel_size)
         conditioned = config.mel is not None or config.speakers > 0
-        self.conditioning = nn.Conv1d(config.conditioning_channels, 2 * r, 1, bias=False) if conditioned else None
-        self.skip = nn.Conv1d(r, config.skip_channels, 1)
-        self.residual = None if last else nn.Conv1d(r, r, 1)  # nothing reads the last one
+        self.dilated = nn.Linear(config.kernel_size * r, 2 * r)
+        self.conditioning = nn.Linear(config.conditioning_channels, 2 * r, bias=False) if conditioned else None
+        self.skip = nn.Linear(r, config.skip_channels)
+        self.residual = None if last else nn.Linear(r, r)  # nothing reads the last one
 
-    def forward(self, x: Tensor, cond: Tensor | None, dilation: int) -> tuple[Tensor, Tensor]:
-        """(B, R, T + (kernel - 1) * dilation), (B, C, T or 1) -> the next layer's input (B, R, T), skip (B, S, T).
-
-        In parallel `x` holds the past in front and `dilation` is the layer's own; a step passes the taps side by side
-        and a dilation of 1.
-        """
-        z = F.conv1d(x, self.dilated.weight, self.dilated.bias, dilation=dilation)
+    def forward(self, taps: list[Tensor], cond: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Taps (..., R), the current one last, and cond (..., C) -> the next layer's input, the gated units."""
+        z = self.dilated(torch.cat(taps, dim=-1))
         if self.conditioning is not None:
             z = z + self.conditioning(cond)
-        tanh, sigmoid = z.chunk(2, dim=1)
-        h = torch.tanh(tanh) * torch.sigmoid(sigmoid)
-        current = x[:, :, -z.shape[2] :]
-        return current if self.residual is None else current + self.residual(h), self.skip(h)
+        tanh, sigmoid = z.chunk(2, dim=-1)
+        gated = torch.tanh(tanh) * torch.sigmoid(sigmoid)
+        x = taps[-1]
+        return x if self.residual is None else x + self.residual(gated), gated
 
 
 @dataclass
@@ -111,7 +111,7 @@ class WaveNetState:
     """The past of each layer, as ring buffers: sample t lies at t modulo the length."""
 
     queues: list[Tensor]
-    """Per layer, (B, R, (kernel - 1) * dilation)."""
+    """Per layer, (B, (kernel - 1) * dilation, R)."""
     time: Tensor
     """Samples stepped so far; int64 scalar on the device, so that a captured graph can advance it."""
 
@@ -141,9 +141,9 @@ class WaveNet(AutoregressiveModel):
         self.blocks = nn.ModuleList(Block(config, last=layer == config.layers - 1) for layer in range(config.layers))
         self.head = nn.Sequential(
             nn.ReLU(),
-            nn.Conv1d(config.skip_channels, config.head_channels, 1),
+            nn.Linear(config.skip_channels, config.head_channels),
             nn.ReLU(),
-            nn.Conv1d(config.head_channels, config.classes, 1),
+            nn.Linear(config.head_channels, config.classes),
         )
         self.conditioning = (
             Conditioning(
@@ -187,35 +187,42 @@ class WaveNet(AutoregressiveModel):
 
     def forward(self, codes: Tensor, cond: Tensor | None = None) -> Tensor:
         """See `AutoregressiveModel.forward`."""
-        x = self.embedding(self.shift(codes)).transpose(1, 2)
-        skip = torch.zeros((), dtype=x.dtype, device=x.device)
+        x = self.embedding(self.shift(codes))
+        cond = None if cond is None else cond.transpose(1, 2)
+        total, gates = codes.shape[1], []
         for block, dilation in zip(self.blocks, self.config.dilations, strict=True):
-            past = (self.config.kernel_size - 1) * dilation
-            x, s = block(F.pad(x, (past, 0)), cond, dilation)
-            skip = skip + s
-        return self.head(skip)
+            past = F.pad(x, (0, 0, (self.config.kernel_size - 1) * dilation, 0))
+            taps = [past[:, k * dilation : k * dilation + total] for k in range(self.config.kernel_size - 1)]
+            x, gated = block([*taps, x], cond)
+            gates.append(gated)
+        return self._read(gates).transpose(1, 2)
+
+    def _read(self, gates: list[Tensor]) -> Tensor:
+        """Each layer's gated units (..., R) -> logits (..., Q): the sum of the skip outputs, as one product; the head."""
+        weight = torch.cat([block.skip.weight for block in self.blocks], dim=1)
+        bias = torch.stack([block.skip.bias for block in self.blocks]).sum(dim=0)
+        return self.head(F.linear(torch.cat(gates, dim=-1), weight, bias))
 
     def init_state(self, batch: int) -> WaveNetState:
         """See `AutoregressiveModel.init_state`."""
         weight = self.embedding.weight
         past = [(self.config.kernel_size - 1) * dilation for dilation in self.config.dilations]
         return WaveNetState(
-            queues=[weight.new_zeros(batch, self.config.residual_channels, length) for length in past],
+            queues=[weight.new_zeros(batch, length, self.config.residual_channels) for length in past],
             time=torch.zeros((), dtype=torch.long, device=weight.device),
         )
 
     def step(self, previous: Tensor, state: WaveNetState, cond_t: Tensor | None = None) -> Tensor:
         """See `AutoregressiveModel.step`."""
-        x = self.embedding(previous)[:, :, None]
-        cond = None if cond_t is None else cond_t[:, :, None]
-        skip = torch.zeros((), dtype=x.dtype, device=x.device)
-        taps = torch.arange(self.config.kernel_size - 1, device=x.device)
+        x = self.embedding(previous)
+        gates = []
+        steps = torch.arange(self.config.kernel_size - 1, device=x.device)
         for block, dilation, queue in zip(self.blocks, self.config.dilations, state.queues, strict=True):
             # The oldest tap lies at time modulo the length, where the current sample then takes its place.
-            slots = (state.time + taps * dilation) % queue.shape[2]
-            window = torch.cat([queue.index_select(2, slots), x], dim=2)
-            queue.index_copy_(2, slots[:1], x)
-            x, s = block(window, cond, dilation=1)
-            skip = skip + s
+            slots = (state.time + steps * dilation) % queue.shape[1]
+            past = queue.index_select(1, slots)
+            queue.index_copy_(1, slots[:1], x[:, None])
+            x, gated = block([past.flatten(1), x], cond_t)
+            gates.append(gated)
         state.time += 1
-        return self.head(skip)[:, :, 0]
+        return self._read(gates)
