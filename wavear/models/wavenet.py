@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -133,6 +134,7 @@ class WaveNet(AutoregressiveModel):
     """
 
     config: WaveNetConfig
+    blocks: Any  # nn.ModuleList of Block
 
     def __init__(self, config: WaveNetConfig):
         super().__init__()
@@ -198,7 +200,7 @@ class WaveNet(AutoregressiveModel):
         return self._read(gates).transpose(1, 2)
 
     def _read(self, gates: list[Tensor]) -> Tensor:
-        """Each layer's gated units (..., R) -> logits (..., Q): the sum of the skip outputs, as one product; the head."""
+        """Gated units of each layer (..., R) -> logits (..., Q): the sum of the skips as one product, then the head."""
         weight = torch.cat([block.skip.weight for block in self.blocks], dim=1)
         bias = torch.stack([block.skip.bias for block in self.blocks]).sum(dim=0)
         return self.head(F.linear(torch.cat(gates, dim=-1), weight, bias))
