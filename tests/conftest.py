@@ -1,0 +1,33 @@
+"""Fixtures for all tests: seeds, and real recordings where there are some."""
+
+from __future__ import annotations
+
+import os
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def _seeds() -> None:
+    random.seed(0)
+    np.random.seed(0)  # noqa: NPY002 -- for libraries that draw from it
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """A folder with folders of real recordings, from the variable WAVEAR_TEST_DATA or beside the repository."""
+    given = os.environ.get("WAVEAR_TEST_DATA")
+    folder = Path(given) if given else Path(__file__).resolve().parents[1].parent / "shared" / "data"
+    if not folder.is_dir():
+        pytest.skip(f"no real recordings: {folder} is not a folder (set WAVEAR_TEST_DATA to one)")
+    return folder
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("cuda") and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
