@@ -67,6 +67,8 @@ TALLEST = 12 if REGISTERS == 32 else 4
 WIDEST = 12 if REGISTERS == 32 else 8
 # rows -> how many rows one tile kernel takes, by the vectors it is wide
 HEIGHTS = {2: (12, 8, 6, 4, 3, 2, 1), 4: (3, 2, 1)} if REGISTERS == 32 else {2: (4, 3, 2, 1), 4: (2, 1)}
+# Vectors in a block of a matrix for `sparse`.
+SPARSE = (8, 4)
 # rows, vectors, whether the rows lie in a panel
 TILES = [(1, v, False) for v in range(1, WIDEST + 1)]
 TILES += [(rows, v, True) for v, heights in HEIGHTS.items() for rows in heights]
@@ -107,7 +109,9 @@ class Emitter:
         return self.b.shuffle_vector(one, ir.Constant(kind, ir.Undefined), zeros)
 
     def fma(self, x, y, z):
-        return self.b.call(declare(self.b.module, f"llvm.fma.v{self.lanes}f32", self.vector, [self.vector] * 3), [x, y, z])
+        return self.b.call(
+            declare(self.b.module, f"llvm.fma.v{self.lanes}f32", self.vector, [self.vector] * 3), [x, y, z]
+        )
 
     def polynomial(self, x, coefficients):
         """Horner, highest power first."""
@@ -169,9 +173,7 @@ class Emitter:
                 4.89352455891786e-03,
             ],
         )
-        q = self.polynomial(
-            s, [1.19825839466702e-06, 1.18534705686654e-04, 2.26843463243900e-03, 4.89352518554385e-03]
-        )
+        q = self.polynomial(s, [1.19825839466702e-06, 1.18534705686654e-04, 2.26843463243900e-03, 4.89352518554385e-03])
         return self.b.fmul(x, p), q
 
     def sigmoid_denominator(self, x):
@@ -258,6 +260,18 @@ def kernel(name: str, arguments: int, emit, lanes: int | None = None, result=typ
     return intrinsic(scope[name])
 
 
+def _read_weights(e: Emitter, address, vectors: int, bfloat16: bool) -> list:
+    """The weights of one input."""
+    if not bfloat16:
+        return [e.load(e.at(address, j * VECTOR_BYTES)) for j in range(vectors)]
+    w = []
+    for j in range(vectors // 2):
+        pair = e.load(e.at(address, j * VECTOR_BYTES), e.integers)
+        w.append(e.b.bitcast(e.b.shl(pair, e.i32(16)), e.vector))
+        w.append(e.b.bitcast(e.b.and_(pair, e.i32(0xFFFF0000)), e.vector))
+    return w
+
+
 def _tile(rows: int, vectors: int, bfloat16: bool, panel: bool, prefetch: int = 0):
     """Emits out[row] = init[row] + bias + sum over inputs of x[row, input] * weights[input], for one tile of outputs.
 
@@ -273,20 +287,15 @@ def _tile(rows: int, vectors: int, bfloat16: bool, panel: bool, prefetch: int = 
         for v in range(vectors):
             offset = e.load(e.at(bias, v * VECTOR_BYTES))
             for m in range(rows):
-                address = e.at(init, b.add(b.mul(init_row, ir.Constant(_I64, m)), b.mul(init_vector, ir.Constant(_I64, v))))
+                address = e.at(
+                    init, b.add(b.mul(init_row, ir.Constant(_I64, m)), b.mul(init_vector, ir.Constant(_I64, v)))
+                )
                 b.store(b.fadd(e.load(address), offset), sums[m][v])
         step = vectors * VECTOR_BYTES // (2 if bfloat16 else 1)
 
         def one(address, source, position):
             """One input: `position` counts from `source` in floats and is a constant."""
-            w = []
-            if bfloat16:
-                for j in range(vectors // 2):
-                    pair = e.load(e.at(address, j * VECTOR_BYTES), e.integers)
-                    w.append(b.bitcast(b.shl(pair, e.i32(16)), e.vector))
-                    w.append(b.bitcast(b.and_(pair, e.i32(0xFFFF0000)), e.vector))
-            else:
-                w = [e.load(e.at(address, j * VECTOR_BYTES)) for j in range(vectors)]
+            w = _read_weights(e, address, vectors, bfloat16)
             if prefetch:
                 for j in range(0, step, 64):
                     touch(e, e.at(address, prefetch + j))
@@ -322,10 +331,87 @@ def _tile(rows: int, vectors: int, bfloat16: bool, panel: bool, prefetch: int = 
         e.loop(b.sub(inputs, done), several(tail, 1))
         for v in range(vectors):
             for m in range(rows):
-                address = e.at(out, b.add(b.mul(out_row, ir.Constant(_I64, m)), b.mul(out_vector, ir.Constant(_I64, v))))
+                address = e.at(
+                    out, b.add(b.mul(out_row, ir.Constant(_I64, m)), b.mul(out_vector, ir.Constant(_I64, v)))
+                )
                 e.store(b.load(sums[m][v]), address)
 
     return emit
+
+
+def _sparse(vectors: int, bfloat16: bool):
+    """Emits the product with a vector that is mostly zeros, given by its other entries.
+
+    Arguments: weights, number of entries, values, offsets of their rows in bytes, init, out. A fused multiply-add of
+    zero changes nothing, so leaving it out gives the same result.
+    """
+
+    def emit(e: Emitter, weights, entries, values, offsets, init, out):
+        b = e.b
+        sums = [b.alloca(e.vector) for _ in range(vectors)]
+        for v in range(vectors):
+            b.store(e.load(e.at(init, v * VECTOR_BYTES)), sums[v])
+
+        def several(start, count):
+            def body(i):
+                first = b.add(start, b.mul(i, ir.Constant(_I64, count)))
+                for k in range(count):
+                    position = e.at(first, k)
+                    row = b.add(weights, e.load(b.add(offsets, b.mul(position, ir.Constant(_I64, 8))), _I64))
+                    value = e.splat(e.load(b.add(values, b.mul(position, ir.Constant(_I64, 4))), _F32))
+                    for v, w in enumerate(_read_weights(e, row, vectors, bfloat16)):
+                        b.store(e.fma(value, w, b.load(sums[v])), sums[v])
+
+            return body
+
+        e.loop(b.udiv(entries, ir.Constant(_I64, 4)), several(ir.Constant(_I64, 0), 4))
+        done = b.and_(entries, ir.Constant(_I64, ~3))
+        e.loop(b.sub(entries, done), several(done, 1))
+        for v in range(vectors):
+            e.store(b.load(sums[v]), e.at(out, v * VECTOR_BYTES))
+
+    return emit
+
+
+def _sparses(e: Emitter, key, *arguments):
+    """Calls the kernel for `key` vectors, + 256 for bfloat16."""
+    b = e.b
+    done = b.append_basic_block("done")
+    switch = b.switch(key, done)
+    for vectors in SPARSE:
+        for half in (False, True):
+            name = f"wavear_sparse_{vectors}_{'bfloat16' if half else 'float32'}"
+            function = emitted(b.module, name, LANES, types.void, [types.int64] * 6, _sparse(vectors, half))
+            block = b.append_basic_block(name)
+            switch.add_case(ir.Constant(_I64, vectors + 256 * half), block)
+            with b.goto_block(block):
+                b.call(function, arguments)
+                b.branch(done)
+    b.position_at_end(done)
+
+
+sparse = kernel("sparse", 7, _sparses)
+
+
+def _entries(e: Emitter, x, count, row, values, offsets):
+    """The entries above zero of a vector (NaN too), with the offsets of rows of `row` bytes; returns their number."""
+    b = e.b
+    found = b.alloca(_I64)
+    b.store(ir.Constant(_I64, 0), found)
+
+    def body(i):
+        value = e.load(b.add(x, b.mul(i, ir.Constant(_I64, 4))), _F32)
+        n = b.load(found)
+        e.store(value, b.add(values, b.mul(n, ir.Constant(_I64, 4))))
+        e.store(b.mul(i, row), b.add(offsets, b.mul(n, ir.Constant(_I64, 8))))
+        keep = b.fcmp_unordered(">", value, ir.Constant(_F32, 0.0))
+        b.store(b.add(n, b.zext(keep, _I64)), found)
+
+    e.loop(count, body)
+    return b.load(found)
+
+
+entries = kernel("entries", 5, _entries, result=types.int64)
 
 
 def tile_key(rows: int, vectors: int, half: int, panel: int) -> int:
@@ -353,8 +439,6 @@ def _tiles(e: Emitter, key, *arguments):
 
 
 tile = kernel("tile", 12, _tiles)
-
-
 
 
 def touch(e: Emitter, address):
@@ -397,10 +481,25 @@ relu = kernel("relu", 3, _pointwise(Emitter.relu))
 
 
 def _copy(e: Emitter, source, source_vector, out, out_vector, vectors):
-    e.loop(vectors, lambda i: e.store(e.load(e.at(source, e.b.mul(i, source_vector))), e.at(out, e.b.mul(i, out_vector))))
+    e.loop(
+        vectors, lambda i: e.store(e.load(e.at(source, e.b.mul(i, source_vector))), e.at(out, e.b.mul(i, out_vector)))
+    )
 
 
 copy = kernel("copy", 5, _copy)
+
+
+def _add(e: Emitter, x, y, vectors):
+    """y += x"""
+
+    def body(i):
+        offset = e.b.mul(i, ir.Constant(_I64, VECTOR_BYTES))
+        e.store(e.b.fadd(e.load(e.at(y, offset)), e.load(e.at(x, offset))), e.at(y, offset))
+
+    e.loop(vectors, body)
+
+
+add = kernel("add", 3, _add)
 
 
 def _halves(e: Emitter, value, combine):
@@ -474,3 +573,4 @@ def _call(arguments: int):
 
 
 call15 = _call(15)
+call7 = _call(7)

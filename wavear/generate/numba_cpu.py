@@ -17,6 +17,8 @@ from __future__ import annotations
 import functools
 import os
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
 
 import numba
 import numpy as np
@@ -30,8 +32,9 @@ from wavear.generate.packing import Region, pack, round_to_bfloat16, to_numpy, v
 from wavear.models.wavenet import WaveNet
 
 _GROUP = 3 * TALLEST  # streams that one thread runs side by side, at most
-_AHEAD = 16  # samples that past taps are computed ahead, at most, for one stream
+_AHEAD = 64  # samples that past taps are computed ahead, at most, for one stream
 _SPAN = 64  # samples that the conditioning is projected ahead, for one stream
+_TABLE = 4096  # classes up to which the first layer's products with the embedding are tabulated
 
 # Fields of a matrix: address of the packed weights, inputs, blocks, vectors in a block, 1 if bfloat16.
 M_ADDRESS, M_INPUTS, M_BLOCKS, M_VECTORS, M_HALF, M_FIELDS = range(6)
@@ -44,7 +47,8 @@ M_ADDRESS, M_INPUTS, M_BLOCKS, M_VECTORS, M_HALF, M_FIELDS = range(6)
 (N_TAPS, N_CLASSES, N_STREAMS, N_ROWS, N_SPAN, N_X_VECTORS, N_H_VECTORS, N_SKIP_VECTORS, N_HEAD_VECTORS, N_Z_ROW,
  N_LOGIT_ROW, N_LOGIT_BLOCKS, N_EMBEDDING, N_CONDITION_CHANNELS, N_CONDITION_VECTORS, N_HEAD1, N_HEAD2, N_HEAD1_BIAS,
  N_HEAD2_BIAS, N_SKIP_BIAS, N_ZEROS, N_X, N_H, N_SKIP, N_HEAD, N_LOGITS, N_WEIGHTS, N_SUMS, N_PANELS,
- N_CONDITION_PANELS, N_TIME, N_FIRST, N_MULTIPLY, N_MATRICES, N_FIELDS) = range(35)  # fmt: skip
+ N_CONDITION_PANELS, N_TIME, N_FIRST, N_MULTIPLY, N_MATRICES, N_SPARSE,
+ N_TABLE, N_VALUES, N_OFFSETS, N_FIELDS) = range(39)  # fmt: skip
 
 NO_CONDITION, CONSTANT_CONDITION, CONDITION = range(3)
 
@@ -111,6 +115,33 @@ def _multiply(net, matrix, rows, panel_rows, x, x_block, x_panel, bias, init, in
                  init, init_row, init_vector, init_panel, out, out_row, out_vector, out_panel)  # fmt: skip
 
 
+def _multiply_sparse(matrix, count, values, offsets, init, out, unused):
+    """out = init + matrix @ x for one row, given by its entries above zero."""
+    weights = _simd.load_int(matrix + 8 * M_ADDRESS)
+    inputs = _simd.load_int(matrix + 8 * M_INPUTS)
+    vectors = _simd.load_int(matrix + 8 * M_VECTORS)
+    half = _simd.load_int(matrix + 8 * M_HALF)
+    row = vectors * VECTOR_BYTES
+    if half:
+        row //= 2
+    for _ in range(_simd.load_int(matrix + 8 * M_BLOCKS)):
+        _simd.sparse(vectors + 256 * half, weights, count, values, offsets, init, out)
+        weights += inputs * row
+        init += vectors * VECTOR_BYTES
+        out += vectors * VECTOR_BYTES
+
+
+@numba.njit
+def _rectified(net, matrix, x, bias, out):
+    """out = bias + matrix @ relu(x) for one row, whose zeros, about half, are not multiplied nor their weights read."""
+    address = net[N_MATRICES] + 8 * M_FIELDS * matrix
+    row = _simd.load_int(address + 8 * M_VECTORS) * VECTOR_BYTES
+    if _simd.load_int(address + 8 * M_HALF):
+        row //= 2
+    count = _simd.entries(x, _simd.load_int(address + 8 * M_INPUTS), row, net[N_VALUES], net[N_OFFSETS])
+    _simd.call7(net[N_SPARSE], address, count, net[N_VALUES], net[N_OFFSETS], bias, out, 0)
+
+
 @numba.njit
 def _to_panels(first, row_bytes, rows, vectors, panels, done):
     """Copy rows of channels, `row_bytes` apart, to the rows from `done` on of panels of TALLEST rows."""
@@ -171,7 +202,9 @@ def _start_span(net, layers, condition, condition_row, mode, count):
         else:
             vectors = streams * net[N_Z_ROW] // VECTOR_BYTES
             for t in range(count):
-                _simd.copy(layer[L_CONSTANT], VECTOR_BYTES, layer[L_Z] + t * streams * net[N_Z_ROW], VECTOR_BYTES, vectors)
+                _simd.copy(
+                    layer[L_CONSTANT], VECTOR_BYTES, layer[L_Z] + t * streams * net[N_Z_ROW], VECTOR_BYTES, vectors
+                )
 
 
 @numba.njit
@@ -204,9 +237,7 @@ def _sample(net, logits, uniform, temperature):
     """The smallest code whose cumulative probability exceeds the uniform; -1 if the logits are not numbers."""
     blocks = net[N_LOGIT_BLOCKS]
     largest = _simd.largest(logits, blocks)
-    total = _simd.exponentials(
-        logits, blocks, net[N_WEIGHTS], net[N_SUMS], largest, np.float32(1.0 / temperature)
-    )
+    total = _simd.exponentials(logits, blocks, net[N_WEIGHTS], net[N_SUMS], largest, np.float32(1.0 / temperature))
     if not total > 0.0 or total == np.inf:
         return -1
     threshold = uniform * total
@@ -243,8 +274,8 @@ def _run(net, layers, previous, uniforms, temperatures, codes, scores, condition
     ----------
     net, layers : int64 arrays
         The plan: see the fields above. `net[N_TIME]` is advanced.
-    previous : int64 array (G,)
-        The code before the first sample; becomes the last one.
+    previous : int64 array (G, K)
+        The codes before the first sample, the last one last; `classes` stands for none. Becomes the last codes.
     uniforms, temperatures : float64 arrays (B, n)
     codes : int64 array (B, n)
         Written, or read if `scoring`.
@@ -266,6 +297,8 @@ def _run(net, layers, previous, uniforms, temperatures, codes, scores, condition
     first = net[N_FIRST]
     samples = codes.shape[1]
     count = layers.shape[0]
+    taps = net[N_TAPS]
+    dense = net[N_SPARSE] == 0
     x_vectors = net[N_X_VECTORS]
     h_vectors = net[N_H_VECTORS]
     skip_vectors = net[N_SKIP_VECTORS]
@@ -291,21 +324,27 @@ def _run(net, layers, previous, uniforms, temperatures, codes, scores, condition
         for s in range(streams):
             panel = s // rows
             row = (s % rows) * VECTOR_BYTES
-            _simd.copy(net[N_EMBEDDING] + previous[s] * x_vectors * VECTOR_BYTES, VECTOR_BYTES,
+            _simd.copy(net[N_EMBEDDING] + previous[s, taps - 1] * x_vectors * VECTOR_BYTES, VECTOR_BYTES,
                        x + panel * x_vectors * vector + row, vector, x_vectors)  # fmt: skip
             _simd.copy(net[N_SKIP_BIAS], VECTOR_BYTES, skip + panel * skip_vectors * vector + row, vector, skip_vectors)
         for i in range(count):
             layer = layers[i]
-            ahead = layer[L_AHEAD]
-            if position % ahead == 0:
-                _add_past(net, layer, time, position, min(ahead, left - position))
-            ring = layer[L_RING] + (time % layer[L_SLOTS]) * streams * x_vectors * VECTOR_BYTES
-            for s in range(streams):
-                _simd.copy(x + (s // rows) * x_vectors * vector + (s % rows) * VECTOR_BYTES, vector,
-                           ring + s * x_vectors * VECTOR_BYTES, VECTOR_BYTES, x_vectors)  # fmt: skip
             z = layer[L_Z] + position * streams * z_row
-            _multiply(net, layer[L_NOW], streams, rows, x, vector, x_vectors * vector, zeros,
-                      z, z_row, VECTOR_BYTES, rows * z_row, z, z_row, VECTOR_BYTES, rows * z_row)  # fmt: skip
+            if i == 0 and net[N_TABLE]:
+                for s in range(streams):
+                    for tap in range(taps):
+                        entry = tap * (net[N_CLASSES] + 1) + previous[s, tap]
+                        _simd.add(net[N_TABLE] + entry * z_row, z + s * z_row, 2 * h_vectors)
+            else:
+                ahead = layer[L_AHEAD]
+                if position % ahead == 0:
+                    _add_past(net, layer, time, position, min(ahead, left - position))
+                ring = layer[L_RING] + (time % layer[L_SLOTS]) * streams * x_vectors * VECTOR_BYTES
+                for s in range(streams):
+                    _simd.copy(x + (s // rows) * x_vectors * vector + (s % rows) * VECTOR_BYTES, vector,
+                               ring + s * x_vectors * VECTOR_BYTES, VECTOR_BYTES, x_vectors)  # fmt: skip
+                _multiply(net, layer[L_NOW], streams, rows, x, vector, x_vectors * vector, zeros,
+                          z, z_row, VECTOR_BYTES, rows * z_row, z, z_row, VECTOR_BYTES, rows * z_row)  # fmt: skip
             for s in range(streams):
                 _simd.gate(z + s * z_row, z + s * z_row + h_vectors * VECTOR_BYTES,
                            h + (s // rows) * h_vectors * vector + (s % rows) * VECTOR_BYTES, h_vectors, vector)  # fmt: skip
@@ -316,13 +355,17 @@ def _run(net, layers, previous, uniforms, temperatures, codes, scores, condition
             _multiply(net, layer[L_SKIP], streams, rows, h, vector, h_vectors * vector, zeros,
                       skip, VECTOR_BYTES, vector, skip_vectors * vector,
                       skip, VECTOR_BYTES, vector, skip_vectors * vector)  # fmt: skip
-        _simd.relu(skip, skip, panel_count * skip_vectors * rows)
-        _multiply(net, net[N_HEAD1], streams, rows, skip, vector, skip_vectors * vector, zeros,
-                  net[N_HEAD1_BIAS], 0, VECTOR_BYTES, 0, head, VECTOR_BYTES, vector, head_vectors * vector)  # fmt: skip
-        _simd.relu(head, head, panel_count * head_vectors * rows)
-        _multiply(net, net[N_HEAD2], streams, rows, head, vector, head_vectors * vector, zeros,
-                  net[N_HEAD2_BIAS], 0, VECTOR_BYTES, 0,
-                  logits, net[N_LOGIT_ROW], VECTOR_BYTES, rows * net[N_LOGIT_ROW])  # fmt: skip
+        if dense:
+            _simd.relu(skip, skip, panel_count * skip_vectors * rows)
+            _multiply(net, net[N_HEAD1], streams, rows, skip, vector, skip_vectors * vector, zeros,
+                      net[N_HEAD1_BIAS], 0, VECTOR_BYTES, 0, head, VECTOR_BYTES, vector, head_vectors * vector)  # fmt: skip
+            _simd.relu(head, head, panel_count * head_vectors * rows)
+            _multiply(net, net[N_HEAD2], streams, rows, head, vector, head_vectors * vector, zeros,
+                      net[N_HEAD2_BIAS], 0, VECTOR_BYTES, 0,
+                      logits, net[N_LOGIT_ROW], VECTOR_BYTES, rows * net[N_LOGIT_ROW])  # fmt: skip
+        else:
+            _rectified(net, net[N_HEAD1], skip, net[N_HEAD1_BIAS], head)
+            _rectified(net, net[N_HEAD2], head, net[N_HEAD2_BIAS], logits)
         for s in range(streams):
             row = logits + s * net[N_LOGIT_ROW]
             if scoring:
@@ -333,23 +376,56 @@ def _run(net, layers, previous, uniforms, temperatures, codes, scores, condition
                 if code < 0:
                     return t
                 codes[first + s, t] = code
-            previous[s] = code
+            for tap in range(taps - 1):
+                previous[s, tap] = previous[s, tap + 1]
+            previous[s, taps - 1] = code
         net[N_TIME] = time + 1
         position += 1
     return -1
 
 
+def _tabulate(multiply, matrix, rows, x, x_vectors, panels, zeros, out, out_row, start, unused):
+    """out = matrix @ x for rows of float32, `x_vectors` wide, through `panels` of TALLEST rows."""
+    done = start
+    x_row = x_vectors * VECTOR_BYTES
+    while done < rows:
+        count = min(TALLEST, rows - done)
+        _to_panels(x + done * x_row, x_row, count, x_vectors, panels, 0)
+        _simd.call15(multiply, matrix, count, TALLEST, panels, TALLEST * VECTOR_BYTES, 0, zeros, zeros, 0, VECTOR_BYTES, 0,
+                     out + done * out_row, out_row, VECTOR_BYTES, 0)  # fmt: skip
+        done += count
+
+
 _SIGNATURE = (
-    "int64(int64[::1], int64[:,::1], int64[::1], float64[:,::1], float64[:,::1], int64[:,::1], "
+    "int64(int64[::1], int64[:,::1], int64[:,::1], float64[:,::1], float64[:,::1], int64[:,::1], "
     "float64[:,::1], int64, int64, int64)"
 )
 
 
+@dataclass(frozen=True)
+class Kernels:
+    """What is compiled: functions for Python, and addresses for compiled code."""
+
+    run: Any
+    tabulate: Any
+    multiply: int
+    sparse: int
+
+
 @functools.cache
-def _kernels():
-    """`_run`, and the address of `_multiply_rows`."""
-    multiply = compiled(_multiply_rows, f"void({', '.join(['int64'] * 15)})", callback=True)
-    return compiled(_run, _SIGNATURE), multiply
+def kernels() -> Kernels:
+    """Compiled at the first call, or read from the cache."""
+    multiply = compiled(_multiply_rows, _void(15), callback=True)
+    sparse = compiled(_multiply_sparse, _void(7), callback=True)
+    _kept.extend([multiply, sparse])
+    return Kernels(compiled(_run, _SIGNATURE), compiled(_tabulate, _void(11)), multiply.address, sparse.address)
+
+
+_kept: list = []  # the code at an address lives as long as its object
+
+
+def _void(arguments: int) -> str:
+    return f"void({', '.join(['int64'] * arguments)})"
 
 
 class _Weights:
@@ -368,8 +444,8 @@ class _Weights:
         width = _width(group)
         z_rows = []
 
-        def matrix(array: np.ndarray, rows: int) -> int:
-            packed, blocks, vectors = pack(array, LANES, _width(rows), weights)
+        def matrix(array: np.ndarray, rows: int, width: int | None = None) -> int:
+            packed, blocks, vectors = pack(array, LANES, _width(rows) if width is None else width, weights)
             self.matrices.append([region.put(packed), array.shape[1], blocks, vectors, int(self.half)])
             return len(self.matrices) - 1
 
@@ -378,19 +454,25 @@ class _Weights:
             padded[..., : array.shape[-1]] = array
             return region.put(padded)
 
-        def total(outputs: int, rows: int) -> int:
-            blocks, vectors = vectors_of(outputs, LANES, _width(rows), self.half)
+        def total(outputs: int, rows: int, width: int | None = None) -> int:
+            blocks, vectors = vectors_of(outputs, LANES, _width(rows) if width is None else width, self.half)
             return blocks * vectors
+
+        head_width = 0 if group == 1 else None
+        self.sparse = group == 1
+        self.tabulated = config.classes <= _TABLE
 
         self.h_vectors = -(-residual // LANES)
         self.x_vectors = total(residual, group)
         self.skip_vectors = total(skip, group)
-        self.head_vectors = total(head, group)
-        self.logit_vectors = -(-total(config.classes, group) // (BLOCK // LANES)) * (BLOCK // LANES)
+        self.head_vectors = total(head, group, head_width)
+        self.logit_vectors = -(-total(config.classes, group, head_width) // (BLOCK // LANES)) * (BLOCK // LANES)
         self.condition_channels = config.conditioning_channels if model.conditioning is not None else 0
         self.condition_vectors = -(-self.condition_channels // LANES)
         gate_rows = 2 * self.h_vectors * LANES
-        z_rows = [total(gate_rows, rows) for rows in (group, self.span * group, *(a * group for a in self.ahead))]
+        z_rows = [
+            total(gate_rows, rows) for rows in (group, TALLEST, self.span * group, *(a * group for a in self.ahead))
+        ]
         self.z_vectors = max(z_rows)
 
         def gates(array: np.ndarray) -> np.ndarray:
@@ -400,27 +482,29 @@ class _Weights:
             return padded.reshape(gate_rows, *array.shape[1:])
 
         self.layers: list[list[int]] = []
-        dilated = [to_numpy(block.dilated.weight) for block in model.blocks]  # type: ignore[union-attr]
+        dilated = [to_numpy(block.dilated.weight).reshape(2 * residual, taps, residual) for block in model.blocks]
         past, conditions = [], []
         now = []
         # What every sample reads lies together, in the order of reading; what is read seldom follows.
-        for block, kernels in zip(model.blocks, dilated, strict=True):
+        for block, taps_of in zip(model.blocks, dilated, strict=True):
+            table = self.tabulated and not now
             now.append(
                 (
-                    matrix(gates(kernels[:, :, -1]), group),
-                    -1 if block.residual is None else matrix(to_numpy(block.residual.weight)[:, :, 0], group),
-                    matrix(to_numpy(block.skip.weight)[:, :, 0], group),
+                    matrix(gates(taps_of[:, -1]), TALLEST if table else group),
+                    -1 if block.residual is None else matrix(to_numpy(block.residual.weight), group),
+                    matrix(to_numpy(block.skip.weight), group),
                 )
             )
-        self.head1 = matrix(to_numpy(model.head[1].weight)[:, :, 0], group)
-        self.head2 = matrix(to_numpy(model.head[3].weight)[:, :, 0], group)
-        for kernels, ahead in zip(dilated, self.ahead, strict=True):
-            past.append([matrix(gates(kernels[:, :, k]), ahead * group) for k in range(taps - 1)])
+        self.head1 = matrix(to_numpy(model.head[1].weight), group, head_width)
+        self.head2 = matrix(to_numpy(model.head[3].weight), group, head_width)
+        for taps_of, ahead in zip(dilated, self.ahead, strict=True):
+            table = self.tabulated and not past
+            past.append([matrix(gates(taps_of[:, k]), TALLEST if table else ahead * group) for k in range(taps - 1)])
         for block in model.blocks:
             if block.conditioning is None:
                 conditions.append(-1)
             else:
-                conditions.append(matrix(gates(to_numpy(block.conditioning.weight)[:, :, 0]), self.span * group))
+                conditions.append(matrix(gates(to_numpy(block.conditioning.weight)), self.span * group))
         self.biases = [vector(gates(to_numpy(block.dilated.bias)), self.z_vectors) for block in model.blocks]
         self.residual_biases = [
             0 if block.residual is None else vector(to_numpy(block.residual.bias), self.x_vectors)
@@ -434,11 +518,21 @@ class _Weights:
         self.embedding = vector(to_numpy(model.embedding.weight), self.x_vectors)
         widest = max(self.z_vectors, self.skip_vectors, self.head_vectors, self.logit_vectors, self.x_vectors)
         self.zeros = region.reserve(widest * VECTOR_BYTES)
+        entries = taps * (config.classes + 1) if self.tabulated else 0
+        self.first_table = region.reserve(entries * self.z_vectors * VECTOR_BYTES)
+        panels = region.reserve(TALLEST * self.x_vectors * VECTOR_BYTES)
         base = region.allocate()
         self.table = np.array(self.matrices, dtype=np.int64)
         self.table[:, M_ADDRESS] += base
         self.now, self.past, self.conditions, self.width = now, past, conditions, width
         self.taps, self.classes, self.dilations = taps, config.classes, config.dilations
+        for tap in range(taps if self.tabulated else 0):
+            # The row after the last class stays zero: the past before the first sample.
+            number = now[0][0] if tap == taps - 1 else past[0][tap]
+            row = self.z_vectors * VECTOR_BYTES
+            out = base + self.first_table + tap * (config.classes + 1) * row
+            kernels().tabulate(kernels().multiply, self.table.ctypes.data + 8 * M_FIELDS * number, config.classes,
+                               base + self.embedding, self.x_vectors, base + panels, base + self.zeros, out, row, 0, 0)  # fmt: skip
 
 
 def _power(number: int) -> int:
@@ -517,16 +611,22 @@ class _Group:
             N_SUMS: 2 * packed.logit_vectors,
             N_PANELS: ahead * packed.x_vectors,
             N_CONDITION_PANELS: span * packed.condition_vectors,
+            N_VALUES: max(packed.skip_vectors, packed.head_vectors) + 1,
+            N_OFFSETS: 2 * max(packed.skip_vectors, packed.head_vectors) + 1,
         }
         for field, count in vectors.items():
             net[field] = region.reserve(count * VECTOR_BYTES)
         net[N_FIRST] = first
         net[N_MATRICES] = packed.table.ctypes.data
+        net[N_MULTIPLY] = kernels().multiply
+        net[N_SPARSE] = kernels().sparse if packed.sparse else 0
+        net[N_TABLE] = base + packed.first_table if packed.tabulated else 0
         region.allocate()
         layers[:, own] += region.address
         net[list(vectors)] += region.address
         self.net, self.layers, self.region = net, layers, region
-        self.previous = np.full(streams, start_code, np.int64)
+        self.previous = np.full((streams, packed.taps), packed.classes, np.int64)
+        self.previous[:, -1] = start_code
 
 
 class NumbaEngine:
@@ -599,7 +699,9 @@ class NumbaEngine:
         """Log-probabilities, in nats, of the next samples of every stream being `codes`; float64, shape (B, n)."""
         codes = np.ascontiguousarray(codes, np.int64)
         if codes.size and not 0 <= codes.min() <= codes.max() < self.classes:
-            raise ValueError(f"codes reach from {codes.min()} to {codes.max()}, the model has classes 0 to {self.classes - 1}")
+            raise ValueError(
+                f"codes reach from {codes.min()} to {codes.max()}, the model has classes 0 to {self.classes - 1}"
+            )
         scores = np.empty(codes.shape)
         none = np.empty((1, 1))
         self._run(none, none, codes, scores, cond, scoring=True)
@@ -609,24 +711,27 @@ class NumbaEngine:
         if codes.ndim != 2 or codes.shape[0] != self.batch:
             raise ValueError(f"shape {codes.shape} for {self.batch} streams: expected ({self.batch}, n)")
         condition, mode = self._condition(cond, codes.shape[1])
-        run, multiply = _kernels()
+        run = kernels().run
 
         def one(group: _Group) -> int:
-            group.net[N_MULTIPLY] = multiply.address
             return run(group.net, group.layers, group.previous, uniforms, temperatures, codes, scores,
                        condition.ctypes.data, mode, int(scoring))  # fmt: skip
 
         results = list(self._pool.map(one, self._groups)) if self._pool else [one(group) for group in self._groups]
         bad = [t for t in results if t >= 0]
         if bad:
-            raise ValueError(f"the logits of sample {min(bad)} of this call are infinite or NaN: check the model's weights")
+            raise ValueError(
+                f"the logits of sample {min(bad)} of this call are infinite or NaN: check the model's weights"
+            )
 
     def _condition(self, cond: Tensor | None, samples: int) -> tuple[np.ndarray, int]:
         """Conditioning as (B, n or 1, padded C), and its mode."""
         channels = self._packed.condition_channels
         if cond is None:
             if channels:
-                raise ValueError(f"the model is conditioned: cond must have shape ({self.batch}, {channels}, {samples})")
+                raise ValueError(
+                    f"the model is conditioned: cond must have shape ({self.batch}, {channels}, {samples})"
+                )
             return np.empty(0, np.float32), NO_CONDITION
         if not channels:
             raise ValueError("the model is unconditional, and cond is given")

@@ -37,9 +37,13 @@ class Region:
 
     def allocate(self) -> int:
         """Address of the whole region; what was not `put` is zero. A line is left over at the end to read beyond."""
-        self._memory = mmap.mmap(-1, self.size + _HUGE + 4096)
+        length = self.size + _HUGE + 4096
         if hasattr(mmap, "MADV_HUGEPAGE"):
+            # Private: shared memory, the default, gets huge pages on few systems.
+            self._memory = mmap.mmap(-1, length, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
             self._memory.madvise(mmap.MADV_HUGEPAGE)
+        else:
+            self._memory = mmap.mmap(-1, length)
         whole = np.frombuffer(self._memory, np.uint8)
         start = -whole.ctypes.data % _HUGE
         self.bytes = whole[start : start + self.size]
@@ -61,6 +65,10 @@ def to_numpy(tensor: Tensor) -> np.ndarray:
 def vectors_of(outputs: int, lanes: int, width: int, even: bool) -> tuple[int, int]:
     """(blocks, vectors in each) that hold `outputs`: blocks of equal size, at most `width` vectors wide."""
     vectors = -(-outputs // lanes)
+    if width == 0:
+        # For `_simd.sparse`: blocks of 8, or of 4 where that wastes less.
+        each = 8 if -(-vectors // 8) * 2 == -(-vectors // 4) else 4
+        return -(-vectors // each), each
     if width <= 4:
         # The kernels for several rows come in these widths only.
         return -(-vectors // width), width
@@ -80,7 +88,7 @@ def pack(matrix: np.ndarray, lanes: int, width: int, weights: str) -> tuple[np.n
     lanes : int
         Floats in a vector.
     width : int
-        Vectors in a block, at most.
+        Vectors in a block, at most; 0 for `_simd.sparse`.
     weights : str
         "float32" or "bfloat16".
 
