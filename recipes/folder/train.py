@@ -1,0 +1,25 @@
+"""Train on your own recordings: a folder, at any depth, or a manifest. Every value below is a flag too."""
+
+from wavear import TrainConfig
+from wavear.cli import recipe
+
+VALUES = TrainConfig(
+    data="data",
+    out="runs/folder",
+    # Rates of 16000 to 24000 Hz suit speech. Recordings of another rate are resampled as they are read.
+    sample_rate=22050,
+    # Two stacks of ten layers see 93 ms of past at 22050 Hz. Runs in real time on one core of a desktop.
+    layers=20,
+    stacks=2,
+    residual_channels=64,
+    skip_channels=128,
+    # Recordings of one speaker at very different levels, or of several: --normalise rms.
+    normalise="none",
+    # Crops quieter than this are drawn again, so that pauses do not fill the batches.
+    redraw_below=-60.0,
+    # A long run; the best checkpoint so far is always complete on disk, and Ctrl-C followed by --resume goes on.
+    max_steps=200_000,
+)
+
+if __name__ == "__main__":
+    recipe(VALUES, __doc__)

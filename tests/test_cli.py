@@ -1,0 +1,413 @@
+"""The command line: what it makes, what it refuses and in which words, and that nothing is lost."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import wavear
+from wavear import MelConfig, WaveNet, WaveNetConfig, audio
+from wavear.cli import COMMANDS, main
+from wavear.synthesize import _batches, plan, read_mel, synthesize
+
+MEL = MelConfig(sample_rate=8000, n_fft=128, window_length=128, hop_length=40, bands=10, fmax=4000.0)
+
+
+def tiny(**settings) -> WaveNet:
+    torch.manual_seed(0)
+    sizes = dict.fromkeys(("residual_channels", "skip_channels", "head_channels", "conditioning_channels"), 4)
+    return WaveNet(WaveNetConfig(layers=2, stacks=1, sample_rate=8000, **sizes, **settings)).eval()
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folders mel, free and speakers, each a checkpoint."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    tiny(mel=MEL).save(folder / "mel")
+    tiny().save(folder / "free")
+    tiny(speakers=3).save(folder / "speakers")
+    return folder
+
+
+@pytest.fixture
+def here(tmp_path: Path, checkpoints: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory with checkpoints, recordings and mels in it."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("mel", "free", "speakers"):
+        os.symlink(checkpoints / name, tmp_path / name)
+    noise = np.random.default_rng(0).normal(0, 0.1, 1234).astype(np.float32)
+    (tmp_path / "in" / "sub").mkdir(parents=True)
+    audio.write("in/a.wav", noise[:410], 8000)
+    audio.write("in/sub/a.wav", noise[:250], 8000)
+    audio.write("in/sub/b.flac", noise, 22050)
+    np.save("good.npy", np.random.default_rng(1).normal(size=(10, 7)).astype(np.float32))
+    return tmp_path
+
+
+def run(capsys: pytest.CaptureFixture, *arguments: str) -> tuple[int, str, str]:
+    """Exit status, stdout, stderr."""
+    try:
+        status = main(arguments)
+    except SystemExit as stop:
+        status = stop.code
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err  # type: ignore[return-value]
+
+
+def refused(capsys: pytest.CaptureFixture, *arguments: str, status: int = 1) -> str:
+    """The one line on stderr of a command that is refused."""
+    got, _, err = run(capsys, *arguments)
+    assert got == status, err
+    assert err.startswith("wavear: error: ")
+    assert err.count("\n") == 1
+    assert "Traceback" not in err
+    return err
+
+
+# ---- what is made
+
+
+def test_synthesize_folder(here: Path, capsys: pytest.CaptureFixture):
+    status, out, err = run(capsys, "synthesize", "mel", "in", "good.npy", "--out", "out", "--engine", "reference")
+    assert status == 0, err
+    made = sorted(str(path.relative_to("out")) for path in Path("out").rglob("*") if path.is_file())
+    assert made == ["a.wav", "good.wav", "sub/a.wav", "sub/b.wav"]
+    # F * hop samples: 410 // 40 frames, 7 frames, 250 // 40, round(1234 * 8000 / 22050) // 40.
+    lengths = [audio.info(Path("out", name)).frames for name in made]
+    assert lengths == [400, 280, 240, 440]
+    assert out.count("resampled") == 1
+    assert "22050 Hz" in out
+    assert "4 files, 0.17 s of audio in" in out
+    assert "x real time, engine reference" in out
+
+
+def test_synthesized_audio_is_that_of_generate(here: Path, capsys: pytest.CaptureFixture):
+    """Batching and files change nothing: 16 bits (and full scale one step less) of what `generate` makes alone."""
+    options = ("--engine", "reference", "--seed", "7", "--temperature", "0.8")
+    assert run(capsys, "synthesize", "mel", "in", "good.npy", "--out", "out", *options)[0] == 0
+    model = wavear.load("mel")
+    mel = torch.from_numpy(np.load("good.npy"))
+    alone = wavear.generate(model, mel, seed=7, temperature=0.8, engine="reference")[0]
+    assert torch.allclose(audio.read("out/good.wav"), alone, atol=1 / 32768, rtol=0)
+    other = wavear.generate(model, mel, seed=8, temperature=0.8, engine="reference")[0]
+    assert not torch.allclose(audio.read("out/good.wav"), other, atol=1e-2)
+
+
+@pytest.mark.parametrize("suffix", [".npy", ".npz", ".pt", ".safetensors"])
+def test_mel_formats(tmp_path: Path, suffix: str):
+    mel = torch.randn(1, 10, 6)
+    path = tmp_path / f"mel{suffix}"
+    if suffix == ".npy":
+        np.save(path, mel.numpy().astype(np.float64))
+    elif suffix == ".npz":
+        np.savez(path, mel=mel.numpy(), other=np.ones(3))
+    elif suffix == ".pt":
+        torch.save({"mel": mel, "other": torch.ones(3)}, path)
+    else:
+        from safetensors.torch import save_file
+
+        save_file({"mel": mel}, path)
+    assert torch.equal(read_mel(path, MEL), mel[0])
+
+
+def test_mel_then_synthesize(here: Path, capsys: pytest.CaptureFixture):
+    """What `wavear mel` writes is what `wavear synthesize` takes from the recording itself."""
+    assert run(capsys, "mel", "in", "--out", "mels", "--checkpoint", "mel")[0] == 0
+    with np.load("mels/sub/b.npz", allow_pickle=False) as archive:
+        assert json.loads(str(archive["config"])) == MEL.to_dict()
+        assert archive["mel"].shape == (10, 11)
+        assert archive["mel"].dtype == np.float32
+    for source, out in (("mels", "a"), ("in", "b")):
+        assert run(capsys, "synthesize", "mel", source, "--out", out, "--engine", "reference")[0] == 0
+    for name in ("a.wav", "sub/a.wav", "sub/b.wav"):
+        assert Path("a", name).read_bytes() == Path("b", name).read_bytes()
+
+
+def test_mel_of_another_configuration_is_refused_by_field(here: Path, capsys: pytest.CaptureFixture):
+    flags = ("--sample-rate", "8000", "--fmax", "4000", "--hop-length", "50", "--bands", "10")
+    flags += ("--n-fft", "128", "--window-length", "128")
+    assert run(capsys, "mel", "in/a.wav", "--out", "mels", *flags)[0] == 0
+    status, out, _ = run(capsys, "synthesize", "mel", "mels/a.npz", "--out", "out")
+    assert status == 1
+    assert "hop_length 50, the model 40" in out
+    assert "bands" not in out
+    assert not Path("out").exists()
+
+
+def test_generate(here: Path, capsys: pytest.CaptureFixture):
+    command = ("generate", "free", "--seconds", "0.05", "--out", "new/x.wav", "--engine", "reference")
+    status, out, err = run(capsys, *command)
+    assert status == 0, err
+    assert audio.info("new/x.wav").frames == 400
+    assert "1 file, 0.05 s of audio" in out
+    first = Path("new/x.wav").read_bytes()
+    assert "exists" in refused(capsys, *command, "--seed", "1")
+    assert Path("new/x.wav").read_bytes() == first
+    assert run(capsys, *command, "--seed", "1", "--overwrite")[0] == 0
+    assert Path("new/x.wav").read_bytes() != first
+
+
+def test_info(here: Path, capsys: pytest.CaptureFixture):
+    status, out, _ = run(capsys, "info", "mel")
+    assert status == 0
+    rows = dict(line.split("  ", 1) for line in out.splitlines())
+    parameters = sum(p.numel() for p in wavear.load("mel").parameters())
+    assert rows["parameters"].strip() == f"{parameters:,}"
+    assert rows["receptive field"].strip().startswith("4 samples")
+    assert rows["mel hop_length"].strip() == "40"
+
+
+# ---- what is refused
+
+
+def test_usage_errors_are_one_line(here: Path, capsys: pytest.CaptureFixture):
+    assert "--bogus" in refused(capsys, "synthesize", "mel", "good.npy", "--out", "o", "--bogus", "1", status=2)
+    assert "--out" in refused(capsys, "synthesize", "mel", "good.npy", status=2)
+    assert "'many'" in refused(capsys, "generate", "free", "--seconds", "many", "--out", "x.wav", status=2)
+    assert "did you mean 'train'" in refused(capsys, "trian", status=2)
+    assert "more than fmin" in refused(capsys, "mel", "in", "--out", "o", "--sample-rate", "8000", status=2)
+    status, out, err = run(capsys)
+    assert (status, out) == (2, "")
+    assert "usage: wavear COMMAND" in err
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help(command: str, capsys: pytest.CaptureFixture):
+    status, out, _ = run(capsys, command, "--help")
+    assert status == 0
+    assert f"usage: wavear {command}" in out
+    assert "partial(" not in out
+
+
+def test_nothing_is_overwritten_and_it_is_checked_first(here: Path, capsys: pytest.CaptureFixture):
+    Path("out/sub").mkdir(parents=True)
+    Path("out/sub/b.wav").write_text("precious")  # the last of the three
+    said = refused(capsys, "synthesize", "mel", "in", "--out", "out", "--engine", "reference")
+    assert "out/sub/b.wav exists" in said
+    assert "--overwrite" in said
+    assert Path("out/sub/b.wav").read_text() == "precious"
+    assert not Path("out/a.wav").exists()
+
+
+def test_an_input_is_never_overwritten(here: Path, capsys: pytest.CaptureFixture):
+    before = Path("in/a.wav").read_bytes()
+    said = refused(capsys, "synthesize", "mel", "in/a.wav", "--out", "in", "--overwrite")
+    assert "is an input itself" in said
+    assert Path("in/a.wav").read_bytes() == before
+
+
+def test_output_among_the_inputs_is_not_taken_for_input(here: Path, capsys: pytest.CaptureFixture):
+    command = ("synthesize", "mel", "in", "--out", "in/made", "--engine", "reference")
+    assert run(capsys, *command)[0] == 0
+    assert run(capsys, *command, "--overwrite")[0] == 0
+    assert len(list(Path("in/made").rglob("*.wav"))) == 3
+
+
+def test_two_inputs_of_one_name_are_refused(here: Path, capsys: pytest.CaptureFixture):
+    said = refused(capsys, "synthesize", "mel", "in/a.wav", "in/sub/a.wav", "--out", "out")
+    assert "in/a.wav and in/sub/a.wav would both become out/a.wav" in said
+    assert len(plan(["in/a.wav", "in/../in/a.wav"], "out", ".wav")) == 1  # one and the same file
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("synthesize", "mel", "no.wav", "--out", "o"), "no.wav: no such file or folder"),
+        (("synthesize", "mel", "in", "--out", "good.npy"), "good.npy is a file"),
+        (("synthesize", "mel", "in", "--out", "good.npy/deeper"), "good.npy is a file"),
+        (("synthesize", "mel", "void", "--out", "o"), "void holds no audio or mel files"),
+        (("synthesize", "mel", "--out", "o"), "no input"),
+        (("synthesize", "nowhere", "good.npy", "--out", "o"), "nowhere: no such directory"),
+        (("synthesize", "good.npy", "good.npy", "--out", "o"), "good.npy is a file"),
+        (("synthesize", "free", "good.npy", "--out", "o"), "not conditioned on mels"),
+        (
+            ("synthesize", "mel", "good.npy", "--out", "o", "--engine", "reference", "--temperature", "0"),
+            "temperature is 0",
+        ),
+        (("synthesize", "mel", "good.npy", "--out", "o", "--engine", "reference", "--seed", "-1"), "seed is -1"),
+        (("synthesize", "mel", "good.npy", "--out", "o", "--engine", "steam"), "engine is 'steam'"),
+        (("synthesize", "mel", "good.npy", "--out", "o", "--weights", "int3"), "weights is 'int3'"),
+        (
+            ("synthesize", "mel", "good.npy", "--out", "o", "--engine", "reference", "--speaker", "1"),
+            "without speakers",
+        ),
+        (("synthesize", "mel", "good.npy", "--out", "o", "--device", "abacus"), "'abacus'"),
+        (("generate", "mel", "--seconds", "1", "--out", "x.wav"), "wavear synthesize"),
+        (("generate", "free", "--seconds", "0", "--out", "x.wav"), "seconds is 0"),
+        (("generate", "free", "--seconds", "-1", "--out", "x.wav"), "seconds is -1"),
+        (("generate", "free", "--seconds", "nan", "--out", "x.wav"), "seconds is nan"),
+        (("generate", "free", "--seconds", "1e9", "--out", "x.wav"), "at most 86400"),
+        (("generate", "free", "--seconds", "1", "--out", "x.mp3"), ".wav or .flac"),
+        (("generate", "free", "--seconds", "1", "--out", "in"), "in is no audio file"),
+        (
+            ("generate", "speakers", "--seconds", "1", "--engine", "reference", "--out", "x.wav"),
+            "needs a speaker, 0 to 2",
+        ),
+        (
+            ("generate", "speakers", "--seconds", "1", "--engine", "reference", "--out", "x.wav", "--speaker", "3"),
+            "speaker is 3",
+        ),
+        (("generate", "free", "--seconds", "0.01", "--engine", "reference", "--out", "good.npy/x.wav"), "good.npy"),
+        (("mel", "good.npy", "--out", "o"), "good.npy is no audio file"),
+        (("mel", "in", "--out", "o", "--checkpoint", "mel", "--bands", "4"), "leave the flags on mels away"),
+        (("mel", "in", "--out", "o", "--checkpoint", "free"), "not conditioned on mels"),
+        (("info", "in"), "config.json is missing"),
+        (("train", "nowhere", "--out", "o", "--max-steps", "1"), "nowhere: no such folder"),
+        (("train", "void", "--out", "o", "--max-steps", "1"), "void holds no audio"),
+        (("demo", "--out", "in"), "in is not empty"),
+        (("demo", "--out", "in", "--overwrite"), "in holds no demo"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
+def test_refusals(here: Path, capsys: pytest.CaptureFixture, arguments: tuple[str, ...], words: str):
+    Path("void").mkdir()
+    assert words in refused(capsys, *arguments)
+    assert not Path("o").exists() or not any(Path("o").iterdir())
+    assert not Path("x.wav").exists()
+
+
+def bad_mels(folder: Path) -> dict[str, str]:
+    """Writes one file of each kind of fault; name: words that its refusal has to hold."""
+    folder.mkdir()
+    good = np.random.default_rng(0).normal(size=(10, 7)).astype(np.float32)
+    np.save(folder / "bands.npy", np.zeros((80, 7), np.float32))
+    np.save(folder / "transposed.npy", good.T)
+    np.save(folder / "flat.npy", good[0])
+    np.save(folder / "int.npy", np.ones((10, 7), np.int64))
+    np.save(folder / "object.npy", np.array([{}], dtype=object), allow_pickle=True)
+    np.save(folder / "frameless.npy", good[:, :0])
+    good[3, 5] = np.nan
+    np.save(folder / "nan.npy", good)
+    whole = (folder / "bands.npy").read_bytes()
+    (folder / "short.npy").write_bytes(whole[:-40])
+    (folder / "greedy.npy").write_bytes(whole.replace(b"(80, 7), }   ", b"(10, 99999999999), }"[:20], 1))
+    (folder / "words.npy").write_text("not an array")
+    (folder / "words2.npz").write_text("not an archive")
+    (folder / "words3.safetensors").write_text("no tensors here")
+    (folder / "zero.npy").write_bytes(b"")
+    (folder / "words4.wav").write_text("RIFF? no, words")
+    np.savez(folder / "many.npz", a=good, b=good)
+    np.savez(folder / "config.npz", mel=np.zeros((10, 7), np.float32), config=np.array('{"bands": 10}'))
+    torch.save([1, 2], folder / "list.pt")
+    audio.write(folder / "brief.wav", np.full(39, 0.1, np.float32), 8000)
+    for name in ("pickle1.npy", "pickle2.npz", "pickle3.pt"):
+        (folder / name).write_bytes(pickle.dumps(Bomb()))
+    torch.save(Bomb(), folder / "bomb.pt")
+    return {
+        "bands.npy": "80 bands, the model was trained on 10",
+        "transposed.npy": "it seems transposed",
+        "flat.npy": "shape (7,)",
+        "int.npy": "expected floating point",
+        "object.npy": "damaged or no NumPy array",
+        "frameless.npy": "no frames",
+        "nan.npy": "NaN or infinity, first in frame 5",
+        "short.npy": "damaged",
+        "greedy.npy": "damaged",
+        "words.npy": "damaged or no NumPy array",
+        "words2.npz": "no .npz archive",
+        "words3.safetensors": "no safetensors file",
+        "zero.npy": "empty (0 bytes)",
+        "words4.wav": "not audio",
+        "many.npz": "'a', 'b'",
+        "config.npz": "lacks the fields",
+        "list.pt": "holds a list",
+        "brief.wav": "39 samples at 8000 Hz, less than one frame (40)",
+        "pickle1.npy": "damaged or no NumPy array",
+        "pickle2.npz": "no .npz archive",
+        "pickle3.pt": "without running code",
+        "bomb.pt": "without running code",
+    }
+
+
+class Bomb:
+    """Leaves a mark when it is unpickled."""
+
+    def __reduce__(self):
+        return Path.touch, (Path("EXPLODED"),)
+
+
+def test_bad_inputs_are_named_counted_and_passed_over(here: Path, capsys: pytest.CaptureFixture):
+    expected = bad_mels(Path("bad"))
+    np.save("bad/fine.npy", np.load("good.npy"))
+    status, out, err = run(capsys, "synthesize", "mel", "bad", "good.npy", "--out", "out", "--engine", "reference")
+    assert status == 1
+    lines = {Path(line.split()[2].rstrip(":")).name: line for line in out.splitlines() if "passed over" in line}
+    assert sorted(lines) == sorted(expected)
+    for name, words in expected.items():
+        assert words in lines[name], lines[name]
+    assert f"{len(expected)} of {len(expected) + 2} inputs could not be used" in err
+    assert sorted(path.name for path in Path("out").iterdir()) == ["fine.wav", "good.wav"]
+    assert not Path("EXPLODED").exists()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_full_disk_while_printing(here: Path):
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "wavear", "info", "mel"], stdout=full, stderr=subprocess.PIPE, text=True
+        )
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert "No space left on device" in done.stderr
+
+
+def test_write_failure_stops_and_leaves_nothing(here: Path, monkeypatch: pytest.MonkeyPatch):
+    """A disk that is full for one file is full for the next: stop, rather than generate for nothing."""
+    calls = []
+
+    def full(path, waveform, rate):
+        calls.append(path)
+        raise OSError(28, f"cannot write {path}: No space left on device")
+
+    monkeypatch.setattr(audio, "write", full)
+    with pytest.raises(OSError, match="No space left"):
+        synthesize(wavear.load("mel"), plan(["in"], "out", ".wav"), engine="reference")
+    assert len(calls) == 1
+
+
+def test_bugs_keep_their_traceback(here: Path, monkeypatch: pytest.MonkeyPatch):
+    """A ValueError that was not raised by our own code is a bug, not a mistake of the user."""
+    monkeypatch.setattr("wavear.info.describe", lambda source: np.zeros(3).reshape(2, 2))
+    with pytest.raises(ValueError, match="cannot reshape"):
+        main(["info", "mel"])
+
+
+def test_interrupt(here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
+    def interrupted(source):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("wavear.info.describe", interrupted)
+    status, _, err = run(capsys, "info", "mel")
+    assert status == 130
+    assert err == "wavear: interrupted\n"
+
+
+def test_version(capsys: pytest.CaptureFixture):
+    assert run(capsys, "--version") == (0, f"wavear {wavear.__version__}\n", "")
+
+
+def test_reader_that_goes_away(here: Path):
+    """`wavear info mel | true`: no traceback, and none from Python's own exit either."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(
+        [sys.executable, "-m", "wavear", "info", "mel"], stdout=writer, stderr=subprocess.PIPE, text=True
+    )
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (1, "")
+
+
+def test_batches_hold_similar_lengths():
+    jobs: list = [(None, torch.zeros(1, frames)) for frames in [100, 99, 50, 49, 20] + [10] * 30]
+    groups = [[mel.shape[1] for _, mel in group] for group in _batches(jobs, hop=1)]
+    assert groups == [[100, 99], [50, 49], [20], [10] * 24, [10] * 6]
+    assert [len(group) for group in _batches(jobs[:2], hop=2**24 // 100)] == [2]
+    assert [len(group) for group in _batches(jobs[:2], hop=2**24 // 99)] == [1, 1]

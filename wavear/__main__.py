@@ -1,0 +1,7 @@
+"""`python -m wavear`."""
+
+import sys
+
+from wavear.cli import main
+
+sys.exit(main())

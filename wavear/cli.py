@@ -1,0 +1,432 @@
+"""The command line: parses, calls functions that a notebook could call, prints what they did.
+
+Exit status: 0 done; 1 something given cannot be used, in one line on stderr, or an input was passed over; 2 the command
+itself is not understood; 130 interrupted.
+"""
+
+# Annotations are read by tyro, those of functions inside functions too: they stay objects, not strings.
+import contextlib
+import dataclasses
+import difflib
+import functools
+import io
+import os
+import re
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+_PACKAGE = str(Path(__file__).parent)
+
+Command = Callable[[], int]  # parsed, to be run: returns the exit status
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How audio is made: what `wavear synthesize` and `wavear generate` share."""
+
+    seed: int = 0
+    """0 or more; the same seed gives the same audio."""
+    temperature: float = 1.0
+    """Divides the logits: 1 as trained, below 1 duller and cleaner, above 1 noisier."""
+    speaker: int | None = None
+    """Number of the speaker, for a model with speakers."""
+    engine: str = "auto"
+    """auto, numba (compiled for this CPU) or reference (slow, any device)."""
+    weights: str = "float32"
+    """float32, or bfloat16 (numba only: faster, slightly noisier)."""
+    threads: int | None = None
+    """CPU cores to use; all by default."""
+    device: str = "cpu"
+    """cpu, cuda or mps."""
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """For `wavear.generate`."""
+        return {name: value for name, value in dataclasses.asdict(self).items() if name != "device"}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Parameters
+    ----------
+    arguments : sequence of str, optional
+        Instead of those of the process.
+
+    Returns
+    -------
+    int: the exit status
+    """
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    return _guarded(lambda: _run(arguments))
+
+
+def _guarded(run: Command) -> int:
+    """The exit status of `run`; what a user did wrong is said in one line, bugs of ours keep their traceback."""
+    try:
+        status = run()
+        sys.stdout.flush()
+        return status
+    except KeyboardInterrupt:
+        print("wavear: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # Whoever read our output has gone; Python would complain once more when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (ValueError, OSError) as error:
+        if not _refused(error):
+            raise
+        from wavear.synthesize import one_line
+
+        return _complain(one_line(error), 1)
+
+
+def _run(arguments: list[str]) -> int:
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(_overview(), file=sys.stdout if arguments else sys.stderr)
+        return 0 if arguments else 2
+    name, *rest = arguments
+    if name in ("-V", "--version"):
+        from wavear import __version__
+
+        print(f"wavear {__version__}")
+        return 0
+    if name not in COMMANDS:
+        near = difflib.get_close_matches(name, COMMANDS, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"expected one of {', '.join(COMMANDS)}"
+        return _complain(f"there is no command {name!r}: {hint}", 2)
+    return _parse(COMMANDS[name][1](), rest, prog=f"wavear {name}")()
+
+
+def _parse(function: Callable[..., Any], arguments: Sequence[str], prog: str, **settings: Any) -> Any:
+    """`function` with its parameters from the arguments, to be called: what it raises is not taken for bad usage.
+
+    Usage errors come as one line and exit status 2, instead of tyro's boxes.
+    """
+    import tyro
+
+    @functools.wraps(function)
+    def later(*values: Any, **named: Any) -> Any:
+        return functools.partial(function, *values, **named)
+
+    config = (tyro.conf.FlagCreatePairsOff, tyro.conf.OmitArgPrefixes)
+    caught = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(caught):
+            return tyro.cli(later, prog=prog, args=list(arguments), config=config, **settings)
+    except SystemExit as stop:
+        if stop.code:
+            _complain(f"{_unbox(caught.getvalue())} (see {prog} --help)", 2)
+        raise
+
+
+def _unbox(text: str) -> str:
+    """What tyro says in a box of line-drawing characters, up to the first rule across it, on one line."""
+    text = re.sub(r"\x1b\[[0-9;]*m", "", text)
+    said = []
+    for line in text.splitlines():
+        content = line.strip(" │╭╮╰╯")
+        if content.startswith("─") and not line.startswith("╭"):
+            break
+        if content and not line.startswith(("╭", "╰", "│" + 7 * " ")):  # so far in, it is a flag's help
+            said.append(content)
+    message = re.sub(r"^Error parsing (__tyro[^:]*|config|sampling): ", "", " ".join(said))
+    return message[:1].lower() + message[1:] if message else text.strip()
+
+
+def _refused(error: Exception) -> bool:
+    """Whether an error is a refusal, raised on purpose and worded for users, rather than a bug of ours."""
+    if os.environ.get("WAVEAR_TRACEBACK"):
+        return False
+    if isinstance(error, OSError):
+        return True
+    frames = traceback.extract_tb(error.__traceback__)
+    return bool(frames) and frames[-1].filename.startswith(_PACKAGE)
+
+
+def _complain(message: str, status: int) -> int:
+    print(f"wavear: error: {message}", file=sys.stderr)
+    return status
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
+
+
+def _overview() -> str:
+    lines = [
+        "usage: wavear COMMAND ...",
+        "",
+        "Autoregressive audio: train a WaveNet, make sound with it.",
+        "",
+        "commands:",
+    ]
+    lines += [f"  {name:<12}{summary}" for name, (summary, _) in COMMANDS.items()]
+    return "\n".join([*lines, "", "wavear COMMAND --help lists its flags, wavear --version the version."])
+
+
+def _demo() -> Callable[..., int]:
+    from tyro.conf import arg
+
+    def demo(
+        out: Annotated[Path, arg(metavar="DIR")] = Path("demo"),
+        minutes: float = 3.0,
+        seed: int = 0,
+        threads: int | None = None,
+        overwrite: bool = False,
+    ) -> int:
+        """Make sounds, train a small WaveNet on them, and hear notes it has not heard. Nothing is downloaded.
+
+        Parameters
+        ----------
+        out
+            Folder to write to: WAV files, a picture, the checkpoint.
+        minutes
+            Minutes of training.
+        seed
+            Of the sounds, the training and the audio; 0 or more.
+        threads
+            CPU cores to use; all by default.
+        overwrite
+            Replace what an earlier demo wrote to the folder.
+        """
+        from wavear.demo import run
+
+        result = run(out, minutes=minutes, seed=seed, threads=threads, overwrite=overwrite, say=_say)
+        return 0 if result.in_tune else 1
+
+    return demo
+
+
+def _train() -> Callable[..., int]:
+    from tyro.conf import Positional, arg
+
+    from wavear.train import TrainConfig
+
+    @dataclasses.dataclass(frozen=True)
+    class Flags(TrainConfig):
+        data: Annotated[Positional[str], arg(metavar="DATA")]
+
+    def train(config: Flags) -> int:
+        """Train a model on a folder of recordings, or a manifest.
+
+        Parameters
+        ----------
+        config
+            The run.
+        """
+        return run_training(config)
+
+    return train
+
+
+def run_training(config: Any) -> int:
+    """Train, and print what was done; the exit status."""
+    from wavear.train import train
+
+    result = train(config)
+    bits = ", ".join(f"{name} {value:.3f}" for name, value in result.held_out.items())
+    _say(f"stopped by {result.stopped_by} after {result.steps} steps, {result.seconds / 60:.1f} minutes")
+    _say(f"held-out bits per sample: {bits} (before training {result.bits_before:.3f})")
+    _say(f"checkpoint: {result.best}")
+    return 130 if result.stopped_by == "interrupt" else 0
+
+
+def recipe(config: Any, description: str | None = None) -> None:
+    """The main program of a recipe: its values, each of which a flag overrides, are trained with.
+
+    Parameters
+    ----------
+    config : TrainConfig
+        The recipe's values.
+    description : str, optional
+        For --help.
+    """
+
+    def run(config: Any) -> int:
+        return run_training(config)
+
+    run.__annotations__["config"] = type(config)
+    run.__doc__ = description
+    sys.exit(_guarded(lambda: _parse(run, sys.argv[1:], Path(sys.argv[0]).name, default=config)()))
+
+
+def _synthesize() -> Callable[..., int]:
+    from tyro.conf import Positional, arg
+
+    def synthesize(
+        checkpoint: Annotated[Positional[str], arg(metavar="CHECKPOINT")],
+        inputs: Annotated[Positional[list[Path]], arg(metavar="INPUT...", help_behavior_hint="(required)")],
+        out: Annotated[Path, arg(metavar="DIR")],
+        overwrite: bool = False,
+        sampling: Sampling = Sampling(),
+    ) -> int:
+        """Make audio from mel spectrograms, or from the mels of recordings.
+
+        A mel of F frames becomes F * hop samples, as 16-bit WAV.
+
+        Parameters
+        ----------
+        checkpoint
+            Folder that `wavear train` wrote, or owner/name on the Hugging Face hub.
+        inputs
+            Audio files (their mel is taken), mels (.npy, .npz, .pt, .safetensors; bands first), or folders of these.
+        out
+            Folder to write to, made where it is missing.
+        overwrite
+            Replace files that exist.
+        sampling
+            How the audio is made.
+        """
+        from wavear.synthesize import plan, synthesize
+
+        jobs = plan(inputs, out, ".wav", overwrite=overwrite)
+        model = _load(checkpoint, sampling.device)
+        report = synthesize(model, jobs, progress=sys.stderr.isatty(), say=_say, **sampling.settings)
+        return _summary(report)
+
+    return synthesize
+
+
+def _generate() -> Callable[..., int]:
+    from tyro.conf import Positional, arg
+
+    def generate(
+        checkpoint: Annotated[Positional[str], arg(metavar="CHECKPOINT")],
+        seconds: float,
+        out: Annotated[Path, arg(metavar="FILE")],
+        overwrite: bool = False,
+        sampling: Sampling = Sampling(),
+    ) -> int:
+        """Make audio freely, with a model that is not conditioned on mels.
+
+        Parameters
+        ----------
+        checkpoint
+            Folder that `wavear train` wrote, or owner/name on the Hugging Face hub.
+        seconds
+            Seconds of audio to make.
+        out
+            WAV or FLAC file to write.
+        overwrite
+            Replace the file if it exists.
+        sampling
+            How the audio is made.
+        """
+        from wavear.synthesize import generate_file
+
+        _check_file(out, overwrite)
+        model = _load(checkpoint, sampling.device)
+        report = generate_file(model, seconds, out, progress=sys.stderr.isatty(), **sampling.settings)
+        _say(f"{out}  {report.audio_seconds:.2f} s, {model.config.sample_rate} Hz")
+        return _summary(report)
+
+    return generate
+
+
+def _mel() -> Callable[..., int]:
+    from tyro.conf import Positional, arg
+
+    from wavear.mel import MelConfig
+
+    def mel(
+        inputs: Annotated[Positional[list[Path]], arg(metavar="INPUT...", help_behavior_hint="(required)")],
+        out: Annotated[Path, arg(metavar="DIR")],
+        checkpoint: Annotated[str | None, arg(metavar="CHECKPOINT")] = None,
+        overwrite: bool = False,
+        config: MelConfig = MelConfig(),  # noqa: B008 (frozen)
+    ) -> int:
+        """Take the mel spectrograms of recordings: .npz with `mel` (bands, frames) and `config`.
+
+        Parameters
+        ----------
+        inputs
+            Audio files, or folders of these.
+        out
+            Folder to write to, made where it is missing.
+        checkpoint
+            Take the mels this model expects; the flags on mels are then not needed, and refused.
+        overwrite
+            Replace files that exist.
+        config
+            What the mels are.
+        """
+        from wavear.checkpoint import load
+        from wavear.synthesize import plan, write_mels
+
+        if checkpoint is not None and config != MelConfig():
+            raise ValueError("--checkpoint says what the mels are: leave the flags on mels away")
+        jobs = plan(inputs, out, ".npz", mels=False, overwrite=overwrite)
+        if checkpoint is not None:
+            config = load(checkpoint).config.mel
+            if config is None:
+                raise ValueError(f"{checkpoint} is not conditioned on mels: it says nothing about them")
+        return _summary(write_mels(jobs, config, say=_say))
+
+    return mel
+
+
+def _info() -> Callable[..., int]:
+    from tyro.conf import Positional, arg
+
+    def info(checkpoint: Annotated[Positional[str], arg(metavar="CHECKPOINT")]) -> int:
+        """Say what a checkpoint is: size, cost per sample, receptive field, mels, training.
+
+        Parameters
+        ----------
+        checkpoint
+            Folder that `wavear train` wrote, or owner/name on the Hugging Face hub.
+        """
+        from wavear.info import describe
+
+        rows = describe(checkpoint)
+        width = max(len(label) for label, _ in rows)
+        for label, value in rows:
+            _say(f"{label:<{width}}  {value}")
+        return 0
+
+    return info
+
+
+# Name: what it does, and what makes the function to parse for (with imports that only it needs).
+COMMANDS: dict[str, tuple[str, Callable[[], Callable[..., int]]]] = {
+    "demo": ("make sounds, train on them, and hear the result: five minutes, nothing downloaded", _demo),
+    "train": ("train a model on a folder of recordings", _train),
+    "synthesize": ("mels, or recordings, to audio", _synthesize),
+    "generate": ("audio from a model that needs no mel", _generate),
+    "mel": ("recordings to mels", _mel),
+    "info": ("what a checkpoint is", _info),
+}
+
+
+def _load(checkpoint: str, device: str) -> Any:
+    import torch
+
+    from wavear.checkpoint import load
+
+    if device.split(":")[0] not in ("cpu", "cuda", "mps"):
+        raise ValueError(f"--device is {device!r}, it must be cpu, cuda or mps")
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"--device is {device!r}, and there is no CUDA device here: use cpu")
+    return load(checkpoint, device)
+
+
+def _check_file(out: Path, overwrite: bool) -> None:
+    if out.suffix.lower() not in (".wav", ".flac"):
+        raise ValueError(f"{out} is no audio file by its name: --out takes a .wav or .flac file")
+    if out.is_dir():
+        raise IsADirectoryError(f"{out} is a folder: --out takes a file")
+    if out.exists() and not overwrite:
+        raise FileExistsError(f"{out} exists: choose another name, or pass --overwrite")
+
+
+def _summary(report: Any) -> int:
+    _say(str(report))
+    if report.failed:
+        total = report.files + len(report.failed)
+        return _complain(f"{len(report.failed)} of {total} inputs could not be used, they are named above", 1)
+    return 0

@@ -1,0 +1,175 @@
+"""Sounds to train on that need no download: plucked strings and sung vowels, as sums of harmonics.
+
+Both are models of how the sound comes about, so every note has a pitch that is known exactly:
+
+    string:  modes of a stiff string plucked at one point, each dying away at its own rate
+    vowel:   a glottal source whose harmonics pass the resonances (formants) of the mouth, with vibrato
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+# Frequencies of the first four formants, Hz: a tenor's, after Peterson and Barney (1952) and Sundberg (1987).
+FORMANTS = {
+    "a": (650, 1080, 2650, 2900),
+    "e": (400, 1700, 2600, 3200),
+    "i": (290, 1870, 2800, 3250),
+    "o": (400, 800, 2600, 2800),
+    "u": (350, 600, 2700, 2900),
+}
+_FORMANT_BANDWIDTHS = (80.0, 90.0, 120.0, 130.0)
+_LEAD_SECONDS = 0.03  # silence before a note
+
+
+@dataclass(frozen=True)
+class Note:
+    """One note and what is known of it."""
+
+    name: str
+    """Instrument, pitch and vowel, fit for a file name."""
+    instrument: str
+    """"string" or "voice"."""
+    frequency: float
+    """Fundamental, Hz; of a voice, the mean of its vibrato."""
+    waveform: np.ndarray
+    """Shape (T,), float32 in [-1, 1]."""
+
+
+def string(
+    frequency: float, seconds: float, sample_rate: int, *, position: float = 0.2, brightness: float = 0.5
+) -> np.ndarray:
+    """A plucked string.
+
+    Mode k of a string plucked at a fraction p of its length starts with amplitude sin(k pi p) / k**2; stiffness raises
+    it to k f sqrt((1 + B k**2) / (1 + B)), so that mode 1 is at f; its decay time falls with its frequency
+    (Fletcher and Rossing, The Physics of Musical Instruments, chapters 2 and 9).
+
+    Parameters
+    ----------
+    frequency : float
+        Of mode 1, Hz.
+    seconds : float
+    sample_rate : int, Hz
+    position : float
+        Where the string is plucked, as a fraction of its length; near 0.5 is hollow, near 0 is nasal.
+    brightness : float, 0 to 1
+        How much of the high modes the plectrum excites, and how long they last.
+
+    Returns
+    -------
+    array, shape (T,), float32, peak 1
+
+    Examples
+    --------
+    >>> string(220.0, seconds=0.5, sample_rate=16000).shape
+    (8000,)
+    """
+    stiffness = 5e-5
+    modes = np.arange(1, int(0.45 * sample_rate / frequency) + 1)
+    frequencies = modes * frequency * np.sqrt((1 + stiffness * modes**2) / (1 + stiffness))
+    modes, frequencies = modes[frequencies < 0.45 * sample_rate], frequencies[frequencies < 0.45 * sample_rate]
+    amplitudes = np.sin(modes * np.pi * position) / modes ** (2.0 - brightness)
+    decay_seconds = 0.7 * (220.0 / frequency) ** 0.5 / (1 + (frequencies / 1000.0) ** 1.5 * (1.5 - brightness))
+    time = np.arange(round(seconds * sample_rate)) / sample_rate - _LEAD_SECONDS
+    rows = np.sin(2 * np.pi * frequencies[:, None] * time) * np.exp(-time / decay_seconds[:, None])
+    return _finish((amplitudes[:, None] * rows).sum(0), time, attack_seconds=0.002, release_seconds=0.05)
+
+
+def voice(
+    frequency: float,
+    seconds: float,
+    sample_rate: int,
+    *,
+    vowel: str = "a",
+    vibrato_cents: float = 25.0,
+    vibrato_hz: float = 5.5,
+) -> np.ndarray:
+    """A sung vowel.
+
+    The source falls by 12 dB an octave and the lips give 6 back; each formant of frequency F and bandwidth b is a
+    resonance F**2 / (F**2 + i f b - f**2) (Fant, Acoustic Theory of Speech Production, 1960). Every harmonic is
+    followed through the formants as the vibrato moves it.
+
+    Parameters
+    ----------
+    frequency : float
+        Mean fundamental, Hz.
+    seconds : float
+    sample_rate : int, Hz
+    vowel : str
+        A key of `FORMANTS`.
+    vibrato_cents : float
+        How far the vibrato goes up and down, in hundredths of a semitone.
+    vibrato_hz : float
+
+    Returns
+    -------
+    array, shape (T,), float32, peak 1
+
+    Examples
+    --------
+    >>> voice(220.0, seconds=0.5, sample_rate=16000, vowel="i").shape
+    (8000,)
+    """
+    time = np.arange(round(seconds * sample_rate)) / sample_rate - _LEAD_SECONDS
+    fundamental = frequency * 2 ** (vibrato_cents / 1200 * np.sin(2 * np.pi * vibrato_hz * time))
+    phase = 2 * np.pi * np.cumsum(fundamental) / sample_rate
+    total = np.zeros_like(time)
+    for harmonic in range(1, int(0.45 * sample_rate / fundamental.max()) + 1):
+        f = harmonic * fundamental
+        response = np.ones_like(f, dtype=complex) / harmonic
+        for formant, bandwidth in zip(FORMANTS[vowel], _FORMANT_BANDWIDTHS, strict=True):
+            response *= formant**2 / (formant**2 + 1j * f * bandwidth - f**2)
+        total += np.abs(response) * np.sin(harmonic * phase + np.angle(response))
+    return _finish(total, time, attack_seconds=0.06, release_seconds=0.1)
+
+
+def notes(seconds: float, sample_rate: int, *, seed: int = 0, held_out: bool = False) -> list[Note]:
+    """The notes of `wavear demo`, each with a colour of its own.
+
+    To train on: a string at each semitone from A2 to E4, and each of three vowels at each semitone from C3 to C4, all
+    slightly out of tune. Held out: pitches half way between two semitones.
+
+    Parameters
+    ----------
+    seconds : float
+        Of each note.
+    sample_rate : int, Hz
+    seed : int
+        Colours, loudness and tuning are drawn from it.
+    held_out : bool
+        The three notes of each instrument that are held out, rather than those to train on.
+
+    Returns
+    -------
+    list of Note
+    """
+    draw = np.random.default_rng([seed, held_out])
+    strings = [(pitch, "") for pitch in ((48.5, 54.5, 60.5) if held_out else range(45, 65))]  # MIDI numbers
+    vowels = [(50.5, "o"), (54.5, "a"), (57.5, "i")] if held_out else [(p, v) for v in "aio" for p in range(48, 61)]
+    made = []
+    for pitch, vowel in strings + vowels:
+        tuned = pitch if held_out else pitch + draw.uniform(-0.3, 0.3)
+        frequency = 440.0 * 2 ** ((tuned - 69) / 12)
+        if vowel:
+            colour = {"vibrato_cents": draw.uniform(20, 40), "vibrato_hz": draw.uniform(5, 6)}
+            waveform = voice(frequency, seconds, sample_rate, vowel=vowel, **colour)
+            instrument, name = "voice", f"voice-{vowel}-{frequency:.1f}Hz"
+        else:
+            colour = {"position": draw.uniform(0.12, 0.3), "brightness": draw.uniform(0.3, 0.6)}
+            waveform = string(frequency, seconds, sample_rate, **colour)
+            instrument, name = "string", f"string-{frequency:.1f}Hz"
+        loud = np.float32(draw.uniform(0.4, 0.8))
+        made.append(Note(name, instrument, frequency, waveform * loud))
+    return made
+
+
+def _finish(waveform: np.ndarray, time: np.ndarray, attack_seconds: float, release_seconds: float) -> np.ndarray:
+    """Silence before time 0, smooth ends, peak 1."""
+    attack = np.clip(time / attack_seconds, 0, 1)
+    release = np.clip((time[-1] - time) / release_seconds, 0, 1)
+    waveform = waveform * np.sin(np.pi / 2 * attack) ** 2 * np.sin(np.pi / 2 * release) ** 2
+    return (waveform / np.abs(waveform).max()).astype(np.float32)
