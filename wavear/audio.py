@@ -11,6 +11,7 @@ import io
 import math
 import operator
 import os
+import re
 import stat
 import sys
 import tempfile
@@ -116,6 +117,8 @@ def read(path: StrPath, sample_rate: int | None = None, start: int = 0, frames: 
         own_rate = file.samplerate
         rate = sample_rate or own_rate
         length = _resampled_length(file.frames, own_rate, rate)
+        if length == 0:
+            raise AudioError(f"{path}: is too short ({file.frames} samples at {own_rate} Hz) for a sample at {rate} Hz")
         if start >= length:
             raise AudioError(f"{path}: start {start} lies beyond its end ({length} samples at {rate} Hz)")
         stop = length if frames is None else min(start + frames, length)
@@ -301,7 +304,8 @@ def _open(path: StrPath) -> Iterator[tuple[soundfile.SoundFile, int | None]]:
         offset, removed, inserted = findings.splice
         data = Path(path).read_bytes()
         source = io.BytesIO(data[:offset] + inserted + data[offset + removed :])
-    with _decoder_quiet() if findings.is_mp3 else contextlib.nullcontext():
+    # A file that is none, but has the name of one, goes to the MP3 decoder, too.
+    with _decoder_quiet() if findings.is_mp3 or Path(path).suffix.lower() == ".mp3" else contextlib.nullcontext():
         try:
             file = soundfile.SoundFile(source)
         except soundfile.LibsndfileError as error:
@@ -343,6 +347,7 @@ def _decode(path: StrPath, file: soundfile.SoundFile, first: int, last: int, las
 
 
 _stderr_lock = threading.RLock()
+_CHATTER = re.compile(rb"mpg123|^(Note|Warning): |^\s*$")
 
 
 @contextlib.contextmanager
@@ -371,7 +376,7 @@ def _decoder_quiet() -> Iterator[None]:
                 os.close(terminal)
                 caught.seek(0)
                 for line in caught:
-                    if b"mpg123" not in line and b"Xing stream size" not in line:
+                    if not _CHATTER.search(line):
                         os.write(2, line)
 
 

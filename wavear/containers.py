@@ -16,6 +16,7 @@ from __future__ import annotations
 import functools
 import mmap
 import os
+import zlib
 from dataclasses import dataclass
 
 Bytes = bytes | mmap.mmap
@@ -56,7 +57,7 @@ def _examine(path: str, size: int, modified: int) -> Findings:
         if magic == b"fLaC":
             return _examine_flac(data, start)
         if magic == b"OggS":
-            return _examine_ogg(data)
+            return _examine_ogg(data, start)
         if start > 0 or _Mp3Frame.parse(magic):
             return _examine_mp3(data, start)
         return Findings()
@@ -150,7 +151,8 @@ def _flac_frame_ends(data: Bytes, streaminfo: int, block: int) -> set[int]:
 
 def _flac_frame_header(header: bytes) -> tuple[int, int] | None:
     """Number and length in samples of a frame, or None if this is no frame header (RFC 9639, section 9.1)."""
-    if len(header) < 16 or header[3] & 1:
+    header = header.ljust(16, b"\0")  # the last frame can be shorter than the longest header
+    if header[3] & 1:
         return None
     # The number is coded as in UTF-8, up to seven bytes: as many leading ones as bytes, then six bits in each.
     ones = 8 - (header[4] ^ 0xFF).bit_length()
@@ -176,40 +178,48 @@ def _flac_frame_header(header: bytes) -> tuple[int, int] | None:
         checksum ^= byte
         for _ in range(8):
             checksum = (checksum << 1 ^ (0x107 if checksum & 0x80 else 0)) & 0xFF
-    return (number, length) if position < len(header) and checksum == header[position] else None
+    return (number, length) if checksum == header[position] else None
 
 
 # --- Ogg: pages -------------------------------------------------------------------------------------------------------
 
 
-def _examine_ogg(data: Bytes) -> Findings:
-    last = data.rfind(b"OggS")
-    if not _ogg_page_is_whole(data, last):
-        raise ValueError("truncated inside: it ends in the middle of an Ogg page")
-    end_of_stream = data[last + 5] & 4
-    if not end_of_stream and _ogg_page_end(data, last) < len(data):
-        raise ValueError("truncated inside: its last Ogg page is cut off")
+def _examine_ogg(data: Bytes, start: int) -> Findings:
+    position, samples, end_of_stream = start, [0], False
+    while data[position : position + 4] == b"OggS":
+        end = _ogg_page_end(data, position)
+        if end > len(data):
+            raise ValueError("truncated inside: it ends in the middle of an Ogg page")
+        page = data[position:end]
+        if int.from_bytes(page[22:26], "little") != _ogg_checksum(page):
+            raise ValueError(f"damaged inside: the checksum of the Ogg page at byte {position} is wrong")
+        # The sample at which the last packet that ends on this page ends; -1 if none does.
+        samples.append(int.from_bytes(page[6:14], "little", signed=True))
+        end_of_stream = bool(page[5] & 4)
+        position = end
+    if not end_of_stream and position < len(data):
+        raise ValueError(f"damaged or truncated inside: no Ogg page at byte {position}")
     # libsndfile (1.2.2) counts back from the sample at which a page says it ends, but the last page says where the
     # audio ends, not its blocks: a seek into it arrives at other samples. So seeks have to stop short of that page.
-    previous = data.rfind(b"OggS", 0, last)
-    while previous > 0 and _granule(data, previous) < 0:
-        previous = data.rfind(b"OggS", 0, previous)
-    return Findings(last_seek=max(_granule(data, previous), 0) if previous > 0 else 0)
-
-
-def _granule(data: Bytes, page: int) -> int:
-    """The sample at which the last packet that ends on a page ends; -1 if none does."""
-    return int.from_bytes(data[page + 6 : page + 14], "little", signed=True)
-
-
-def _ogg_page_is_whole(data: Bytes, page: int) -> bool:
-    return page + 27 <= len(data) and _ogg_page_end(data, page) <= len(data)
+    return Findings(last_seek=max(samples[:-1]))
 
 
 def _ogg_page_end(data: Bytes, page: int) -> int:
-    segments = data[page + 26]
-    lengths = data[page + 27 : page + 27 + segments]
-    return page + 27 + segments + sum(lengths) if len(lengths) == segments else len(data) + 1
+    lengths = data[page + 27 : page + 27 + data[page + 26]] if page + 26 < len(data) else b""
+    whole = page + 26 < len(data) and len(lengths) == data[page + 26]
+    return page + 27 + len(lengths) + sum(lengths) if whole else len(data) + 1
+
+
+_REVERSED = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))
+
+
+def _ogg_checksum(page: bytes) -> int:
+    """CRC-32 with the highest bit first, from 0, over the page with a checksum of 0 (RFC 3533, section 6).
+
+    zlib's is the same with the lowest bit first, and complemented before and after.
+    """
+    mirrored = (page[:22] + bytes(4) + page[26:]).translate(_REVERSED)
+    return int(f"{zlib.crc32(mirrored, 0xFFFFFFFF) ^ 0xFFFFFFFF:032b}"[::-1], 2)
 
 
 # --- MP3: frames that begin with their own length ---------------------------------------------------------------------
