@@ -1,0 +1,457 @@
+"""Data: what is found, how it is split, and that a crop's loss is the slice of the whole's."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from wavear import MelConfig, WaveNet, WaveNetConfig, audio, log_mel, mulaw_encode
+from wavear.data import Recording, find, open_corpus, split
+from wavear.segments import Layout, Order, Segments, collate, crop_loss, read_crop, read_span
+
+RATE = 8000
+
+
+def noise(samples: int, seed: int = 0) -> np.ndarray:
+    """Low-passed noise: neighbouring samples are alike, so a mel is not flat."""
+    white = np.random.default_rng(seed).standard_normal(samples + 8)
+    return (0.3 * np.convolve(white, np.ones(9) / 9, "valid")).astype(np.float32).clip(-1, 1)
+
+
+def write(path, samples: int = 4000, seed: int = 0, rate: int = RATE, waveform=None):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    audio.write(path, noise(samples, seed) if waveform is None else waveform, rate)
+    return path
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    root = tmp_path_factory.mktemp("recordings")
+    for number in range(12):
+        write(root / f"speaker{number % 2}" / f"{number:02}.wav", 2000 + 600 * number, seed=number)
+    return root
+
+
+def layout_of(segment: int = 512, **settings) -> tuple[WaveNet, Layout]:
+    torch.manual_seed(0)
+    mel = settings.pop(
+        "mel", MelConfig(sample_rate=RATE, n_fft=256, window_length=256, hop_length=64, bands=8, fmax=4000)
+    )
+    base: dict[str, Any] = {
+        "layers": 4,
+        "stacks": 2,
+        "residual_channels": 6,
+        "skip_channels": 6,
+        "head_channels": 8,
+        "classes": 32,
+    }
+    config = WaveNetConfig(**(base | {"conditioning_channels": 5, "sample_rate": RATE, "mel": mel} | settings))
+    model = WaveNet(config).double()
+    return model, Layout.of(model, segment)
+
+
+# --- finding
+
+
+def test_a_folder_is_searched_at_any_depth_in_any_case(tmp_path):
+    for name in ("b.wav", "a/x.FLAC", "a/deep/er/y.WaV"):
+        if name.lower().endswith("flac"):
+            write(tmp_path / "a/x.flac").rename(tmp_path / name)
+        else:
+            write(tmp_path / name[:-4] / "t.wav").rename(tmp_path / "t.wav")
+            (tmp_path / name[:-4]).rmdir()
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / "t.wav").rename(tmp_path / name)
+    for other in ("notes.txt", ".hidden.wav", ".trash/z.wav", "a/wav"):
+        (tmp_path / other).parent.mkdir(exist_ok=True)
+        (tmp_path / other).write_text("no audio")
+    assert [r.name for r in find(tmp_path)] == ["a/deep/er/y.WaV", "a/x.FLAC", "b.wav"]
+
+
+def test_speakers_of_a_folder_are_its_first_level(folder, tmp_path):
+    assert {r.speaker for r in find(folder)} == {None}
+    assert {(r.name.split("/")[0], r.speaker) for r in find(folder, speakers=True)} == {
+        ("speaker0", "speaker0"),
+        ("speaker1", "speaker1"),
+    }
+    write(tmp_path / "lone.wav")
+    with pytest.raises(ValueError, match=r"lone\.wav lies in no sub-folder"):
+        find(tmp_path, speakers=True)
+
+
+ROWS = [
+    {"path": "a.wav", "speaker": "ann", "split": "train"},
+    {"path": "sub/b.wav", "start": 0.125, "duration": 0.25, "speaker": "bob", "split": "dev"},
+]
+
+
+def manifest_text(kind: str) -> str:
+    if kind == "jsonl":
+        return "\n".join(map(json.dumps, ROWS)) + "\n"
+    separator = {"csv": ",", "tsv": "\t"}[kind]
+    keys = ["path", "start", "duration", "speaker", "split"]
+    lines = [separator.join(keys)] + [separator.join(str(row.get(key, "")) for key in keys) for row in ROWS]
+    return "\n".join(lines) + "\n"
+
+
+@pytest.mark.parametrize("kind", ["csv", "tsv", "jsonl"])
+def test_a_manifest_says_path_start_duration_speaker_and_split(tmp_path, kind):
+    write(tmp_path / "a.wav", 4000)
+    write(tmp_path / "sub/b.wav", 4000)
+    (tmp_path / f"list.{kind}").write_text(manifest_text(kind))
+    corpus = open_corpus(tmp_path / f"list.{kind}", sample_rate=RATE)
+    (a,), (b,) = corpus.train, corpus.validation
+    assert (a.name, a.start, a.frames, a.speaker) == ("a.wav", 0, 4000, "ann")
+    assert (b.name, b.start, b.frames, b.speaker) == ("sub/b.wav#0.125", 1000, 2000, "bob")
+    assert corpus.speakers == ["ann", "bob"]
+
+
+def test_a_list_of_path_and_text_is_a_manifest(tmp_path):
+    write(tmp_path / "a.wav")
+    write(tmp_path / "b.wav")
+    (tmp_path / "train.csv").write_text("a.wav|Something, said.\nb.wav|Something; else\n")
+    assert [r.path.name for r in find(tmp_path / "train.csv")] == ["a.wav", "b.wav"]
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "message"),
+    [
+        ("path,start\na.wav,-1\n", "m.csv", r"m\.csv:2: start is '-1', expected seconds, 0 or more"),
+        ("path,start\na.wav,soon\n", "m.csv", r"m\.csv:2: start is 'soon'"),
+        ("path,split\na.wav,both\n", "m.csv", r"m\.csv:2: split is 'both', expected train"),
+        ("file,text\na.wav,x\n", "m.csv", r"m\.csv:2 has no 'path'; its columns are file, text"),
+        ('{"path": "a.wav"}\nnot json\n', "m.jsonl", r"m\.jsonl:2 is not JSON"),
+        ("[1]\n", "m.jsonl", r"m\.jsonl:1 is no JSON object"),
+        ("", "m.csv", r"m\.csv lists no recordings"),
+        ("path\n\n", "m.csv", r"m\.csv lists no recordings"),
+    ],
+)
+def test_a_wrong_manifest_is_refused_with_its_line(tmp_path, text, name, message):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=message):
+        find(tmp_path / name)
+
+
+def test_what_is_not_there_is_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere: no such folder or manifest"):
+        find(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="holds no audio files"):
+        find(tmp_path)
+    (tmp_path / "picture.png").write_bytes(b"\x89PNG\xff\xfe")
+    with pytest.raises(ValueError, match="neither audio by its name"):
+        find(tmp_path / "picture.png")
+
+
+def test_a_bad_file_among_good_ones_is_named_and_skipped(tmp_path):
+    for number in range(4):
+        write(tmp_path / f"good{number}.wav", seed=number)
+    (tmp_path / "bad.wav").write_text("this is text")
+    (tmp_path / "empty.flac").write_bytes(b"")
+    write(tmp_path / "short.wav", 10)
+    corpus = open_corpus(tmp_path, sample_rate=RATE, least_samples=64)
+    assert len(corpus.train) + len(corpus.validation) == 4
+    reasons = dict(corpus.bad)
+    assert set(reasons) == {"bad.wav", "empty.flac", "short.wav"}
+    assert "10 samples at 8000 Hz are too few: at least 64" in reasons["short.wav"]
+    assert str(tmp_path) not in reasons["bad.wav"]
+
+
+def test_if_no_file_is_good_the_first_reason_is_told(tmp_path):
+    (tmp_path / "bad.wav").write_text("this is text")
+    with pytest.raises(ValueError, match=r"none of the files can be used; the first: bad\.wav: is not audio"):
+        open_corpus(tmp_path, sample_rate=RATE)
+
+
+def test_other_rates_are_resampled_and_said_once(tmp_path):
+    for number in range(3):
+        write(tmp_path / f"{number}.wav", 4000, rate=RATE if number else 16000)
+    corpus = open_corpus(tmp_path, sample_rate=RATE)
+    assert corpus.notes == ["1 of 3 files are resampled to 8000 Hz (from 16000 Hz)"]
+    assert {r.name: r.frames for r in corpus.train + corpus.validation} == {"0.wav": 2000, "1.wav": 4000, "2.wav": 4000}
+
+
+# --- splitting
+
+
+def named(*names: str, **fields) -> list[Recording]:
+    return [Recording(path=None, name=name, frames=1000, **fields) for name in names]  # type: ignore[arg-type]
+
+
+def test_a_file_stays_in_its_split_when_others_come():
+    names = [f"{n}.wav" for n in range(200)]
+    held = {r.name for r in split(named(*names), 0.1)[1]}
+    assert 10 <= len(held) <= 32  # 20 expected, three deviations of 4.2
+    more = {r.name for r in split(named(*names, *(f"new{n}.wav" for n in range(200))), 0.1)[1]}
+    assert {name for name in more if not name.startswith("new")} == held
+    assert {r.name for r in split(named(*names[:50]), 0.1)[1]} == held & set(names[:50])
+
+
+@pytest.mark.parametrize("count", [2, 3, 10])
+@pytest.mark.parametrize("fraction", [0.001, 0.999])
+def test_at_least_one_file_is_on_each_side(count, fraction):
+    train, held = split(named(*(f"{n}.wav" for n in range(count))), fraction)
+    assert train
+    assert held
+    assert len(train) + len(held) == count
+
+
+def test_stretches_of_a_file_stay_together():
+    recordings = [r for n in range(40) for r in named(f"{n}.wav", f"{n}.wav#1", f"{n}.wav#2.5")]
+    train, held = split(recordings, 0.2)
+    assert not {r.name.split("#")[0] for r in train} & {r.name.split("#")[0] for r in held}
+
+
+def test_the_column_split_decides():
+    train, held = split(named("a", "b") + named("c", split="validation") + named("d", split="test"), 0.9)
+    assert [r.name for r in train] == ["a", "b"]
+    assert [r.name for r in held] == ["c"]
+    with pytest.raises(ValueError, match="none is left to train on"):
+        split(named("c", split="validation"), 0.5)
+
+
+def test_a_single_file_is_cut():
+    (train,), (held,) = split(named("a.wav"), 0.25)
+    assert (train.start, train.frames, held.start, held.frames) == (0, 750, 750, 250)
+
+
+def test_a_second_folder_is_held_out_whole(folder, tmp_path):
+    write(tmp_path / "v.wav")
+    corpus = open_corpus(folder, sample_rate=RATE, validation=tmp_path)
+    assert len(corpus.train) == 12
+    assert [r.name for r in corpus.validation] == ["v.wav"]
+
+
+# --- levels and silence
+
+
+def test_levels_are_brought_to_one(tmp_path):
+    for number, level in enumerate((0.02, 0.3, 1.0)):
+        write(tmp_path / f"s{number // 2}" / f"{number}.wav", waveform=level * noise(4000) / np.abs(noise(4000)).max())
+    keywords = {"sample_rate": RATE, "speakers": True}
+
+    def peaks(**settings) -> dict[str, float]:
+        corpus = open_corpus(tmp_path, **keywords, **settings)
+        loaded = {r.name: read_span(r, RATE, 0, 4000) for r in corpus.train + corpus.validation}
+        return {name: float(np.abs(waveform).max()) for name, waveform in sorted(loaded.items())}
+
+    assert list(peaks().values()) == pytest.approx([0.02, 0.3, 1.0], abs=1e-3)
+    assert list(peaks(normalise="peak").values()) == pytest.approx([0.9, 0.9, 0.9], abs=1e-3)
+    by_speaker = peaks(normalise="peak", normalise_by="speaker")
+    assert list(by_speaker.values()) == pytest.approx([0.06, 0.9, 0.9], abs=2e-3)
+    corpus = open_corpus(tmp_path, normalise="rms", **keywords)
+    for recording in corpus.train + corpus.validation:
+        rms = np.sqrt(np.mean(read_span(recording, RATE, 0, 4000).astype(np.float64) ** 2))
+        assert 20 * np.log10(rms) == pytest.approx(-23, abs=0.05)
+
+
+def test_silent_ends_are_cut(tmp_path):
+    waveform = np.concatenate([np.zeros(8000), noise(4000), np.zeros(8000)]).astype(np.float32)
+    write(tmp_path / "a.wav", waveform=waveform)
+    write(tmp_path / "b.wav", waveform=waveform)
+    for recording in open_corpus(tmp_path, sample_rate=RATE, trim_silence=40).train:
+        # 50 ms are kept, and a frame of the measure (2048 samples) reaches further.
+        assert 8000 - 400 - 2048 <= recording.start <= 7600
+        assert 4000 + 800 <= recording.frames <= 4000 + 800 + 2 * 2048
+        assert np.array_equal(
+            read_span(recording, RATE, 0, recording.frames),
+            audio.read(recording.path).numpy()[recording.start : recording.start + recording.frames],
+        )
+
+
+def test_quiet_segments_are_drawn_again(tmp_path):
+    waveform = np.concatenate([np.zeros(30000), noise(6000)]).astype(np.float32)
+    write(tmp_path / "a.wav", waveform=waveform)
+    recordings = [Recording(tmp_path / "a.wav", "a.wav", 0, 36000, RATE)]
+    _, layout = layout_of(256)
+
+    def silent(redraw_below) -> float:
+        stream = Segments(recordings, layout, redraw_below=redraw_below)
+        return float(np.mean([stream[i]["waveform"].any() == 0 for i in range(300)]))
+
+    assert silent(None) > 0.7
+    assert silent(-60.0) < 0.5  # 0.83 ** 5 = 0.4
+
+
+# --- crops
+
+
+MELS = {
+    "middle-reflect": {},
+    "start-reflect": {"centre": "start"},
+    "middle-zeros": {"padding": "zeros"},
+    "start-zeros": {"centre": "start", "padding": "zeros"},
+    "odd-hop": {"hop_length": 75, "n_fft": 256, "window_length": 200},
+    "hop-is-window": {"hop_length": 256},
+}
+
+
+@pytest.mark.parametrize("samples", [4000, 4037, 700, 130], ids=lambda n: f"{n}samples")
+@pytest.mark.parametrize("mel", [*MELS, "none"])
+def test_the_loss_of_a_crop_is_the_slice_of_the_loss_of_the_whole(tmp_path, mel, samples):
+    """At the beginning, inside, at the end, and for files shorter than a crop. To 1e-9: the same sums in float64."""
+    config = None
+    if mel != "none":
+        base = {"sample_rate": RATE, "n_fft": 256, "window_length": 256, "hop_length": 64, "bands": 8, "fmax": 4000}
+        config = MelConfig(**(base | MELS[mel]))
+    model, layout = layout_of(300, mel=config, kernel_size=3, speakers=2)
+    if samples < layout.hop:
+        samples = layout.hop + 1
+    write(tmp_path / "a.wav", samples)
+    recording = Recording(tmp_path / "a.wav", "a.wav", 0, samples, RATE, speaker="b")
+    whole = audio.read(recording.path)[None]
+    total = samples // layout.hop * layout.hop
+    with torch.no_grad():
+        codes = mulaw_encode(whole[:, :total], 32)
+        cond = model.condition(None if config is None else log_mel(whole, config), torch.tensor([1]))
+        expected = torch.nn.functional.cross_entropy(model(codes, cond), codes, reduction="none")[0]
+    segments = Segments([recording], layout, ["a", "b"])
+    starts = sorted({max(start, 0) for start in layout.starts(recording)})
+    assert starts[0] == 0
+    assert starts[-1] == max(total - layout.window, 0)
+    scored = np.zeros(total, dtype=int)
+    for start in starts if config is not None else starts[:: max(len(starts) // 20, 1)]:
+        first, last = 0 if start == 0 else layout.receptive_field, min(layout.window, total - start)
+        item = segments.item(recording, 0, start, first, last, read_crop(recording, layout, start))
+        with torch.no_grad():
+            loss, mask = crop_loss(model, collate([item]), layout)
+        assert mask[0].nonzero()[[0, -1], 0].tolist() == [first, last - 1]
+        torch.testing.assert_close(loss[0, first:last], expected[start + first : start + last], atol=1e-9, rtol=0)
+        assert (loss[0, :first] == 0).all()
+        assert (loss[0, last:] == 0).all()
+        scored[start + first : start + last] += 1
+    if config is not None:
+        assert (scored > 0).all()  # every sample has a crop in which it carries loss
+
+
+@pytest.mark.parametrize("samples", [64, 500, 831, 832, 833, 2000, 4099])
+def test_the_cover_scores_every_sample_once(samples):
+    _, layout = layout_of(256)
+    recording = Recording(None, "a", 0, samples, RATE)  # type: ignore[arg-type]
+    scored = np.zeros(samples // 64 * 64, dtype=int)
+    for start, first, last in layout.cover(recording):
+        assert start % layout.hop == 0
+        assert start == 0 or first >= layout.receptive_field
+        assert last <= layout.window
+        scored[start + first : start + last] += 1
+    assert (scored == 1).all()
+
+
+def test_a_resampled_crop_is_the_crop_of_the_resampled_whole(tmp_path):
+    write(tmp_path / "a.wav", 20000, rate=11025)
+    whole = audio.read(tmp_path / "a.wav", RATE).numpy()
+    recording = open_corpus(tmp_path / "a.wav", sample_rate=RATE).train[0]
+    _, layout = layout_of(512)
+    for start in (0, 64, 6400):
+        crop = read_crop(recording, layout, start)[layout.margin : layout.margin + layout.window]
+        np.testing.assert_allclose(crop, whole[start : start + layout.window], atol=1e-5)
+
+
+def test_only_the_needed_part_of_a_file_is_read(tmp_path, monkeypatch):
+    write(tmp_path / "a.wav", 200000)
+    recording = Recording(tmp_path / "a.wav", "a.wav", 0, 200000, RATE)
+    asked = []
+    real = audio.read
+    monkeypatch.setattr(audio, "read", lambda *a: asked.append(a) or real(*a))
+    _, layout = layout_of(512)
+    stream = Segments([recording], layout)
+    for index in range(20):
+        stream[index]
+    assert len(asked) == 20
+    assert max(frames for *_, frames in asked) <= layout.window + 2 * layout.margin < 3000
+
+
+# --- the stream
+
+
+def items_equal(a: dict, b: dict) -> bool:
+    return a["span"] == b["span"] and a["source"] == b["source"] and np.array_equal(a["waveform"], b["waveform"])
+
+
+def test_an_item_depends_on_seed_and_number_only(folder):
+    recordings = open_corpus(folder, sample_rate=RATE).train
+    _, layout = layout_of(512)
+    first = [Segments(recordings, layout, seed=3)[i] for i in range(20)]
+    stream = Segments(recordings, layout, seed=3)
+    for index in np.random.default_rng(0).permutation(20):
+        assert items_equal(stream[int(index)], first[int(index)])
+    other = Segments(recordings, layout, seed=4)
+    assert not any(items_equal(other[i], first[i]) for i in range(20))
+    assert len({item["waveform"].tobytes() for item in first}) > 15
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_do_not_depend_on_the_workers(folder, workers):
+    recordings = open_corpus(folder, sample_rate=RATE).train
+    _, layout = layout_of(512)
+    stream = Segments(recordings, layout, seed=1)
+    loader = torch.utils.data.DataLoader(
+        stream, batch_sampler=Order(4, first_step=7), collate_fn=collate, num_workers=workers
+    )
+    batches = iter(loader)
+    for step in (7, 8, 9):
+        batch = next(batches)
+        expected = collate([stream[i] for i in range(4 * step, 4 * step + 4)])
+        assert torch.equal(batch.waveform, expected.waveform)
+        assert torch.equal(batch.span, expected.span)
+        assert torch.equal(batch.source, expected.source)
+
+
+def test_processes_share_a_step():
+    steps = [iter(Order(6, 2, rank, 3)) for rank in range(3)]
+    assert [i for s in steps for i in next(s)] == list(range(12, 18))
+    assert [i for s in steps for i in next(s)] == list(range(18, 24))
+    with pytest.raises(ValueError, match="7 crops cannot be shared by 3"):
+        Order(7, 0, 0, 3)
+
+
+def test_files_count_by_their_length_and_samples_alike(folder):
+    """Draws against the expected counts, to five deviations."""
+    recordings = open_corpus(folder, sample_rate=RATE).train
+    _, layout = layout_of(256)
+    stream = Segments(recordings, layout)
+    items = [stream[i] for i in range(2000)]
+    lengths = np.array([layout.length(r) for r in recordings])
+    expected = 2000 * lengths / lengths.sum()
+    counts = np.bincount([item["source"] for item in items], minlength=len(recordings))
+    assert (np.abs(counts - expected) < 5 * np.sqrt(expected)).all()
+    first = np.mean([item["span"][0] == 0 for item in items])
+    per_file = np.array([(layout.context // layout.hop + 1) / len(layout.starts(r)) for r in recordings])
+    chance = (per_file * lengths / lengths.sum()).sum()
+    assert first == pytest.approx(chance, abs=5 * np.sqrt(chance / 2000))
+
+
+def test_a_file_that_breaks_later_is_skipped_and_reported(folder, tmp_path):
+    recordings = open_corpus(folder, sample_rate=RATE).train
+    gone = Recording(tmp_path / "gone.wav", "gone.wav", 0, 50000, RATE)
+    _, layout = layout_of(512)
+    stream = Segments([*recordings, gone], layout)
+    batch = collate([stream[i] for i in range(30)])
+    assert [name for name, _ in batch.skipped] == ["gone.wav"]
+    assert (batch.source < len(recordings)).all()
+    again = Segments([*recordings, gone], layout)  # what another worker draws, who has not met the file
+    assert items_equal(again[29], stream[29])
+    with pytest.raises(ValueError, match="none of 1000 files drawn could be read"):
+        Segments([gone], layout)[0]
+
+
+def test_stereo_is_mixed(tmp_path):
+    import soundfile
+
+    left, right = noise(4000, 1), noise(4000, 2)
+    soundfile.write(tmp_path / "a.wav", np.stack([left, right], 1), RATE, subtype="FLOAT")
+    recording = Recording(tmp_path / "a.wav", "a.wav", 0, 4000, RATE)
+    np.testing.assert_allclose(read_span(recording, RATE, 5, 900), ((left + right) / 2)[5:900], atol=1e-6)
+
+
+def test_a_stretch_is_read_from_its_start(tmp_path):
+    write(tmp_path / "a.wav")
+    recording = Recording(tmp_path / "a.wav", "a.wav", 1000, 2000, RATE)
+    whole = audio.read(tmp_path / "a.wav").numpy()
+    assert np.array_equal(read_span(recording, RATE, 10, 500), whole[1010:1500])
+    doubled = dataclasses.replace(recording, gain=2.0)
+    assert np.array_equal(read_span(doubled, RATE, 10, 500), (2 * whole[1010:1500]).clip(-1, 1))

@@ -1,0 +1,573 @@
+"""Training: it learns, its numbers are what they say, and a run that stops goes on as if it had not."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import functools
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import wavear
+from wavear import audio
+from wavear.data import Recording, open_corpus
+from wavear.segments import Layout, Order, Segments, collate
+from wavear.train import TrainConfig, train
+
+RATE = 8000
+TINY: dict[str, Any] = {
+    "layers": 4,
+    "stacks": 2,
+    "residual_channels": 8,
+    "skip_channels": 8,
+    "head_channels": 16,
+    "conditioning_channels": 6,
+    "classes": 32,
+    "sample_rate": RATE,
+    "mel_bands": 8,
+    "mel_hop_length": 64,
+    "segment": 512,
+    "warmup_steps": 2,
+    "validate_every": 1000,
+    "sample_seconds": 0.0,
+    "progress": False,
+    "device": "cpu",
+    "precision": "32",
+    "workers": 0,
+}
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def tones(tmp_path_factory):
+    """Tones of two speakers, each with a little noise."""
+    root = tmp_path_factory.mktemp("tones")
+    generator = np.random.default_rng(0)
+    for number in range(8):
+        time = np.arange(3000 + 64 * number) / RATE
+        tone = 0.5 * np.sin(2 * np.pi * (200 + 50 * number) * time) + 0.01 * generator.standard_normal(time.size)
+        path = root / f"speaker{number % 2}" / f"{number}.wav"
+        path.parent.mkdir(exist_ok=True)
+        audio.write(path, tone, RATE)
+    return root
+
+
+def config_of(tones, tmp_path, **settings: Any) -> TrainConfig:
+    merged: dict[str, Any] = TINY | {"max_steps": 4} | settings
+    return TrainConfig(data=str(tones), out=str(tmp_path / "run"), **merged)
+
+
+def state_of(out: Path) -> dict:
+    from wavear.training.state import load_state
+
+    return load_state(out / "resume.safetensors")
+
+
+def assert_same_state(a: dict, b: dict) -> None:
+    """Bit for bit: weights, their average, optimizer, step."""
+    assert a["global_step"] == b["global_step"]
+    assert a["state_dict"].keys() == b["state_dict"].keys()
+    for name, tensor in a["state_dict"].items():
+        assert torch.equal(tensor, b["state_dict"][name]), name
+    moments, others = (s["optimizer_states"][0]["state"] for s in (a, b))
+    assert moments.keys() == others.keys()
+    for key in moments:
+        for name in moments[key]:
+            assert torch.equal(moments[key][name], others[key][name]), (key, name)
+
+
+# --- a run
+
+
+def test_training_learns_and_says_so(tones, tmp_path, capfd, monkeypatch):
+    from wavear.training import callbacks
+
+    # The compiled engine would take longer to compile than this test takes.
+    monkeypatch.setattr(callbacks, "free_running", functools.partial(callbacks.free_running, engine="reference"))
+    settings = {"max_steps": 80, "learning_rate": 2e-2, "validate_every": 40, "batch_size": 4, "sample_seconds": 0.02}
+    result = train(config_of(tones, tmp_path, **settings))
+    assert result.bits_before == pytest.approx(5.0, abs=0.6)  # log2 of 32 classes, more or less
+    assert result.bits_best < result.held_out["unigram"] - 0.5 < result.held_out["uniform"] - 1 == 4
+    assert result.held_out["model"] == pytest.approx(result.bits_best, abs=1e-6)  # one file is held out
+    assert (result.steps, result.stopped_by) == (80, "steps")
+    out = tmp_path / "run"
+    for name in ("best", "last"):
+        model = wavear.load(out / name)
+        assert model.config == config_of(tones, tmp_path).model_config()
+    record = json.loads((out / "train.json").read_text())
+    assert [entry["step"] for entry in record["history"]] == [0, 40, 80]
+    assert record["held_out"] == result.held_out
+    assert record["data"]["train"]["recordings"] + record["data"]["validation"]["recordings"] == 8
+    rows = list(csv.DictReader((out / "metrics.csv").read_text().splitlines()))
+    assert [int(row["step"]) for row in rows if row["validation_bits"]] == [0, 40, 80]
+    assert [int(row["step"]) for row in rows if row["train_bits"]] == list(range(10, 81, 10))
+    assert float(rows[-2]["samples_per_second"]) > 0
+    board = b"".join(path.read_bytes() for path in (out / "tensorboard").iterdir())
+    for name in (b"train_bits", b"validation_bits", b"learning_rate", b"samples_per_second", b"sample/generated"):
+        assert name in board
+    assert capfd.readouterr() == ("", "")  # progress=False: neither we nor Lightning say a word
+
+
+def test_the_same_run_twice_is_the_same(tones, tmp_path):
+    for name in "ab":
+        train(config_of(tones, tmp_path / name))
+    assert_same_state(state_of(tmp_path / "a" / "run"), state_of(tmp_path / "b" / "run"))
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_resumed_run_equals_one_never_stopped(tones, tmp_path, accumulate):
+    settings = {"batch_size": 4, "accumulate": accumulate, "max_steps": 6, "unconditional": accumulate == 2}
+    train(config_of(tones, tmp_path / "straight", **settings))
+    # The learning rate looks at max_steps, so the first part is interrupted rather than shorter.
+    with interrupt_at_step(3):
+        part = train(config_of(tones, tmp_path / "parts", **settings))
+    assert (part.stopped_by, part.steps) == ("interrupt", 3)
+    assert part.held_out == {}
+    resumed = train(config_of(tones, tmp_path / "parts", resume=True, workers=1, **settings))
+    assert (resumed.stopped_by, resumed.steps) == ("steps", 6)
+    assert_same_state(state_of(tmp_path / "straight" / "run"), state_of(tmp_path / "parts" / "run"))
+    record = json.loads((tmp_path / "parts" / "run" / "train.json").read_text())
+    assert [entry["step"] for entry in record["history"]] == [0, 6]
+
+
+class interrupt_at_step:
+    """Ctrl-C while the given step is being taken."""
+
+    def __init__(self, step: int):
+        self.step = step
+
+    def __enter__(self):
+        from wavear.training.module import TrainingModule
+
+        self.module, self.real = TrainingModule, TrainingModule.update_average
+
+        def update(module: TrainingModule) -> None:
+            self.real(module)
+            if module.global_step == self.step:
+                signal.raise_signal(signal.SIGINT)
+
+        TrainingModule.update_average = update  # type: ignore
+
+    def __exit__(self, *_):
+        self.module.update_average = self.real
+
+
+def test_an_interrupt_saves_says_how_to_go_on_and_gives_the_signal_back(tones, tmp_path, capsys):
+    before = signal.getsignal(signal.SIGINT)
+    with interrupt_at_step(2):
+        result = train(config_of(tones, tmp_path, max_steps=50, progress=True))
+    assert (result.stopped_by, result.steps) == ("interrupt", 2)
+    assert signal.getsignal(signal.SIGINT) is before
+    assert "--resume" in capsys.readouterr().out
+    assert wavear.load(result.last).config == wavear.load(result.best).config
+    assert state_of(tmp_path / "run")["global_step"] == 2
+
+
+def test_a_run_trains_outside_the_main_thread(tones, tmp_path):
+    """Where no signal can be caught."""
+    results = []
+    thread = threading.Thread(target=lambda: results.append(train(config_of(tones, tmp_path, max_steps=2))))
+    thread.start()
+    thread.join()
+    assert results[0].steps == 2
+
+
+def test_time_ends_a_run(tones, tmp_path):
+    result = train(config_of(tones, tmp_path, max_steps=None, max_minutes=0.01))
+    assert result.stopped_by == "time"
+    assert result.seconds >= 0.6
+    assert result.steps >= 1
+
+
+def test_a_directory_with_something_in_it_is_refused(tones, tmp_path):
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / "thesis.tex").write_text("years of work")
+    with pytest.raises(FileExistsError, match="is not empty: choose another directory, or give --resume"):
+        train(config_of(tones, tmp_path))
+    with pytest.raises(FileExistsError, match=r"holds no run of ours \(no train.json\)"):
+        train(config_of(tones, tmp_path, overwrite=True))
+    with pytest.raises(FileNotFoundError, match="holds no run to resume"):
+        train(config_of(tones, tmp_path, resume=True))
+    assert (out / "thesis.tex").read_text() == "years of work"
+    (out / "thesis.tex").unlink()
+    train(config_of(tones, tmp_path, max_steps=2))
+    result = train(config_of(tones, tmp_path, max_steps=3, overwrite=True))
+    assert result.steps == 3
+    with pytest.raises(ValueError, match=r"is a run of another model: layers 4, now 6"):
+        train(config_of(tones, tmp_path, layers=6, resume=True))
+    with pytest.raises(ValueError, match="is a run with seed 0, now 1"):
+        train(config_of(tones, tmp_path, seed=1, resume=True))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"max_steps": None}, "the run needs an end"),
+        ({"max_steps": 0}, "max_steps is 0, expected 1 or more"),
+        ({"learning_rate": 0.0}, "learning_rate is 0.0, expected more than 0"),
+        ({"batch_size": 3, "accumulate": 2}, "a batch of 3 does not divide into 2 parts"),
+        ({"resume": True, "overwrite": True}, "choose one"),
+        ({"ema_decay": 1.0}, "ema_decay is 1.0"),
+        ({"validation_fraction": 1.5}, "validation_fraction is 1.5"),
+        ({"layers": 5}, "5 layers do not divide into 2 stacks"),
+        ({"segment": float("nan")}, "segment is nan"),
+    ],
+)
+def test_nonsense_is_refused(tones, tmp_path, settings, message):
+    with pytest.raises(ValueError, match=message):
+        config_of(tones, tmp_path, **settings)
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:99" if torch.cuda.is_available() else "cuda"])
+def test_a_device_that_is_not_there_is_refused(tones, tmp_path, device):
+    with pytest.raises(ValueError, match=f"device is '{device}'"):
+        train(config_of(tones, tmp_path, device=device))
+
+
+def test_a_loss_that_is_no_number_ends_the_run(tones, tmp_path, monkeypatch):
+    from wavear.training import module
+
+    real = module.crop_loss
+
+    def broken(*arguments):
+        losses, mask = real(*arguments)
+        return losses * math.nan, mask
+
+    monkeypatch.setattr(module, "crop_loss", broken)
+    with pytest.raises(ValueError, match=r"the loss became nan .* try a lower learning rate"):
+        train(config_of(tones, tmp_path))
+    assert not (tmp_path / "run" / "last").exists()
+    wavear.load(tmp_path / "run" / "best")  # that of step 0, whole
+
+
+def test_bad_files_are_told_and_the_run_goes_on(tones, tmp_path, capsys):
+    data = tmp_path / "data"
+    data.mkdir()
+    for path in tones.rglob("*.wav"):
+        (data / path.name).write_bytes(path.read_bytes())
+    (data / "text.wav").write_text("no audio")
+    result = train(config_of(data, tmp_path, max_steps=2, progress=True))
+    assert set(result.skipped) == {"text.wav"}
+    assert "skipped text.wav: is not audio" in capsys.readouterr().out
+
+
+def test_speakers_are_numbered_and_their_names_kept(tones, tmp_path):
+    result = train(config_of(tones, tmp_path, speakers=True, unconditional=True, max_steps=2))
+    model = wavear.load(result.best)
+    assert model.config.speakers == 2
+    assert wavear.generate(model, samples=10, speaker=1, engine="reference").shape == (1, 10)
+    described = json.loads((result.best / "config.json").read_text())
+    assert described["training"]["speakers"] == ["speaker0", "speaker1"]
+
+
+def test_bands_are_scaled_by_the_training_data(tones, tmp_path):
+    config = config_of(tones, tmp_path, max_steps=1)
+    conditioning = wavear.load(train(config).best).conditioning
+    assert config.mel is not None
+    waveforms = [audio.read(r.path)[None] for r in open_corpus(tones, sample_rate=RATE).train]
+    mels = torch.cat([wavear.log_mel(w, config.mel)[0] for w in waveforms], dim=1)
+    # Of 64 crops of a tenth of a second: to a third of a deviation. (Unscaled, the means are 3 to 7 below zero.)
+    assert ((conditioning.mel_mean - mels.mean(1)).abs() < mels.std(1) / 3).all()
+    torch.testing.assert_close(conditioning.mel_deviation, mels.std(1), atol=0, rtol=0.35)
+
+
+# --- its parts
+
+
+def test_the_moving_average_is_what_its_formula_says(tones, tmp_path):
+    weights, averages = [], []
+    from wavear.training.module import TrainingModule
+
+    real = TrainingModule.update_average
+
+    def record(module: TrainingModule) -> None:
+        weights.append(module.model.get_parameter("embedding.weight").detach().clone())
+        real(module)
+        averages.append(module.average.get_parameter("embedding.weight").detach().clone())
+
+    TrainingModule.update_average = record  # type: ignore
+    try:
+        result = train(config_of(tones, tmp_path, max_steps=5, ema_decay=0.3))
+    finally:
+        TrainingModule.update_average = real
+    expected = averages[0]
+    for n in range(2, 6):
+        decay = min(0.3, (1 + n) / (10 + n))
+        expected = decay * expected + (1 - decay) * weights[n - 1]
+    torch.testing.assert_close(averages[-1], expected)
+    assert torch.equal(wavear.load(result.last).embedding.weight, averages[-1])
+    assert not torch.allclose(weights[-1], averages[-1], atol=1e-4)
+
+
+def test_the_learning_rate_rises_and_falls():
+    from wavear.training.module import learning_rate
+
+    rates = [learning_rate(step, step / 1000, 0.5, 100) for step in range(1001)]
+    assert rates[0] == pytest.approx(0.5 / 100, rel=1e-3)
+    assert np.argmax(rates) in range(95, 101)
+    assert rates[500] == pytest.approx(0.5 * 0.51)
+    assert rates[1000] == pytest.approx(0.5 * 0.02)
+    assert (np.diff(rates[100:]) < 0).all()
+
+
+def gradients(tones, accumulate: int, world: int) -> list[torch.Tensor]:
+    """Of the first batch, as `training_step` sums it up over parts, averaged over processes as DDP does."""
+    from wavear.segments import crop_loss
+
+    config = TrainConfig(data=str(tones), out="-", max_steps=1, batch_size=4, **TINY)
+    torch.manual_seed(0)
+    model = wavear.WaveNet(config.model_config()).double()
+    layout = Layout.of(model, 512)
+    stream = Segments(open_corpus(tones, sample_rate=RATE).train, layout)
+    found = []
+    for rank in range(world):
+        batch = collate([stream[i] for i in next(iter(Order(4, 0, rank, world)))])
+        for part in batch.split(accumulate):
+            losses, _ = crop_loss(model, part, layout)
+            total = losses.sum() / (len(batch.source) * layout.segment) / world
+            found.append(torch.autograd.grad(total, list(model.parameters())))
+    return [torch.stack(terms).sum(0) for terms in zip(*found, strict=True)]
+
+
+@pytest.mark.parametrize(("accumulate", "world"), [(2, 1), (4, 1), (1, 2), (2, 2)])
+def test_parts_and_processes_do_not_change_the_gradient(tones, accumulate, world):
+    """To 1e-12 in float64: the same terms, summed in another order."""
+    for a, b in zip(gradients(tones, 1, 1), gradients(tones, accumulate, world), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-12, rtol=1e-9)
+
+
+def test_parts_do_not_change_the_run(tones, tmp_path):
+    """With clipping, which scales gradients in place; to the rounding of float32 sums."""
+    for accumulate in (1, 4):
+        settings = {"batch_size": 4, "max_steps": 3, "gradient_clip": 0.01, "accumulate": accumulate}
+        train(config_of(tones, tmp_path / str(accumulate), **settings))
+    a, b = (state_of(tmp_path / name / "run")["state_dict"] for name in "14")
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], atol=2e-5, rtol=0)
+
+
+def test_bf16_trains_on_the_same_gradient_but_for_its_rounding(tones, tmp_path):
+    from wavear.segments import crop_loss
+
+    config = config_of(tones, tmp_path)
+    torch.manual_seed(0)
+    model = wavear.WaveNet(config.model_config())
+    layout = Layout.of(model, 512)
+    batch = collate([Segments(open_corpus(tones, sample_rate=RATE).train, layout)[i] for i in range(4)])
+    parameters = [p for p in model.parameters() if p.dim() > 1]
+    found = []
+    for dtype in (None, torch.bfloat16):
+        losses, mask = crop_loss(model, batch, layout, dtype)
+        assert losses.dtype == torch.float32
+        gradient = torch.autograd.grad(losses.sum() / mask.sum(), parameters)
+        assert all(g.dtype == torch.float32 for g in gradient)
+        found.append((losses.sum().item(), torch.cat([g.flatten() for g in gradient])))
+    assert found[1][0] == pytest.approx(found[0][0], rel=5e-3)
+    assert torch.cosine_similarity(found[0][1], found[1][1], dim=0) > 0.99
+    assert found[0][0] != found[1][0]
+    result = train(dataclasses.replace(config, precision="bf16", max_steps=20, learning_rate=1e-2))
+    assert result.bits_final < result.bits_before - 0.2
+    assert wavear.load(result.best).embedding.weight.dtype == torch.float32
+
+
+def test_two_processes_train_like_one(tones, tmp_path):
+    """Lightning DDP over gloo, as torchrun starts it: the weights of one process, but for the order of float32 sums."""
+    settings = {"max_steps": 3, "batch_size": 4, "validate_every": 2}
+    train(config_of(tones, tmp_path / "one", **settings))
+    two = dataclasses.asdict(config_of(tones, tmp_path / "two", **settings))
+    program = "import sys, json; from wavear.train import *; train(TrainConfig(**json.loads(sys.argv[1])))"
+    script = tmp_path / "run.py"
+    script.write_text(f"if __name__ == '__main__':\n    {program}\n")
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(wavear.__file__).parents[1])}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
+    done = subprocess.run(
+        [*command, json.dumps(two)], env=environment, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    a, b = (state_of(tmp_path / name / "run")["state_dict"] for name in ("one", "two"))
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], atol=1e-5, rtol=1e-4)
+    records = [json.loads((tmp_path / name / "run" / "train.json").read_text()) for name in ("one", "two")]
+    for one, other in zip(*(record["history"] for record in records), strict=True):
+        assert one["bits"] == pytest.approx(other["bits"], abs=1e-4)
+
+
+# --- bits
+
+
+@pytest.mark.parametrize("chunk", [64, 500, 100000])
+@pytest.mark.parametrize("world", [1, 3])
+def test_held_out_bits_are_those_of_score(tones, monkeypatch, chunk, world):
+    """Per recording; the lengths are whole frames, as `score` extends what is not. To 1e-4 of a sum of thousands."""
+    from wavear.training import bits
+
+    monkeypatch.setattr(bits, "_EVALUATION_SEGMENT", chunk)
+    torch.manual_seed(0)
+    model = wavear.WaveNet(TrainConfig(data="-", out="-", max_steps=1, **TINY).model_config()).double()
+    recordings = [
+        dataclasses.replace(r, frames=r.frames // 64 * 64) for r in open_corpus(tones, sample_rate=RATE).train
+    ]
+    found = [bits.held_out_bits(model, recordings, rank=rank, world=world) for rank in range(world)]
+    total, samples = np.sum([f.total for f in found], axis=0), np.sum([f.samples for f in found], axis=0)
+    for number, recording in enumerate(recordings):
+        waveform = audio.read(recording.path, frames=recording.frames)
+        expected = -wavear.score(model, waveform).sum().item() / math.log(2)
+        assert samples[number] == recording.frames
+        assert total[number] == pytest.approx(expected, rel=1e-6)
+    assert found[0].per_sample == pytest.approx(found[0].total.sum() / found[0].samples.sum())
+
+
+def test_baselines_of_a_known_chain():
+    """Codes from a Markov chain: the unigram comes to the entropy of its law, order 1 to the chain's entropy rate."""
+    from wavear.training.bits import Counts, baselines
+
+    generator = np.random.default_rng(0)
+    chain = np.array([[0.9, 0.1, 0.0, 0.0], [0.2, 0.5, 0.3, 0.0], [0.0, 0.3, 0.4, 0.3], [0.0, 0.0, 0.6, 0.4]])
+
+    def counts(length: int) -> Counts:
+        codes = [0]
+        for u in generator.random(length):
+            codes.append(min(int(np.searchsorted(np.cumsum(chain[codes[-1]]), u)), 3))
+        pairs = np.zeros((4, 4), dtype=np.int64)
+        np.add.at(pairs, (codes[:-1], codes[1:]), 1)
+        return Counts(np.bincount(codes[1:], minlength=4), pairs)
+
+    found = baselines(counts(60000), counts(60000))
+    values, vectors = np.linalg.eig(chain.T)
+    law = np.real(vectors[:, np.argmax(np.real(values))])
+    law /= law.sum()
+    with np.errstate(divide="ignore", invalid="ignore"):
+        rate = -(law[:, None] * np.nan_to_num(chain * np.log2(chain), neginf=0.0)).sum()
+    assert found["uniform"] == 2
+    assert found["unigram"] == pytest.approx(-(law * np.log2(law)).sum(), abs=0.02)
+    assert found["markov"] == pytest.approx(rate, abs=0.02)
+
+
+def test_counts_are_of_the_codes(tones):
+    from wavear import mulaw_encode
+    from wavear.training import bits
+
+    recordings = open_corpus(tones, sample_rate=RATE).train
+    model = wavear.WaveNet(TrainConfig(data="-", out="-", max_steps=1, **TINY).model_config())
+    counted = bits.Counts.of(recordings, Layout.of(model, 64), 32)
+    single, pairs = np.zeros(32, dtype=int), np.zeros((32, 32), dtype=int)
+    for recording in recordings:
+        codes = mulaw_encode(audio.read(recording.path), 32).numpy()[: recording.frames // 64 * 64]
+        for a, b in zip([16, *codes[:-1]], codes, strict=True):
+            single[b] += 1
+            pairs[a, b] += 1
+    assert np.array_equal(counted.single, single)
+    assert counted.pairs is not None
+    assert np.array_equal(counted.pairs, pairs)
+
+
+def test_baselines_of_codes_never_seen_are_finite():
+    from wavear.training.bits import Counts, baselines
+
+    train_counts = Counts(np.array([5, 0, 0]), np.array([[5, 0, 0], [0, 0, 0], [0, 0, 0]]))
+    held_out = Counts(np.array([1, 1, 1]), np.array([[0, 1, 0], [0, 0, 1], [1, 0, 0]]))
+    assert all(math.isfinite(bits) for bits in baselines(train_counts, held_out).values())
+
+
+# --- the state on disk
+
+
+def test_a_state_comes_back_as_it_was(tmp_path):
+    from wavear.training.state import load_state, save_state
+
+    tensor = torch.randn(3, 2)
+    state = {
+        "int keys": {0: {"step": torch.tensor(3.0)}, 1: []},
+        "bf16": tensor.bfloat16(),
+        "shared": [tensor, tensor, tensor.t()],
+        "numbers": (1, 2.5, float("inf"), True, None, "text"),
+        "empty": {},
+    }
+    save_state(state, tmp_path / "s.safetensors")
+    found = load_state(tmp_path / "s.safetensors")
+    assert found["numbers"] == state["numbers"]
+    assert list(found["int keys"]) == [0, 1]
+    assert found["int keys"][0]["step"].item() == 3
+    assert torch.equal(found["bf16"], state["bf16"])
+    assert torch.equal(found["shared"][2], tensor.t())
+    assert found["empty"] == {}
+
+
+def test_what_a_state_cannot_hold_is_named_and_leaves_the_old_one(tmp_path):
+    from wavear.training.state import load_state, save_state
+
+    path = tmp_path / "s.safetensors"
+    save_state({"a": 1}, path)
+    with pytest.raises(TypeError, match=r"state\.outer\.1 is of type Path|state\.outer\.1 is of type PosixPath"):
+        save_state({"outer": [1, Path("x")]}, path)
+    with pytest.raises(TypeError, match="state has a key of type tuple"):
+        save_state({(1, 2): 3}, path)  # type: ignore
+    assert load_state(path) == {"a": 1}
+    assert os.listdir(tmp_path) == ["s.safetensors"]
+
+
+def test_a_damaged_state_is_refused(tones, tmp_path):
+    train(config_of(tones, tmp_path, max_steps=1))
+    path = tmp_path / "run" / "resume.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=r"resume\.safetensors is damaged or no training state"):
+        train(config_of(tones, tmp_path, max_steps=2, resume=True))
+    path.write_bytes((tmp_path / "run" / "last" / "model.safetensors").read_bytes())
+    with pytest.raises(ValueError, match=r"resume\.safetensors is no training state: weights only"):
+        train(config_of(tones, tmp_path, max_steps=2, resume=True))
+
+
+def test_a_failed_write_leaves_the_old_state(tmp_path):
+    from wavear.training.state import replace_file
+
+    (tmp_path / "f").write_text("old")
+
+    def fail(path: str) -> None:
+        Path(path).write_text("half")
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        replace_file(tmp_path / "f", fail)
+    assert (tmp_path / "f").read_text() == "old"
+    assert os.listdir(tmp_path) == ["f"]
+
+
+def test_a_picture_shows_low_frequencies_at_the_bottom():
+    from wavear.training.callbacks import spectrogram
+
+    tone = 0.5 * torch.sin(2 * torch.pi * 300 * torch.arange(RATE) / RATE)
+    picture = spectrogram(tone, RATE).astype(int).sum(2)
+    assert picture.sum(1).argmax() > 0.8 * picture.shape[0]
+
+
+def test_a_sample_is_of_the_loudest_part(tmp_path):
+    from wavear.training.callbacks import free_running
+
+    waveform = np.zeros(4000)
+    waveform[2000:2640] = 0.5
+    audio.write(tmp_path / "a.wav", waveform, RATE)
+    model = wavear.WaveNet(TrainConfig(data="-", out="-", max_steps=1, **TINY).model_config())
+    target, generated = free_running(
+        model, Recording(tmp_path / "a.wav", "a", 0, 4000, RATE), 0.08, [], engine="reference"
+    )
+    assert target.shape == generated.shape == (640,)
+    assert (target == 0.5).all()

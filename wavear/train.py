@@ -1,0 +1,386 @@
+"""Training: `TrainConfig`, and `train`, which makes a model of recordings."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import logging
+import os
+import shutil
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from wavear.data import Corpus, Normalise, Recording, open_corpus
+from wavear.mel import MelConfig
+from wavear.models.wavenet import WaveNet, WaveNetConfig
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """A training run. Times are in the unit the name or the text says; rates are in Hz.
+
+    Raises
+    ------
+    ValueError
+        If a value makes no sense, with the field, the value and what would work.
+    """
+
+    data: str
+    """Recordings: a folder (WAV, FLAC, OGG, MP3, AIFF, at any depth), or a manifest (CSV or JSON lines with `path`, and
+    optionally `start` and `duration` in seconds, `speaker`, `split`)."""
+    out: str
+    """Directory of the run: best/ and last/ (checkpoints), resume.safetensors, train.json, metrics.csv, tensorboard/"""
+    validation: str | None = None
+    """A second folder or manifest, all of it held out; None: a part of `data` is."""
+    validation_fraction: float = 0.05
+    """Share of the files to hold out, chosen by the hash of their names; at least one file."""
+
+    # The model
+    layers: int = 20
+    """Dilated convolutions; a multiple of `stacks`."""
+    stacks: int = 2
+    """The dilation doubles from layer to layer and restarts at 1 in each stack."""
+    kernel_size: int = 2
+    """Taps of each dilated convolution."""
+    residual_channels: int = 64
+    """Channels of the signal that runs through the layers."""
+    skip_channels: int = 128
+    """Channels of the sum over layers that the head reads."""
+    head_channels: int = 256
+    """Channels between the two convolutions of the head."""
+    conditioning_channels: int = 80
+    """Channels of the conditioning."""
+    classes: int = 256
+    """Mu-law codes, 2 to 65536."""
+    sample_rate: int = 22050
+    """Of the model, in Hz; recordings of another rate are resampled as they are read."""
+    unconditional: bool = False
+    """Train without mels: the model then makes sound of its own."""
+    speakers: bool = False
+    """Tell speakers apart: by the first level of sub-folders of `data`, or by the column `speaker` of a manifest."""
+    mel_bands: int = 80
+    """Mel bands."""
+    mel_hop_length: int | None = None
+    """Samples per mel frame; None: 256 at 22050 Hz, and the power of two that fits other rates."""
+    mel_n_fft: int | None = None
+    """Samples of the mel's Fourier transform and window; None: four hops."""
+    mel_fmin: float = 0.0
+    """Lower end of the lowest mel band, Hz."""
+    mel_fmax: float | None = None
+    """Upper end of the highest mel band, Hz; None: 8000 up to a sample rate of 24000, half of the sample rate else."""
+
+    # The audio
+    normalise: Normalise = "none"
+    """Level: none, or a gain that brings the peak to 0.9, or the RMS to -23 dB of full scale. Held-out audio too."""
+    normalise_by: Literal["file", "speaker"] = "file"
+    """One gain per file, or one per speaker."""
+    trim_silence: float | None = None
+    """Cut the ends of files that are this many dB below their peak (40, say), but for 50 ms. None: keep them."""
+    redraw_below: float | None = None
+    """Draw a segment again, up to 4 times, if it is quieter than this many dB of full scale (-60, say), so that pauses
+    do not fill the batches. None: take it."""
+
+    # The steps
+    segment: int = 8192
+    """Samples of loss per crop, rounded up to mel frames; the receptive field comes on top."""
+    batch_size: int = 2
+    """Crops per step, over all processes and all parts of `accumulate`."""
+    accumulate: int = 1
+    """Parts that a process divides its share of a batch into, one after the other, to save memory."""
+    learning_rate: float = 2e-3
+    """At its highest. A rule of thumb for other batches: with the square root of `batch_size`."""
+    warmup_steps: int = 100
+    """Steps over which the learning rate rises from 0."""
+    weight_decay: float = 0.01
+    """Of AdamW, on matrices."""
+    gradient_clip: float = 1.0
+    """Largest norm of the gradient; 0: no limit."""
+    ema_decay: float = 0.999
+    """Of the moving average of the weights that is validated, sampled and saved; less in the first steps."""
+    max_steps: int | None = None
+    """Steps of the run, resumed parts included; the learning rate falls along a cosine until then."""
+    max_minutes: float | None = None
+    """Minutes of the run, resumed parts and validations included (the last scoring comes on top); likewise."""
+    precision: Literal["auto", "32", "bf16"] = "auto"
+    """Arithmetic of the steps; auto: bf16 where the device has it in hardware. Weights are float32 always."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1, mps. Under torchrun every process takes its own."""
+    workers: int | None = None
+    """Processes that read audio; None: 4 beside a GPU, none on the CPU. The data are the same with any number."""
+    seed: int = 0
+    """Of the first weights and of the order of the data."""
+
+    # What is shown and kept
+    validate_every: int | None = None
+    """Steps between validations; None: by `validate_seconds`."""
+    validate_seconds: float = 120.0
+    """Seconds between validations, and more if these would take over 5 % of the time."""
+    validation_seconds: float = 20.0
+    """Seconds of held-out audio, in whole files, for the validations on the way."""
+    final_seconds: float = 600.0
+    """Seconds of held-out audio, in whole files, for the scores at the end."""
+    baseline_seconds: float = 600.0
+    """Seconds of training audio that the baselines are fitted to."""
+    sample_seconds: float = 1.0
+    """Seconds of free-running audio for TensorBoard, at some validations (3 % of the time at most); 0: none."""
+    checkpoint_every: int = 1000
+    """Steps between checkpoints of the whole state; every validation writes one too."""
+    resume: bool = False
+    """Go on with the run in `out`."""
+    overwrite: bool = False
+    """Replace the run in `out`."""
+    progress: bool = True
+    """Show a progress bar and say what is done."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "data", os.fspath(self.data))
+        object.__setattr__(self, "out", os.fspath(self.out))
+        if self.validation is not None:
+            object.__setattr__(self, "validation", os.fspath(self.validation))
+        least: dict[str, float] = dict.fromkeys(("segment", "batch_size", "accumulate", "checkpoint_every"), 1)
+        least |= dict.fromkeys(("warmup_steps", "weight_decay", "gradient_clip", "ema_decay", "sample_seconds"), 0)
+        least |= {"workers": 0, "seed": 0, "validate_every": 1, "max_steps": 1}
+        for name, bound in least.items():
+            value = getattr(self, name)
+            if value is not None and not bound <= value < float("inf"):
+                raise ValueError(f"{name} is {value!r}, expected {bound:g} or more")
+        positive = ("learning_rate", "max_minutes", "validate_seconds", "validation_seconds", "final_seconds")
+        for name in (*positive, "baseline_seconds"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < float("inf"):
+                raise ValueError(f"{name} is {value!r}, expected more than 0")
+        if not self.ema_decay < 1:
+            raise ValueError(f"ema_decay is {self.ema_decay!r}, expected 0 to less than 1")
+        if not 0 < self.validation_fraction < 1:
+            raise ValueError(f"validation_fraction is {self.validation_fraction!r}, expected between 0 and 1")
+        if self.batch_size % self.accumulate:
+            raise ValueError(f"a batch of {self.batch_size} does not divide into {self.accumulate} parts")
+        if self.max_steps is None and self.max_minutes is None:
+            raise ValueError("the run needs an end: max_steps, max_minutes, or both")
+        if self.resume and self.overwrite:
+            raise ValueError("resume goes on with a run and overwrite replaces it: choose one")
+        if self.precision not in ("auto", "32", "bf16"):
+            raise ValueError(f"precision is {self.precision!r}, expected auto, 32 or bf16")
+        if self.normalise not in ("none", "peak", "rms"):
+            raise ValueError(f"normalise is {self.normalise!r}, expected none, peak or rms")
+        self.model_config()
+
+    @property
+    def mel(self) -> MelConfig | None:
+        """The mels to condition on, or None."""
+        if self.unconditional:
+            return None
+        octave = max(self.sample_rate / 22050, 1 / 16)
+        hop = self.mel_hop_length or 2 ** round(torch.log2(torch.tensor(256 * octave)).item())
+        n_fft = self.mel_n_fft or 4 * hop
+        fmax = self.mel_fmax or (min(8000.0, self.sample_rate / 2) if self.sample_rate <= 24000 else None)
+        return MelConfig(
+            sample_rate=self.sample_rate,
+            n_fft=n_fft,
+            window_length=n_fft,
+            hop_length=hop,
+            bands=self.mel_bands,
+            fmin=self.mel_fmin,
+            fmax=fmax,
+        )
+
+    def model_config(self, speakers: int = 0) -> WaveNetConfig:
+        """What `WaveNet` is built from."""
+        return WaveNetConfig(
+            layers=self.layers,
+            stacks=self.stacks,
+            kernel_size=self.kernel_size,
+            residual_channels=self.residual_channels,
+            skip_channels=self.skip_channels,
+            head_channels=self.head_channels,
+            conditioning_channels=self.conditioning_channels,
+            classes=self.classes,
+            sample_rate=self.sample_rate,
+            mel=self.mel,
+            speakers=speakers,
+        )
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a run came to. Bits are per sample; those of the curve are all of the same held-out files."""
+
+    bits_before: float
+    """Of the model at its first step."""
+    bits_best: float
+    """The least on the curve: that of `best`."""
+    bits_final: float
+    """The last on the curve."""
+    held_out: dict[str, float]
+    """On all held-out files (up to `final_seconds`): "model" (that of `best`), "uniform", "unigram", "markov"."""
+    steps: int
+    seconds: float
+    """Of training and validations, resumed runs included."""
+    stopped_by: str
+    """"steps", "time" or "interrupt"."""
+    best: Path
+    """Checkpoint directory."""
+    last: Path
+    """Checkpoint directory."""
+    skipped: dict[str, str] = field(default_factory=dict)
+    """Files that could not be used, and why."""
+
+
+def train(config: TrainConfig) -> TrainResult:
+    """Make a model of recordings, or go on making it.
+
+    Ctrl-C (or SIGTERM) ends the run after the step it is at, with everything saved; `resume` goes on. Under torchrun
+    each process takes its share of every batch.
+
+    Parameters
+    ----------
+    config : TrainConfig
+
+    Returns
+    -------
+    TrainResult
+
+    Raises
+    ------
+    FileExistsError
+        If `config.out` holds something and neither `resume` nor `overwrite` is given.
+    FileNotFoundError
+        If there are no such data, or nothing to resume.
+    ValueError
+        If no file can be used, or `resume` meets a run of another model.
+    """
+    from wavear.training.loop import fit
+
+    writes = int(os.environ.get("RANK", 0)) == 0
+    say = print if config.progress and writes else _silence
+    record = _open_directory(config, writes)
+    corpus = open_corpus(
+        config.data,
+        sample_rate=config.sample_rate,
+        validation=config.validation,
+        validation_fraction=config.validation_fraction,
+        speakers=config.speakers or config.normalise_by == "speaker",
+        least_samples=config.mel.hop_length if config.mel else 2,
+        normalise=config.normalise,
+        normalise_by=config.normalise_by,
+        trim_silence=config.trim_silence,
+        progress=_bar if config.progress and writes else None,
+    )
+    speakers = corpus.speakers if config.speakers else []
+    _describe(corpus, speakers, config.sample_rate, say)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        model = WaveNet(config.model_config(len(speakers)))
+    _check_same_model(record, config, model.config)
+    record |= {
+        "config": dataclasses.asdict(config),
+        "model": dataclasses.asdict(model.config),
+        "data": {
+            "train": _extent(corpus.train, config.sample_rate),
+            "validation": _extent(corpus.validation, config.sample_rate),
+            "bad": dict(corpus.bad),
+            "speakers": speakers,
+        },
+    }
+    with _quiet():
+        return fit(config, corpus, speakers, model, record, say)
+
+
+def _open_directory(config: TrainConfig, writes: bool) -> dict[str, Any]:
+    """Make `out` ready; what its `train.json` says if the run is resumed."""
+    out = Path(config.out)
+    if out.exists() and not out.is_dir():
+        raise FileExistsError(f"{out} is a file: choose a directory for the run")
+    filled = out.is_dir() and any(out.iterdir())
+    if config.resume:
+        if not (out / "resume.safetensors").is_file() or not (out / "train.json").is_file():
+            raise FileNotFoundError(f"{out} holds no run to resume (resume.safetensors and train.json)")
+        try:
+            return json.loads((out / "train.json").read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{out / 'train.json'} is damaged, it is not JSON: {error}") from None
+    if filled and writes:
+        if not config.overwrite:
+            raise FileExistsError(f"{out} is not empty: choose another directory, or give --resume or --overwrite")
+        if not (out / "train.json").is_file():
+            raise FileExistsError(f"{out} holds no run of ours (no train.json): choose another directory")
+        for name in ("best", "last", "tensorboard"):
+            shutil.rmtree(out / name, ignore_errors=True)
+        for name in ("resume.safetensors", "train.json", "metrics.csv"):
+            (out / name).unlink(missing_ok=True)
+    if writes:
+        out.mkdir(parents=True, exist_ok=True)
+    return {"history": []}
+
+
+def _check_same_model(record: dict[str, Any], config: TrainConfig, model: WaveNetConfig) -> None:
+    """A resumed run has the model it began with."""
+    before = record.get("model")
+    if before is None:
+        return
+    now = json.loads(json.dumps(dataclasses.asdict(model)))
+    if different := [
+        f"{name} {before.get(name)!r}, now {now[name]!r}" for name in now if before.get(name) != now[name]
+    ]:
+        raise ValueError(f"{config.out} is a run of another model: {'; '.join(different)}")
+    if (seed := record["config"].get("seed")) != config.seed:
+        raise ValueError(f"{config.out} is a run with seed {seed}, now {config.seed}: resume with the same")
+
+
+def _describe(corpus: Corpus, speakers: list[str], rate: int, say: Any) -> None:
+    for name, why in corpus.bad[:20]:
+        say(f"skipped {name}: {why}")
+    if len(corpus.bad) > 20:
+        say(f"... and {len(corpus.bad) - 20} more")
+    if corpus.bad:
+        say(f"{len(corpus.bad)} files cannot be used")
+    for note in corpus.notes:
+        say(note)
+    told = f", {len(speakers)} speakers" if speakers else ""
+    for purpose, recordings in (("training on", corpus.train), ("holding out", corpus.validation)):
+        extent = _extent(recordings, rate)
+        say(f"{purpose} {extent['recordings']} recordings, {extent['seconds'] / 60:.1f} minutes{told}")
+
+
+def _extent(recordings: list[Recording], rate: int) -> dict[str, Any]:
+    return {"recordings": len(recordings), "seconds": round(sum(r.frames for r in recordings) / rate, 2)}
+
+
+def _silence(*_: Any) -> None:
+    pass
+
+
+def _bar(items: Any, total: int, description: str) -> Any:
+    from tqdm import tqdm
+
+    return tqdm(items, total=total, desc=description, dynamic_ncols=True, leave=False, delay=1.0)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Lightning speaks of devices, workers and tips; we say ourselves what matters. Restored afterwards."""
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric", "lightning")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        for known in (
+            "The '.*' does not have many workers",  # few readers are enough, see docs
+            ".*`isinstance\\(treespec, LeafSpec\\)` is deprecated.*",  # lightning 2.6 with torch 2.14
+            "Starting from v1.9.0, `tensorboardX`",
+            ".*srun.*command is available",
+            ".*GPU available but not used.*",
+            ".*lightning.pytorch.loops.utilities.*",
+        ):
+            warnings.filterwarnings("ignore", message=known)
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)

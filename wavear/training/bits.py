@@ -1,0 +1,157 @@
+"""Bits per sample of held-out recordings: of a model, exactly and in bounded memory, and of what needs no model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from wavear.data import Recording
+from wavear.models.base import AutoregressiveModel
+from wavear.mulaw import mulaw_encode, silence_code
+from wavear.segments import Layout, Segments, collate, crop_loss, read_crop, read_span
+
+_EVALUATION_SEGMENT = 16384  # samples of loss per crop: the context costs little, and the memory stays bounded
+_EVALUATION_BATCH = {"cpu": 1, "cuda": 16}  # crops at once
+_MARKOV_CLASSES = 1024  # the table of an order-1 Markov chain has the square of the classes
+_READ_SECONDS = 30
+
+
+@dataclass(frozen=True)
+class Bits:
+    """Negative log2-likelihood, summed per recording."""
+
+    total: np.ndarray
+    """(recordings,), bits."""
+    samples: np.ndarray
+    """(recordings,)."""
+
+    @property
+    def per_sample(self) -> float:
+        """Mean over all samples."""
+        return float(self.total.sum() / max(self.samples.sum(), 1))
+
+
+@torch.no_grad()
+def held_out_bits(
+    model: AutoregressiveModel,
+    recordings: Sequence[Recording],
+    speakers: Sequence[str] = (),
+    *,
+    rank: int = 0,
+    world: int = 1,
+) -> Bits:
+    """Bits of whole recordings under `model`, on the device it is on.
+
+    The recordings are covered by crops with the receptive field in front of each, so every sample is scored once and
+    with all of its past, whatever the length. Arithmetic is the model's own (float32), sums are float64.
+
+    Parameters
+    ----------
+    model : AutoregressiveModel
+    recordings : sequence of Recording
+        Their last samples, less than one mel frame, are left out.
+    speakers : sequence of str
+        Names in the order of their numbers.
+    rank, world : int
+        Of `world` processes, this one scores every `world`-th crop; the sums are to be added up.
+    """
+    layout = Layout.of(model, min(_EVALUATION_SEGMENT, _longest(recordings)))
+    device = next(model.parameters()).device
+    segments = Segments(recordings, layout, speakers)
+    crops = [(n, *crop) for n, recording in enumerate(recordings) for crop in layout.cover(recording)]
+    total, samples = np.zeros(len(recordings)), np.zeros(len(recordings), dtype=np.int64)
+    size = _EVALUATION_BATCH.get(device.type, 1)
+    training = model.training
+    model.eval()
+    mine = crops[rank::world]
+    for at in range(0, len(mine), size):
+        rows = [
+            segments.item(recordings[n], n, start, first, last, read_crop(recordings[n], layout, start))
+            for n, start, first, last in mine[at : at + size]
+        ]
+        batch = collate(rows).to(device)
+        nats, mask = crop_loss(model, batch, layout)
+        np.add.at(total, batch.source.cpu().numpy(), nats.sum(1, dtype=torch.float64).cpu().numpy() / math.log(2))
+        np.add.at(samples, batch.source.cpu().numpy(), mask.sum(1).cpu().numpy())
+    model.train(training)
+    return Bits(total, samples)
+
+
+def _longest(recordings: Sequence[Recording]) -> int:
+    return max((r.frames for r in recordings), default=1)
+
+
+def subset(recordings: Sequence[Recording], samples: float) -> list[Recording]:
+    """The first recordings that together have `samples`, at least one, whole."""
+    chosen, sofar = [], 0
+    for recording in recordings:
+        if chosen and sofar >= samples:
+            break
+        chosen.append(recording)
+        sofar += recording.frames
+    return chosen
+
+
+def code_blocks(recordings: Iterable[Recording], layout: Layout, classes: int) -> Iterator[tuple[bool, np.ndarray]]:
+    """(whether a recording begins, codes) of blocks of recordings, as `held_out_bits` covers them."""
+    block = _READ_SECONDS * layout.sample_rate
+    for recording in recordings:
+        total = layout.length(recording)
+        for start in range(0, total, block):
+            waveform = read_span(recording, layout.sample_rate, start, min(start + block, total))
+            yield start == 0, mulaw_encode(torch.from_numpy(waveform), classes).numpy()
+
+
+@dataclass
+class Counts:
+    """How often codes, and pairs of codes, occur."""
+
+    single: np.ndarray
+    """(Q,)."""
+    pairs: np.ndarray | None
+    """(Q, Q), [previous, code]; the first sample follows silence. None for more than 1024 classes."""
+
+    @classmethod
+    def of(cls, recordings: Iterable[Recording], layout: Layout, classes: int) -> Counts:
+        """Counted over recordings; those that cannot be read are passed over."""
+        single = np.zeros(classes, dtype=np.int64)
+        pairs = np.zeros(classes * classes, dtype=np.int64) if classes <= _MARKOV_CLASSES else None
+        for recording in recordings:
+            previous = silence_code(classes)
+            try:
+                for _, codes in code_blocks([recording], layout, classes):
+                    single += np.bincount(codes, minlength=classes)
+                    if pairs is not None:
+                        before = np.concatenate([[previous], codes[:-1]])
+                        pairs += np.bincount(before * classes + codes, minlength=classes * classes)
+                        previous = codes[-1]
+            except (ValueError, OSError):
+                continue
+        return cls(single, None if pairs is None else pairs.reshape(classes, classes))
+
+
+def baselines(train: Counts, held_out: Counts) -> dict[str, float]:
+    """Bits per sample of the held-out codes under laws that need no model, fitted to the training codes.
+
+    - uniform: log2 Q.
+    - unigram: one law for every sample, p(b) = (n(b) + 1) / (n + Q).
+    - markov: order 1, p(b | a) = (n(a, b) + d(a) p(b)) / (n(a) + d(a)) with d(a) the number of distinct successors of
+      a (Witten and Bell, 1991): what was never seen falls back on the unigram. Left out for more than 1024 classes.
+    """
+    classes = train.single.size
+    unigram = (train.single + 1) / (train.single.sum() + classes)
+    count = max(int(held_out.single.sum()), 1)
+    found = {
+        "uniform": math.log2(classes),
+        "unigram": float(-(held_out.single * np.log2(unigram)).sum() / count),
+    }
+    if train.pairs is not None and held_out.pairs is not None:
+        distinct = (train.pairs > 0).sum(1, keepdims=True)
+        law = (train.pairs + distinct * unigram) / np.maximum(train.pairs.sum(1, keepdims=True) + distinct, 1)
+        law = np.where(distinct > 0, law, unigram)
+        found["markov"] = float(-(held_out.pairs * np.log2(law)).sum() / count)
+    return found

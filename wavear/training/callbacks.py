@@ -1,0 +1,356 @@
+"""What happens around the steps: the progress bar, validation, samples, checkpoints, logs, and when to stop."""
+
+from __future__ import annotations
+
+import copy
+import csv
+import json
+import math
+import signal
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+from lightning.pytorch.callbacks import TQDMProgressBar
+from typing_extensions import override
+
+from wavear.data import Recording
+from wavear.mel import MelConfig, log_mel
+from wavear.models.base import AutoregressiveModel
+from wavear.segments import Layout, read_span
+from wavear.training.bits import held_out_bits
+from wavear.training.module import TrainingModule
+from wavear.training.state import replace_file
+
+LOG_EVERY = 10  # steps
+_VALIDATION_SHARE = 0.05  # of the time, at most, for validations that are due by the clock
+_SAMPLING_SHARE = 0.03  # of the time, at most, for free-running samples
+_COLUMNS: list[str] = [
+    "step",
+    "seconds",
+    "train_bits",
+    "validation_bits",
+    "learning_rate",
+    "gradient_norm",
+    "samples_per_second",
+]
+
+
+class ProgressBar(TQDMProgressBar):
+    """Lightning's bar, counting steps to `max_steps` where there is one, with loss, held-out bits and samples/s."""
+
+    def __init__(self, run: Run):
+        super().__init__(refresh_rate=1 if sys.stdout.isatty() else 100)  # a log file needs no bar ten times a second
+        self.run = run
+
+    @override
+    def on_train_epoch_start(self, trainer: L.Trainer, *_: Any) -> None:
+        super().on_train_epoch_start(trainer)
+        bar = self.train_progress_bar
+        bar.total = trainer.max_steps if trainer.max_steps > 0 else None
+        bar.initial = trainer.global_step  # so that the rate counts this run's steps only
+        bar.n = trainer.global_step
+        bar.set_description("training")
+
+    @override
+    def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
+        return self.run.shown
+
+
+class Run(L.Callback):
+    """Everything that a run writes, and its end. Only process 0 writes; all of them score their share.
+
+    Parameters
+    ----------
+    config : TrainConfig
+    validation : recordings that the curve of held-out bits is measured on
+    speakers : names in the order of their numbers
+    record : dict
+        Contents of `train.json`; `record["history"]` grows here.
+    """
+
+    def __init__(self, config: Any, validation: Sequence[Recording], speakers: Sequence[str], record: dict[str, Any]):
+        self.config = config
+        self.out = Path(config.out)
+        self.validation = validation
+        self.speakers = speakers
+        self.record = record
+        self.shown: dict[str, Any] = {}
+        self.skipped: dict[str, str] = {}
+        self.stopped_by: str | None = None
+        """"steps", "time" or "interrupt"."""
+        self._interrupted = False
+        self._handlers: dict[int, Any] = {}
+        self._nats, self._samples, self._since = 0.0, 0, 0.0
+        self._validated_at, self._validation_cost, self._sampling_cost = 0.0, 0.0, 0.0
+        self._rate = 0.0
+
+    # --- beginning and end
+
+    @override
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        module = _training(pl_module)
+        module.began = time.monotonic()
+        self._catch_interrupts()
+        if trainer.is_global_zero:
+            self._trim_csv(trainer.global_step)
+        history = self.record["history"]
+        if not history:
+            self._validate(trainer, module)
+        else:
+            self._show(bits=history[-1]["bits"])
+        self._validated_at = self._since = time.monotonic()
+
+    def _catch_interrupts(self) -> None:
+        """Ctrl-C and SIGTERM end the run after the step; a second Ctrl-C ends it at once."""
+        if threading.current_thread() is not threading.main_thread():
+            return
+
+        def stop(number: int, frame: Any) -> None:
+            if self._interrupted and number == signal.SIGINT:
+                raise KeyboardInterrupt
+            self._interrupted = True
+
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._handlers[number] = signal.signal(number, stop)
+
+    def release(self) -> None:
+        """Give the signals back to whom they belonged."""
+        while self._handlers:
+            number, handler = self._handlers.popitem()
+            signal.signal(number, handler)
+
+    # --- after every step
+
+    @override
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        module, config, step = _training(pl_module), self.config, trainer.global_step
+        for name, reason in batch.skipped:
+            self._skip(trainer, name, reason)
+        elapsed, interrupted = self._agree(trainer, module.elapsed, self._interrupted)
+        if config.max_steps is not None and step >= config.max_steps:
+            self.stopped_by = "steps"
+        elif config.max_minutes is not None and elapsed >= 60 * config.max_minutes:
+            self.stopped_by = "time"
+        elif interrupted:
+            self.stopped_by = "interrupt"
+        self._nats = self._nats + module.last["nats"]
+        self._samples = self._samples + module.last["samples"]
+        last = self.stopped_by is not None
+        if step % LOG_EVERY == 0 or last:
+            self._log_training(trainer, module, step)
+        validated = self._validation_due(trainer, step, last)
+        if validated:
+            self._validate(trainer, module)
+        if validated or last or step % config.checkpoint_every == 0:
+            self._log_training(trainer, module, step)
+            self._save(trainer, module)
+        if last:
+            trainer.should_stop = True
+
+    def _agree(self, trainer: L.Trainer, elapsed: float, interrupted: bool) -> tuple[float, bool]:
+        if trainer.world_size == 1:
+            return elapsed, interrupted
+        both = torch.tensor([elapsed, float(interrupted)], device=trainer.strategy.root_device)
+        elapsed, interrupted = trainer.strategy.reduce(both, reduce_op="max").tolist()  # type: ignore[union-attr]
+        return elapsed, interrupted > 0
+
+    def _validation_due(self, trainer: L.Trainer, step: int, last: bool) -> bool:
+        if last:
+            return self.stopped_by != "interrupt"
+        if self.config.validate_every is not None:
+            return step % self.config.validate_every == 0
+        waited = time.monotonic() - self._validated_at
+        due = waited >= max(self.config.validate_seconds, self._validation_cost / _VALIDATION_SHARE)
+        return self._agree(trainer, 0.0, due)[1]
+
+    def _skip(self, trainer: L.Trainer, name: str, reason: str) -> None:
+        if name not in self.skipped:
+            self.skipped[name] = reason
+            if trainer.is_global_zero:
+                self.say(trainer, f"skipped {name}: {reason}")
+
+    def say(self, trainer: L.Trainer, text: str) -> None:
+        """Print a line above the progress bar."""
+        bar = trainer.progress_bar_callback
+        if bar is not None and isinstance(bar, TQDMProgressBar) and bar._train_progress_bar is not None:
+            bar.train_progress_bar.write(text)
+        else:
+            print(text, flush=True)
+
+    # --- numbers
+
+    def _log_training(self, trainer: L.Trainer, module: TrainingModule, step: int) -> None:
+        if isinstance(self._samples, int):  # nothing new
+            return
+        samples = int(self._samples)
+        bits = float(self._nats) / max(samples, 1) / math.log(2)
+        if not math.isfinite(bits):
+            raise ValueError(
+                f"the loss became {bits} within the {LOG_EVERY} steps before step {step}:"
+                f" try a lower learning rate than {self.config.learning_rate:g}, or precision 32"
+            )
+        now = time.monotonic()
+        self._rate = samples * trainer.world_size / max(now - self._since, 1e-9)
+        self._nats, self._samples, self._since = 0.0, 0, now
+        self._show(loss=bits)
+        row = {
+            "step": step,
+            "seconds": round(module.elapsed, 2),
+            "train_bits": round(bits, 5),
+            "learning_rate": module.last["learning_rate"],
+            "gradient_norm": round(float(module.last["gradient_norm"]), 5),
+            "samples_per_second": round(self._rate, 1),
+        }
+        self._write(trainer, step, row)
+
+    def _show(self, **values: float) -> None:
+        self.shown.update({name: f"{value:.3f}" for name, value in values.items()})
+        if self._rate:
+            self.shown["samples/s"] = f"{self._rate:,.0f}"
+
+    def _write(self, trainer: L.Trainer, step: int, row: dict[str, Any]) -> None:
+        """To metrics.csv and TensorBoard."""
+        if not trainer.is_global_zero:
+            return
+        path = self.out / "metrics.csv"
+        fresh = not path.exists()
+        with path.open("a", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, _COLUMNS)
+            if fresh:
+                writer.writeheader()
+            writer.writerow(row)
+        if (board := _tensorboard(trainer)) is not None:
+            for name, value in row.items():
+                if name not in ("step", "seconds"):
+                    board.add_scalar(name, value, step)
+
+    def _trim_csv(self, step: int) -> None:
+        """Drop rows of steps that are to be taken again."""
+        path = self.out / "metrics.csv"
+        if not path.exists():
+            return
+        with path.open(newline="", encoding="utf-8") as file:
+            rows = [row for row in csv.DictReader(file) if row["step"].isdigit() and int(row["step"]) <= step]
+
+        def write(temporary: str) -> None:
+            with open(temporary, "w", newline="", encoding="utf-8") as file:
+                writer = csv.DictWriter(file, _COLUMNS, extrasaction="ignore")
+                writer.writeheader()
+                writer.writerows(rows)
+
+        replace_file(path, write)
+
+    # --- validation, samples, checkpoints
+
+    def _validate(self, trainer: L.Trainer, module: TrainingModule) -> None:
+        began = time.monotonic()
+        world = trainer.world_size
+        found = held_out_bits(module.average, self.validation, self.speakers, rank=trainer.global_rank, world=world)
+        sums = torch.tensor([found.total.sum(), found.samples.sum()], dtype=torch.float64)
+        if world > 1:
+            sums = trainer.strategy.reduce(sums.to(trainer.strategy.root_device), reduce_op="sum").cpu()  # type: ignore
+        bits = float(sums[0] / sums[1])
+        step, history = trainer.global_step, self.record["history"]
+        best = not history or bits < min(entry["bits"] for entry in history)
+        history.append({"step": step, "seconds": round(module.elapsed, 2), "bits": bits})
+        self._show(bits=bits)
+        row = {"step": step, "seconds": round(module.elapsed, 2), "validation_bits": round(bits, 5)}
+        self._write(trainer, step, row)
+        if best and trainer.is_global_zero:
+            module.average.save(self.out / "best", overwrite=True, training=self._described(step, bits))
+        self._validated_at = time.monotonic()
+        self._validation_cost = self._validated_at - began
+        if step > 0 and self.config.sample_seconds > 0 and trainer.is_global_zero:
+            self._sample(trainer, module)
+        self._since += time.monotonic() - began  # validation is no training time
+
+    def _described(self, step: int, bits: float | None) -> dict[str, Any]:
+        described: dict[str, Any] = {"step": step, "speakers": list(self.speakers)}
+        return described | ({} if bits is None else {"validation_bits": round(bits, 5)})
+
+    def _save(self, trainer: L.Trainer, module: TrainingModule) -> None:
+        trainer.save_checkpoint(self.out / "resume.safetensors")  # every process takes part, one writes
+        if trainer.is_global_zero:
+            history = self.record["history"]
+            bits = history[-1]["bits"] if history and history[-1]["step"] == trainer.global_step else None
+            described = self._described(trainer.global_step, bits)
+            module.average.save(self.out / "last", overwrite=True, training=described)
+            self.record |= {"steps": trainer.global_step, "seconds": round(module.elapsed, 2), "skipped": self.skipped}
+            self.write_record()
+
+    def write_record(self) -> None:
+        """`train.json`."""
+        text = json.dumps(self.record, indent=2, ensure_ascii=False) + "\n"
+        replace_file(self.out / "train.json", lambda path: Path(path).write_text(text, encoding="utf-8"))
+
+    def _sample(self, trainer: L.Trainer, module: TrainingModule) -> None:
+        """A second of free-running audio to TensorBoard, as sound and as a picture, beside the original."""
+        board = _tensorboard(trainer)
+        if board is None or self._sampling_cost > _SAMPLING_SHARE * module.elapsed:
+            return
+        began = time.monotonic()
+        model = copy.deepcopy(module.average).cpu()
+        target, generated = free_running(model, self.validation[0], self.config.sample_seconds, self.speakers)
+        rate, step = model.config.sample_rate, trainer.global_step
+        for name, waveform in (("sample/original", target), ("sample/generated", generated)):
+            board.add_audio(name, waveform, step, sample_rate=rate)
+            board.add_image(name, spectrogram(waveform, rate), step, dataformats="HWC")
+        self._sampling_cost += time.monotonic() - began
+
+
+@torch.no_grad()
+def free_running(
+    model: AutoregressiveModel,
+    recording: Recording,
+    seconds: float,
+    speakers: Sequence[str],
+    engine: str = "auto",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The loudest `seconds` of a recording, and what the model makes of their mel: (T,) each."""
+    from wavear.generate import generate
+
+    layout, rate = Layout.of(model, 1), model.config.sample_rate
+    whole = read_span(recording, rate, 0, min(layout.length(recording), 60 * rate))
+    length = min(math.ceil(seconds * rate / layout.hop) * layout.hop, whole.size)
+    energy = np.concatenate([[0.0], np.cumsum(np.square(whole, dtype=np.float64))])
+    start = int(np.argmax(energy[length:] - energy[: energy.size - length]))
+    target = torch.from_numpy(whole[start : start + length])
+    mel = None if layout.mel is None else log_mel(target[None], layout.mel)
+    speaker = list(speakers).index(recording.speaker or "") if model.config.speakers else None
+    return target, generate(model, mel, samples=length, speaker=speaker, seed=0, engine=engine)[0]
+
+
+def spectrogram(waveform: torch.Tensor, rate: int) -> np.ndarray:
+    """Log-mel picture of a waveform (T,), (height, width, 3) uint8, low frequencies at the bottom, 80 dB deep."""
+    import matplotlib
+
+    n_fft = 2 ** round(math.log2(rate / 22050 * 1024))
+    hop = n_fft // 8
+    if waveform.numel() < hop:
+        waveform = torch.nn.functional.pad(waveform, (0, hop - waveform.numel()))
+    config = MelConfig(
+        sample_rate=rate, n_fft=n_fft, window_length=n_fft, hop_length=hop, bands=min(80, n_fft // 8), fmax=None
+    )
+    decibels = log_mel(waveform[None], config)[0].flip(0).numpy() * (20 / math.log(10))
+    shade = np.clip((decibels - decibels.max()) / 80 + 1, 0, 1)
+    picture = (matplotlib.colormaps["magma"](shade)[..., :3] * 255).astype(np.uint8)
+    return picture.repeat(2, axis=0).repeat(2, axis=1)
+
+
+def _training(module: L.LightningModule) -> TrainingModule:
+    assert isinstance(module, TrainingModule)
+    return module
+
+
+def _tensorboard(trainer: L.Trainer) -> Any:
+    logger: Any = trainer.logger
+    return None if logger is None else logger.experiment

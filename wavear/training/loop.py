@@ -1,0 +1,214 @@
+"""The run itself: trainer, loader, first and last scores."""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.loggers import TensorBoardLogger
+from typing_extensions import override
+
+from wavear.checkpoint import load
+from wavear.data import Corpus
+from wavear.mel import log_mel
+from wavear.models.base import AutoregressiveModel
+from wavear.segments import Layout, Order, Segments, collate
+from wavear.train import TrainConfig, TrainResult
+from wavear.training.bits import Counts, baselines, held_out_bits, subset
+from wavear.training.callbacks import ProgressBar, Run
+from wavear.training.module import TrainingModule
+from wavear.training.state import StateIO
+
+_STATISTICS_CROPS = 64  # random crops whose mels give each band's mean and deviation
+
+
+class _Data(L.LightningDataModule):
+    """Builds the loader when the step to begin with is known: after a resumed state has been read."""
+
+    def __init__(self, segments: Segments, config: TrainConfig):
+        super().__init__()
+        self.segments = segments
+        self.config = config
+
+    @override
+    def train_dataloader(self) -> torch.utils.data.DataLoader:
+        assert self.trainer is not None
+        order = Order(
+            self.config.batch_size, self.trainer.global_step, self.trainer.global_rank, self.trainer.world_size
+        )
+        gpu = self.trainer.strategy.root_device.type == "cuda"
+        workers = self.config.workers
+        if workers is None:
+            workers = min(4, max((os.cpu_count() or 1) - 1, 1)) if gpu else 0
+        return torch.utils.data.DataLoader(
+            self.segments,
+            batch_sampler=order,
+            collate_fn=collate,
+            num_workers=workers,
+            pin_memory=gpu,
+            worker_init_fn=_ignore_interrupts,
+            prefetch_factor=4 if workers else None,
+        )
+
+
+def _ignore_interrupts(worker: int) -> None:
+    """Ctrl-C reaches the whole group of processes: the main one decides when its workers end."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(1)
+
+
+def fit(
+    config: TrainConfig,
+    corpus: Corpus,
+    speakers: list[str],
+    model: AutoregressiveModel,
+    record: dict[str, Any],
+    say: Any,
+) -> TrainResult:
+    """Train `model`; see `wavear.train`."""
+    layout = Layout.of(model, config.segment)
+    segments = Segments(corpus.train, layout, speakers, config.seed, config.redraw_below)
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if config.batch_size % (world * config.accumulate):
+        parts = f"{world} processes of {config.accumulate} parts each"
+        raise ValueError(f"a batch of {config.batch_size} crops cannot be shared by {parts}: choose a multiple")
+    if not config.resume:
+        fit_mel_statistics(model, segments)
+    kind = _device_kind(config.device)
+    bf16 = config.precision == "bf16" or (config.precision == "auto" and has_bf16(kind))
+    module = TrainingModule(model, layout, config, torch.bfloat16 if bf16 else None)
+    run = Run(config, subset(corpus.validation, config.validation_seconds * config.sample_rate), speakers, record)
+    run.skipped.update(corpus.bad)
+    run.skipped.update(record.get("skipped", {}))
+    trainer = _trainer(config, kind, run, world)
+    ending = [] if config.max_steps is None else [f"{config.max_steps} steps"]
+    ending += [] if config.max_minutes is None else [f"{config.max_minutes:g} minutes"]
+    parameters = sum(p.numel() for p in model.parameters())
+    say(
+        f"{type(model).__name__} of {parameters:,} parameters, receptive field {model.receptive_field} samples,"
+        f" on {trainer.strategy.root_device} in {'bf16' if bf16 else 'float32'}, until {' or '.join(ending)}"
+    )
+    if trainer.is_global_zero:
+        run.write_record()
+    try:
+        path = Path(config.out) / "resume.safetensors" if config.resume else None
+        trainer.fit(module, datamodule=_Data(segments, config), ckpt_path=path, weights_only=False)
+    finally:
+        run.release()
+    return _finish(config, corpus, speakers, layout, module, trainer, run, say)
+
+
+def _device_kind(device: str) -> str:
+    """cpu, cuda or mps."""
+    kind = device.partition(":")[0]
+    if kind == "auto":
+        kind = "cuda" if torch.cuda.is_available() else "cpu"
+    if kind not in ("cpu", "cuda", "mps"):
+        raise ValueError(f"device is {device!r}, expected auto, cpu, cuda, cuda:N or mps")
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device is {device!r}, and there is no CUDA device here: use cpu")
+    return kind
+
+
+def _trainer(config: TrainConfig, kind: str, run: Run, world: int) -> L.Trainer:
+    number = config.device.partition(":")[2]
+    if number and int(number) >= torch.cuda.device_count():
+        raise ValueError(f"device is {config.device!r}, and there are {torch.cuda.device_count()} CUDA devices here")
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", world))
+    devices: Any = [int(number)] if number and world == 1 else local
+    bar = [ProgressBar(run)] if config.progress else []
+    return L.Trainer(
+        accelerator=kind,
+        devices=devices,
+        num_nodes=world // local,
+        strategy="ddp" if world > 1 else "auto",
+        precision="32-true",  # of the weights
+        max_steps=config.max_steps or -1,
+        max_epochs=-1,
+        limit_val_batches=0,
+        num_sanity_val_steps=0,
+        logger=TensorBoardLogger(config.out, name="tensorboard", version=""),
+        callbacks=[run, *bar],
+        plugins=[StateIO()],
+        enable_checkpointing=False,
+        enable_progress_bar=config.progress,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+    )
+
+
+def has_bf16(kind: str) -> bool:
+    """Whether a device multiplies bf16 in hardware, and faster than float32."""
+    if kind == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    # AMX tiles; AVX-512 alone has bf16 products that cost as much as float32's.
+    return kind == "cpu" and torch.cpu._is_amx_tile_supported()
+
+
+@torch.no_grad()
+def fit_mel_statistics(model: AutoregressiveModel, segments: Segments) -> None:
+    """Set what the model subtracts from each mel band and divides it by: mean and deviation over random crops."""
+    layout = segments.layout
+    conditioning: Any = getattr(model, "conditioning", None)
+    if layout.mel is None or conditioning is None:
+        return
+    frames = []
+    for index in range(_STATISTICS_CROPS):
+        batch = collate([segments[index]])
+        own = log_mel(batch.waveform, layout.mel)
+        count = math.ceil((batch.span[0, 1] // layout.hop).item())
+        wanted = batch.frames[0, layout.lookahead : layout.lookahead + count]
+        frames.append(own[0][:, wanted])
+    mels = torch.cat(frames, dim=1).double()
+    conditioning.mel_mean.copy_(mels.mean(1))
+    conditioning.mel_deviation.copy_(mels.std(1).clamp(min=0.1))
+
+
+def _finish(
+    config: TrainConfig,
+    corpus: Corpus,
+    speakers: list[str],
+    layout: Layout,
+    module: TrainingModule,
+    trainer: L.Trainer,
+    run: Run,
+    say: Any,
+) -> TrainResult:
+    """The scores on all held-out files, beside what needs no model."""
+    out = Path(config.out)
+    history = run.record["history"]
+    stopped_by = run.stopped_by or "steps"
+    held_out: dict[str, float] = {}
+    if trainer.is_global_zero and stopped_by != "interrupt":
+        recordings = subset(corpus.validation, config.final_seconds * config.sample_rate)
+        counted = Counts.of(subset(corpus.train, config.baseline_seconds * config.sample_rate), layout, config.classes)
+        best = load(out / "best", device=trainer.strategy.root_device)
+        held_out["model"] = held_out_bits(best, recordings, speakers).per_sample
+        held_out |= baselines(counted, Counts.of(recordings, layout, config.classes))
+        run.record["held_out"] = held_out
+        run.write_record()
+    seconds = float(run.record.get("seconds", 0.0))
+    result = TrainResult(
+        bits_before=history[0]["bits"],
+        bits_best=min(entry["bits"] for entry in history),
+        bits_final=history[-1]["bits"],
+        held_out=held_out,
+        steps=trainer.global_step,
+        seconds=seconds,
+        stopped_by=stopped_by,
+        best=out / "best",
+        last=out / "last",
+        skipped=dict(run.skipped),
+    )
+    say(f"{result.steps} steps in {seconds / 60:.1f} minutes, ended by {stopped_by}")
+    if held_out:
+        say("held-out bits per sample: " + ", ".join(f"{name} {bits:.3f}" for name, bits in held_out.items()))
+    say(f"best checkpoint: {result.best}")
+    if stopped_by == "interrupt":
+        say(f"saved; to go on: the same command with --resume ({out})")
+    return result

@@ -1,0 +1,126 @@
+"""The Lightning module: one optimizer step per batch, its learning rate, and the moving average of the weights."""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from typing import Any
+
+import lightning as L
+import torch
+from typing_extensions import override
+
+from wavear.models.base import AutoregressiveModel
+from wavear.segments import Batch, Layout, crop_loss
+
+_LAST_RATE = 0.02  # of the peak: where the cosine ends
+_AVERAGE_WARMUP = 10  # steps: the average's memory grows with the steps: decay (1 + n) / (10 + n), up to `ema_decay`
+
+
+def learning_rate(step: int, progress: float, peak: float, warmup: int) -> float:
+    """Linear warm-up over `warmup` steps, times half a cosine that falls to 2 % of `peak` as `progress` goes to 1.
+
+    Examples
+    --------
+    >>> [round(learning_rate(step, step / 100, 1.0, 10), 3) for step in (0, 9, 50, 100)]
+    [0.1, 0.981, 0.51, 0.02]
+    """
+    cosine = 0.5 * (1 + math.cos(math.pi * min(max(progress, 0.0), 1.0)))
+    return peak * min(1.0, (step + 1) / max(warmup, 1)) * (_LAST_RATE + (1 - _LAST_RATE) * cosine)
+
+
+class TrainingModule(L.LightningModule):
+    """Trains `model`; `average` is its exponential moving average, which is validated, saved and sampled from.
+
+    The weights are float32; the layers run in `dtype` if one is given.
+
+    The gradient is that of the sum of nats over a batch divided by (crops * segment), a constant: every sample of loss
+    weighs the same, and it is the same gradient however the batch is divided among processes and `accumulate` parts.
+    """
+
+    def __init__(self, model: AutoregressiveModel, layout: Layout, config: Any, dtype: torch.dtype | None = None):
+        super().__init__()
+        self.automatic_optimization = False
+        self.model = model
+        self.average = copy.deepcopy(model).requires_grad_(False)
+        self.layout = layout
+        self.settings = config
+        self.compute_dtype = dtype
+        self.seconds_before = 0.0  # spent by the runs that this one resumes
+        self.began = time.monotonic()
+        self.last: dict[str, Any] = {}
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds of training so far, those of resumed runs included."""
+        return self.seconds_before + time.monotonic() - self.began
+
+    @property
+    def progress(self) -> float:
+        """How far the run is, 0 to 1: the further of steps and time."""
+        config = self.settings
+        parts = [0.0]
+        if config.max_steps is not None:
+            parts.append(self.global_step / config.max_steps)
+        if config.max_minutes is not None:
+            parts.append(self._agreed(self.elapsed) / (60 * config.max_minutes))
+        return max(parts)
+
+    def _agreed(self, value: float) -> float:
+        """The largest over processes, so that all of them see one clock."""
+        if self.trainer.world_size == 1:
+            return value
+        return float(self.trainer.strategy.reduce(torch.tensor(value, device=self.device), reduce_op="max"))
+
+    @override
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        config = self.settings
+        # Weight decay pulls on matrices, not on biases.
+        matrices = [p for p in self.model.parameters() if p.dim() > 1]
+        others = [p for p in self.model.parameters() if p.dim() <= 1]
+        groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
+        return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.99), fused=self.device.type == "cuda")
+
+    @override
+    def on_train_start(self) -> None:
+        # Memory of their own for the gradients: autograd may otherwise hand out views of one tensor (for parameters
+        # stacked and summed, say), and adding to one gradient, or clipping it, would change the others.
+        for parameter in self.model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+
+    @override
+    def training_step(self, batch: Batch, batch_idx: int) -> None:
+        config = self.settings
+        optimizer: Any = self.optimizers()
+        rate = learning_rate(self.global_step, self.progress, config.learning_rate, config.warmup_steps)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        nats = torch.zeros((), dtype=torch.float64, device=self.device)
+        samples = torch.zeros((), dtype=torch.int64, device=self.device)
+        for part in batch.split(config.accumulate):
+            losses, mask = crop_loss(self.model, part, self.layout, self.compute_dtype)
+            total = losses.sum()
+            self.manual_backward(total / (len(batch.source) * self.layout.segment))
+            nats += total.detach()
+            samples += mask.sum()
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.gradient_clip or math.inf)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=False)
+        self.update_average()
+        self.last = {"nats": nats, "samples": samples, "learning_rate": rate, "gradient_norm": norm}
+
+    @torch.no_grad()
+    def update_average(self) -> None:
+        """One step of the moving average; `global_step` counts the step just taken."""
+        decay = min(self.settings.ema_decay, (1 + self.global_step) / (_AVERAGE_WARMUP + self.global_step))
+        for average, weight in zip(self.average.parameters(), self.model.parameters(), strict=True):
+            average.lerp_(weight, 1 - decay)
+
+    @override
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["seconds"] = self.elapsed
+
+    @override
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.seconds_before = float(checkpoint["seconds"])
