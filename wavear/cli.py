@@ -102,7 +102,7 @@ def _run(arguments: list[str]) -> int:
     return _parse(COMMANDS[name][1](), rest, prog=f"wavear {name}")()
 
 
-def _parse(function: Callable[..., Any], arguments: Sequence[str], prog: str, **settings: Any) -> Any:
+def _parse(function: Callable[..., int], arguments: Sequence[str], prog: str) -> Command:
     """`function` with its parameters from the arguments, to be called: what it raises is not taken for bad usage.
 
     Usage errors come as one line and exit status 2, instead of tyro's boxes.
@@ -117,7 +117,7 @@ def _parse(function: Callable[..., Any], arguments: Sequence[str], prog: str, **
     caught = io.StringIO()
     try:
         with contextlib.redirect_stderr(caught):
-            return tyro.cli(later, prog=prog, args=list(arguments), config=config, **settings)
+            return tyro.cli(later, prog=prog, args=list(arguments), config=config)
     except SystemExit as stop:
         if stop.code:
             _complain(f"{_unbox(caught.getvalue())} (see {prog} --help)", 2)
@@ -247,12 +247,12 @@ def recipe(config: Any, description: str | None = None) -> None:
         For --help.
     """
 
-    def run(config: Any) -> int:
+    def run(config: Any = config) -> int:
         return run_training(config)
 
-    run.__annotations__["config"] = type(config)
+    run.__annotations__["config"] = type(config)  # so that its fields become flags
     run.__doc__ = description
-    sys.exit(_guarded(lambda: _parse(run, sys.argv[1:], Path(sys.argv[0]).name, default=config)()))
+    sys.exit(_guarded(lambda: _parse(run, sys.argv[1:], Path(sys.argv[0]).name)()))
 
 
 def _synthesize() -> Callable[..., int]:

@@ -235,9 +235,10 @@ def draw(heard: Sequence[Heard], sample_rate: int, path: str | Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(12, 1.9 * len(heard)), layout="constrained")
+    figure = Figure(figsize=(12, 2.1 * len(heard)))
     FigureCanvasAgg(figure)
     rows = figure.subplots(len(heard), 3, squeeze=False, width_ratios=(1.4, 1, 1))
+    figure.subplots_adjust(left=0.02, right=0.99, bottom=0.25 / len(heard), top=1 - 0.15 / len(heard), hspace=0.6)
     for one, (wave, target, synthesized) in zip(heard, rows, strict=True):
         middle, span = len(one.waveform) // 2, round(0.025 * sample_rate)
         milliseconds = (np.arange(span) + middle) / sample_rate * 1000

@@ -2,9 +2,13 @@
 
 import csv
 import dataclasses
+import sys
 from pathlib import Path
 
 import tyro
+
+HELD_OUT = ("LJ001", "LJ002")  # chapters whose first clips are held out, as no split is official
+HELD_OUT_CLIPS = 25  # of each
 
 
 @dataclasses.dataclass(frozen=True)
@@ -12,16 +16,13 @@ class Prepare:
     """Where the data go."""
 
     data: Path = Path("data")
-    """Folder to download to: LJSpeech-1.1/ is made in it."""
+    """Folder to download to: LJSpeech-1.1/ and ljspeech.csv are made in it."""
     download: bool = True
     """Download what is not there yet; else it has to be there."""
 
 
 def write_manifest(prepare: Prepare) -> Path:
-    """`ljspeech.csv` in the data folder: path, speaker, split. The first clips of two chapters are held out.
-
-    LJ001 and LJ002 go to the validation (up to clip 25 each), as no split is official: 50 clips, about five minutes.
-    """
+    """`ljspeech.csv` in the data folder, with path and split of every clip."""
     from torchaudio.datasets import LJSPEECH
 
     prepare.data.mkdir(parents=True, exist_ok=True)
@@ -29,15 +30,16 @@ def write_manifest(prepare: Prepare) -> Path:
     manifest = prepare.data / "ljspeech.csv"
     with open(manifest, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
-        writer.writerow(["path", "speaker", "split"])
-        for row in dataset._flist:  # (clip, text, normalised text): the listing itself, no audio is decoded
-            clip = row[0]
+        writer.writerow(["path", "split"])
+        for clip, *_ in dataset._flist:  # its items decode audio, its list does not
             chapter, number = clip.split("-")
-            held_out = chapter in ("LJ001", "LJ002") and int(number) <= 25
-            path = f"LJSpeech-1.1/wavs/{clip}.wav"
-            writer.writerow([path, "LJ", "validation" if held_out else "train"])
+            held_out = chapter in HELD_OUT and int(number) <= HELD_OUT_CLIPS
+            writer.writerow([f"LJSpeech-1.1/wavs/{clip}.wav", "validation" if held_out else "train"])
     return manifest
 
 
 if __name__ == "__main__":
-    print(write_manifest(tyro.cli(Prepare, description=__doc__)))
+    try:
+        print(write_manifest(tyro.cli(Prepare, description=__doc__)))
+    except (OSError, RuntimeError) as error:  # RuntimeError: torchaudio does not find it, or the download is damaged
+        sys.exit(f"prepare.py: error: {error}")

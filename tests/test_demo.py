@@ -1,0 +1,128 @@
+"""The demo: its sounds have the pitch they claim, its check hears a wrong one, and it leaves what it promises."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from wavear import audio, demo
+from wavear.cli import main
+from wavear.demo import CENTS, VALUES, Heard, compare_pitch
+from wavear.sounds import notes, string, voice
+
+RATE = VALUES.sample_rate
+QUICK = dataclasses.replace(
+    VALUES,
+    layers=2,
+    residual_channels=4,
+    skip_channels=4,
+    head_channels=4,
+    conditioning_channels=4,
+    max_steps=2,
+    max_minutes=None,
+    progress=False,
+)
+
+
+@pytest.mark.parametrize("frequency", [110.0, 233.3, 440.0])
+@pytest.mark.parametrize("instrument", [string, voice])
+def test_pitch_of_a_sound(instrument, frequency: float):
+    """The period of its autocorrelation, refined by a parabola; 5 cents are what stiffness adds at most."""
+    rate = 16000
+    settings = {"vibrato_cents": 0.0} if instrument is voice else {}
+    x = instrument(frequency, 0.6, rate, **settings)[rate // 10 : rate // 2].astype(np.float64)
+    spectrum = np.abs(np.fft.rfft(x, 2 * len(x))) ** 2
+    correlation = np.fft.irfft(spectrum)[: len(x)] / np.arange(len(x), 0, -1)
+    around = round(rate / frequency)
+    lag = around - 5 + int(np.argmax(correlation[around - 5 : around + 6]))
+    below, peak, above = correlation[lag - 1 : lag + 2]
+    period = lag + 0.5 * (below - above) / (below - 2 * peak + above)
+    assert abs(1200 * np.log2(rate / period / frequency)) < 5
+
+
+def test_notes_are_repeatable_distinct_and_in_range():
+    made, again, other = notes(0.2, RATE), notes(0.2, RATE), notes(0.2, RATE, seed=1)
+    assert all(np.array_equal(a.waveform, b.waveform) for a, b in zip(made, again, strict=True))
+    assert not any(np.array_equal(a.waveform, b.waveform) for a, b in zip(made, other, strict=True))
+    assert len({note.name for note in made}) == len(made) == 59
+    assert all(0.3 < np.abs(note.waveform).max() < 0.9 and note.waveform.dtype == np.float32 for note in made)
+
+
+def test_held_out_pitches_are_not_trained_on():
+    """No training note of the same instrument within 15 cents."""
+    made, held_out = notes(0.2, RATE), notes(0.2, RATE, held_out=True)
+    assert sorted(note.instrument for note in held_out) == ["string"] * 3 + ["voice"] * 3
+    for held in held_out:
+        same = [note.frequency for note in made if note.instrument == held.instrument]
+        assert min(same) < held.frequency < max(same)
+        assert min(abs(1200 * np.log2(held.frequency / f)) for f in same) > 15
+
+
+@pytest.mark.parametrize("cents", [0.0, 20.0, -20.0, 80.0, -120.0, 1200.0])
+def test_check_hears_pitch(cents: float):
+    """The measure itself: found within 8 cents, and what is off by more than 50 is called wrong."""
+    for note in notes(1.0, RATE, held_out=True):
+        make = string if note.instrument == "string" else voice
+        waveform = make(note.frequency * 2 ** (cents / 1200), 1.0, RATE)
+        measured, steady = compare_pitch(waveform, note, RATE)
+        assert abs(measured - cents) < 8
+        assert Heard(note, waveform, measured, steady).in_tune == (abs(cents) <= CENTS)
+
+
+def test_check_hears_noise_and_silence():
+    draw = np.random.default_rng(0)
+    for note in notes(1.0, RATE, held_out=True):
+        for waveform in (draw.normal(0, 0.1, RATE).astype(np.float32), np.full(RATE, 1e-4, np.float32)):
+            assert not Heard(note, waveform, *compare_pitch(waveform, note, RATE)).in_tune
+
+
+def test_demo_leaves_what_it_promises(tmp_path: Path, capsys: pytest.CaptureFixture):
+    """All but the training, which is two steps: so the notes are noise, and the demo says so."""
+    lines: list[str] = []
+    result = demo.run(tmp_path / "demo", config=QUICK, say=lines.append)
+    out = tmp_path / "demo"
+    assert len(list((out / "sounds").glob("*.wav"))) == 59
+    names = sorted(path.name for path in (out / "held_out").glob("*.wav"))
+    assert len(names) == 6
+    assert names == sorted(path.name for path in (out / "synthesized").glob("*.wav"))
+    for name in names:
+        assert audio.info(out / "synthesized" / name) == audio.info(out / "held_out" / name)
+    assert (out / "demo.png").read_bytes()[1:4] == b"PNG"
+    assert (out / "run" / "best" / "model.safetensors").is_file()
+    assert not result.in_tune
+    record = json.loads((out / "demo.json").read_text())
+    assert set(record["held_out_bits"]) == {"model", "uniform", "unigram", "markov"}
+    assert record["held_out_bits"]["uniform"] == 8
+    assert abs(record["bits_before"] - 8) < 0.2
+    said = "\n".join(lines)
+    assert "notes have the wrong pitch" in said
+    assert "before training" in said
+    assert "engine" in said
+
+    with pytest.raises(FileExistsError, match="--overwrite"):
+        demo.run(out, config=QUICK)
+    assert main(["demo", "--out", str(out)]) == 1
+    assert "is not empty" in capsys.readouterr().err
+
+
+def test_exit_status_tells_whether_the_pitch_is_right(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    for right in (True, False):
+        result = type("Result", (), {"in_tune": right})
+        monkeypatch.setattr(demo, "run", lambda *_, result=result, **__: result)
+        assert main(["demo", "--out", str(tmp_path / "x")]) == (0 if right else 1)
+
+
+def test_overwrite_takes_only_a_demo(tmp_path: Path):
+    precious = tmp_path / "precious.txt"
+    precious.write_text("mine")
+    (tmp_path / "sounds").mkdir()
+    with pytest.raises(FileExistsError, match="holds no demo"):
+        demo.run(tmp_path, config=QUICK, overwrite=True)
+    (tmp_path / "demo.json").write_text("{}")
+    demo._make_folder(tmp_path, overwrite=True)
+    assert precious.read_text() == "mine"
+    assert not (tmp_path / "sounds").exists()
