@@ -26,8 +26,8 @@ def cache_directory() -> Path:
     return Path(base) / "wavear"
 
 
-def source_key() -> str:
-    """Changes with every source that compiled code is made from, and with the compiler.
+def source_key(directory: Path | None = None) -> str:
+    """Changes with every source that compiled code is made from (in `directory`, this one), and with the compiler.
 
     Numba itself looks at the file of the compiled function alone, and the kernels it calls lie in others. (That the
     processor is the same is part of Numba's own key.)
@@ -36,7 +36,7 @@ def source_key() -> str:
     import numba
 
     digest = hashlib.sha256(f"{numba.__version__} {llvmlite.__version__} {sys.version}".encode())
-    for path in sorted(Path(__file__).parent.glob("*.py")):
+    for path in sorted((directory or Path(__file__).parent).glob("*.py")):
         digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()[:16]
 
@@ -53,12 +53,22 @@ def compiled(function, signature: str, callback: bool = False):
             tempfile.TemporaryFile(dir=directory).close()
             return _compile(function, signature, callback, directory)
         except Exception as error:  # whatever is wrong with a cache, the engine works without
-            warnings.warn(
-                f"compiled code is not kept ({error}), so every process compiles anew; "
-                "set NUMBA_CACHE_DIR to a directory that can be written",
-                stacklevel=2,
-            )
+            _warn_once(error)
             return _compile(function, signature, callback, None)
+
+
+_warned = False
+
+
+def _warn_once(error: Exception) -> None:
+    global _warned
+    if not _warned:
+        _warned = True
+        warnings.warn(
+            f"compiled code is not kept ({error}), so every process compiles anew, for some seconds; "
+            "set NUMBA_CACHE_DIR to a directory that can be written",
+            stacklevel=2,
+        )
 
 
 def _compile(function, signature: str, callback: bool, directory: Path | None):

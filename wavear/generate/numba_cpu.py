@@ -18,6 +18,7 @@ import functools
 import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numba
@@ -28,7 +29,7 @@ from torch import Tensor
 from wavear.generate import _simd
 from wavear.generate._simd import BLOCK, HEIGHTS, LANES, TALLEST, VECTOR_BYTES, WIDEST
 from wavear.generate.compiled import compiled
-from wavear.generate.packing import Region, pack, round_to_bfloat16, to_numpy, vectors_of
+from wavear.generate.packing import Region, pack, to_numpy, vectors_of
 from wavear.models.wavenet import WaveNet
 
 _GROUP = 3 * TALLEST  # streams that one thread runs side by side, at most
@@ -666,9 +667,11 @@ class NumbaEngine:
         groups = -(-batch // _GROUP)
         groups = min(batch, -(-groups // self.threads) * self.threads)
         bounds = [batch * g // groups for g in range(groups + 1)]
-        sizes = [stop - start for start, stop in zip(bounds, bounds[1:], strict=False)]
+        sizes = [stop - start for start, stop in pairwise(bounds)]
         self._packed = _Weights(model, max(sizes), weights)
-        self._groups = [_Group(self._packed, first, size, model.start_code) for first, size in zip(bounds, sizes)]
+        self._groups = [
+            _Group(self._packed, first, size, model.start_code) for first, size in zip(bounds, sizes, strict=False)
+        ]
         self._pool = ThreadPoolExecutor(self.threads) if self.threads > 1 else None
 
     def generate(self, uniforms: np.ndarray, cond: Tensor | None, temperature: float | np.ndarray = 1.0) -> np.ndarray:
@@ -689,19 +692,17 @@ class NumbaEngine:
         ValueError
             If a shape does not fit, or the logits become infinite or NaN.
         """
-        uniforms = np.ascontiguousarray(uniforms, np.float64)
-        temperatures = np.ascontiguousarray(np.broadcast_to(np.asarray(temperature, np.float64), uniforms.shape))
+        uniforms = np.require(uniforms, np.float64, ["C", "W"])
+        temperatures = np.require(np.broadcast_to(temperature, uniforms.shape), np.float64, ["C", "W"])
         codes = np.empty(uniforms.shape, np.int64)
         self._run(uniforms, temperatures, codes, np.empty((1, 1)), cond, scoring=False)
         return codes
 
     def score(self, codes: np.ndarray, cond: Tensor | None) -> np.ndarray:
         """Log-probabilities, in nats, of the next samples of every stream being `codes`; float64, shape (B, n)."""
-        codes = np.ascontiguousarray(codes, np.int64)
+        codes = np.require(codes, np.int64, ["C", "W"])
         if codes.size and not 0 <= codes.min() <= codes.max() < self.classes:
-            raise ValueError(
-                f"codes reach from {codes.min()} to {codes.max()}, the model has classes 0 to {self.classes - 1}"
-            )
+            raise ValueError(f"codes reach from {codes.min()} to {codes.max()}, expected 0 to {self.classes - 1}")
         scores = np.empty(codes.shape)
         none = np.empty((1, 1))
         self._run(none, none, codes, scores, cond, scoring=True)

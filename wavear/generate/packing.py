@@ -104,7 +104,7 @@ def pack(matrix: np.ndarray, lanes: int, width: int, weights: str) -> tuple[np.n
     packed = columns.reshape(inputs, blocks, vectors * lanes).transpose(1, 0, 2)
     if weights == "bfloat16":
         bits = round_to_bfloat16(packed).reshape(blocks, inputs, vectors // 2, 2, lanes)
-        packed = bits[:, :, :, 0] | (bits[:, :, :, 1] << np.uint32(16))
+        packed = (bits[:, :, :, 0] | (bits[:, :, :, 1] << np.uint32(16))).reshape(blocks, inputs, -1)
     return np.ascontiguousarray(packed), blocks, vectors
 
 

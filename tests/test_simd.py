@@ -1,0 +1,223 @@
+"""The vector kernels: accuracy of exp, tanh and sigmoid, one order of summation whatever the tile, other processors."""
+
+from __future__ import annotations
+
+import re
+
+import llvmlite.binding as llvm
+import numba
+import numpy as np
+import pytest
+from llvmlite import ir
+from numba.core import types
+
+from wavear.generate import _simd
+from wavear.generate.packing import pack, round_to_bfloat16, vectors_of
+
+LANES = _simd.LANES
+
+
+@numba.njit("void(int64,int64,int64,int64)")
+def _functions(x, out, vectors, size):
+    _simd.exp(x, out, vectors)
+    _simd.tanh(x, out + size, vectors)
+    _simd.sigmoid(x, out + 2 * size, vectors)
+
+
+def functions(x: np.ndarray) -> np.ndarray:
+    """exp, tanh, sigmoid of float32 values, as the kernels compute them."""
+    padded = np.zeros(-(-x.size // LANES) * LANES, np.float32)
+    padded[: x.size] = x
+    out = np.empty((3, padded.size), np.float32)
+    _functions(padded.ctypes.data, out.ctypes.data, padded.size // LANES, padded.nbytes)
+    return out[:, : x.size]
+
+
+def exact(x: np.ndarray) -> np.ndarray:
+    wide = x.astype(np.float64)
+    with np.errstate(over="ignore"):
+        return np.stack([np.exp(wide), np.tanh(wide), 1 / (1 + np.exp(-wide))])
+
+
+WIDE = np.concatenate(
+    [
+        np.linspace(-110, 95, 400_003),
+        np.linspace(-10, 10, 400_003),
+        np.geomspace(1e-45, 3e38, 100_003),
+        -np.geomspace(1e-45, 3e38, 100_003),
+    ]
+).astype(np.float32)
+
+
+@pytest.mark.parametrize("number", [0, 1, 2], ids=["exp", "tanh", "sigmoid"])
+def test_relative_error_over_the_whole_range(number):
+    found, expected = functions(WIDE)[number].astype(np.float64), exact(WIDE)[number]
+    normal = (np.abs(expected) > 1.2e-38) & (expected < 3.4028235e38)
+    relative = np.abs(found / np.where(normal, expected, 1) - 1)[normal]
+    # A step of float32 is 1.2e-7 at most. tanh is an approximation of 4e-7, the others round three times.
+    assert relative.max() < (2.5e-7, 4e-7, 3.5e-7)[number]
+    below = np.abs(expected) <= 1.2e-38
+    # Where results are subnormal (tanh: of subnormal inputs), an error of two of their steps. The sigmoid there is zero
+    # or next to it: its reciprocal overflows.
+    assert np.abs(found[below] - expected[below]).max() <= (3e-45, 3e-45, 1.2e-38)[number]
+    assert (found[expected > 3.41e38] == np.inf).all()
+
+
+def test_infinities_zero_and_nan():
+    found = functions(np.array([-np.inf, np.inf, 0.0, -0.0, np.nan], np.float32))
+    np.testing.assert_array_equal(found[0], np.float32([0, np.inf, 1, 1, np.nan]))
+    np.testing.assert_allclose(found[1], np.float32([-1, 1, 0, -0.0, np.nan]), rtol=3e-7)
+    np.testing.assert_array_equal(found[2], np.float32([0, 1, 0.5, 0.5, np.nan]))
+
+
+def test_tanh_is_odd_and_neither_leaves_its_range():
+    _, tanh, sigmoid = functions(WIDE)
+    assert (functions(-WIDE)[1] == -tanh).all()
+    assert np.abs(tanh).max() <= 1
+    assert sigmoid.min() >= 0
+    assert sigmoid.max() <= 1
+
+
+@numba.njit("void(int64,int64,int64,int64,int64,int64,int64,int64)")
+def _tile(key, weights, inputs, x, x_block, zeros, out, row):
+    _simd.tile(key, weights, inputs, x, x_block, zeros, zeros, 0, 0, out, row, _simd.VECTOR_BYTES)
+
+
+def _aligned(array: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(array, np.float32)
+
+
+@pytest.mark.parametrize("inputs", [1, 3, LANES, 2 * LANES + 5])
+@pytest.mark.parametrize("weights", ["float32", "bfloat16"])
+def test_an_output_has_the_same_bits_in_every_tile(inputs, weights):
+    draw = np.random.default_rng(inputs)
+    outputs, zeros = 12 * LANES, np.zeros(64 * LANES, np.float32)
+    matrix = draw.standard_normal((outputs, inputs)).astype(np.float32)
+    if weights == "bfloat16":
+        matrix = (round_to_bfloat16(matrix) << np.uint32(16)).view(np.float32)
+    rows = draw.standard_normal((_simd.TALLEST, inputs)).astype(np.float32)
+    blocks = -(-inputs // LANES)
+    panel = np.zeros((blocks, _simd.TALLEST, LANES), np.float32)
+    for k in range(inputs):
+        panel[k // LANES, :, k % LANES] = rows[:, k]
+    results: dict[tuple[int, int], set[bytes]] = {}
+    for height, vectors, panelled in _simd.TILES:
+        if weights == "bfloat16" and vectors % 2:
+            continue
+        packed, count, _ = pack(matrix[: vectors * LANES], LANES, vectors if vectors <= 4 else 12, weights)
+        if count != 1 or packed.shape[2] * (2 if weights == "bfloat16" else 1) != vectors * LANES:
+            continue
+        x = panel if panelled else rows
+        out = np.empty((height, vectors * LANES), np.float32)
+        key = _simd.tile_key(height, vectors, int(weights == "bfloat16"), int(panelled))
+        _tile(key, packed.ctypes.data, inputs, x.ctypes.data, panel[0].nbytes, zeros.ctypes.data, out.ctypes.data,
+              out[0].nbytes)  # fmt: skip
+        for r, v in np.ndindex(height, vectors):
+            block = out[r, v * LANES : (v + 1) * LANES]
+            results.setdefault((r, v), set()).add(block.tobytes())
+            expected = matrix[v * LANES : (v + 1) * LANES].astype(np.float64) @ rows[r].astype(np.float64)
+            np.testing.assert_allclose(block, expected, atol=1e-5)
+    assert len(results[0, 0]) == 1
+    assert all(len(found) == 1 for found in results.values())
+
+
+@numba.njit("int64(int64,int64,int64,int64,int64,int64,int64,int64,int64)")
+def _sparse(key, weights, x, inputs, row, values, offsets, init, out):
+    count = _simd.entries(x, inputs, row, values, offsets)
+    _simd.sparse(key, weights, count, values, offsets, init, out)
+    return count
+
+
+@pytest.mark.parametrize("inputs", [1, 6, 37])
+def test_leaving_zeros_out_changes_no_bit(inputs):
+    draw = np.random.default_rng(inputs)
+    for vectors in _simd.SPARSE:
+        matrix = draw.standard_normal((vectors * LANES, inputs)).astype(np.float32)
+        x = draw.standard_normal(inputs).astype(np.float32)
+        packed, blocks, width = pack(matrix, LANES, 0, "float32")
+        assert (blocks, width) == (1, vectors)
+        init = draw.standard_normal(vectors * LANES).astype(np.float32)
+        found, values, offsets = np.empty_like(init), np.empty(inputs + 1, np.float32), np.empty(inputs + 1, np.int64)
+        count = _sparse(vectors, packed.ctypes.data, x.ctypes.data, inputs, packed[0, 0].nbytes, values.ctypes.data,
+                        offsets.ctypes.data, init.ctypes.data, found.ctypes.data)  # fmt: skip
+        assert count == (x > 0).sum()
+        # The same through the dense kernel, one column of two or four vectors after the other.
+        rectified = np.maximum(x, 0)
+        for v in range(0, vectors, 2):
+            packed, _, _ = pack(matrix[v * LANES : (v + 2) * LANES], LANES, 2, "float32")
+            out = np.empty(2 * LANES, np.float32)
+            dense = numba_tile(packed, inputs, rectified, init[v * LANES : (v + 2) * LANES], out)
+            np.testing.assert_array_equal(found[v * LANES : (v + 2) * LANES], dense)
+
+
+@numba.njit("void(int64,int64,int64,int64,int64,int64,int64)")
+def _row(key, weights, inputs, x, zeros, init, out):
+    _simd.tile(key, weights, inputs, x, 0, zeros, init, 0, _simd.VECTOR_BYTES, out, 0, _simd.VECTOR_BYTES)
+
+
+def numba_tile(packed, inputs, x, init, out):
+    zeros, init = np.zeros(2 * LANES, np.float32), np.ascontiguousarray(init)
+    _row(_simd.tile_key(1, 2, 0, 0), packed.ctypes.data, inputs, x.ctypes.data, zeros.ctypes.data, init.ctypes.data,
+         out.ctypes.data)  # fmt: skip
+    return out
+
+
+def test_rounding_to_bfloat16_is_torchs():
+    import torch
+
+    values = np.random.default_rng(0).standard_normal(10_000).astype(np.float32) * np.float32(1e3)
+    values[:6] = [0.0, -0.0, np.inf, -np.inf, np.nan, 1 + 2**-8]
+    found = (round_to_bfloat16(values) << np.uint32(16)).view(np.float32)
+    np.testing.assert_array_equal(found, torch.from_numpy(values).bfloat16().float().numpy())
+
+
+@pytest.mark.parametrize("outputs", [1, 15, 16, 17, 97, 128, 192, 193, 256, 1024])
+@pytest.mark.parametrize("width", [0, 2, 4, 12])
+def test_blocks_hold_all_outputs_and_little_more(outputs, width):
+    for even in (False, True):
+        blocks, each = vectors_of(outputs, 16, width, even)
+        vectors = -(-outputs // 16)
+        assert vectors <= blocks * each < vectors + max(2 * blocks, 8 if width == 0 else width)
+        assert each <= (width or 8)
+        assert not (even and each % 2 and width)
+
+
+@pytest.mark.parametrize(
+    ("triple", "processor", "lanes", "rows", "multiply_add"),
+    [
+        ("aarch64-linux-gnu", "neoverse-n1", 4, 12, r"fmla\s+v\d+\.4s"),
+        ("x86_64-linux-gnu", "haswell", 8, 4, r"vfmadd\d+ps.*%ymm"),
+        ("x86_64-linux-gnu", "skylake-avx512", 16, 12, r"vfmadd\d+ps.*%zmm"),
+    ],
+    ids=["NEON", "AVX2", "AVX-512"],
+)
+def test_the_same_source_becomes_vector_code_elsewhere(triple, processor, lanes, rows, multiply_add):
+    """The inner loop multiplies and adds in registers: no calls, no spills."""
+    llvm.initialize_all_targets()
+    llvm.initialize_all_asmprinters()
+    try:
+        target = llvm.Target.from_triple(triple)
+    except RuntimeError as error:
+        pytest.skip(f"this LLVM has no such target: {error}")
+    module = ir.Module()
+    module.triple = triple
+    function = _simd.emitted(module, "tile", lanes, types.void, [types.int64] * 11, _simd._tile(rows, 2, False, True))
+    function.linkage = "external"
+    machine = target.create_target_machine(cpu=processor, opt=3)
+    parsed = llvm.parse_assembly(str(module))
+    options = llvm.create_pipeline_tuning_options(speed_level=3)
+    passes = llvm.create_pass_builder(machine, options)
+    passes.getModulePassManager().run(parsed, passes)
+    assembly = machine.emit_assembly(parsed)
+    assert len(re.findall(multiply_add, assembly)) >= 4 * 2 * rows
+    assert not re.search(r"\bcall\b|\bbl\b|fmaf", assembly)
+
+
+def test_what_is_not_multiplied_by_code_for_it_does_not_exist():
+    """Every block that packing makes has a kernel."""
+    for outputs in range(1, 3000, 7):
+        for width in (2, 4, _simd.WIDEST):
+            for even in (False, True):
+                _, each = vectors_of(outputs, LANES, width, even)
+                assert (1, each, False) in _simd.TILES
+        assert vectors_of(outputs, LANES, 0, False)[1] in _simd.SPARSE
