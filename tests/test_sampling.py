@@ -43,6 +43,11 @@ def test_sample_is_the_inverse_of_the_cumulative_distribution():
     assert sample(logits.expand(6, 4).double(), u).tolist() == [0, 0, 2, 2, 3, 3]
 
 
+def test_a_uniform_on_a_boundary_belongs_to_the_code_above():
+    u = torch.tensor([0.0, 0.25, 0.5, 0.75], dtype=torch.float64)
+    assert sample(torch.zeros(4, 4), u).tolist() == [0, 1, 2, 3]
+
+
 def test_no_uniform_reaches_past_the_last_possible_code():
     logits = torch.tensor([[0.0, 1.0, 2.0] + [-1e30] * 61])
     assert sample(logits, torch.tensor([1 - 2.0**-53], dtype=torch.float64)).item() == 2
