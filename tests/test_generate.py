@@ -100,7 +100,7 @@ def test_conditioning_is_the_same_however_it_is_cut(hop):
 
 
 def test_conditioning_is_always_computed_in_one_shape(monkeypatch):
-    """Libraries may round differently for other shapes: so there is one, whatever the batch, the length and the span."""
+    """Libraries may round differently for other shapes: so there is one, whatever batch, length and span."""
     shapes = set()
     condition = WaveNet.condition
 
