@@ -576,3 +576,36 @@ def _call(arguments: int):
 
 call15 = _call(15)
 call7 = _call(7)
+
+
+def _publish(e: Emitter, flag, value):
+    """Everything written before is seen by whoever sees the flag."""
+    e.b.store_atomic(value, e.b.inttoptr(flag, _I64.as_pointer()), "release", 8)
+
+
+def _wait(e: Emitter, flag, value, give_way):
+    """Spin until the flag is at least `value`; now and then call the C function at `give_way`, if there is one."""
+    b = e.b
+    before = b.block
+    spin, late, call, after = (b.append_basic_block(name) for name in ("spin", "late", "call", "after"))
+    b.branch(spin)
+    b.position_at_end(spin)
+    turns = b.phi(_I64)
+    turns.add_incoming(ir.Constant(_I64, 1), before)
+    seen = b.load_atomic(b.inttoptr(flag, _I64.as_pointer()), "acquire", 8)
+    b.cbranch(b.icmp_signed(">=", seen, value), after, late)
+    b.position_at_end(late)
+    following = b.add(turns, ir.Constant(_I64, 1))
+    turns.add_incoming(following, late)
+    tired = b.icmp_signed("==", b.and_(turns, ir.Constant(_I64, 4095)), ir.Constant(_I64, 0))
+    able = b.icmp_signed("!=", give_way, ir.Constant(_I64, 0))
+    b.cbranch(b.and_(tired, able), call, spin)
+    b.position_at_end(call)
+    turns.add_incoming(following, call)
+    b.call(b.inttoptr(give_way, ir.FunctionType(_I32, []).as_pointer()), [])
+    b.branch(spin)
+    b.position_at_end(after)
+
+
+publish = kernel("publish", 2, _publish)
+wait = kernel("wait", 3, _wait)

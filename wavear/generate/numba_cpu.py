@@ -14,6 +14,7 @@ threads and the cuts between calls.
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -29,7 +30,7 @@ from torch import Tensor
 from wavear.generate import _simd
 from wavear.generate._simd import BLOCK, HEIGHTS, LANES, TALLEST, VECTOR_BYTES, WIDEST
 from wavear.generate.compiled import compiled
-from wavear.generate.packing import Region, pack, to_numpy, vectors_of
+from wavear.generate.packing import LINE, Region, pack, to_numpy, vectors_of
 from wavear.models.wavenet import WaveNet
 
 _GROUP = 3 * TALLEST  # streams that one thread runs side by side, at most
@@ -49,7 +50,9 @@ M_ADDRESS, M_INPUTS, M_BLOCKS, M_VECTORS, M_HALF, M_FIELDS = range(6)
  N_LOGIT_ROW, N_LOGIT_BLOCKS, N_EMBEDDING, N_CONDITION_CHANNELS, N_CONDITION_VECTORS, N_HEAD1, N_HEAD2, N_HEAD1_BIAS,
  N_HEAD2_BIAS, N_SKIP_BIAS, N_ZEROS, N_X, N_H, N_SKIP, N_HEAD, N_LOGITS, N_WEIGHTS, N_SUMS, N_PANELS,
  N_CONDITION_PANELS, N_TIME, N_FIRST, N_MULTIPLY, N_MATRICES, N_SPARSE,
- N_TABLE, N_VALUES, N_OFFSETS, N_FIELDS) = range(39)  # fmt: skip
+ N_TABLE, N_VALUES, N_OFFSETS, N_PARTS, N_GATE_VECTORS, N_H_OFFSET, N_SKIP_SHARE, N_SKIP_PLACE, N_SKIP_ALL,
+ N_HEAD_SHARE, N_HEAD_PLACE, N_HEAD_ALL, N_LOGIT_SHARE, N_LOGIT_PLACE, N_LOGIT_ALL, N_MINE, N_THEIRS, N_SEQUENCE,
+ N_GIVE_WAY, N_FIELDS) = range(55)  # fmt: skip
 
 NO_CONDITION, CONSTANT_CONDITION, CONDITION = range(3)
 
@@ -181,7 +184,7 @@ def _prepare_constants(net, layers, condition, mode):
         else:
             for s in range(streams):
                 _simd.copy(layer[L_BIAS], VECTOR_BYTES, layer[L_CONSTANT] + s * net[N_Z_ROW], VECTOR_BYTES,
-                           2 * net[N_H_VECTORS])  # fmt: skip
+                           2 * net[N_GATE_VECTORS])  # fmt: skip
 
 
 @numba.njit
@@ -231,6 +234,24 @@ def _add_past(net, layer, time, position, count):
         _to_panels(ring + slot * streams * x_row, x_row, before * streams, vectors, panels, 0)
         _to_panels(ring, x_row, (count - before) * streams, vectors, panels, before * streams)
         _project(net, matrix, panels, vectors, count * streams, net[N_ZEROS], z, net[N_Z_ROW], z)
+
+
+@numba.njit
+def _skip(net, matrix, h, skip):
+    """Add a layer's outputs to the skips."""
+    rows, h_vectors, skip_vectors = net[N_ROWS], net[N_H_VECTORS], net[N_SKIP_VECTORS]
+    vector = rows * VECTOR_BYTES
+    _multiply(net, matrix, net[N_STREAMS], rows, h, vector, h_vectors * vector, net[N_ZEROS],
+              skip, VECTOR_BYTES, vector, skip_vectors * vector,
+              skip, VECTOR_BYTES, vector, skip_vectors * vector)  # fmt: skip
+
+
+@numba.njit
+def _exchange(net, values, place, vectors, sequence):
+    """Put this core's values to their place in memory of both, and wait for the other's."""
+    _simd.copy(values, VECTOR_BYTES, place, VECTOR_BYTES, vectors)
+    _simd.publish(net[N_MINE], sequence)
+    _simd.wait(net[N_THEIRS], sequence, net[N_GIVE_WAY])
 
 
 @numba.njit
@@ -309,7 +330,9 @@ def _run(net, layers, previous, uniforms, temperatures, codes, scores, condition
     panel_count = (streams + rows - 1) // rows
     # In a panel of `rows` rows: next row, next vector of channels; next panel, by its number of vectors.
     vector = rows * VECTOR_BYTES
-    x, h, skip, head, logits = net[N_X], net[N_H], net[N_SKIP], net[N_HEAD], net[N_LOGITS]
+    x, skip, head, logits = net[N_X], net[N_SKIP], net[N_HEAD], net[N_LOGITS]
+    shared = net[N_PARTS] > 1
+    gate_vectors = net[N_GATE_VECTORS]
     condition_row = net[N_CONDITION_VECTORS] * VECTOR_BYTES
     stream_bytes = condition_row if mode == CONSTANT_CONDITION else samples * condition_row
     condition += first * stream_bytes
@@ -328,6 +351,8 @@ def _run(net, layers, previous, uniforms, temperatures, codes, scores, condition
             _simd.copy(net[N_EMBEDDING] + previous[s, taps - 1] * x_vectors * VECTOR_BYTES, VECTOR_BYTES,
                        x + panel * x_vectors * vector + row, vector, x_vectors)  # fmt: skip
             _simd.copy(net[N_SKIP_BIAS], VECTOR_BYTES, skip + panel * skip_vectors * vector + row, vector, skip_vectors)
+        h = net[N_H]
+        sequence = net[N_SEQUENCE]
         for i in range(count):
             layer = layers[i]
             z = layer[L_Z] + position * streams * z_row
@@ -335,7 +360,7 @@ def _run(net, layers, previous, uniforms, temperatures, codes, scores, condition
                 for s in range(streams):
                     for tap in range(taps):
                         entry = tap * (net[N_CLASSES] + 1) + previous[s, tap]
-                        _simd.add(net[N_TABLE] + entry * z_row, z + s * z_row, 2 * h_vectors)
+                        _simd.add(net[N_TABLE] + entry * z_row, z + s * z_row, 2 * gate_vectors)
             else:
                 ahead = layer[L_AHEAD]
                 if position % ahead == 0:
@@ -347,28 +372,45 @@ def _run(net, layers, previous, uniforms, temperatures, codes, scores, condition
                 _multiply(net, layer[L_NOW], streams, rows, x, vector, x_vectors * vector, zeros,
                           z, z_row, VECTOR_BYTES, rows * z_row, z, z_row, VECTOR_BYTES, rows * z_row)  # fmt: skip
             for s in range(streams):
-                _simd.gate(z + s * z_row, z + s * z_row + h_vectors * VECTOR_BYTES,
-                           h + (s // rows) * h_vectors * vector + (s % rows) * VECTOR_BYTES, h_vectors, vector)  # fmt: skip
+                _simd.gate(z + s * z_row, z + s * z_row + gate_vectors * VECTOR_BYTES,
+                           h + net[N_H_OFFSET] + (s // rows) * h_vectors * vector + (s % rows) * VECTOR_BYTES,
+                           gate_vectors, vector)  # fmt: skip
+            if shared:
+                # While the other core finishes its half of this layer, the skips of the one before.
+                sequence += 1
+                _simd.publish(net[N_MINE], sequence)
+                if i > 0:
+                    _skip(net, layers[i - 1, L_SKIP], h - h_vectors * vector, skip)
+                _simd.wait(net[N_THEIRS], sequence, net[N_GIVE_WAY])
             if i < count - 1:
                 _multiply(net, layer[L_RESIDUAL], streams, rows, h, vector, h_vectors * vector,
                           layer[L_RESIDUAL_BIAS], x, VECTOR_BYTES, vector, x_vectors * vector,
                           x, VECTOR_BYTES, vector, x_vectors * vector)  # fmt: skip
-            _multiply(net, layer[L_SKIP], streams, rows, h, vector, h_vectors * vector, zeros,
-                      skip, VECTOR_BYTES, vector, skip_vectors * vector,
-                      skip, VECTOR_BYTES, vector, skip_vectors * vector)  # fmt: skip
+            if not shared or i == count - 1:
+                _skip(net, layer[L_SKIP], h, skip)
+            if shared:
+                h += h_vectors * vector
         if dense:
             _simd.relu(skip, skip, panel_count * skip_vectors * rows)
             _multiply(net, net[N_HEAD1], streams, rows, skip, vector, skip_vectors * vector, zeros,
-                      net[N_HEAD1_BIAS], 0, VECTOR_BYTES, 0, head, VECTOR_BYTES, vector, head_vectors * vector)  # fmt: skip
+                      net[N_HEAD1_BIAS], 0, VECTOR_BYTES, 0,
+                      head, VECTOR_BYTES, vector, head_vectors * vector)  # fmt: skip
             _simd.relu(head, head, panel_count * head_vectors * rows)
             _multiply(net, net[N_HEAD2], streams, rows, head, vector, head_vectors * vector, zeros,
                       net[N_HEAD2_BIAS], 0, VECTOR_BYTES, 0,
                       logits, net[N_LOGIT_ROW], VECTOR_BYTES, rows * net[N_LOGIT_ROW])  # fmt: skip
+        elif shared:
+            _exchange(net, skip, net[N_SKIP_PLACE], net[N_SKIP_SHARE], sequence + 1)
+            _rectified(net, net[N_HEAD1], net[N_SKIP_ALL], net[N_HEAD1_BIAS], head)
+            _exchange(net, head, net[N_HEAD_PLACE], net[N_HEAD_SHARE], sequence + 2)
+            _rectified(net, net[N_HEAD2], net[N_HEAD_ALL], net[N_HEAD2_BIAS], logits)
+            _exchange(net, logits, net[N_LOGIT_PLACE], net[N_LOGIT_SHARE], sequence + 3)
+            net[N_SEQUENCE] = sequence + 3
         else:
             _rectified(net, net[N_HEAD1], skip, net[N_HEAD1_BIAS], head)
             _rectified(net, net[N_HEAD2], head, net[N_HEAD2_BIAS], logits)
         for s in range(streams):
-            row = logits + s * net[N_LOGIT_ROW]
+            row = net[N_LOGIT_ALL] + s * net[N_LOGIT_ROW]
             if scoring:
                 code = codes[first + s, t]
                 scores[first + s, t] = _log_probability(net, row, code)
@@ -430,9 +472,13 @@ def _void(arguments: int) -> str:
 
 
 class _Weights:
-    """The packed weights of a model and the plan of its network, shared by all groups of streams."""
+    """The packed weights of a model and the plan of its network, shared by all groups of streams.
 
-    def __init__(self, model: WaveNet, group: int, weights: str):
+    With two `parts` (for one stream on two cores) each has half of the outputs of every matrix, but all of the residual
+    ones: each core computes the whole input of the next layer, which costs less than another exchange.
+    """
+
+    def __init__(self, model: WaveNet, group: int, weights: str, part: int = 0, parts: int = 1):
         config = model.config
         self.region = region = Region()
         self.matrices: list[list[int]] = []
@@ -459,27 +505,44 @@ class _Weights:
             blocks, vectors = vectors_of(outputs, LANES, _width(rows) if width is None else width, self.half)
             return blocks * vectors
 
+        def bounds(outputs: int) -> tuple[int, int]:
+            """First and last vector of this part."""
+            vectors = -(-outputs // LANES)
+            return vectors * part // parts, vectors * (part + 1) // parts
+
+        def share(array: np.ndarray) -> np.ndarray:
+            """The outputs of this part."""
+            first, last = bounds(len(array))
+            return array[first * LANES : last * LANES]
+
         head_width = 0 if group == 1 else None
+        self.part, self.parts = part, parts
         self.sparse = group == 1
         self.tabulated = config.classes <= _TABLE
 
         self.h_vectors = -(-residual // LANES)
         self.x_vectors = total(residual, group)
-        self.skip_vectors = total(skip, group)
-        self.head_vectors = total(head, group, head_width)
-        self.logit_vectors = -(-total(config.classes, group, head_width) // (BLOCK // LANES)) * (BLOCK // LANES)
+        self.skip_bounds, self.head_bounds, self.logit_bounds = bounds(skip), bounds(head), bounds(config.classes)
+        self.gate_first, gate_last = bounds(residual)
+        self.gate_vectors = gate_last - self.gate_first
+        self.skip_vectors = total(_size(self.skip_bounds), group)
+        self.head_vectors = total(_size(self.head_bounds), group, head_width)
+        logits = total(_size(self.logit_bounds), group, head_width)
+        self.logit_vectors = -(-logits // (BLOCK // LANES)) * (BLOCK // LANES)
         self.condition_channels = config.conditioning_channels if model.conditioning is not None else 0
         self.condition_vectors = -(-self.condition_channels // LANES)
-        gate_rows = 2 * self.h_vectors * LANES
+        gate_rows = 2 * self.gate_vectors * LANES
         z_rows = [
             total(gate_rows, rows) for rows in (group, TALLEST, self.span * group, *(a * group for a in self.ahead))
         ]
         self.z_vectors = max(z_rows)
 
         def gates(array: np.ndarray) -> np.ndarray:
-            """Outputs (2R, ...) with both halves padded to whole vectors."""
-            padded = np.zeros((2, self.h_vectors * LANES, *array.shape[1:]), np.float32)
-            padded[:, :residual] = array.reshape(2, residual, *array.shape[1:])
+            """Of outputs (2R, ...) this part of both halves, padded to whole vectors."""
+            padded = np.zeros((2, self.gate_vectors * LANES, *array.shape[1:]), np.float32)
+            for half, outputs in zip(padded, np.split(array, 2), strict=True):
+                mine = share(outputs)
+                half[: len(mine)] = mine
             return padded.reshape(gate_rows, *array.shape[1:])
 
         self.layers: list[list[int]] = []
@@ -493,11 +556,11 @@ class _Weights:
                 (
                     matrix(gates(taps_of[:, -1]), TALLEST if table else group),
                     -1 if block.residual is None else matrix(to_numpy(block.residual.weight), group),
-                    matrix(to_numpy(block.skip.weight), group),
+                    matrix(share(to_numpy(block.skip.weight)), group),
                 )
             )
-        self.head1 = matrix(to_numpy(model.head[1].weight), group, head_width)
-        self.head2 = matrix(to_numpy(model.head[3].weight), group, head_width)
+        self.head1 = matrix(share(to_numpy(model.head[1].weight)), group, head_width)
+        self.head2 = matrix(share(to_numpy(model.head[3].weight)), group, head_width)
         for taps_of, ahead in zip(dilated, self.ahead, strict=True):
             table = self.tabulated and not past
             past.append([matrix(gates(taps_of[:, k]), TALLEST if table else ahead * group) for k in range(taps - 1)])
@@ -512,10 +575,10 @@ class _Weights:
             for block in model.blocks
         ]
         skip_bias = np.sum([to_numpy(block.skip.bias) for block in model.blocks], axis=0, dtype=np.float64)
-        self.skip_bias = vector(skip_bias.astype(np.float32), self.skip_vectors)
-        self.head1_bias = vector(to_numpy(model.head[1].bias), self.head_vectors)
+        self.skip_bias = vector(share(skip_bias.astype(np.float32)), self.skip_vectors)
+        self.head1_bias = vector(share(to_numpy(model.head[1].bias)), self.head_vectors)
         # Outputs beyond the last class are never drawn.
-        self.head2_bias = vector(to_numpy(model.head[3].bias), self.logit_vectors, fill=-np.inf)
+        self.head2_bias = vector(share(to_numpy(model.head[3].bias)), self.logit_vectors, fill=-np.inf)
         self.embedding = vector(to_numpy(model.embedding.weight), self.x_vectors)
         widest = max(self.z_vectors, self.skip_vectors, self.head_vectors, self.logit_vectors, self.x_vectors)
         self.zeros = region.reserve(widest * VECTOR_BYTES)
@@ -536,6 +599,11 @@ class _Weights:
                                base + self.embedding, self.x_vectors, base + panels, base + self.zeros, out, row, 0, 0)  # fmt: skip
 
 
+def _size(bounds: tuple[int, int]) -> int:
+    """Outputs between two vectors."""
+    return (bounds[1] - bounds[0]) * LANES
+
+
 def _power(number: int) -> int:
     """The largest power of two that is not above `number`, at least 1."""
     return 1 << max(0, number.bit_length() - 1)
@@ -554,7 +622,7 @@ def _width(rows: int) -> int:
 class _Group:
     """The state of some streams that one thread runs side by side, and the plan of the network for them."""
 
-    def __init__(self, packed: _Weights, first: int, streams: int, start_code: int):
+    def __init__(self, packed: _Weights, first: int, streams: int, start_code: int, shared: _Shared | None = None):
         region = Region()
         base = packed.region.address
         panels = -(-streams // TALLEST)
@@ -608,12 +676,12 @@ class _Group:
             N_SKIP: padded * packed.skip_vectors,
             N_HEAD: padded * packed.head_vectors,
             N_LOGITS: streams * packed.logit_vectors,
-            N_WEIGHTS: packed.logit_vectors,
-            N_SUMS: 2 * packed.logit_vectors,
+            N_WEIGHTS: packed.parts * packed.logit_vectors,
+            N_SUMS: 2 * packed.parts * packed.logit_vectors,
             N_PANELS: ahead * packed.x_vectors,
             N_CONDITION_PANELS: span * packed.condition_vectors,
-            N_VALUES: max(packed.skip_vectors, packed.head_vectors) + 1,
-            N_OFFSETS: 2 * max(packed.skip_vectors, packed.head_vectors) + 1,
+            N_VALUES: packed.parts * (max(packed.skip_vectors, packed.head_vectors) + 1),
+            N_OFFSETS: packed.parts * (2 * max(packed.skip_vectors, packed.head_vectors) + 2),
         }
         for field, count in vectors.items():
             net[field] = region.reserve(count * VECTOR_BYTES)
@@ -625,9 +693,51 @@ class _Group:
         region.allocate()
         layers[:, own] += region.address
         net[list(vectors)] += region.address
+        net[N_PARTS] = packed.parts
+        net[N_GATE_VECTORS] = packed.gate_vectors
+        net[N_LOGIT_ALL] = net[N_LOGITS]
+        if shared:
+            shared.plan(net, packed)
         self.net, self.layers, self.region = net, layers, region
+        self.packed, self.shared = packed, shared  # the plan holds addresses in them
         self.previous = np.full((streams, packed.taps), packed.classes, np.int64)
         self.previous[:, -1] = start_code
+
+
+class _Shared:
+    """What the two cores of one stream write for each other."""
+
+    def __init__(self, model: WaveNet):
+        config = model.config
+        self.region = region = Region()
+        self.flags = [region.reserve(2 * LINE) for _ in range(2)]
+        self.h = region.reserve(config.layers * -(-config.residual_channels // LANES) * VECTOR_BYTES)
+        sizes = (config.skip_channels, config.head_channels, config.classes)
+        padded = [-(-size // BLOCK) * BLOCK * 4 for size in sizes]
+        self.all = [region.reserve(size) for size in padded]
+        region.allocate()
+        region.view(self.all[2], padded[2]).view(np.float32)[:] = -np.inf
+
+    def plan(self, net: np.ndarray, packed: _Weights) -> None:
+        """Fill in the fields of the exchange."""
+        base = self.region.address
+        net[N_H] = base + self.h
+        net[N_H_OFFSET] = packed.gate_first * VECTOR_BYTES
+        net[N_MINE], net[N_THEIRS] = (base + self.flags[p] for p in (packed.part, 1 - packed.part))
+        net[N_GIVE_WAY] = _address_of_yield()
+        for fields, whole, (first, last) in zip(
+            ((N_SKIP_ALL, N_SKIP_PLACE, N_SKIP_SHARE), (N_HEAD_ALL, N_HEAD_PLACE, N_HEAD_SHARE),
+             (N_LOGIT_ALL, N_LOGIT_PLACE, N_LOGIT_SHARE)),
+            self.all, (packed.skip_bounds, packed.head_bounds, packed.logit_bounds), strict=True,
+        ):  # fmt: skip
+            net[list(fields)] = base + whole, base + whole + first * VECTOR_BYTES, last - first
+
+
+def _address_of_yield() -> int:
+    """Of the C function that lets another thread run, or 0."""
+    if os.name != "posix":
+        return 0
+    return ctypes.cast(ctypes.CDLL(None).sched_yield, ctypes.c_void_p).value or 0
 
 
 class NumbaEngine:
@@ -644,7 +754,9 @@ class NumbaEngine:
     weights : str
         "float32", or "bfloat16": the matrices rounded once to nearest, half the bytes to read; arithmetic in float32.
     threads : int, optional
-        Cores to use; by default all that the process may run on.
+        Cores to use; by default all that the process may run on, each for streams of its own. One stream runs on two
+        cores only if it is asked for: they wait for each other some twenty times per sample, which pays on an idle
+        machine, and costs more than it gains where another program takes one of the cores.
 
     Raises
     ------
@@ -662,8 +774,17 @@ class NumbaEngine:
         if threads is not None and threads < 1:
             raise ValueError(f"threads is {threads}, it must be at least 1")
         self.batch = batch
-        self.threads = min(threads or available_cores(), batch)
+        cores = threads or available_cores()
         self.classes = model.config.classes
+        if batch == 1 and threads is not None and threads > 1 and _divides(model):
+            self.threads = 2
+            shared = _Shared(model)
+            halves = [_Weights(model, 1, weights, part, 2) for part in range(2)]
+            self._packed = halves[0]
+            self._groups = [_Group(half, 0, 1, model.start_code, shared) for half in halves]
+            self._pool = ThreadPoolExecutor(2)
+            return
+        self.threads = min(cores, batch)
         groups = -(-batch // _GROUP)
         groups = min(batch, -(-groups // self.threads) * self.threads)
         bounds = [batch * g // groups for g in range(groups + 1)]
@@ -742,6 +863,13 @@ class NumbaEngine:
         rows = np.zeros((self.batch, shape[2], self._packed.condition_vectors * LANES), np.float32)
         rows[:, :, :channels] = cond.detach().to("cpu", torch.float32).transpose(1, 2).numpy()
         return rows, CONSTANT_CONDITION if shape[2] == 1 else CONDITION
+
+
+def _divides(model: WaveNet) -> bool:
+    """Whether two cores can share one stream: every layer has a vector for each of them."""
+    config = model.config
+    sizes = (config.residual_channels, config.skip_channels, config.head_channels, config.classes)
+    return min(sizes) > LANES
 
 
 def available_cores() -> int:
