@@ -49,7 +49,8 @@ CONFIGS = {
     "odd-everything": MelConfig(n_fft=501, window_length=501, hop_length=100, bands=17, window="blackman"),
     "htk-no-norm": MelConfig(sample_rate=8000, fmax=4000, mel_scale="htk", norm=None, bands=20, log_base="none"),
     "hop-is-window": MelConfig(n_fft=256, window_length=256, hop_length=256, bands=20, window="rectangular"),
-    "silent-bins": MelConfig(power_floor=1e-10, power_offset=1e-9, floor=1e-12),
+    "raised-bins": MelConfig(power_offset=1e-3),
+    "floored-bins": MelConfig(power_floor=1e-2),
 }
 configs = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
 
