@@ -69,9 +69,6 @@ WIDEST = 12 if REGISTERS == 32 else 8
 HEIGHTS = {2: (12, 8, 6, 4, 3, 2, 1), 4: (3, 2, 1)} if REGISTERS == 32 else {2: (4, 3, 2, 1), 4: (2, 1)}
 # Vectors in a block of a matrix for `sparse`.
 SPARSE = (8, 4)
-# rows, vectors, whether the rows lie in a panel
-TILES = [(1, v, False) for v in range(1, WIDEST + 1)]
-TILES += [(rows, v, True) for v, heights in HEIGHTS.items() for rows in heights]
 
 
 class Emitter:
@@ -274,7 +271,7 @@ def _read_weights(e: Emitter, address, vectors: int, bfloat16: bool) -> list:
     return w
 
 
-def _tile(rows: int, vectors: int, bfloat16: bool, panel: bool, prefetch: int = 0):
+def _tile(rows: int, vectors: int, bfloat16: bool):
     """Emits out[row] = init[row] + bias + sum over inputs of x[row, input] * weights[input], for one tile of outputs.
 
     Arguments: weights, inputs, x, block stride of x, bias, init, row and vector stride of init, out, row and vector
@@ -298,9 +295,6 @@ def _tile(rows: int, vectors: int, bfloat16: bool, panel: bool, prefetch: int = 
         def one(address, source, position):
             """One input: `position` counts from `source` in floats and is a constant."""
             w = _read_weights(e, address, vectors, bfloat16)
-            if prefetch:
-                for j in range(0, step, 64):
-                    touch(e, e.at(address, prefetch + j))
             for m in range(rows):
                 value = e.splat(e.load(e.at(source, 4 * (position + m * e.lanes)), _F32))
                 for v in range(vectors):
@@ -318,18 +312,12 @@ def _tile(rows: int, vectors: int, bfloat16: bool, panel: bool, prefetch: int = 
 
         unroll = 4
         blocks = b.udiv(inputs, ir.Constant(_I64, e.lanes))
-        if not panel:
-            # Its channels are contiguous.
-            e.loop(b.udiv(inputs, ir.Constant(_I64, unroll)), several(x, unroll))
-            done = b.and_(inputs, ir.Constant(_I64, ~(unroll - 1)))
-            tail = b.add(x, b.mul(done, ir.Constant(_I64, 4)))
-        else:
-            e.loop(
-                blocks,
-                lambda i: e.loop(ir.Constant(_I64, e.lanes // unroll), several(b.add(x, b.mul(i, x_block)), unroll)),
-            )
-            done = b.mul(blocks, ir.Constant(_I64, e.lanes))
-            tail = b.add(x, b.mul(blocks, x_block))
+        e.loop(
+            blocks,
+            lambda i: e.loop(ir.Constant(_I64, e.lanes // unroll), several(b.add(x, b.mul(i, x_block)), unroll)),
+        )
+        done = b.mul(blocks, ir.Constant(_I64, e.lanes))
+        tail = b.add(x, b.mul(blocks, x_block))
         e.loop(b.sub(inputs, done), several(tail, 1))
         for v in range(vectors):
             for m in range(rows):
@@ -416,38 +404,85 @@ def _entries(e: Emitter, x, count, row, values, offsets):
 entries = kernel("entries", 5, _entries, result=types.int64)
 
 
-def tile_key(rows: int, vectors: int, half: int, panel: int) -> int:
-    """Number of the kernel for `rows` rows by `vectors` vectors."""
-    return rows + 16 * vectors + 256 * half + 512 * panel
+def _row(vectors: int, bfloat16: bool):
+    """Emits out = init + bias + x @ weights for one row and one block, everything contiguous; out may be init.
+
+    Arguments: weights, inputs, x, bias, init, out. Six fit the registers of a call: one stream makes sixty calls a
+    sample, and with strides on the stack each costs as much as a quarter of its work.
+    """
+
+    def emit(e: Emitter, weights, inputs, x, bias, init, out):
+        b = e.b
+        sums = [b.alloca(e.vector) for _ in range(vectors)]
+        for v in range(vectors):
+            b.store(b.fadd(e.load(e.at(init, v * e.bytes)), e.load(e.at(bias, v * e.bytes))), sums[v])
+        step = vectors * e.bytes // (2 if bfloat16 else 1)
+
+        def several(row, source, count):
+            def body(i):
+                address = b.add(row, b.mul(i, ir.Constant(_I64, count * step)))
+                start = b.add(source, b.mul(i, ir.Constant(_I64, 4 * count)))
+                for k in range(count):
+                    value = e.splat(e.load(e.at(start, 4 * k), _F32))
+                    for v, w in enumerate(_read_weights(e, e.at(address, k * step), vectors, bfloat16)):
+                        b.store(e.fma(value, w, b.load(sums[v])), sums[v])
+
+            return body
+
+        e.loop(b.udiv(inputs, ir.Constant(_I64, 4)), several(weights, x, 4))
+        done = b.and_(inputs, ir.Constant(_I64, ~3))
+        tail = several(b.add(weights, b.mul(done, ir.Constant(_I64, step))), b.add(x, b.mul(done, ir.Constant(_I64, 4))), 1)
+        e.loop(b.sub(inputs, done), tail)
+        for v in range(vectors):
+            e.store(b.load(sums[v]), e.at(out, v * e.bytes))
+
+    return emit
+
+
+def _row_address(e: Emitter, vectors, half):
+    """The address of the kernel for one row, a C function."""
+    b = e.b
+    result = b.alloca(_I64)
+    b.store(ir.Constant(_I64, 0), result)
+    done = b.append_basic_block("done")
+    switch = b.switch(b.add(vectors, b.mul(half, ir.Constant(_I64, 256))), done)
+    for width in range(1, WIDEST + 1):
+        for bfloat16 in (False, True):
+            if bfloat16 and width % 2:
+                continue
+            name = f"wavear_row_{width}_{'bfloat16' if bfloat16 else 'float32'}"
+            function = emitted(b.module, name, e.lanes, types.void, [types.int64] * 6, _row(width, bfloat16))
+            block = b.append_basic_block(name)
+            switch.add_case(ir.Constant(_I64, width + 256 * bfloat16), block)
+            with b.goto_block(block):
+                b.store(b.ptrtoint(function, _I64), result)
+                b.branch(done)
+    b.position_at_end(done)
+    return b.load(result)
+
+
+row_address = kernel("row_address", 2, _row_address, result=types.int64)
 
 
 def _tiles(e: Emitter, key, *arguments):
-    """Calls the kernel that `key` names."""
+    """Calls the kernel that `key` names: rows + 16 * vectors, + 256 for bfloat16."""
     b = e.b
     done = b.append_basic_block("done")
     switch = b.switch(key, done)
-    for rows, vectors, panel in TILES:
-        for half in (False, True):
-            if half and vectors % 2:
-                continue
-            name = f"wavear_tile_{rows}x{vectors}_{'bfloat16' if half else 'float32'}_{'panel' if panel else 'row'}"
-            function = emitted(b.module, name, LANES, types.void, [types.int64] * 11, _tile(rows, vectors, half, panel))
-            block = b.append_basic_block(name)
-            switch.add_case(ir.Constant(_I64, tile_key(rows, vectors, half, panel)), block)
-            with b.goto_block(block):
-                b.call(function, arguments)
-                b.branch(done)
+    for vectors, heights in HEIGHTS.items():
+        for rows in heights:
+            for half in (False, True):
+                name = f"wavear_tile_{rows}x{vectors}_{'bfloat16' if half else 'float32'}"
+                function = emitted(b.module, name, LANES, types.void, [types.int64] * 11, _tile(rows, vectors, half))
+                block = b.append_basic_block(name)
+                switch.add_case(ir.Constant(_I64, rows + 16 * vectors + 256 * half), block)
+                with b.goto_block(block):
+                    b.call(function, arguments)
+                    b.branch(done)
     b.position_at_end(done)
 
 
 tile = kernel("tile", 12, _tiles)
-
-
-def touch(e: Emitter, address):
-    """Ask for a cache line (a hint: any address is allowed)."""
-    pointer = ir.IntType(8).as_pointer()
-    function = declare(e.b.module, "llvm.prefetch.p0", ir.VoidType(), [pointer, _I32, _I32, _I32])
-    e.b.call(function, [e.b.inttoptr(address, pointer)] + [ir.Constant(_I32, value) for value in (0, 3, 1)])
 
 
 def _gate(e: Emitter, filters, gates, out, vectors, out_vector):
@@ -575,6 +610,7 @@ def _call(arguments: int):
 
 
 call15 = _call(15)
+call6 = _call(6)
 call7 = _call(7)
 
 

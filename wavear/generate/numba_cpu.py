@@ -25,7 +25,7 @@ from typing import Any
 import numba
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from wavear.generate import _simd
 from wavear.generate._simd import BLOCK, HEIGHTS, LANES, TALLEST, VECTOR_BYTES, WIDEST
@@ -38,8 +38,9 @@ _AHEAD = 64  # samples that past taps are computed ahead, at most, for one strea
 _SPAN = 64  # samples that the conditioning is projected ahead, for one stream
 _TABLE = 4096  # classes up to which the first layer's products with the embedding are tabulated
 
-# Fields of a matrix: address of the packed weights, inputs, blocks, vectors in a block, 1 if bfloat16.
-M_ADDRESS, M_INPUTS, M_BLOCKS, M_VECTORS, M_HALF, M_FIELDS = range(6)
+# Fields of a matrix: address of the packed weights, inputs, blocks, vectors in a block, 1 if bfloat16, and the address
+# of the kernel for one row.
+M_ADDRESS, M_INPUTS, M_BLOCKS, M_VECTORS, M_HALF, M_ROW, M_FIELDS = range(7)
 
 # Fields of a layer; matrices by their number. PAST is the first of the past taps, the oldest.
 (L_DILATION, L_AHEAD, L_SLOTS, L_RING, L_PAST, L_NOW, L_SKIP, L_RESIDUAL, L_CONDITION, L_BIAS, L_RESIDUAL_BIAS, L_Z,
@@ -85,7 +86,7 @@ def _multiply_rows(matrix, rows, panel_rows, x, x_block, x_panel, bias, init, in
     inputs = _simd.load_int(matrix + 8 * M_INPUTS)
     vectors = _simd.load_int(matrix + 8 * M_VECTORS)
     half = _simd.load_int(matrix + 8 * M_HALF)
-    kind = 16 * vectors + 256 * half + 512 * (panel_rows > 1)
+    kind = 16 * vectors + 256 * half
     size = inputs * vectors * VECTOR_BYTES
     if half:
         size //= 2
@@ -117,6 +118,25 @@ def _multiply(net, matrix, rows, panel_rows, x, x_block, x_panel, bias, init, in
     """`_multiply_rows`, by the number of the matrix."""
     _simd.call15(net[N_MULTIPLY], net[N_MATRICES] + 8 * M_FIELDS * matrix, rows, panel_rows, x, x_block, x_panel, bias,
                  init, init_row, init_vector, init_panel, out, out_row, out_vector, out_panel)  # fmt: skip
+
+
+@numba.njit
+def _multiply_row(net, matrix, x, bias, init, out):
+    """out = init + bias + matrix @ x for one row, everything contiguous."""
+    address = net[N_MATRICES] + 8 * M_FIELDS * matrix
+    weights = _simd.load_int(address + 8 * M_ADDRESS)
+    inputs = _simd.load_int(address + 8 * M_INPUTS)
+    kernel = _simd.load_int(address + 8 * M_ROW)
+    block = _simd.load_int(address + 8 * M_VECTORS) * VECTOR_BYTES
+    size = inputs * block
+    if _simd.load_int(address + 8 * M_HALF):
+        size //= 2
+    for _ in range(_simd.load_int(address + 8 * M_BLOCKS)):
+        _simd.call6(kernel, weights, inputs, x, bias, init, out)
+        weights += size
+        bias += block
+        init += block
+        out += block
 
 
 def _multiply_sparse(matrix, count, values, offsets, init, out, unused):
@@ -226,8 +246,7 @@ def _add_past(net, layer, time, position, count):
         matrix = layer[L_PAST] + tap
         ring = layer[L_RING]
         if streams * count == 1:
-            _multiply(net, matrix, 1, 1, ring + slot * x_row, VECTOR_BYTES, 0, net[N_ZEROS], z, 0, VECTOR_BYTES, 0,
-                      z, 0, VECTOR_BYTES, 0)  # fmt: skip
+            _multiply_row(net, matrix, ring + slot * x_row, net[N_ZEROS], z, z)
             continue
         before = min(count, slots - slot)
         panels = net[N_PANELS]
@@ -239,6 +258,9 @@ def _add_past(net, layer, time, position, count):
 @numba.njit
 def _skip(net, matrix, h, skip):
     """Add a layer's outputs to the skips."""
+    if net[N_STREAMS] == 1:
+        _multiply_row(net, matrix, h, net[N_ZEROS], skip, skip)
+        return
     rows, h_vectors, skip_vectors = net[N_ROWS], net[N_H_VECTORS], net[N_SKIP_VECTORS]
     vector = rows * VECTOR_BYTES
     _multiply(net, matrix, net[N_STREAMS], rows, h, vector, h_vectors * vector, net[N_ZEROS],
@@ -369,8 +391,11 @@ def _run(net, layers, previous, uniforms, temperatures, codes, scores, condition
                 for s in range(streams):
                     _simd.copy(x + (s // rows) * x_vectors * vector + (s % rows) * VECTOR_BYTES, vector,
                                ring + s * x_vectors * VECTOR_BYTES, VECTOR_BYTES, x_vectors)  # fmt: skip
-                _multiply(net, layer[L_NOW], streams, rows, x, vector, x_vectors * vector, zeros,
-                          z, z_row, VECTOR_BYTES, rows * z_row, z, z_row, VECTOR_BYTES, rows * z_row)  # fmt: skip
+                if streams == 1:
+                    _multiply_row(net, layer[L_NOW], x, zeros, z, z)
+                else:
+                    _multiply(net, layer[L_NOW], streams, rows, x, vector, x_vectors * vector, zeros,
+                              z, z_row, VECTOR_BYTES, rows * z_row, z, z_row, VECTOR_BYTES, rows * z_row)  # fmt: skip
             for s in range(streams):
                 _simd.gate(z + s * z_row, z + s * z_row + gate_vectors * VECTOR_BYTES,
                            h + net[N_H_OFFSET] + (s // rows) * h_vectors * vector + (s % rows) * VECTOR_BYTES,
@@ -383,10 +408,14 @@ def _run(net, layers, previous, uniforms, temperatures, codes, scores, condition
                     _skip(net, layers[i - 1, L_SKIP], h - h_vectors * vector, skip)
                 _simd.wait(net[N_THEIRS], sequence, net[N_GIVE_WAY])
             if i < count - 1:
-                _multiply(net, layer[L_RESIDUAL], streams, rows, h, vector, h_vectors * vector,
-                          layer[L_RESIDUAL_BIAS], x, VECTOR_BYTES, vector, x_vectors * vector,
-                          x, VECTOR_BYTES, vector, x_vectors * vector)  # fmt: skip
-            if not shared or i == count - 1:
+                if streams == 1:
+                    # With one core the skips ride along: their matrix and their sums follow those of the residual.
+                    _multiply_row(net, layer[L_RESIDUAL], h, layer[L_RESIDUAL_BIAS], x, x)
+                else:
+                    _multiply(net, layer[L_RESIDUAL], streams, rows, h, vector, h_vectors * vector,
+                              layer[L_RESIDUAL_BIAS], x, VECTOR_BYTES, vector, x_vectors * vector,
+                              x, VECTOR_BYTES, vector, x_vectors * vector)  # fmt: skip
+            if not (shared or streams == 1) or i == count - 1:
                 _skip(net, layer[L_SKIP], h, skip)
             if shared:
                 h += h_vectors * vector
@@ -427,6 +456,10 @@ def _run(net, layers, previous, uniforms, temperatures, codes, scores, condition
     return -1
 
 
+def _simd_row_address(vectors, half):
+    return _simd.row_address(vectors, half)
+
+
 def _tabulate(multiply, matrix, rows, x, x_vectors, panels, zeros, out, out_row, start, unused):
     """out = matrix @ x for rows of float32, `x_vectors` wide, through `panels` of TALLEST rows."""
     done = start
@@ -451,6 +484,7 @@ class Kernels:
 
     run: Any
     tabulate: Any
+    row: Any
     multiply: int
     sparse: int
 
@@ -460,8 +494,10 @@ def kernels() -> Kernels:
     """Compiled at the first call, or read from the cache."""
     multiply = compiled(_multiply_rows, _void(15), callback=True)
     sparse = compiled(_multiply_sparse, _void(7), callback=True)
+    run, tabulate = compiled(_run, _SIGNATURE), compiled(_tabulate, _void(11))
+    row = compiled(_simd_row_address, "int64(int64, int64)")
     _kept.extend([multiply, sparse])
-    return Kernels(compiled(_run, _SIGNATURE), compiled(_tabulate, _void(11)), multiply.address, sparse.address)
+    return Kernels(run, tabulate, row, multiply.address, sparse.address)
 
 
 _kept: list = []  # the code at an address lives as long as its object
@@ -493,7 +529,8 @@ class _Weights:
 
         def matrix(array: np.ndarray, rows: int, width: int | None = None) -> int:
             packed, blocks, vectors = pack(array, LANES, _width(rows) if width is None else width, weights)
-            self.matrices.append([region.put(packed), array.shape[1], blocks, vectors, int(self.half)])
+            row = kernels().row(vectors, int(self.half)) if vectors <= WIDEST else 0
+            self.matrices.append([region.put(packed), array.shape[1], blocks, vectors, int(self.half), row])
             return len(self.matrices) - 1
 
         def vector(array: np.ndarray, vectors: int, fill: float = 0.0) -> int:
@@ -517,15 +554,21 @@ class _Weights:
 
         head_width = 0 if group == 1 else None
         self.part, self.parts = part, parts
+        fused = self.fused = group == 1 and parts == 1
         self.sparse = group == 1
         self.tabulated = config.classes <= _TABLE
 
         self.h_vectors = -(-residual // LANES)
-        self.x_vectors = total(residual, group)
+        # The input of a layer, and for one stream on one core the sums of the skips behind it.
+        self.residual_vectors = -(-residual // LANES)
+        self.x_vectors = self.residual_vectors if fused else total(residual, group)
         self.skip_bounds, self.head_bounds, self.logit_bounds = bounds(skip), bounds(head), bounds(config.classes)
         self.gate_first, gate_last = bounds(residual)
         self.gate_vectors = gate_last - self.gate_first
         self.skip_vectors = total(_size(self.skip_bounds), group)
+        self.out_vectors = self.x_vectors
+        if fused:
+            self.out_vectors = max(total((self.x_vectors + -(-skip // LANES)) * LANES, 1), self.x_vectors + self.skip_vectors)
         self.head_vectors = total(_size(self.head_bounds), group, head_width)
         logits = total(_size(self.logit_bounds), group, head_width)
         self.logit_vectors = -(-logits // (BLOCK // LANES)) * (BLOCK // LANES)
@@ -545,7 +588,21 @@ class _Weights:
                 half[: len(mine)] = mine
             return padded.reshape(gate_rows, *array.shape[1:])
 
-        self.layers: list[list[int]] = []
+        def outwards(block: nn.Module, name: str) -> np.ndarray:
+            """Of a layer the weight or bias of the residual, and behind it, if both are one matrix, of the skip.
+
+            (Its bias is added once, in `skip_bias`.)
+            """
+            residuals = to_numpy(getattr(block.residual, name))
+            if not fused:
+                return residuals
+            skips = share(to_numpy(getattr(block.skip, name)))
+            padded = np.zeros((self.residual_vectors * LANES + len(skips), *residuals.shape[1:]), np.float32)
+            padded[:residual] = residuals
+            if name == "weight":
+                padded[self.residual_vectors * LANES :] = skips
+            return padded
+
         dilated = [to_numpy(block.dilated.weight).reshape(2 * residual, taps, residual) for block in model.blocks]
         past, conditions = [], []
         now = []
@@ -555,8 +612,8 @@ class _Weights:
             now.append(
                 (
                     matrix(gates(taps_of[:, -1]), TALLEST if table else group),
-                    -1 if block.residual is None else matrix(to_numpy(block.residual.weight), group),
-                    matrix(share(to_numpy(block.skip.weight)), group),
+                    -1 if block.residual is None else matrix(outwards(block, "weight"), group),
+                    -1 if fused and block.residual is not None else matrix(share(to_numpy(block.skip.weight)), group),
                 )
             )
         self.head1 = matrix(share(to_numpy(model.head[1].weight)), group, head_width)
@@ -571,7 +628,7 @@ class _Weights:
                 conditions.append(matrix(gates(to_numpy(block.conditioning.weight)), self.span * group))
         self.biases = [vector(gates(to_numpy(block.dilated.bias)), self.z_vectors) for block in model.blocks]
         self.residual_biases = [
-            0 if block.residual is None else vector(to_numpy(block.residual.bias), self.x_vectors)
+            0 if block.residual is None else vector(outwards(block, "bias"), self.out_vectors)
             for block in model.blocks
         ]
         skip_bias = np.sum([to_numpy(block.skip.bias) for block in model.blocks], axis=0, dtype=np.float64)
@@ -580,7 +637,7 @@ class _Weights:
         # Outputs beyond the last class are never drawn.
         self.head2_bias = vector(share(to_numpy(model.head[3].bias)), self.logit_vectors, fill=-np.inf)
         self.embedding = vector(to_numpy(model.embedding.weight), self.x_vectors)
-        widest = max(self.z_vectors, self.skip_vectors, self.head_vectors, self.logit_vectors, self.x_vectors)
+        widest = max(self.z_vectors, self.skip_vectors, self.head_vectors, self.logit_vectors, self.out_vectors)
         self.zeros = region.reserve(widest * VECTOR_BYTES)
         entries = taps * (config.classes + 1) if self.tabulated else 0
         self.first_table = region.reserve(entries * self.z_vectors * VECTOR_BYTES)
@@ -671,7 +728,7 @@ class _Group:
         ahead = -(-max(packed.ahead) * streams // TALLEST) * TALLEST
         span = -(-packed.span * streams // TALLEST) * TALLEST
         vectors = {
-            N_X: padded * packed.x_vectors,
+            N_X: padded * packed.out_vectors,
             N_H: padded * packed.h_vectors,
             N_SKIP: padded * packed.skip_vectors,
             N_HEAD: padded * packed.head_vectors,
@@ -693,6 +750,8 @@ class _Group:
         region.allocate()
         layers[:, own] += region.address
         net[list(vectors)] += region.address
+        if packed.fused:
+            net[N_SKIP] = net[N_X] + packed.x_vectors * VECTOR_BYTES
         net[N_PARTS] = packed.parts
         net[N_GATE_VECTORS] = packed.gate_vectors
         net[N_LOGIT_ALL] = net[N_LOGITS]
