@@ -135,10 +135,9 @@ def test_mel_of_another_configuration_is_refused_by_field(here: Path, capsys: py
     flags = ("--sample-rate", "8000", "--fmax", "4000", "--hop-length", "50", "--bands", "10")
     flags += ("--n-fft", "128", "--window-length", "128")
     assert run(capsys, "mel", "in/a.wav", "--out", "mels", *flags)[0] == 0
-    status, out, _ = run(capsys, "synthesize", "mel", "mels/a.npz", "--out", "out")
-    assert status == 1
-    assert "hop_length 50, the model 40" in out
-    assert "bands" not in out
+    said = refused(capsys, "synthesize", "mel", "mels/a.npz", "--out", "out", "--engine", "reference")
+    assert "hop_length 50, the model 40" in said
+    assert "bands" not in said
     assert not Path("out").exists()
 
 
@@ -339,11 +338,14 @@ def test_bad_inputs_are_named_counted_and_passed_over(here: Path, capsys: pytest
     np.save("bad/fine.npy", np.load("good.npy"))
     status, out, err = run(capsys, "synthesize", "mel", "bad", "good.npy", "--out", "out", "--engine", "reference")
     assert status == 1
-    lines = {Path(line.split()[2].rstrip(":")).name: line for line in out.splitlines() if "passed over" in line}
+    *named, count = err.splitlines()
+    assert all(line.startswith("wavear: error: bad/") for line in named)
+    lines = {Path(line.split()[2].rstrip(":")).name: line for line in named}
     assert sorted(lines) == sorted(expected)
     for name, words in expected.items():
         assert words in lines[name], lines[name]
-    assert f"{len(expected)} of {len(expected) + 2} inputs could not be used" in err
+    assert f"{len(expected)} of {len(expected) + 2} inputs could not be used" in count
+    assert "2 files, " in out
     assert sorted(path.name for path in Path("out").iterdir()) == ["fine.wav", "good.wav"]
     assert not Path("EXPLODED").exists()
 

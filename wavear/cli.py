@@ -148,7 +148,7 @@ def _refused(error: Exception) -> bool:
     return bool(frames) and frames[-1].filename.startswith(_PACKAGE)
 
 
-def _complain(message: str, status: int) -> int:
+def _complain(message: str, status: int = 1) -> int:
     print(f"wavear: error: {message}", file=sys.stderr)
     return status
 
@@ -286,7 +286,9 @@ def _synthesize() -> Callable[..., int]:
 
         jobs = plan(inputs, out, ".wav", overwrite=overwrite)
         model = _load(checkpoint, sampling.device)
-        report = synthesize(model, jobs, progress=sys.stderr.isatty(), say=_say, **sampling.settings)
+        report = synthesize(
+            model, jobs, progress=sys.stderr.isatty(), say=_say, complain=_complain, **sampling.settings
+        )
         return _summary(report)
 
     return synthesize
@@ -365,7 +367,7 @@ def _mel() -> Callable[..., int]:
             config = load(checkpoint).config.mel
             if config is None:
                 raise ValueError(f"{checkpoint} is not conditioned on mels: it says nothing about them")
-        return _summary(write_mels(jobs, config, say=_say))
+        return _summary(write_mels(jobs, config, say=_say, complain=_complain))
 
     return mel
 
@@ -425,8 +427,10 @@ def _check_file(out: Path, overwrite: bool) -> None:
 
 
 def _summary(report: Any) -> int:
-    _say(str(report))
-    if report.failed:
-        total = report.files + len(report.failed)
-        return _complain(f"{len(report.failed)} of {total} inputs could not be used, they are named above", 1)
-    return 0
+    """Print what was done; what was not has been said where it happened."""
+    if report.files:
+        _say(str(report))
+    total = report.files + len(report.failed)
+    if report.failed and total > 1:
+        _complain(f"{len(report.failed)} of {total} inputs could not be used, they are named above")
+    return 1 if report.failed else 0

@@ -21,6 +21,7 @@ FORMANTS = {
     "u": (350, 600, 2700, 2900),
 }
 _FORMANT_BANDWIDTHS = (80.0, 90.0, 120.0, 130.0)
+BREATH = 0.05  # noise over sound, RMS: 26 dB below it
 _LEAD_SECONDS = 0.03  # silence before a note
 
 
@@ -162,8 +163,9 @@ def notes(seconds: float, sample_rate: int, *, seed: int = 0, held_out: bool = F
             colour = {"position": draw.uniform(0.12, 0.3), "brightness": draw.uniform(0.3, 0.6)}
             waveform = string(frequency, seconds, sample_rate, **colour)
             instrument, name = "string", f"string-{frequency:.1f}Hz"
-        loud = np.float32(draw.uniform(0.4, 0.8))
-        made.append(Note(name, instrument, frequency, waveform * loud))
+        waveform = _with_breath(waveform, sample_rate, BREATH, draw)
+        waveform *= np.float32(draw.uniform(0.4, 0.8) / np.abs(waveform).max())
+        made.append(Note(name, instrument, frequency, waveform))
     return made
 
 
@@ -173,3 +175,14 @@ def _finish(waveform: np.ndarray, time: np.ndarray, attack_seconds: float, relea
     release = np.clip((time[-1] - time) / release_seconds, 0, 1)
     waveform = waveform * np.sin(np.pi / 2 * attack) ** 2 * np.sin(np.pi / 2 * release) ** 2
     return (waveform / np.abs(waveform).max()).astype(np.float32)
+
+
+def _with_breath(waveform: np.ndarray, sample_rate: int, level: float, draw: np.random.Generator) -> np.ndarray:
+    """With white noise added, `level` times the RMS of the 20 ms around each sample.
+
+    No recording is free of noise, and a model of noiseless sound never learns to see through its own: what it
+    generates is noisy, as samples are drawn, and from there it would go astray.
+    """
+    window = np.ones(sample_rate // 50) / (sample_rate // 50)
+    rms = np.sqrt(np.convolve(waveform.astype(np.float64) ** 2, window, mode="same").clip(min=0))
+    return (waveform + level * rms * draw.standard_normal(len(waveform))).astype(np.float32)

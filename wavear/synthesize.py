@@ -196,7 +196,8 @@ def synthesize(
     weights: str = "float32",
     threads: int | None = None,
     progress: bool = False,
-    say: Callable[[str], None] = lambda line: None,
+    say: Callable[[str], object] = lambda line: None,
+    complain: Callable[[str], object] = lambda line: None,
 ) -> Report:
     """Make audio from every input with a model that is conditioned on mels, and write it.
 
@@ -211,7 +212,9 @@ def synthesize(
     seed, temperature, speaker, engine, weights, threads, progress
         See `wavear.generate`; the same seed serves every input.
     say : callable
-        Is told, in one line each: every file written, every input passed over, and a resampling, once.
+        Is told, in one line each: every file written, and a resampling, once.
+    complain : callable
+        Is told, in one line each, every input passed over.
 
     Returns
     -------
@@ -236,7 +239,7 @@ def synthesize(
             try:
                 mels.append((job, _mel_of(job.source, config, resampled, say)))
             except (ValueError, OSError) as error:
-                _pass_over(report, job.source, error, say)
+                _pass_over(report, job.source, error, complain)
         for batch in _batches(mels, config.hop_length):
             waveform = generate(
                 model,
@@ -318,7 +321,13 @@ def generate_file(
     return Report(name, 1, samples / rate, time.perf_counter() - began)
 
 
-def write_mels(jobs: Sequence[Job], config: MelConfig, *, say: Callable[[str], None] = lambda line: None) -> Report:
+def write_mels(
+    jobs: Sequence[Job],
+    config: MelConfig,
+    *,
+    say: Callable[[str], object] = lambda line: None,
+    complain: Callable[[str], object] = lambda line: None,
+) -> Report:
     """The log-mel of every recording, as `.npz` with `mel` (M, F) float32 and `config`, the JSON of its `MelConfig`.
 
     Parameters
@@ -326,7 +335,7 @@ def write_mels(jobs: Sequence[Job], config: MelConfig, *, say: Callable[[str], N
     jobs : sequence of Job
         From `plan`.
     config : MelConfig
-    say : callable
+    say, complain : callable
         As in `synthesize`.
 
     Returns
@@ -341,7 +350,7 @@ def write_mels(jobs: Sequence[Job], config: MelConfig, *, say: Callable[[str], N
         try:
             mel = _mel_of(job.source, config, resampled, say)
         except (ValueError, OSError) as error:
-            _pass_over(report, job.source, error, say)
+            _pass_over(report, job.source, error, complain)
             continue
         job.target.parent.mkdir(parents=True, exist_ok=True)
         _write_npz(job.target, mel=mel.numpy(), config=np.array(described))
@@ -368,7 +377,7 @@ def _walk(folder: Path, suffixes: tuple[str, ...], out: Path) -> list[tuple[Path
     return sorted(found)
 
 
-def _mel_of(path: Path, config: MelConfig, resampled: set[int], say: Callable[[str], None]) -> torch.Tensor:
+def _mel_of(path: Path, config: MelConfig, resampled: set[int], say: Callable[[str], object]) -> torch.Tensor:
     """(M, F) of an audio or a mel file."""
     if path.suffix.lower() in MEL_SUFFIXES:
         return read_mel(path, config)
@@ -385,10 +394,11 @@ def _mel_of(path: Path, config: MelConfig, resampled: set[int], say: Callable[[s
     return log_mel(waveform[None], config)[0]
 
 
-def _pass_over(report: Report, path: Path, error: Exception, say: Callable[[str], None]) -> None:
+def _pass_over(report: Report, path: Path, error: Exception, complain: Callable[[str], object]) -> None:
     reason = one_line(error)
+    reason = reason if str(path) in reason else f"{path}: {reason}"
     report.failed.append((path, reason))
-    say(f"passed over: {reason if str(path) in reason else f'{path}: {reason}'}")
+    complain(reason)
 
 
 def one_line(error: BaseException) -> str:

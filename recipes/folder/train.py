@@ -1,6 +1,6 @@
 """Train on your own recordings: a folder, at any depth, or a manifest. Every value below is a flag too."""
 
-from wavear.train import TrainConfig
+from wavear import TrainConfig
 from wavear.cli import recipe
 
 VALUES = TrainConfig(

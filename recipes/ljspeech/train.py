@@ -1,6 +1,6 @@
 """Train on LJSpeech, as `prepare.py` lists it. Every value below is a flag too."""
 
-from wavear.train import TrainConfig
+from wavear import TrainConfig
 from wavear.cli import recipe
 
 VALUES = TrainConfig(
