@@ -191,6 +191,11 @@ def test_a_file_stays_in_its_split_when_others_come():
     assert {r.name for r in split(named(*names[:50]), 0.1)[1]} == held & set(names[:50])
 
 
+def test_the_split_is_the_same_on_every_machine():
+    held = split(named(*(f"{n}.wav" for n in range(40))), 0.1)[1]
+    assert [r.name for r in held] == ["26.wav"]
+
+
 @pytest.mark.parametrize("count", [2, 3, 10])
 @pytest.mark.parametrize("fraction", [0.001, 0.999])
 def test_at_least_one_file_is_on_each_side(count, fraction):
@@ -409,6 +414,23 @@ def test_processes_share_a_step():
         Order(7, 0, 0, 3)
 
 
+def test_what_is_drawn_carries_loss_where_its_past_is_known(tmp_path):
+    """Everywhere in a crop that begins the file, after the receptive field in any other."""
+    write(tmp_path / "a.wav", 5000)
+    whole = audio.read(tmp_path / "a.wav").numpy()
+    _, layout = layout_of(256)
+    stream = Segments([Recording(tmp_path / "a.wav", "a.wav", 0, 5000, RATE)], layout)
+    firsts = set()
+    for index in range(200):
+        item = stream[index]
+        window = item["waveform"][layout.margin : layout.margin + layout.window]
+        (start,) = [s for s in range(0, 5000, 64) if np.array_equal(whole[s : s + layout.window], window)]
+        first = 0 if start == 0 else layout.receptive_field
+        assert item["span"] == (first, layout.window)
+        firsts.add(first)
+    assert firsts == {0, layout.receptive_field}
+
+
 def test_files_count_by_their_length_and_samples_alike(folder):
     """Draws against the expected counts, to five deviations."""
     recordings = open_corpus(folder, sample_rate=RATE).train
@@ -433,8 +455,8 @@ def test_a_file_that_breaks_later_is_skipped_and_reported(folder, tmp_path):
     batch = collate([stream[i] for i in range(30)])
     assert [name for name, _ in batch.skipped] == ["gone.wav"]
     assert (batch.source < len(recordings)).all()
-    again = Segments([*recordings, gone], layout)  # what another worker draws, who has not met the file
-    assert items_equal(again[29], stream[29])
+    for index in range(30):  # a worker that has not met the file draws the same
+        assert items_equal(Segments([*recordings, gone], layout)[index], stream[index])
     with pytest.raises(ValueError, match="none of 1000 files drawn could be read"):
         Segments([gone], layout)[0]
 

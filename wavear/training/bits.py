@@ -96,14 +96,12 @@ def subset(recordings: Sequence[Recording], samples: float) -> list[Recording]:
     return chosen
 
 
-def code_blocks(recordings: Iterable[Recording], layout: Layout, classes: int) -> Iterator[tuple[bool, np.ndarray]]:
-    """(whether a recording begins, codes) of blocks of recordings, as `held_out_bits` covers them."""
-    block = _READ_SECONDS * layout.sample_rate
-    for recording in recordings:
-        total = layout.length(recording)
-        for start in range(0, total, block):
-            waveform = read_span(recording, layout.sample_rate, start, min(start + block, total))
-            yield start == 0, mulaw_encode(torch.from_numpy(waveform), classes).numpy()
+def code_blocks(recording: Recording, layout: Layout, classes: int) -> Iterator[np.ndarray]:
+    """The codes of a recording, as `held_out_bits` covers it, block by block."""
+    block, total = math.ceil(_READ_SECONDS * layout.sample_rate), layout.length(recording)
+    for start in range(0, total, block):
+        waveform = read_span(recording, layout.sample_rate, start, min(start + block, total))
+        yield mulaw_encode(torch.from_numpy(waveform), classes).numpy()
 
 
 @dataclass
@@ -123,7 +121,7 @@ class Counts:
         for recording in recordings:
             previous = silence_code(classes)
             try:
-                for _, codes in code_blocks([recording], layout, classes):
+                for codes in code_blocks(recording, layout, classes):
                     single += np.bincount(codes, minlength=classes)
                     if pairs is not None:
                         before = np.concatenate([[previous], codes[:-1]])

@@ -179,7 +179,9 @@ class Run(L.Callback):
                 self.say(trainer, f"skipped {name}: {reason}")
 
     def say(self, trainer: L.Trainer, text: str) -> None:
-        """Print a line above the progress bar."""
+        """Print a line above the progress bar, if the run is to speak."""
+        if not self.config.progress:
+            return
         bar = trainer.progress_bar_callback
         if bar is not None and isinstance(bar, TQDMProgressBar) and bar._train_progress_bar is not None:
             bar.train_progress_bar.write(text)
