@@ -375,6 +375,16 @@ def test_write_failure_stops_and_leaves_nothing(here: Path, monkeypatch: pytest.
     assert len(calls) == 1
 
 
+@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="needs a folder that nobody can write to")
+def test_unwritable_folder_is_found_out_first(
+    here: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("wavear.synthesize.generate", lambda *_, **__: pytest.fail("it began to work"))
+    assert "cannot write to /proc" in refused(capsys, "synthesize", "mel", "in", "--out", "/proc/made")
+    command = ("generate", "free", "--seconds", "1", "--out", "/proc/made/x.wav", "--engine", "reference")
+    assert "cannot write to /proc" in refused(capsys, *command)
+
+
 def test_bugs_keep_their_traceback(here: Path, monkeypatch: pytest.MonkeyPatch):
     """A ValueError that was not raised by our own code is a bug, not a mistake of the user."""
     monkeypatch.setattr("wavear.info.describe", lambda source: np.zeros(3).reshape(2, 2))

@@ -6,6 +6,7 @@ input that cannot be used is named, counted and passed over; the others are done
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -134,7 +135,23 @@ def plan(
         if target.exists() and not overwrite:
             raise FileExistsError(f"{target} exists: choose another folder to write to, or pass --overwrite")
         jobs[target] = Job(source, target)
+    check_writable(out)
     return list(jobs.values())
+
+
+def check_writable(folder: str | Path) -> None:
+    """Try whether files can be made in a folder, or in what there is of the folders above it. Nothing is left.
+
+    Raises
+    ------
+    OSError
+        If not: no permission, a read-only file system.
+    """
+    existing = next(part for part in (Path(folder), *Path(folder).absolute().parents) if part.exists())
+    try:
+        tempfile.TemporaryFile(dir=existing).close()
+    except OSError as error:
+        raise OSError(error.errno, f"cannot write to {existing}: {error.strerror}") from None
 
 
 def read_mel(path: str | Path, config: MelConfig) -> torch.Tensor:
@@ -301,6 +318,7 @@ def generate_file(
         raise ValueError("the model is conditioned on mels, it cannot make audio without: use `wavear synthesize`")
     if not 0 < seconds <= _LONGEST_SECONDS:
         raise ValueError(f"seconds is {seconds:g}, it must be above 0 and at most {_LONGEST_SECONDS:g}")
+    check_writable(Path(out).parent)
     rate = model.config.sample_rate
     samples = max(round(seconds * rate), 1)
     name = make_engine(model, 1, engine, weights=weights, threads=threads)[0]
@@ -513,16 +531,16 @@ def _check_config(described: Any, config: MelConfig, path: Path) -> None:
 
 def _write_npz(path: Path, **arrays: np.ndarray) -> None:
     """The file appears whole or not at all."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with os.fdopen(handle, "wb") as file:
+        with open(temporary, "xb") as file:
             np.savez(file, **arrays)  # type: ignore[arg-type]
             file.flush()
             os.fsync(file.fileno())
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(temporary, 0o666 & ~mask)
         os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        if isinstance(error, OSError):
+            raise OSError(error.errno, f"cannot write {path}: {error.strerror}") from error
         raise
