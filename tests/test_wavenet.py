@@ -154,6 +154,8 @@ def test_every_parameter_learns():
     cond = make_cond(model, 2, 2)
     torch.nn.functional.cross_entropy(model(codes, cond), codes).backward()
     assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
+    # Gradients that share memory would be clipped, or accumulated, once for each of them.
+    assert len({p.grad.untyped_storage().data_ptr() for p in model.parameters()}) == len(list(model.parameters()))
 
 
 @pytest.mark.parametrize(

@@ -202,7 +202,7 @@ class WaveNet(AutoregressiveModel):
     def _read(self, gates: list[Tensor]) -> Tensor:
         """Gated units of each layer (..., R) -> logits (..., Q): the sum of the skips as one product, then the head."""
         weight = torch.cat([block.skip.weight for block in self.blocks], dim=1)
-        bias = torch.stack([block.skip.bias for block in self.blocks]).sum(dim=0)
+        bias = sum((block.skip.bias for block in self.blocks[1:]), start=self.blocks[0].skip.bias)
         return self.head(F.linear(torch.cat(gates, dim=-1), weight, bias))
 
     def init_state(self, batch: int) -> WaveNetState:
