@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -202,7 +203,7 @@ class WaveNet(AutoregressiveModel):
     def _read(self, gates: list[Tensor]) -> Tensor:
         """Gated units of each layer (..., R) -> logits (..., Q): the sum of the skips as one product, then the head."""
         weight = torch.cat([block.skip.weight for block in self.blocks], dim=1)
-        bias = sum((block.skip.bias for block in self.blocks[1:]), start=self.blocks[0].skip.bias)
+        bias = functools.reduce(torch.add, (block.skip.bias for block in self.blocks))
         return self.head(F.linear(torch.cat(gates, dim=-1), weight, bias))
 
     def init_state(self, batch: int) -> WaveNetState:
