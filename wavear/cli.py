@@ -394,6 +394,99 @@ def _info() -> Callable[..., int]:
     return info
 
 
+def _bench() -> Callable[..., int]:
+    from tyro.conf import Positional, arg
+
+    def bench(
+        checkpoint: Annotated[Positional[str | None], arg(metavar="CHECKPOINT")] = None,
+        shape: str | None = None,
+        layers: int = 20,
+        stacks: int = 2,
+        kernel_size: int = 2,
+        residual_channels: int = 64,
+        skip_channels: int = 128,
+        head_channels: int = 256,
+        classes: int = 256,
+        sample_rate: int = 22050,
+        unconditional: bool = False,
+        engines: tuple[str, ...] = ("numba", "reference"),
+        weights: tuple[str, ...] = ("float32", "bfloat16"),
+        batches: tuple[int, ...] = (1, 24),
+        threads: int | None = None,
+        seconds: float = 2.0,
+    ) -> int:
+        """How fast a network generates on this machine, what share of the machine's limit that is, and how exact.
+
+        Without a checkpoint the weights are random: so a network's speed is known before it is trained.
+
+        Parameters
+        ----------
+        checkpoint
+            Folder that `wavear train` wrote, or owner/name on the Hugging Face hub; else the flags say what to measure.
+        shape
+            A published network instead of the flags below; `--shape list` lists them.
+        layers
+            Dilated convolutions; a multiple of the stacks.
+        stacks
+            The dilation doubles from layer to layer and restarts at 1 in each stack.
+        kernel_size
+            Taps of each dilated convolution.
+        residual_channels
+            Channels of the signal that runs through the layers.
+        skip_channels
+            Channels of the sum over layers that the head reads.
+        head_channels
+            Channels between the two layers of the head.
+        classes
+            Mu-law codes.
+        sample_rate
+            Of the audio, Hz.
+        unconditional
+            Without mels; otherwise 80 bands, a frame per 256 samples.
+        engines
+            numba, reference.
+        weights
+            float32, bfloat16 (numba only).
+        batches
+            Streams at once.
+        threads
+            CPU cores; by default 1 for one stream and all for more.
+        seconds
+            To measure each for, at least.
+        """
+        from wavear import bench as benchmark
+
+        if shape == "list":
+            for name, (text, _) in benchmark.SHAPES.items():
+                _say(f"{name:<16}{text}")
+            return 0
+        flags = {
+            "layers": layers,
+            "stacks": stacks,
+            "kernel_size": kernel_size,
+            "residual_channels": residual_channels,
+            "skip_channels": skip_channels,
+            "head_channels": head_channels,
+            "classes": classes,
+            "sample_rate": sample_rate,
+        }
+        benchmark.run(
+            None if checkpoint is None else _load(checkpoint, "cpu"),
+            shape=shape,
+            settings=flags,
+            unconditional=unconditional,
+            engines=engines,
+            weights=weights,
+            batches=batches,
+            threads=threads,
+            seconds=seconds,
+            say=_say,
+        )
+        return 0
+
+    return bench
+
+
 # Name: what it does, and what makes the function to parse for (with imports that only it needs).
 COMMANDS: dict[str, tuple[str, Callable[[], Callable[..., int]]]] = {
     "demo": ("make sounds, train on them, and hear the result: five minutes, nothing downloaded", _demo),
@@ -402,6 +495,7 @@ COMMANDS: dict[str, tuple[str, Callable[[], Callable[..., int]]]] = {
     "generate": ("audio from a model that needs no mel", _generate),
     "mel": ("recordings to mels", _mel),
     "info": ("what a checkpoint is", _info),
+    "bench": ("how fast a network generates on this machine, before it is trained", _bench),
 }
 
 

@@ -1,0 +1,75 @@
+"""Writes docs/benchmarks.md: how fast each engine generates, for the shapes of the field.
+
+    python bench/generation.py                # all shapes, a few minutes
+    python bench/generation.py --seconds 0.5
+
+Run it on a machine that does nothing else.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from wavear import bench
+
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "benchmarks.md"
+
+# Shape, engines, precisions, (streams, cores).
+PLAN = [
+    ("nv-wavenet", ("numba", "reference"), ("float32", "bfloat16"), ((1, 1), (12, 1), (24, 2))),
+    ("nv-wavenet-free", ("numba",), ("float32", "bfloat16"), ((1, 1),)),
+    ("small", ("numba",), ("float32", "bfloat16"), ((1, 1), (24, 2))),
+    ("r9y9", ("numba",), ("float32", "bfloat16"), ((1, 1), (16, 2))),
+    ("ibab", ("numba",), ("float32", "bfloat16"), ((1, 1),)),
+]
+
+HEAD = """# Benchmarks
+
+Written by `python bench/generation.py`; `wavear bench` measures one network in the same way.
+
+- **samples/s**: of all streams together, as `wavear.generate` works: uniforms, conditioning and engine. The fastest of
+  several runs, so that other work on the machine counts least.
+- **of the limit**: samples/s over what this machine allows. For a stream every weight that cannot be used for several
+  samples is read once per sample, at the rate at which this core reads a working set of that size (measured in the same
+  run); a batch shares each read and is bound by the multiply-adds of a core, also measured. Embedding tables and
+  skipped zeros can carry an engine past it.
+- **error**: the largest difference of a log-probability from `forward` in float64, teacher-forced, over
+  1,024 samples of 4 streams. **cost**: bits per sample lost against float64 on audio drawn from the model.
+  The weights are random here; `wavear bench CHECKPOINT` tells the cost for trained ones.
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Write docs/benchmarks.md: how fast each engine generates.")
+    parser.add_argument("--seconds", type=float, default=3.0, help="to measure each row for, at least (default 3)")
+    parser.add_argument("--out", type=Path, default=PAGE, help="page to write (default docs/benchmarks.md)")
+    arguments = parser.parse_args()
+    lines = [HEAD]
+    for name, engines, weights, batches in PLAN:
+        text, _ = bench.SHAPES[name]
+        said: list[str] = []
+        rows = []
+        for batch, threads in batches:
+            chosen = engines if batch == 1 else ("numba",)
+            rows += bench.run(
+                shape=name,
+                engines=chosen,
+                weights=weights,
+                batches=(batch,),
+                threads=threads,
+                seconds=arguments.seconds,
+                say=said.append,
+            )
+        if name == PLAN[0][0]:
+            lines += ["## Machine", "", f"{said[0]}.", "", f"{said[1][0].upper()}{said[1][1:]}.", ""]
+        costs = [line for line in said if "per sample" in line][: len(weights)]
+        lines += [f"## {name}", "", f"{text[0].upper()}{text[1:]}.", "", *(f"- {line}" for line in costs), ""]
+        lines += [bench.table(rows), ""]
+        print(f"{name}\n{bench.table(rows)}", flush=True)
+    arguments.out.write_text("\n".join(lines), encoding="utf-8")
+    print(f"wrote {arguments.out}")
+
+
+if __name__ == "__main__":
+    main()

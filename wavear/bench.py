@@ -1,0 +1,286 @@
+"""How fast a network generates on this machine, what share of the machine's limit that is, and how exact it is."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import itertools
+import platform
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from typing import Any
+
+import numpy as np
+import torch
+
+from wavear.generate import WEIGHTS, Conditioner, make_engine
+from wavear.generate.ceiling import Ceiling, cost
+from wavear.generate.ceiling import measure as measure_ceiling
+from wavear.generate.numba_cpu import available_cores
+from wavear.generate.sampling import uniforms
+from wavear.mel import MelConfig
+from wavear.models.wavenet import WaveNet, WaveNetConfig
+
+_CHUNK = 2048  # samples per call of the numba engine, as `wavear.generate` calls it
+_REFERENCE_CHUNK = 64  # of the reference engine, which takes a thousandth of a second for each
+_LENGTH = 16384  # samples of the mels, which are repeated
+_SCORED_STREAMS, _SCORED = 4, 1024  # streams and samples whose log-probabilities are compared
+
+_SHOWN = (0.25, 1, 1.5, 2, 2.5, 4, 64)  # MiB
+
+_A = WaveNetConfig(layers=20, stacks=2, residual_channels=64, skip_channels=128, mel=MelConfig())
+
+# The networks that the field publishes and measures; all of them here with 256 mu-law codes and 80 mels.
+SHAPES: dict[str, tuple[str, WaveNetConfig]] = {
+    "nv-wavenet": ("the shape that nv-wavenet (2018) is measured with: 20 layers, 64 residual, 128 skip", _A),
+    "nv-wavenet-free": ("the same without conditioning", replace(_A, mel=None)),
+    "small": ("20 layers, 32 residual, 128 skip, no conditioning", replace(_A, residual_channels=32, mel=None)),
+    "r9y9": (
+        "r9y9/wavenet_vocoder's usual vocoder: 24 layers, 4 stacks, kernel 3, 128 residual, 128 skip",
+        replace(_A, layers=24, stacks=4, kernel_size=3, residual_channels=128),
+    ),
+    "ibab": (
+        "ibab/tensorflow-wavenet: 50 layers, 5 stacks, 32 residual, 512 skip, 16 kHz, no conditioning",
+        replace(
+            _A,
+            layers=50,
+            stacks=5,
+            residual_channels=32,
+            skip_channels=512,
+            head_channels=512,
+            sample_rate=16000,
+            mel=None,
+        ),
+    ),
+    "kan-bayashi": (
+        "kan-bayashi/PytorchWaveNetVocoder: 30 layers, 3 stacks, 512 residual, 256 skip",
+        replace(_A, layers=30, stacks=3, residual_channels=512, skip_channels=256),
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One engine, precision and batch, on one machine."""
+
+    engine: str
+    weights: str
+    batch: int
+    threads: int
+    samples_per_second: float
+    """Of all streams together: the fastest of several runs, so that what else the machine does counts least."""
+    real_time: float
+    """Seconds of audio per second, of all streams together."""
+    share: float | None
+    """Of what the machine's bandwidth and arithmetic allow (`limit`); None for an engine without a known limit."""
+    error: float
+    """Largest difference of a log-probability from `forward` in float64, teacher-forced, in nats."""
+    cost: float
+    """Bits per sample that the engine's law loses against float64, on audio drawn from the model."""
+
+
+def limit(ceiling: Ceiling, config: WaveNetConfig, weights: str, batch: int, threads: int) -> float:
+    """Samples per second that cores of this machine can reach with a batch.
+
+    Each core runs its share of the streams; they share each read of the weights, and each has its own multiply-adds.
+    """
+    network = cost(config, weights)
+    streams = -(-batch // min(threads, batch))
+    reading = ceiling.read_rate(network.hot_bytes) / network.hot_bytes * streams
+    return min(threads, batch) * min(reading, ceiling.multiply_adds / network.multiply_adds)
+
+
+def measure(
+    model: WaveNet,
+    engine: str = "numba",
+    *,
+    weights: str = "float32",
+    batch: int = 1,
+    threads: int = 1,
+    seconds: float = 2.0,
+    ceiling: Ceiling | None = None,
+) -> Measurement:
+    """Generate for a while, with random mels, as `wavear.generate` does: uniforms, conditioning and engine together.
+
+    Parameters
+    ----------
+    model : WaveNet
+        Its error is measured on audio drawn from it: random weights make a law near the uniform one, trained weights
+        a real one.
+    engine, weights, threads
+        See `wavear.generate.make_engine`.
+    batch : int
+        Streams at once.
+    seconds : float
+        To measure for, and at least five calls of the engine.
+    ceiling : Ceiling, optional
+        Of this machine, for `share`.
+    """
+    with torch.inference_mode():
+        calls = _calls(model, engine, weights, batch, threads)
+        next(calls)  # compiled, and the caches warm
+        best, began, runs = 0.0, time.perf_counter(), 0
+        while runs < 5 or time.perf_counter() - began < seconds:
+            start = time.perf_counter()
+            made = next(calls)
+            best = max(best, made / (time.perf_counter() - start))
+            runs += 1
+        error, lost = _compare(model, engine, weights, threads)
+    share = None
+    if engine == "numba" and ceiling is not None:
+        share = best / limit(ceiling, model.config, weights, batch, threads)
+    return Measurement(engine, weights, batch, threads, best, best / model.config.sample_rate, share, error, lost)
+
+
+def _conditioner(model: WaveNet, batch: int) -> Conditioner:
+    config = model.config
+    generator = torch.Generator().manual_seed(0)
+    mels = None
+    if config.mel is not None:
+        mean, deviation = model.conditioning.mel_mean[:, None], model.conditioning.mel_deviation[:, None]  # type: ignore
+        frames = -(-_LENGTH // config.mel.hop_length)
+        mels = [mean + deviation * torch.randn(len(mean), frames, generator=generator) for _ in range(batch)]
+    return Conditioner(model, mels, [0] * batch if config.speakers else None)
+
+
+def _calls(model: WaveNet, engine: str, weights: str, batch: int, threads: int) -> Iterator[int]:
+    """Samples made by each call of the engine, without end."""
+    _, runner = make_engine(model, batch, engine, weights=weights, threads=threads)
+    conditioner = _conditioner(model, batch)
+    chunk = _CHUNK if engine == "numba" else _REFERENCE_CHUNK
+    for turn in itertools.count():
+        start = turn * chunk % (_LENGTH - chunk)
+        draws = np.stack([uniforms(b, turn * chunk, chunk) for b in range(batch)])
+        runner.generate(draws, conditioner.span(start, start + chunk))
+        yield chunk * batch
+
+
+def _compare(model: WaveNet, engine: str, weights: str, threads: int) -> tuple[float, float]:
+    """(largest difference of a log-probability, mean loss in bits) against `forward` in float64."""
+    batch, samples = (_SCORED_STREAMS, _SCORED) if engine == "numba" else (1, _REFERENCE_CHUNK)
+    cond = _conditioner(model, batch).span(0, samples)
+    draws = np.stack([uniforms(b, 0, samples) for b in range(batch)])
+    _, exact = make_engine(model, batch, engine, threads=threads)
+    codes = exact.generate(draws, cond)
+    _, scoring = make_engine(model, batch, engine, weights=weights, threads=threads)
+    scores = scoring.score(codes, cond)
+    given = torch.from_numpy(codes)
+    logits = copy.deepcopy(model).double()(given, None if cond is None else cond.double())
+    expected = -torch.nn.functional.cross_entropy(logits, given, reduction="none").numpy()
+    return float(np.abs(scores - expected).max()), float((expected - scores).mean() / np.log(2))
+
+
+def run(
+    model: WaveNet | None = None,
+    *,
+    shape: str | None = None,
+    settings: dict[str, Any] | None = None,
+    unconditional: bool = False,
+    engines: Sequence[str] = ("numba", "reference"),
+    weights: Sequence[str] = ("float32", "bfloat16"),
+    batches: Sequence[int] = (1, 24),
+    threads: int | None = None,
+    seconds: float = 2.0,
+    say: Callable[[str], None] = print,
+) -> list[Measurement]:
+    """Measure a network with each engine, precision and batch, and say what came out.
+
+    Parameters
+    ----------
+    model : WaveNet, optional
+        Otherwise one with random weights is made: of `shape`, a name in `SHAPES`, or of `settings`.
+    settings : dict, optional
+        Fields of `WaveNetConfig`; mels of 80 bands are added unless `unconditional`.
+    engines, weights, batches
+        What to combine; the reference engine runs float32 and one stream only.
+    threads : int, optional
+        Cores; by default 1 for one stream and all for more.
+    seconds : float
+        To measure each for, at least.
+
+    Returns
+    -------
+    list of Measurement
+
+    Raises
+    ------
+    ValueError
+        If a name or number is not one that can be measured.
+    """
+    for name, given, known in (("engine", engines, ("numba", "reference")), ("weights", weights, WEIGHTS)):
+        if unknown := [value for value in given if value not in known]:
+            raise ValueError(f"{name} is {unknown[0]!r}, expected {' or '.join(known)}")
+    if wrong := [value for value in (*batches, *([] if threads is None else [threads])) if value < 1]:
+        raise ValueError(f"batches and threads are {wrong[0]}, expected 1 or more")
+    if not 0 < seconds < 3600:
+        raise ValueError(f"seconds is {seconds}, expected more than 0 and less than 3600")
+    if model is None:
+        model = WaveNet(_config(shape, settings or {}, unconditional)).eval()
+    elif shape is not None:
+        raise ValueError(f"shape is {shape!r}, and a checkpoint has a shape of its own: give one of them")
+    config = model.config
+    say(machine())
+    ceiling = measure_ceiling()
+    rates = ", ".join(f"{ceiling.read_rate(size * 2**20) / 1e9:.0f} GB/s from {size:g} MiB" for size in _SHOWN)
+    say(f"one core: {ceiling.multiply_adds / 1e9:.0f} G multiply-adds/s in float32; reads {rates}")
+    mel = "no mel" if config.mel is None else f"{config.mel.bands} mels, hop {config.mel.hop_length}"
+    say(
+        f"{config.layers} layers, {config.stacks} stacks, kernel {config.kernel_size}, "
+        f"{config.residual_channels} residual, {config.skip_channels} skip, {config.head_channels} head, "
+        f"{config.classes} classes, {mel}, {config.sample_rate} Hz"
+    )
+    for precision in weights:
+        asked = cost(config, precision)
+        say(
+            f"{precision}: {asked.multiply_adds:,} multiply-adds per sample, {asked.weight_bytes:,} bytes of weights, "
+            f"of which {asked.hot_bytes:,} are read for every sample"
+        )
+    rows = []
+    for engine, precision, batch in itertools.product(engines, weights, batches):
+        if engine == "reference" and (precision != "float32" or batch > 1):
+            continue
+        cores = threads or (1 if batch == 1 else available_cores())
+        rows.append(
+            measure(model, engine, weights=precision, batch=batch, threads=cores, seconds=seconds, ceiling=ceiling)
+        )
+    say("")
+    say(table(rows))
+    return rows
+
+
+def _config(shape: str | None, settings: dict[str, Any], unconditional: bool) -> WaveNetConfig:
+    if shape is not None:
+        if shape not in SHAPES:
+            raise ValueError(f"shape is {shape!r}, expected one of {', '.join(SHAPES)}")
+        config = SHAPES[shape][1]
+        return replace(config, mel=None) if unconditional else config
+    config = replace(WaveNetConfig(), **settings)
+    rate = config.sample_rate
+    mel = MelConfig(sample_rate=rate, fmax=min(8000.0, rate / 2))
+    return config if unconditional else replace(config, mel=mel)
+
+
+def machine() -> str:
+    """The processor, as its system names it, and the versions that make the speed."""
+    name = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as file:
+        name = next((line.split(":")[1].strip() for line in file if line.startswith("model name")), name)
+    versions = f"Python {platform.python_version()}, torch {torch.__version__.split('+')[0]}, numba {version('numba')}"
+    return f"{name}, {available_cores()} cores; {versions}, wavear {version('wavear')}"
+
+
+def table(rows: Sequence[Measurement]) -> str:
+    """Measurements as a Markdown table."""
+    lines = [
+        "| engine | weights | streams | cores | samples/s | x real time | of the limit | error, nats | cost, bits |",
+        "|---|---|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for r in rows:
+        share = "" if r.share is None else f"{100 * r.share:.0f} %"
+        lines.append(
+            f"| {r.engine} | {r.weights} | {r.batch} | {r.threads} | {r.samples_per_second:,.0f} | {r.real_time:.2f} "
+            f"| {share} | {r.error:.1e} | {r.cost:+.5f} |"
+        )
+    return "\n".join(lines)
