@@ -229,7 +229,8 @@ def run_training(config: Any) -> int:
     from wavear.train import train
 
     result = train(config)
-    bits = ", ".join(f"{name} {value:.3f}" for name, value in result.held_out.items())
+    scores = result.held_out or {"model": result.bits_best}  # an interrupt leaves no time for all of them
+    bits = ", ".join(f"{name} {value:.3f}" for name, value in scores.items())
     _say(f"stopped by {result.stopped_by} after {result.steps} steps, {result.seconds / 60:.1f} minutes")
     _say(f"held-out bits per sample: {bits} (before training {result.bits_before:.3f})")
     _say(f"checkpoint: {result.best}")

@@ -121,7 +121,7 @@ class TrainConfig:
     """Steps between validations; None: by `validate_seconds`."""
     validate_seconds: float = 120.0
     """Seconds between validations, and more if these would take over 5 % of the time."""
-    validation_seconds: float = 20.0
+    validation_seconds: float = 10.0
     """Seconds of held-out audio, in whole files, for the validations on the way."""
     final_seconds: float = 600.0
     """Seconds of held-out audio, in whole files, for the scores at the end."""

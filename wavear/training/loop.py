@@ -205,10 +205,6 @@ def _finish(
         last=out / "last",
         skipped=dict(run.skipped),
     )
-    say(f"{result.steps} steps in {seconds / 60:.1f} minutes, ended by {stopped_by}")
-    if held_out:
-        say("held-out bits per sample: " + ", ".join(f"{name} {bits:.3f}" for name, bits in held_out.items()))
-    say(f"best checkpoint: {result.best}")
     if stopped_by == "interrupt":
         say(f"saved; to go on: the same command with --resume ({out})")
     return result
