@@ -1,5 +1,7 @@
 """The contract of a model, held by WaveNet: step = forward, causality, reach, alignment of the conditioning."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -7,7 +9,7 @@ from wavear import MelConfig, WaveNet, WaveNetConfig
 from wavear.models.conditioning import Interpolation, upsampling_scales
 
 MEL = MelConfig(sample_rate=8000, n_fft=64, window_length=64, hop_length=12, bands=5, fmax=4000.0)
-SMALL = {
+SMALL: dict[str, Any] = {
     "residual_channels": 6,
     "skip_channels": 7,
     "head_channels": 9,
@@ -26,7 +28,7 @@ SHAPES = {
 shapes = pytest.mark.parametrize("config", SHAPES.values(), ids=SHAPES.keys())
 
 
-def make(config):
+def make(config) -> Any:
     torch.manual_seed(0)
     return WaveNet(config).double()
 
