@@ -83,41 +83,42 @@ def _tile(key, weights, inputs, x, x_block, zeros, out, row):
     _simd.tile(key, weights, inputs, x, x_block, zeros, zeros, 0, 0, out, row, _simd.VECTOR_BYTES)
 
 
-def _aligned(array: np.ndarray) -> np.ndarray:
-    return np.ascontiguousarray(array, np.float32)
+@numba.njit("void(int64,int64,int64,int64,int64,int64,int64,int64)")
+def _row(vectors, half, weights, inputs, x, bias, init, out):
+    _simd.call6(_simd.row_address(vectors, half), weights, inputs, x, bias, init, out)
 
 
 @pytest.mark.parametrize("inputs", [1, 3, LANES, 2 * LANES + 5])
 @pytest.mark.parametrize("weights", ["float32", "bfloat16"])
-def test_an_output_has_the_same_bits_in_every_tile(inputs, weights):
+def test_an_output_has_the_same_bits_in_every_kernel(inputs, weights):
+    """In every tile of rows by vectors, and alone."""
     draw = np.random.default_rng(inputs)
-    outputs, zeros = 12 * LANES, np.zeros(64 * LANES, np.float32)
-    matrix = draw.standard_normal((outputs, inputs)).astype(np.float32)
-    if weights == "bfloat16":
+    half, zeros = int(weights == "bfloat16"), np.zeros(_simd.WIDEST * LANES, np.float32)
+    matrix = draw.standard_normal((_simd.WIDEST * LANES, inputs)).astype(np.float32)
+    if half:
         matrix = (round_to_bfloat16(matrix) << np.uint32(16)).view(np.float32)
     rows = draw.standard_normal((_simd.TALLEST, inputs)).astype(np.float32)
-    blocks = -(-inputs // LANES)
-    panel = np.zeros((blocks, _simd.TALLEST, LANES), np.float32)
+    panel = np.zeros((-(-inputs // LANES), _simd.TALLEST, LANES), np.float32)
     for k in range(inputs):
         panel[k // LANES, :, k % LANES] = rows[:, k]
+    expected = rows.astype(np.float64) @ matrix.astype(np.float64).T
+    alone = [(1, vectors, False) for vectors in range(1 + half, _simd.WIDEST + 1, 1 + half)]
+    tiles = [(height, vectors, True) for vectors, heights in _simd.HEIGHTS.items() for height in heights]
     results: dict[tuple[int, int], set[bytes]] = {}
-    for height, vectors, panelled in _simd.TILES:
-        if weights == "bfloat16" and vectors % 2:
-            continue
-        packed, count, _ = pack(matrix[: vectors * LANES], LANES, vectors if vectors <= 4 else 12, weights)
-        if count != 1 or packed.shape[2] * (2 if weights == "bfloat16" else 1) != vectors * LANES:
-            continue
-        x = panel if panelled else rows
+    for height, vectors, panelled in alone + tiles:
+        width = vectors if panelled else _simd.WIDEST
+        packed, blocks, each = pack(matrix[: vectors * LANES], LANES, width, weights)
+        assert (blocks, each) == (1, vectors)
         out = np.empty((height, vectors * LANES), np.float32)
-        key = _simd.tile_key(height, vectors, int(weights == "bfloat16"), int(panelled))
-        _tile(key, packed.ctypes.data, inputs, x.ctypes.data, panel[0].nbytes, zeros.ctypes.data, out.ctypes.data,
-              out[0].nbytes)  # fmt: skip
+        if panelled:
+            _tile(height + 16 * vectors + 256 * half, packed.ctypes.data, inputs, panel.ctypes.data, panel[0].nbytes,
+                  zeros.ctypes.data, out.ctypes.data, out[0].nbytes)  # fmt: skip
+        else:
+            _row(vectors, half, packed.ctypes.data, inputs, rows.ctypes.data, zeros.ctypes.data, zeros.ctypes.data,
+                 out.ctypes.data)  # fmt: skip
+        np.testing.assert_allclose(out, expected[:height, : vectors * LANES], atol=1e-5)
         for r, v in np.ndindex(height, vectors):
-            block = out[r, v * LANES : (v + 1) * LANES]
-            results.setdefault((r, v), set()).add(block.tobytes())
-            expected = matrix[v * LANES : (v + 1) * LANES].astype(np.float64) @ rows[r].astype(np.float64)
-            np.testing.assert_allclose(block, expected, atol=1e-5)
-    assert len(results[0, 0]) == 1
+            results.setdefault((r, v), set()).add(out[r, v * LANES : (v + 1) * LANES].tobytes())
     assert all(len(found) == 1 for found in results.values())
 
 
@@ -141,25 +142,11 @@ def test_leaving_zeros_out_changes_no_bit(inputs):
         count = _sparse(vectors, packed.ctypes.data, x.ctypes.data, inputs, packed[0, 0].nbytes, values.ctypes.data,
                         offsets.ctypes.data, init.ctypes.data, found.ctypes.data)  # fmt: skip
         assert count == (x > 0).sum()
-        # The same through the dense kernel, one column of two or four vectors after the other.
-        rectified = np.maximum(x, 0)
-        for v in range(0, vectors, 2):
-            packed, _, _ = pack(matrix[v * LANES : (v + 2) * LANES], LANES, 2, "float32")
-            out = np.empty(2 * LANES, np.float32)
-            dense = numba_tile(packed, inputs, rectified, init[v * LANES : (v + 2) * LANES], out)
-            np.testing.assert_array_equal(found[v * LANES : (v + 2) * LANES], dense)
-
-
-@numba.njit("void(int64,int64,int64,int64,int64,int64,int64)")
-def _row(key, weights, inputs, x, zeros, init, out):
-    _simd.tile(key, weights, inputs, x, 0, zeros, init, 0, _simd.VECTOR_BYTES, out, 0, _simd.VECTOR_BYTES)
-
-
-def numba_tile(packed, inputs, x, init, out):
-    zeros, init = np.zeros(2 * LANES, np.float32), np.ascontiguousarray(init)
-    _row(_simd.tile_key(1, 2, 0, 0), packed.ctypes.data, inputs, x.ctypes.data, zeros.ctypes.data, init.ctypes.data,
-         out.ctypes.data)  # fmt: skip
-    return out
+        packed, _, _ = pack(matrix, LANES, _simd.WIDEST, "float32")
+        rectified, zeros, dense = np.maximum(x, 0), np.zeros_like(init), np.empty_like(init)
+        _row(vectors, 0, packed.ctypes.data, inputs, rectified.ctypes.data, zeros.ctypes.data, init.ctypes.data,
+             dense.ctypes.data)  # fmt: skip
+        np.testing.assert_array_equal(found, dense)
 
 
 def test_rounding_to_bfloat16_is_torchs():
@@ -201,7 +188,7 @@ def test_the_same_source_becomes_vector_code_elsewhere(triple, processor, lanes,
         pytest.skip(f"this LLVM has no such target: {error}")
     module = ir.Module()
     module.triple = triple
-    function = _simd.emitted(module, "tile", lanes, types.void, [types.int64] * 11, _simd._tile(rows, 2, False, True))
+    function = _simd.emitted(module, "tile", lanes, types.void, [types.int64] * 11, _simd._tile(rows, 2, False))
     function.linkage = "external"
     machine = target.create_target_machine(cpu=processor, opt=3)
     parsed = llvm.parse_assembly(str(module))
@@ -213,11 +200,10 @@ def test_the_same_source_becomes_vector_code_elsewhere(triple, processor, lanes,
     assert not re.search(r"\bcall\b|\bbl\b|fmaf", assembly)
 
 
-def test_what_is_not_multiplied_by_code_for_it_does_not_exist():
-    """Every block that packing makes has a kernel."""
+def test_every_block_that_packing_makes_has_a_kernel():
     for outputs in range(1, 3000, 7):
-        for width in (2, 4, _simd.WIDEST):
-            for even in (False, True):
-                _, each = vectors_of(outputs, LANES, width, even)
-                assert (1, each, False) in _simd.TILES
+        for even in (False, True):
+            assert 1 <= vectors_of(outputs, LANES, _simd.WIDEST, even)[1] <= _simd.WIDEST
+            for width in (2, 4):
+                assert vectors_of(outputs, LANES, width, even)[1] in _simd.HEIGHTS
         assert vectors_of(outputs, LANES, 0, False)[1] in _simd.SPARSE

@@ -22,6 +22,7 @@ the low half, the odd one in the high half.
 
 from __future__ import annotations
 
+import functools
 import math
 
 import llvmlite.binding
@@ -310,7 +311,7 @@ def _tile(rows: int, vectors: int, bfloat16: bool):
 
             return body
 
-        unroll = 4
+        unroll = 4  # more, and LLVM runs out of registers: half the speed
         blocks = b.udiv(inputs, ir.Constant(_I64, e.lanes))
         e.loop(
             blocks,
@@ -431,7 +432,9 @@ def _row(vectors: int, bfloat16: bool):
 
         e.loop(b.udiv(inputs, ir.Constant(_I64, 4)), several(weights, x, 4))
         done = b.and_(inputs, ir.Constant(_I64, ~3))
-        tail = several(b.add(weights, b.mul(done, ir.Constant(_I64, step))), b.add(x, b.mul(done, ir.Constant(_I64, 4))), 1)
+        tail = several(
+            b.add(weights, b.mul(done, ir.Constant(_I64, step))), b.add(x, b.mul(done, ir.Constant(_I64, 4))), 1
+        )
         e.loop(b.sub(inputs, done), tail)
         for v in range(vectors):
             e.store(b.load(sums[v]), e.at(out, v * e.bytes))
@@ -620,7 +623,7 @@ def _publish(e: Emitter, flag, value):
 
 
 def _wait(e: Emitter, flag, value, give_way):
-    """Spin until the flag is at least `value`; now and then call the C function at `give_way`, if there is one."""
+    """Spin until the flag is at least `value`; at times sleep by the C function at `give_way`."""
     b = e.b
     before = b.block
     spin, late, call, after = (b.append_basic_block(name) for name in ("spin", "late", "call", "after"))
@@ -633,15 +636,48 @@ def _wait(e: Emitter, flag, value, give_way):
     b.position_at_end(late)
     following = b.add(turns, ir.Constant(_I64, 1))
     turns.add_incoming(following, late)
-    tired = b.icmp_signed("==", b.and_(turns, ir.Constant(_I64, 4095)), ir.Constant(_I64, 0))
+    tired = b.icmp_signed("==", b.and_(turns, ir.Constant(_I64, 16383)), ir.Constant(_I64, 0))
     able = b.icmp_signed("!=", give_way, ir.Constant(_I64, 0))
     b.cbranch(b.and_(tired, able), call, spin)
     b.position_at_end(call)
     turns.add_incoming(following, call)
-    b.call(b.inttoptr(give_way, ir.FunctionType(_I32, []).as_pointer()), [])
+    b.call(b.inttoptr(give_way, ir.FunctionType(_I32, [_I32]).as_pointer()), [ir.Constant(_I32, 50)])
     b.branch(spin)
     b.position_at_end(after)
 
 
 publish = kernel("publish", 2, _publish)
 wait = kernel("wait", 3, _wait)
+
+
+def _read(e: Emitter, address, lines):
+    """Read `lines` times eight vectors, one multiply-add for each; returns something that depends on all of them."""
+    sums = [e.b.alloca(e.vector) for _ in range(8)]
+    for total in sums:
+        e.b.store(e.f32(0.0), total)
+
+    def body(i):
+        start = e.b.add(address, e.b.mul(i, ir.Constant(_I64, 8 * e.bytes)))
+        for j, total in enumerate(sums):
+            e.b.store(e.fma(e.load(e.at(start, j * e.bytes)), e.f32(1.0), e.b.load(total)), total)
+
+    e.loop(lines, body)
+    return _halves(e, functools.reduce(e.b.fadd, [e.b.load(total) for total in sums]), e.b.fadd)
+
+
+def _multiply_adds(e: Emitter, turns):
+    """Twelve independent chains of `turns` multiply-adds in registers."""
+    chains = [e.b.alloca(e.vector) for _ in range(12)]
+    for j, chain in enumerate(chains):
+        e.b.store(e.f32(float(j)), chain)
+
+    def body(i):
+        for chain in chains:
+            e.b.store(e.fma(e.b.load(chain), e.f32(0.999), e.f32(0.5)), chain)
+
+    e.loop(turns, body)
+    return _halves(e, functools.reduce(e.b.fadd, [e.b.load(chain) for chain in chains]), e.b.fadd)
+
+
+read = kernel("read", 2, _read, result=types.float32)
+multiply_adds = kernel("multiply_adds", 1, _multiply_adds, result=types.float32)

@@ -53,7 +53,7 @@ M_ADDRESS, M_INPUTS, M_BLOCKS, M_VECTORS, M_HALF, M_ROW, M_FIELDS = range(7)
  N_CONDITION_PANELS, N_TIME, N_FIRST, N_MULTIPLY, N_MATRICES, N_SPARSE,
  N_TABLE, N_VALUES, N_OFFSETS, N_PARTS, N_GATE_VECTORS, N_H_OFFSET, N_SKIP_SHARE, N_SKIP_PLACE, N_SKIP_ALL,
  N_HEAD_SHARE, N_HEAD_PLACE, N_HEAD_ALL, N_LOGIT_SHARE, N_LOGIT_PLACE, N_LOGIT_ALL, N_MINE, N_THEIRS, N_SEQUENCE,
- N_GIVE_WAY, N_FIELDS) = range(55)  # fmt: skip
+ N_GIVE_WAY, N_FUSED, N_FIELDS) = range(56)  # fmt: skip
 
 NO_CONDITION, CONSTANT_CONDITION, CONDITION = range(3)
 
@@ -354,6 +354,7 @@ def _run(net, layers, previous, uniforms, temperatures, codes, scores, condition
     vector = rows * VECTOR_BYTES
     x, skip, head, logits = net[N_X], net[N_SKIP], net[N_HEAD], net[N_LOGITS]
     shared = net[N_PARTS] > 1
+    fused = net[N_FUSED] != 0
     gate_vectors = net[N_GATE_VECTORS]
     condition_row = net[N_CONDITION_VECTORS] * VECTOR_BYTES
     stream_bytes = condition_row if mode == CONSTANT_CONDITION else samples * condition_row
@@ -409,13 +410,13 @@ def _run(net, layers, previous, uniforms, temperatures, codes, scores, condition
                 _simd.wait(net[N_THEIRS], sequence, net[N_GIVE_WAY])
             if i < count - 1:
                 if streams == 1:
-                    # With one core the skips ride along: their matrix and their sums follow those of the residual.
+                    # If fused, the skips ride along: their matrix and their sums follow those of the residual.
                     _multiply_row(net, layer[L_RESIDUAL], h, layer[L_RESIDUAL_BIAS], x, x)
                 else:
                     _multiply(net, layer[L_RESIDUAL], streams, rows, h, vector, h_vectors * vector,
                               layer[L_RESIDUAL_BIAS], x, VECTOR_BYTES, vector, x_vectors * vector,
                               x, VECTOR_BYTES, vector, x_vectors * vector)  # fmt: skip
-            if not (shared or streams == 1) or i == count - 1:
+            if not (shared or fused) or i == count - 1:
                 _skip(net, layer[L_SKIP], h, skip)
             if shared:
                 h += h_vectors * vector
@@ -568,7 +569,9 @@ class _Weights:
         self.skip_vectors = total(_size(self.skip_bounds), group)
         self.out_vectors = self.x_vectors
         if fused:
-            self.out_vectors = max(total((self.x_vectors + -(-skip // LANES)) * LANES, 1), self.x_vectors + self.skip_vectors)
+            self.out_vectors = max(
+                total((self.x_vectors + -(-skip // LANES)) * LANES, 1), self.x_vectors + self.skip_vectors
+            )
         self.head_vectors = total(_size(self.head_bounds), group, head_width)
         logits = total(_size(self.logit_bounds), group, head_width)
         self.logit_vectors = -(-logits // (BLOCK // LANES)) * (BLOCK // LANES)
@@ -628,8 +631,7 @@ class _Weights:
                 conditions.append(matrix(gates(to_numpy(block.conditioning.weight)), self.span * group))
         self.biases = [vector(gates(to_numpy(block.dilated.bias)), self.z_vectors) for block in model.blocks]
         self.residual_biases = [
-            0 if block.residual is None else vector(outwards(block, "bias"), self.out_vectors)
-            for block in model.blocks
+            0 if block.residual is None else vector(outwards(block, "bias"), self.out_vectors) for block in model.blocks
         ]
         skip_bias = np.sum([to_numpy(block.skip.bias) for block in model.blocks], axis=0, dtype=np.float64)
         self.skip_bias = vector(share(skip_bias.astype(np.float32)), self.skip_vectors)
@@ -750,6 +752,7 @@ class _Group:
         region.allocate()
         layers[:, own] += region.address
         net[list(vectors)] += region.address
+        net[N_FUSED] = packed.fused
         if packed.fused:
             net[N_SKIP] = net[N_X] + packed.x_vectors * VECTOR_BYTES
         net[N_PARTS] = packed.parts
@@ -783,7 +786,7 @@ class _Shared:
         net[N_H] = base + self.h
         net[N_H_OFFSET] = packed.gate_first * VECTOR_BYTES
         net[N_MINE], net[N_THEIRS] = (base + self.flags[p] for p in (packed.part, 1 - packed.part))
-        net[N_GIVE_WAY] = _address_of_yield()
+        net[N_GIVE_WAY] = _address_of_sleep()
         for fields, whole, (first, last) in zip(
             ((N_SKIP_ALL, N_SKIP_PLACE, N_SKIP_SHARE), (N_HEAD_ALL, N_HEAD_PLACE, N_HEAD_SHARE),
              (N_LOGIT_ALL, N_LOGIT_PLACE, N_LOGIT_SHARE)),
@@ -792,11 +795,11 @@ class _Shared:
             net[list(fields)] = base + whole, base + whole + first * VECTOR_BYTES, last - first
 
 
-def _address_of_yield() -> int:
-    """Of the C function that lets another thread run, or 0."""
+def _address_of_sleep() -> int:
+    """Of the C function `usleep`, by which a core that waits in vain leaves its place to the other thread; or 0."""
     if os.name != "posix":
         return 0
-    return ctypes.cast(ctypes.CDLL(None).sched_yield, ctypes.c_void_p).value or 0
+    return ctypes.cast(ctypes.CDLL(None).usleep, ctypes.c_void_p).value or 0
 
 
 class NumbaEngine:

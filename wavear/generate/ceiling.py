@@ -1,0 +1,122 @@
+"""What a network asks of the machine per sample, and what the machine can give: the two sides of a speed limit."""
+
+from __future__ import annotations
+
+import functools
+import time
+from dataclasses import dataclass
+
+import numpy as np
+
+from wavear.generate import _simd
+from wavear.generate._simd import LANES, VECTOR_BYTES
+from wavear.generate.compiled import compiled
+from wavear.generate.packing import Region
+from wavear.models.wavenet import WaveNetConfig
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of one sample of one stream, as the definition of the network has it: no table, no zero left out."""
+
+    multiply_adds: int
+    """All of them, the conditioning's included."""
+    weight_bytes: int
+    """Bytes of all weights of the layers and the head in the given precision."""
+    hot_bytes: int
+    """Bytes that one stream must read anew for every sample: without those of past taps and conditioning that are
+    read once for many samples, and of the first layer, which is a table."""
+
+
+def cost(config: WaveNetConfig, weights: str = "float32") -> Cost:
+    """What one sample costs.
+
+    Parameters
+    ----------
+    config : WaveNetConfig
+    weights : str
+        "float32" or "bfloat16".
+
+    Examples
+    --------
+    >>> cost(WaveNetConfig())
+    Cost(multiply_adds=667648, weight_bytes=2670592, hot_bytes=2080640)
+    """
+    r, s, a, q = config.residual_channels, config.skip_channels, config.head_channels, config.classes
+    conditioned = config.mel is not None or config.speakers > 0
+    tap = 2 * r * r
+    conditioning = 2 * r * config.conditioning_channels if conditioned else 0
+    outwards = config.layers * (r + s) * r - r * r
+    head = s * a + a * q
+    past = sum(1 / d for d in config.dilations[1:]) * (config.kernel_size - 1) * tap
+    every = config.layers * (config.kernel_size * tap + conditioning) + outwards + head
+    hot = (config.layers - 1) * tap + outwards + head + past
+    size = 4 if weights == "float32" else 2
+    return Cost(every, every * size, int(hot * size))
+
+
+@dataclass(frozen=True)
+class Ceiling:
+    """What one core of this machine does, measured."""
+
+    multiply_adds: float
+    """float32 multiply-adds per second, from registers."""
+    bandwidth: dict[int, float]
+    """Bytes per second when reading a working set of so many bytes again and again."""
+
+    def read_rate(self, nbytes: float) -> float:
+        """Bytes per second of reading `nbytes` per turn, interpolated."""
+        sizes = sorted(self.bandwidth)
+        return float(np.interp(nbytes, sizes, [self.bandwidth[size] for size in sizes]))
+
+    def samples_per_second(self, cost: Cost) -> float:
+        """The most that one stream on one core can reach: the slower of reading and of multiplying."""
+        return min(self.read_rate(cost.hot_bytes) / cost.hot_bytes, self.multiply_adds / cost.multiply_adds)
+
+
+SIZES = tuple(int(mebibytes * 2**20) for mebibytes in (0.02, 0.25, 0.5, 1, 1.5, 1.75, 2, 2.25, 2.5, 3, 4, 6, 16, 64))
+
+
+def measure(seconds: float = 0.02, repeats: int = 5) -> Ceiling:
+    """Measure this core: the best of some short runs for each of `SIZES`, about `seconds` each; some seconds in all."""
+    read, multiply = _kernels()
+    turns = 200_000
+    rate = 12 * LANES * turns / _best(lambda: multiply(turns), repeats)
+    region = Region()
+    region.reserve(max(SIZES))
+    address = region.allocate()
+    region.bytes[:] = 0
+    bandwidth = {}
+    for size in SIZES:
+        lines = size // (8 * VECTOR_BYTES)
+        once = _best(lambda n=lines: read(address, n, 1), 2)
+        times = max(1, int(seconds / once))
+        bandwidth[size] = size * times / _best(lambda n=lines, k=times: read(address, n, k), repeats)
+    return Ceiling(rate, bandwidth)
+
+
+def _best(function, repeats: int) -> float:
+    """Seconds of the fastest of some calls."""
+    best = np.inf
+    for _ in range(repeats):
+        start = time.perf_counter()
+        function()
+        best = min(best, time.perf_counter() - start)
+    return float(best)
+
+
+def _read_often(address, lines, times):
+    from_all = np.float32(0.0)
+    for turn in range(times):
+        # Another address each time, or the compiler reads once.
+        from_all += _simd.read(address + 64 * (turn & 1), lines)
+    return from_all
+
+
+def _multiply_often(turns):
+    return _simd.multiply_adds(turns)
+
+
+@functools.cache
+def _kernels():
+    return compiled(_read_often, "float32(int64, int64, int64)"), compiled(_multiply_often, "float32(int64)")
