@@ -1,5 +1,8 @@
 """The CPU engine against the model's forward and the reference loop, and against itself, to the bit."""
 
+# Numba's settings have no types.
+# pyright: reportPrivateImportUsage=false, reportAttributeAccessIssue=false
+
 from __future__ import annotations
 
 import os
@@ -252,7 +255,7 @@ def with_bias_alone(logits: list[float], **config) -> WaveNet:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.zero_()
-        model.head[-1].bias.copy_(torch.tensor(logits))
+        model.state_dict()["head.3.bias"].copy_(torch.tensor(logits))
     return model
 
 
@@ -268,11 +271,15 @@ def test_a_million_draws_follow_the_law():
     assert 1e-4 < chi2.sf(statistic, len(logits) - 1) < 1 - 1e-4
 
 
-def test_codes_without_probability_are_never_drawn():
-    logits = [-np.inf, -300.0, 0.0, -300.0, 0.0, -300.0, -np.inf]
+@pytest.mark.parametrize(("first", "second", "classes"), [(2, 4, 7), (2, 20, 40), (20, 37, 40), (16, 32, 64)])
+def test_codes_without_probability_are_never_drawn(first, second, classes):
+    """Not even by a uniform on the very boundary, within a block of the sums or between two."""
+    logits = np.full(classes, -300.0)
+    logits[[0, -1]] = -np.inf
+    logits[[first, second]] = 0.0
     ends = np.array([[0.0, 2.0**-53, 0.25, 0.5 - 2.0**-53, 0.5, 0.75, 1 - 2.0**-53]])
-    codes = NumbaEngine(with_bias_alone(logits), 1).generate(ends, None)
-    assert codes.tolist() == [[2, 2, 2, 2, 4, 4, 4]]
+    codes = NumbaEngine(with_bias_alone(logits.tolist()), 1).generate(ends, None)
+    assert codes.tolist() == [[first] * 4 + [second] * 3]
 
 
 def test_weights_changed_in_place_loaded_or_swapped_are_the_ones_used():

@@ -77,7 +77,7 @@ class Ceiling:
 SIZES = tuple(int(mebibytes * 2**20) for mebibytes in (0.02, 0.25, 0.5, 1, 1.5, 1.75, 2, 2.25, 2.5, 3, 4, 6, 16, 64))
 
 
-def measure(seconds: float = 0.02, repeats: int = 5) -> Ceiling:
+def measure(seconds: float = 0.005, repeats: int = 20) -> Ceiling:
     """Measure this core: the best of some short runs for each of `SIZES`, about `seconds` each; some seconds in all."""
     read, multiply = _kernels()
     turns = 200_000
@@ -89,7 +89,7 @@ def measure(seconds: float = 0.02, repeats: int = 5) -> Ceiling:
     bandwidth = {}
     for size in SIZES:
         lines = size // (8 * VECTOR_BYTES)
-        once = _best(lambda n=lines: read(address, n, 1), 2)
+        once = _best(lambda n=lines: read(address, n, 1), 3)
         times = max(1, int(seconds / once))
         bandwidth[size] = size * times / _best(lambda n=lines, k=times: read(address, n, k), repeats)
     return Ceiling(rate, bandwidth)
