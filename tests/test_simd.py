@@ -65,9 +65,9 @@ def test_relative_error_over_the_whole_range(number):
 
 def test_infinities_zero_and_nan():
     found = functions(np.array([-np.inf, np.inf, 0.0, -0.0, np.nan], np.float32))
-    np.testing.assert_array_equal(found[0], np.float32([0, np.inf, 1, 1, np.nan]))
-    np.testing.assert_allclose(found[1], np.float32([-1, 1, 0, -0.0, np.nan]), rtol=3e-7)
-    np.testing.assert_array_equal(found[2], np.float32([0, 1, 0.5, 0.5, np.nan]))
+    np.testing.assert_array_equal(found[0], np.array([0, np.inf, 1, 1, np.nan], np.float32))
+    np.testing.assert_allclose(found[1], np.array([-1, 1, 0, -0.0, np.nan], np.float32), rtol=3e-7)
+    np.testing.assert_array_equal(found[2], np.array([0, 1, 0.5, 0.5, np.nan], np.float32))
 
 
 def test_tanh_is_odd_and_neither_leaves_its_range():

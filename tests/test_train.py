@@ -575,3 +575,27 @@ def test_a_sample_is_of_the_loudest_part(tmp_path):
     )
     assert target.shape == generated.shape == (640,)
     assert (target == 0.5).all()
+
+
+def test_input_noise_is_on_the_past_alone(tones):
+    """A model that hears nothing of the past has the loss it has without noise; one that does hears the noise."""
+    from wavear.segments import crop_loss
+
+    config = TrainConfig(data=str(tones), out="-", max_steps=1, **TINY)
+    torch.manual_seed(0)
+    model = wavear.WaveNet(config.model_config())
+    layout = Layout.of(model, 512)
+    batch = collate([Segments(open_corpus(tones, sample_rate=RATE).train, layout)[0]])
+
+    def loss(seed: int | None, codes: float = 3.0) -> torch.Tensor:
+        generator = None if seed is None else torch.Generator().manual_seed(seed)
+        return crop_loss(model, batch, layout, None, generator, codes)[0]
+
+    clean = loss(None)
+    assert torch.equal(loss(1), loss(1))
+    assert not torch.equal(loss(1), loss(2))
+    assert not torch.equal(loss(1), clean)
+    assert torch.equal(loss(1, 0.0), clean)
+    with torch.no_grad():
+        model.embedding.weight.zero_()
+    assert torch.equal(loss(1), loss(None))

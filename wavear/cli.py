@@ -190,7 +190,7 @@ def _demo() -> Callable[..., int]:
         seed
             Of the sounds, the training and the audio; 0 or more.
         threads
-            CPU cores to use; all by default.
+            CPU cores to use; by default one to train and all to synthesize.
         overwrite
             Replace what an earlier demo wrote to the folder.
         """

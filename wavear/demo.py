@@ -41,11 +41,11 @@ VALUES = TrainConfig(
     head_channels=64,
     conditioning_channels=32,
     sample_rate=8000,
-    mel_bands=64,
+    mel_bands=80,
     mel_hop_length=80,
-    mel_n_fft=512,
-    segment=2400,
-    batch_size=1,
+    mel_n_fft=1024,
+    segment=1200,
+    batch_size=2,
     learning_rate=5e-3,
     warmup_steps=50,
     weight_decay=0.0,
@@ -117,7 +117,7 @@ def run(
     seed : int
         Of the sounds, the training and the audio.
     threads : int, optional
-        CPU cores to use; all by default.
+        CPU cores to use; by default one to train (so small a network gains nothing from a second) and all to synthesize.
     overwrite : bool
         Replace an earlier demo in the folder.
     say : callable
@@ -156,7 +156,7 @@ def run(
     count = write_notes(out, rate, seed)
     held = notes(NOTE_SECONDS, rate, seed=seed, held_out=True)
     say(f"{out / 'sounds'}: {count} notes of {NOTE_SECONDS:g} s to train on; {out / 'held_out'}: {len(held)} more")
-    with _threads(threads):
+    with _threads(threads or 1):
         trained = train(config)
         if trained.stopped_by == "interrupt":
             raise KeyboardInterrupt
@@ -312,11 +312,10 @@ def _write_record(out: Path, result: DemoResult, seed: int) -> None:
 
 
 @contextlib.contextmanager
-def _threads(number: int | None) -> Iterator[None]:
+def _threads(number: int) -> Iterator[None]:
     before = torch.get_num_threads()
     try:
-        if number is not None:
-            torch.set_num_threads(number)
+        torch.set_num_threads(number)
         yield
     finally:
         torch.set_num_threads(before)

@@ -307,20 +307,32 @@ def inputs(
 
 
 def crop_loss(
-    model: AutoregressiveModel, batch: Batch, layout: Layout, dtype: torch.dtype | None = None
+    model: AutoregressiveModel,
+    batch: Batch,
+    layout: Layout,
+    dtype: torch.dtype | None = None,
+    noise: torch.Generator | None = None,
+    noise_codes: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Negative log-likelihood of every sample, (B, window) in nats, 0 where no loss is carried; and the mask.
 
     With a `dtype` the layers run in it, activations and all, on copies of the weights; gradients arrive at the weights
     in their own type. (Autocast leaves the additions between the layers in float32, whose traffic costs a third of the
     time on a CPU.) The conditioning and the loss stay in float32.
+
+    With `noise` the past that the model sees is off by a normal number of codes of deviation `noise_codes`, and what it
+    has to predict is not: so it learns to see through its own errors, and to look at the conditioning.
     """
     codes, cond, mask = inputs(model, batch, layout)
+    past = codes
+    if noise is not None and noise_codes > 0:
+        off = torch.randn(codes.shape, generator=noise, device=codes.device) * noise_codes
+        past = (codes + off.round().long()).clamp(0, model.config.classes - 1)
     if dtype is None:
-        logits = model(codes, cond)
+        logits = model(past, cond)
     else:
         weights = {name: p.to(dtype) for name, p in model.named_parameters() if not name.startswith("conditioning.")}
-        logits = torch.func.functional_call(model, weights, (codes, None if cond is None else cond.to(dtype)))
+        logits = torch.func.functional_call(model, weights, (past, None if cond is None else cond.to(dtype)))
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # bf16 would round the loss
     nats = torch.nn.functional.cross_entropy(logits, codes, reduction="none")
     return nats * mask, mask

@@ -8,6 +8,7 @@ Both are models of how the sound comes about, so every note has a pitch that is 
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,6 +22,12 @@ FORMANTS = {
     "u": (350, 600, 2700, 2900),
 }
 _FORMANT_BANDWIDTHS = (80.0, 90.0, 120.0, 130.0)
+# MIDI numbers of the notes of a C major chord, over two octaves.
+SCALE = {"C3": 48, "E3": 52, "G3": 55, "C4": 60, "E4": 64, "G4": 67}
+KINDS = ("string", "a", "i", "o")
+HELD_OUT = [("string", "C3"), ("string", "G3"), ("string", "E4"), ("o", "E3"), ("a", "G3"), ("i", "C4")]
+_TAKES = 2
+_VIBRATO_CENTS = 10.0
 BREATH = 0.05  # noise over sound, RMS: 26 dB below it
 _LEAD_SECONDS = 0.03  # silence before a note
 
@@ -85,6 +92,7 @@ def voice(
     sample_rate: int,
     *,
     vowel: str = "a",
+    mouth: float = 1.0,
     vibrato_cents: float = 25.0,
     vibrato_hz: float = 5.5,
 ) -> np.ndarray:
@@ -102,6 +110,8 @@ def voice(
     sample_rate : int, Hz
     vowel : str
         A key of `FORMANTS`.
+    mouth : float
+        Factor on the formants: below 1 a larger mouth, above 1 a smaller one.
     vibrato_cents : float
         How far the vibrato goes up and down, in hundredths of a semitone.
     vibrato_hz : float
@@ -122,17 +132,17 @@ def voice(
     for harmonic in range(1, int(0.45 * sample_rate / fundamental.max()) + 1):
         f = harmonic * fundamental
         response = np.ones_like(f, dtype=complex) / harmonic
-        for formant, bandwidth in zip(FORMANTS[vowel], _FORMANT_BANDWIDTHS, strict=True):
+        for formant, bandwidth in zip(np.multiply(FORMANTS[vowel], mouth), _FORMANT_BANDWIDTHS, strict=True):
             response *= formant**2 / (formant**2 + 1j * f * bandwidth - f**2)
         total += np.abs(response) * np.sin(harmonic * phase + np.angle(response))
     return _finish(total, time, attack_seconds=0.06, release_seconds=0.1)
 
 
 def notes(seconds: float, sample_rate: int, *, seed: int = 0, held_out: bool = False) -> list[Note]:
-    """The notes of `wavear demo`, each with a colour of its own.
+    """The notes of `wavear demo`: those of C major's chord from C3 to G4, by strings and sung on three vowels.
 
-    To train on: a string at each semitone from A2 to E4, and each of three vowels at each semitone from C3 to C4, all
-    slightly out of tune. Held out: pitches half way between two semitones.
+    Each is played twice, differently: plucked at another place and with another plectrum, sung by a larger or a smaller
+    mouth, louder or softer. Held out is a third take of six of them.
 
     Parameters
     ----------
@@ -140,29 +150,37 @@ def notes(seconds: float, sample_rate: int, *, seed: int = 0, held_out: bool = F
         Of each note.
     sample_rate : int, Hz
     seed : int
-        Colours, loudness and tuning are drawn from it.
+        Colours and loudness are drawn from it.
     held_out : bool
-        The three notes of each instrument that are held out, rather than those to train on.
+        The notes that are held out, rather than those to train on.
 
     Returns
     -------
     list of Note
     """
     draw = np.random.default_rng([seed, held_out])
-    strings = [(pitch, "") for pitch in ((48.5, 54.5, 60.5) if held_out else range(45, 65))]  # MIDI numbers
-    vowels = [(50.5, "o"), (54.5, "a"), (57.5, "i")] if held_out else [(p, v) for v in "aio" for p in range(48, 61)]
-    made = []
-    for pitch, vowel in strings + vowels:
-        tuned = pitch if held_out else pitch + draw.uniform(-0.3, 0.3)
-        frequency = 440.0 * 2 ** ((tuned - 69) / 12)
-        if vowel:
-            colour = {"vibrato_cents": draw.uniform(20, 40), "vibrato_hz": draw.uniform(5, 6)}
-            waveform = voice(frequency, seconds, sample_rate, vowel=vowel, **colour)
-            instrument, name = "voice", f"voice-{vowel}-{frequency:.1f}Hz"
-        else:
+    pairs = HELD_OUT if held_out else [(kind, pitch) for kind in KINDS for pitch in SCALE for _ in range(_TAKES)]
+    made, counted = [], Counter()
+    for kind, pitch in pairs:
+        frequency = 440.0 * 2 ** ((SCALE[pitch] - 69) / 12)
+        if kind == "string":
             colour = {"position": draw.uniform(0.12, 0.3), "brightness": draw.uniform(0.3, 0.6)}
             waveform = string(frequency, seconds, sample_rate, **colour)
-            instrument, name = "string", f"string-{frequency:.1f}Hz"
+        else:
+            mouth, vibrato = draw.uniform(0.93, 1.07), draw.uniform(5.0, 6.0)
+            waveform = voice(
+                frequency,
+                seconds,
+                sample_rate,
+                vowel=kind,
+                mouth=mouth,
+                vibrato_cents=_VIBRATO_CENTS,
+                vibrato_hz=vibrato,
+            )
+        instrument = "string" if kind == "string" else "voice"
+        counted[kind, pitch] += 1
+        name = "-".join([instrument, *([] if kind == "string" else [kind]), pitch])
+        name = name if held_out else f"{name}-{counted[kind, pitch]}"
         waveform = _with_breath(waveform, sample_rate, BREATH, draw)
         waveform *= np.float32(draw.uniform(0.4, 0.8) / np.abs(waveform).max())
         made.append(Note(name, instrument, frequency, waveform))

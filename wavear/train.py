@@ -86,6 +86,10 @@ class TrainConfig:
     """Draw a segment again, up to 4 times, if it is quieter than this many dB of full scale (-60, say), so that pauses
     do not fill the batches. None: take it."""
 
+    input_noise: float = 0.0
+    """Deviation, in codes, of noise on the past that the model sees in training (2, say); what it predicts stays clean. It
+    then sees through its own errors when it generates, and heeds the conditioning. Held-out bits are without noise."""
+
     # The steps
     segment: int = 8192
     """Samples of loss per crop, rounded up to mel frames; the receptive field comes on top."""
@@ -103,7 +107,7 @@ class TrainConfig:
     """Largest norm of the gradient; 0: no limit."""
     ema_decay: float = 0.999
     """Of the moving average of the weights that is validated, sampled and saved; less in the first steps."""
-    max_steps: int | None = None
+    max_steps: int | None = 200_000
     """Steps of the run, resumed parts included; the learning rate falls along a cosine until then."""
     max_minutes: float | None = None
     """Minutes of the run, resumed parts and validations included (the last scoring comes on top); likewise."""
@@ -144,7 +148,9 @@ class TrainConfig:
         if self.validation is not None:
             object.__setattr__(self, "validation", os.fspath(self.validation))
         least: dict[str, float] = dict.fromkeys(("segment", "batch_size", "accumulate", "checkpoint_every"), 1)
-        least |= dict.fromkeys(("warmup_steps", "weight_decay", "gradient_clip", "ema_decay", "sample_seconds"), 0)
+        least |= dict.fromkeys(
+            ("warmup_steps", "weight_decay", "gradient_clip", "ema_decay", "sample_seconds", "input_noise"), 0
+        )
         least |= {"workers": 0, "seed": 0, "validate_every": 1, "max_steps": 1}
         for name, bound in least.items():
             value = getattr(self, name)

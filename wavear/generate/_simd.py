@@ -20,10 +20,14 @@ Weights
 the low half, the odd one in the high half.
 """
 
+# Numba's settings have no types.
+# pyright: reportPrivateImportUsage=false, reportAttributeAccessIssue=false
+
 from __future__ import annotations
 
 import functools
 import math
+from typing import Any
 
 import llvmlite.binding
 from llvmlite import ir
@@ -229,7 +233,7 @@ def emitted(module, symbol: str, lanes: int, result, arguments, emit) -> ir.Func
     return function
 
 
-def kernel(name: str, arguments: int, emit, lanes: int | None = None, result=types.void, floats=()):
+def kernel(name: str, arguments: int, emit, lanes: int | None = None, result: Any = types.void, floats=()):
     """A function for Numba code, emitted once per module and called.
 
     Parameters

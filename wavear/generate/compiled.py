@@ -1,5 +1,8 @@
 """Compiled code kept on disk between processes."""
 
+# Numba's settings have no types.
+# pyright: reportPrivateImportUsage=false, reportAttributeAccessIssue=false
+
 from __future__ import annotations
 
 import hashlib
@@ -9,6 +12,7 @@ import tempfile
 import threading
 import warnings
 from pathlib import Path
+from typing import Any
 
 _lock = threading.RLock()
 
@@ -41,7 +45,7 @@ def source_key(directory: Path | None = None) -> str:
     return digest.hexdigest()[:16]
 
 
-def compiled(function, signature: str, callback: bool = False):
+def compiled(function, signature: str, callback: bool = False) -> Any:
     """`function` compiled for one signature, from the cache if it is there.
 
     Called from Python it releases the GIL; as a `callback` it is called by its `address` from other compiled code.

@@ -468,7 +468,7 @@ def _tabulate(multiply, matrix, rows, x, x_vectors, panels, zeros, out, out_row,
     while done < rows:
         count = min(TALLEST, rows - done)
         _to_panels(x + done * x_row, x_row, count, x_vectors, panels, 0)
-        _simd.call15(multiply, matrix, count, TALLEST, panels, TALLEST * VECTOR_BYTES, 0, zeros, zeros, 0, VECTOR_BYTES, 0,
+        _simd.call15(multiply, matrix, count, TALLEST, panels, TALLEST * VECTOR_BYTES, 0, zeros, zeros, 0, VECTOR_BYTES, 0,  # noqa: E501
                      out + done * out_row, out_row, VECTOR_BYTES, 0)  # fmt: skip
         done += count
 
@@ -619,8 +619,9 @@ class _Weights:
                     -1 if fused and block.residual is not None else matrix(share(to_numpy(block.skip.weight)), group),
                 )
             )
-        self.head1 = matrix(share(to_numpy(model.head[1].weight)), group, head_width)
-        self.head2 = matrix(share(to_numpy(model.head[3].weight)), group, head_width)
+        readout: Any = model.head
+        self.head1 = matrix(share(to_numpy(readout[1].weight)), group, head_width)
+        self.head2 = matrix(share(to_numpy(readout[3].weight)), group, head_width)
         for taps_of, ahead in zip(dilated, self.ahead, strict=True):
             table = self.tabulated and not past
             past.append([matrix(gates(taps_of[:, k]), TALLEST if table else ahead * group) for k in range(taps - 1)])
@@ -633,11 +634,11 @@ class _Weights:
         self.residual_biases = [
             0 if block.residual is None else vector(outwards(block, "bias"), self.out_vectors) for block in model.blocks
         ]
-        skip_bias = np.sum([to_numpy(block.skip.bias) for block in model.blocks], axis=0, dtype=np.float64)
+        skip_bias: Any = np.sum([to_numpy(block.skip.bias) for block in model.blocks], axis=0, dtype=np.float64)
         self.skip_bias = vector(share(skip_bias.astype(np.float32)), self.skip_vectors)
-        self.head1_bias = vector(share(to_numpy(model.head[1].bias)), self.head_vectors)
+        self.head1_bias = vector(share(to_numpy(readout[1].bias)), self.head_vectors)
         # Outputs beyond the last class are never drawn.
-        self.head2_bias = vector(share(to_numpy(model.head[3].bias)), self.logit_vectors, fill=-np.inf)
+        self.head2_bias = vector(share(to_numpy(readout[3].bias)), self.logit_vectors, fill=-np.inf)
         self.embedding = vector(to_numpy(model.embedding.weight), self.x_vectors)
         widest = max(self.z_vectors, self.skip_vectors, self.head_vectors, self.logit_vectors, self.out_vectors)
         self.zeros = region.reserve(widest * VECTOR_BYTES)
@@ -655,7 +656,7 @@ class _Weights:
             row = self.z_vectors * VECTOR_BYTES
             out = base + self.first_table + tap * (config.classes + 1) * row
             kernels().tabulate(kernels().multiply, self.table.ctypes.data + 8 * M_FIELDS * number, config.classes,
-                               base + self.embedding, self.x_vectors, base + panels, base + self.zeros, out, row, 0, 0)  # fmt: skip
+                               base + self.embedding, self.x_vectors, base + panels, base + self.zeros, out, row, 0, 0)  # fmt: skip  # noqa: E501
 
 
 def _size(bounds: tuple[int, int]) -> int:

@@ -98,8 +98,11 @@ class TrainingModule(L.LightningModule):
             group["lr"] = rate
         nats = torch.zeros((), dtype=torch.float64, device=self.device)
         samples = torch.zeros((), dtype=torch.int64, device=self.device)
+        # A function of seed, step and process, so that a resumed run has the noise of one never stopped.
+        noise = torch.Generator(self.device)
+        noise.manual_seed(((config.seed * 1_000_003 + self.global_step) * 1024 + self.trainer.global_rank) % 2**63)
         for part in batch.split(config.accumulate):
-            losses, mask = crop_loss(self.model, part, self.layout, self.compute_dtype)
+            losses, mask = crop_loss(self.model, part, self.layout, self.compute_dtype, noise, config.input_noise)
             total = losses.sum()
             self.manual_backward(total / (len(batch.source) * self.layout.segment))
             nats += total.detach()
