@@ -48,7 +48,7 @@ def test_notes_are_repeatable_distinct_and_in_range():
     made, again, other = notes(0.2, RATE), notes(0.2, RATE), notes(0.2, RATE, seed=1)
     assert all(np.array_equal(a.waveform, b.waveform) for a, b in zip(made, again, strict=True))
     assert not any(np.array_equal(a.waveform, b.waveform) for a, b in zip(made, other, strict=True))
-    assert len({note.name for note in made}) == len(made) == 48
+    assert len({note.name for note in made}) == len(made) == 32
     assert all(0.3 < np.abs(note.waveform).max() < 0.9 and note.waveform.dtype == np.float32 for note in made)
 
 
@@ -61,18 +61,18 @@ def test_held_out_notes_are_takes_of_their_own():
         assert len(same) == 2
         for note in same:
             assert note.frequency == held.frequency
-            correlation = np.corrcoef(note.waveform, held.waveform)[0, 1]
-            assert correlation < 0.99  # not the same but for loudness and noise
+            # Not the same but for loudness and noise, which would leave a correlation of 0.9975.
+            assert np.corrcoef(note.waveform, held.waveform)[0, 1] < 0.997
 
 
 @pytest.mark.parametrize("cents", [0.0, 20.0, -20.0, 80.0, -120.0, 1200.0])
 def test_check_hears_pitch(cents: float):
-    """The measure itself: found within 8 cents, and what is off by more than 50 is called wrong."""
+    """The measure itself: found within 12 cents (periods are short, 10 samples), and more than 50 is called wrong."""
     for note in notes(1.0, RATE, held_out=True):
         make = string if note.instrument == "string" else voice
         waveform = make(note.frequency * 2 ** (cents / 1200), 1.0, RATE)
         measured, steady = compare_pitch(waveform, note, RATE)
-        assert abs(measured - cents) < 8
+        assert abs(measured - cents) < 12
         assert Heard(note, waveform, measured, steady).in_tune == (abs(cents) <= CENTS)
 
 
@@ -88,7 +88,7 @@ def test_demo_leaves_what_it_promises(tmp_path: Path, capsys: pytest.CaptureFixt
     lines: list[str] = []
     result = demo.run(tmp_path / "demo", config=QUICK, say=lines.append)
     out = tmp_path / "demo"
-    assert len(list((out / "sounds").glob("*.wav"))) == 48
+    assert len(list((out / "sounds").glob("*.wav"))) == 32
     names = sorted(path.name for path in (out / "held_out").glob("*.wav"))
     assert len(names) == 6
     assert names == sorted(path.name for path in (out / "synthesized").glob("*.wav"))

@@ -174,7 +174,7 @@ def _demo() -> Callable[..., int]:
 
     def demo(
         out: Annotated[Path, arg(metavar="DIR")] = Path("demo"),
-        minutes: float = 3.0,
+        minutes: float = 3.5,
         seed: int = 0,
         threads: int | None = None,
         overwrite: bool = False,

@@ -87,8 +87,9 @@ class TrainConfig:
     do not fill the batches. None: take it."""
 
     input_noise: float = 0.0
-    """Deviation, in codes, of noise on the past that the model sees in training (2, say); what it predicts stays clean. It
-    then sees through its own errors when it generates, and heeds the conditioning. Held-out bits are without noise."""
+    """Deviation, in codes, of noise on the past that the model sees in training (2, say); what it predicts stays
+    clean. It then sees through its own errors when it generates, and heeds the conditioning. Held-out bits are without.
+    """
 
     # The steps
     segment: int = 8192
