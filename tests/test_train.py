@@ -540,21 +540,6 @@ def test_a_damaged_state_is_refused(tones, tmp_path):
         train(config_of(tones, tmp_path, max_steps=2, resume=True))
 
 
-def test_a_failed_write_leaves_the_old_state(tmp_path):
-    from wavear.training.state import replace_file
-
-    (tmp_path / "f").write_text("old")
-
-    def fail(path: str) -> None:
-        Path(path).write_text("half")
-        raise OSError("disk full")
-
-    with pytest.raises(OSError, match="disk full"):
-        replace_file(tmp_path / "f", fail)
-    assert (tmp_path / "f").read_text() == "old"
-    assert os.listdir(tmp_path) == ["f"]
-
-
 def test_a_picture_shows_low_frequencies_at_the_bottom():
     from wavear.training.callbacks import spectrogram
 

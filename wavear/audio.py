@@ -16,7 +16,6 @@ import stat
 import sys
 import tempfile
 import threading
-import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +24,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 import torch
 
-from wavear import containers
+from wavear import containers, files
 
 if TYPE_CHECKING:
     import soundfile
@@ -179,7 +178,7 @@ def write(path: StrPath, waveform: torch.Tensor | np.ndarray, sample_rate: int) 
     try:
         if target.exists() and not target.is_file():
             raise OSError(f"{path}: exists and is not a file, not overwritten")
-        _write_whole(target, encoded.getvalue())
+        files.replace_file(target, lambda temporary: temporary.write_bytes(encoded.getvalue()))
     except OSError as error:
         if error.errno is None:
             raise
@@ -412,21 +411,6 @@ def _soxr(waveform: np.ndarray, from_rate: int, to_rate: int) -> np.ndarray:
         np.float64 if waveform.dtype.itemsize > 4 else np.float32
     )
     return soxr.resample(x, from_rate, to_rate, quality="VHQ")[: _resampled_length(len(waveform), from_rate, to_rate)]
-
-
-def _write_whole(target: Path, data: bytes) -> None:
-    """Write a file so that it appears whole or not at all."""
-    temporary = target.parent / f".wavear-{uuid.uuid4().hex}.tmp"
-    try:
-        with open(temporary, "xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())  # a crash after the move must not leave an empty file under the name
-        os.replace(temporary, target)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise
 
 
 def _as_array(waveform: torch.Tensor | np.ndarray) -> np.ndarray:

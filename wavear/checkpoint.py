@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from wavear.files import replace_file
 from wavear.mel import MelConfig
 from wavear.models.base import AutoregressiveModel
 from wavear.models.wavenet import WaveNet, WaveNetConfig
@@ -69,8 +68,8 @@ def save(
     text = json.dumps(described, indent=2)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     directory.mkdir(parents=True, exist_ok=True)
-    _replace(directory / WEIGHTS, lambda path: save_file(tensors, path, metadata={"wavear": text}))
-    _replace(directory / CONFIG, lambda path: Path(path).write_text(text + "\n", encoding="utf-8"))
+    replace_file(directory / WEIGHTS, lambda path: save_file(tensors, path, metadata={"wavear": text}))
+    replace_file(directory / CONFIG, lambda path: path.write_text(text + "\n", encoding="utf-8"))
     return directory
 
 
@@ -224,24 +223,3 @@ def _find(source: str | Path) -> Path:
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise FileNotFoundError(f"{source}: no such directory, and not to be had from the hub: {reason}") from None
-
-
-def _replace(path: Path, write: Any) -> None:
-    """Call `write` with a temporary name beside `path`, then move the file into place."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    try:
-        write(temporary)
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

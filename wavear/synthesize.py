@@ -6,7 +6,6 @@ input that cannot be used is named, counted and passed over; the others are done
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import os
@@ -22,6 +21,7 @@ import numpy as np
 import torch
 
 from wavear import audio
+from wavear.files import replace_file
 from wavear.generate import generate, make_engine
 from wavear.mel import MelConfig, log_mel
 from wavear.models.base import AutoregressiveModel
@@ -531,16 +531,12 @@ def _check_config(described: Any, config: MelConfig, path: Path) -> None:
 
 def _write_npz(path: Path, **arrays: np.ndarray) -> None:
     """The file appears whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with open(temporary, "xb") as file:
+
+    def write(temporary: Path) -> None:
+        with open(temporary, "wb") as file:  # given a name, NumPy would add an ending to it
             np.savez(file, **arrays)  # type: ignore[arg-type]
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        if isinstance(error, OSError):
-            raise OSError(error.errno, f"cannot write {path}: {error.strerror}") from error
-        raise
+
+    try:
+        replace_file(path, write)
+    except OSError as error:
+        raise OSError(error.errno, f"cannot write {path}: {error.strerror}") from error

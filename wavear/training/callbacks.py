@@ -21,12 +21,12 @@ from lightning.pytorch.callbacks import TQDMProgressBar
 from typing_extensions import override
 
 from wavear.data import Recording
+from wavear.files import replace_file
 from wavear.mel import MelConfig, log_mel
 from wavear.models.base import AutoregressiveModel
 from wavear.segments import Layout, read_span
 from wavear.training.bits import held_out_bits
 from wavear.training.module import TrainingModule
-from wavear.training.state import replace_file
 
 LOG_EVERY = 10  # steps
 _VALIDATION_SHARE = 0.05  # of the time, at most, for validations that are due by the clock
@@ -243,7 +243,7 @@ class Run(L.Callback):
         with path.open(newline="", encoding="utf-8") as file:
             rows = [row for row in csv.DictReader(file) if row["step"].isdigit() and int(row["step"]) <= step]
 
-        def write(temporary: str) -> None:
+        def write(temporary: Path) -> None:
             with open(temporary, "w", newline="", encoding="utf-8") as file:
                 writer = csv.DictWriter(file, _COLUMNS, extrasaction="ignore")
                 writer.writeheader()
@@ -292,7 +292,7 @@ class Run(L.Callback):
     def write_record(self) -> None:
         """`train.json`."""
         text = json.dumps(self.record, indent=2, ensure_ascii=False) + "\n"
-        replace_file(self.out / "train.json", lambda path: Path(path).write_text(text, encoding="utf-8"))
+        replace_file(self.out / "train.json", lambda path: path.write_text(text, encoding="utf-8"))
 
     def _sample(self, trainer: L.Trainer, module: TrainingModule) -> None:
         """A second of free-running audio to TensorBoard, as sound and as a picture, beside the original."""

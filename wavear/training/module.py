@@ -83,13 +83,6 @@ class TrainingModule(L.LightningModule):
         return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.99), fused=self.device.type == "cuda")
 
     @override
-    def on_train_start(self) -> None:
-        # Memory of their own for the gradients: autograd may otherwise hand out views of one tensor (for parameters
-        # stacked and summed, say), and adding to one gradient, or clipping it, would change the others.
-        for parameter in self.model.parameters():
-            parameter.grad = torch.zeros_like(parameter)
-
-    @override
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         config = self.settings
         optimizer: Any = self.optimizers()
@@ -109,7 +102,7 @@ class TrainingModule(L.LightningModule):
             samples += mask.sum()
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.gradient_clip or math.inf)
         optimizer.step()
-        optimizer.zero_grad(set_to_none=False)
+        optimizer.zero_grad()
         self.update_average()
         self.last = {"nats": nats, "samples": samples, "learning_rate": rate, "gradient_norm": norm}
 

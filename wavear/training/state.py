@@ -7,14 +7,14 @@ else: what it cannot write, it could not read back either.
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch.plugins import CheckpointIO
 from typing_extensions import override
+
+from wavear.files import replace_file
 
 _KEY = "wavear_state"
 
@@ -65,21 +65,6 @@ def save_state(state: dict[str, Any], path: str | Path) -> None:
     tensors: dict[str, torch.Tensor] = {}
     text = json.dumps(encode(state, tensors))
     replace_file(path, lambda temporary: save_file(tensors, temporary, metadata={_KEY: text}))
-
-
-def replace_file(path: str | Path, write: Callable[[str], Any]) -> None:
-    """Call `write` with the name of a temporary file beside `path`, then move it into place."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        write(str(temporary))
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def load_state(path: str | Path) -> dict[str, Any]:

@@ -1,0 +1,42 @@
+"""Files that appear whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import stat
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+
+
+def replace_file(path: str | Path, write: Callable[[Path], object]) -> None:
+    """Let `write` make a temporary file beside `path`, then move it into place.
+
+    Whatever goes wrong, `path` holds what it held, or nothing, and the temporary file is gone. The folder is not made.
+
+    Parameters
+    ----------
+    path : str or Path
+    write : callable
+        Takes the temporary file's name; the file exists and is empty.
+
+    Raises
+    ------
+    OSError
+        What `write` raised, or the move.
+    """
+    path = Path(path)
+    temporary = path.parent / f".wavear-{uuid.uuid4().hex}.tmp"
+    try:
+        with open(temporary, "xb") as file:
+            mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
+        write(temporary)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())  # a crash after the move must not leave an empty file under the name
+        os.chmod(temporary, mode)  # some libraries write files that only their owner may read
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
