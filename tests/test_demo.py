@@ -48,7 +48,7 @@ def test_notes_are_repeatable_distinct_and_in_range():
     made, again, other = notes(0.2, RATE), notes(0.2, RATE), notes(0.2, RATE, seed=1)
     assert all(np.array_equal(a.waveform, b.waveform) for a, b in zip(made, again, strict=True))
     assert not any(np.array_equal(a.waveform, b.waveform) for a, b in zip(made, other, strict=True))
-    assert len({note.name for note in made}) == len(made) == 40
+    assert len({note.name for note in made}) == len(made) == 240
     assert all(0.3 < np.abs(note.waveform).max() < 0.9 and note.waveform.dtype == np.float32 for note in made)
 
 
@@ -58,11 +58,12 @@ def test_held_out_notes_are_takes_of_their_own():
     assert sorted(note.instrument for note in held_out) == ["string"] * 3 + ["voice"] * 3
     for held in held_out:
         same = [note for note in made if note.name.rsplit("-", 1)[0] == held.name]
-        assert len(same) == 2
-        for note in same:
-            assert note.frequency == held.frequency
-            # Not the same but for loudness and noise, which would leave a correlation of 0.9975.
-            assert np.corrcoef(note.waveform, held.waveform)[0, 1] < 0.997
+        assert len(same) == 12
+        assert all(note.frequency == held.frequency for note in same)
+        # Loudness and noise alone would leave a correlation of 0.9975; takes of another colour lie below.
+        alike = [np.corrcoef(note.waveform, held.waveform)[0, 1] for note in same]
+        assert max(alike) < 0.9975
+        assert np.median(alike) < 0.995
 
 
 @pytest.mark.parametrize("cents", [0.0, 20.0, -20.0, 80.0, -120.0, 1200.0])
@@ -83,12 +84,21 @@ def test_check_hears_noise_and_silence():
             assert not Heard(note, waveform, *compare_pitch(waveform, note, RATE)).in_tune
 
 
+def test_check_hears_a_note_that_goes_astray():
+    """In tune for the first half only: the median may be right, the note is not."""
+    note = notes(1.0, RATE, held_out=True)[-1]
+    assert Heard(note, note.waveform, 0.0, 0.5).in_tune is False
+    astray = note.waveform.copy()
+    astray[4 * RATE // 10 :] = voice(note.frequency * 1.5, 1.0, RATE)[4 * RATE // 10 :]
+    assert not Heard(note, astray, 0.0, compare_pitch(astray, note, RATE)[1]).in_tune
+
+
 def test_demo_leaves_what_it_promises(tmp_path: Path, capsys: pytest.CaptureFixture):
     """All but the training, which is two steps: so the notes are noise, and the demo says so."""
     lines: list[str] = []
     result = demo.run(tmp_path / "demo", config=QUICK, say=lines.append)
     out = tmp_path / "demo"
-    assert len(list((out / "sounds").glob("*.wav"))) == 40
+    assert len(list((out / "sounds").glob("*.wav"))) == 240
     names = sorted(path.name for path in (out / "held_out").glob("*.wav"))
     assert len(names) == 6
     assert names == sorted(path.name for path in (out / "synthesized").glob("*.wav"))

@@ -87,9 +87,9 @@ def limit(ceiling: Ceiling, config: WaveNetConfig, weights: str, batch: int, thr
     Each core runs its share of the streams; they share each read of the weights, and each has its own multiply-adds.
     """
     network = cost(config, weights)
-    streams = -(-batch // min(threads, batch))
-    reading = ceiling.read_rate(network.hot_bytes) / network.hot_bytes * streams
-    return min(threads, batch) * min(reading, ceiling.multiply_adds / network.multiply_adds)
+    streams = -(-batch // threads)  # of the core that has most
+    reading = ceiling.read_rate(network.hot_bytes) / network.hot_bytes
+    return batch * min(reading, ceiling.multiply_adds / network.multiply_adds / streams)
 
 
 def measure(

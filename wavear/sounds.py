@@ -26,7 +26,7 @@ _FORMANT_BANDWIDTHS = (80.0, 90.0, 120.0, 130.0)
 SCALE = {"G3": 55, "C4": 60, "E4": 64, "G4": 67, "C5": 72}
 KINDS = ("string", "a", "i", "o")
 HELD_OUT = [("string", "G3"), ("string", "E4"), ("string", "G4"), ("o", "C4"), ("a", "G4"), ("i", "E4")]
-_TAKES = 2
+_TAKES = 12
 _VIBRATO_CENTS = 10.0
 BREATH = 0.05  # noise over sound, RMS: 26 dB below it
 _LEAD_SECONDS = 0.03  # silence before a note
@@ -141,8 +141,9 @@ def voice(
 def notes(seconds: float, sample_rate: int, *, seed: int = 0, held_out: bool = False) -> list[Note]:
     """The notes of `wavear demo`: those of C major's chord from G3 to C5, by strings and sung on three vowels.
 
-    Each is played twice, differently: plucked at another place and with another plectrum, sung by a larger or a smaller
-    mouth, louder or softer. Held out is a third take of six of them.
+    Each is played twelve times, differently: plucked at another place and with another plectrum, sung by a larger or a
+    smaller mouth, louder or softer. Held out is one more take of six of them. (With two takes of each the network soon
+    knows them by heart, and one held-out note in three has a wrong pitch.)
 
     Parameters
     ----------
