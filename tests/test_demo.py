@@ -48,7 +48,7 @@ def test_notes_are_repeatable_distinct_and_in_range():
     made, again, other = notes(0.2, RATE), notes(0.2, RATE), notes(0.2, RATE, seed=1)
     assert all(np.array_equal(a.waveform, b.waveform) for a, b in zip(made, again, strict=True))
     assert not any(np.array_equal(a.waveform, b.waveform) for a, b in zip(made, other, strict=True))
-    assert len({note.name for note in made}) == len(made) == 240
+    assert len({note.name for note in made}) == len(made) == 144
     assert all(0.3 < np.abs(note.waveform).max() < 0.9 and note.waveform.dtype == np.float32 for note in made)
 
 
@@ -98,7 +98,7 @@ def test_demo_leaves_what_it_promises(tmp_path: Path, capsys: pytest.CaptureFixt
     lines: list[str] = []
     result = demo.run(tmp_path / "demo", config=QUICK, say=lines.append)
     out = tmp_path / "demo"
-    assert len(list((out / "sounds").glob("*.wav"))) == 240
+    assert len(list((out / "sounds").glob("*.wav"))) == 144
     names = sorted(path.name for path in (out / "held_out").glob("*.wav"))
     assert len(names) == 6
     assert names == sorted(path.name for path in (out / "synthesized").glob("*.wav"))

@@ -23,9 +23,9 @@ FORMANTS = {
 }
 _FORMANT_BANDWIDTHS = (80.0, 90.0, 120.0, 130.0)
 # MIDI numbers of the notes of a C major chord.
-SCALE = {"G3": 55, "C4": 60, "E4": 64, "G4": 67, "C5": 72}
+SCALE = {"C4": 60, "E4": 64, "G4": 67}
 KINDS = ("string", "a", "i", "o")
-HELD_OUT = [("string", "G3"), ("string", "E4"), ("string", "G4"), ("o", "C4"), ("a", "G4"), ("i", "E4")]
+HELD_OUT = [("string", "C4"), ("string", "E4"), ("string", "G4"), ("o", "C4"), ("a", "G4"), ("i", "E4")]
 _TAKES = 12
 _VIBRATO_CENTS = 10.0
 BREATH = 0.05  # noise over sound, RMS: 26 dB below it
@@ -139,7 +139,7 @@ def voice(
 
 
 def notes(seconds: float, sample_rate: int, *, seed: int = 0, held_out: bool = False) -> list[Note]:
-    """The notes of `wavear demo`: those of C major's chord from G3 to C5, by strings and sung on three vowels.
+    """The notes of `wavear demo`: a C major chord, by strings and sung on three vowels.
 
     Each is played twelve times, differently: plucked at another place and with another plectrum, sung by a larger or a
     smaller mouth, louder or softer. Held out is one more take of six of them. (With two takes of each the network soon
