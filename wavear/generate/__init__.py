@@ -42,6 +42,25 @@ class Engine(Protocol):
         """Log-probabilities (B, n), in nats, of codes (B, n)."""
         ...
 
+    def state(self, stream: int) -> dict[str, Tensor]:
+        """What one stream needs to go on, on any engine: tensors on the CPU, copies.
+
+        `previous` (1,), the code of the sample before, and the tensors of the model's `export_state`, without the batch.
+        """
+        ...
+
+    def load_state(self, stream: int, state: dict[str, Tensor]) -> None:
+        """Go on with one stream where `state` of any engine was taken."""
+        ...
+
+    def fill(self, stream: int, codes: np.ndarray, cond: Tensor | None) -> None:
+        """Move one stream past codes (n,), conditioning (1, C, n), (1, C, 1) or None, in parallel; as `score` does."""
+        ...
+
+    def resized(self, batch: int) -> Engine:
+        """An engine like this one for `batch` streams before their first sample, which shares its packed weights."""
+        ...
+
 
 def make_engine(
     model: AutoregressiveModel,
