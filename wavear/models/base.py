@@ -99,7 +99,7 @@ class AutoregressiveModel(nn.Module):
             self.step(previous[:, t], state, None if cond is None else cond[:, :, t if cond.shape[2] > 1 else 0])
 
     def export_state(self, state: Any) -> dict[str, Tensor]:
-        """What the state holds as tensors by name, batch first: in an order that no engine chose, so that any can go on.
+        """What the state holds as tensors by name, batch first, in an order that every engine can make and read.
 
         Copies, on the device and in the precision of the state.
         """

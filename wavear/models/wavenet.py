@@ -118,8 +118,8 @@ class WaveNetState:
     queues: list[Tensor]
     """Per layer, (B, (kernel - 1) * dilation, R)."""
     time: Tensor
-    """Samples stepped so far, or fewer: where the oldest past lies. int64 scalar on the device, so that a captured graph
-    can advance it."""
+    """Samples stepped since the queues began at their oldest; int64 scalar on the device, so that a captured graph can
+    advance it."""
 
 
 class WaveNet(AutoregressiveModel):
@@ -255,7 +255,8 @@ class WaveNet(AutoregressiveModel):
         queues = list(self.export_state(state).values())
         for start in range(0, previous.shape[1], _PREFILL):
             part = slice(start, start + _PREFILL)
-            for _ in self._layers(previous[:, part], cond if cond is None or cond.shape[2] == 1 else cond[:, :, part], queues):
+            given = cond if cond is None or cond.shape[2] == 1 else cond[:, :, part]
+            for _ in self._layers(previous[:, part], given, queues):
                 pass
         for queue, filled in zip(state.queues, queues, strict=True):
             queue.copy_(filled)
