@@ -38,8 +38,8 @@ class Stream:
     engine, weights, threads
         See `wavear.generate.make_engine`.
     prime : Tensor or array, shape (T,), floating point in [-1, 1], at the model's rate, optional
-        A recording to go on from, see `wavear.generate`. With mels, its frames are pushed first. What
-        comes out is what follows it.
+        A recording to go on from, see `wavear.generate`; what comes out is what follows it. With mels, its frames are
+        pushed first.
 
     Raises
     ------
@@ -342,8 +342,8 @@ class _Utterance:
             waveform = check_prime(prime)
             if len(waveform) != 1:
                 raise ValueError(f"prime has shape {tuple(waveform.shape)}: a stream has one, of shape (T,)")
+            self.position = self.asked = waveform.shape[1]
             self.prime = encode_prime(waveform, model)[0]
-            self.position = self.asked = len(self.prime)
 
     @property
     def latency(self) -> int:
