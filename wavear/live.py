@@ -117,7 +117,9 @@ class Report:
         )
 
 
-def serve(model: Any, source: BinaryIO, sink: Sink, *, say: Callable[[str], object], **settings: Any) -> Report:
+def serve(
+    model: Any, source: io.BufferedReader, sink: Sink, *, say: Callable[[str], object], **settings: Any
+) -> Report:
     """Audio of the mel frames that `source` brings, as soon as they come.
 
     Parameters
@@ -226,12 +228,12 @@ def _warm_up(stream: Stream, bands: int) -> None:
     probe.push(torch.zeros(bands, stream.latency))
 
 
-def read_frames(source: BinaryIO, bands: int) -> Iterator[np.ndarray]:
+def read_frames(source: io.BufferedReader, bands: int) -> Iterator[np.ndarray]:
     """Mel frames as they come, (M, n) each, float32.
 
     Parameters
     ----------
-    source : binary file
+    source : binary file, with `read1`
         Raw little-endian float32, frame after frame, each with its M bands; or one `.npy` array, (F, M), or (M, F) as
         `numpy.save` writes a mel (then it is read whole, its frames lie apart). If F = M it is taken for (M, F).
     bands : int
@@ -269,7 +271,7 @@ def read_frames(source: BinaryIO, bands: int) -> Iterator[np.ndarray]:
         if bad.size:
             raise ValueError(f"frame {count + bad[0]} of stdin holds NaN or infinity")
         count += len(frames)
-        yield np.ascontiguousarray(frames.T, np.float32)
+        yield np.array(frames.T, np.float32, order="C")
     if total is not None and count < total:
         raise ValueError(f"the array on stdin ends after {count} of {total} frames")
     if not count:
@@ -299,13 +301,12 @@ def _npy_header(buffered: _Buffered, bands: int) -> tuple[np.dtype, int, bool]:
 class _Buffered:
     """Bytes as they come, without waiting for more than is asked for."""
 
-    def __init__(self, source: BinaryIO):
+    def __init__(self, source: io.BufferedReader):
         self.source = source
         self.held = b""
 
     def _more(self) -> bool:
-        read = getattr(self.source, "read1", self.source.read)
-        data = read(1 << 16)
+        data = self.source.read1(1 << 16)
         self.held += data
         return bool(data)
 

@@ -355,7 +355,8 @@ class _Utterance:
         return max(0, (self.conditioner.certain if self.conditioner.has_mel else self.asked) - self.position)
 
     def push(self, mel: Tensor | np.ndarray) -> None:
-        mel = torch.as_tensor(mel)
+        # A copy of an array: torch warns of memory that it may not write, and takes no negative strides.
+        mel = mel if isinstance(mel, Tensor) else torch.from_numpy(np.array(mel))
         if not self.conditioner.has_mel:
             raise ValueError("the model takes no mel: it was trained without mel conditioning; pull samples instead")
         if self.conditioner.closed:
