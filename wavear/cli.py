@@ -349,6 +349,7 @@ def _generate() -> Callable[..., int]:
         sampling
             How the audio is made.
         """
+        from wavear.audio import info
         from wavear.synthesize import generate_file
 
         _check_file(out, overwrite)
@@ -363,7 +364,7 @@ def _generate() -> Callable[..., int]:
             say=_say,
             **sampling.settings,
         )
-        _say(f"{out}  {report.audio_seconds:.2f} s, {model.config.sample_rate} Hz")
+        _say(f"{out}  {info(out).seconds:.2f} s, {model.config.sample_rate} Hz")
         return _summary(report)
 
     return generate
