@@ -354,7 +354,8 @@ def run(model: Any, out: str, **settings: Any) -> int:
     rate = model.config.sample_rate
     sink = Pipe(sys.stdout.buffer) if out == "-" else Device(rate, out.partition(":")[2])
     try:
-        serve(model, sys.stdin.buffer, sink, say=say, **settings)
+        source: Any = sys.stdin.buffer
+        serve(model, source, sink, say=say, **settings)
     except BrokenPipeError:
         # The player was closed, which is how one stops listening. Python would complain when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -277,7 +277,7 @@ class StreamBatch:
         made: dict[int, list[Tensor]] = {}
         with torch.inference_mode():
             while ready := {m: u.ready for m, u in self._members.items() if u.ready}:
-                self._seat(list(ready))
+                self._seat(set(ready))
                 for place, member in enumerate(self._seated):
                     if self._members[member].prime is not None:
                         self._members[member].fill(self._engine, place)
@@ -290,32 +290,36 @@ class StreamBatch:
     def state(self, member: int) -> StreamState:
         """What a member is at this moment, for `Stream.load`, or `add` here or in another batch."""
         utterance = self._member(member)
-        seated = member in self._seated
+        seated = member not in self._states
         return utterance.state(self._engine.state(self._seated.index(member)) if seated else self._states[member])
 
     def remove(self, member: int) -> None:
         """Forget a member; what it did not make is lost."""
         self._member(member)
-        if member in self._seated:
-            self._seat([other for other in self._seated if other != member])
-        del self._members[member], self._states[member]
+        del self._members[member]
+        self._states.pop(member, None)
 
     def _member(self, member: int) -> _Utterance:
         if member not in self._members:
             raise ValueError(f"there is no member {member!r}: it was never added, or is removed")
         return self._members[member]
 
-    def _seat(self, members: list[int]) -> None:
-        """Let the engine hold exactly these members."""
-        if members == self._seated:
+    def _seat(self, members: set[int]) -> None:
+        """Let the engine hold exactly these members; who stays keeps the place, where as many come as go."""
+        old = dict(enumerate(self._seated))
+        if members == set(self._seated):
             return
-        for place, member in enumerate(self._seated):
-            self._states[member] = self._engine.state(place)
-        if members and len(members) != len(self._seated):
+        stay = {place for place, member in old.items() if member in members} if len(members) == len(old) else set()
+        for place, member in old.items():
+            if place not in stay and member in self._members:
+                self._states[member] = self._engine.state(place)
+        if len(members) != len(old):
             self._engine = self._engine.resized(len(members))
-        for place, member in enumerate(members):
-            self._engine.load_state(place, self._states[member])
-        self._seated = members
+        coming = iter(sorted(members - {old[place] for place in stay}))
+        self._seated = [old[place] if place in stay else next(coming) for place in range(len(members))]
+        for place, member in enumerate(self._seated):
+            if place not in stay:
+                self._engine.load_state(place, self._states.pop(member))
 
 
 class _Utterance:
