@@ -15,6 +15,8 @@ from hypothesis import strategies as st
 import wavear
 from wavear import AutoregressiveModel, MelConfig, Stream, StreamBatch, WaveNet, WaveNetConfig, audio, mulaw_encode
 from wavear.generate import make_engine
+from wavear.generate.conditioner import UtteranceConditioner
+from wavear.generate.prime import fill
 from wavear.generate.sampling import uniforms
 
 ENGINES = [("reference", "float32"), ("numba", "float32"), ("numba", "bfloat16")]
@@ -119,6 +121,24 @@ def test_the_pass_is_short_however_long_the_prime(monkeypatch):
     monkeypatch.setattr(WaveNet, "prefill", lambda *a: given.append(a[1].shape) or prefill(*a))
     wavear.generate(model, samples=5, prime=recording(4000)[0])
     assert given == [(1, model.receptive_field)]
+
+
+@pytest.mark.parametrize("config", [{}, {"kernel_size": 3, "mel": MEL}, {"layers": 1, "stacks": 1}])
+@pytest.mark.parametrize("more", [-1, 0, 1, 50])
+def test_what_is_left_out_of_a_long_prime_does_not_matter(config, more):
+    """The state after the receptive field alone is that after the whole prime."""
+    model = make(**config).double()
+    codes = np.random.default_rng(0).integers(0, 64, (1, max(1, model.receptive_field + more)))
+    conditioner = UtteranceConditioner(model)
+    if "mel" in config:
+        conditioner.push(mels(1, 12)[0].double())
+    with torch.inference_mode():
+        filled, stepped = (make_engine(model, 1, "reference")[1] for _ in range(2))
+        fill(filled, 0, model, codes[0], conditioner)
+        stepped.score(codes, conditioner.span(0, codes.shape[1]))
+        found, expected = filled.state(0), stepped.state(0)
+    for name, tensor in found.items():
+        torch.testing.assert_close(tensor, expected[name], rtol=0, atol=1e-12)
 
 
 # ---- the audio

@@ -154,11 +154,11 @@ def test_frames_that_no_sample_needs_are_dropped(hop):
 
 def test_the_memory_of_what_is_pushed_may_be_used_again():
     model = make(20)
-    mel = random_mel(30).numpy()
-    stream, buffer, parts = Stream(model), np.empty((BANDS, 3), np.float32), []
+    mel = random_mel(30)
+    stream, buffer, parts = Stream(model), torch.empty(BANDS, 3), []
     for k in range(10):
         buffer[:] = mel[:, 3 * k : 3 * k + 3]
-        parts.append(stream.push(buffer))
+        parts.append(stream.push(buffer if k % 2 else buffer.numpy()))
     parts.append(stream.flush())
     assert torch.equal(torch.cat(parts), wavear.generate(model, mel)[0])
 
@@ -392,9 +392,16 @@ def test_files_that_are_no_states_are_refused(tmp_path):
     save_file({"x": torch.zeros(1)}, tmp_path / "foreign")
     with pytest.raises(ValueError, match="not of a stream's state"):
         Stream.load(model, tmp_path / "foreign")
+    save_file({"x": torch.zeros(1)}, tmp_path / "newer", metadata={"wavear_stream": '{"format": 2}'})
+    with pytest.raises(ValueError, match="newer has format 2, this version of wavear reads format 1"):
+        Stream.load(model, tmp_path / "newer")
+    save_file({"x": torch.zeros(1)}, tmp_path / "poor", metadata={"wavear_stream": '{"format": 1}'})
+    with pytest.raises(ValueError, match="poor is damaged: it lacks asked, closed"):
+        Stream.load(model, tmp_path / "poor")
     state = Stream(model).state()
     short = {name: t[:-1] if name == "queue.1" else t for name, t in state.tensors.items()}
-    for tensors in (short, {**state.tensors, "previous": torch.tensor([64])}):
+    one = torch.tensor([64])
+    for tensors in (short, {**state.tensors, "previous": one}, {**state.tensors, "prime": one}, {"mel": one}):
         with pytest.raises(ValueError, match="damaged"):
             Stream.load(model, StreamState(tensors, state.about))
 
@@ -573,6 +580,14 @@ def test_frames_are_there_as_soon_as_their_bytes():
 def test_frames_that_do_not_fit_are_refused(data, message):
     with pytest.raises(ValueError, match=message):
         list(read_frames(Slow(*cut(data, 7)), BANDS))  # type: ignore[arg-type]
+
+
+def test_pcm_is_that_of_a_file(tmp_path):
+    import soundfile
+
+    audio = torch.cat([torch.linspace(-1, 1, 1001), torch.tensor([0.5 / 32768, 1.5 / 32768])])
+    wavear.audio.write(tmp_path / "x.wav", audio, 8000)
+    assert pcm16(audio.numpy()) == soundfile.read(tmp_path / "x.wav", dtype="int16")[0].astype("<i2").tobytes()
 
 
 def test_serving_tells_latency_and_underruns():

@@ -17,6 +17,7 @@ from wavear.models.base import AutoregressiveModel
 
 FORMAT = 1
 _KEY = "wavear_stream"
+_FIELDS = {"position", "asked", "seed", "speaker", "temperature", "first_frame", "closed", "model"}
 
 
 @dataclass(frozen=True)
@@ -78,9 +79,15 @@ class StreamState:
             raise ValueError(f"{path} is damaged or no safetensors file: {error}") from None
         if about is None:
             raise ValueError(f"{path} is a safetensors file, but not of a stream's state")
-        about = json.loads(about)
-        if about["format"] != FORMAT:
-            raise ValueError(f"{path} has format {about['format']!r}, this version of wavear reads format {FORMAT}")
+        try:
+            about = json.loads(about)
+            found = about["format"]
+        except (ValueError, TypeError, KeyError):
+            raise ValueError(f"{path} is damaged: what it says of itself is not JSON, or names no format") from None
+        if found != FORMAT:
+            raise ValueError(f"{path} has format {found!r}, this version of wavear reads format {FORMAT}")
+        if missing := _FIELDS - set(about):
+            raise ValueError(f"{path} is damaged: it lacks {', '.join(sorted(missing))}")
         return cls(tensors, about)
 
 

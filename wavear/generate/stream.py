@@ -171,11 +171,12 @@ class Stream:
             If the state is of another model (the message names what differs), or the file is damaged.
         """
         state = state if isinstance(state, StreamState) else StreamState.load(state)
+        check_model(state, model)
         stream = cls.__new__(cls)
-        stream._utterance = _Utterance.restored(model, state, seed)
         with torch.inference_mode():
             stream.engine, stream._engine = make_engine(model, 1, engine, weights=weights, threads=threads)
             stream._engine.load_state(0, _checked(state, stream._engine.state(0), model))
+        stream._utterance = _Utterance.restored(model, state, seed)
         stream._settings = {"engine": stream.engine, "weights": weights, "threads": threads}
         return stream
 
@@ -249,8 +250,9 @@ class StreamBatch:
             utterance, tensors = _Utterance(self.model, seed, speaker, temperature, prime), self._beginning
         else:
             state = state if isinstance(state, StreamState) else StreamState.load(state)
-            utterance = _Utterance.restored(self.model, state, None)
+            check_model(state, self.model)
             tensors = _checked(state, self._beginning, self.model)
+            utterance = _Utterance.restored(self.model, state, None)
         member, self._next = self._next, self._next + 1
         self._members[member], self._states[member] = utterance, tensors
         return member
@@ -430,7 +432,6 @@ class _Utterance:
 
     @classmethod
     def restored(cls, model: AutoregressiveModel, state: StreamState, seed: int | None) -> _Utterance:
-        check_model(state, model)
         about = state.about
         utterance = cls(model, about["seed"] if seed is None else seed, about["speaker"], about["temperature"], None)
         utterance.position, utterance.asked = about["position"], about["asked"]
@@ -463,6 +464,9 @@ def _checked(state: StreamState, pattern: dict[str, Tensor], model: Autoregressi
     """The engine's part of a state, whose names and shapes are those of `pattern`."""
     tensors = {name: tensor for name, tensor in state.tensors.items() if name not in ("mel", "prime")}
     shapes = [{name: tuple(tensor.shape) for name, tensor in each.items()} for each in (tensors, pattern)]
-    if shapes[0] != shapes[1] or not 0 <= int(tensors["previous"]) < model.config.classes:
+    codes = [tensors.get("previous", torch.tensor([-1])), state.tensors.get("prime", torch.tensor([0]))]
+    mel = state.tensors.get("mel")
+    sound = shapes[0] == shapes[1] and all(0 <= int(c.min()) <= int(c.max()) < model.config.classes for c in codes)
+    if not sound or (mel is not None and (mel.dim() != 2 or len(mel) != model.config.mel.bands or not mel.numel())):
         raise ValueError("the state is damaged: its tensors are not those of a stream of this model")
     return tensors
