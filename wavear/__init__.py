@@ -3,6 +3,8 @@
 from wavear import audio
 from wavear.checkpoint import CheckpointError, load
 from wavear.generate import generate, score
+from wavear.generate.state import StreamState
+from wavear.generate.stream import Stream, StreamBatch
 from wavear.mel import MelConfig, log_mel
 from wavear.models.base import AutoregressiveModel
 from wavear.models.wavenet import WaveNet, WaveNetConfig
@@ -15,6 +17,9 @@ __all__ = [
     "AutoregressiveModel",
     "CheckpointError",
     "MelConfig",
+    "Stream",
+    "StreamBatch",
+    "StreamState",
     "TrainConfig",
     "TrainResult",
     "WaveNet",

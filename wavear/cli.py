@@ -47,6 +47,13 @@ class Sampling:
         """For `wavear.generate`."""
         return {name: value for name, value in dataclasses.asdict(self).items() if name != "device"}
 
+    @property
+    def stream_settings(self) -> dict[str, Any]:
+        """For `wavear.Stream`."""
+        return {
+            name: getattr(self, name) for name in ("seed", "temperature", "speaker", "engine", "weights", "threads")
+        }
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command.
@@ -262,13 +269,15 @@ def _synthesize() -> Callable[..., int]:
     def synthesize(
         checkpoint: Annotated[Positional[str], arg(metavar="CHECKPOINT")],
         inputs: Annotated[Positional[list[Path]], arg(metavar="INPUT...", help_behavior_hint="(required)")],
-        out: Annotated[Path, arg(metavar="DIR")],
+        out: Annotated[Path | None, arg(metavar="DIR", help_behavior_hint="(required without --stream)")] = None,
         overwrite: bool = False,
+        stream: bool = False,
         sampling: Sampling = Sampling(),
     ) -> int:
         """Make audio from mel spectrograms, or from the mels of recordings.
 
-        A mel of F frames becomes F * hop samples, as 16-bit WAV.
+        A mel of F frames becomes F * hop samples, as 16-bit WAV. With `- --stream`, frames from stdin become raw 16-bit
+        PCM on stdout as they come: ... | wavear synthesize CHECKPOINT - --stream | aplay -t raw -f S16_LE -c 1 -r 22050
 
         Parameters
         ----------
@@ -276,15 +285,29 @@ def _synthesize() -> Callable[..., int]:
             Folder that `wavear train` wrote, or owner/name on the Hugging Face hub.
         inputs
             Audio files (their mel is taken), mels (.npy, .npz, .pt, .safetensors; bands first), or folders of these.
+            With --stream: -, stdin, float32 frame after frame, or a .npy array.
         out
-            Folder to write to, made where it is missing.
+            Folder to write to, made where it is missing. With --stream: - for stdout, the default; device, or
+            device:NAME, for a sound device (needs the package sounddevice).
         overwrite
             Replace files that exist.
+        stream
+            Follow mel frames as they come; latency and underruns are told on stderr.
         sampling
             How the audio is made.
         """
         from wavear.synthesize import plan, synthesize
 
+        if stream:
+            from wavear import live
+
+            if inputs != [Path("-")]:
+                raise ValueError("--stream follows the frames on stdin: its one input is -")
+            return live.run(_load(checkpoint, sampling.device), str(out or "-"), **sampling.stream_settings)
+        if Path("-") in inputs:
+            raise ValueError("- is stdin, whose frames are followed as they come: pass --stream")
+        if out is None:
+            return _complain("the following arguments are required: --out (see wavear synthesize --help)", 2)
         jobs = plan(inputs, out, ".wav", overwrite=overwrite)
         model = _load(checkpoint, sampling.device)
         report = synthesize(
@@ -303,9 +326,11 @@ def _generate() -> Callable[..., int]:
         seconds: float,
         out: Annotated[Path, arg(metavar="FILE")],
         overwrite: bool = False,
+        prime: Annotated[Path | None, arg(metavar="FILE")] = None,
+        include_prime: bool = False,
         sampling: Sampling = Sampling(),
     ) -> int:
-        """Make audio freely, with a model that is not conditioned on mels.
+        """Make audio freely, with a model that is not conditioned on mels; from silence, or going on from a recording.
 
         Parameters
         ----------
@@ -317,15 +342,29 @@ def _generate() -> Callable[..., int]:
             WAV or FLAC file to write.
         overwrite
             Replace the file if it exists.
+        prime
+            Recording to go on from.
+        include_prime
+            Write the recording in front of what follows it.
         sampling
             How the audio is made.
         """
+        from wavear.audio import info
         from wavear.synthesize import generate_file
 
         _check_file(out, overwrite)
         model = _load(checkpoint, sampling.device)
-        report = generate_file(model, seconds, out, progress=sys.stderr.isatty(), **sampling.settings)
-        _say(f"{out}  {report.audio_seconds:.2f} s, {model.config.sample_rate} Hz")
+        report = generate_file(
+            model,
+            seconds,
+            out,
+            prime=prime,
+            include_prime=include_prime,
+            progress=sys.stderr.isatty(),
+            say=_say,
+            **sampling.settings,
+        )
+        _say(f"{out}  {info(out).seconds:.2f} s, {model.config.sample_rate} Hz")
         return _summary(report)
 
     return generate

@@ -11,6 +11,7 @@ import json
 import os
 import tempfile
 import time
+import warnings
 import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -23,6 +24,7 @@ import torch
 from wavear import audio
 from wavear.files import replace_file
 from wavear.generate import generate, make_engine
+from wavear.generate.prime import check_prime, doubts
 from wavear.mel import MelConfig, log_mel
 from wavear.models.base import AutoregressiveModel
 
@@ -292,6 +294,9 @@ def generate_file(
     weights: str = "float32",
     threads: int | None = None,
     progress: bool = False,
+    prime: str | Path | None = None,
+    include_prime: bool = False,
+    say: Callable[[str], object] = lambda line: None,
 ) -> Report:
     """Make audio from a model that is not conditioned on mels, and write it.
 
@@ -304,6 +309,12 @@ def generate_file(
         The `.wav` or `.flac` file; replaced if it exists. Its folder is made where it is missing.
     seed, temperature, speaker, engine, weights, threads, progress
         See `wavear.generate`.
+    prime : str or Path, optional
+        Audio file to go on from, resampled to the model's rate; what exceeds full scale by that is clipped.
+    include_prime : bool
+        Write it in front of what follows.
+    say : callable
+        Is told, in one line each, that the prime is resampled, and what seems wrong with it.
 
     Returns
     -------
@@ -312,31 +323,53 @@ def generate_file(
     Raises
     ------
     ValueError
-        If the model takes mels, or a setting does not fit it.
+        If the model takes mels, or a setting or the prime does not fit it.
     """
     if model.config.mel is not None:
         raise ValueError("the model is conditioned on mels, it cannot make audio without: use `wavear synthesize`")
     if not 0 < seconds <= _LONGEST_SECONDS:
         raise ValueError(f"seconds is {seconds:g}, it must be above 0 and at most {_LONGEST_SECONDS:g}")
+    if include_prime and prime is None:
+        raise ValueError("the prime is to be written, and there is none")
     check_writable(Path(out).parent)
     rate = model.config.sample_rate
+    past = None if prime is None else _read_prime(Path(prime), rate, say)
     samples = max(round(seconds * rate), 1)
     name = make_engine(model, 1, engine, weights=weights, threads=threads)[0]
     began = time.perf_counter()
-    waveform = generate(
-        model,
-        samples=samples,
-        seed=seed,
-        temperature=temperature,
-        speaker=speaker,
-        engine=engine,
-        weights=weights,
-        threads=threads,
-        progress=progress,
-    )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="the prime is")  # it has been said
+        waveform = generate(
+            model,
+            samples=samples,
+            seed=seed,
+            temperature=temperature,
+            speaker=speaker,
+            engine=engine,
+            weights=weights,
+            threads=threads,
+            progress=progress,
+            prime=past,
+            include_prime=include_prime,
+        )
     Path(out).parent.mkdir(parents=True, exist_ok=True)
     audio.write(out, waveform[0].numpy(), rate)
     return Report(name, 1, samples / rate, time.perf_counter() - began)
+
+
+def _read_prime(path: Path, rate: int, say: Callable[[str], object]) -> torch.Tensor:
+    """(P,) at the model's rate."""
+    own = audio.info(path).sample_rate
+    waveform = audio.read(path, sample_rate=rate)
+    if own != rate:
+        say(f"{path} has {own} Hz: it is resampled to {rate} Hz")
+        waveform = waveform.clamp(-1, 1)  # a filter overshoots where the recording is near full scale
+    try:
+        for doubt in doubts(check_prime(waveform)):
+            say(f"{path}: {doubt}")
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    return waveform
 
 
 def write_mels(

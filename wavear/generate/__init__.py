@@ -10,6 +10,7 @@ batch it rides in, and not on the chunks it is made in.
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 from wavear.generate.conditioner import Conditioner
+from wavear.generate.prime import check_prime, doubts, encode_prime, fill
 from wavear.generate.reference import ReferenceEngine
 from wavear.generate.sampling import uniforms
 from wavear.models.base import AutoregressiveModel
@@ -40,6 +42,25 @@ class Engine(Protocol):
 
     def score(self, codes: np.ndarray, cond: Tensor | None) -> np.ndarray:
         """Log-probabilities (B, n), in nats, of codes (B, n)."""
+        ...
+
+    def state(self, stream: int) -> dict[str, Tensor]:
+        """What one stream needs to go on, on any engine: tensors on the CPU, copies.
+
+        `previous` (1,), the code of the sample before, and the model's `export_state`, without the axis of the batch.
+        """
+        ...
+
+    def load_state(self, stream: int, state: dict[str, Tensor]) -> None:
+        """Go on with one stream where `state` of any engine was taken."""
+        ...
+
+    def fill(self, stream: int, codes: np.ndarray, cond: Tensor | None) -> None:
+        """Move one stream past codes (n,), conditioning (1, C, n), (1, C, 1) or None, in parallel; as `score` does."""
+        ...
+
+    def resized(self, batch: int) -> Engine:
+        """An engine like this one for `batch` streams before their first sample, which shares its packed weights."""
         ...
 
 
@@ -102,6 +123,8 @@ def generate(
     weights: str = "float32",
     threads: int | None = None,
     progress: bool = False,
+    prime: Tensor | np.ndarray | None = None,
+    include_prime: bool = False,
 ) -> Tensor:
     """New audio, sample by sample.
 
@@ -111,7 +134,8 @@ def generate(
     mel : Tensor or array, shape (B, M, F) or (M, F); or a sequence of (M, F_i) of different lengths
         Log-mels as `model.config.mel` defines them (`wavear.log_mel`); None for a model without mel conditioning.
     samples : int, optional
-        Samples T of each utterance. With a mel at most, and by default, F * hop; without one it is required.
+        Samples T of each utterance. With a mel at most, and by default, F * hop; without one it is required. A prime is
+        not counted: see there.
     speaker : int, or one per utterance
         For a model with speakers, 0 to speakers - 1.
     seed : int, or one per utterance; 0 to 2**64 - 1
@@ -122,6 +146,13 @@ def generate(
         See `make_engine`. Every engine makes the same audio from the same seed.
     progress : bool
         Show a bar with the real-time factor (seconds of audio per second).
+    prime : Tensor or array, shape (P,) or (B, P), floating point in [-1, 1], at the model's sample rate, optional
+        A recording to go on from; one for all utterances, or one for each. It takes the first P samples of the
+        utterance: a mel covers the prime and what follows, so that F * hop is at least P + T, and what is made is
+        samples P to P + T, from the uniforms of these. So a recording that was made with a seed goes on as it would
+        have. A prime that is silent or clipped is warned of.
+    include_prime : bool
+        Return the prime, as it was given, in front of what follows: (B, P + T).
 
     Returns
     -------
@@ -141,22 +172,30 @@ def generate(
     torch.Size([2, 100])
     """
     seeds = _check_seeds(seed)
-    conditioner, batch = _prepare(model, mel, speaker, None if len(seeds) == 1 else len(seeds))
+    past = torch.empty(1, 0) if prime is None else check_prime(prime)
+    counts = {"utterances": len(seeds), "primes": len(past)}
+    conditioner, batch = _prepare(model, mel, speaker, {name: n for name, n in counts.items() if n > 1})
     seeds = seeds * batch if len(seeds) == 1 else seeds
-    lengths = _check_samples(conditioner.lengths, samples, batch)
+    past = past.expand(batch, -1)
+    begin = past.shape[1]
+    for doubt in doubts(past[:1] if past.stride(0) == 0 else past) if begin else []:
+        warnings.warn(doubt, stacklevel=2)
+    lengths = _check_samples(conditioner.lengths, samples, batch, begin)
     total = max(lengths)
     temperatures = _check_temperature(temperature, batch, total)
     codes = np.empty((batch, total), dtype=np.int64)
     with torch.inference_mode():
         name, runner = make_engine(model, batch, engine, weights=weights, threads=threads)
+        for b, row in enumerate(encode_prime(past, model) if begin else []):
+            fill(runner, b, model, row, conditioner.utterances[b if len(conditioner.utterances) > 1 else 0])
         for start, stop in _chunks(total, progress, model.config.sample_rate, batch, name):
-            draws = np.stack([uniforms(s, start, stop - start) for s in seeds])
+            draws = np.stack([uniforms(s, begin + start, stop - start) for s in seeds])
             scale = temperatures[:, start:stop] if isinstance(temperatures, np.ndarray) else temperatures
-            codes[:, start:stop] = runner.generate(draws, conditioner.span(start, stop), scale)
+            codes[:, start:stop] = runner.generate(draws, conditioner.span(begin + start, begin + stop), scale)
     waveform = mulaw_decode(torch.from_numpy(codes), model.config.classes)
     for row, length in zip(waveform, lengths, strict=True):
         row[length:] = 0
-    return waveform
+    return torch.cat([past, waveform], dim=1) if include_prime else waveform
 
 
 def score(
@@ -203,7 +242,7 @@ def score(
     batch, total = waveform.shape
     if model.config.mel is not None and mel is None:
         mel = _own_mel(waveform, model.config.mel)
-    conditioner, _ = _prepare(model, mel, speaker, batch)
+    conditioner, _ = _prepare(model, mel, speaker, {"utterances": batch})
     if conditioner.lengths is not None and min(conditioner.lengths) < total:
         raise ValueError(f"the mel covers {min(conditioner.lengths)} samples and the waveform has {total}")
     codes = mulaw_encode(waveform.cpu(), model.config.classes)
@@ -268,15 +307,24 @@ def _check_seeds(seed: int | Sequence[int]) -> list[int]:
     return [int(value) for value in seeds]
 
 
-def _check_samples(lengths: list[int] | None, samples: int | None, batch: int) -> list[int]:
+def _check_samples(lengths: list[int] | None, samples: int | None, batch: int, begin: int = 0) -> list[int]:
+    """Samples to make of each utterance, after the `begin` samples of a prime."""
     if samples is not None and (isinstance(samples, bool) or not isinstance(samples, int | np.integer) or samples < 1):
         raise ValueError(f"samples is {samples!r}, it must be a whole number of at least 1")
     if lengths is None:
         if samples is None:
             raise ValueError("samples is needed where no mel says how long the audio is")
         return [int(samples)] * batch
+    if begin >= min(lengths):
+        raise ValueError(
+            f"the mel covers {min(lengths)} samples and the prime has {begin}: it must cover the prime and what follows"
+        )
     if samples is None:
-        return lengths
+        return [length - begin for length in lengths]
+    if begin + samples > min(lengths) and begin:
+        raise ValueError(
+            f"samples is {samples} after a prime of {begin}, and the mel covers {min(lengths)}: it must cover both"
+        )
     if samples > min(lengths):
         raise ValueError(f"samples is {samples}, and the mel covers {min(lengths)}: give more frames, or ask for less")
     return [int(samples)] * batch
@@ -295,16 +343,19 @@ def _check_temperature(temperature: float | Tensor | np.ndarray, batch: int, tot
 
 
 def _prepare(
-    model: AutoregressiveModel, mel: Mel | None, speaker: int | Sequence[int] | Tensor | None, batch: int | None
+    model: AutoregressiveModel,
+    mel: Mel | None,
+    speaker: int | Sequence[int] | Tensor | None,
+    given: dict[str, int],
 ) -> tuple[Conditioner, int]:
-    """Checks mel and speaker against the model; the conditioner and the number of utterances."""
+    """Checks mel and speaker against the model and other numbers of utterances; the conditioner and the number."""
     config = model.config
     mels = _check_mel(mel, config.mel)
     speakers = _check_speaker(speaker, config.speakers)
     counts = {
         "mels": len(mels) if mels is not None else None,
         "speakers": len(speakers) if speakers is not None and len(speakers) > 1 else None,
-        "utterances": batch,
+        **given,
     }
     known = {name: count for name, count in counts.items() if count is not None}
     if len(set(known.values())) > 1:

@@ -7,15 +7,13 @@ from torch import Tensor
 
 from wavear.models.base import AutoregressiveModel
 
-_LEAST = 256  # samples a block covers at least: keeps the calls few where the hop is small
+# Samples that a block covers, as nearly as whole frames allow. A block is known once all its frames and the look-ahead
+# are: fewer samples would save a stream less than 6 ms of latency, and cost a call of the model more often.
+_BLOCK = 128
 
 
 class Conditioner:
-    """Conditioning of a batch, any span of samples at a time, in memory that does not grow with the length.
-
-    A convolution library may round differently for inputs of different shapes. So `model.condition` is always called
-    with one utterance and the same number of frames, and an utterance's conditioning depends neither on the batch it
-    rides in nor on the spans it is asked for.
+    """Conditioning of a batch of whole mels, any span of samples at a time.
 
     Parameters
     ----------
@@ -25,39 +23,109 @@ class Conditioner:
     """
 
     def __init__(self, model: AutoregressiveModel, mels: list[Tensor] | None, speakers: list[int] | None):
-        weight = next(model.parameters())
-        self.model = model
-        self.hop = model.config.mel.hop_length if mels is not None else 1
-        self.lengths = [mel.shape[1] * self.hop for mel in mels] if mels is not None else None
-        self.mels = [mel.to(weight.device, weight.dtype) for mel in mels] if mels is not None else None
-        self.speakers = None if speakers is None else torch.tensor(speakers, device=weight.device)
-        self.block = -(-_LEAST // self.hop)  # frames
-        self._kept: dict[tuple[int, int], Tensor] = {}
+        count = len(mels or speakers or [None])
+        self.utterances = [UtteranceConditioner(model, speakers[b] if speakers else None) for b in range(count)]
+        for utterance, mel in zip(self.utterances, mels or [], strict=False):
+            utterance.push(mel)
+            utterance.close()
+        self.lengths = None if mels is None else [utterance.frames * utterance.hop for utterance in self.utterances]
 
     def span(self, start: int, stop: int) -> Tensor | None:
         """Conditioning of samples `start` to `stop`: (B, C, stop - start), (B, C, 1) of a speaker alone, or None.
 
         Beyond the end of a shorter utterance its last frame goes on.
         """
-        if self.mels is None:
-            return None if self.speakers is None else self.model.condition(None, self.speakers)
+        rows = [row for utterance in self.utterances if (row := utterance.span(start, stop)) is not None]
+        return torch.cat(rows) if rows else None
+
+
+class UtteranceConditioner:
+    """Conditioning of one utterance, whose mel may still be growing.
+
+    A convolution library may round differently for inputs of different shapes. So `model.condition` is always called
+    with one utterance and the same number of frames, and an utterance's conditioning depends neither on the batch it
+    rides in, nor on the spans it is asked for, nor on how its mel arrived.
+
+    Parameters
+    ----------
+    model : AutoregressiveModel
+    speaker : int, optional
+    """
+
+    def __init__(self, model: AutoregressiveModel, speaker: int | None = None):
+        weight = next(model.parameters())
+        self.model = model
+        self.device, self.dtype = weight.device, weight.dtype
+        self.has_mel = model.config.mel is not None
+        self.speaker = None if speaker is None else torch.tensor([speaker], device=weight.device)
+        self.hop = model.config.mel.hop_length if self.has_mel else 1
+        self.block = max(1, round(_BLOCK / self.hop))  # frames
+        self.frames = 0
+        """Frames so far, those that were forgotten too."""
+        self.closed = False
+        """Whether the last frame is known to be the last."""
+        self._first = 0  # of the frames still held
+        self._held: list[Tensor] = []
+        self._blocks: dict[int, Tensor] = {}  # of the last span: the next may begin inside its last block
+
+    def push(self, mel: Tensor) -> None:
+        """More frames, (M, n)."""
+        # A copy: the caller may fill the same memory with the frames that follow.
+        self._held.append(mel.detach().to(self.device, self.dtype, copy=True))
+        self.frames += mel.shape[1]
+
+    def close(self) -> None:
+        """No more frames will come: beyond the end the last one is repeated."""
+        self.closed = True
+
+    @property
+    def certain(self) -> int:
+        """Samples whose conditioning no frame to come can change."""
+        if self.closed:
+            return self.frames * self.hop
+        return max(0, (self.frames - self.model.lookahead) // self.block) * self.block * self.hop
+
+    @property
+    def held(self) -> Tensor:
+        """The frames from `first_held` on, (M, n)."""
+        if len(self._held) > 1:
+            self._held = [torch.cat(self._held, dim=1)]
+        return self._held[0]
+
+    @property
+    def first_held(self) -> int:
+        """The number of the first frame still held."""
+        return self._first
+
+    def hold(self, mel: Tensor, first: int, closed: bool) -> None:
+        """Go on from frames that another conditioner held, `first` being the number of the first of them."""
+        self.push(mel)
+        self.frames, self._first, self.closed = first + mel.shape[1], first, closed
+
+    def forget(self, sample: int) -> None:
+        """Drop the frames that no sample from `sample` on needs; the last frame stays, it may have to be repeated."""
+        if not self._held:
+            return
+        block = sample // (self.block * self.hop)
+        first = max(0, min(block * self.block - self.model.lookahead, self.frames - 1))
+        if first > self._first:
+            self._held = [self.held[:, first - self._first :].clone()]
+            self._first = first
+
+    def span(self, start: int, stop: int) -> Tensor | None:
+        """Conditioning of samples `start` to `stop`: (1, C, stop - start), (1, C, 1) of a speaker alone, or None."""
+        if not self.has_mel:
+            return None if self.speaker is None else self.model.condition(None, self.speaker)
         size = self.block * self.hop
         first, last = start // size, -(-stop // size)
-        rows = []
-        for b in range(len(self.mels)):
-            blocks = [self._block(b, k) for k in range(first, last)]
-            rows.append(torch.cat(blocks, dim=2)[:, :, start - first * size : stop - first * size])
-        # The next span may begin inside the last block.
-        self._kept = {(b, k): value for (b, k), value in self._kept.items() if k == last - 1}
-        return torch.cat(rows)
+        blocks = {k: self._blocks[k] if k in self._blocks else self._condition(k) for k in range(first, last)}
+        self._blocks = {k: block for k, block in blocks.items() if k == last - 1}
+        return torch.cat(list(blocks.values()), dim=2)[:, :, start - first * size : stop - first * size]
 
-    def _block(self, b: int, k: int) -> Tensor:
-        if (b, k) not in self._kept:
-            assert self.mels is not None
-            mel = self.mels[b]
-            lookahead = self.model.lookahead
-            frames = torch.arange(k * self.block - lookahead, (k + 1) * self.block + lookahead, device=mel.device)
-            window = mel[None, :, frames.clamp(0, mel.shape[1] - 1)]
-            speaker = None if self.speakers is None else self.speakers[b : b + 1]
-            self._kept[b, k] = self.model.condition(window, speaker, padded=True)
-        return self._kept[b, k]
+    def _condition(self, k: int) -> Tensor:
+        lookahead = self.model.lookahead
+        first = k * self.block - lookahead
+        assert min(max(first, 0), self.frames - 1) >= self._first, "the frames of this block are forgotten"
+        frames = torch.arange(first, first + self.block + 2 * lookahead, device=self.device)
+        window = self.held[None, :, frames.clamp(0, self.frames - 1) - self._first]
+        return self.model.condition(window, self.speaker, padded=True)

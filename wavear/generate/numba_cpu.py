@@ -31,9 +31,11 @@ from wavear.generate import _simd
 from wavear.generate._simd import BLOCK, HEIGHTS, LANES, TALLEST, VECTOR_BYTES, WIDEST
 from wavear.generate.compiled import compiled
 from wavear.generate.packing import LINE, Region, pack, to_numpy, vectors_of
+from wavear.generate.reference import ReferenceEngine
 from wavear.models.wavenet import WaveNet
 
 _GROUP = 3 * TALLEST  # streams that one thread runs side by side, at most
+_SIZES = (1, 3, TALLEST, _GROUP)  # of groups that `NumbaEngine.resized` packs weights for
 _AHEAD = 64  # samples that past taps are computed ahead, at most, for one stream
 _SPAN = 64  # samples that the conditioning is projected ahead, for one stream
 _TABLE = 4096  # classes up to which the first layer's products with the embedding are tabulated
@@ -820,6 +822,8 @@ class NumbaEngine:
         Cores to use; by default all that the process may run on, each for streams of its own. One stream runs on two
         cores only if it is asked for: they wait for each other some twenty times per sample, which pays on an idle
         machine, and costs more than it gains where another program takes one of the cores.
+    packings : dict, optional
+        Weights that are packed already, by the size of the groups they serve: see `resized`.
 
     Raises
     ------
@@ -827,7 +831,15 @@ class NumbaEngine:
         If an argument is none of these.
     """
 
-    def __init__(self, model: WaveNet, batch: int, *, weights: str = "float32", threads: int | None = None):
+    def __init__(
+        self,
+        model: WaveNet,
+        batch: int,
+        *,
+        weights: str = "float32",
+        threads: int | None = None,
+        packings: dict[int, _Weights] | None = None,
+    ):
         if not isinstance(model, WaveNet):
             raise ValueError(f"engine 'numba' serves WaveNet, not {type(model).__name__}: use engine 'reference'")
         if weights not in ("float32", "bfloat16"):
@@ -836,10 +848,12 @@ class NumbaEngine:
             raise ValueError(f"batch is {batch}, it must be at least 1")
         if threads is not None and threads < 1:
             raise ValueError(f"threads is {threads}, it must be at least 1")
-        self.batch = batch
+        self.model, self.batch, self.weights = model, batch, weights
+        self._asked_threads = threads
+        self._packings: dict[int, _Weights] = {} if packings is None else packings
         cores = threads or available_cores()
         self.classes = model.config.classes
-        if batch == 1 and threads is not None and threads > 1 and _divides(model):
+        if batch == 1 and threads is not None and threads > 1 and _divides(model) and packings is None:
             self.threads = 2
             shared = _Shared(model)
             halves = [_Weights(model, 1, weights, part, 2) for part in range(2)]
@@ -852,7 +866,10 @@ class NumbaEngine:
         groups = min(batch, -(-groups // self.threads) * self.threads)
         bounds = [batch * g // groups for g in range(groups + 1)]
         sizes = [stop - start for start, stop in pairwise(bounds)]
-        self._packed = _Weights(model, max(sizes), weights)
+        size = max(sizes) if packings is None else next(size for size in _SIZES if size >= max(sizes))
+        if size not in self._packings:
+            self._packings[size] = _Weights(model, size, weights)
+        self._packed = self._packings[size]
         self._groups = [
             _Group(self._packed, first, size, model.start_code) for first, size in zip(bounds, sizes, strict=False)
         ]
@@ -891,6 +908,32 @@ class NumbaEngine:
         none = np.empty((1, 1))
         self._run(none, none, codes, scores, cond, scoring=True)
         return scores
+
+    def state(self, stream: int) -> dict[str, Tensor]:
+        """See `Engine.state`."""
+        from wavear.generate.numba_state import export_state
+
+        return export_state(self, stream)
+
+    def load_state(self, stream: int, state: dict[str, Tensor]) -> None:
+        """See `Engine.load_state`."""
+        from wavear.generate.numba_state import load_state
+
+        load_state(self, stream, state)
+
+    def fill(self, stream: int, codes: np.ndarray, cond: Tensor | None) -> None:
+        """See `Engine.fill`."""
+        from wavear.generate.numba_state import as_run
+
+        runner = ReferenceEngine(as_run(self.model, self.weights), 1)
+        runner.load_state(0, self.state(stream))
+        runner.fill(0, codes, cond if cond is None else cond.to(next(runner.model.parameters()).dtype))
+        self.load_state(stream, runner.state(0))
+
+    def resized(self, batch: int) -> NumbaEngine:
+        """See `Engine.resized`."""
+        threads = self._asked_threads
+        return NumbaEngine(self.model, batch, weights=self.weights, threads=threads, packings=self._packings)
 
     def _run(self, uniforms, temperatures, codes, scores, cond, scoring: bool) -> None:
         if codes.ndim != 2 or codes.shape[0] != self.batch:

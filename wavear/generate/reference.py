@@ -58,3 +58,25 @@ class ReferenceEngine:
     def _step(self, b: int, t: int, cond: Tensor | None) -> Tensor:
         cond_t = None if cond is None else cond[b : b + 1, :, t if cond.shape[2] > 1 else 0]
         return self.model.step(self.previous[b], self.states[b], cond_t)
+
+    def state(self, stream: int) -> dict[str, Tensor]:
+        """See `Engine.state`."""
+        tensors = self.model.export_state(self.states[stream])
+        return {"previous": self.previous[stream].cpu(), **{name: value[0].cpu() for name, value in tensors.items()}}
+
+    def load_state(self, stream: int, state: dict[str, Tensor]) -> None:
+        """See `Engine.load_state`."""
+        tensors = {name: value[None] for name, value in state.items() if name != "previous"}
+        self.states[stream] = self.model.import_state(tensors)
+        self.previous[stream] = state["previous"].to(self.device, copy=True)
+
+    def fill(self, stream: int, codes: np.ndarray, cond: Tensor | None) -> None:
+        """See `Engine.fill`."""
+        given = torch.from_numpy(codes).to(self.device)
+        previous = torch.cat([self.previous[stream], given[:-1]])
+        self.model.prefill(previous[None], self.states[stream], cond)
+        self.previous[stream] = given[-1:].clone()
+
+    def resized(self, batch: int) -> ReferenceEngine:
+        """See `Engine.resized`."""
+        return ReferenceEngine(self.model, batch)

@@ -85,6 +85,30 @@ class AutoregressiveModel(nn.Module):
         """
         raise NotImplementedError
 
+    def prefill(self, previous: Tensor, state: Any, cond: Tensor | None = None) -> None:
+        """Bring the state to where `step` fed with each of `previous` in turn would, if the family can in parallel.
+
+        Parameters
+        ----------
+        previous : Tensor of int64, shape (B, T)
+            The code before each sample: of a recording `shift(codes)`.
+        state : what `init_state` returned; updated in place
+        cond : Tensor, shape (B, C, T), or (B, C, 1) the same for every sample, or None
+        """
+        for t in range(previous.shape[1]):
+            self.step(previous[:, t], state, None if cond is None else cond[:, :, t if cond.shape[2] > 1 else 0])
+
+    def export_state(self, state: Any) -> dict[str, Tensor]:
+        """What the state holds as tensors by name, batch first, in an order that every engine can make and read.
+
+        Copies, on the device and in the precision of the state.
+        """
+        raise NotImplementedError
+
+    def import_state(self, tensors: dict[str, Tensor]) -> Any:
+        """The state that `export_state` gave these tensors of, from any device and precision."""
+        raise NotImplementedError
+
     def save(self, directory: str | Path, *, overwrite: bool = False, training: dict | None = None) -> Path:
         """Write `config.json` and `model.safetensors` to `directory`; see `wavear.checkpoint.save`."""
         from wavear.checkpoint import save

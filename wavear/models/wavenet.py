@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,8 @@ from torch.nn import functional as F
 from wavear.mel import MelConfig
 from wavear.models.base import AutoregressiveModel
 from wavear.models.conditioning import Conditioning
+
+_PREFILL = 4096  # samples that `WaveNet.prefill` computes at once: its memory does not grow with the past given
 
 
 @dataclass(frozen=True)
@@ -115,7 +118,8 @@ class WaveNetState:
     queues: list[Tensor]
     """Per layer, (B, (kernel - 1) * dilation, R)."""
     time: Tensor
-    """Samples stepped so far; int64 scalar on the device, so that a captured graph can advance it."""
+    """Samples stepped since the queues began at their oldest; int64 scalar on the device, so that a captured graph can
+    advance it."""
 
 
 class WaveNet(AutoregressiveModel):
@@ -190,15 +194,31 @@ class WaveNet(AutoregressiveModel):
 
     def forward(self, codes: Tensor, cond: Tensor | None = None) -> Tensor:
         """See `AutoregressiveModel.forward`."""
-        x = self.embedding(self.shift(codes))
-        cond = None if cond is None else cond.transpose(1, 2)
-        total, gates = codes.shape[1], []
-        for block, dilation in zip(self.blocks, self.config.dilations, strict=True):
-            past = F.pad(x, (0, 0, (self.config.kernel_size - 1) * dilation, 0))
-            taps = [past[:, k * dilation : k * dilation + total] for k in range(self.config.kernel_size - 1)]
-            x, gated = block([*taps, x], cond)
-            gates.append(gated)
+        gates = list(self._layers(self.shift(codes), cond))
         return self._read(gates).transpose(1, 2)
+
+    def _layers(self, previous: Tensor, cond: Tensor | None, queues: list[Tensor] | None = None) -> Iterator[Tensor]:
+        """Gated units (B, T, R) of each layer, of all samples in parallel.
+
+        Parameters
+        ----------
+        previous : Tensor of int64, shape (B, T)
+            The code before each sample.
+        cond : Tensor, shape (B, C, T) or (B, C, 1), or None
+        queues : list of Tensor, one per layer, shape (B, (kernel - 1) * dilation, R)
+            The past of each layer, the oldest first, replaced by what it is after the last sample; zeros if None.
+        """
+        x = self.embedding(previous)
+        cond = None if cond is None else cond.transpose(1, 2)
+        total = previous.shape[1]
+        for layer, (block, dilation) in enumerate(zip(self.blocks, self.config.dilations, strict=True)):
+            reach = (self.config.kernel_size - 1) * dilation
+            past = F.pad(x, (0, 0, reach, 0)) if queues is None else torch.cat([queues[layer], x], dim=1)
+            taps = [past[:, k * dilation : k * dilation + total] for k in range(self.config.kernel_size - 1)]
+            if queues is not None:
+                queues[layer] = past[:, total:].clone()
+            x, gated = block([*taps, x], cond)
+            yield gated
 
     def _read(self, gates: list[Tensor]) -> Tensor:
         """Gated units of each layer (..., R) -> logits (..., Q): the sum of the skips as one product, then the head."""
@@ -229,3 +249,30 @@ class WaveNet(AutoregressiveModel):
             gates.append(gated)
         state.time += 1
         return self._read(gates)
+
+    def prefill(self, previous: Tensor, state: WaveNetState, cond: Tensor | None = None) -> None:
+        """See `AutoregressiveModel.prefill`: the layers of `forward`, begun with the past of the state."""
+        queues = list(self.export_state(state).values())
+        for start in range(0, previous.shape[1], _PREFILL):
+            part = slice(start, start + _PREFILL)
+            given = cond if cond is None or cond.shape[2] == 1 else cond[:, :, part]
+            for _ in self._layers(previous[:, part], given, queues):
+                pass
+        for queue, filled in zip(state.queues, queues, strict=True):
+            queue.copy_(filled)
+        state.time.zero_()
+
+    def export_state(self, state: WaveNetState) -> dict[str, Tensor]:
+        """See `AutoregressiveModel.export_state`: `queue.0`, `queue.1`..., the past inputs of each layer.
+
+        Of shape (B, (kernel - 1) * dilation, R), the oldest first; before the first sample they are zero.
+        """
+        time = int(state.time)
+        return {f"queue.{i}": queue.roll(-(time % queue.shape[1]), dims=1) for i, queue in enumerate(state.queues)}
+
+    def import_state(self, tensors: dict[str, Tensor]) -> WaveNetState:
+        """See `AutoregressiveModel.import_state`."""
+        state = self.init_state(tensors["queue.0"].shape[0])
+        for i, queue in enumerate(state.queues):
+            queue.copy_(tensors[f"queue.{i}"])
+        return state
