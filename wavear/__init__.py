@@ -2,6 +2,7 @@
 
 from wavear import audio
 from wavear.checkpoint import CheckpointError, load
+from wavear.convert import convert_mel
 from wavear.generate import generate, score
 from wavear.mel import MelConfig, log_mel
 from wavear.models.base import AutoregressiveModel
@@ -20,6 +21,7 @@ __all__ = [
     "WaveNet",
     "WaveNetConfig",
     "audio",
+    "convert_mel",
     "generate",
     "load",
     "log_mel",
