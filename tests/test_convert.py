@@ -53,13 +53,13 @@ def test_what_is_converted_is_what_the_target_would_have_taken(source: MelConfig
         # target shows. (Not so an added floor: below it float64 still has digits of the sound, and float32 has none.)
         if source.floor_mode == "clip":
             wrong = []
-            for gain in (1.0, 1e4, 1e-4):
+            for gain in (1.0, 1e4, 1e15, 1e-4):
                 forced = convert_mel(log_mel(gain * wave, source), source, target, ignore=("floor", "clip"))
                 wrong.append(not torch.allclose(forced, log_mel(gain * wave, target), rtol=0, atol=1e-9))
             assert any(wrong)
         return
     # float64 in, float64 out; what is near an added floor has lost digits to it, and a small slope grows to a large one.
-    torch.testing.assert_close(made, wanted, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(made, wanted, rtol=1e-6, atol=1e-5)
 
 
 @settings(max_examples=100, deadline=None)
@@ -72,7 +72,7 @@ def test_there_and_back_is_the_same(source: MelConfig, target: MelConfig):
     except ValueError:
         assume(False)
         raise
-    torch.testing.assert_close(back, mel, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(back, mel, rtol=1e-6, atol=1e-5)
 
 
 @pytest.mark.parametrize("target", [replace(SMALL, log_base="10"), replace(SMALL, log_base="db", scale=0.01, shift=1.0)])
