@@ -4,6 +4,7 @@ from wavear import audio
 from wavear.checkpoint import CheckpointError, load
 from wavear.convert import convert_mel
 from wavear.generate import generate, score
+from wavear.judge import adapt_mel, judge_mel
 from wavear.mel import MelConfig, log_mel
 from wavear.models.base import AutoregressiveModel
 from wavear.models.wavenet import WaveNet, WaveNetConfig
@@ -20,9 +21,11 @@ __all__ = [
     "TrainResult",
     "WaveNet",
     "WaveNetConfig",
+    "adapt_mel",
     "audio",
     "convert_mel",
     "generate",
+    "judge_mel",
     "load",
     "log_mel",
     "mulaw_decode",

@@ -153,6 +153,10 @@ def _complain(message: str, status: int = 1) -> int:
     return status
 
 
+def _warn(message: str) -> None:
+    print(f"wavear: warning: {message}", file=sys.stderr)
+
+
 def _say(line: str) -> None:
     print(line, flush=True)
 
@@ -264,6 +268,9 @@ def _synthesize() -> Callable[..., int]:
         inputs: Annotated[Positional[list[Path]], arg(metavar="INPUT...", help_behavior_hint="(required)")],
         out: Annotated[Path, arg(metavar="DIR")],
         overwrite: bool = False,
+        mel_preset: Annotated[str | None, arg(metavar="NAME")] = None,
+        mel_seconds: float | None = None,
+        force: bool = False,
         sampling: Sampling = Sampling(),
     ) -> int:
         """Make audio from mel spectrograms, or from the mels of recordings.
@@ -280,6 +287,13 @@ def _synthesize() -> Callable[..., int]:
             Folder to write to, made where it is missing.
         overwrite
             Replace files that exist.
+        mel_preset
+            What mels are that do not say it themselves, to convert them: a preset (hifigan, r9y9, espnet, fatchord...),
+            or, where all but the values is as the model's: ln, log10, db, db01, db01-ref20, db4-ref20, linear.
+        mel_seconds
+            Refuse mels whose frames do not make so many seconds of audio.
+        force
+            Take mels that are judged wrong, or differ in what cannot be converted, as they are.
         sampling
             How the audio is made.
         """
@@ -288,7 +302,16 @@ def _synthesize() -> Callable[..., int]:
         jobs = plan(inputs, out, ".wav", overwrite=overwrite)
         model = _load(checkpoint, sampling.device)
         report = synthesize(
-            model, jobs, progress=sys.stderr.isatty(), say=_say, complain=_complain, **sampling.settings
+            model,
+            jobs,
+            mel_source=mel_preset,
+            mel_seconds=mel_seconds,
+            force=force,
+            progress=sys.stderr.isatty(),
+            say=_say,
+            complain=_complain,
+            warn=_warn,
+            **sampling.settings,
         )
         return _summary(report)
 
@@ -340,6 +363,8 @@ def _mel() -> Callable[..., int]:
         inputs: Annotated[Positional[list[Path]], arg(metavar="INPUT...", help_behavior_hint="(required)")],
         out: Annotated[Path, arg(metavar="DIR")],
         checkpoint: Annotated[str | None, arg(metavar="CHECKPOINT")] = None,
+        preset: Annotated[str | None, arg(metavar="NAME")] = None,
+        npy: bool = False,
         overwrite: bool = False,
         config: MelConfig = MelConfig(),  # noqa: B008 (frozen)
     ) -> int:
@@ -353,6 +378,11 @@ def _mel() -> Callable[..., int]:
             Folder to write to, made where it is missing.
         checkpoint
             Take the mels this model expects; the flags on mels are then not needed, and refused.
+        preset
+            Take the mels that a project publishes: hifigan, nvidia-tacotron2, r9y9, espnet, espnet-24k, fatchord,
+            parallel-wavegan, torchaudio-tacotron2, torchaudio-tacotron2-wavernn, librosa-default. Likewise.
+        npy
+            Write plain .npy, bands first, without saying what the mels are.
         overwrite
             Replace files that exist.
         config
@@ -363,7 +393,10 @@ def _mel() -> Callable[..., int]:
 
         if checkpoint is not None and config != MelConfig():
             raise ValueError("--checkpoint says what the mels are: leave the flags on mels away")
-        jobs = plan(inputs, out, ".npz", mels=False, overwrite=overwrite)
+        if preset is not None and (checkpoint is not None or config != MelConfig()):
+            raise ValueError("--preset says what the mels are: leave --checkpoint and the flags on mels away")
+        config = config if preset is None else MelConfig.preset(preset)
+        jobs = plan(inputs, out, ".npy" if npy else ".npz", mels=False, overwrite=overwrite)
         if checkpoint is not None:
             config = load(checkpoint).config.mel
             if config is None:

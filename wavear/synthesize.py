@@ -6,7 +6,6 @@ input that cannot be used is named, counted and passed over; the others are done
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import tempfile
@@ -23,6 +22,7 @@ import torch
 from wavear import audio
 from wavear.files import replace_file
 from wavear.generate import generate, make_engine
+from wavear.judge import Expectation, adapt_mel, describe_source
 from wavear.mel import MelConfig, log_mel
 from wavear.models.base import AutoregressiveModel
 
@@ -154,8 +154,17 @@ def check_writable(folder: str | Path) -> None:
         raise OSError(error.errno, f"cannot write to {existing}: {error.strerror}") from None
 
 
-def read_mel(path: str | Path, config: MelConfig) -> torch.Tensor:
-    """A mel from a file, checked against the mels a model was trained on. Nothing in the file is executed.
+def read_mel(
+    path: str | Path,
+    config: MelConfig,
+    *,
+    model: AutoregressiveModel | None = None,
+    source: MelConfig | str | None = None,
+    seconds: float | None = None,
+    force: bool = False,
+    complain: Callable[[str], object] = lambda line: None,
+) -> torch.Tensor:
+    """A mel from a file, as the mels a model was trained on: converted, or judged. Nothing in the file is executed.
 
     Parameters
     ----------
@@ -164,6 +173,13 @@ def read_mel(path: str | Path, config: MelConfig) -> torch.Tensor:
         `config`, the JSON of a `MelConfig`, as `write_mels` writes it), `.pt` (a tensor, or a dict with `mel`; read by
         torch's loader for weights, which runs no code) or `.safetensors` (named `mel`, or alone).
     config : MelConfig
+        What is wanted.
+    model : AutoregressiveModel, optional
+        The one that was trained on such mels: a mel that does not say what it is is judged by what the model has seen.
+    source, seconds, force
+        See `wavear.adapt_mel`; a file that says what it holds is believed.
+    complain : callable
+        Is told what is doubtful.
 
     Returns
     -------
@@ -172,7 +188,7 @@ def read_mel(path: str | Path, config: MelConfig) -> torch.Tensor:
     Raises
     ------
     ValueError
-        If the file is damaged, or holds no mel of that configuration; the message says what differs.
+        If the file is damaged, or holds no mel that can be used; the message says what differs.
     """
     path = Path(path)
     if path.suffix.lower() not in MEL_SUFFIXES:
@@ -181,8 +197,6 @@ def read_mel(path: str | Path, config: MelConfig) -> torch.Tensor:
         raise ValueError(f"{path} is empty (0 bytes)")
     read = {".npy": _read_npy, ".npz": _read_npz, ".pt": _read_pt, ".safetensors": _read_safetensors}
     mel, described = read[path.suffix.lower()](path)
-    if described is not None:
-        _check_config(described, config, path)
     shape = tuple(mel.shape)
     if mel.dim() == 3 and shape[0] == 1:
         mel = mel[0]
@@ -190,16 +204,26 @@ def read_mel(path: str | Path, config: MelConfig) -> torch.Tensor:
         raise ValueError(f"{path}: the mel has shape {shape}, expected ({config.bands} bands, frames)")
     if not mel.is_floating_point():
         raise ValueError(f"{path}: the mel is {mel.dtype}, expected floating point")
-    if mel.shape[0] != config.bands:
-        hint = "; it seems transposed, frames first" if mel.shape[1] == config.bands else ""
-        raise ValueError(f"{path}: the mel has {mel.shape[0]} bands, the model was trained on {config.bands}{hint}")
     if mel.shape[1] == 0:
         raise ValueError(f"{path}: the mel has no frames")
     mel = mel.float()
     if not bool(torch.isfinite(mel).all()):
         frame = int((~torch.isfinite(mel)).any(dim=0).nonzero()[0])
         raise ValueError(f"{path}: the mel holds NaN or infinity, first in frame {frame}")
-    return mel
+    own = None if described is None else _described(described, path)
+    if own is not None and source is not None and describe_source(source, config) != own:
+        complain(f"{path} says itself what mels it holds, that is what it is taken for")
+    try:
+        return adapt_mel(
+            mel,
+            model or Expectation(config),
+            own or source,
+            seconds=seconds,
+            force=force,
+            warn=lambda line: complain(f"{path}: {line}"),
+        )
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 def synthesize(
@@ -212,9 +236,13 @@ def synthesize(
     engine: str = "auto",
     weights: str = "float32",
     threads: int | None = None,
+    mel_source: MelConfig | str | None = None,
+    mel_seconds: float | None = None,
+    force: bool = False,
     progress: bool = False,
     say: Callable[[str], object] = lambda line: None,
     complain: Callable[[str], object] = lambda line: None,
+    warn: Callable[[str], object] = lambda line: None,
 ) -> Report:
     """Make audio from every input with a model that is conditioned on mels, and write it.
 
@@ -228,10 +256,15 @@ def synthesize(
         From `plan`.
     seed, temperature, speaker, engine, weights, threads, progress
         See `wavear.generate`; the same seed serves every input.
+    mel_source, mel_seconds, force
+        What mels are that do not say it themselves, and how long their audio should be: `source` and `seconds` of
+        `wavear.adapt_mel`.
     say : callable
         Is told, in one line each: every file written, and a resampling, once.
     complain : callable
         Is told, in one line each, every input passed over.
+    warn : callable
+        Is told, in one line each, what is doubtful.
 
     Returns
     -------
@@ -247,6 +280,8 @@ def synthesize(
     config = model.config.mel
     if config is None:
         raise ValueError("the model is not conditioned on mels, it cannot follow an input: use `wavear generate`")
+    if mel_source is not None:
+        describe_source(mel_source, config)  # a name that is none is no fault of the first input
     report = Report(engine=make_engine(model, 1, engine, weights=weights, threads=threads)[0])
     began = time.perf_counter()
     resampled: set[int] = set()
@@ -254,7 +289,12 @@ def synthesize(
         mels: list[tuple[Job, torch.Tensor]] = []
         for job in jobs[at : at + _WINDOW]:
             try:
-                mels.append((job, _mel_of(job.source, config, resampled, say)))
+                if job.source.suffix.lower() in MEL_SUFFIXES:
+                    settings: dict[str, Any] = {"source": mel_source, "seconds": mel_seconds, "force": force}
+                    mel = read_mel(job.source, config, model=model, complain=warn, **settings)
+                else:
+                    mel = _mel_of(job.source, config, resampled, say)
+                mels.append((job, mel))
             except (ValueError, OSError) as error:
                 _pass_over(report, job.source, error, complain)
         for batch in _batches(mels, config.hop_length):
@@ -346,7 +386,9 @@ def write_mels(
     say: Callable[[str], object] = lambda line: None,
     complain: Callable[[str], object] = lambda line: None,
 ) -> Report:
-    """The log-mel of every recording, as `.npz` with `mel` (M, F) float32 and `config`, the JSON of its `MelConfig`.
+    """The log-mel of every recording: `.npz` with `mel` (M, F) float32 and `config`, the JSON of its `MelConfig`.
+
+    Where the target's name ends in `.npy` the array alone is written, as other programs read it.
 
     Parameters
     ----------
@@ -371,7 +413,11 @@ def write_mels(
             _pass_over(report, job.source, error, complain)
             continue
         job.target.parent.mkdir(parents=True, exist_ok=True)
-        _write_npz(job.target, mel=mel.numpy(), config=np.array(described))
+        if job.target.suffix == ".npy":
+            _write_array(job.target, lambda file, mel=mel: np.save(file, mel.numpy()))
+        else:
+            arrays = {"mel": mel.numpy(), "config": np.array(described)}
+            _write_array(job.target, lambda file, arrays=arrays: np.savez(file, **arrays))
         report.files += 1
         report.audio_seconds += mel.shape[1] * config.hop_length / config.sample_rate
         say(f"{job.source} -> {job.target}  {mel.shape[0]} bands, {mel.shape[1]} frames")
@@ -396,9 +442,7 @@ def _walk(folder: Path, suffixes: tuple[str, ...], out: Path) -> list[tuple[Path
 
 
 def _mel_of(path: Path, config: MelConfig, resampled: set[int], say: Callable[[str], object]) -> torch.Tensor:
-    """(M, F) of an audio or a mel file."""
-    if path.suffix.lower() in MEL_SUFFIXES:
-        return read_mel(path, config)
+    """(M, F) of an audio file."""
     rate = audio.info(path).sample_rate
     waveform = torch.as_tensor(audio.read(path, sample_rate=config.sample_rate))
     if waveform.shape[-1] < config.hop_length:
@@ -515,26 +559,19 @@ def _to_tensor(array: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(np.array(array, dtype=np.float32 if array.dtype.kind == "f" else np.int64))
 
 
-def _check_config(described: Any, config: MelConfig, path: Path) -> None:
+def _described(described: Any, path: Path) -> MelConfig:
     try:
-        theirs = MelConfig.from_dict(json.loads(described) if isinstance(described, str) else described)
+        return MelConfig.from_dict(json.loads(described) if isinstance(described, str) else described)
     except ValueError as error:
         raise ValueError(f"{path}: 'config' is no mel configuration: {one_line(error)}") from None
-    differing = [
-        f"{name} {getattr(theirs, name)!r}, the model {getattr(config, name)!r}"
-        for name in (field.name for field in dataclasses.fields(config))
-        if getattr(theirs, name) != getattr(config, name)
-    ]
-    if differing:
-        raise ValueError(f"{path} is not the mel the model was trained on: it has {'; '.join(differing)}")
 
 
-def _write_npz(path: Path, **arrays: np.ndarray) -> None:
+def _write_array(path: Path, save: Callable[[Any], object]) -> None:
     """The file appears whole or not at all."""
 
     def write(temporary: Path) -> None:
         with open(temporary, "wb") as file:  # given a name, NumPy would add an ending to it
-            np.savez(file, **arrays)  # type: ignore[arg-type]
+            save(file)
 
     try:
         replace_file(path, write)
