@@ -58,7 +58,7 @@ def test_what_is_converted_is_what_the_target_would_have_taken(source: MelConfig
                 wrong.append(not torch.allclose(forced, log_mel(gain * wave, target), rtol=0, atol=1e-9))
             assert any(wrong)
         return
-    # float64 in, float64 out; what is near an added floor has lost digits to it, and a small slope grows to a large one.
+    # float64 in and out; what is near an added floor has lost digits to it, and a small slope grows to a large one.
     torch.testing.assert_close(made, wanted, rtol=1e-6, atol=1e-5)
 
 
@@ -75,7 +75,9 @@ def test_there_and_back_is_the_same(source: MelConfig, target: MelConfig):
     torch.testing.assert_close(back, mel, rtol=1e-6, atol=1e-5)
 
 
-@pytest.mark.parametrize("target", [replace(SMALL, log_base="10"), replace(SMALL, log_base="db", scale=0.01, shift=1.0)])
+@pytest.mark.parametrize(
+    "target", [replace(SMALL, log_base="10"), replace(SMALL, log_base="db", scale=0.01, shift=1.0)]
+)
 def test_there_and_back_in_float32(target: MelConfig):
     mel = log_mel(sound(), SMALL).float()
     there = convert_mel(mel, SMALL, target)
@@ -91,7 +93,9 @@ def test_presets_and_their_natural_logarithm(name: str):
     natural = replace(config, log_base="e", scale=1.0, shift=0.0, clip=None)
     wave = torch.randn(1, 30_000, dtype=torch.float64) * 0.1
     mel = log_mel(wave, natural)
-    slope = {"r9y9": 1, "espnet": 1, "fatchord": 0.2, "hifigan": math.log(10), "librosa-default": 10}[name] / math.log(10)
+    slope = {"r9y9": 1, "espnet": 1, "fatchord": 0.2, "hifigan": math.log(10), "librosa-default": 10}[name] / math.log(
+        10
+    )
     expected = mel * slope + (1 if name == "fatchord" else 0)
     torch.testing.assert_close(convert_mel(mel, natural, config), expected, rtol=0, atol=1e-12)
     torch.testing.assert_close(convert_mel(expected, config, natural), mel, rtol=0, atol=1e-12)
@@ -102,7 +106,9 @@ def test_a_floor_that_rises_is_exact_and_one_that_falls_is_not():
     wave = sound()
     made = convert_mel(log_mel(wave, deep), deep, shallow)
     torch.testing.assert_close(made, log_mel(wave, shallow), rtol=0, atol=1e-9)
-    with pytest.raises(ValueError, match=r"\d+\.\d% of the values are the quietest .*floor is 0.001, and wanted is 1e-08"):
+    with pytest.raises(
+        ValueError, match=r"\d+\.\d% of the values are the quietest .*floor is 0.001, and wanted is 1e-08"
+    ):
         convert_mel(log_mel(wave, shallow), shallow, deep)
     loud = torch.full((12, 3), -2.0)  # nothing at the floor: nothing has been cut off
     assert torch.equal(convert_mel(loud, shallow, deep), loud)

@@ -10,6 +10,7 @@ from wavear.models.base import AutoregressiveModel
 from wavear.models.wavenet import WaveNet, WaveNetConfig
 from wavear.mulaw import mulaw_decode, mulaw_encode
 from wavear.train import TrainConfig, TrainResult, train
+from wavear.watch import watch
 
 __version__ = "0.1.0"
 
@@ -32,4 +33,5 @@ __all__ = [
     "mulaw_encode",
     "score",
     "train",
+    "watch",
 ]

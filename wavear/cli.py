@@ -14,6 +14,7 @@ import os
 import re
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -31,6 +32,15 @@ class Sampling:
     """0 or more; the same seed gives the same audio."""
     temperature: float = 1.0
     """Divides the logits: 1 as trained, below 1 duller and cleaner, above 1 noisier."""
+    top_k: int | None = None
+    """Draw each sample among the k likeliest values alone."""
+    top_p: float | None = None
+    """Draw each sample among the likeliest values that together have this probability (0.95, say), which cuts off the
+    rare ones that crackle."""
+    argmax: bool = False
+    """Take the likeliest value always: the same audio for every seed, and it collapses to silence or a tone."""
+    best_of: int = 1
+    """Make so many candidates of each and keep the likeliest; takes so many times as long, and favours the plain."""
     speaker: int | None = None
     """Number of the speaker, for a model with speakers."""
     engine: str = "auto"
@@ -67,7 +77,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _guarded(run: Command) -> int:
     """The exit status of `run`; what a user did wrong is said in one line, bugs of ours keep their traceback."""
     try:
-        status = run()
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            status = run()
         sys.stdout.flush()
         return status
     except KeyboardInterrupt:
@@ -134,7 +146,7 @@ def _unbox(text: str) -> str:
             break
         if content and not line.startswith(("╭", "╰", "│" + 7 * " ")):  # so far in, it is a flag's help
             said.append(content)
-    message = re.sub(r"^Error parsing (__tyro[^:]*|config|sampling): ", "", " ".join(said))
+    message = re.sub(r"^Error parsing (__tyro[^:]*|config|sampling|output): ", "", " ".join(said))
     return message[:1].lower() + message[1:] if message else text.strip()
 
 
@@ -155,6 +167,17 @@ def _complain(message: str, status: int = 1) -> int:
 
 def _warn(message: str) -> None:
     print(f"wavear: warning: {message}", file=sys.stderr)
+
+
+_python_shows = warnings.showwarning
+
+
+def _show_warning(message: Any, category: Any, filename: str, *rest: Any) -> None:
+    """What we warn of ourselves reads like what else we say; other warnings are the libraries' affair."""
+    if filename.startswith(_PACKAGE) and issubclass(category, UserWarning):
+        _warn(" ".join(str(message).split()))
+    else:
+        _python_shows(message, category, filename, *rest)
 
 
 def _say(line: str) -> None:
@@ -263,6 +286,8 @@ def recipe(config: Any, description: str | None = None) -> None:
 def _synthesize() -> Callable[..., int]:
     from tyro.conf import Positional, arg
 
+    from wavear.synthesize import Output
+
     def synthesize(
         checkpoint: Annotated[Positional[str], arg(metavar="CHECKPOINT")],
         inputs: Annotated[Positional[list[Path]], arg(metavar="INPUT...", help_behavior_hint="(required)")],
@@ -272,10 +297,11 @@ def _synthesize() -> Callable[..., int]:
         mel_seconds: float | None = None,
         force: bool = False,
         sampling: Sampling = Sampling(),
+        output: Output = Output(),  # noqa: B008 (frozen)
     ) -> int:
         """Make audio from mel spectrograms, or from the mels of recordings.
 
-        A mel of F frames becomes F * hop samples, as 16-bit WAV.
+        A mel of F frames becomes F * hop samples.
 
         Parameters
         ----------
@@ -296,10 +322,12 @@ def _synthesize() -> Callable[..., int]:
             Take mels that are judged wrong, or differ in what cannot be converted, as they are.
         sampling
             How the audio is made.
+        output
+            How it is written.
         """
         from wavear.synthesize import plan, synthesize
 
-        jobs = plan(inputs, out, ".wav", overwrite=overwrite)
+        jobs = plan(inputs, out, output.suffix, overwrite=overwrite)
         model = _load(checkpoint, sampling.device)
         report = synthesize(
             model,
@@ -307,6 +335,7 @@ def _synthesize() -> Callable[..., int]:
             mel_source=mel_preset,
             mel_seconds=mel_seconds,
             force=force,
+            output=output,
             progress=sys.stderr.isatty(),
             say=_say,
             complain=_complain,
@@ -321,12 +350,15 @@ def _synthesize() -> Callable[..., int]:
 def _generate() -> Callable[..., int]:
     from tyro.conf import Positional, arg
 
+    from wavear.synthesize import FORMATS, Output
+
     def generate(
         checkpoint: Annotated[Positional[str], arg(metavar="CHECKPOINT")],
         seconds: float,
         out: Annotated[Path, arg(metavar="FILE")],
         overwrite: bool = False,
         sampling: Sampling = Sampling(),
+        output: Output = Output(),  # noqa: B008 (frozen)
     ) -> int:
         """Make audio freely, with a model that is not conditioned on mels.
 
@@ -337,17 +369,25 @@ def _generate() -> Callable[..., int]:
         seconds
             Seconds of audio to make.
         out
-            WAV or FLAC file to write.
+            WAV, FLAC, OGG or Opus file to write.
         overwrite
             Replace the file if it exists.
         sampling
             How the audio is made.
+        output
+            How it is written.
         """
         from wavear.synthesize import generate_file
 
-        _check_file(out, overwrite)
+        _check_file(out, overwrite, sorted({suffix for suffix, _ in FORMATS.values()}))
+        if output.format is not None and out.suffix.lower() != output.suffix:
+            raise ValueError(
+                f"--format {output.format} is written to a file that ends in {output.suffix}, not to {out}"
+            )
         model = _load(checkpoint, sampling.device)
-        report = generate_file(model, seconds, out, progress=sys.stderr.isatty(), **sampling.settings)
+        report = generate_file(
+            model, seconds, out, output=output, progress=sys.stderr.isatty(), warn=_warn, **sampling.settings
+        )
         _say(f"{out}  {report.audio_seconds:.2f} s, {model.config.sample_rate} Hz")
         return _summary(report)
 
@@ -545,9 +585,9 @@ def _load(checkpoint: str, device: str) -> Any:
     return load(checkpoint, device)
 
 
-def _check_file(out: Path, overwrite: bool) -> None:
-    if out.suffix.lower() not in (".wav", ".flac"):
-        raise ValueError(f"{out} is no audio file by its name: --out takes a .wav or .flac file")
+def _check_file(out: Path, overwrite: bool, suffixes: Sequence[str]) -> None:
+    if out.suffix.lower() not in suffixes:
+        raise ValueError(f"{out} is no audio file by its name: --out takes a {', '.join(suffixes)} file")
     if out.is_dir():
         raise IsADirectoryError(f"{out} is a folder: --out takes a file")
     if out.exists() and not overwrite:

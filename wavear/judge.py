@@ -1,7 +1,7 @@
 """Whether a mel is what a model was trained on: by what it says of itself, or else by its numbers.
 
 The numbers tell conventions apart because a model keeps the mean and deviation of each band over its training data. A
-convention supposes that value v stands for the band exp(t) with t = (v - shift) / slope; how likely the values are then,
+convention supposes that value v stands for the band exp(t) with t = (v - shift) / slope; how likely the values are,
 
     log p(v) = mean over bands and frames of log N(t; mean_b + gain, deviation_b) - log(slope),
 
@@ -160,12 +160,11 @@ def adapt_mel(
     config = describe_source(source, target)
     differing = analysis_differences(config, target)
     told = [f"{name} {ours!r}, the model {theirs!r}" for name, (ours, theirs) in differing.items()]
-    if any(name not in _MINOR for name in differing):
-        if not force or "bands" in differing:
-            half = differing.keys() <= {"centre", *_MINOR}
-            shift = 500 * target.hop_length / target.sample_rate
-            hint = f" (all but {shift:.1f} ms of delay, half a frame, is the same: force takes it)" if half else ""
-            raise ValueError(f"it is not the mel the model was trained on: it has {'; '.join(told)}{hint}")
+    if any(name not in _MINOR for name in differing) and (not force or "bands" in differing):
+        half = differing.keys() <= {"centre", *_MINOR}
+        shift = 500 * target.hop_length / target.sample_rate
+        hint = f" (all but {shift:.1f} ms of delay, half a frame, is the same: force takes it)" if half else ""
+        raise ValueError(f"it is not the mel the model was trained on: it has {'; '.join(told)}{hint}")
     if told:
         say(f"the mel is taken although it has {'; '.join(told)}")
     try:
@@ -269,9 +268,7 @@ def _statistics(model: Any, config: MelConfig) -> tuple[torch.Tensor | None, tor
     conditioning, line = getattr(model, "conditioning", None), _line(config)
     if conditioning is None or line is None or not hasattr(conditioning, "mel_mean"):
         return None, None
-    mean, deviation = (
-        getattr(conditioning, name).detach().cpu().double() for name in ("mel_mean", "mel_deviation")
-    )
+    mean, deviation = (getattr(conditioning, name).detach().cpu().double() for name in ("mel_mean", "mel_deviation"))
     if not mean.any():
         return None, None
     return ((mean - line[1]) / line[0])[:, None], (deviation / abs(line[0]))[:, None].clamp(min=0.1)

@@ -25,6 +25,7 @@ from wavear.generate import generate, make_engine
 from wavear.judge import Expectation, adapt_mel, describe_source
 from wavear.mel import MelConfig, log_mel
 from wavear.models.base import AutoregressiveModel
+from wavear.watch import Finding, watch
 
 AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".mp3", ".aif", ".aiff")
 MEL_SUFFIXES = (".npy", ".npz", ".pt", ".safetensors")
@@ -43,6 +44,52 @@ class Job:
     target: Path
 
 
+# What `Output.format` says: the ending of the file's name, and the encoding of `wavear.audio.write`.
+FORMATS = {
+    "wav": (".wav", "pcm16"),
+    "wav24": (".wav", "pcm24"),
+    "wavfloat": (".wav", "float32"),
+    "flac": (".flac", "pcm16"),
+    "flac24": (".flac", "pcm24"),
+    "ogg": (".ogg", "vorbis"),
+    "opus": (".opus", "opus"),
+}
+
+
+@dataclass(frozen=True)
+class Output:
+    """How audio is written."""
+
+    format: str | None = None
+    """wav (16 bits), wav24, wavfloat, flac (16 bits), flac24, ogg (Vorbis) or opus; by default wav, or what the name of
+    the file says."""
+    normalize: float | None = None
+    """Bring the peak of each file to so many dB of full scale (-1, say); by default the level is left as it is."""
+    fade: float = 0.0
+    """Milliseconds to fade in and out over."""
+
+    def __post_init__(self) -> None:
+        if self.format is not None and self.format not in FORMATS:
+            raise ValueError(f"format is {self.format!r}, it must be one of {', '.join(FORMATS)}")
+        if self.normalize is not None and not -200 <= self.normalize <= 0:
+            raise ValueError(f"normalize is {self.normalize!r}, it must be -200 to 0 dB")
+        if not 0 <= self.fade < float("inf"):
+            raise ValueError(f"fade is {self.fade!r}, it must be 0 ms or more")
+
+    @property
+    def suffix(self) -> str:
+        """Of the files."""
+        return FORMATS[self.format or "wav"][0]
+
+    def write(self, path: Path, waveform: torch.Tensor, sample_rate: int) -> int:
+        """Write a waveform; how many samples were clipped."""
+        if self.normalize is not None:
+            waveform = audio.normalize_peak(waveform, self.normalize)
+        waveform = audio.fade(waveform, sample_rate, self.fade) if self.fade else waveform
+        encoding = None if self.format is None else FORMATS[self.format][1]
+        return audio.write(path, waveform.numpy(), sample_rate, encoding)
+
+
 @dataclass
 class Report:
     """What was done."""
@@ -55,6 +102,8 @@ class Report:
     """That it took, without loading the model."""
     failed: list[tuple[Path, str]] = field(default_factory=list)
     """Inputs that could not be used, and why."""
+    findings: list[tuple[Path, Finding]] = field(default_factory=list)
+    """What is wrong with the audio that was made, see `wavear.watch`."""
 
     @property
     def real_time_factor(self) -> float:
@@ -232,6 +281,10 @@ def synthesize(
     *,
     seed: int = 0,
     temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    argmax: bool = False,
+    best_of: int = 1,
     speaker: int | None = None,
     engine: str = "auto",
     weights: str = "float32",
@@ -239,6 +292,7 @@ def synthesize(
     mel_source: MelConfig | str | None = None,
     mel_seconds: float | None = None,
     force: bool = False,
+    output: Output = Output(),
     progress: bool = False,
     say: Callable[[str], object] = lambda line: None,
     complain: Callable[[str], object] = lambda line: None,
@@ -254,11 +308,13 @@ def synthesize(
     model : AutoregressiveModel
     jobs : sequence of Job
         From `plan`.
-    seed, temperature, speaker, engine, weights, threads, progress
+    seed, temperature, top_k, top_p, argmax, best_of, speaker, engine, weights, threads, progress
         See `wavear.generate`; the same seed serves every input.
     mel_source, mel_seconds, force
         What mels are that do not say it themselves, and how long their audio should be: `source` and `seconds` of
         `wavear.adapt_mel`.
+    output : Output
+        How the audio is written; the jobs' targets have to end in `output.suffix`.
     say : callable
         Is told, in one line each: every file written, and a resampling, once.
     complain : callable
@@ -298,21 +354,29 @@ def synthesize(
             except (ValueError, OSError) as error:
                 _pass_over(report, job.source, error, complain)
         for batch in _batches(mels, config.hop_length):
-            waveform = generate(
+            made = generate(
                 model,
                 [mel for _, mel in batch],
                 seed=seed,
                 temperature=temperature,
+                top_k=top_k,
+                top_p=top_p,
+                argmax=argmax,
+                best_of=best_of,
                 speaker=speaker,
                 engine=engine,
                 weights=weights,
                 threads=threads,
                 progress=progress,
             )
-            for (job, mel), row in zip(batch, waveform, strict=True):
+            for (job, mel), row in zip(batch, made, strict=True):
                 samples = mel.shape[1] * config.hop_length
                 job.target.parent.mkdir(parents=True, exist_ok=True)
-                audio.write(job.target, row[:samples].numpy(), model.config.sample_rate)
+                waveform = row[:samples]
+                _report_clipping(output.write(job.target, waveform, model.config.sample_rate), job.target, warn)
+                for finding in watch(waveform, model.config.sample_rate, mel=mel, config=config):
+                    report.findings.append((job.target, finding))
+                    warn(f"{job.target}: {finding}")
                 report.files += 1
                 report.audio_seconds += samples / model.config.sample_rate
                 say(f"{job.source} -> {job.target}  {samples / model.config.sample_rate:.2f} s, {samples} samples")
@@ -327,11 +391,17 @@ def generate_file(
     *,
     seed: int = 0,
     temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    argmax: bool = False,
+    best_of: int = 1,
     speaker: int | None = None,
     engine: str = "auto",
     weights: str = "float32",
     threads: int | None = None,
+    output: Output = Output(),
     progress: bool = False,
+    warn: Callable[[str], object] = lambda line: None,
 ) -> Report:
     """Make audio from a model that is not conditioned on mels, and write it.
 
@@ -341,9 +411,13 @@ def generate_file(
     seconds : float
         Above 0, at most a day; rounded to whole samples.
     out : str or Path
-        The `.wav` or `.flac` file; replaced if it exists. Its folder is made where it is missing.
-    seed, temperature, speaker, engine, weights, threads, progress
+        The `.wav`, `.flac`, `.ogg` or `.opus` file; replaced if it exists. Its folder is made where it is missing.
+    seed, temperature, top_k, top_p, argmax, best_of, speaker, engine, weights, threads, progress
         See `wavear.generate`.
+    output : Output
+        How the audio is written.
+    warn : callable
+        Is told, in one line each, what is wrong with the audio.
 
     Returns
     -------
@@ -368,6 +442,10 @@ def generate_file(
         samples=samples,
         seed=seed,
         temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        argmax=argmax,
+        best_of=best_of,
         speaker=speaker,
         engine=engine,
         weights=weights,
@@ -375,8 +453,12 @@ def generate_file(
         progress=progress,
     )
     Path(out).parent.mkdir(parents=True, exist_ok=True)
-    audio.write(out, waveform[0].numpy(), rate)
-    return Report(name, 1, samples / rate, time.perf_counter() - began)
+    _report_clipping(output.write(Path(out), waveform[0], rate), Path(out), warn)
+    report = Report(name, 1, samples / rate, time.perf_counter() - began)
+    for finding in watch(waveform[0], rate):
+        report.findings.append((Path(out), finding))
+        warn(f"{out}: {finding}")
+    return report
 
 
 def write_mels(
@@ -454,6 +536,11 @@ def _mel_of(path: Path, config: MelConfig, resampled: set[int], say: Callable[[s
         say(f"{path} has {rate} Hz: it is resampled to {config.sample_rate} Hz, and so are others of another rate")
         resampled.add(rate)
     return log_mel(waveform[None], config)[0]
+
+
+def _report_clipping(clipped: int, path: Path, warn: Callable[[str], object]) -> None:
+    if clipped:
+        warn(f"{path}: {clipped} samples are beyond full scale and were clipped")
 
 
 def _pass_over(report: Report, path: Path, error: Exception, complain: Callable[[str], object]) -> None:

@@ -34,6 +34,16 @@ class Conditioner:
         self.block = -(-_LEAST // self.hop)  # frames
         self._kept: dict[tuple[int, int], Tensor] = {}
 
+    def repeat(self, times: int) -> None:
+        """Every utterance so many times, one after the other."""
+
+        def repeated(values: list) -> list:
+            return [value for value in values for _ in range(times)]
+
+        self.lengths = None if self.lengths is None else repeated(self.lengths)
+        self.mels = None if self.mels is None else repeated(self.mels)
+        self.speakers = None if self.speakers is None else self.speakers.repeat_interleave(times)
+
     def span(self, start: int, stop: int) -> Tensor | None:
         """Conditioning of samples `start` to `stop`: (B, C, stop - start), (B, C, 1) of a speaker alone, or None.
 
