@@ -215,13 +215,16 @@ def _judge_values(values: torch.Tensor, model: Any, config: MelConfig) -> MelVer
         line = _line(replace(config, **fields))
         if line is None:
             if low >= 0:
-                t = values.clamp(min=config.floor or 1e-10).log()
-                readings[name] = t, -float(t.mean())
+                floor = config.floor or 1e-10
+                t = values.clamp(min=floor).log()
+                readings[name] = t, -float(torch.where(values > floor, t, 0.0).mean())
             continue
         slope, shift = line
         bounds = fields["clip"] or (shift + slope * (math.log(1e-10) - 1), shift + slope * (loudest + _SLACK))
         margin = 0.1 * (bounds[1] - bounds[0]) if fields["clip"] else 0.0
-        if line != own and bounds[0] - margin <= low and high <= bounds[1] + margin:
+        # Conventions that differ by a shift alone are, but for very large ones, told apart by nothing but loudness.
+        like_own = own is not None and math.isclose(slope, own[0]) and abs(shift - own[1]) < 3 * slope
+        if not like_own and bounds[0] - margin <= low and high <= bounds[1] + margin:
             readings[name] = (values - shift) / slope, -math.log(slope)
     if own is not None:
         readings[INT16] = (values - own[1]) / own[0] - config.power * math.log(32768), -math.log(abs(own[0]))

@@ -19,7 +19,7 @@ _OFFSET = 0.01  # a standstill further from zero than this is no silence
 _EXTREME = 0.999  # the first and the last code; the next of 256 decodes to 0.957
 _LOUD_NOISE = 0.05  # root mean square, -26 dB
 _WHITE = 0.4  # spectral flatness: 0.56 of white noise, below 0.3 of fricatives and cymbals
-_APART = 2.5  # nepers between the mel given and that of the audio, mean over bands: 22 dB of magnitudes
+_APART = 2.5  # nepers between the loudness of the mel given and that of the audio: 22 dB
 
 _ADVICE: dict[Kind, str] = {
     "silence": "try another seed, a temperature nearer to 1, no argmax, a larger top_p; or train on less silence",
@@ -185,9 +185,16 @@ def _against_mel(x: np.ndarray, mel: torch.Tensor, config: MelConfig) -> list[Fi
     frames = min(len(x) // config.hop_length, mel.shape[1])
     if frames == 0 or config.log_base == "none":
         return []
+    per_neper = (
+        config.scale * {"e": 1.0, "10": 1 / math.log(10), "db": 20 / config.power / math.log(10)}[config.log_base]
+    )
+
+    def loudness(values: torch.Tensor) -> np.ndarray:
+        """Of each frame, in nepers: all bands together, so that those near the floor count for little."""
+        return 0.5 * torch.logsumexp((values.double() - config.shift) / per_neper * (2 / config.power), dim=0).numpy()
+
     own = log_mel(torch.from_numpy(x)[None], config)[0, :, :frames]
-    per_neper = {"e": 1.0, "10": 1 / math.log(10), "db": 20 / config.power / math.log(10)}[config.log_base]
-    apart = ((own - mel[:, :frames].cpu().double()) / (config.scale * per_neper)).mean(dim=0).numpy() / config.power
+    apart = loudness(own) - loudness(mel[:, :frames].cpu())
     seconds = config.hop_length / config.sample_rate
     least = math.ceil(0.25 / seconds)
     found = []
