@@ -381,9 +381,7 @@ def _generate() -> Callable[..., int]:
 
         _check_file(out, overwrite, sorted({suffix for suffix, _ in FORMATS.values()}))
         if output.format is not None and out.suffix.lower() != output.suffix:
-            raise ValueError(
-                f"--format {output.format} is written to a file that ends in {output.suffix}, not to {out}"
-            )
+            raise ValueError(f"--format {output.format} makes a file that ends in {output.suffix}, and --out is {out}")
         model = _load(checkpoint, sampling.device)
         report = generate_file(
             model, seconds, out, output=output, progress=sys.stderr.isatty(), warn=_warn, **sampling.settings
