@@ -155,7 +155,7 @@ def test_best_of_is_the_likeliest_candidate(engine):
     best, scores = wavear.generate(model, mels, seed=[5, 6], best_of=4, **settings)
     for b, mel in enumerate(mels):
         candidates = [
-            wavear.generate(model, mel, seed=seed, **settings | {"speaker": [2, 0][b]})
+            wavear.generate(model, mel, seed=seed, **dict[str, Any](settings, speaker=[2, 0][b]))
             for seed in candidate_seeds(5 + b, 4)
         ]
         totals = [float(log.sum()) for _, log in candidates]
@@ -164,9 +164,8 @@ def test_best_of_is_the_likeliest_candidate(engine):
         assert torch.equal(best[b, :length], waveform[0])
         assert torch.equal(scores[b, :length], log[0])
         assert len(set(totals)) == 4
-    assert torch.equal(
-        wavear.generate(model, mels, seed=[5, 6], best_of=4, **settings | {"return_log_probability": False}), best
-    )
+    settings["return_log_probability"] = False
+    assert torch.equal(wavear.generate(model, mels, seed=[5, 6], best_of=4, **settings), best)
 
 
 def test_best_of_with_a_temperature_per_sample():

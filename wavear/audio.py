@@ -245,9 +245,12 @@ def normalize_peak(waveform: Waveform, decibels: float = -1.0) -> Waveform:
     """
     if not -200 <= decibels <= 0:
         raise ValueError(f"a peak of {decibels} dB makes no sense, expected -200 to 0")
-    peak = abs(waveform).max(-1, keepdims=True) if isinstance(waveform, np.ndarray) else waveform.abs().amax(-1, True)
-    gain = 10 ** (decibels / 20) / (peak + (peak == 0))
-    return waveform * gain
+    level = 10 ** (decibels / 20)
+    if isinstance(waveform, torch.Tensor):
+        peak = waveform.abs().amax(-1, keepdim=True)
+        return waveform * (level / torch.where(peak == 0, 1.0, peak))
+    peak = np.abs(waveform).max(-1, keepdims=True)
+    return waveform * (level / np.where(peak == 0, 1, peak)).astype(waveform.dtype)
 
 
 def fade(waveform: Waveform, sample_rate: int, milliseconds: float) -> Waveform:

@@ -498,8 +498,7 @@ def write_mels(
         if job.target.suffix == ".npy":
             _write_array(job.target, lambda file, mel=mel: np.save(file, mel.numpy()))
         else:
-            arrays = {"mel": mel.numpy(), "config": np.array(described)}
-            _write_array(job.target, lambda file, arrays=arrays: np.savez(file, **arrays))
+            _write_array(job.target, lambda file, mel=mel: np.savez(file, mel=mel.numpy(), config=np.array(described)))
         report.files += 1
         report.audio_seconds += mel.shape[1] * config.hop_length / config.sample_rate
         say(f"{job.source} -> {job.target}  {mel.shape[0]} bands, {mel.shape[1]} frames")

@@ -198,7 +198,8 @@ def _against_mel(x: np.ndarray, mel: torch.Tensor, config: MelConfig) -> list[Fi
     seconds = config.hop_length / config.sample_rate
     least = math.ceil(0.25 / seconds)
     found = []
-    for kind, sign in (("quieter", -1), ("louder", 1)):
+    directions: tuple[tuple[Kind, int], ...] = (("quieter", -1), ("louder", 1))
+    for kind, sign in directions:
         if run := _longest(sign * apart > _APART, least):
             decibels = 20 / math.log(10) * abs(float(apart[run[0] : run[1]].mean()))
             text = f"{decibels:.0f} dB {kind} than the mel says"
