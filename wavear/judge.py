@@ -39,8 +39,8 @@ INT16, STANDARD = "integer-waveform", "standardised"
 
 # Differences that are heard at the ends of a recording or near the floor, if anywhere.
 _MINOR = ("padding", "power_offset", "power_floor")
-# Nats per value. Of 90 recordings of eight kinds (speech, music, single sounds), judged by the statistics of one reader,
-# as mels of the right convention 2 pass the first and none the second; in log10 for natural 75 the first, 69 the second.
+# Nats per value. Of 90 recordings of eight kinds (speech, music, sounds), by the statistics of one reader, 2 pass the
+# first as mels of the right convention and none the second; in log10 for natural 75 the first and 69 the second.
 _DOUBTFUL, _WRONG = 0.3, 1.0
 _GAIN_DEVIATION = 2.5  # nepers
 _FURTHEST = 5.0  # deviations, from which on a value counts no more
