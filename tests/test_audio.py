@@ -512,7 +512,8 @@ def test_rounds_to_the_nearest_value_and_clips(tmp_path):
         (np.zeros(100), 0, "a.wav", "sample_rate is 0"),
         (np.zeros(100), 22050.5, "a.wav", r"sample_rate is 22050\.5, expected an integer"),
         (np.zeros(100), 500_000, "a.wav", "sample rate is 500000 Hz, expected 1000 to 384000"),
-        (np.zeros(100), RATE, "a.ogg", r"can only write \.wav and \.flac, not \.ogg"),
+        (np.zeros(100), RATE, "a.mp3", r"can only write \.wav, \.flac, \.ogg and \.opus, not \.mp3"),
+        (np.zeros(100), RATE, "a.opus", r"Opus has no sample rate of 22050 Hz, only 8000, 12000"),
         (np.zeros(100), RATE, "a", "not a name without ending"),
     ],
 )
@@ -676,3 +677,77 @@ def test_trimming_what_has_no_silence_or_nothing_else(samples):
 def test_not_trimmed(options, message):
     with pytest.raises(ValueError, match=message):
         audio.trim_silence(**{"waveform": np.zeros(10), **options})
+
+
+ENCODED = {
+    ("a.wav", None): ("WAV", "PCM_16", 2**-16),
+    ("a.wav", "pcm24"): ("WAV", "PCM_24", 2**-24),
+    ("a.wav", "float32"): ("WAV", "FLOAT", 0.0),
+    ("a.flac", None): ("FLAC", "PCM_16", 2**-16),
+    ("a.flac", "pcm24"): ("FLAC", "PCM_24", 2**-24),
+    ("a.ogg", None): ("OGG", "VORBIS", 0.05),
+    ("a.ogg", "opus"): ("OGG", "OPUS", 0.05),
+    ("a.opus", None): ("OGG", "OPUS", 0.05),
+}
+
+
+@pytest.mark.parametrize(("name", "encoding"), ENCODED, ids=str)
+def test_encodings(tmp_path, name, encoding):
+    """The format it says, the level unchanged, and samples to half a step (lossy codecs: within 0.05 of a tone)."""
+    container, subtype, error = ENCODED[name, encoding]
+    time = np.arange(200_000) / 24_000  # longer than a block of the writer
+    waveform = (0.25 * np.sin(2 * np.pi * 440 * time)).astype(np.float32)
+    assert audio.write(tmp_path / name, waveform, 24_000, encoding) == 0
+    info = soundfile.info(tmp_path / name)
+    assert (info.format, info.subtype, info.samplerate, info.frames) == (container, subtype, 24_000, 200_000)
+    again = audio.read(tmp_path / name).numpy()
+    np.testing.assert_allclose(again[2000:-2000], waveform[2000:-2000], rtol=0, atol=error)
+    assert abs(np.std(again) / np.std(waveform) - 1) < 0.01
+
+
+@pytest.mark.parametrize(
+    ("name", "encoding", "said"),
+    [
+        ("a.wav", "pcm32", "encoding is 'pcm32', a .wav file has pcm16 or pcm24 or float32"),
+        ("a.flac", "float32", "a .flac file has pcm16 or pcm24"),
+        ("a.ogg", "pcm16", "a .ogg file has vorbis or opus"),
+    ],
+)
+def test_encodings_that_a_format_has_not(tmp_path, name, encoding, said):
+    with pytest.raises(ValueError, match=said):
+        audio.write(tmp_path / name, np.zeros(100), 24_000, encoding)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_clipping_is_counted(tmp_path):
+    waveform = np.array([0.0, 1.0, -1.0, 1.001, -3.0, 0.5], dtype=np.float32)
+    assert audio.write(tmp_path / "a.wav", waveform, RATE) == 2
+    assert audio.write(tmp_path / "b.wav", waveform, RATE, "pcm24") == 2
+    assert audio.write(tmp_path / "c.wav", waveform, RATE, "float32") == 0
+    np.testing.assert_allclose(audio.read(tmp_path / "b.wav"), waveform.clip(-1, 1), rtol=0, atol=2**-23)
+    assert audio.read(tmp_path / "c.wav").tolist() == waveform.tolist()
+
+
+def test_normalize_peak():
+    waveform = torch.tensor([[0.1, -0.2, 0.0], [0.0, 0.0, 0.0]])
+    made = audio.normalize_peak(waveform, -6.0)
+    assert abs(made[0].abs().max().item() - 10 ** (-6 / 20)) < 1e-6
+    torch.testing.assert_close(made[0] / made[0, 1], waveform[0] / waveform[0, 1])
+    assert not made[1].any()
+    np.testing.assert_allclose(audio.normalize_peak(waveform.numpy(), -6.0), made, rtol=1e-6)
+    with pytest.raises(ValueError, match="a peak of 3 dB makes no sense"):
+        audio.normalize_peak(waveform, 3)
+
+
+def test_fade():
+    made = audio.fade(np.ones(1000, np.float32), 10_000, 10.0)
+    assert made.dtype == np.float32
+    assert (made[100:900] == 1).all()
+    assert made[0] < 1e-3
+    assert (np.diff(made[:100]) > 0).all()
+    np.testing.assert_array_equal(made, made[::-1])
+    np.testing.assert_allclose(made[:100] + made[:100][::-1], 1, atol=1e-6)  # two fades over each other keep the level
+    assert torch.equal(audio.fade(torch.ones(9), 8000, 0.0), torch.ones(9))
+    assert audio.fade(torch.ones(3), 1000, 1000.0).shape == (3,)
+    with pytest.raises(ValueError, match="a fade of -1 ms"):
+        audio.fade(torch.ones(3), 1000, -1)

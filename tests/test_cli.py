@@ -244,7 +244,7 @@ def test_two_inputs_of_one_name_are_refused(here: Path, capsys: pytest.CaptureFi
         (("generate", "free", "--seconds", "-1", "--out", "x.wav"), "seconds is -1"),
         (("generate", "free", "--seconds", "nan", "--out", "x.wav"), "seconds is nan"),
         (("generate", "free", "--seconds", "1e9", "--out", "x.wav"), "at most 86400"),
-        (("generate", "free", "--seconds", "1", "--out", "x.mp3"), ".wav or .flac"),
+        (("generate", "free", "--seconds", "1", "--out", "x.mp3"), "takes a .flac, .ogg, .opus, .wav file"),
         (("generate", "free", "--seconds", "1", "--out", "in"), "in is no audio file"),
         (
             ("generate", "speakers", "--seconds", "1", "--engine", "reference", "--out", "x.wav"),
@@ -365,7 +365,7 @@ def test_write_failure_stops_and_leaves_nothing(here: Path, monkeypatch: pytest.
     """A disk that is full for one file is full for the next: stop, rather than generate for nothing."""
     calls = []
 
-    def full(path, waveform, rate):
+    def full(path, waveform, rate, encoding=None):
         calls.append(path)
         raise OSError(28, f"cannot write {path}: No space left on device")
 

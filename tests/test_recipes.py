@@ -8,10 +8,13 @@ import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
+import wavear
 from wavear import audio, cli, data
 from wavear.train import TrainConfig
 
@@ -29,7 +32,7 @@ def module(path: Path) -> ModuleType:
 
 
 def test_there_are_recipes():
-    assert NAMES == ["demo", "folder", "ljspeech"]
+    assert NAMES == ["demo", "folder", "ljspeech", "tts"]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -94,3 +97,79 @@ def test_ljspeech_manifest(tmp_path: Path):
     assert held_out == ["LJSpeech-1.1/wavs/LJ001-0001.wav", "LJSpeech-1.1/wavs/LJ002-0025.wav"]
     assert len(corpus.train) == 2
     assert corpus.bad == []
+
+
+@pytest.fixture(scope="module")
+def tacotron() -> tuple[Any, Any]:
+    """torchaudio's text processor, and a Tacotron 2 of its own in small, with random weights."""
+    import torchaudio
+
+    torch.manual_seed(0)
+    network = torchaudio.models.Tacotron2(
+        n_symbol=38,
+        symbol_embedding_dim=8,
+        encoder_embedding_dim=8,
+        encoder_n_convolution=1,
+        attention_rnn_dim=8,
+        attention_hidden_dim=8,
+        attention_location_n_filter=2,
+        attention_location_kernel_size=3,
+        decoder_rnn_dim=8,
+        decoder_max_step=12,
+        prenet_dim=8,
+        postnet_n_convolution=2,
+        postnet_embedding_dim=8,
+    ).eval()
+    with torch.no_grad():  # around the middle of a mel's range
+        network.decoder.linear_projection.bias.fill_(-5.0)
+    return torchaudio.pipelines.TACOTRON2_GRIFFINLIM_CHAR_LJSPEECH.get_text_processor(), network
+
+
+def vocoder(folder: Path, preset: str) -> str:
+    sizes = dict.fromkeys(("residual_channels", "skip_channels", "head_channels", "conditioning_channels"), 4)
+    wavear.WaveNet(wavear.WaveNetConfig(layers=2, stacks=1, mel=wavear.MelConfig.preset(preset), **sizes)).save(folder)
+    return str(folder)
+
+
+@pytest.mark.filterwarnings("ignore:Reached max decoder steps")
+def test_text_to_speech(tmp_path: Path, tacotron: tuple[Any, Any]):
+    """A text through torchaudio's processor and Tacotron 2, and its mel through a vocoder: sound as long as it."""
+    tts = module(RECIPES / "tts" / "speak.py")
+    checkpoint = vocoder(tmp_path / "vocoder", "torchaudio-tacotron2")
+    given = tts.Speak(checkpoint, "Hello, world!", out=tmp_path / "hello.wav", engine="reference", seed=3)
+    mel = tts.text_to_mel("Hello, world!", *tacotron, seed=3)
+    assert mel.shape[0] == 80
+    waveform, rate = tts.speak(given, *tacotron)
+    assert rate == 22050
+    assert waveform.shape == (mel.shape[1] * 256,)
+    assert torch.equal(waveform, wavear.generate(wavear.load(checkpoint), mel, seed=3, engine="reference")[0])
+    assert audio.info(tmp_path / "hello.wav").frames == len(waveform)
+    with pytest.raises(FileExistsError, match="--overwrite"):
+        tts.speak(given, *tacotron)
+
+
+@pytest.mark.filterwarnings("ignore:Reached max decoder steps")
+@pytest.mark.parametrize(
+    ("preset", "said"),
+    [
+        ("hifigan", "centre 'start', the model 'middle'"),
+        ("torchaudio-tacotron2-wavernn", "hop_length 256, the model 275"),
+        ("r9y9", "fmin 0.0, the model 125.0"),
+    ],
+)
+def test_text_to_speech_through_the_wrong_vocoder(tmp_path: Path, tacotron: tuple[Any, Any], preset: str, said: str):
+    tts = module(RECIPES / "tts" / "speak.py")
+    given = tts.Speak(vocoder(tmp_path / "vocoder", preset), "Hello!", out=tmp_path / "x.wav", engine="reference")
+    with pytest.raises(ValueError, match=said):
+        tts.speak(given, *tacotron)
+    assert not (tmp_path / "x.wav").exists()
+
+
+def test_every_bundle_of_the_recipe_is_torchaudios():
+    import torchaudio
+
+    tts = module(RECIPES / "tts" / "speak.py")
+    known = {name for name in dir(torchaudio.pipelines) if name.startswith("TACOTRON2_")}
+    assert set(tts.BUNDLES) == known
+    for preset in tts.BUNDLES.values():
+        wavear.MelConfig.preset(preset)

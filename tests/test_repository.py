@@ -76,10 +76,11 @@ def test_continuous_integration_can_run():
     assert os.access(ROOT / ".ci" / "run", os.X_OK)
 
 
-@pytest.mark.parametrize("module", ["audio", "containers", "files", "mulaw", "mel"])
+@pytest.mark.parametrize("module", ["audio", "containers", "files", "mulaw", "mel", "mel_presets"])
 def test_leaves_import_nothing_of_wavear(module):
-    """But for `audio`, which stands on `containers` and `files`, leaves too."""
-    allowed = re.compile(r"wavear(\.(containers|files))?$") if module == "audio" else re.compile("$")
+    """But for `audio`, which stands on `containers` and `files`, and `mel`, on `mel_presets`: leaves too."""
+    stands_on = {"audio": "containers|files", "mel": "mel_presets"}
+    allowed = re.compile(rf"wavear(\.({stands_on[module]}))?(\.[A-Z]+)?$" if module in stands_on else "$")
     assert [name for name in imports_of_wavear(ROOT / "wavear" / f"{module}.py") if not allowed.match(name)] == []
 
 

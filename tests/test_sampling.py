@@ -60,3 +60,69 @@ def test_samples_follow_the_law(temperature):
     draws = sample(logits.expand(200_000, 16), torch.from_numpy(uniforms(5, 0, 200_000)), temperature)
     expected = torch.softmax(logits.double() / temperature, 0).numpy() * 200_000
     assert stats.chisquare(np.bincount(draws.numpy(), minlength=16), expected).pvalue > 1e-3
+
+
+def by_hand(logits: np.ndarray, uniform: float, temperature: float, top_k: int | None, top_p: float | None) -> int:
+    """The definition, step by step, in plain Python."""
+    scaled = logits / temperature
+    law = np.exp(scaled - scaled.max())
+    law /= law.sum()
+    order = sorted(range(len(law)), key=lambda code: (-logits[code], code))
+    staying = order if top_k is None else order[:top_k]
+    law = np.array([p if code in staying else 0.0 for code, p in enumerate(law)])
+    law /= law.sum()
+    if top_p is not None:
+        nucleus, share = [], 0.0
+        for code in staying:
+            nucleus.append(code)
+            share += law[code]
+            if share >= top_p:
+                break
+        law = np.array([p if code in nucleus else 0.0 for code, p in enumerate(law)])
+        law /= law.sum()
+    cumulative = 0.0
+    for code, p in enumerate(law):
+        cumulative += p
+        if cumulative > uniform:
+            return code
+    return int(np.flatnonzero(law)[-1])
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5, 2.0])
+@pytest.mark.parametrize(("top_k", "top_p"), [(None, 0.5), (5, None), (5, 0.7), (1, None), (None, 1e-9), (99, 1.0)])
+def test_truncated_sampling_is_the_definition(temperature, top_k, top_p):
+    generator = np.random.default_rng(3)
+    for _ in range(200):
+        logits, uniform = generator.normal(0, 2, 16), generator.random()
+        code = sample(torch.tensor(logits)[None], torch.tensor([uniform]).double(), temperature, top_k, top_p).item()
+        assert code == by_hand(logits, uniform, temperature, top_k, top_p)
+
+
+def test_of_equal_logits_the_lower_codes_stay():
+    u = torch.tensor([0.999], dtype=torch.float64)
+    logits = torch.tensor([[1.0, 2.0, 2.0, 2.0, 2.0]])
+    assert sample(logits, u, top_k=2).item() == 2
+    assert sample(logits, u, top_k=1).item() == 1
+    # Of 4 equal codes 2 have a share of 1/2 exactly, which reaches it.
+    assert sample(torch.zeros(1, 4), u, top_p=0.5).item() == 1
+    assert sample(torch.zeros(1, 4), u, top_p=0.500001).item() == 2
+
+
+def test_the_share_is_one_of_what_top_k_leaves():
+    logits = torch.log(torch.tensor([[0.4, 0.3, 0.2, 0.1]]))
+    u = torch.tensor([0.999], dtype=torch.float64)
+    # Of all 0.4 + 0.3 < 0.72 takes a third code; of the first two 0.4 / 0.7 < 0.72 takes both, and there is no third.
+    assert sample(logits, u, top_p=0.72).item() == 2
+    assert sample(logits, u, top_k=2, top_p=0.72).item() == 1
+    assert sample(logits, u, top_k=2, top_p=0.5).item() == 0
+
+
+def test_truncated_samples_follow_the_truncated_law():
+    torch.manual_seed(0)
+    logits = torch.randn(16)
+    draws = sample(logits.expand(100_000, 16), torch.from_numpy(uniforms(5, 0, 100_000)), 1.5, top_k=6)
+    law = torch.softmax(logits.double() / 1.5, 0).numpy()
+    law[np.argsort(-law)[6:]] = 0
+    counts = np.bincount(draws.numpy(), minlength=16)
+    assert not counts[law == 0].any()
+    assert stats.chisquare(counts[law > 0], law[law > 0] / law.sum() * 100_000).pvalue > 1e-3

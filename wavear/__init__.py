@@ -2,14 +2,17 @@
 
 from wavear import audio
 from wavear.checkpoint import CheckpointError, load
+from wavear.convert import convert_mel
 from wavear.generate import generate, score
 from wavear.generate.state import StreamState
 from wavear.generate.stream import Stream, StreamBatch
+from wavear.judge import adapt_mel, judge_mel
 from wavear.mel import MelConfig, log_mel
 from wavear.models.base import AutoregressiveModel
 from wavear.models.wavenet import WaveNet, WaveNetConfig
 from wavear.mulaw import mulaw_decode, mulaw_encode
 from wavear.train import TrainConfig, TrainResult, train
+from wavear.watch import watch
 
 __version__ = "0.1.0"
 
@@ -24,12 +27,16 @@ __all__ = [
     "TrainResult",
     "WaveNet",
     "WaveNetConfig",
+    "adapt_mel",
     "audio",
+    "convert_mel",
     "generate",
+    "judge_mel",
     "load",
     "log_mel",
     "mulaw_decode",
     "mulaw_encode",
     "score",
     "train",
+    "watch",
 ]

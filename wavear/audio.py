@@ -130,38 +130,55 @@ def read(path: StrPath, sample_rate: int | None = None, start: int = 0, frames: 
     return torch.from_numpy(_soxr(waveform, own_rate, rate)[start - offset : stop - offset].copy())
 
 
-def write(path: StrPath, waveform: torch.Tensor | np.ndarray, sample_rate: int) -> None:
-    """Write a waveform as 16-bit PCM: WAV, or FLAC if the name ends in .flac.
+# What the ending of a file's name stands for, and in which encodings: libsndfile's names, the first by default.
+_FORMATS: dict[str, tuple[str, dict[str, str]]] = {
+    ".wav": ("WAV", {"pcm16": "PCM_16", "pcm24": "PCM_24", "float32": "FLOAT"}),
+    ".flac": ("FLAC", {"pcm16": "PCM_16", "pcm24": "PCM_24"}),
+    ".ogg": ("OGG", {"vorbis": "VORBIS", "opus": "OPUS"}),
+    ".opus": ("OGG", {"opus": "OPUS"}),
+}
+_OPUS_RATES = (8000, 12000, 16000, 24000, 48000)
+
+
+def write(path: StrPath, waveform: torch.Tensor | np.ndarray, sample_rate: int, encoding: str | None = None) -> int:
+    """Write a waveform: WAV, FLAC or OGG, by the ending of the name.
 
     The file appears whole or not at all: it is written beside its place under another name, and moved there at the end,
-    over a file of that name if there is one. `read` gives back what was written to half a step, 1.6e-5.
+    over a file of that name if there is one. `read` gives back what was written to half a step: 1.6e-5 of 16 bits, 6e-8
+    of 24; floating point exactly. The level is left as it is.
 
     Parameters
     ----------
     path : str or Path
-        Its folder must exist.
+        Ends in .wav, .flac, .ogg or .opus. Its folder must exist.
     waveform : Tensor or array, shape (T,) or (1, T), floating point in [-1, 1]
-        Values beyond are clipped.
+        Values beyond are clipped, but for "float32".
     sample_rate : int
         Hz, 1000 to 384000.
+    encoding : str, optional
+        "pcm16" (by default), "pcm24" or "float32" of WAV; "pcm16" or "pcm24" of FLAC; "vorbis" (by default) or "opus"
+        of OGG, at the quality libsndfile gives them. Opus knows 8, 12, 16, 24 and 48 kHz alone.
+
+    Returns
+    -------
+    int
+        How many samples were clipped.
 
     Raises
     ------
     ValueError
         If the waveform is empty, holds NaN or infinity, or has another shape or type; if the sample rate is out of
-        range or the name ends in neither .wav nor .flac.
+        range, the name ends otherwise, or the encoding is none of its format.
     OSError
         If the file cannot be written: no such folder, no permission, disk full. What was there before stays.
     """
     import soundfile
 
     target = Path(path)
-    formats = {".wav": "WAV", ".flac": "FLAC"}
-    if target.suffix.lower() not in formats:
-        raise ValueError(
-            f"{path}: can only write {' and '.join(formats)}, not {target.suffix or 'a name without ending'}"
-        )
+    container, subtype = _encoding(target, encoding)
     rate = _check_rate(sample_rate)
+    if subtype == "OPUS" and rate not in _OPUS_RATES:
+        raise ValueError(f"{path}: Opus has no sample rate of {rate} Hz, only {', '.join(map(str, _OPUS_RATES))}")
     x = _as_array(waveform)
     if x.dtype.kind != "f":
         raise ValueError(f"{path}: waveform is {x.dtype}, expected floating point in [-1, 1] (16-bit PCM: / 32768)")
@@ -171,10 +188,20 @@ def write(path: StrPath, waveform: torch.Tensor | np.ndarray, sample_rate: int) 
         raise ValueError(f"{path}: waveform has shape {x.shape}, expected (T,) or (1, T) with T of 1 or more")
     if not np.isfinite(x).all():
         raise ValueError(f"{path}: not written, the waveform holds NaN or infinity")
+    clipped = 0 if subtype == "FLOAT" else int((np.abs(x) > 1).sum())
     # As `read` scales, and not by 32767 as libsndfile would: so that reading and writing again changes nothing.
-    codes = np.clip(np.rint(x.astype(np.float64) * 32768), -32768, 32767).astype(np.int16)
+    if subtype == "PCM_16":
+        x = np.clip(np.rint(x.astype(np.float64) * 2**15), -(2**15), 2**15 - 1).astype(np.int16)
+    elif subtype == "PCM_24":  # the upper bytes of 32 bits
+        x = np.clip(np.rint(x.astype(np.float64) * 2**23), -(2**23), 2**23 - 1).astype(np.int32) * 256
+    elif subtype == "FLOAT":
+        x = x.astype(np.float32)
+    else:
+        x = np.clip(x, -1, 1).astype(np.float32)
     encoded = io.BytesIO()
-    soundfile.write(encoded, codes, rate, subtype="PCM_16", format=formats[target.suffix.lower()])
+    with soundfile.SoundFile(encoded, "w", rate, 1, subtype=subtype, format=container) as file:
+        for first in range(0, len(x), 65536):  # libsndfile's Vorbis encoder keeps what it is given at once on the stack
+            file.write(x[first : first + 65536])
     try:
         if target.exists() and not target.is_file():
             raise OSError(f"{path}: exists and is not a file, not overwritten")
@@ -183,6 +210,74 @@ def write(path: StrPath, waveform: torch.Tensor | np.ndarray, sample_rate: int) 
         if error.errno is None:
             raise
         raise OSError(error.errno, f"cannot write {path}: {error.strerror}") from error
+    return clipped
+
+
+def _encoding(target: Path, encoding: str | None) -> tuple[str, str]:
+    """libsndfile's names of the format and the encoding of a file."""
+    if target.suffix.lower() not in _FORMATS:
+        known = list(_FORMATS)
+        raise ValueError(
+            f"{target}: can only write {', '.join(known[:-1])} and {known[-1]}, not"
+            f" {target.suffix or 'a name without ending'}"
+        )
+    container, encodings = _FORMATS[target.suffix.lower()]
+    encoding = next(iter(encodings)) if encoding is None else encoding
+    if encoding not in encodings:
+        raise ValueError(f"{target}: encoding is {encoding!r}, a {target.suffix} file has {' or '.join(encodings)}")
+    return container, encodings[encoding]
+
+
+def normalize_peak(waveform: Waveform, decibels: float = -1.0) -> Waveform:
+    """The same sound with its largest sample at a level.
+
+    Parameters
+    ----------
+    waveform : Tensor or array, shape (..., T), floating point
+        Each row gets a gain of its own; one of nothing but zeros stays.
+    decibels : float
+        Of full scale, at most 0.
+
+    Examples
+    --------
+    >>> normalize_peak(torch.tensor([0.1, -0.25]), 0.0)
+    tensor([ 0.4000, -1.0000])
+    """
+    if not -200 <= decibels <= 0:
+        raise ValueError(f"a peak of {decibels} dB makes no sense, expected -200 to 0")
+    level = 10 ** (decibels / 20)
+    if isinstance(waveform, torch.Tensor):
+        peak = waveform.abs().amax(-1, keepdim=True)
+        return waveform * (level / torch.where(peak == 0, 1.0, peak))
+    peak = np.abs(waveform).max(-1, keepdims=True)
+    return waveform * (level / np.where(peak == 0, 1, peak)).astype(waveform.dtype)
+
+
+def fade(waveform: Waveform, sample_rate: int, milliseconds: float) -> Waveform:
+    """The same sound, faded in and out over so many milliseconds (half of it at most) by half a period of a cosine.
+
+    Parameters
+    ----------
+    waveform : Tensor or array, shape (..., T), floating point
+    sample_rate : int
+        Hz.
+    milliseconds : float
+        0 or more.
+
+    Examples
+    --------
+    >>> fade(torch.ones(6), 1000, 2.0)
+    tensor([0.1464, 0.8536, 1.0000, 1.0000, 0.8536, 0.1464])
+    """
+    if not 0 <= milliseconds < math.inf:
+        raise ValueError(f"a fade of {milliseconds} ms makes no sense, expected 0 or more")
+    total = waveform.shape[-1]
+    count = min(round(milliseconds * _check_rate(sample_rate) / 1000), total // 2)
+    ramp = 0.5 - 0.5 * np.cos(np.pi * (np.arange(count) + 0.5) / max(count, 1))
+    gain = np.concatenate([ramp, np.ones(total - 2 * count), ramp[::-1]])
+    if isinstance(waveform, torch.Tensor):
+        return waveform * torch.from_numpy(gain).to(waveform.device, waveform.dtype)
+    return waveform * gain.astype(waveform.dtype)
 
 
 def resample(waveform: Waveform, from_rate: int, to_rate: int) -> Waveform:

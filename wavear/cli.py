@@ -14,6 +14,7 @@ import os
 import re
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -31,6 +32,15 @@ class Sampling:
     """0 or more; the same seed gives the same audio."""
     temperature: float = 1.0
     """Divides the logits: 1 as trained, below 1 duller and cleaner, above 1 noisier."""
+    top_k: int | None = None
+    """Draw each sample among the k likeliest values alone."""
+    top_p: float | None = None
+    """Draw each sample among the likeliest values that together have this probability (0.95, say), which cuts off the
+    rare ones that crackle."""
+    argmax: bool = False
+    """Take the likeliest value always: the same audio for every seed, and it collapses to silence or a tone."""
+    best_of: int = 1
+    """Make so many candidates of each and keep the likeliest; takes so many times as long, and favours the plain."""
     speaker: int | None = None
     """Number of the speaker, for a model with speakers."""
     engine: str = "auto"
@@ -50,9 +60,15 @@ class Sampling:
     @property
     def stream_settings(self) -> dict[str, Any]:
         """For `wavear.Stream`."""
-        return {
-            name: getattr(self, name) for name in ("seed", "temperature", "speaker", "engine", "weights", "threads")
-        }
+        if self.best_of > 1:
+            raise ValueError("--best-of compares whole utterances: a stream is heard before it is done")
+        settings = self.settings
+        del settings["best_of"]
+        if settings.pop("argmax"):
+            if self.top_k is not None or self.top_p is not None:
+                raise ValueError("--argmax takes the likeliest code: leave --top-k and --top-p away")
+            settings["top_k"] = 1
+        return settings
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -74,7 +90,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _guarded(run: Command) -> int:
     """The exit status of `run`; what a user did wrong is said in one line, bugs of ours keep their traceback."""
     try:
-        status = run()
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            status = run()
         sys.stdout.flush()
         return status
     except KeyboardInterrupt:
@@ -141,7 +159,7 @@ def _unbox(text: str) -> str:
             break
         if content and not line.startswith(("╭", "╰", "│" + 7 * " ")):  # so far in, it is a flag's help
             said.append(content)
-    message = re.sub(r"^Error parsing (__tyro[^:]*|config|sampling): ", "", " ".join(said))
+    message = re.sub(r"^Error parsing (__tyro[^:]*|config|sampling|output): ", "", " ".join(said))
     return message[:1].lower() + message[1:] if message else text.strip()
 
 
@@ -158,6 +176,21 @@ def _refused(error: Exception) -> bool:
 def _complain(message: str, status: int = 1) -> int:
     print(f"wavear: error: {message}", file=sys.stderr)
     return status
+
+
+def _warn(message: str) -> None:
+    print(f"wavear: warning: {message}", file=sys.stderr)
+
+
+_python_shows = warnings.showwarning
+
+
+def _show_warning(message: Any, category: Any, filename: str, *rest: Any) -> None:
+    """What we warn of ourselves reads like what else we say; other warnings are the libraries' affair."""
+    if filename.startswith(_PACKAGE) and issubclass(category, UserWarning):
+        _warn(" ".join(str(message).split()))
+    else:
+        _python_shows(message, category, filename, *rest)
 
 
 def _say(line: str) -> None:
@@ -266,17 +299,23 @@ def recipe(config: Any, description: str | None = None) -> None:
 def _synthesize() -> Callable[..., int]:
     from tyro.conf import Positional, arg
 
+    from wavear.synthesize import Output
+
     def synthesize(
         checkpoint: Annotated[Positional[str], arg(metavar="CHECKPOINT")],
         inputs: Annotated[Positional[list[Path]], arg(metavar="INPUT...", help_behavior_hint="(required)")],
         out: Annotated[Path | None, arg(metavar="DIR", help_behavior_hint="(required without --stream)")] = None,
         overwrite: bool = False,
         stream: bool = False,
+        mel_preset: Annotated[str | None, arg(metavar="NAME")] = None,
+        mel_seconds: float | None = None,
+        force: bool = False,
         sampling: Sampling = Sampling(),
+        output: Output = Output(),  # noqa: B008 (frozen)
     ) -> int:
         """Make audio from mel spectrograms, or from the mels of recordings.
 
-        A mel of F frames becomes F * hop samples, as 16-bit WAV. With `- --stream`, frames from stdin become raw 16-bit
+        A mel of F frames becomes F * hop samples. With `- --stream`, frames from stdin become raw 16-bit
         PCM on stdout as they come: ... | wavear synthesize CHECKPOINT - --stream | aplay -t raw -f S16_LE -c 1 -r 22050
 
         Parameters
@@ -293,8 +332,17 @@ def _synthesize() -> Callable[..., int]:
             Replace files that exist.
         stream
             Follow mel frames as they come; latency and underruns are told on stderr.
+        mel_preset
+            What mels are that do not say it themselves, to convert them: a preset (hifigan, r9y9, espnet, fatchord...),
+            or, where all but the values is as the model's: ln, log10, db, db01, db01-ref20, db4-ref20, linear.
+        mel_seconds
+            Refuse mels whose frames do not make so many seconds of audio.
+        force
+            Take mels that are judged wrong, or differ in what cannot be converted, as they are.
         sampling
             How the audio is made.
+        output
+            How it is written.
         """
         from wavear.synthesize import plan, synthesize
 
@@ -308,10 +356,20 @@ def _synthesize() -> Callable[..., int]:
             raise ValueError("- is stdin, whose frames are followed as they come: pass --stream")
         if out is None:
             return _complain("the following arguments are required: --out (see wavear synthesize --help)", 2)
-        jobs = plan(inputs, out, ".wav", overwrite=overwrite)
+        jobs = plan(inputs, out, output.suffix, overwrite=overwrite)
         model = _load(checkpoint, sampling.device)
         report = synthesize(
-            model, jobs, progress=sys.stderr.isatty(), say=_say, complain=_complain, **sampling.settings
+            model,
+            jobs,
+            mel_source=mel_preset,
+            mel_seconds=mel_seconds,
+            force=force,
+            output=output,
+            progress=sys.stderr.isatty(),
+            say=_say,
+            complain=_complain,
+            warn=_warn,
+            **sampling.settings,
         )
         return _summary(report)
 
@@ -321,6 +379,8 @@ def _synthesize() -> Callable[..., int]:
 def _generate() -> Callable[..., int]:
     from tyro.conf import Positional, arg
 
+    from wavear.synthesize import FORMATS, Output
+
     def generate(
         checkpoint: Annotated[Positional[str], arg(metavar="CHECKPOINT")],
         seconds: float,
@@ -329,6 +389,7 @@ def _generate() -> Callable[..., int]:
         prime: Annotated[Path | None, arg(metavar="FILE")] = None,
         include_prime: bool = False,
         sampling: Sampling = Sampling(),
+        output: Output = Output(),  # noqa: B008 (frozen)
     ) -> int:
         """Make audio freely, with a model that is not conditioned on mels; from silence, or going on from a recording.
 
@@ -339,7 +400,7 @@ def _generate() -> Callable[..., int]:
         seconds
             Seconds of audio to make.
         out
-            WAV or FLAC file to write.
+            WAV, FLAC, OGG or Opus file to write.
         overwrite
             Replace the file if it exists.
         prime
@@ -348,11 +409,15 @@ def _generate() -> Callable[..., int]:
             Write the recording in front of what follows it.
         sampling
             How the audio is made.
+        output
+            How it is written.
         """
         from wavear.audio import info
         from wavear.synthesize import generate_file
 
-        _check_file(out, overwrite)
+        _check_file(out, overwrite, sorted({suffix for suffix, _ in FORMATS.values()}))
+        if output.format is not None and out.suffix.lower() != output.suffix:
+            raise ValueError(f"--format {output.format} makes a file that ends in {output.suffix}, and --out is {out}")
         model = _load(checkpoint, sampling.device)
         report = generate_file(
             model,
@@ -360,8 +425,10 @@ def _generate() -> Callable[..., int]:
             out,
             prime=prime,
             include_prime=include_prime,
+            output=output,
             progress=sys.stderr.isatty(),
             say=_say,
+            warn=_warn,
             **sampling.settings,
         )
         _say(f"{out}  {info(out).seconds:.2f} s, {model.config.sample_rate} Hz")
@@ -379,6 +446,8 @@ def _mel() -> Callable[..., int]:
         inputs: Annotated[Positional[list[Path]], arg(metavar="INPUT...", help_behavior_hint="(required)")],
         out: Annotated[Path, arg(metavar="DIR")],
         checkpoint: Annotated[str | None, arg(metavar="CHECKPOINT")] = None,
+        preset: Annotated[str | None, arg(metavar="NAME")] = None,
+        npy: bool = False,
         overwrite: bool = False,
         config: MelConfig = MelConfig(),  # noqa: B008 (frozen)
     ) -> int:
@@ -392,6 +461,11 @@ def _mel() -> Callable[..., int]:
             Folder to write to, made where it is missing.
         checkpoint
             Take the mels this model expects; the flags on mels are then not needed, and refused.
+        preset
+            Take the mels that a project publishes: hifigan, nvidia-tacotron2, r9y9, espnet, espnet-24k, fatchord,
+            parallel-wavegan, torchaudio-tacotron2, torchaudio-tacotron2-wavernn, librosa-default. Likewise.
+        npy
+            Write plain .npy, bands first, without saying what the mels are.
         overwrite
             Replace files that exist.
         config
@@ -402,7 +476,10 @@ def _mel() -> Callable[..., int]:
 
         if checkpoint is not None and config != MelConfig():
             raise ValueError("--checkpoint says what the mels are: leave the flags on mels away")
-        jobs = plan(inputs, out, ".npz", mels=False, overwrite=overwrite)
+        if preset is not None and (checkpoint is not None or config != MelConfig()):
+            raise ValueError("--preset says what the mels are: leave --checkpoint and the flags on mels away")
+        config = config if preset is None else MelConfig.preset(preset)
+        jobs = plan(inputs, out, ".npy" if npy else ".npz", mels=False, overwrite=overwrite)
         if checkpoint is not None:
             config = load(checkpoint).config.mel
             if config is None:
@@ -551,9 +628,9 @@ def _load(checkpoint: str, device: str) -> Any:
     return load(checkpoint, device)
 
 
-def _check_file(out: Path, overwrite: bool) -> None:
-    if out.suffix.lower() not in (".wav", ".flac"):
-        raise ValueError(f"{out} is no audio file by its name: --out takes a .wav or .flac file")
+def _check_file(out: Path, overwrite: bool, suffixes: Sequence[str]) -> None:
+    if out.suffix.lower() not in suffixes:
+        raise ValueError(f"{out} is no audio file by its name: --out takes a {', '.join(suffixes)} file")
     if out.is_dir():
         raise IsADirectoryError(f"{out} is a folder: --out takes a file")
     if out.exists() and not overwrite:

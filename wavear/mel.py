@@ -23,21 +23,29 @@ A crop that begins or ends with the waveform has no context there, and drops not
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import functools
 import math
 import operator
+import re
 import warnings
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
 
+from wavear.mel_presets import PRESETS
+
 Window = Literal["hann", "hamming", "blackman", "rectangular"]
 Centre = Literal["middle", "start"]
 Padding = Literal["reflect", "zeros"]
 MelScale = Literal["slaney", "htk"]
 Norm = Literal["slaney"]
+FloorMode = Literal["clip", "add"]
 LogBase = Literal["e", "10", "db", "none"]
+
+# Fields that came after the first checkpoints, and what those meant.
+_LATER = {"floor_mode": "clip"}
 
 # Frames computed at once: bounds the memory of an hour-long recording to that of some seconds.
 BLOCK_FRAMES = 4096
@@ -51,6 +59,11 @@ class MelConfig:
 
         S[k] = max(abs(X[k])**2 + power_offset, power_floor) ** (power / 2)
         V[m] = clip(scale * log(max(sum_k W[m, k] * S[k], floor)) + shift)
+
+    (`floor_mode` "add" has the floor added, instead of the larger of the two.) That leaves room for all that published
+    mels do: decibels against a reference r are a `shift` of -20 log10(r), logarithms to base 2 a `scale` of 1 / log(2),
+    a spectrum divided by the window's norm n a `shift` of -log(n). What depends on a whole recording, such as the
+    `top_db` of librosa, has no place here: the mel of a crop would not be the crop of the mel.
 
     Raises
     ------
@@ -101,6 +114,8 @@ class MelConfig:
     """Least power of a bin (ESPnet's code: 1e-10)."""
     floor: float = 1e-5
     """Least value of a band before the logarithm."""
+    floor_mode: FloorMode = "clip"
+    """"clip": what is below the floor becomes the floor. "add": the floor is added to every value."""
     log_base: LogBase = "e"
     """Natural or common logarithm; decibels (20 log10 of magnitudes, 10 log10 of powers); or none at all."""
     scale: float = 1.0
@@ -126,6 +141,7 @@ class MelConfig:
             ("padding", get_args(Padding)),
             ("mel_scale", get_args(MelScale)),
             ("norm", (*get_args(Norm), None)),
+            ("floor_mode", get_args(FloorMode)),
             ("log_base", get_args(LogBase)),
         ):
             if getattr(self, field) not in choices:
@@ -207,9 +223,39 @@ class MelConfig:
         known = [field.name for field in dataclasses.fields(cls)]
         if unknown := [name for name in fields if name not in known]:
             raise ValueError(f"mel configuration has unknown fields {', '.join(map(str, unknown))}; known: {known}")
-        if missing := [name for name in known if name not in fields]:
+        if missing := [name for name in known if name not in fields and name not in _LATER]:
             raise ValueError(f"mel configuration lacks the fields {', '.join(missing)}")
-        return cls(**fields)
+        return cls(**{**_LATER, **fields})
+
+    @classmethod
+    def preset(cls, name: str) -> MelConfig:
+        """Mels as a well-known project publishes them; `docs/mels.md` says which, and how exactly they agree.
+
+        Parameters
+        ----------
+        name : str
+            hifigan, nvidia-tacotron2, r9y9, espnet, espnet-24k, parallel-wavegan, fatchord, torchaudio-tacotron2,
+            torchaudio-tacotron2-wavernn or librosa-default.
+
+        Raises
+        ------
+        ValueError
+            If there is no such preset; the message has the nearest ones.
+
+        Examples
+        --------
+        >>> MelConfig.preset("fatchord").hop_length
+        275
+        >>> MelConfig.preset("hifi-gan")
+        Traceback (most recent call last):
+        ValueError: there is no mel preset 'hifi-gan': did you mean 'hifigan'?
+        """
+        if name not in PRESETS:
+            plain = {re.sub("[^a-z0-9]", "", known): known for known in PRESETS}
+            near = difflib.get_close_matches(re.sub("[^a-z0-9]", "", str(name).lower()), plain, n=2)
+            hint = f"did you mean {' or '.join(repr(plain[known]) for known in near)}?" if near else ""
+            raise ValueError(f"there is no mel preset {name!r}: {hint or 'known are ' + ', '.join(PRESETS)}")
+        return cls(**PRESETS[name])
 
 
 @torch.no_grad()
@@ -370,7 +416,7 @@ def _pad(waveform: torch.Tensor, before: int, after: int, padding: Padding) -> t
 
 
 def _compress(mel: torch.Tensor, config: MelConfig) -> torch.Tensor:
-    mel = mel.clamp_(min=config.floor)
+    mel = mel.clamp_(min=config.floor) if config.floor_mode == "clip" else mel.add_(config.floor)
     if config.log_base == "e":
         mel = mel.log_()
     elif config.log_base == "10":

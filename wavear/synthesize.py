@@ -6,7 +6,6 @@ input that cannot be used is named, counted and passed over; the others are done
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import tempfile
@@ -25,8 +24,10 @@ from wavear import audio
 from wavear.files import replace_file
 from wavear.generate import generate, make_engine
 from wavear.generate.prime import check_prime, doubts
+from wavear.judge import Expectation, adapt_mel, describe_source
 from wavear.mel import MelConfig, log_mel
 from wavear.models.base import AutoregressiveModel
+from wavear.watch import Finding, watch
 
 AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".mp3", ".aif", ".aiff")
 MEL_SUFFIXES = (".npy", ".npz", ".pt", ".safetensors")
@@ -45,6 +46,52 @@ class Job:
     target: Path
 
 
+# What `Output.format` says: the ending of the file's name, and the encoding of `wavear.audio.write`.
+FORMATS = {
+    "wav": (".wav", "pcm16"),
+    "wav24": (".wav", "pcm24"),
+    "wavfloat": (".wav", "float32"),
+    "flac": (".flac", "pcm16"),
+    "flac24": (".flac", "pcm24"),
+    "ogg": (".ogg", "vorbis"),
+    "opus": (".opus", "opus"),
+}
+
+
+@dataclass(frozen=True)
+class Output:
+    """How audio is written."""
+
+    format: str | None = None
+    """wav (16 bits), wav24, wavfloat, flac (16 bits), flac24, ogg (Vorbis) or opus; by default wav, or what the name of
+    the file says."""
+    normalize: float | None = None
+    """Bring the peak of each file to so many dB of full scale (-1, say); by default the level is left as it is."""
+    fade: float = 0.0
+    """Milliseconds to fade in and out over."""
+
+    def __post_init__(self) -> None:
+        if self.format is not None and self.format not in FORMATS:
+            raise ValueError(f"format is {self.format!r}, it must be one of {', '.join(FORMATS)}")
+        if self.normalize is not None and not -200 <= self.normalize <= 0:
+            raise ValueError(f"normalize is {self.normalize!r}, it must be -200 to 0 dB")
+        if not 0 <= self.fade < float("inf"):
+            raise ValueError(f"fade is {self.fade!r}, it must be 0 ms or more")
+
+    @property
+    def suffix(self) -> str:
+        """Of the files."""
+        return FORMATS[self.format or "wav"][0]
+
+    def write(self, path: Path, waveform: torch.Tensor, sample_rate: int) -> int:
+        """Write a waveform; how many samples were clipped."""
+        if self.normalize is not None:
+            waveform = audio.normalize_peak(waveform, self.normalize)
+        waveform = audio.fade(waveform, sample_rate, self.fade) if self.fade else waveform
+        encoding = None if self.format is None else FORMATS[self.format][1]
+        return audio.write(path, waveform.numpy(), sample_rate, encoding)
+
+
 @dataclass
 class Report:
     """What was done."""
@@ -57,6 +104,8 @@ class Report:
     """That it took, without loading the model."""
     failed: list[tuple[Path, str]] = field(default_factory=list)
     """Inputs that could not be used, and why."""
+    findings: list[tuple[Path, Finding]] = field(default_factory=list)
+    """What is wrong with the audio that was made, see `wavear.watch`."""
 
     @property
     def real_time_factor(self) -> float:
@@ -156,8 +205,17 @@ def check_writable(folder: str | Path) -> None:
         raise OSError(error.errno, f"cannot write to {existing}: {error.strerror}") from None
 
 
-def read_mel(path: str | Path, config: MelConfig) -> torch.Tensor:
-    """A mel from a file, checked against the mels a model was trained on. Nothing in the file is executed.
+def read_mel(
+    path: str | Path,
+    config: MelConfig,
+    *,
+    model: AutoregressiveModel | None = None,
+    source: MelConfig | str | None = None,
+    seconds: float | None = None,
+    force: bool = False,
+    complain: Callable[[str], object] = lambda line: None,
+) -> torch.Tensor:
+    """A mel from a file, as the mels a model was trained on: converted, or judged. Nothing in the file is executed.
 
     Parameters
     ----------
@@ -166,6 +224,13 @@ def read_mel(path: str | Path, config: MelConfig) -> torch.Tensor:
         `config`, the JSON of a `MelConfig`, as `write_mels` writes it), `.pt` (a tensor, or a dict with `mel`; read by
         torch's loader for weights, which runs no code) or `.safetensors` (named `mel`, or alone).
     config : MelConfig
+        What is wanted.
+    model : AutoregressiveModel, optional
+        The one that was trained on such mels: a mel that does not say what it is is judged by what the model has seen.
+    source, seconds, force
+        See `wavear.adapt_mel`; a file that says what it holds is believed.
+    complain : callable
+        Is told what is doubtful.
 
     Returns
     -------
@@ -174,7 +239,7 @@ def read_mel(path: str | Path, config: MelConfig) -> torch.Tensor:
     Raises
     ------
     ValueError
-        If the file is damaged, or holds no mel of that configuration; the message says what differs.
+        If the file is damaged, or holds no mel that can be used; the message says what differs.
     """
     path = Path(path)
     if path.suffix.lower() not in MEL_SUFFIXES:
@@ -183,8 +248,6 @@ def read_mel(path: str | Path, config: MelConfig) -> torch.Tensor:
         raise ValueError(f"{path} is empty (0 bytes)")
     read = {".npy": _read_npy, ".npz": _read_npz, ".pt": _read_pt, ".safetensors": _read_safetensors}
     mel, described = read[path.suffix.lower()](path)
-    if described is not None:
-        _check_config(described, config, path)
     shape = tuple(mel.shape)
     if mel.dim() == 3 and shape[0] == 1:
         mel = mel[0]
@@ -192,16 +255,26 @@ def read_mel(path: str | Path, config: MelConfig) -> torch.Tensor:
         raise ValueError(f"{path}: the mel has shape {shape}, expected ({config.bands} bands, frames)")
     if not mel.is_floating_point():
         raise ValueError(f"{path}: the mel is {mel.dtype}, expected floating point")
-    if mel.shape[0] != config.bands:
-        hint = "; it seems transposed, frames first" if mel.shape[1] == config.bands else ""
-        raise ValueError(f"{path}: the mel has {mel.shape[0]} bands, the model was trained on {config.bands}{hint}")
     if mel.shape[1] == 0:
         raise ValueError(f"{path}: the mel has no frames")
     mel = mel.float()
     if not bool(torch.isfinite(mel).all()):
         frame = int((~torch.isfinite(mel)).any(dim=0).nonzero()[0])
         raise ValueError(f"{path}: the mel holds NaN or infinity, first in frame {frame}")
-    return mel
+    own = None if described is None else _described(described, path)
+    if own is not None and source is not None and describe_source(source, config) != own:
+        complain(f"{path} says itself what mels it holds, that is what it is taken for")
+    try:
+        return adapt_mel(
+            mel,
+            model or Expectation(config),
+            own or source,
+            seconds=seconds,
+            force=force,
+            warn=lambda line: complain(f"{path}: {line}"),
+        )
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 def synthesize(
@@ -210,13 +283,22 @@ def synthesize(
     *,
     seed: int = 0,
     temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    argmax: bool = False,
+    best_of: int = 1,
     speaker: int | None = None,
     engine: str = "auto",
     weights: str = "float32",
     threads: int | None = None,
+    mel_source: MelConfig | str | None = None,
+    mel_seconds: float | None = None,
+    force: bool = False,
+    output: Output = Output(),
     progress: bool = False,
     say: Callable[[str], object] = lambda line: None,
     complain: Callable[[str], object] = lambda line: None,
+    warn: Callable[[str], object] = lambda line: None,
 ) -> Report:
     """Make audio from every input with a model that is conditioned on mels, and write it.
 
@@ -228,12 +310,19 @@ def synthesize(
     model : AutoregressiveModel
     jobs : sequence of Job
         From `plan`.
-    seed, temperature, speaker, engine, weights, threads, progress
+    seed, temperature, top_k, top_p, argmax, best_of, speaker, engine, weights, threads, progress
         See `wavear.generate`; the same seed serves every input.
+    mel_source, mel_seconds, force
+        What mels are that do not say it themselves, and how long their audio should be: `source` and `seconds` of
+        `wavear.adapt_mel`.
+    output : Output
+        How the audio is written; the jobs' targets have to end in `output.suffix`.
     say : callable
         Is told, in one line each: every file written, and a resampling, once.
     complain : callable
         Is told, in one line each, every input passed over.
+    warn : callable
+        Is told, in one line each, what is doubtful.
 
     Returns
     -------
@@ -249,6 +338,8 @@ def synthesize(
     config = model.config.mel
     if config is None:
         raise ValueError("the model is not conditioned on mels, it cannot follow an input: use `wavear generate`")
+    if mel_source is not None:
+        describe_source(mel_source, config)  # a name that is none is no fault of the first input
     report = Report(engine=make_engine(model, 1, engine, weights=weights, threads=threads)[0])
     began = time.perf_counter()
     resampled: set[int] = set()
@@ -256,25 +347,38 @@ def synthesize(
         mels: list[tuple[Job, torch.Tensor]] = []
         for job in jobs[at : at + _WINDOW]:
             try:
-                mels.append((job, _mel_of(job.source, config, resampled, say)))
+                if job.source.suffix.lower() in MEL_SUFFIXES:
+                    settings: dict[str, Any] = {"source": mel_source, "seconds": mel_seconds, "force": force}
+                    mel = read_mel(job.source, config, model=model, complain=warn, **settings)
+                else:
+                    mel = _mel_of(job.source, config, resampled, say)
+                mels.append((job, mel))
             except (ValueError, OSError) as error:
                 _pass_over(report, job.source, error, complain)
         for batch in _batches(mels, config.hop_length):
-            waveform = generate(
+            made = generate(
                 model,
                 [mel for _, mel in batch],
                 seed=seed,
                 temperature=temperature,
+                top_k=top_k,
+                top_p=top_p,
+                argmax=argmax,
+                best_of=best_of,
                 speaker=speaker,
                 engine=engine,
                 weights=weights,
                 threads=threads,
                 progress=progress,
             )
-            for (job, mel), row in zip(batch, waveform, strict=True):
+            for (job, mel), row in zip(batch, made, strict=True):
                 samples = mel.shape[1] * config.hop_length
                 job.target.parent.mkdir(parents=True, exist_ok=True)
-                audio.write(job.target, row[:samples].numpy(), model.config.sample_rate)
+                waveform = row[:samples]
+                _report_clipping(output.write(job.target, waveform, model.config.sample_rate), job.target, warn)
+                for finding in watch(waveform, model.config.sample_rate, mel=mel, config=config):
+                    report.findings.append((job.target, finding))
+                    warn(f"{job.target}: {finding}")
                 report.files += 1
                 report.audio_seconds += samples / model.config.sample_rate
                 say(f"{job.source} -> {job.target}  {samples / model.config.sample_rate:.2f} s, {samples} samples")
@@ -289,14 +393,20 @@ def generate_file(
     *,
     seed: int = 0,
     temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    argmax: bool = False,
+    best_of: int = 1,
     speaker: int | None = None,
     engine: str = "auto",
     weights: str = "float32",
     threads: int | None = None,
+    output: Output = Output(),
     progress: bool = False,
     prime: str | Path | None = None,
     include_prime: bool = False,
     say: Callable[[str], object] = lambda line: None,
+    warn: Callable[[str], object] = lambda line: None,
 ) -> Report:
     """Make audio from a model that is not conditioned on mels, and write it.
 
@@ -306,15 +416,19 @@ def generate_file(
     seconds : float
         Above 0, at most a day; rounded to whole samples.
     out : str or Path
-        The `.wav` or `.flac` file; replaced if it exists. Its folder is made where it is missing.
-    seed, temperature, speaker, engine, weights, threads, progress
+        The `.wav`, `.flac`, `.ogg` or `.opus` file; replaced if it exists. Its folder is made where it is missing.
+    seed, temperature, top_k, top_p, argmax, best_of, speaker, engine, weights, threads, progress
         See `wavear.generate`.
+    output : Output
+        How the audio is written.
     prime : str or Path, optional
         Audio file to go on from, resampled to the model's rate; what exceeds full scale by that is clipped.
     include_prime : bool
         Write it in front of what follows.
     say : callable
         Is told, in one line each, that the prime is resampled, and what seems wrong with it.
+    warn : callable
+        Is told, in one line each, what is wrong with the audio.
 
     Returns
     -------
@@ -344,6 +458,10 @@ def generate_file(
             samples=samples,
             seed=seed,
             temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            argmax=argmax,
+            best_of=best_of,
             speaker=speaker,
             engine=engine,
             weights=weights,
@@ -353,8 +471,12 @@ def generate_file(
             include_prime=include_prime,
         )
     Path(out).parent.mkdir(parents=True, exist_ok=True)
-    audio.write(out, waveform[0].numpy(), rate)
-    return Report(name, 1, samples / rate, time.perf_counter() - began)
+    _report_clipping(output.write(Path(out), waveform[0], rate), Path(out), warn)
+    report = Report(name, 1, samples / rate, time.perf_counter() - began)
+    for finding in watch(waveform[0], rate):
+        report.findings.append((Path(out), finding))
+        warn(f"{out}: {finding}")
+    return report
 
 
 def _read_prime(path: Path, rate: int, say: Callable[[str], object]) -> torch.Tensor:
@@ -379,7 +501,9 @@ def write_mels(
     say: Callable[[str], object] = lambda line: None,
     complain: Callable[[str], object] = lambda line: None,
 ) -> Report:
-    """The log-mel of every recording, as `.npz` with `mel` (M, F) float32 and `config`, the JSON of its `MelConfig`.
+    """The log-mel of every recording: `.npz` with `mel` (M, F) float32 and `config`, the JSON of its `MelConfig`.
+
+    Where the target's name ends in `.npy` the array alone is written, as other programs read it.
 
     Parameters
     ----------
@@ -404,7 +528,10 @@ def write_mels(
             _pass_over(report, job.source, error, complain)
             continue
         job.target.parent.mkdir(parents=True, exist_ok=True)
-        _write_npz(job.target, mel=mel.numpy(), config=np.array(described))
+        if job.target.suffix == ".npy":
+            _write_array(job.target, lambda file, mel=mel: np.save(file, mel.numpy()))
+        else:
+            _write_array(job.target, lambda file, mel=mel: np.savez(file, mel=mel.numpy(), config=np.array(described)))
         report.files += 1
         report.audio_seconds += mel.shape[1] * config.hop_length / config.sample_rate
         say(f"{job.source} -> {job.target}  {mel.shape[0]} bands, {mel.shape[1]} frames")
@@ -429,9 +556,7 @@ def _walk(folder: Path, suffixes: tuple[str, ...], out: Path) -> list[tuple[Path
 
 
 def _mel_of(path: Path, config: MelConfig, resampled: set[int], say: Callable[[str], object]) -> torch.Tensor:
-    """(M, F) of an audio or a mel file."""
-    if path.suffix.lower() in MEL_SUFFIXES:
-        return read_mel(path, config)
+    """(M, F) of an audio file."""
     rate = audio.info(path).sample_rate
     waveform = torch.as_tensor(audio.read(path, sample_rate=config.sample_rate))
     if waveform.shape[-1] < config.hop_length:
@@ -443,6 +568,11 @@ def _mel_of(path: Path, config: MelConfig, resampled: set[int], say: Callable[[s
         say(f"{path} has {rate} Hz: it is resampled to {config.sample_rate} Hz, and so are others of another rate")
         resampled.add(rate)
     return log_mel(waveform[None], config)[0]
+
+
+def _report_clipping(clipped: int, path: Path, warn: Callable[[str], object]) -> None:
+    if clipped:
+        warn(f"{path}: {clipped} samples are beyond full scale and were clipped")
 
 
 def _pass_over(report: Report, path: Path, error: Exception, complain: Callable[[str], object]) -> None:
@@ -548,26 +678,19 @@ def _to_tensor(array: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(np.array(array, dtype=np.float32 if array.dtype.kind == "f" else np.int64))
 
 
-def _check_config(described: Any, config: MelConfig, path: Path) -> None:
+def _described(described: Any, path: Path) -> MelConfig:
     try:
-        theirs = MelConfig.from_dict(json.loads(described) if isinstance(described, str) else described)
+        return MelConfig.from_dict(json.loads(described) if isinstance(described, str) else described)
     except ValueError as error:
         raise ValueError(f"{path}: 'config' is no mel configuration: {one_line(error)}") from None
-    differing = [
-        f"{name} {getattr(theirs, name)!r}, the model {getattr(config, name)!r}"
-        for name in (field.name for field in dataclasses.fields(config))
-        if getattr(theirs, name) != getattr(config, name)
-    ]
-    if differing:
-        raise ValueError(f"{path} is not the mel the model was trained on: it has {'; '.join(differing)}")
 
 
-def _write_npz(path: Path, **arrays: np.ndarray) -> None:
+def _write_array(path: Path, save: Callable[[Any], object]) -> None:
     """The file appears whole or not at all."""
 
     def write(temporary: Path) -> None:
         with open(temporary, "wb") as file:  # given a name, NumPy would add an ending to it
-            np.savez(file, **arrays)  # type: ignore[arg-type]
+            save(file)
 
     try:
         replace_file(path, write)

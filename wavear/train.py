@@ -64,6 +64,9 @@ class TrainConfig:
     """Train without mels: the model then makes sound of its own."""
     speakers: bool = False
     """Tell speakers apart: by the first level of sub-folders of `data`, or by the column `speaker` of a manifest."""
+    mel_preset: str | None = None
+    """Mels as a project publishes them (torchaudio-tacotron2, r9y9...: see docs/mels.md), so that its text-to-speech
+    models speak through this one; the settings of mels below then say nothing."""
     mel_bands: int = 80
     """Mel bands."""
     mel_hop_length: int | None = None
@@ -176,6 +179,9 @@ class TrainConfig:
             raise ValueError(f"precision is {self.precision!r}, expected auto, 32 or bf16")
         if self.normalise not in ("none", "peak", "rms"):
             raise ValueError(f"normalise is {self.normalise!r}, expected none, peak or rms")
+        own = [f for f in dataclasses.fields(self) if f.name.startswith("mel_") and f.name != "mel_preset"]
+        if self.mel_preset is not None and (given := [f.name for f in own if getattr(self, f.name) != f.default]):
+            raise ValueError(f"mel_preset is {self.mel_preset!r} and says what the mels are: leave {given[0]} away")
         self.model_config()
 
     @property
@@ -183,6 +189,8 @@ class TrainConfig:
         """The mels to condition on, or None."""
         if self.unconditional:
             return None
+        if self.mel_preset is not None:
+            return MelConfig.preset(self.mel_preset)
         octave = max(self.sample_rate / 22050, 1 / 16)
         hop = self.mel_hop_length or 2 ** round(torch.log2(torch.tensor(256 * octave)).item())
         n_fft = self.mel_n_fft or 4 * hop
@@ -332,6 +340,8 @@ def _check_same_model(record: dict[str, Any], config: TrainConfig, model: WaveNe
     if before is None:
         return
     now = json.loads(json.dumps(dataclasses.asdict(model)))
+    if isinstance(before.get("mel"), dict):  # an older version's, without the fields that came later
+        before = before | {"mel": MelConfig.from_dict(before["mel"]).to_dict()}
     if different := [
         f"{name} {before.get(name)!r}, now {now[name]!r}" for name in now if before.get(name) != now[name]
     ]:

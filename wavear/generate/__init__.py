@@ -36,8 +36,20 @@ Mel = Tensor | np.ndarray | Sequence[Tensor | np.ndarray]
 class Engine(Protocol):
     """Runs `batch` streams of a model; each call continues where the last one ended."""
 
-    def generate(self, uniforms: np.ndarray, cond: Tensor | None, temperature: float | np.ndarray = 1.0) -> np.ndarray:
-        """Codes (B, n) from uniforms (B, n) and conditioning (B, C, n), (B, C, 1) or None."""
+    def generate(
+        self,
+        uniforms: np.ndarray,
+        cond: Tensor | None,
+        temperature: float | np.ndarray = 1.0,
+        *,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        log_probability: np.ndarray | None = None,
+    ) -> np.ndarray:
+        """Codes (B, n) from uniforms (B, n) and conditioning (B, C, n), (B, C, 1) or None.
+
+        `log_probability` (B, n) is filled with that of each code by the model's own law, in nats.
+        """
         ...
 
     def score(self, codes: np.ndarray, cond: Tensor | None) -> np.ndarray:
@@ -119,13 +131,18 @@ def generate(
     speaker: int | Sequence[int] | Tensor | None = None,
     seed: int | Sequence[int] = 0,
     temperature: float | Tensor | np.ndarray = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    argmax: bool = False,
+    best_of: int = 1,
+    return_log_probability: bool = False,
     engine: str = "auto",
     weights: str = "float32",
     threads: int | None = None,
     progress: bool = False,
     prime: Tensor | np.ndarray | None = None,
     include_prime: bool = False,
-) -> Tensor:
+) -> Any:
     """New audio, sample by sample.
 
     Parameters
@@ -142,6 +159,19 @@ def generate(
         An utterance is a function of its own seed: with one number, each utterance becomes what it would alone.
     temperature : float, or one per sample, shape (T,) or (B, T)
         Divides the logits. 1 samples from the model as trained; below 1 is duller and cleaner, above 1 noisier.
+    top_k : int, optional
+        Draw among the k likeliest codes alone. 1 is the argmax.
+    top_p : float, optional
+        Draw among the smallest set of likeliest codes that has this share of the probability (of what `top_k` leaves),
+        above 0 and at most 1.
+    argmax : bool
+        Take the likeliest code always. It warns: audio made so collapses to silence or to a tone, because the likeliest
+        next sample is nearly always the quietest; the noise in a sound is never likeliest.
+    best_of : int
+        Make so many candidates of each utterance and keep the one of the highest log-probability. Candidate i of seed s
+        has the seed `candidate_seeds(s, best_of)[i]`, the first s itself.
+    return_log_probability : bool
+        Return the log-probability of every sample as well.
     engine, weights, threads
         See `make_engine`. Every engine makes the same audio from the same seed.
     progress : bool
@@ -158,11 +188,14 @@ def generate(
     -------
     Tensor, shape (B, T), float32 in [-1, 1], on the CPU
         From mels of different lengths each row ends in zeros.
+    Tensor, shape (B, T), float64, if `return_log_probability`
+        log P(x_t | x_<t, c) in nats by the model's own law, whatever temperature and truncation the sample was drawn
+        with: what `score` gives for these codes. 0 beyond the end of a shorter row. Of a prime there is none.
 
     Raises
     ------
     ValueError
-        If an argument does not fit the model; the message names it.
+        If an argument does not fit the model or is out of range; the message names it.
 
     Examples
     --------
@@ -171,7 +204,12 @@ def generate(
     >>> generate(model, samples=100, seed=[1, 2], engine="reference").shape
     torch.Size([2, 100])
     """
+    top_k, top_p = _check_truncation(top_k, top_p, argmax)
     seeds = _check_seeds(seed)
+    if not isinstance(best_of, int | np.integer) or isinstance(best_of, bool) or best_of < 1:
+        raise ValueError(f"best_of is {best_of!r}, it must be a whole number of at least 1")
+    if best_of > 1 and top_k == 1:
+        raise ValueError(f"best_of is {best_of}, and there is one argmax: leave one of them away")
     past = torch.empty(1, 0) if prime is None else check_prime(prime)
     counts = {"utterances": len(seeds), "primes": len(past)}
     conditioner, batch = _prepare(model, mel, speaker, {name: n for name, n in counts.items() if n > 1})
@@ -183,7 +221,24 @@ def generate(
     lengths = _check_samples(conditioner.lengths, samples, batch, begin)
     total = max(lengths)
     temperatures = _check_temperature(temperature, batch, total)
+    if top_k == 1:
+        warnings.warn(
+            "the likeliest code is taken always: audio made so collapses to silence or to a tone; a temperature of 0.8"
+            " or a top_p of 0.9 is cleaner than 1 and stays alive",
+            stacklevel=2,
+        )
+    if best_of > 1:
+        # The candidates of an utterance are further streams, side by side.
+        conditioner.repeat(int(best_of))
+        past = past.repeat_interleave(best_of, dim=0)
+        seeds = [candidate for s in seeds for candidate in candidate_seeds(s, best_of)]
+        lengths = [length for length in lengths for _ in range(best_of)]
+        batch *= best_of
+        if isinstance(temperatures, np.ndarray):
+            temperatures = np.repeat(temperatures, best_of, axis=0)
     codes = np.empty((batch, total), dtype=np.int64)
+    scores = np.empty((batch, total)) if return_log_probability or best_of > 1 else None
+    truncation: dict[str, Any] = {"top_k": top_k, "top_p": top_p}
     with torch.inference_mode():
         name, runner = make_engine(model, batch, engine, weights=weights, threads=threads)
         for b, row in enumerate(encode_prime(past, model) if begin else []):
@@ -191,11 +246,35 @@ def generate(
         for start, stop in _chunks(total, progress, model.config.sample_rate, batch, name):
             draws = np.stack([uniforms(s, begin + start, stop - start) for s in seeds])
             scale = temperatures[:, start:stop] if isinstance(temperatures, np.ndarray) else temperatures
-            codes[:, start:stop] = runner.generate(draws, conditioner.span(begin + start, begin + stop), scale)
+            part = None if scores is None else np.empty((batch, stop - start))
+            codes[:, start:stop] = runner.generate(
+                draws, conditioner.span(begin + start, begin + stop), scale, log_probability=part, **truncation
+            )
+            if scores is not None:
+                scores[:, start:stop] = part
     waveform = mulaw_decode(torch.from_numpy(codes), model.config.classes)
-    for row, length in zip(waveform, lengths, strict=True):
-        row[length:] = 0
-    return torch.cat([past, waveform], dim=1) if include_prime else waveform
+    for b, length in enumerate(lengths):
+        waveform[b, length:] = 0
+        if scores is not None:
+            scores[b, length:] = 0
+    if best_of > 1:
+        assert scores is not None
+        totals = scores.sum(axis=1).reshape(-1, best_of)
+        best = torch.from_numpy(totals.argmax(axis=1) + np.arange(len(totals)) * best_of)
+        past, waveform, scores = past[best], waveform[best], scores[best.numpy()]
+    waveform = torch.cat([past, waveform], dim=1) if include_prime else waveform
+    return (waveform, torch.from_numpy(scores)) if return_log_probability else waveform
+
+
+def candidate_seeds(seed: int, best_of: int) -> list[int]:
+    """The seeds of the candidates of one utterance: the first is its own, the others lie far from it and each other.
+
+    Examples
+    --------
+    >>> candidate_seeds(7, 2)
+    [7, 11400714819323198492]
+    """
+    return [(seed + i * 0x9E3779B97F4A7C15) % 2**64 for i in range(best_of)]
 
 
 def score(
@@ -305,6 +384,18 @@ def _check_seeds(seed: int | Sequence[int]) -> list[int]:
     if not seeds:
         raise ValueError("seed is empty: give one number, or one per utterance")
     return [int(value) for value in seeds]
+
+
+def _check_truncation(top_k: int | None, top_p: float | None, argmax: bool) -> tuple[int | None, float | None]:
+    if top_k is not None and (isinstance(top_k, bool) or not isinstance(top_k, int | np.integer) or top_k < 1):
+        raise ValueError(f"top_k is {top_k!r}, it must be a whole number of at least 1")
+    if top_p is not None and (isinstance(top_p, bool | str) or not 0 < top_p <= 1):
+        raise ValueError(f"top_p is {top_p!r}, it must be above 0 and at most 1")
+    if not argmax:
+        return None if top_k is None else int(top_k), None if top_p is None else float(top_p)
+    if top_k is not None or top_p is not None:
+        raise ValueError("argmax takes the likeliest code: leave top_k and top_p away")
+    return 1, None
 
 
 def _check_samples(lengths: list[int] | None, samples: int | None, batch: int, begin: int = 0) -> list[int]:

@@ -30,6 +30,11 @@ class Conditioner:
             utterance.close()
         self.lengths = None if mels is None else [utterance.frames * utterance.hop for utterance in self.utterances]
 
+    def repeat(self, times: int) -> None:
+        """Every utterance so many times, one after the other."""
+        self.utterances = [utterance for utterance in self.utterances for _ in range(times)]
+        self.lengths = None if self.lengths is None else [length for length in self.lengths for _ in range(times)]
+
     def span(self, start: int, stop: int) -> Tensor | None:
         """Conditioning of samples `start` to `stop`: (B, C, stop - start), (B, C, 1) of a speaker alone, or None.
 

@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from wavear.generate import _simd
+from wavear.generate import _simd, numba_sampling
 from wavear.generate._simd import BLOCK, HEIGHTS, LANES, TALLEST, VECTOR_BYTES, WIDEST
 from wavear.generate.compiled import compiled
 from wavear.generate.packing import LINE, Region, pack, to_numpy, vectors_of
@@ -313,7 +313,7 @@ def _log_probability(net, logits, code):
     return np.float64(_simd.load_float(logits + 4 * code)) - np.float64(largest) - np.log(total)
 
 
-def _run(net, layers, previous, uniforms, temperatures, codes, scores, condition, mode, scoring):
+def _run(net, layers, previous, uniforms, temperatures, codes, scores, condition, mode, scoring, asked):
     """The loop over samples, for one group of streams.
 
     Parameters
@@ -326,12 +326,14 @@ def _run(net, layers, previous, uniforms, temperatures, codes, scores, condition
     codes : int64 array (B, n)
         Written, or read if `scoring`.
     scores : float64 array (B, n)
-        Written if `scoring`.
+        Written if `scoring`, or if a request asks for them.
     condition : int64
         Address of float32 (B, n, padded C), or (B, 1, padded C).
     mode : int64
         NO_CONDITION, CONSTANT_CONDITION or CONDITION.
     scoring : int64
+    asked : float64 array
+        A request of `numba_sampling`, or empty.
 
     Returns
     -------
@@ -362,6 +364,8 @@ def _run(net, layers, previous, uniforms, temperatures, codes, scores, condition
     stream_bytes = condition_row if mode == CONSTANT_CONDITION else samples * condition_row
     condition += first * stream_bytes
     _prepare_constants(net, layers, condition, mode)
+    truncating = numba_sampling.truncates(asked, net[N_CLASSES])
+    scored = asked.shape[0] > 0 and asked[numba_sampling.SCORED] > 0.0
     position = net[N_SPAN]
     left = 0
     for t in range(samples):
@@ -447,10 +451,16 @@ def _run(net, layers, previous, uniforms, temperatures, codes, scores, condition
                 code = codes[first + s, t]
                 scores[first + s, t] = _log_probability(net, row, code)
             else:
-                code = _sample(net, row, uniforms[first + s, t], temperatures[first + s, t])
+                if truncating:
+                    code = numba_sampling.draw(row, net[N_LOGIT_BLOCKS], net[N_CLASSES], net[N_WEIGHTS], net[N_SUMS],
+                                               uniforms[first + s, t], temperatures[first + s, t], asked)  # fmt: skip
+                else:
+                    code = _sample(net, row, uniforms[first + s, t], temperatures[first + s, t])
                 if code < 0:
                     return t
                 codes[first + s, t] = code
+                if scored:
+                    scores[first + s, t] = _log_probability(net, row, code)
             for tap in range(taps - 1):
                 previous[s, tap] = previous[s, tap + 1]
             previous[s, taps - 1] = code
@@ -477,7 +487,7 @@ def _tabulate(multiply, matrix, rows, x, x_vectors, panels, zeros, out, out_row,
 
 _SIGNATURE = (
     "int64(int64[::1], int64[:,::1], int64[:,::1], float64[:,::1], float64[:,::1], int64[:,::1], "
-    "float64[:,::1], int64, int64, int64)"
+    "float64[:,::1], int64, int64, int64, float64[::1])"
 )
 
 
@@ -875,7 +885,16 @@ class NumbaEngine:
         ]
         self._pool = ThreadPoolExecutor(self.threads) if self.threads > 1 else None
 
-    def generate(self, uniforms: np.ndarray, cond: Tensor | None, temperature: float | np.ndarray = 1.0) -> np.ndarray:
+    def generate(
+        self,
+        uniforms: np.ndarray,
+        cond: Tensor | None,
+        temperature: float | np.ndarray = 1.0,
+        *,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        log_probability: np.ndarray | None = None,
+    ) -> np.ndarray:
         """The next samples of every stream.
 
         Parameters
@@ -883,6 +902,10 @@ class NumbaEngine:
         uniforms : ndarray of float64 in [0, 1), shape (B, n)
         cond : Tensor, shape (B, C, n) or (B, C, 1), or None
         temperature : float, or ndarray of shape (B, n)
+        top_k, top_p : optional
+            See `wavear.generate.sampling`.
+        log_probability : ndarray of float64, shape (B, n), optional
+            Filled with that of each code, in nats, by the model's own law: without temperature and truncation.
 
         Returns
         -------
@@ -896,7 +919,11 @@ class NumbaEngine:
         uniforms = np.require(uniforms, np.float64, ["C", "W"])
         temperatures = np.require(np.broadcast_to(temperature, uniforms.shape), np.float64, ["C", "W"])
         codes = np.empty(uniforms.shape, np.int64)
-        self._run(uniforms, temperatures, codes, np.empty((1, 1)), cond, scoring=False)
+        scores = np.empty((1, 1) if log_probability is None else codes.shape)
+        asked = (top_k, top_p, log_probability is not None)
+        self._run(uniforms, temperatures, codes, scores, cond, scoring=False, asked=asked)
+        if log_probability is not None:
+            log_probability[...] = scores
         return codes
 
     def score(self, codes: np.ndarray, cond: Tensor | None) -> np.ndarray:
@@ -935,7 +962,7 @@ class NumbaEngine:
         threads = self._asked_threads
         return NumbaEngine(self.model, batch, weights=self.weights, threads=threads, packings=self._packings)
 
-    def _run(self, uniforms, temperatures, codes, scores, cond, scoring: bool) -> None:
+    def _run(self, uniforms, temperatures, codes, scores, cond, scoring: bool, asked=(None, None, False)) -> None:
         if codes.ndim != 2 or codes.shape[0] != self.batch:
             raise ValueError(f"shape {codes.shape} for {self.batch} streams: expected ({self.batch}, n)")
         condition, mode = self._condition(cond, codes.shape[1])
@@ -943,7 +970,8 @@ class NumbaEngine:
 
         def one(group: _Group) -> int:
             return run(group.net, group.layers, group.previous, uniforms, temperatures, codes, scores,
-                       condition.ctypes.data, mode, int(scoring))  # fmt: skip
+                       condition.ctypes.data, mode, int(scoring),
+                       numba_sampling.request(self.classes, *asked))  # fmt: skip
 
         results = list(self._pool.map(one, self._groups)) if self._pool else [one(group) for group in self._groups]
         bad = [t for t in results if t >= 0]

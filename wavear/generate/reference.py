@@ -23,7 +23,16 @@ class ReferenceEngine:
         self.states = [model.init_state(1) for _ in range(batch)]
         self.previous = [torch.full((1,), model.start_code, device=self.device) for _ in range(batch)]
 
-    def generate(self, uniforms: np.ndarray, cond: Tensor | None, temperature: float | np.ndarray = 1.0) -> np.ndarray:
+    def generate(
+        self,
+        uniforms: np.ndarray,
+        cond: Tensor | None,
+        temperature: float | np.ndarray = 1.0,
+        *,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        log_probability: np.ndarray | None = None,
+    ) -> np.ndarray:
         """The next samples of every stream.
 
         Parameters
@@ -31,6 +40,10 @@ class ReferenceEngine:
         uniforms : ndarray of float64, shape (B, n)
         cond : Tensor, shape (B, C, n) or (B, C, 1), or None
         temperature : float, or ndarray of shape (B, n)
+        top_k, top_p : optional
+            See `wavear.generate.sampling`.
+        log_probability : ndarray of float64, shape (B, n), optional
+            Filled with that of each code, in nats, by the model's own law: without temperature and truncation.
 
         Returns
         -------
@@ -41,8 +54,10 @@ class ReferenceEngine:
         temperatures = np.broadcast_to(np.asarray(temperature, dtype=np.float64), uniforms.shape)
         for b, t in np.ndindex(*codes.shape):
             logits = self._step(b, t, cond)
-            self.previous[b] = sample(logits, draws[b, t : t + 1], float(temperatures[b, t]))
+            self.previous[b] = sample(logits, draws[b, t : t + 1], float(temperatures[b, t]), top_k, top_p)
             codes[b, t] = self.previous[b].item()
+            if log_probability is not None:
+                log_probability[b, t] = torch.log_softmax(logits.double(), dim=-1)[0, codes[b, t]].item()
         return codes
 
     def score(self, codes: np.ndarray, cond: Tensor | None) -> np.ndarray:

@@ -1,4 +1,11 @@
-"""Uniforms, and logits + one uniform -> one code."""
+"""Uniforms, and logits + one uniform -> one code: the definition that every engine follows.
+
+    logits --temperature--> probabilities --top_k--> the k likeliest --top_p--> the nucleus --inverse CDF--> code
+
+In this order; each step sees what the one before has left, renormalised. Of codes of equal logits the lower one counts
+as the likelier. The inverse CDF runs through what is left in the order of the codes, so a neighbouring uniform gives a
+neighbouring sample.
+"""
 
 from __future__ import annotations
 
@@ -48,7 +55,42 @@ def probabilities(logits: Tensor, temperature: Tensor | float = 1.0) -> Tensor:
     return torch.softmax(logits.double() / temperature, dim=-1)
 
 
-def sample(logits: Tensor, uniform: Tensor, temperature: Tensor | float = 1.0) -> Tensor:
+def kept(probabilities: Tensor, logits: Tensor, top_k: int | None = None, top_p: float | None = None) -> Tensor:
+    """Which codes truncation leaves.
+
+    Parameters
+    ----------
+    probabilities, logits : Tensor, shape (..., Q)
+        The likelier code is the one of the larger logit, or of equal ones the lower code.
+    top_k : int, optional
+        The k likeliest codes stay.
+    top_p : float, optional
+        Of these, the smallest set of likeliest codes stays whose share of their probability is `top_p` or more
+        (Holtzman et al., 2020, "The curious case of neural text degeneration").
+
+    Returns
+    -------
+    Tensor of bool, shape (..., Q)
+    """
+    order = torch.sort(logits, dim=-1, descending=True, stable=True).indices
+    ranked = probabilities.gather(-1, order)
+    stays = torch.ones_like(ranked, dtype=torch.bool)
+    if top_k is not None:
+        stays[..., top_k:] = False
+    if top_p is not None:
+        cumulative = torch.where(stays, ranked, 0.0).cumsum(dim=-1)
+        # A code stays if those before it have not reached the share yet.
+        stays &= torch.nn.functional.pad(cumulative[..., :-1], (1, 0)) < top_p * cumulative[..., -1:]
+    return torch.zeros_like(stays).scatter(-1, order, stays)
+
+
+def sample(
+    logits: Tensor,
+    uniform: Tensor,
+    temperature: Tensor | float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+) -> Tensor:
     """Inverse-CDF sampling: the smallest code whose cumulative probability exceeds `uniform`.
 
     Parameters
@@ -56,6 +98,8 @@ def sample(logits: Tensor, uniform: Tensor, temperature: Tensor | float = 1.0) -
     logits : Tensor, shape (B, Q)
     uniform : Tensor of float64, shape (B,), in [0, 1)
     temperature : float, or Tensor of shape (B,)
+    top_k, top_p : optional
+        See `kept`. A `top_k` of 1 is the argmax.
 
     Returns
     -------
@@ -65,9 +109,16 @@ def sample(logits: Tensor, uniform: Tensor, temperature: Tensor | float = 1.0) -
     --------
     >>> sample(torch.tensor([[0.0, 0.0]]), torch.tensor([0.75], dtype=torch.float64))
     tensor([1])
+    >>> sample(torch.tensor([[1.0, 2.0, 0.0]]), torch.tensor([0.1], dtype=torch.float64), top_k=1)
+    tensor([1])
     """
     if isinstance(temperature, Tensor):
         temperature = temperature[:, None]
-    cumulative = probabilities(logits, temperature).cumsum(dim=-1)
+    weights = probabilities(logits, temperature)
+    if top_k is not None or top_p is not None:
+        weights = torch.where(kept(weights, logits, top_k, top_p), weights, 0.0)
+    cumulative = weights.cumsum(dim=-1)
     threshold = uniform[:, None] * cumulative[:, -1:]  # the sum is one up to rounding; so no code is out of reach
-    return torch.searchsorted(cumulative, threshold, right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
+    codes = torch.searchsorted(cumulative, threshold, right=True)[:, 0]
+    # Where rounding leads beyond the sum, the last code that has any probability.
+    return torch.minimum(codes, torch.searchsorted(cumulative, cumulative[:, -1:].contiguous())[:, 0])

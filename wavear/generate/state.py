@@ -17,7 +17,7 @@ from wavear.models.base import AutoregressiveModel
 
 FORMAT = 1
 _KEY = "wavear_stream"
-_FIELDS = {"position", "asked", "seed", "speaker", "temperature", "first_frame", "closed", "model"}
+_FIELDS = {"position", "asked", "seed", "speaker", "temperature", "top_k", "top_p", "first_frame", "closed", "model"}
 
 
 @dataclass(frozen=True)

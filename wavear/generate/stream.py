@@ -14,7 +14,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from wavear.generate import _CHUNK, _check_mel, _check_seeds, _check_speaker, _check_temperature, make_engine
+from wavear.generate import (
+    _CHUNK,
+    _check_mel,
+    _check_seeds,
+    _check_speaker,
+    _check_temperature,
+    _check_truncation,
+    make_engine,
+)
 from wavear.generate.conditioner import UtteranceConditioner
 from wavear.generate.prime import check_prime, context, encode_prime, fill
 from wavear.generate.sampling import uniforms
@@ -40,6 +48,8 @@ class Stream:
     prime : Tensor or array, shape (T,), floating point in [-1, 1], at the model's rate, optional
         A recording to go on from, see `wavear.generate`; what comes out is what follows it. With mels, its frames are
         pushed first.
+    top_k, top_p
+        See `wavear.generate`.
 
     Raises
     ------
@@ -69,8 +79,10 @@ class Stream:
         weights: str = "float32",
         threads: int | None = None,
         prime: Tensor | np.ndarray | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
     ):
-        self._utterance = _Utterance(model, seed, speaker, temperature, prime)
+        self._utterance = _Utterance(model, seed, speaker, temperature, prime, top_k, top_p)
         with torch.inference_mode():
             self.engine, self._engine = make_engine(model, 1, engine, weights=weights, threads=threads)
         self._settings: dict[str, Any] = {"engine": self.engine, "weights": weights, "threads": threads}
@@ -199,6 +211,8 @@ class StreamBatch:
     model : AutoregressiveModel
     engine, weights, threads
         See `wavear.generate.make_engine`.
+    top_k, top_p
+        See `wavear.generate`; the same for all members.
 
     Examples
     --------
@@ -219,8 +233,11 @@ class StreamBatch:
         engine: str = "auto",
         weights: str = "float32",
         threads: int | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
     ):
         self.model = model
+        self._truncation = _check_truncation(top_k, top_p, False)
         with torch.inference_mode():
             self.engine, self._engine = make_engine(model, 1, engine, weights=weights, threads=threads)
             self._beginning = self._engine.state(0)
@@ -247,12 +264,20 @@ class StreamBatch:
         int: its number, by which the other methods know it
         """
         if state is None:
-            utterance, tensors = _Utterance(self.model, seed, speaker, temperature, prime), self._beginning
+            utterance, tensors = (
+                _Utterance(self.model, seed, speaker, temperature, prime, *self._truncation),
+                self._beginning,
+            )
         else:
             state = state if isinstance(state, StreamState) else StreamState.load(state)
             check_model(state, self.model)
             tensors = _checked(state, self._beginning, self.model)
             utterance = _Utterance.restored(self.model, state, None)
+            if utterance.truncation != self._truncation:
+                raise ValueError(
+                    f"(top_k, top_p) are {utterance.truncation} in the state and {self._truncation} in the batch: "
+                    "they must agree"
+                )
         member, self._next = self._next, self._next + 1
         self._members[member], self._states[member] = utterance, tensors
         return member
@@ -327,8 +352,18 @@ class StreamBatch:
 class _Utterance:
     """A stream without its engine: what was given for it, and how far it has come."""
 
-    def __init__(self, model: AutoregressiveModel, seed: int, speaker: int | None, temperature: float, prime: Any):
+    def __init__(
+        self,
+        model: AutoregressiveModel,
+        seed: int,
+        speaker: int | None,
+        temperature: float,
+        prime: Any,
+        top_k: int | None,
+        top_p: float | None,
+    ):
         self.model = model
+        self.truncation = _check_truncation(top_k, top_p, False)
         if not isinstance(seed, int | np.integer):
             raise ValueError(f"seed is {seed!r}, it must be a whole number from 0 to 2**64 - 1")
         self.seed = _check_seeds(seed)[0]
@@ -424,6 +459,8 @@ class _Utterance:
             "seed": self.seed,
             "speaker": self.speaker,
             "temperature": self.temperature,
+            "top_k": self.truncation[0],
+            "top_p": self.truncation[1],
             "first_frame": self.conditioner.first_held,
             "closed": self.conditioner.closed,
             "model": describe(self.model),
@@ -433,7 +470,8 @@ class _Utterance:
     @classmethod
     def restored(cls, model: AutoregressiveModel, state: StreamState, seed: int | None) -> _Utterance:
         about = state.about
-        utterance = cls(model, about["seed"] if seed is None else seed, about["speaker"], about["temperature"], None)
+        own = about["seed"] if seed is None else seed
+        utterance = cls(model, own, about["speaker"], about["temperature"], None, about["top_k"], about["top_p"])
         utterance.position, utterance.asked = about["position"], about["asked"]
         if "mel" in state.tensors:
             utterance.conditioner.hold(state.tensors["mel"], about["first_frame"], about["closed"])
@@ -449,7 +487,8 @@ def _advance(engine: Any, utterances: list[_Utterance], samples: int) -> list[Te
     draws, rows = zip(*(utterance.inputs(samples) for utterance in utterances), strict=True)
     cond = None if rows[0] is None else torch.cat(rows)
     temperatures = np.repeat([[utterance.temperature] for utterance in utterances], samples, axis=1)
-    codes = engine.generate(np.stack(draws), cond, temperatures)
+    top_k, top_p = utterances[0].truncation
+    codes = engine.generate(np.stack(draws), cond, temperatures, top_k=top_k, top_p=top_p)
     for utterance in utterances:
         utterance.moved(samples)
     return list(mulaw_decode(torch.from_numpy(codes), utterances[0].model.config.classes))

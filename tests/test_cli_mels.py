@@ -1,0 +1,223 @@
+"""The command line, as to mels, sampling and output: flags reach what they name, warnings are one line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+import wavear
+from wavear import MelConfig, WaveNet, WaveNetConfig, audio
+from wavear.cli import main
+
+MEL = MelConfig(sample_rate=8000, n_fft=128, window_length=128, hop_length=40, bands=10, fmax=4000.0)
+
+
+def tiny(**settings: Any) -> WaveNet:
+    torch.manual_seed(0)
+    sizes = dict.fromkeys(("residual_channels", "skip_channels", "head_channels", "conditioning_channels"), 4)
+    return WaveNet(WaveNetConfig(**{"layers": 2, "stacks": 1, "sample_rate": 8000, **sizes, **settings})).eval()
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory with checkpoints, a recording and mels in it."""
+    monkeypatch.chdir(tmp_path)
+    model = tiny(mel=MEL)
+    wave = torch.from_numpy(np.random.default_rng(0).normal(0, 0.1, 1200)) * torch.linspace(0, 1, 1200) ** 2
+    mel = wavear.log_mel(wave[None], MEL)[0]
+    conditioning: Any = model.conditioning
+    conditioning.mel_mean.copy_(mel.mean(1))
+    conditioning.mel_deviation.copy_(mel.std(1))
+    model.save("mel")
+    tiny().save("free")
+    audio.write("a.wav", wave.float(), 8000)
+    np.save("natural.npy", mel.float().numpy())
+    np.save("common.npy", (mel / np.log(10)).float().numpy())
+    np.save("decibels.npy", (mel * 20 / np.log(10)).float().numpy())
+    return tmp_path
+
+
+def run(capsys: pytest.CaptureFixture, *arguments: str) -> tuple[int, str, str]:
+    try:
+        status = main(arguments)
+    except SystemExit as stop:
+        status = stop.code
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err  # type: ignore[return-value]
+
+
+def synthesize(capsys: pytest.CaptureFixture, *arguments: str) -> tuple[int, str, str]:
+    return run(capsys, "synthesize", "mel", *arguments, "--engine", "reference")
+
+
+def test_a_mel_in_decibels_is_refused_with_what_would_convert_it(here: Path, capsys: pytest.CaptureFixture):
+    status, _, err = synthesize(capsys, "decibels.npy", "--out", "out")
+    assert status == 1
+    assert err.count("\n") == 1
+    assert "decibels.npy: this looks like decibel mels (range -" in err
+    assert "pass --mel-preset db (if all else is as the model's) to convert" in err
+    assert not Path("out").exists()
+
+
+@pytest.mark.parametrize(("name", "preset"), [("decibels.npy", "db"), ("common.npy", "log10")])
+def test_and_is_converted_by_it(here: Path, capsys: pytest.CaptureFixture, name: str, preset: str):
+    assert synthesize(capsys, name, "--out", "converted", "--mel-preset", preset)[0] == 0
+    model = wavear.load("mel")
+    mel = torch.from_numpy(np.load("natural.npy"))
+    expected = wavear.generate(model, mel, engine="reference")[0]
+    torch.testing.assert_close(audio.read(f"converted/{name[:-4]}.wav"), expected, rtol=0, atol=1 / 32768)
+
+
+def test_force_takes_it_and_says_so(here: Path, capsys: pytest.CaptureFixture):
+    status, _, err = synthesize(capsys, "decibels.npy", "--out", "out", "--force")
+    assert status == 0
+    assert "wavear: warning: decibels.npy: this looks like decibel mels" in err
+
+
+def test_presets_that_differ_or_are_none(here: Path, capsys: pytest.CaptureFixture):
+    status, _, err = synthesize(capsys, "natural.npy", "--out", "out", "--mel-preset", "hifigan")
+    assert status == 1
+    assert "10 bands" in err or "bands 80, the model 10" in err
+    status, _, err = synthesize(capsys, "natural.npy", "--out", "out", "--mel-preset", "hifigann")
+    assert (status, err) == (1, "wavear: error: there is no mel preset 'hifigann': did you mean 'hifigan'?\n")
+
+
+def test_seconds_that_do_not_fit(here: Path, capsys: pytest.CaptureFixture):
+    assert synthesize(capsys, "natural.npy", "--out", "out", "--mel-seconds", "0.15")[0] == 0
+    status, _, err = synthesize(capsys, "natural.npy", "--out", "out2", "--mel-seconds", "1")
+    assert status == 1
+    assert "30 frames for 1 s, 30.0 per second" in err
+    assert "the model expects 200.0 per second (a hop of 40)" in err
+
+
+def test_mels_of_presets(here: Path, capsys: pytest.CaptureFixture):
+    assert run(capsys, "mel", "a.wav", "--out", "mels", "--preset", "fatchord")[0] == 0
+    with np.load("mels/a.npz") as archive:
+        assert MelConfig.from_dict(json.loads(str(archive["config"]))) == MelConfig.preset("fatchord")
+        waveform = audio.read("a.wav", 22050)
+        expected = wavear.log_mel(waveform[None], MelConfig.preset("fatchord"))[0]
+        np.testing.assert_array_equal(archive["mel"], expected)
+    assert run(capsys, "mel", "a.wav", "--out", "plain", "--checkpoint", "mel", "--npy")[0] == 0
+    np.testing.assert_array_equal(np.load("plain/a.npy"), wavear.log_mel(audio.read("a.wav")[None], MEL)[0])
+    for extra in (("--bands", "4"), ("--checkpoint", "mel")):
+        status, _, err = run(capsys, "mel", "a.wav", "--out", "x", "--preset", "fatchord", *extra)
+        assert status == 1
+        assert "--preset says what the mels are" in err
+
+
+def test_a_file_that_says_what_it_is_is_believed_and_converted(here: Path, capsys: pytest.CaptureFixture):
+    flags = ["--sample-rate", "8000", "--fmax", "4000", "--hop-length", "40", "--bands", "10", "--log-base", "10"]
+    flags += ["--n-fft", "128", "--window-length", "128"]
+    assert run(capsys, "mel", "a.wav", "--out", "mels", *flags)[0] == 0
+    status, _, err = synthesize(capsys, "mels/a.npz", "--out", "one", "--mel-preset", "db")
+    assert status == 0
+    assert "mels/a.npz says itself what mels it holds" in err
+    assert synthesize(capsys, "a.wav", "--out", "two")[0] == 0
+    one, two = audio.read("one/a.wav"), audio.read("two/a.wav")
+    assert (one == two).float().mean() > 0.9  # float32 of another logarithm: a code may fall on the other side
+
+
+@pytest.mark.parametrize(
+    ("flags", "settings"),
+    [
+        (("--top-k", "3"), {"top_k": 3}),
+        (("--top-p", "0.4"), {"top_p": 0.4}),
+        (("--best-of", "3"), {"best_of": 3}),
+    ],
+    ids=str,
+)
+def test_sampling_flags(here: Path, capsys: pytest.CaptureFixture, flags: tuple[str, ...], settings: dict[str, Any]):
+    model = wavear.load("mel")
+    mel = torch.from_numpy(np.load("natural.npy"))
+    expected = wavear.generate(model, mel, seed=2, engine="reference", **settings)[0]
+    assert synthesize(capsys, "natural.npy", "--out", "out", "--seed", "2", *flags)[0] == 0
+    assert torch.allclose(audio.read("out/natural.wav"), expected, rtol=0, atol=1 / 32768)
+    command = ("generate", "free", "--seconds", "0.02", "--out", "free.wav", "--engine", "reference", "--seed", "2")
+    assert run(capsys, *command, *flags)[0] == 0
+    expected = wavear.generate(wavear.load("free"), samples=160, seed=2, engine="reference", **settings)[0]
+    assert torch.allclose(audio.read("free.wav"), expected, rtol=0, atol=1 / 32768)
+
+
+@pytest.mark.filterwarnings("default:the likeliest code")
+def test_argmax_warns_in_one_line(here: Path, capsys: pytest.CaptureFixture):
+    command = ("generate", "free", "--seconds", "0.02", "--out", "free.wav", "--engine", "reference", "--argmax")
+    status, _, err = run(capsys, *command)
+    assert status == 0
+    assert err.startswith("wavear: warning: the likeliest code is taken always: audio made so collapses")
+    assert err.count("\n") == 1
+
+
+def test_what_is_wrong_with_the_audio_is_said(here: Path, capsys: pytest.CaptureFixture):
+    command = ("generate", "free", "--seconds", "1", "--out", "free.wav", "--engine", "numba")
+    status, _, err = run(capsys, *command)
+    assert status == 0
+    lines = err.splitlines()
+    assert any(
+        line.startswith("wavear: warning: free.wav: white noise (") and "try another seed" in line for line in lines
+    )
+    assert any("clipping" in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "expected"),
+    [
+        ("wav", "natural.wav", ("WAV", "PCM_16")),
+        ("wav24", "natural.wav", ("WAV", "PCM_24")),
+        ("wavfloat", "natural.wav", ("WAV", "FLOAT")),
+        ("flac", "natural.flac", ("FLAC", "PCM_16")),
+        ("flac24", "natural.flac", ("FLAC", "PCM_24")),
+        ("ogg", "natural.ogg", ("OGG", "VORBIS")),
+        ("opus", "natural.opus", ("OGG", "OPUS")),
+    ],
+)
+def test_formats(here: Path, capsys: pytest.CaptureFixture, name: str, file: str, expected: tuple[str, str]):
+    assert synthesize(capsys, "natural.npy", "--out", "out", "--format", name)[0] == 0
+    found = soundfile.info(f"out/{file}")
+    assert (found.format, found.subtype) == expected
+
+
+def test_level_and_fade(here: Path, capsys: pytest.CaptureFixture):
+    assert synthesize(capsys, "natural.npy", "--out", "plain", "--format", "wavfloat")[0] == 0
+    flags = ("--format", "wavfloat", "--normalize", "-12", "--fade", "20")
+    assert synthesize(capsys, "natural.npy", "--out", "shaped", *flags)[0] == 0
+    plain, shaped = audio.read("plain/natural.wav"), audio.read("shaped/natural.wav")
+    assert torch.equal(plain, wavear.generate(wavear.load("mel"), np.load("natural.npy"), engine="reference")[0])
+    expected = audio.fade(audio.normalize_peak(plain, -12.0), 8000, 20.0)
+    torch.testing.assert_close(shaped, expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "words"),
+    [
+        (("--format", "mp3"), 2, "format is 'mp3', it must be one of wav, wav24"),
+        (("--normalize", "3"), 2, "normalize is 3.0, it must be -200 to 0 dB"),
+        (("--fade", "-1"), 2, "fade is -1.0"),
+        (("--top-p", "1.5"), 1, "top_p is 1.5, it must be above 0 and at most 1"),
+        (("--top-k", "0"), 1, "top_k is 0"),
+        (("--best-of", "0"), 1, "best_of is 0"),
+        (("--argmax", "--top-p", "0.5"), 1, "argmax takes the likeliest code"),
+        (("--format", "flac"), 1, "--format flac makes a file that ends in .flac, and --out is x.wav"),
+    ],
+    ids=str,
+)
+def test_refusals(here: Path, capsys: pytest.CaptureFixture, arguments: tuple[str, ...], status: int, words: str):
+    command = ("generate", "free", "--seconds", "0.1", "--out", "x.wav", "--engine", "reference")
+    got, _, err = run(capsys, *command, *arguments)
+    assert got == status, err
+    assert err.startswith("wavear: error: ")
+    assert err.count("\n") == 1
+    assert words in err
+    assert not Path("x.wav").exists()
+
+
+def test_help_says_what_each_means_in_a_sentence(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    _, out, _ = run(capsys, "generate", "--help")
+    for words in ("--top-k", "k likeliest values alone", "--top-p", "--argmax", "collapses to silence", "--best-of"):
+        assert words in out

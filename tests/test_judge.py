@@ -1,0 +1,213 @@
+"""Mels that say nothing of themselves are judged by their numbers; those that say what they are, are converted."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from wavear import MelConfig, WaveNet, WaveNetConfig, adapt_mel, audio, convert_mel, judge_mel, log_mel
+from wavear.judge import CONVENTIONS
+
+LN = MelConfig()
+
+
+def voices(count: int, seconds: float = 1.5, seed: int = 0) -> list[torch.Tensor]:
+    """Syllables of harmonics at changing pitch and level, hiss between, silence at the end."""
+    generator = np.random.default_rng(seed)
+    made = []
+    for _ in range(count):
+        time = np.arange(int(seconds * 22050)) / 22050
+        phase = 2 * np.pi * np.cumsum(generator.uniform(90, 220) * (1 + 0.1 * np.sin(4 * time))) / 22050
+        formant = generator.uniform(4, 12)
+        voice = sum(np.sin(k * phase) / k * math.exp(-((k - formant) ** 2) / 60) for k in range(1, 45))
+        hiss = np.diff(generator.normal(size=len(time) + 1)) * np.maximum(np.sin(2 * np.pi * 2 * time + 2), 0)
+        wave = 0.25 * voice * np.maximum(np.sin(2 * np.pi * 3 * time), 0) ** 2 + 0.02 * hiss
+        wave += 3e-5 * generator.normal(size=len(time))
+        made.append(torch.from_numpy(generator.uniform(0.3, 1.0) * wave)[None])
+    return made
+
+
+@pytest.fixture(scope="module")
+def trained() -> Any:
+    """A function that makes a model whose statistics are those of some voices' mels."""
+
+    def model_of(config: MelConfig) -> WaveNet:
+        sizes = dict.fromkeys(("residual_channels", "skip_channels", "head_channels", "conditioning_channels"), 4)
+        rate = config.sample_rate
+        model = WaveNet(WaveNetConfig(layers=2, stacks=1, sample_rate=rate, mel=config, **sizes))
+        mels = torch.cat([log_mel(wave, config)[0] for wave in voices(8)], dim=1)
+        conditioning: Any = model.conditioning
+        conditioning.mel_mean.copy_(mels.mean(1))
+        conditioning.mel_deviation.copy_(mels.std(1).clamp(min=0.1))
+        return model
+
+    return model_of
+
+
+def as_convention(mel: torch.Tensor, name: str, config: MelConfig = LN) -> torch.Tensor:
+    return convert_mel(mel, config, replace(config, **CONVENTIONS[name][1]), ignore=("floor", "clip"))
+
+
+@pytest.mark.parametrize("gain", [1.0, 0.1, 0.01], ids=["as trained", "-20 dB", "-40 dB"])
+@pytest.mark.parametrize("name", ["ln", "log10", "db", "db01"])
+def test_mels_of_the_models_own_convention_fit(trained, name, gain):
+    config = replace(LN, **CONVENTIONS[name][1])
+    model = trained(config)
+    for wave in voices(4, seed=1):
+        assert judge_mel(log_mel(gain * wave, config)[0], model).verdict == "fits"
+
+
+@pytest.mark.parametrize("name", [name for name in CONVENTIONS if name != "ln"])
+def test_other_conventions_are_told_by_name(trained, name):
+    model = trained(LN)
+    for wave in voices(4, seed=1):
+        mel = as_convention(log_mel(wave, LN)[0], name)
+        judged = judge_mel(mel, model)
+        assert (judged.verdict, judged.convention) == ("wrong", name)
+        assert f"looks like {CONVENTIONS[name][0]} mels (range {mel.min():.1f}..{mel.max():.1f})" in judged.reason
+        assert "the model expects natural-logarithm mels (range -11.5.." in judged.reason
+        assert f"pass --mel-preset {name} (if all else is as the model's) to convert" in judged.reason
+        told: list[str] = []  # where the other one clips higher
+        assert judge_mel(adapt_mel(mel, model, name, warn=told.append), model).verdict == "fits"
+        assert bool(told) == (name in ("db01-ref20", "db4-ref20"))
+
+
+def test_natural_mels_for_a_log10_model(trained):
+    model = trained(replace(LN, log_base="10"))
+    judged = judge_mel(log_mel(voices(1, seed=2)[0], LN)[0], model)
+    assert (judged.verdict, judged.convention) == ("wrong", "ln")
+    assert "expects log10 mels" in judged.reason
+
+
+def test_a_preset_is_named_where_it_can_be_converted(trained):
+    natural = replace(MelConfig.preset("r9y9"), log_base="e", floor=1e-5)
+    model = trained(natural)
+    mel = log_mel(voices(1, seed=3)[0], MelConfig.preset("r9y9"))[0]
+    judged = judge_mel(mel, model)
+    assert judged.reason.endswith("pass --mel-preset r9y9 to convert")
+    made = adapt_mel(mel, model, "r9y9")
+    torch.testing.assert_close(made, log_mel(voices(1, seed=3)[0], natural)[0].float(), rtol=0, atol=1e-5)
+
+
+def test_mels_of_integers_and_standardised_ones_are_told(trained):
+    model = trained(LN)
+    mel = log_mel(voices(1, seed=4)[0], LN)[0]
+    judged = judge_mel(log_mel(32768 * voices(1, seed=4)[0], LN)[0], model)
+    assert (judged.verdict, judged.convention) == ("wrong", "integer-waveform")
+    assert "divide it by 32768" in judged.reason
+    conditioning: Any = model.conditioning
+    standard = (mel - conditioning.mel_mean[:, None]) / conditioning.mel_deviation[:, None]
+    judged = judge_mel(standard, model)
+    assert (judged.verdict, judged.convention) == ("wrong", "standardised")
+
+
+def test_a_model_that_was_never_trained_judges_the_range_alone():
+    model = WaveNet(WaveNetConfig(layers=2, stacks=1, residual_channels=4, skip_channels=4, mel=LN))
+    mel = log_mel(voices(1)[0], LN)[0]
+    assert judge_mel(mel, model).verdict == "fits"
+    assert judge_mel(as_convention(mel, "log10"), model).verdict == "fits"
+    judged = judge_mel(as_convention(mel, "db"), model)
+    assert judged.verdict == "wrong"
+    assert "the mel cannot be right (range -100.0.." in judged.reason
+    assert judge_mel(mel + math.log(32768), model).verdict == "wrong"
+
+
+@pytest.mark.parametrize(
+    ("shape", "seconds", "said"),
+    [
+        ((100, 80), None, r"shape \(100, 80\): it seems transposed, frames first; give its transpose"),
+        ((64, 100), None, "64 bands, the model was trained on 80"),
+        ((128, 100), None, r"128 bands, the model was trained on 80 \(librosa-default has as many\)"),
+        ((80, 0), None, "expected floating point, "),
+        (
+            (80, 802),
+            10.0,
+            r"802 frames for 10 s, 80.2 per second \(a hop of 275 samples at 22050 Hz, as .*fatchord.*86.1",
+        ),
+        ((80, 431), 10.0, "43.1 per second .a hop of 512 samples at 22050 Hz, as librosa-default"),
+    ],
+)
+def test_shapes_and_rates_are_named(trained, shape, seconds, said):
+    model = trained(LN)
+    with pytest.raises(ValueError, match=said):
+        adapt_mel(torch.full(shape, -5.0), model, seconds=seconds)
+
+
+def test_frames_that_fit_the_seconds(trained):
+    model = trained(LN)
+    mel = log_mel(voices(1, seed=5)[0], LN)[0]
+    for frames in (mel, torch.nn.functional.pad(mel, (0, 1), value=-9.0)):  # one more, as centred mels have
+        assert adapt_mel(frames, model, seconds=1.5).shape == frames.shape
+
+
+def test_what_says_what_it_is_is_converted_or_refused_by_field(trained):
+    model = trained(LN)
+    wave = voices(1, seed=6)[0]
+    common = replace(LN, log_base="10", floor=1e-10)
+    made = adapt_mel(log_mel(wave, common)[0], model, common)
+    torch.testing.assert_close(made, log_mel(wave, LN)[0].float(), rtol=0, atol=1e-5)
+    tacotron = log_mel(wave, MelConfig.preset("nvidia-tacotron2"))[0]
+    with pytest.raises(ValueError, match=r"it has centre 'start', the model 'middle' \(all but 5.8 ms of delay"):
+        adapt_mel(tacotron, model, "nvidia-tacotron2")
+    with pytest.warns(UserWarning, match="taken although it has centre 'start', the model 'middle'"):
+        assert torch.equal(adapt_mel(tacotron, model, "nvidia-tacotron2", force=True), tacotron.float())
+    with pytest.raises(ValueError, match="hop_length 275, the model 256"):
+        adapt_mel(tacotron, model, "fatchord")
+    with pytest.raises(ValueError, match="there is no mel preset 'fatcord': did you mean 'fatchord'"):
+        adapt_mel(tacotron, model, "fatcord")
+    with pytest.raises(ValueError, match="128 bands, the model was trained on 80"):
+        adapt_mel(torch.zeros(128, 5), model, "librosa-default", force=True)
+
+
+def test_a_trace_of_a_difference_is_said_and_taken(trained):
+    model = trained(LN)
+    mel = log_mel(voices(1, seed=6)[0], MelConfig.preset("hifigan"))[0]
+    with pytest.warns(UserWarning, match="taken although it has power_offset 1e-09, the model 0.0"):
+        assert torch.equal(adapt_mel(mel, model, "hifigan"), mel.float())
+
+
+def test_a_floor_that_was_higher_is_said_and_taken(trained):
+    model = trained(replace(LN, floor=1e-8))
+    mel = log_mel(voices(1, seed=6)[0], LN)[0]
+    mel[:, -3:] = math.log(1e-5)
+    told: list[str] = []
+    adapt_mel(mel, model, LN, warn=told.append)
+    assert len(told) == 1
+    assert "floor is 1e-05, and wanted is 1e-08; they stay where they are" in told[0]
+
+
+def test_force_takes_what_is_wrong_but_not_other_bands(trained):
+    model = trained(LN)
+    mel = as_convention(log_mel(voices(1, seed=7)[0], LN)[0], "db")
+    told: list[str] = []
+    assert torch.equal(adapt_mel(mel, model, force=True, warn=told.append), mel.float())
+    assert "looks like decibel mels" in told[0]
+    with pytest.raises(ValueError, match="64 bands"):
+        adapt_mel(torch.zeros(64, 5), model, force=True)
+
+
+def test_real_recordings_fit_and_other_conventions_do_not(trained, data_dir):
+    """A model's statistics are those of one speaker; what other speakers and rooms say is judged by them."""
+    model = trained(LN)
+
+    def mels(folder: str, count: int) -> list[torch.Tensor]:
+        paths = sorted(path for path in (data_dir / folder).rglob("*") if path.suffix in (".wav", ".flac", ".mp3"))
+        waves = [audio.read(path, 22050, frames=4 * 22050) for path in paths[:: len(paths) // count][:count]]
+        return [log_mel(wave[None], LN)[0] for wave in waves]
+
+    known = torch.cat(mels("kerstin_de", 12), dim=1)
+    conditioning: Any = model.conditioning
+    conditioning.mel_mean.copy_(known.mean(1))
+    conditioning.mel_deviation.copy_(known.std(1).clamp(min=0.1))
+    others = mels("ljspeech_mini", 5) + mels("vctk_mini", 5) + mels("librivox_fr_multi", 4)
+    assert {judge_mel(mel, model).verdict for mel in others} == {"fits"}
+    for name in ("log10", "db", "db01", "linear"):
+        judged = [judge_mel(as_convention(mel, name), model) for mel in others]
+        # log10 is the nearest to natural, some pass for it; 0 to 1 with and without 20 dB are alike.
+        assert sum(found.verdict == "wrong" for found in judged) >= (11 if name == "log10" else len(others))
+        assert sum(found.convention == name for found in judged) >= (11 if name in ("log10", "db01") else len(others))
