@@ -2,6 +2,7 @@
 
 from wavear import audio
 from wavear.checkpoint import CheckpointError, load
+from wavear.evaluate import EvaluateConfig, Evaluation, compare, evaluate
 from wavear.generate import generate, score
 from wavear.mel import MelConfig, log_mel
 from wavear.models.base import AutoregressiveModel
@@ -14,12 +15,16 @@ __version__ = "0.1.0"
 __all__ = [
     "AutoregressiveModel",
     "CheckpointError",
+    "EvaluateConfig",
+    "Evaluation",
     "MelConfig",
     "TrainConfig",
     "TrainResult",
     "WaveNet",
     "WaveNetConfig",
     "audio",
+    "compare",
+    "evaluate",
     "generate",
     "load",
     "log_mel",

@@ -31,8 +31,9 @@ def griffin_lim(mel: np.ndarray, config: MelConfig, seed: int = 0) -> np.ndarray
     """A waveform from a log-mel without a model.
 
     The mel's compression is undone, its filters by their pseudo-inverse, negative values set to 0 (what
-    `librosa.util.nnls` starts from, and its iterations did not improve on), and phases are found by 60 iterations of the fast Griffin-Lim algorithm (Perraudin, Balazs and Søndergaard, 2013;
-    `librosa.griffinlim`, momentum 0.99), from random ones.
+    `librosa.util.nnls` starts from, and its iterations did not improve on), and phases are found by 60 iterations of
+    the fast Griffin-Lim algorithm (Perraudin, Balazs and Søndergaard, 2013; `librosa.griffinlim`, momentum 0.99), from
+    random ones.
 
     Parameters
     ----------

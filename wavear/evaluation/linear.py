@@ -97,9 +97,7 @@ class LinearPredictor:
         found = np.empty(len(codes))
         for start, stop, windows in _windows(codes, table, order):
             prediction = windows[:, :-1] @ self.weights
-            found[start:stop] = _bits(
-                prediction, codes[start:stop], self.domain, self.law, self.scale, self.classes
-            )
+            found[start:stop] = _bits(prediction, codes[start:stop], self.domain, self.law, self.scale, self.classes)
         return found
 
 

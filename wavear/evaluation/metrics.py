@@ -1,8 +1,8 @@
 """How far a waveform is from the recording it should be: the measures of copy synthesis, and their definitions.
 
 Both waveforms are one-dimensional, of the same length and sample rate, and aligned: copy synthesis is, so there is no
-warping of time. A measure that a clip does not allow (too short, no voice in it, a package that is not installed) raises
-`NotMeasured`, and says why.
+warping of time. A measure that a clip does not allow (too short, no voice in it, a package that is not installed)
+raises `NotMeasured`, and says why.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Measure:
 
 
 MEASURES = {
-    "stft_distance": Measure("Multi-resolution STFT distance", "", "lower", 3),
+    "stft_distance": Measure("STFT distance", "", "lower", 3),
     "mcd": Measure("Mel-cepstral distortion", "dB", "lower", 2),
     "f0_rmse": Measure("Log-F0 RMSE", "cents", "lower", 0),
     "voicing_error": Measure("Voicing error", "%", "lower", 1),
