@@ -89,12 +89,7 @@ def paired(a: dict[str, Any], b: dict[str, Any], *, resamples: int = 2000, seed:
 
 def _check_comparable(a: dict[str, Any], b: dict[str, Any]) -> None:
     """Numbers of different codes, rates or clips are not of one kind."""
-    for key, unit in (("classes", "mu-law codes"), ("sample_rate", "Hz")):
-        x, y = a["checkpoint"]["config"][key], b["checkpoint"]["config"][key]
-        if x != y:
-            raise ValueError(
-                f"a has {x} {unit} and b has {y}: bits per sample under different codes cannot be compared"
-            )
+    check_codes(a["checkpoint"]["config"], b["checkpoint"]["config"])
     one, two = ({row["name"]: row for row in record["clips"]} for record in (a, b))
     if alone := sorted(set(one) ^ set(two)):
         which = "a" if alone[0] in one else "b"
@@ -113,6 +108,16 @@ def _check_comparable(a: dict[str, Any], b: dict[str, Any]) -> None:
         raise ValueError(
             f"a was synthesized up to {x:g} s of each clip and b up to {y:g} s: evaluate both with one --seconds"
         )
+
+
+def check_codes(a: dict[str, Any], b: dict[str, Any]) -> None:
+    """Refuse models whose bits are not of one kind: of other codes, or of another sample rate."""
+    for key, unit in (("classes", "mu-law codes"), ("sample_rate", "Hz")):
+        if a[key] != b[key]:
+            raise ValueError(
+                f"a has {a[key]} {unit} and b has {b[key]}: bits per sample under different quantisation"
+                " cannot be compared"
+            )
 
 
 def _described(record: dict[str, Any]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+MINUS = "\N{MINUS SIGN}"
 STYLE = """
 :root { --ink: #1d2430; --soft: #5a6475; --line: #e1e5eb; --wash: #f6f7f9; --model: #1457a8; --model-wash: #eef4fc;
   --warn: #8a4b00; --warn-wash: #fff6e8; color-scheme: light; }
@@ -69,7 +70,8 @@ dt { font-weight: 600; margin-top: .6rem; } dd { margin: 0; color: var(--soft); 
   .pair, .pair.three { grid-template-columns: 1fr; } .players { grid-template-columns: 1fr 1fr; }
   th, td { padding: .4rem .45rem; } .cards { grid-template-columns: 1fr 1fr; gap: .5rem; }
   .card { padding: .6rem .7rem; }
-  .card .value { font-size: 1.35rem; } .hide, .better { display: none; }
+  .card .value { font-size: 1.35rem; } .hide, .better, .bound .range { display: none; }
+  thead th.n { white-space: normal; }
   td.wide { width: 30%; min-width: 3rem; } table { font-size: .86rem; }
 }
 @media print { .players { display: none; } }
@@ -95,11 +97,11 @@ def number(value: float | None, decimals: int, sign: bool = False, low: float | 
     """The inside of a cell: a number whose point falls under that of its neighbours, and its interval below."""
     if value is None:
         return '<span class="soft">n/a</span>'
-    shown = f"{value:{'+' if sign else ''}.{decimals}f}".replace("-", "\N{MINUS SIGN}")
+    shown = f"{value:{'+' if sign else ''}.{decimals}f}".replace("-", MINUS)
     whole, _, fraction = shown.partition(".")
     inside = f'<span class="i">{whole}</span><span class="f">{"." + fraction if fraction else ""}</span>'
     if low is not None and high is not None:
-        ends = [f"{end:{'+' if sign else ''}.{decimals}f}".replace("-", "\N{MINUS SIGN}") for end in (low, high)]
+        ends = [f"{end:{'+' if sign else ''}.{decimals}f}".replace("-", MINUS) for end in (low, high)]
         inside += f'<span class="range">{ends[0]} \N{EN DASH} {ends[1]}</span>'
     return inside
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -74,11 +74,12 @@ class LinearPredictor:
             spread = float(np.abs(table[given] - prediction).mean()) or 1e-6
             for law in ("laplace", "normal"):
 
-                def bits(log_scale: float, domain=domain, law=law, prediction=prediction, given=given) -> float:
+                def bits(log_scale: float, fitted: Any = (prediction, given, domain, law)) -> float:
+                    prediction, given, domain, law = fitted
                     return float(_bits(prediction, given, domain, law, math.exp(log_scale), classes).mean())
 
                 middle = math.log(spread)
-                found = minimize_scalar(bits, bounds=(middle - 4, middle + 4), method="bounded")
+                found: Any = minimize_scalar(bits, bounds=(middle - 4, middle + 4), method="bounded")
                 candidates.append((found.fun, cls(weights, domain, law, math.exp(found.x), classes)))
         return min(candidates, key=lambda candidate: candidate[0])[1]
 

@@ -174,7 +174,7 @@ def mel_cepstrum(waveform: np.ndarray, rate: int, order: int = CEPSTRUM_ORDER) -
         raise NotMeasured(f"{waveform.size} samples are too short: {n_fft} are needed")
     mel = log_mel(torch.from_numpy(np.asarray(waveform, np.float64))[None], config)[0].numpy()
     # scipy's type 2 is 2 sum x[m] cos(pi n (m + 1/2) / M); the series' coefficients are 2 / M of the sum (1 / M for 0).
-    cepstrum = dct(mel, type=2, axis=0)[: order + 1] / config.bands
+    cepstrum = np.asarray(dct(mel, type=2, axis=0))[: order + 1] / config.bands
     cepstrum[0] /= 2
     return cepstrum
 

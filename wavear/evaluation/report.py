@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import soundfile
 
-from wavear.evaluation.html import bar, cell, document, interval, number, picture, sound, table, text
+from wavear.evaluation.html import MINUS, bar, cell, document, interval, number, picture, sound, table, text
 from wavear.evaluation.metrics import MEASURES
 from wavear.evaluation.pictures import spectrogram
 from wavear.evaluation.run import SYSTEMS
@@ -29,8 +29,8 @@ DEFINITIONS = {
     " The laws beside it see the same codes and are fitted to recordings that are not tested.",
     "STFT distance": "Multi-resolution: spectral convergence plus L1 of log magnitudes, mean of the three resolutions"
     " of Yamamoto et al., Parallel WaveGAN (2020).",
-    "Mel-cepstral distortion": "10 / ln 10 \u00d7 \u221a(2 \u03a3 (c \u2212 c\u2032)\u00b2), cepstra of order 24 without c0"
-    " from 80 log-mel bands, mean over all frames, time not warped (Kubichek, 1993).",
+    "Mel-cepstral distortion": "10 / ln 10 \u00d7 \u221a(2 \u03a3 (c \u2212 c\u2032)\u00b2), cepstra of order 24"
+    " without c0 from 80 log-mel bands, mean over all frames, time not warped (Kubichek, 1993).",
     "Log-F0 RMSE, voicing error": "Pitch by librosa.pyin, 65 to 1000 Hz: RMSE over frames voiced in both, in cents;"
     " share of frames whose voicing differs.",
     "PESQ": "ITU-T P.862.2 wide band at 16 kHz (P.862.1 narrow band at 8 kHz for rates below), by the package pesq.",
@@ -151,10 +151,9 @@ def _by_level(record: dict[str, Any]) -> str:
 
 
 def _range(low: float | None, high: float | None) -> str:
-    minus = "\N{MINUS SIGN}"
     if low is None:
-        return f"below {high:g}".replace("-", minus)
-    return (f"from {low:g}" if high is None else f"{low:g} to {high:g}").replace("-", minus)
+        return f"below {high:g}".replace("-", MINUS)
+    return (f"from {low:g}" if high is None else f"{low:g} to {high:g}").replace("-", MINUS)
 
 
 def _by_speaker(record: dict[str, Any]) -> str:
@@ -236,7 +235,7 @@ def _listen(record: dict[str, Any], folder: Path) -> str:
         row = ranked[place]
         measured = row["measures"]["model"]
         said = [
-            f"{about.title} {measured[name]:.{about.decimals}f} {about.unit}".strip()
+            f"{about.title} {f'{measured[name]:.{about.decimals}f}'.replace('-', MINUS)} {about.unit}".strip()
             for name, about in MEASURES.items()
             if name in measured and name != "voicing_error"
         ]

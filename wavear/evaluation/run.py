@@ -109,7 +109,7 @@ def measure_everything(
         | (linear or {}),
         "bits": _bits(list(rows.values()), config),
         "by_speaker": _by_speaker(list(rows.values()), config),
-        "by_level": _by_level(scores.values()),
+        "by_level": _by_level(list(scores.values())),
     }
     if mel is None:
         notes.append(
@@ -118,7 +118,7 @@ def measure_everything(
         record["free"] = _free(model, out, config, engine, say) if config.clips else []
     else:
         chosen = _spread(sorted(scores), config.clips)
-        record["generation"] = _copy(model, good, rows, speakers, chosen, out, config, progress, say, complain)
+        record["generation"] = _copy(model, good, rows, speakers, chosen, out, config, progress, say)
     record["measures"] = _measures(list(rows.values()), config)
     return record | {"clips": list(rows.values()), "failed": clips.failed, "notes": notes}
 
@@ -210,7 +210,6 @@ def _copy(
     config: EvaluateConfig,
     progress: bool,
     say: Say,
-    complain: Say,
 ) -> dict[str, Any]:
     """Synthesize clips from their mels, measure them and the bounds, and add what comes out to `rows`."""
     rate, mel_config = model.config.sample_rate, model.config.mel
@@ -246,7 +245,7 @@ def _copy(
             row["audio"] = _write(systems, rate, out, f"{n:04d}-{_file_name(row['name'])}")
             row["measures"], row["not_measured"] = _measure(systems, rate)
             for name, why in row["not_measured"].get("model", {}).items():
-                complain(f"{row['name']}: no {MEASURES[name].title}: {why}")
+                say(f"{row['name']}: no {MEASURES[name].title}: {why}")
     seconds = sum(spans.values()) / rate
     if chosen:
         speed = f"{seconds / taken:.2f} x real time"
@@ -333,10 +332,9 @@ def _by_speaker(rows: list[dict[str, Any]], config: EvaluateConfig) -> dict[str,
     }
 
 
-def _by_level(scores: Iterable[Scores]) -> list[dict[str, Any]]:
-    scores = list(scores)
-    samples = sum(score.level_samples for score in scores)
-    bits = sum(score.level_bits for score in scores)
+def _by_level(scores: Sequence[Scores]) -> list[dict[str, Any]]:
+    samples = np.sum([score.level_samples for score in scores], axis=0)
+    bits = np.sum([score.level_bits for score in scores], axis=0)
     bounds = [None if np.isinf(level) else level for level in LEVELS]
     return [
         {"from": low, "to": high, "samples": int(n), "bits": float(total / n) if n else None}
