@@ -26,7 +26,11 @@ from wavear.sounds import string, voice
 
 RATE = 8000
 MEL = MelConfig(sample_rate=RATE, n_fft=256, window_length=256, hop_length=64, bands=20, fmax=4000.0)
-FAST = EvaluateConfig(clips=2, seconds=0.6, threads=1, resamples=200)
+FAST = EvaluateConfig(clips=2, seconds=0.6, threads=1, resamples=200, shown=0)
+SHOWN = dataclasses.replace(FAST, shown=8)
+
+
+SHORT = dataclasses.replace(FAST, seconds=0.2)
 
 
 def tiny(seed: int = 0, **settings: Any) -> WaveNet:
@@ -59,7 +63,7 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def made(here: Path) -> Evaluation:
-    return evaluate(here / "runs" / "mel" / "best", here / "held", here / "out", FAST)
+    return evaluate(here / "runs" / "mel" / "best", here / "held", here / "out", SHOWN)
 
 
 def refused(capsys: pytest.CaptureFixture, *arguments: str | Path, status: int = 1) -> str:
@@ -130,7 +134,7 @@ def test_loudness_adds_up(made: Evaluation):
 
 
 def test_the_same_seed_gives_the_same_evaluation(here: Path, made: Evaluation):
-    again = evaluate(here / "runs" / "mel" / "best", here / "held", here / "again", FAST)
+    again = evaluate(here / "runs" / "mel" / "best", here / "held", here / "again", SHOWN)
     varying = ("created", "command", "generation")
     first, second = ({k: v for k, v in e.record.items() if k not in varying} for e in (made, again))
     assert first == second
@@ -166,7 +170,9 @@ def test_markup_in_names_stays_text(here: Path, tmp_path: Path):
     (tmp_path / "clips").mkdir()
     for n, each in enumerate((name, "b.wav")):
         audio.write(tmp_path / "clips" / each, clip(n), RATE)
-    found = evaluate(here / "runs" / "mel" / "best", tmp_path / "clips", tmp_path / "out", FAST)
+    found = evaluate(
+        here / "runs" / "mel" / "best", tmp_path / "clips", tmp_path / "out", dataclasses.replace(FAST, clips=0)
+    )
     page = found.page.read_text(encoding="utf-8")
     assert "<b>" not in page
     assert "&lt;b&gt;&amp;amp;&#x27;&quot;.wav" in page
@@ -272,7 +278,7 @@ def test_a_model_without_mels_has_bits_and_free_samples(here: Path, tmp_path: Pa
 
 
 def test_speakers_go_by_their_folders(here: Path, tmp_path: Path):
-    found = evaluate(here / "runs" / "speakers" / "best", here / "by_speaker", tmp_path / "out", FAST).record
+    found = evaluate(here / "runs" / "speakers" / "best", here / "by_speaker", tmp_path / "out", SHORT).record
     model = wavear.load(here / "runs" / "speakers" / "best")
     assert set(found["by_speaker"]) == {"ann", "bob"}
     for name, number in (("ann", 0), ("bob", 1)):
