@@ -348,6 +348,9 @@ def test_refusals(here: Path, tmp_path: Path, capsys: pytest.CaptureFixture, mon
     }.items():
         assert words in refused(capsys, "evaluate", *arguments, "--out", out)
         assert not out.exists()
+    assert "device is 'abacus'" in refused(
+        capsys, "evaluate", good, "held", "--out", out, "--device", "abacus", status=2
+    )
     assert "clips is -1" in refused(capsys, "evaluate", good, "held", "--out", out, "--clips", "-1", status=2)
     assert "seconds is 0" in refused(capsys, "evaluate", good, "held", "--out", out, "--seconds", "0", status=2)
 

@@ -64,6 +64,8 @@ class EvaluateConfig:
         for name in ("baseline_seconds", "seconds", "temperature"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise ValueError(f"{name} is {getattr(self, name)!r}, expected more than 0")
+        if self.device.split(":")[0] not in ("cpu", "cuda", "mps"):
+            raise ValueError(f"device is {self.device!r}, it must be cpu, cuda or mps")
         if self.threads is not None and self.threads < 1:
             raise ValueError(f"threads is {self.threads}, it must be at least 1")
 

@@ -179,7 +179,7 @@ def page(record: dict[str, Any], a: Evaluation, b: Evaluation) -> str:
         unit = f", {about.unit}" if about.unit else ""
         hint = {"lower": "lower is better", "higher": "higher is better"}.get(about.better, "")
         rows.append(_row(about.title + unit, hint, about.decimals, entry, about.better))
-    parts.append(table(head, rows))
+    parts.append(f'<div class="fine">{table(head, rows)}</div>')
     parts.append(
         '<p class="small soft">Differences are taken clip by clip, and the interval is that of their mean over'
         " resampled clips. Where it holds 0, these clips do not tell the two apart.</p>"

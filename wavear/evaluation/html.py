@@ -40,11 +40,12 @@ table { border-collapse: collapse; width: 100%; font-size: .92rem; }
 th, td { text-align: left; vertical-align: top; padding: .42rem .7rem; border-bottom: 1px solid var(--line); }
 thead th { font-weight: 600; font-size: .8rem; color: var(--soft);
   border-bottom: 1.5px solid #c9cfd9; vertical-align: bottom; }
-tbody th { font-weight: 500; }
+tbody th { font-weight: 500; } th.line { white-space: nowrap; }
 .n { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums; }
 .n .i { display: inline-block; text-align: right; }
 .n .f { display: inline-block; text-align: left; min-width: 2.1em; }
 .hint .f { min-width: 0; }
+.fine .f { min-width: 2.75em; }
 .n .range { display: block; font-size: .76rem; color: var(--soft); }
 .model { background: var(--model-wash); }
 tr.model th, tr.model td, td.model, th.model { color: var(--model); }
@@ -102,7 +103,7 @@ def number(value: float | None, decimals: int, sign: bool = False, low: float | 
     inside = f'<span class="i">{whole}</span><span class="f">{"." + fraction if fraction else ""}</span>'
     if low is not None and high is not None:
         ends = [f"{end:{'+' if sign else ''}.{decimals}f}".replace("-", MINUS) for end in (low, high)]
-        inside += f'<span class="range">{ends[0]} \N{EN DASH} {ends[1]}</span>'
+        inside += f'<span class="range">{ends[0]} to {ends[1]}</span>'
     return inside
 
 

@@ -95,7 +95,10 @@ def measure(
     }
     for name, way in ways.items():
         try:
-            values[name] = way()
+            value = way()
+            if not math.isfinite(value):
+                raise NotMeasured(f"it is {value}")
+            values[name] = value
         except NotMeasured as reason:
             missing[name] = str(reason)
     return values, missing
@@ -235,10 +238,10 @@ def pitch(waveform: np.ndarray, rate: int) -> np.ndarray:
     if waveform.size < frame:
         raise NotMeasured(f"{waveform.size} samples are too short: {frame} are needed")
     highest = min(PITCH_RANGE[1], rate / 4)
-    found, voiced, _ = librosa.pyin(
+    found, _, _ = librosa.pyin(
         np.asarray(waveform, np.float64), fmin=PITCH_RANGE[0], fmax=highest, sr=rate, frame_length=frame
     )
-    return np.where(voiced, found, np.nan)
+    return found
 
 
 def silent_frames(reference: np.ndarray, rate: int) -> np.ndarray:

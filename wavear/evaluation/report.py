@@ -23,6 +23,7 @@ _LAWS = {
     "uniform": ("Uniform", "every code alike: log2 of their number"),
 }
 _BETTER = {"lower": "lower is better", "higher": "higher is better", "near": "best where the recordings' is"}
+_DOMAINS = {"linear": "samples as they are", "companded": "companded samples"}
 _KINDS = {"original": "", "mulaw": "bound", "model": "model", "griffin_lim": "bound"}
 DEFINITIONS = {
     "Bits per sample": "Mean of \u2212log2 P(code | all codes before it, conditioning) over every sample of every clip."
@@ -123,10 +124,11 @@ def _bits(record: dict[str, Any]) -> str:
             rows.append(f'<tr class="{"model" if law == "model" else ""}">{row}</tr>')
     fitted = record["baselines"]
     linear = fitted.get("linear")
-    says = f"Linear prediction and the counts are fitted to {text(fitted['fitted_to'])}"
-    says += f" ({fitted['seconds'] / 60:.1f} minutes)" if fitted["seconds"] else ""
+    minutes = f"{fitted['seconds'] / 60:.1f} minutes of " if fitted["seconds"] else ""
+    says = f"Linear prediction and the counts are fitted to {minutes}{text(fitted['fitted_to'])}"
     if linear:
-        says += f"; the residual law that fits best is {linear['law']}, of {linear['domain']} samples"
+        law = {"laplace": "Laplace's", "normal": "the normal one"}[linear["law"]]
+        says += f"; the likeliest law of the residual is {law}, on {_DOMAINS[linear['domain']]}"
     head = ["<th>Law</th>", "<th></th>", '<th class="n">bits, 95 % interval</th>']
     parts = ["<h2>Bits per sample</h2>", f'<p class="soft">Exact, over every sample of every clip. {says}.</p>']
     parts.append(table(head, rows))
@@ -141,7 +143,7 @@ def _by_level(record: dict[str, Any]) -> str:
     total, widest = sum(entry["samples"] for entry in levels), max(entry["bits"] for entry in levels)
     rows = []
     for entry in levels:
-        row = cell(_range(entry["from"], entry["to"]), tag="th")
+        row = cell(_range(entry["from"], entry["to"]), "line", "th")
         row += cell(bar(entry["bits"] / widest, "model"), "wide") + cell(number(entry["bits"], 3), "n")
         rows.append(f"<tr>{row}{cell(number(100 * entry['samples'] / total, 1), 'n')}</tr>")
     head = ["<th>Level, dBFS</th>", "<th></th>", '<th class="n">bits</th>', '<th class="n">% of samples</th>']

@@ -54,6 +54,8 @@ def measure_everything(
     complain: Say,
 ) -> dict[str, Any]:
     """The record of an evaluation, less what it was asked with. `begin` is called before the first file is written."""
+    if config.device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"device is {config.device!r}, and there is no CUDA device here: use cpu")
     model = checkpoint.load(source, config.device)
     described = checkpoint.read_config(source)
     rate, mel = model.config.sample_rate, model.config.mel
