@@ -42,6 +42,7 @@ thead th { font-weight: 600; font-size: .8rem; color: var(--soft);
   border-bottom: 1.5px solid #c9cfd9; vertical-align: bottom; }
 tbody th { font-weight: 500; } th.line { white-space: nowrap; }
 .n { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums; }
+thead th.n { white-space: normal; }
 .n .i { display: inline-block; text-align: right; }
 .n .f { display: inline-block; text-align: left; min-width: 2.1em; }
 .hint .f { min-width: 0; }
@@ -72,7 +73,6 @@ dt { font-weight: 600; margin-top: .6rem; } dd { margin: 0; color: var(--soft); 
   th, td { padding: .4rem .45rem; } .cards { grid-template-columns: 1fr 1fr; gap: .5rem; }
   .card { padding: .6rem .7rem; }
   .card .value { font-size: 1.35rem; } .hide, .better, .bound .range { display: none; }
-  thead th.n { white-space: normal; }
   td.wide { width: 30%; min-width: 3rem; } table { font-size: .86rem; }
 }
 @media print { .players { display: none; } }
