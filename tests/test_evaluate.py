@@ -179,14 +179,14 @@ def test_markup_in_names_stays_text(here: Path, tmp_path: Path):
 
 
 def test_training_curves_are_shown_where_there_are_some(here: Path, tmp_path: Path):
-    shutil.copytree(here / "runs" / "mel", tmp_path / "run")
+    shutil.copytree(here / "runs" / "mel" / "best", tmp_path / "run" / "kept" / "7")  # one level deeper than best/
     with (tmp_path / "run" / "metrics.csv").open("w", newline="") as file:
         rows = csv.writer(file)
         rows.writerow(["step", "train_bits", "validation_bits", "something_new"])
         rows.writerows([[step, 8 - step / 100, "" if step % 10 else 8 - step / 90, "x"] for step in range(50)])
         file.write("50,7.")  # cut short
     config = dataclasses.replace(FAST, clips=0)
-    found = evaluate(tmp_path / "run" / "best", here / "held", tmp_path / "out", config)
+    found = evaluate(tmp_path / "run" / "kept" / "7", here / "held", tmp_path / "out", config)
     page = found.page.read_text(encoding="utf-8")
     assert "<h2>Training</h2>" in page
     assert page.count("data:image/png") == 1

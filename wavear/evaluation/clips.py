@@ -42,15 +42,23 @@ class Preparation:
 
 
 def training_record(checkpoint: str | Path) -> dict[str, Any]:
-    """The `config` of the train.json beside a checkpoint's folder; empty without one that can be read."""
-    path = Path(checkpoint).resolve().parent / "train.json"
-    if not Path(checkpoint).is_dir() or not path.is_file():
+    """The `config` of the train.json of the run that a checkpoint is of; empty without one that can be read."""
+    path = of_run(checkpoint, "train.json")
+    if path is None:
         return {}
     try:
         config = json.loads(path.read_text(encoding="utf-8")).get("config", {})
     except (ValueError, OSError, AttributeError):
         return {}
     return config if isinstance(config, dict) else {}
+
+
+def of_run(checkpoint: str | Path, name: str) -> Path | None:
+    """A file of the run that a checkpoint's folder lies in, one or two levels above it."""
+    if not Path(checkpoint).is_dir():
+        return None
+    above = list(Path(checkpoint).resolve().parents)[:2]
+    return next((folder / name for folder in above if (folder / name).is_file()), None)
 
 
 def preparation(trained: dict[str, Any]) -> Preparation:

@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from wavear.evaluation.clips import of_run
+
 _DEPTH = 80.0  # dB from the brightest to the darkest
 _INK, _MUTED, _MODEL = "#1d2430", "#8a93a3", "#1457a8"
 
@@ -48,16 +50,13 @@ def spectrogram(waveform: np.ndarray, rate: int, top: float | None = None) -> tu
 
 
 def curves(checkpoint: str | Path) -> bytes | None:
-    """Bits per sample over the steps of the run that a checkpoint is of, from the metrics.csv beside or in its folder.
+    """Bits per sample over the steps of the run that a checkpoint is of, from its metrics.csv.
 
     Returns
     -------
     bytes: PNG; or None, if there is no such file or no curve in it
     """
-    if not Path(checkpoint).is_dir():
-        return None
-    folder = Path(checkpoint).resolve()
-    path = next((p for p in (folder.parent / "metrics.csv", folder / "metrics.csv") if p.is_file()), None)
+    path = of_run(checkpoint, "metrics.csv")
     if path is None:
         return None
     training, held_out = _read_curves(path)
