@@ -3,6 +3,7 @@
 from wavear import audio
 from wavear.checkpoint import CheckpointError, load
 from wavear.convert import convert_mel
+from wavear.evaluate import EvaluateConfig, Evaluation, compare, evaluate
 from wavear.generate import generate, score
 from wavear.generate.state import StreamState
 from wavear.generate.stream import Stream, StreamBatch
@@ -19,6 +20,8 @@ __version__ = "0.1.0"
 __all__ = [
     "AutoregressiveModel",
     "CheckpointError",
+    "EvaluateConfig",
+    "Evaluation",
     "MelConfig",
     "Stream",
     "StreamBatch",
@@ -29,7 +32,9 @@ __all__ = [
     "WaveNetConfig",
     "adapt_mel",
     "audio",
+    "compare",
     "convert_mel",
+    "evaluate",
     "generate",
     "judge_mel",
     "load",

@@ -511,6 +511,77 @@ def _info() -> Callable[..., int]:
     return info
 
 
+def _evaluate() -> Callable[..., int]:
+    from tyro.conf import Positional, arg
+
+    from wavear.evaluate import EvaluateConfig
+
+    def evaluate(
+        checkpoint: Annotated[Positional[str], arg(metavar="CHECKPOINT")],
+        data: Annotated[Positional[str], arg(metavar="DATA")],
+        out: Annotated[Path, arg(metavar="DIR")],
+        config: EvaluateConfig = EvaluateConfig(),  # noqa: B008 (frozen)
+    ) -> int:
+        """Exact bits per sample of held-out recordings, copy synthesis measured beside its bounds, and a report.
+
+        Parameters
+        ----------
+        checkpoint
+            Folder that `wavear train` wrote, or owner/name on the Hugging Face hub.
+        data
+            Held-out recordings: a folder, a file, or a manifest.
+        out
+            Folder to write to: report.html, evaluation.json, audio/.
+        config
+            How to evaluate.
+        """
+        from wavear.evaluate import evaluate
+
+        result = evaluate(checkpoint, data, out, config, progress=sys.stderr.isatty(), say=_say, complain=_complain)
+        for line in result.summary():
+            _say(line)
+        return 0
+
+    return evaluate
+
+
+def _compare() -> Callable[..., int]:
+    from tyro.conf import Positional, arg
+
+    from wavear.evaluate import EvaluateConfig
+
+    def compare(
+        a: Annotated[Positional[str], arg(metavar="A")],
+        b: Annotated[Positional[str], arg(metavar="B")],
+        out: Annotated[Path, arg(metavar="DIR")],
+        data: Annotated[str | None, arg(metavar="DATA")] = None,
+        config: EvaluateConfig = EvaluateConfig(),  # noqa: B008 (frozen)
+    ) -> int:
+        """Put two checkpoints, or two evaluations, side by side, clip by clip.
+
+        Parameters
+        ----------
+        a
+            A folder that `wavear evaluate` wrote (or its evaluation.json), or a checkpoint, for which --data is needed.
+        b
+            Likewise.
+        out
+            Folder to write to: compare.html, compare.json; for checkpoints also their evaluations, a/ and b/.
+        data
+            Held-out recordings to evaluate checkpoints on.
+        config
+            How to evaluate them.
+        """
+        from wavear.evaluate import compare
+
+        found = compare(a, b, out, data, config, progress=sys.stderr.isatty(), say=_say, complain=_complain)
+        for line in found.summary():
+            _say(line)
+        return 0
+
+    return compare
+
+
 def _bench() -> Callable[..., int]:
     from tyro.conf import Positional, arg
 
@@ -611,6 +682,8 @@ COMMANDS: dict[str, tuple[str, Callable[[], Callable[..., int]]]] = {
     "synthesize": ("mels, or recordings, to audio", _synthesize),
     "generate": ("audio from a model that needs no mel", _generate),
     "mel": ("recordings to mels", _mel),
+    "evaluate": ("how good a model is: bits per sample, copy synthesis beside its bounds, a report", _evaluate),
+    "compare": ("two checkpoints side by side, clip by clip", _compare),
     "info": ("what a checkpoint is", _info),
     "bench": ("how fast a network generates on this machine, before it is trained", _bench),
 }

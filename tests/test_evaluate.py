@@ -1,0 +1,477 @@
+"""`wavear evaluate` and `wavear compare`: what they write is true, whole and needs nothing else; what they refuse."""
+
+from __future__ import annotations
+
+import base64
+import csv
+import dataclasses
+import io
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+import wavear
+from wavear import EvaluateConfig, Evaluation, MelConfig, WaveNet, WaveNetConfig, audio, compare, evaluate
+from wavear.cli import main
+from wavear.evaluation.compare import paired
+from wavear.evaluation.metrics import MEASURES, measure, pitch
+from wavear.sounds import string, voice
+
+RATE = 8000
+MEL = MelConfig(sample_rate=RATE, n_fft=256, window_length=256, hop_length=64, bands=20, fmax=4000.0)
+FAST = EvaluateConfig(clips=2, seconds=0.6, threads=1, resamples=200, shown=0)
+SHOWN = dataclasses.replace(FAST, shown=8)
+
+
+SHORT = dataclasses.replace(FAST, seconds=0.2)
+
+
+def tiny(seed: int = 0, **settings: Any) -> WaveNet:
+    torch.manual_seed(seed)
+    sizes = dict.fromkeys(("residual_channels", "skip_channels", "head_channels", "conditioning_channels"), 4)
+    return WaveNet(WaveNetConfig(layers=3, stacks=1, sample_rate=RATE, **sizes, **settings)).eval()
+
+
+def clip(n: int, seconds: float = 0.7) -> np.ndarray:
+    make = string if n % 2 else voice
+    x = np.concatenate([np.zeros(RATE // 5), make(200.0 + 30 * n, seconds, RATE)])
+    return (0.5 * x + np.random.default_rng(n).normal(0, 1e-4, x.size)).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """runs/{mel,other,coarse,free,speakers}/best, held/ with three clips, by_speaker/."""
+    folder = tmp_path_factory.mktemp("evaluate")
+    tiny(mel=MEL).save(folder / "runs" / "mel" / "best", training={"step": 7})
+    tiny(1, mel=MEL).save(folder / "runs" / "other" / "best")
+    tiny(mel=MEL, classes=64).save(folder / "runs" / "coarse" / "best")
+    tiny().save(folder / "runs" / "free" / "best")
+    tiny(mel=MEL, speakers=2).save(folder / "runs" / "speakers" / "best", training={"speakers": ["ann", "bob"]})
+    for n in range(3):
+        for path in (folder / "held" / f"{n}.wav", folder / "by_speaker" / ("ann", "bob", "ann")[n] / f"{n}.wav"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            audio.write(path, clip(n), RATE)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def made(here: Path) -> Evaluation:
+    return evaluate(here / "runs" / "mel" / "best", here / "held", here / "out", SHOWN)
+
+
+def refused(capsys: pytest.CaptureFixture, *arguments: str | Path, status: int = 1) -> str:
+    """The one line on stderr of a command that is refused."""
+    try:
+        got = main([str(argument) for argument in arguments])
+    except SystemExit as stop:
+        got = stop.code
+    err = capsys.readouterr().err
+    assert got == status, err
+    assert err.startswith("wavear: error: ")
+    assert "Traceback" not in err
+    return err
+
+
+# ---- what is true of an evaluation
+
+
+def test_bits_are_those_of_score_over_all_samples(here: Path, made: Evaluation):
+    model = wavear.load(here / "runs" / "mel" / "best")
+    bits, samples = 0.0, 0
+    for row in made.record["clips"]:
+        nats = wavear.score(model, audio.read(here / "held" / row["name"]))
+        assert row["bits"]["model"] == pytest.approx(float(-nats.mean()) / np.log(2))
+        bits, samples = bits - float(nats.sum()) / np.log(2), samples + nats.numel()
+    assert made.bits["model"] == pytest.approx(bits / samples)
+    assert set(made.bits) == {"model", "linear", "markov", "unigram", "uniform"}
+    assert made.bits["uniform"] == 8
+
+
+def test_the_audio_is_that_of_generate_and_the_measures_are_of_it(here: Path, made: Evaluation):
+    model = wavear.load(here / "runs" / "mel" / "best")
+    rows = [row for row in made.record["clips"] if "measures" in row]
+    assert [row["name"] for row in rows] == ["0.wav", "2.wav"]  # two of three, evenly
+    for row in rows:
+        x = audio.read(here / "held" / row["name"])[: round(FAST.seconds * RATE) // 64 * 64]
+        assert row["synthesized_samples"] == x.numel()
+        alone = wavear.generate(model, wavear.log_mel(x[None], MEL), seed=0)[0]
+        written = audio.read(made.folder / row["audio"]["model"])
+        assert torch.allclose(written, alone, atol=1.01 / 32768, rtol=0)
+        assert torch.allclose(audio.read(made.folder / row["audio"]["original"]), x, atol=1e-6)
+        values, missing = measure(x.numpy(), alone.numpy(), RATE, pitch(x.numpy(), RATE))
+        assert row["measures"]["model"] == pytest.approx(values)
+        assert row["not_measured"].get("model", {}) == missing
+    for name, found in made.record["measures"].items():
+        for system, entry in found.items():
+            values = [row["measures"][system].get(name) for row in rows]
+            if None not in values:
+                assert entry["mean"] == pytest.approx(np.mean(values))
+
+
+def test_bounds_stand_beside_the_model(made: Evaluation):
+    found = made.record["measures"]
+    for name in ("stft_distance", "mcd", "voicing_error"):
+        assert set(found[name]) == {"mulaw", "model", "griffin_lim"}
+        assert found[name]["mulaw"]["mean"] < found[name]["model"]["mean"]
+    assert set(found["noise_floor"]) == {"original", "mulaw", "model", "griffin_lim"}
+    assert found["noise_floor"]["original"]["mean"] == pytest.approx(-80, abs=2)
+    assert found["noise_floor"]["model"]["mean"] > -40  # a model that has learnt nothing
+
+
+def test_loudness_adds_up(made: Evaluation):
+    levels = made.record["by_level"]
+    samples = sum(entry["samples"] for entry in levels)
+    bits = sum(entry["samples"] * entry["bits"] for entry in levels if entry["samples"])
+    assert samples == sum(row["samples"] // 160 * 160 for row in made.record["clips"])
+    assert bits / samples == pytest.approx(made.bits["model"], rel=0.01)
+
+
+def test_the_same_seed_gives_the_same_evaluation(here: Path, made: Evaluation):
+    again = evaluate(here / "runs" / "mel" / "best", here / "held", here / "again", SHOWN)
+    varying = ("created", "command", "generation")
+    first, second = ({k: v for k, v in e.record.items() if k not in varying} for e in (made, again))
+    assert first == second
+    assert Evaluation.read(here / "again").record == json.loads(json.dumps(again.record))
+
+
+# ---- the page
+
+
+def test_the_page_needs_nothing_else(here: Path, made: Evaluation):
+    page = made.page.read_text(encoding="utf-8")
+    assert re.findall(r'(?:src|href)="(?!data:)[^"]*"', page) == []
+    assert not re.search(r"https?://|url\(|@import|<script", page)
+    assert made.record["command"] in page.replace("&#x27;", "'")
+    assert f"{made.bits['model']:.3f}".replace(".", '</span><span class="f">.') in page
+    assert page.count("<audio") == 2 * 4
+    assert page.count("data:image/png") == 2 * 2  # there is no metrics.csv
+    for sound, path in zip(re.findall(r"data:audio/flac;base64,([^\"]+)", page), _played(made), strict=True):
+        samples, rate = soundfile.read(io.BytesIO(base64.b64decode(sound)), dtype="int16")
+        assert rate == RATE
+        assert np.array_equal(samples, soundfile.read(made.folder / path, dtype="int16")[0])
+
+
+def _played(made: Evaluation) -> list[str]:
+    """Files in the order of the page: from the least to the largest distance."""
+    rows = [row for row in made.record["clips"] if "audio" in row]
+    rows.sort(key=lambda row: row["measures"]["model"]["stft_distance"])
+    return [row["audio"][system] for row in rows for system in ("original", "mulaw", "model", "griffin_lim")]
+
+
+def test_markup_in_names_stays_text(here: Path, tmp_path: Path):
+    name = "<b>&amp;'\".wav"
+    (tmp_path / "clips").mkdir()
+    for n, each in enumerate((name, "b.wav")):
+        audio.write(tmp_path / "clips" / each, clip(n), RATE)
+    found = evaluate(
+        here / "runs" / "mel" / "best", tmp_path / "clips", tmp_path / "out", dataclasses.replace(FAST, clips=0)
+    )
+    page = found.page.read_text(encoding="utf-8")
+    assert "<b>" not in page
+    assert "&lt;b&gt;&amp;amp;&#x27;&quot;.wav" in page
+
+
+def test_training_curves_are_shown_where_there_are_some(here: Path, tmp_path: Path):
+    shutil.copytree(here / "runs" / "mel" / "best", tmp_path / "run" / "kept" / "7")  # one level deeper than best/
+    with (tmp_path / "run" / "metrics.csv").open("w", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(["step", "train_bits", "validation_bits", "something_new"])
+        rows.writerows([[step, 8 - step / 100, "" if step % 10 else 8 - step / 90, "x"] for step in range(50)])
+        file.write("50,7.")  # cut short
+    config = dataclasses.replace(FAST, clips=0)
+    found = evaluate(tmp_path / "run" / "kept" / "7", here / "held", tmp_path / "out", config)
+    page = found.page.read_text(encoding="utf-8")
+    assert "<h2>Training</h2>" in page
+    assert page.count("data:image/png") == 1
+    assert found.record["measures"] == {}
+
+
+# ---- what it is fitted to, and what has been trained on
+
+
+def run_of(here: Path, folder: Path, **settings: Any) -> Path:
+    """A checkpoint beside a train.json."""
+    shutil.copytree(here / "runs" / "mel" / "best", folder / "best")
+    (folder / "train.json").write_text(json.dumps({"config": settings}))
+    return folder / "best"
+
+
+def test_clips_that_were_trained_on_are_told(here: Path, tmp_path: Path):
+    checkpoint = run_of(here, tmp_path / "run", data=str(here / "held"), validation=str(here / "held"))
+    said: list[str] = []
+    config = dataclasses.replace(FAST, clips=0)
+    found = evaluate(checkpoint, here / "held", tmp_path / "out", config, say=said.append)
+    assert [row["trained_on"] for row in found.record["clips"]] == [True] * 3
+    assert any("3 of 3 clips were trained on" in line for line in said)
+    assert "3 of 3 clips were trained on" in found.page.read_text(encoding="utf-8")
+    assert found.record["baselines"]["fitted_to"] == "the clips themselves, each half for the other"
+
+
+def test_baselines_are_fitted_to_the_training_data_or_to_what_is_given(here: Path, tmp_path: Path):
+    (tmp_path / "train").mkdir()
+    for n in range(4):
+        audio.write(tmp_path / "train" / f"{n}.wav", clip(10 + n), RATE)
+    checkpoint = run_of(here, tmp_path / "run", data=str(tmp_path / "train"), validation=str(here / "held"))
+    config = dataclasses.replace(FAST, clips=0)
+    known = evaluate(checkpoint, here / "held", tmp_path / "a", config).record
+    given = evaluate(
+        here / "runs" / "mel" / "best",
+        here / "held",
+        tmp_path / "b",
+        dataclasses.replace(config, train_data=str(tmp_path / "train")),
+    ).record
+    assert str(tmp_path / "train") in known["baselines"]["fitted_to"]
+    assert [row["trained_on"] for row in known["clips"]] == [False] * 3
+    assert known["bits"] == given["bits"]
+    assert known["baselines"]["linear"] == given["baselines"]["linear"]
+
+
+def test_halves_of_the_clips_serve_each_other(here: Path, made: Evaluation, tmp_path: Path):
+    """The bits of the second clip come from a fit to the first and the third."""
+    (tmp_path / "train").mkdir()
+    for name in ("0.wav", "2.wav"):
+        shutil.copy(here / "held" / name, tmp_path / "train" / name)
+    config = dataclasses.replace(FAST, clips=0, train_data=str(tmp_path / "train"))
+    found = evaluate(here / "runs" / "mel" / "best", here / "held" / "1.wav", tmp_path / "out", config)
+    assert found.record["clips"][0]["bits"] == pytest.approx(made.record["clips"][1]["bits"])
+
+
+def test_one_clip_alone_has_no_baselines(here: Path, tmp_path: Path):
+    config = dataclasses.replace(FAST, clips=0)
+    found = evaluate(here / "runs" / "mel" / "best", here / "held" / "1.wav", tmp_path / "out", config)
+    assert set(found.bits) == {"model", "uniform"}
+    assert any("--train-data" in note for note in found.record["notes"])
+    assert found.record["bits"]["model"]["low"] is None
+
+
+def test_levels_are_treated_as_in_training(here: Path, tmp_path: Path):
+    checkpoint = run_of(here, tmp_path / "run", data="gone", normalise="peak", trim_silence=40.0)
+    config = dataclasses.replace(FAST, clips=1)
+    found = evaluate(checkpoint, here / "held", tmp_path / "out", config)
+    assert any("treated as in training: level by peak, ends 40 dB" in note for note in found.record["notes"])
+    row = next(row for row in found.record["clips"] if "audio" in row)
+    heard = audio.read(found.folder / row["audio"]["original"])
+    assert row["samples"] < clip(0).size - RATE // 20  # of a fifth of a second of silence, and a fade
+    assert float(heard.abs().max()) == pytest.approx(0.9, abs=0.1)
+
+
+# ---- other kinds of models and data
+
+
+def test_a_model_without_mels_has_bits_and_free_samples(here: Path, tmp_path: Path):
+    config = dataclasses.replace(FAST, seconds=0.05)
+    found = evaluate(here / "runs" / "free" / "best", here / "held", tmp_path / "out", config)
+    assert found.record["measures"] == {}
+    assert any("not conditioned on mels" in note for note in found.record["notes"])
+    assert [entry["seed"] for entry in found.record["free"]] == [0, 1]
+    model = wavear.load(here / "runs" / "free" / "best")
+    alone = wavear.generate(model, samples=400, seed=1)[0]
+    assert torch.allclose(audio.read(found.folder / "audio" / "free-1.wav"), alone, atol=1.01 / 32768, rtol=0)
+    assert "not conditioned on mels" in found.page.read_text(encoding="utf-8")
+
+
+def test_speakers_go_by_their_folders(here: Path, tmp_path: Path):
+    found = evaluate(here / "runs" / "speakers" / "best", here / "by_speaker", tmp_path / "out", SHORT).record
+    model = wavear.load(here / "runs" / "speakers" / "best")
+    assert set(found["by_speaker"]) == {"ann", "bob"}
+    for name, number in (("ann", 0), ("bob", 1)):
+        nats = [wavear.score(model, audio.read(p), speaker=number) for p in (here / "by_speaker" / name).glob("*")]
+        bits = -sum(float(n.sum()) for n in nats) / sum(n.numel() for n in nats) / np.log(2)
+        assert found["by_speaker"][name]["bits"]["model"]["mean"] == pytest.approx(bits)
+    (tmp_path / "more" / "eve").mkdir(parents=True)
+    shutil.copytree(here / "by_speaker", tmp_path / "more", dirs_exist_ok=True)
+    audio.write(tmp_path / "more" / "eve" / "0.wav", clip(0), RATE)
+    config = dataclasses.replace(FAST, clips=0)
+    found = evaluate(here / "runs" / "speakers" / "best", tmp_path / "more", tmp_path / "out2", config).record
+    assert found["failed"] == {"eve/0.wav": "its speaker is 'eve', the model knows ann, bob"}
+    assert len(found["clips"]) == 3
+
+
+def test_bad_clips_are_named_and_others_are_resampled(here: Path, tmp_path: Path):
+    folder = tmp_path / "clips"
+    shutil.copytree(here / "held", folder)
+    (folder / "words.wav").write_text("no audio")
+    audio.write(folder / "brief.wav", np.full(20, 0.1, np.float32), RATE)
+    audio.write(folder / "high.wav", audio.resample(clip(5), RATE, 16000), 16000)
+    said: list[str] = []
+    complaints: list[str] = []
+    found = evaluate(
+        here / "runs" / "mel" / "best",
+        folder,
+        tmp_path / "out",
+        dataclasses.replace(FAST, clips=4, seconds=0.1),  # too short for PESQ, say
+        say=said.append,
+        complain=complaints.append,
+    ).record
+    assert set(found["failed"]) == {"words.wav", "brief.wav"}
+    assert {line.split(":")[0] for line in complaints} == {"words.wav", "brief.wav"}
+    assert [row["name"] for row in found["clips"]] == ["0.wav", "1.wav", "2.wav", "high.wav"]
+    assert any("1 of 4 clips are resampled to 8000 Hz (from 16000 Hz)" in line for line in said)
+    assert any(line.startswith("0.wav: no PESQ: ") for line in said)
+    assert all({"pesq", "stoi"} <= set(row["not_measured"]["model"]) for row in found["clips"])
+
+
+def test_of_a_manifest_what_is_not_for_training_counts(here: Path, tmp_path: Path):
+    rows = ["path,split,speaker", "held/0.wav,train,ann", "held/1.wav,dev,bob", "held/2.wav,test,bob"]
+    (here / "list.csv").write_text("\n".join(rows))
+    found = evaluate(
+        here / "runs" / "mel" / "best", here / "list.csv", tmp_path / "o", dataclasses.replace(FAST, clips=0)
+    )
+    assert [row["name"] for row in found.record["clips"]] == ["held/1.wav", "held/2.wav"]
+    assert list(found.record["by_speaker"]) == ["bob"]
+
+
+# ---- what is refused
+
+
+def test_refusals(here: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(here)
+    (here / "void").mkdir(exist_ok=True)
+    good, out = "runs/mel/best", tmp_path / "out"
+    for words, arguments in {
+        "nowhere: no such directory": ("nowhere", "held"),
+        "no such folder or manifest": (good, "nowhere"),
+        "void holds no audio files": (good, "void"),
+        "speaker is 1, and the model was trained without": (good, "held", "--speaker", "1"),
+        "speaker is 2, the model knows 0 to 1": ("runs/speakers/best", "by_speaker", "--speaker", "2"),
+        "lies in no sub-folder": ("runs/speakers/best", "held"),
+        "engine is 'steam'": (good, "held", "--engine", "steam"),
+        "weights is 'int3'": (good, "held", "--weights", "int3"),
+        "nothing but the evaluated clips": (good, "held", "--train-data", "held"),
+    }.items():
+        assert words in refused(capsys, "evaluate", *arguments, "--out", out)
+        assert not out.exists()
+    assert "device is 'abacus'" in refused(
+        capsys, "evaluate", good, "held", "--out", out, "--device", "abacus", status=2
+    )
+    assert "clips is -1" in refused(capsys, "evaluate", good, "held", "--out", out, "--clips", "-1", status=2)
+    assert "seconds is 0" in refused(capsys, "evaluate", good, "held", "--out", out, "--seconds", "0", status=2)
+
+
+def test_nothing_is_overwritten_unasked(here: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
+    checkpoint, out = here / "runs" / "mel" / "best", tmp_path / "out"
+    out.mkdir()
+    (out / "precious.txt").write_text("mine")
+    assert "out is not empty" in refused(capsys, "evaluate", checkpoint, here / "held", "--out", out)
+    said = refused(capsys, "evaluate", checkpoint, here / "held", "--out", out, "--overwrite")
+    assert "holds nothing of ours" in said
+    assert "is a file" in refused(capsys, "evaluate", checkpoint, here / "held", "--out", out / "precious.txt")
+    config = dataclasses.replace(FAST, clips=1, overwrite=True)
+    (out / "evaluation.json").write_text("{}")  # one that was cut short
+    evaluate(checkpoint, here / "held", out, config)
+    inside = out / "audio"
+    assert "which the evaluation replaces" in refused(
+        capsys, "evaluate", checkpoint, inside, "--out", out, "--overwrite"
+    )
+    evaluate(checkpoint, here / "held" / "1.wav", out, config)
+    assert (out / "precious.txt").read_text() == "mine"
+    assert [path.name[:4] for path in inside.iterdir()] == ["0000"]
+    assert len(Evaluation.read(out).record["clips"]) == 1
+
+
+def test_an_evaluation_that_cannot_begin_leaves_the_earlier_one(here: Path, tmp_path: Path):
+    shutil.copytree(here / "out", tmp_path / "out")
+    before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    (tmp_path / "void").mkdir()
+    config = dataclasses.replace(FAST, overwrite=True)
+    with pytest.raises(ValueError, match="holds no audio"):
+        evaluate(here / "runs" / "mel" / "best", tmp_path / "void", tmp_path / "out", config)
+    assert {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()} == before
+
+
+# ---- compare
+
+
+def test_a_model_is_no_different_from_itself(here: Path, made: Evaluation, tmp_path: Path):
+    found = compare(here / "out", here / "out" / "evaluation.json", tmp_path / "c").record
+    for entry in (found["bits"], *found["measures"].values()):
+        assert entry["difference"] == {"mean": 0.0, "low": 0.0, "high": 0.0, "clips": entry["difference"]["clips"]}
+        assert entry["a"] == entry["b"]
+
+
+def test_differences_are_of_pairs(made: Evaluation):
+    """b is 0.1 bits better in each clip, by whatever clips differ among themselves: the interval has no width."""
+    other = json.loads(json.dumps(made.record))
+    for row in other["clips"]:
+        row["bits"]["model"] -= 0.1
+        if "measures" in row:
+            row["measures"]["model"]["mcd"] += 1.5
+    found = paired(made.record, other)
+    assert found["bits"]["difference"] == pytest.approx({"mean": -0.1, "low": -0.1, "high": -0.1, "clips": 3})
+    assert found["bits"]["a"]["high"] - found["bits"]["a"]["low"] > 1e-3
+    assert found["bits"]["better"] == 3
+    assert found["measures"]["mcd"]["difference"]["mean"] == pytest.approx(1.5)
+    assert found["measures"]["mcd"]["better"] == 0
+    assert found["bits"]["b"]["mean"] == pytest.approx(made.bits["model"] - 0.1)
+
+
+def test_two_checkpoints_on_the_command_line(here: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
+    flags = ("--clips", "1", "--seconds", "0.3", "--threads", "1")
+    a, b, out = here / "runs" / "mel" / "best", here / "runs" / "other" / "best", tmp_path / "c"
+    assert main([str(w) for w in ("compare", a, b, "--data", here / "held", "--out", out, *flags)]) == 0
+    printed = capsys.readouterr().out
+    one, two = Evaluation.read(out / "a"), Evaluation.read(out / "b")
+    difference = two.bits["model"] - one.bits["model"]
+    record = json.loads((out / "compare.json").read_text())
+    assert record["bits"]["difference"]["mean"] == pytest.approx(difference)
+    assert f"b less a {difference:+.4f}" in printed
+    page = (out / "compare.html").read_text(encoding="utf-8")
+    assert re.findall(r'(?:src|href)="(?!data:)[^"]*"', page) == []
+    assert page.count("<audio") == 3
+    assert str(b) in page
+    assert f"report: {out / 'compare.html'}" in printed
+
+
+def test_what_cannot_be_compared_is_refused(
+    here: Path, made: Evaluation, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(here)
+    out = tmp_path / "c"
+    coarse = ("compare", "runs/mel/best", "runs/coarse/best", "--data", "held", "--out", out)
+    monkeypatch.setattr("wavear.evaluation.run.measure_everything", lambda *_, **__: pytest.fail("it began to work"))
+    assert "a has 256 mu-law codes and b has 64" in refused(capsys, *coarse)
+    assert "pass --data" in refused(capsys, "compare", "out", "runs/mel/best", "--out", out)
+    assert "need no --data" in refused(capsys, "compare", "out", "out", "--data", "held", "--out", out)
+    assert "nowhere: no such directory" in refused(capsys, "compare", "out", "nowhere", "--data", "held", "--out", out)
+    assert "nowhere.json: no such evaluation" in refused(capsys, "compare", "out", "nowhere.json", "--out", out)
+    assert not out.exists()
+
+    def changed(change: Any) -> dict[str, Any]:
+        record = json.loads(json.dumps(made.record))
+        change(record)
+        return record
+
+    for words, change in {
+        "2.wav is a clip of a alone": lambda r: r["clips"].pop(),
+        "0.wav is not the same audio": lambda r: r["clips"][0].update(digest="0"),
+        "in different orders": lambda r: r["clips"].reverse(),
+        "up to 0.6 s of each clip and b up to 3 s": lambda r: r["settings"].update(seconds=3.0),
+        "a has 8000 Hz and b has 16000": lambda r: r["checkpoint"]["config"].update(sample_rate=16000),
+    }.items():
+        with pytest.raises(ValueError, match=words):
+            paired(made.record, changed(change))
+    noted = paired(made.record, changed(lambda r: r["settings"].update(temperature=0.8)))["notes"]
+    assert noted == ["temperature is 1.0 in a and 0.8 in b: it differs besides the model"]
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [("{", "it is not JSON"), ("{}", "no finished evaluation"), ('{"bits": {}, "format": 99}', "has format 99")],
+)
+def test_damaged_evaluations_are_named(tmp_path: Path, content: str, words: str):
+    (tmp_path / "evaluation.json").write_text(content)
+    with pytest.raises(ValueError, match=words):
+        Evaluation.read(tmp_path)
+
+
+def test_the_command_that_is_shown_makes_it_again():
+    config = EvaluateConfig(train_data="a b", clips=3, temperature=0.7, overwrite=True)
+    assert config.flags() == ["--train-data", "a b", "--clips", "3", "--temperature", "0.7", "--overwrite"]
+    assert set(MEASURES) >= {"stft_distance", "mcd", "f0_rmse", "voicing_error", "pesq", "stoi", "noise_floor"}

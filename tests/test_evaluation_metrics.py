@@ -1,0 +1,254 @@
+"""The measures of copy synthesis have the values that are known beforehand."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import sys
+import warnings
+
+import librosa
+import numpy as np
+import pytest
+import torch
+
+from wavear import MelConfig, audio, log_mel
+from wavear.evaluation import metrics
+from wavear.evaluation.bounds import _uncompressed, griffin_lim, mulaw_round_trip
+from wavear.evaluation.metrics import (
+    MEASURES,
+    RESOLUTIONS,
+    NotMeasured,
+    frame_levels,
+    measure,
+    mel_cepstral_distortion,
+    mel_cepstrum,
+    noise_floor,
+    pitch_error,
+    stft_distance,
+)
+from wavear.sounds import voice
+
+RATE = 16000
+needs = {
+    name: pytest.mark.skipif(importlib.util.find_spec(name) is None, reason=f"{name} is not installed: .[evaluate]")
+    for name in ("pesq", "pystoi")
+}
+
+
+def noise(samples: int, level: float = 0.1, seed: int = 0) -> np.ndarray:
+    return level * np.random.default_rng(seed).standard_normal(samples)
+
+
+def vowel(frequency: float = 200.0, seconds: float = 1.0, rate: int = RATE) -> np.ndarray:
+    return 0.5 * voice(frequency, seconds, rate, vibrato_cents=0.0).astype(np.float64)
+
+
+def test_a_recording_is_no_distance_from_itself():
+    x = np.concatenate([vowel(), np.zeros(RATE // 2)]) + noise(RATE * 3 // 2, 1e-4)
+    values, missing = measure(x, x.copy(), RATE)
+    zero = {name: values[name] for name in ("stft_distance", "mcd", "f0_rmse", "voicing_error")}
+    assert zero == dict.fromkeys(zero, 0.0)
+    assert values["noise_floor"] == pytest.approx(-80, abs=0.2)
+    assert set(values) | set(missing) == set(MEASURES)
+    assert set(missing) <= {"pesq", "stoi"}
+
+
+# ---- multi-resolution STFT distance
+
+
+@pytest.mark.parametrize("gain", [0.25, 2.0])
+def test_stft_distance_of_a_gain(gain):
+    """abs(1 - g) from the spectral convergence, abs(log g) from the magnitudes; but a few bins lie at the floor."""
+    x = noise(8000)
+    assert stft_distance(x, gain * x) == pytest.approx(abs(1 - gain) + abs(math.log(gain)), rel=1e-4)
+
+
+def test_stft_distance_is_that_of_librosas_spectra():
+    assert RESOLUTIONS == ((1024, 120, 600), (2048, 240, 1200), (512, 50, 240))  # the paper's, table 1
+    x, y = noise(5000), noise(5000, 0.3, seed=1)
+    expected = []
+    for n_fft, hop, length in RESOLUTIONS:
+        sizes = {"n_fft": n_fft, "hop_length": hop, "win_length": length, "pad_mode": "reflect"}
+        a, b = (np.maximum(np.abs(librosa.stft(s, **sizes)), 1e-7**0.5) for s in (x, y))
+        expected.append(np.linalg.norm(a - b) / np.linalg.norm(a) + np.abs(np.log(a) - np.log(b)).mean())
+    assert stft_distance(x, y) == pytest.approx(np.mean(expected), rel=1e-9)
+    assert stft_distance(x, y) != pytest.approx(stft_distance(y, x), rel=1e-3)  # the recording comes first
+
+
+# ---- mel-cepstral distortion
+
+
+def test_mel_cepstrum_is_the_cosine_series_of_the_log_mel():
+    x = noise(4096)
+    c = mel_cepstrum(x, RATE, order=79)
+    config = MelConfig(sample_rate=RATE, n_fft=1024, window_length=1024, hop_length=256)
+    mel = log_mel(torch.from_numpy(x)[None], config)[0].numpy()
+    places = np.cos(math.pi * np.arange(80)[None] * (np.arange(80)[:, None] + 0.5) / 80)
+    assert np.abs(places @ c - mel).max() < 1e-9
+
+
+def test_mel_cepstral_distortion_is_the_rms_difference_of_the_spectra_in_db():
+    """With all orders, by Parseval; the level of each frame is left out."""
+    x = noise(8192)
+    y = 3 * np.convolve(x, [1, -0.9], mode="same")
+    config = MelConfig(sample_rate=RATE, n_fft=1024, window_length=1024, hop_length=256)
+    a, b = (20 / math.log(10) * log_mel(torch.from_numpy(s)[None], config)[0].numpy() for s in (x, y))
+    difference = (a - b) - (a - b).mean(0)
+    assert mel_cepstral_distortion(x, y, RATE, order=79) == pytest.approx(np.sqrt(np.square(difference).mean(0)).mean())
+    assert 0 < mel_cepstral_distortion(x, y, RATE) < mel_cepstral_distortion(x, y, RATE, order=79)
+
+
+def test_mel_cepstral_distortion_does_not_hear_the_level():
+    x = noise(8192)
+    assert mel_cepstral_distortion(x, 0.1 * x, RATE) < 1e-9
+
+
+# ---- pitch
+
+
+@pytest.mark.parametrize("cents", [-70.0, 50.0])
+def test_a_shifted_pitch_is_off_by_the_shift(cents):
+    """To pyin's resolution, a tenth of a semitone."""
+    rmse, voicing = pitch_error(vowel(200.0), vowel(200.0 * 2 ** (cents / 1200)), RATE)
+    assert rmse == pytest.approx(abs(cents), abs=6)
+    assert voicing < 6  # the fade at the end
+
+
+def test_voicing_error_is_the_share_of_frames_that_lost_their_voice():
+    x = vowel(seconds=2.0)
+    y = x.copy()
+    y[RATE : RATE * 3 // 2] = noise(RATE // 2)
+    rmse, voicing = pitch_error(x, y, RATE)
+    assert voicing == pytest.approx(25, abs=6)
+    assert rmse < 15
+
+
+# ---- noise floor
+
+
+@pytest.mark.parametrize("level", [-70.0, -45.0])
+def test_noise_floor_is_the_level_of_the_noise_that_was_added_to_silence(level):
+    x = np.concatenate([vowel(), np.zeros(RATE), vowel()])
+    y = x + noise(x.size, 10 ** (level / 20)) + 0.01  # a constant is not heard
+    assert noise_floor(x, y, RATE) == pytest.approx(level, abs=0.3)
+    assert noise_floor(x, x, RATE) == -120.0
+
+
+def test_noise_floor_leaves_out_frames_beside_sound():
+    """Frames of 20 ms: 0-9 sound, 10-19 silence. The signal rings into frame 10, which does not count."""
+    size = RATE // 50
+    x = np.concatenate([noise(10 * size), np.zeros(10 * size)])
+    y = x.copy()
+    y[10 * size : 11 * size] = noise(size)
+    assert noise_floor(x, y, RATE) == -120.0
+
+
+def test_levels_are_in_db_of_full_scale():
+    sine = np.sin(2 * np.pi * 500 * np.arange(RATE) / RATE)
+    assert frame_levels(sine, RATE) == pytest.approx(np.full(50, 10 * math.log10(0.5)))
+
+
+# ---- the packages
+
+
+@needs["pesq"]
+@pytest.mark.parametrize(("rate", "wanted", "mode"), [(16000, 16000, "wb"), (22050, 16000, "wb"), (8000, 8000, "nb")])
+def test_pesq_is_the_packages(rate, wanted, mode):
+    import pesq
+
+    x = np.concatenate([vowel(seconds=0.7, rate=rate), np.zeros(rate // 5), vowel(150.0, 0.7, rate)])
+    y = x + noise(x.size, 0.01)
+    a, b = (audio.resample(s, rate, wanted).astype(np.float32) for s in (x, y))
+    assert metrics.pesq(x, y, rate) == pesq.pesq(wanted, a, b, mode)
+    assert metrics.pesq(x, y, rate) < metrics.pesq(x, x, rate)
+
+
+@needs["pystoi"]
+def test_stoi_is_the_packages():
+    import pystoi
+
+    x = vowel(seconds=1.0) * (1 + np.sin(2 * np.pi * 4 * np.arange(RATE) / RATE))
+    y = x + noise(x.size, 0.1)
+    assert metrics.stoi(x, y, RATE) == pystoi.stoi(x, y, RATE)
+    assert metrics.stoi(x, x, RATE) == pytest.approx(1)
+    assert metrics.stoi(x, y, RATE) < 0.99
+
+
+@pytest.mark.parametrize("name", ["pesq", "pystoi"])
+def test_a_missing_package_is_named(name, monkeypatch):
+    monkeypatch.setitem(sys.modules, name, None)
+    way = metrics.pesq if name == "pesq" else metrics.stoi
+    with pytest.raises(NotMeasured, match=rf"the package {name} is not installed: pip install 'wavear\[evaluate\]'"):
+        way(noise(RATE), noise(RATE), RATE)
+
+
+# ---- clips that do not allow it
+
+
+@pytest.mark.parametrize("samples", [1, 500, 3000])
+def test_short_clips_lack_values_with_reasons_and_nothing_fails(samples):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # pystoi warns of what it cannot measure, and gives a number
+        values, missing = measure(noise(samples), noise(samples, seed=1), RATE)
+    assert set(values) | set(missing) == set(MEASURES)
+    assert {"pesq", "stoi", "f0_rmse"} <= set(missing)
+    assert all(missing.values())
+    assert samples < 3000 or "stft_distance" in values
+
+
+def test_silence_lacks_values_with_reasons():
+    values, missing = measure(np.zeros(RATE), noise(RATE), RATE)
+    assert "silent" in missing["stft_distance"]
+    assert values["voicing_error"] == 0.0
+    assert {"pesq", "stoi", "f0_rmse", "noise_floor"} <= set(missing)
+
+
+def test_lengths_that_differ_are_refused():
+    with pytest.raises(ValueError, match="expected \\(T,\\) of one length"):
+        stft_distance(noise(3000), noise(3001))
+
+
+# ---- the bounds
+
+
+def test_round_trip_gives_back_the_codes():
+    from wavear import mulaw_encode
+
+    x = torch.from_numpy(noise(1000).astype(np.float32))
+    y = mulaw_round_trip(x, 256)
+    assert torch.equal(mulaw_encode(x, 256), mulaw_encode(y, 256))
+    assert 0 < float((x - y).abs().max()) < 0.02
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"centre": "start", "hop_length": 200},
+        {"power": 2.0, "log_base": "db", "scale": 0.5, "shift": 3.0},
+        {"log_base": "10", "window_length": 512},
+        {"log_base": "none", "norm": None},
+    ],
+    ids=["hifigan", "start", "decibels", "short window", "no logarithm"],
+)
+def test_griffin_lim_gives_back_the_mel_and_lies_where_the_recording_lies(settings):
+    """The bands of the result are those given, and shifted by half a hop it is further off the recording."""
+    config = MelConfig(**{"sample_rate": RATE, "fmax": 8000.0, **settings})
+    x = np.concatenate([np.zeros(4000), vowel(seconds=0.5), noise(3000, 0.05), vowel(300.0, 0.4)])
+    x = (x + noise(x.size, 3e-3)).astype(np.float32)  # above the floor of every one of them
+    mel = log_mel(torch.from_numpy(x)[None], config)[0].numpy()
+    y = griffin_lim(mel, config)
+    assert y.shape == (mel.shape[1] * config.hop_length,)
+    again = log_mel(torch.from_numpy(y)[None], config)[0].numpy()
+    given, found = (_uncompressed(each.astype(np.float64), config) for each in (mel, again))
+    assert np.linalg.norm(found - given) < 0.3 * np.linalg.norm(given)  # 0.37 with a window of n_fft samples
+    plain = MelConfig(sample_rate=RATE, n_fft=512, window_length=512, hop_length=32, bands=20)
+
+    def off(shift: int) -> float:
+        moved = np.roll(y, shift)
+        a, b = (log_mel(torch.from_numpy(s[: y.size].copy())[None], plain)[0] for s in (x, moved))
+        return float((a - b)[:, 200:-50].abs().mean())
+
+    assert off(0) < 0.3
+    assert off(0) < min(off(config.hop_length // 2), off(-config.hop_length // 2))

@@ -1,0 +1,322 @@
+"""How good a model is: exact bits per sample of held-out recordings, and copy synthesis measured against bounds."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shlex
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from wavear.files import replace_file
+
+FORMAT = 1
+RECORD, PAGE, SOUNDS = "evaluation.json", "report.html", "audio"
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """How to evaluate. Times are in seconds.
+
+    Raises
+    ------
+    ValueError
+        If a value makes no sense, with the field, the value and what would work.
+    """
+
+    train_data: str | None = None
+    """Recordings to fit the baselines to (folder or manifest); None: those the model was trained on, where its
+    train.json names them, else each half of the evaluated clips serves the other."""
+    baseline_seconds: float = 600.0
+    """Seconds of recordings to fit the baselines to, whole files."""
+    clips: int = 16
+    """Clips to synthesize and measure, spread evenly over the data; bits are of all clips."""
+    seconds: float = 10.0
+    """Seconds of each to synthesize at most, from its beginning."""
+    seed: int = 0
+    """Of the audio and of the intervals; the same seed gives the same report."""
+    temperature: float = 1.0
+    """Divides the logits: 1 as trained, below 1 duller and cleaner, above 1 noisier. Bits are at 1 always."""
+    speaker: int | None = None
+    """Number of the speaker, for a model with speakers; None: by the names of folders, or the manifest's column."""
+    engine: str = "auto"
+    """auto, numba (compiled for this CPU) or reference (slow, any device): makes the audio."""
+    weights: str = "float32"
+    """float32, or bfloat16 (numba only), for the audio; bits are those of float32."""
+    threads: int | None = None
+    """CPU cores to use; all by default."""
+    device: str = "cpu"
+    """cpu, cuda or mps."""
+    resamples: int = 2000
+    """Of the clips, for the 95 % intervals."""
+    shown: int = 8
+    """Clips that the page shows and plays, evenly spread from the best to the worst."""
+    overwrite: bool = False
+    """Replace an earlier evaluation in the folder."""
+
+    def __post_init__(self) -> None:
+        for name, least in {"clips": 0, "seed": 0, "shown": 0, "resamples": 100}.items():
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} is {getattr(self, name)!r}, expected {least} or more")
+        for name in ("baseline_seconds", "seconds", "temperature"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise ValueError(f"{name} is {getattr(self, name)!r}, expected more than 0")
+        if self.device.split(":")[0] not in ("cpu", "cuda", "mps"):
+            raise ValueError(f"device is {self.device!r}, it must be cpu, cuda or mps")
+        if self.threads is not None and self.threads < 1:
+            raise ValueError(f"threads is {self.threads}, it must be at least 1")
+
+    def flags(self) -> list[str]:
+        """What the command line would say, without defaults."""
+        words: list[str] = []
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if value != field.default:
+                words += [f"--{field.name.replace('_', '-')}"] + ([] if value is True else [str(value)])
+        return words
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What an evaluation came to."""
+
+    record: dict[str, Any]
+    """Everything, as in evaluation.json; docs/evaluation.md says what is where."""
+    folder: Path
+
+    @property
+    def bits(self) -> dict[str, float]:
+        """Bits per sample over all clips: "model", "uniform", "unigram", "markov", "linear"."""
+        return {name: interval["mean"] for name, interval in self.record["bits"].items()}
+
+    @property
+    def page(self) -> Path:
+        """The report."""
+        return self.folder / PAGE
+
+    def summary(self) -> list[str]:
+        """What to print: bits, measures beside their bounds, and where the page lies."""
+        from wavear.evaluation.metrics import MEASURES
+
+        bits = ", ".join(f"{law} {value:.3f}" for law, value in self.bits.items())
+        lines = [f"bits per sample: {bits}"]
+        for name, found in self.record["measures"].items():
+            about = MEASURES[name]
+            values = {system: f"{entry['mean']:.{about.decimals}f}" for system, entry in found.items()}
+            beside = {"mulaw": "mu-law round trip", "griffin_lim": "Griffin-Lim", "original": "recording"}
+            bounds = ", ".join(f"{label} {values[system]}" for system, label in beside.items() if system in values)
+            unit = f" {about.unit}" if about.unit else ""
+            lines.append(f"{about.title}: {values['model']}{unit} ({bounds})")
+        return [*lines, f"report: {self.page}"]
+
+    @classmethod
+    def read(cls, path: str | Path) -> Evaluation:
+        """From a folder that `evaluate` wrote, or its evaluation.json.
+
+        Raises
+        ------
+        FileNotFoundError
+            If there is none.
+        ValueError
+            If it is damaged, unfinished, or of another version.
+        """
+        path = Path(path)
+        path = path / RECORD if path.is_dir() else path
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: no such evaluation")
+        try:
+            record = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{path} is damaged, it is not JSON: {error}") from None
+        if not isinstance(record, dict) or "bits" not in record:
+            raise ValueError(f"{path} is no finished evaluation: run wavear evaluate again with --overwrite")
+        if record.get("format") != FORMAT:
+            raise ValueError(f"{path} has format {record.get('format')!r}, this version of wavear reads {FORMAT}")
+        return cls(record, path.parent)
+
+
+def evaluate(
+    checkpoint: str | Path,
+    data: str | Path,
+    out: str | Path,
+    config: EvaluateConfig = EvaluateConfig(),
+    *,
+    progress: bool = False,
+    say: Callable[[str], object] = lambda line: None,
+    complain: Callable[[str], object] = lambda line: None,
+) -> Evaluation:
+    """Score recordings under a model, synthesize them from their mels, measure both, and write a report.
+
+    A model that is not conditioned on mels has nothing to copy: its report has bits, and samples it made freely.
+
+    Parameters
+    ----------
+    checkpoint : str or Path
+        As `wavear.load` takes it.
+    data : str or Path
+        Held-out recordings: a folder, a file, or a manifest; of a manifest with a column `split`, what is not for
+        training. Other sample rates are resampled, and levels and ends are treated as in the model's training where
+        its train.json says how.
+    out : str or Path
+        Folder to write to: `evaluation.json`, `report.html` (one page that needs nothing else), `audio/`.
+    config : EvaluateConfig
+    progress : bool
+        Show bars.
+    say, complain : callable
+        Are told what is done, and which clips cannot be used, line by line.
+
+    Returns
+    -------
+    Evaluation
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no such checkpoint, or no such data.
+    FileExistsError
+        If the folder holds something, and `overwrite` is false or it is no evaluation.
+    ValueError
+        If no clip can be used, or a setting does not fit the model.
+    """
+    from wavear.evaluation import report
+    from wavear.evaluation.pictures import curves
+    from wavear.evaluation.run import measure_everything
+
+    out = Path(out)
+    _check_folder(out, config.overwrite)
+    for source in (checkpoint, data):
+        if Path(source).resolve().is_relative_to((out / SOUNDS).resolve()):
+            raise ValueError(f"{source} lies in {out / SOUNDS}, which the evaluation replaces: choose another folder")
+    command = shlex.join(["wavear", "evaluate", str(checkpoint), str(data), "--out", str(out), *config.flags()])
+    record = {"format": FORMAT, "command": command}
+    record |= measure_everything(
+        checkpoint, data, out, config, begin=lambda: _make_folder(out), progress=progress, say=say, complain=complain
+    )
+    text = json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    page = report.page(record, out, curves(checkpoint))
+    replace_file(out / PAGE, lambda path: path.write_text(page, encoding="utf-8"))
+    replace_file(out / RECORD, lambda path: path.write_text(text, encoding="utf-8"))
+    return Evaluation(record, out)
+
+
+def compare(
+    a: str | Path,
+    b: str | Path,
+    out: str | Path,
+    data: str | Path | None = None,
+    config: EvaluateConfig = EvaluateConfig(),
+    *,
+    progress: bool = False,
+    say: Callable[[str], object] = lambda line: None,
+    complain: Callable[[str], object] = lambda line: None,
+) -> Comparison:
+    """Two evaluations side by side, paired by clip: what differs, and how sure that is.
+
+    Parameters
+    ----------
+    a, b : str or Path
+        Each a folder that `evaluate` wrote, or its evaluation.json, or a checkpoint, which is evaluated first.
+    out : str or Path
+        Folder to write to: `compare.html` (one page that needs nothing else), `compare.json`, and for checkpoints
+        their evaluations, `a/` and `b/`.
+    data : str or Path, optional
+        What to evaluate checkpoints on.
+    config, progress, say, complain
+        As for `evaluate`.
+
+    Returns
+    -------
+    Comparison
+
+    Raises
+    ------
+    FileNotFoundError, FileExistsError
+        As `evaluate`.
+    ValueError
+        If the two are not of the same clips, rate, codes and length of synthesis; or `data` is missing or not needed.
+    """
+    from wavear.checkpoint import read_config
+    from wavear.evaluation import compare as pairs
+
+    out = Path(out)
+    _check_folder(out, config.overwrite, pairs.RECORD)
+    found = {"a": _evaluation(a), "b": _evaluation(b)}
+    sources = {"a": a, "b": b}
+    missing = [side for side, evaluation in found.items() if evaluation is None]
+    if missing and data is None:
+        raise ValueError(f"{sources[missing[0]]} is no evaluation: pass --data to evaluate it as a checkpoint")
+    if not missing and data is not None:
+        raise ValueError("two evaluations need no --data: they say what they are of")
+    # What can be known to be in vain is refused before hours of work.
+    pairs.check_codes(
+        *(
+            read_config(sources[side])["config"] if e is None else e.record["checkpoint"]["config"]
+            for side, e in found.items()
+        )
+    )
+    out.mkdir(parents=True, exist_ok=True)
+    replace_file(out / pairs.RECORD, lambda path: path.write_text("{}\n", encoding="utf-8"))
+    for side in missing:
+        assert data is not None
+        say(f"evaluating {side}: {sources[side]}")
+        found[side] = evaluate(sources[side], data, out / side, config, progress=progress, say=say, complain=complain)
+    assert found["a"] is not None
+    assert found["b"] is not None
+    record = pairs.paired(found["a"].record, found["b"].record, resamples=config.resamples, seed=config.seed)
+    asked = [] if data is None else ["--data", str(data)]
+    words = ["wavear", "compare", str(a), str(b), "--out", str(out), *asked, *config.flags()]
+    record = {"format": FORMAT, "command": shlex.join(words)} | record
+    text = json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    page = pairs.page(record, found["a"], found["b"])
+    replace_file(out / pairs.PAGE, lambda path: path.write_text(page, encoding="utf-8"))
+    replace_file(out / pairs.RECORD, lambda path: path.write_text(text, encoding="utf-8"))
+    return Comparison(record, out)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What a comparison came to."""
+
+    record: dict[str, Any]
+    """Everything, as in compare.json; docs/evaluation.md says what is where."""
+    folder: Path
+
+    def summary(self) -> list[str]:
+        """What to print."""
+        from wavear.evaluation import compare as pairs
+
+        return [*pairs.lines(self.record), f"report: {self.folder / pairs.PAGE}"]
+
+
+def _evaluation(source: str | Path) -> Evaluation | None:
+    """An evaluation that is there already; None for what is to be taken for a checkpoint."""
+    path = Path(source)
+    if path.suffix == ".json" or (path / RECORD).is_file():
+        return Evaluation.read(path)
+    return None
+
+
+def _check_folder(out: Path, overwrite: bool, record: str = RECORD) -> None:
+    """Refuse to lose anything, before any work is done."""
+    from wavear.synthesize import check_writable
+
+    if out.exists() and not out.is_dir():
+        raise FileExistsError(f"{out} is a file: choose another folder")
+    if out.is_dir() and any(out.iterdir()):
+        if not overwrite:
+            raise FileExistsError(f"{out} is not empty: choose another folder with --out, or pass --overwrite")
+        if not (out / record).is_file():
+            raise FileExistsError(f"{out} holds nothing of ours (no {record}), nothing in it is overwritten")
+    check_writable(out)
+
+
+def _make_folder(out: Path) -> None:
+    """An earlier evaluation goes when it is sure that there will be another."""
+    shutil.rmtree(out / SOUNDS, ignore_errors=True)
+    (out / SOUNDS).mkdir(parents=True)
+    (out / PAGE).unlink(missing_ok=True)
+    # So that an evaluation that was cut short can be overwritten.
+    replace_file(out / RECORD, lambda path: path.write_text("{}\n", encoding="utf-8"))

@@ -1,0 +1,148 @@
+"""Bits per sample of whole recordings: under the model, and under laws that need none, on the same samples."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from wavear.data import Recording
+from wavear.evaluation.linear import LinearPredictor
+from wavear.evaluation.metrics import frame_levels
+from wavear.generate import score
+from wavear.mel import log_mel
+from wavear.models.base import AutoregressiveModel
+from wavear.mulaw import mulaw_encode
+from wavear.segments import Layout, read_span
+from wavear.training.bits import Counts, baselines, code_blocks
+
+BLOCK_SECONDS = 60.0  # of a recording at once
+LEVELS = (-math.inf, -70.0, -60.0, -50.0, -40.0, -30.0, -20.0, math.inf)  # dB of full scale, RMS of 20 ms
+
+
+@dataclass
+class Scores:
+    """Of one recording. Bits are sums; per sample they are what is divided by `samples`."""
+
+    samples: int = 0
+    bits: dict[str, float] = field(default_factory=dict)
+    """"model", "uniform", "unigram", "markov", "linear": those there are."""
+    level_samples: np.ndarray = field(default_factory=lambda: np.zeros(len(LEVELS) - 1, np.int64))
+    """Samples by the level of the 20 ms around them, between `LEVELS`."""
+    level_bits: np.ndarray = field(default_factory=lambda: np.zeros(len(LEVELS) - 1))
+    """Bits of the model, likewise."""
+    digest: str = ""
+    """Of the codes: equal for recordings that are the same to the model."""
+
+
+@dataclass(frozen=True)
+class Baselines:
+    """Laws that need no model, fitted."""
+
+    counts: Counts
+    linear: LinearPredictor
+
+    @classmethod
+    def fit(cls, recordings: Sequence[Recording], layout: Layout, classes: int) -> Baselines:
+        """To the codes of recordings."""
+        layout = every_sample(layout)
+        rows = [codes_of(recording, layout, classes) for recording in recordings]
+        return cls(Counts.of(recordings, layout, classes), LinearPredictor.fit(rows, classes))
+
+    def bits(self, recording: Recording, layout: Layout, classes: int) -> dict[str, float]:
+        """Sums over a recording."""
+        layout = every_sample(layout)
+        counted = Counts.of([recording], layout, classes)
+        samples = int(counted.single.sum())
+        found = {name: value * samples for name, value in baselines(self.counts, counted).items()}
+        order = len(self.linear.weights)
+        total, past = 0.0, np.zeros(0, np.int64)
+        for codes in code_blocks(recording, layout, classes):
+            joined = np.concatenate([past, codes])
+            total += float(self.linear.bits(joined)[len(past) :].sum())
+            past = joined[-order:]
+        return found | {"linear": total}
+
+
+def every_sample(layout: Layout) -> Layout:
+    """A layout by which `code_blocks` leaves out no samples at the end."""
+    return dataclasses.replace(layout, hop=1)
+
+
+def codes_of(recording: Recording, layout: Layout, classes: int) -> np.ndarray:
+    """All codes of a recording, (T,), in as few bytes as they need."""
+    small = np.uint8 if classes <= 256 else np.uint16
+    return np.concatenate([codes.astype(small) for codes in code_blocks(recording, layout, classes)])
+
+
+@torch.inference_mode()
+def score_recording(model: AutoregressiveModel, recording: Recording, speaker: int | None) -> Scores:
+    """Bits of every sample of a recording under a model, in memory that does not grow with its length.
+
+    Parameters
+    ----------
+    model : AutoregressiveModel
+    recording : Recording
+        As `open_corpus` makes it.
+    speaker : int, optional
+        For a model with speakers.
+    """
+    found, digest, rate = Scores(), hashlib.blake2b(digest_size=16), model.config.sample_rate
+    total = 0.0
+    for waveform, nats in scored_blocks(model, recording, speaker):
+        bits = nats / math.log(2)
+        found.samples += bits.size
+        total += float(bits.sum())
+        codes = mulaw_encode(torch.from_numpy(waveform), model.config.classes).numpy()
+        digest.update(codes.astype("<u2").tobytes())
+        _add_by_level(found, waveform, bits, rate)
+    found.bits["model"] = total
+    found.digest = digest.hexdigest()
+    return found
+
+
+def scored_blocks(
+    model: AutoregressiveModel, recording: Recording, speaker: int | None, seconds: float = BLOCK_SECONDS
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """A recording block by block: waveform (n,) and -log P of its samples (n,), in nats, as `wavear.score` has them.
+
+    A block is scored with all of the past that the model sees in front of it, and with the mel of the whole: the frames
+    its conditioning looks at, from all samples that their windows see.
+    """
+    rate, mel_config, total = model.config.sample_rate, model.config.mel, recording.frames
+    hop = 1 if mel_config is None else mel_config.hop_length
+    length = math.ceil(seconds * rate / hop) * hop
+    if model.receptive_field is None or total <= length:
+        waveform = read_span(recording, rate, 0, total)
+        yield waveform, -score(model, waveform, speaker=speaker)[0].numpy()
+        return
+    ahead = 0 if mel_config is None else model.lookahead * hop
+    margin = 0 if mel_config is None else mel_config.context_samples
+    context = math.ceil(model.receptive_field / hop) * hop + ahead
+    padded = math.ceil(total / hop) * hop  # `score` fills up the last frame with zeros
+    for start in range(0, total, length):
+        stop = min(start + length, total)
+        first, last = max(start - context, 0), min(math.ceil(stop / hop) * hop + ahead, padded)
+        a, b = max(first - margin, 0), min(last + margin, padded)
+        waveform = np.pad(read_span(recording, rate, a, min(b, total)), (0, max(b - total, 0)))
+        mel = None
+        if mel_config is not None:
+            frames = log_mel(torch.from_numpy(waveform)[None], mel_config)
+            mel = frames[..., (first - a) // hop : (last - a) // hop]
+        scores = score(model, waveform[first - a : stop - a], mel, speaker=speaker)[0].numpy()
+        yield waveform[start - a : stop - a], -scores[start - first :]
+
+
+def _add_by_level(scores: Scores, waveform: np.ndarray, bits: np.ndarray, rate: int) -> None:
+    size = round(0.02 * rate)
+    whole = bits.size // size * size
+    if not whole:
+        return
+    which = np.clip(np.searchsorted(LEVELS, frame_levels(waveform, rate), side="right") - 1, 0, len(LEVELS) - 2)
+    np.add.at(scores.level_samples, which, size)
+    np.add.at(scores.level_bits, which, bits[:whole].reshape(-1, size).sum(1))

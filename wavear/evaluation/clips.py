@@ -1,0 +1,208 @@
+"""Which recordings are evaluated, which the baselines are fitted to, and which of them the model has seen."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import random
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from wavear.data import Recording, _level_by_speaker, _measured, _open, find, open_corpus, reason
+from wavear.training.bits import subset
+
+_THREADS = 8  # reading headers waits for the disk
+
+
+@dataclass
+class Clips:
+    """What is evaluated."""
+
+    good: list[Recording]
+    failed: dict[str, str] = field(default_factory=dict)
+    """Clips that cannot be used, and why."""
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """What training did to the level and the ends of recordings."""
+
+    normalise: Any = "none"
+    normalise_by: Any = "file"
+    trim_silence: float | None = None
+
+    @property
+    def does_something(self) -> bool:
+        """Whether samples differ from the file's."""
+        return self.normalise != "none" or self.trim_silence is not None
+
+
+def training_record(checkpoint: str | Path) -> dict[str, Any]:
+    """The `config` of the train.json of the run that a checkpoint is of; empty without one that can be read."""
+    path = of_run(checkpoint, "train.json")
+    if path is None:
+        return {}
+    try:
+        config = json.loads(path.read_text(encoding="utf-8")).get("config", {})
+    except (ValueError, OSError, AttributeError):
+        return {}
+    return config if isinstance(config, dict) else {}
+
+
+def of_run(checkpoint: str | Path, name: str) -> Path | None:
+    """A file of the run that a checkpoint's folder lies in, one or two levels above it."""
+    if not Path(checkpoint).is_dir():
+        return None
+    above = list(Path(checkpoint).resolve().parents)[:2]
+    return next((folder / name for folder in above if (folder / name).is_file()), None)
+
+
+def preparation(trained: dict[str, Any]) -> Preparation:
+    """As `training_record` says."""
+    return Preparation(**{f.name: trained.get(f.name, f.default) for f in dataclasses.fields(Preparation)})
+
+
+def open_clips(data: str | Path, rate: int, least: int, prepared: Preparation, speakers: bool) -> Clips:
+    """The recordings of a folder or a manifest, of the latter what is not for training where a column `split` says so.
+
+    Raises
+    ------
+    FileNotFoundError, ValueError
+        As `wavear.data.find`; and if not one can be used.
+    """
+    found = find(data, speakers)
+    clips = Clips([])
+    if held := [r for r in found if r.split in ("validation", "test")]:
+        if len(held) < len(found):
+            clips.notes.append(f"{len(held)} of {len(found)} recordings: those not for training by their split")
+        found = held
+
+    def look(recording: Recording) -> Recording | str:
+        try:
+            opened = _open(recording, rate, least)
+            if not prepared.does_something:
+                return opened
+            return _measured(opened, rate, prepared.normalise, prepared.trim_silence)
+        except (ValueError, OSError) as error:
+            return reason(error, recording)
+
+    with ThreadPoolExecutor(_THREADS) as pool:
+        for recording, result in zip(found, pool.map(look, found), strict=True):
+            if isinstance(result, str):
+                clips.failed[recording.name] = result
+            else:
+                clips.good.append(result)
+    if not clips.good:
+        name, why = next(iter(clips.failed.items()))
+        raise ValueError(f"{data}: none of the clips can be used; the first: {name}: {why}")
+    if prepared.normalise != "none" and prepared.normalise_by == "speaker":
+        clips.good = _level_by_speaker(clips.good)
+    if rates := sorted({r.sample_rate for r in clips.good} - {rate}):
+        count = sum(r.sample_rate != rate for r in clips.good)
+        listed = ", ".join(map(str, rates))
+        clips.notes.append(f"{count} of {len(clips.good)} clips are resampled to {rate} Hz (from {listed} Hz)")
+    if prepared.does_something:
+        treated = [f"level by {prepared.normalise}"] * (prepared.normalise != "none")
+        treated += [f"ends {prepared.trim_silence:g} dB down cut"] * (prepared.trim_silence is not None)
+        clips.notes.append(f"treated as in training: {', '.join(treated)}")
+    return clips
+
+
+@dataclass
+class Fitting:
+    """What the baselines are fitted to."""
+
+    recordings: list[Recording]
+    """Empty: the clips serve each other by halves."""
+    says: str
+    """Where they come from."""
+    trained_on: set[str] = field(default_factory=set)
+    """Names of clips that the model was trained on."""
+
+
+def fitting_data(
+    clips: Sequence[Recording],
+    rate: int,
+    least: int,
+    trained: dict[str, Any],
+    prepared: Preparation,
+    train_data: str | None,
+    seconds: float,
+) -> Fitting:
+    """Recordings for the baselines, none of them a clip; and the clips the model was trained on, where that is known.
+
+    Raises
+    ------
+    FileNotFoundError, ValueError
+        If `train_data` cannot be used, or is nothing but the clips.
+    """
+    corpus: list[Recording] = []
+    source = trained.get("data")
+    if isinstance(source, str) and Path(source).exists():
+        try:
+            corpus = open_corpus(
+                source,
+                sample_rate=rate,
+                validation=trained.get("validation"),
+                validation_fraction=trained.get("validation_fraction", 0.05),
+                least_samples=least,
+                normalise=prepared.normalise,
+                normalise_by=prepared.normalise_by,
+                speakers=bool(trained.get("speakers")) or prepared.normalise_by == "speaker",
+                trim_silence=prepared.trim_silence,
+            ).train
+        except (ValueError, OSError):  # it has changed since: then it says nothing
+            corpus = []
+    seen = _overlapping(clips, corpus)
+    says = f"{source}, that the model was trained on"
+    if train_data is not None:
+        corpus = open_clips_for_fitting(train_data, rate, least, prepared)
+        says = train_data
+    twice = _overlapping(corpus, clips)
+    left = [r for r in corpus if id(r) not in twice]
+    if train_data is not None and not left:
+        raise ValueError(f"{train_data} holds nothing but the evaluated clips: baselines need other recordings")
+    random.Random(0).shuffle(left)
+    chosen = subset(left, seconds * rate) if left else []
+    if not chosen:
+        says = "the clips themselves, each half for the other"
+    names = {clip.name for clip in clips if id(clip) in seen}
+    return Fitting(chosen, says, names)
+
+
+def open_clips_for_fitting(data: str, rate: int, least: int, prepared: Preparation) -> list[Recording]:
+    """Recordings to fit to: of a manifest with a column `split`, those for training."""
+    found = find(data)
+    names = {r.name for r in found if r.split in (None, "train")}
+    if not names:
+        raise ValueError(f"{data}: every recording is held out by its 'split', none is left to fit to")
+    good = []
+    for recording in found:
+        if recording.name not in names:
+            continue
+        try:
+            opened = _open(recording, rate, least)
+            if prepared.does_something:
+                opened = _measured(opened, rate, prepared.normalise, prepared.trim_silence)
+            good.append(opened)
+        except (ValueError, OSError):
+            continue
+    if not good:
+        raise ValueError(f"{data}: none of the recordings can be used")
+    return good
+
+
+def _overlapping(recordings: Sequence[Recording], others: Sequence[Recording]) -> set[int]:
+    """`id` of the recordings that share samples of a file with one of the others."""
+    spans: dict[Path, list[tuple[int, int]]] = {}
+    for other in others:
+        spans.setdefault(other.path.resolve(), []).append((other.start, other.start + other.frames))
+    return {
+        id(r)
+        for r in recordings
+        if any(r.start < stop and start < r.start + r.frames for start, stop in spans.get(r.path.resolve(), ()))
+    }

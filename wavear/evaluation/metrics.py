@@ -1,0 +1,343 @@
+"""How far a waveform is from the recording it should be: the measures of copy synthesis, and their definitions.
+
+Both waveforms are one-dimensional, of the same length and sample rate, and aligned: copy synthesis is, so there is no
+warping of time. A measure that a clip does not allow (too short, no voice in it, a package that is not installed)
+raises `NotMeasured`, and says why.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from wavear import audio
+from wavear.mel import MelConfig, log_mel
+
+# (n_fft, hop, window) in samples: Yamamoto, Song and Kim, "Parallel WaveGAN" (2020), table 1, there at 24 kHz.
+RESOLUTIONS = ((1024, 120, 600), (2048, 240, 1200), (512, 50, 240))
+_LEAST_POWER = 1e-7  # of a bin before the logarithm, as in the public implementations of that distance
+CEPSTRUM_ORDER = 24
+PITCH_RANGE = (65.0, 1000.0)  # Hz
+SILENCE_DB = 40.0  # below the loudest frame of the recording
+_LEAST_DB = -120.0  # of full scale: what digital silence is said to have
+_FRAME_SECONDS = 0.02  # of a level
+_PESQ_SECONDS = 30.0  # P.862 is for passages of some seconds, and the package's tables are as long
+
+
+class NotMeasured(ValueError):
+    """The measure has no value for this clip; the message says why, in a few words."""
+
+
+@dataclass(frozen=True)
+class Measure:
+    """One column of the tables."""
+
+    title: str
+    unit: str
+    better: str
+    """"lower" or "higher"; "near" for one that is to come near the recording's."""
+    decimals: int
+
+
+MEASURES = {
+    "stft_distance": Measure("STFT distance", "", "lower", 3),
+    "mcd": Measure("Mel-cepstral distortion", "dB", "lower", 2),
+    "f0_rmse": Measure("Log-F0 RMSE", "cents", "lower", 0),
+    "voicing_error": Measure("Voicing error", "%", "lower", 1),
+    "pesq": Measure("PESQ", "MOS-LQO", "higher", 2),
+    "stoi": Measure("STOI", "", "higher", 3),
+    "noise_floor": Measure("Noise floor in silence", "dBFS", "near", 1),
+}
+
+
+def measure(
+    reference: np.ndarray, signal: np.ndarray, rate: int, reference_pitch: np.ndarray | None = None
+) -> tuple[dict[str, float], dict[str, str]]:
+    """Every measure of `signal` against `reference`.
+
+    Parameters
+    ----------
+    reference, signal : array, shape (T,), floating point in [-1, 1]
+    rate : int
+        Hz.
+    reference_pitch : array, optional
+        `pitch` of the reference, where it is known: it takes longer than all else.
+
+    Returns
+    -------
+    dict: values, by the keys of `MEASURES`
+    dict: reasons, for those without a value
+    """
+    values: dict[str, float] = {}
+    missing: dict[str, str] = {}
+    pitches: list[tuple[float, float]] = []
+
+    def of_pitch(which: int) -> float:
+        if not pitches:
+            pitches.append(pitch_error(reference, signal, rate, reference_pitch))
+        if math.isnan(pitches[0][which]):
+            raise NotMeasured("no frame is voiced in both")
+        return pitches[0][which]
+
+    ways: dict[str, Callable[[], float]] = {
+        "stft_distance": lambda: stft_distance(reference, signal),
+        "mcd": lambda: mel_cepstral_distortion(reference, signal, rate),
+        "f0_rmse": lambda: of_pitch(0),
+        "voicing_error": lambda: of_pitch(1),
+        "pesq": lambda: pesq(reference, signal, rate),
+        "stoi": lambda: stoi(reference, signal, rate),
+        "noise_floor": lambda: noise_floor(reference, signal, rate),
+    }
+    for name, way in ways.items():
+        try:
+            value = way()
+            if not math.isfinite(value):
+                raise NotMeasured(f"it is {value}")
+            values[name] = value
+        except NotMeasured as reason:
+            missing[name] = str(reason)
+    return values, missing
+
+
+def stft_distance(reference: np.ndarray, signal: np.ndarray) -> float:
+    """Multi-resolution STFT distance: spectral convergence + L1 of log magnitudes, mean of three resolutions.
+
+        sc = norm(|S| - |S'|) / norm(|S|)        mag = mean(abs(log |S| - log |S'|))
+
+    with S of the recording, Frobenius norms, natural logarithms and Hann windows; powers are at least 1e-7. (Yamamoto,
+    Song and Kim, "Parallel WaveGAN", 2020, https://arxiv.org/abs/1910.11480, equations 5 to 7 and table 1. Sizes are
+    those of the paper, in samples, at any rate.) 0 for equal signals.
+
+    Parameters
+    ----------
+    reference, signal : array, shape (T,)
+
+    Raises
+    ------
+    NotMeasured
+        If there are fewer samples than half of the longest transform, or the recording is nothing but zeros.
+
+    Examples
+    --------
+    >>> noise = np.random.default_rng(0).normal(size=4000)
+    >>> stft_distance(noise, noise), round(stft_distance(noise, 2 * noise), 6)  # 1 + log(2)
+    (0.0, 1.693147)
+    """
+    pair = _pair(reference, signal)
+    longest = max(n_fft for n_fft, _, _ in RESOLUTIONS)
+    if pair.shape[1] <= longest // 2:
+        raise NotMeasured(f"{pair.shape[1]} samples are too short: more than {longest // 2} are needed")
+    if not pair[0].any():
+        raise NotMeasured("the recording is silent")
+    total = 0.0
+    for n_fft, hop, length in RESOLUTIONS:
+        window = torch.hann_window(length, dtype=torch.float64)
+        spectrum = torch.stft(torch.from_numpy(pair), n_fft, hop, length, window, return_complex=True)
+        power = (spectrum.real.square() + spectrum.imag.square()).clamp(min=_LEAST_POWER)
+        true, found = power.sqrt()
+        convergence = torch.linalg.norm(true - found) / torch.linalg.norm(true)
+        total += float(convergence + (true.log() - found.log()).abs().mean())
+    return total / len(RESOLUTIONS)
+
+
+def mel_cepstrum(waveform: np.ndarray, rate: int, order: int = CEPSTRUM_ORDER) -> np.ndarray:
+    """Mel-cepstrum c of the log-mel magnitude spectrum L: L[m] = c[0] + sum over n of c[n] cos(pi n (m + 1/2) / M).
+
+    The spectrum has M = 80 bands from 0 to 8 kHz (or half of the rate) on Slaney's scale, from Hann windows of 46 ms
+    (1024 samples at 22.05 kHz) every quarter of that.
+
+    Parameters
+    ----------
+    waveform : array, shape (T,)
+    rate : int
+        Hz.
+    order : int
+
+    Returns
+    -------
+    array, shape (order + 1, frames), float64
+    """
+    from scipy.fft import dct
+
+    n_fft = 2 ** math.ceil(math.log2(0.046 * rate))
+    config = MelConfig(
+        sample_rate=rate,
+        n_fft=n_fft,
+        window_length=n_fft,
+        hop_length=n_fft // 4,
+        bands=min(80, n_fft // 4),
+        fmax=min(8000.0, rate / 2),
+    )
+    if waveform.size < n_fft:
+        raise NotMeasured(f"{waveform.size} samples are too short: {n_fft} are needed")
+    mel = log_mel(torch.from_numpy(np.asarray(waveform, np.float64))[None], config)[0].numpy()
+    # scipy's type 2 is 2 sum x[m] cos(pi n (m + 1/2) / M); the series' coefficients are 2 / M of the sum (1 / M for 0).
+    cepstrum = np.asarray(dct(mel, type=2, axis=0))[: order + 1] / config.bands
+    cepstrum[0] /= 2
+    return cepstrum
+
+
+def mel_cepstral_distortion(reference: np.ndarray, signal: np.ndarray, rate: int, order: int = CEPSTRUM_ORDER) -> float:
+    """Mel-cepstral distortion in dB: the mean over frames of
+
+        10 / ln(10) * sqrt(2 * sum over n = 1 .. order of (c[n] - c'[n])**2)
+
+    with `mel_cepstrum` c (Kubichek, "Mel-cepstral distance measure for objective speech quality assessment", 1993). As
+    c are the coefficients of a cosine series, it is the RMS difference in dB of the two smoothed spectra, level apart
+    (c[0] is left out). All frames count, silence too; time is not warped.
+
+    Raises
+    ------
+    NotMeasured
+        If there are fewer samples than one window.
+    """
+    x, y = _pair(reference, signal)
+    difference = (mel_cepstrum(x, rate, order) - mel_cepstrum(y, rate, order))[1:]
+    return float(10 / math.log(10) * np.sqrt(2 * np.square(difference).sum(0)).mean())
+
+
+def pitch_error(
+    reference: np.ndarray, signal: np.ndarray, rate: int, reference_pitch: np.ndarray | None = None
+) -> tuple[float, float]:
+    """RMSE of the logarithm of the pitch, and the share of frames whose voicing is decided differently.
+
+    Pitch and voicing are those of `librosa.pyin` (Mauch and Dixon, "pYIN", 2014), 65 to 1000 Hz, in frames of at least
+    four periods of the lowest pitch, every quarter of a frame.
+
+    Returns
+    -------
+    float
+        Cents (1200 times the logarithm to base 2), over the frames that are voiced in both; NaN without such frames.
+    float
+        Per cent of all frames.
+
+    Raises
+    ------
+    NotMeasured
+        If there are fewer samples than one frame.
+    """
+    x, y = _pair(reference, signal)
+    true = pitch(x, rate) if reference_pitch is None else reference_pitch
+    found = pitch(y, rate)
+    both = np.isfinite(true) & np.isfinite(found)
+    cents = 1200 * np.log2(found[both] / true[both])
+    rmse = float(np.sqrt(np.square(cents).mean())) if both.any() else math.nan
+    return rmse, float(100 * (np.isfinite(true) != np.isfinite(found)).mean())
+
+
+def pitch(waveform: np.ndarray, rate: int) -> np.ndarray:
+    """Pitch of each frame in Hz, NaN where there is none; see `pitch_error`."""
+    import librosa
+
+    frame = 2 ** math.ceil(math.log2(4 * rate / PITCH_RANGE[0]))
+    if waveform.size < frame:
+        raise NotMeasured(f"{waveform.size} samples are too short: {frame} are needed")
+    highest = min(PITCH_RANGE[1], rate / 4)
+    found, _, _ = librosa.pyin(
+        np.asarray(waveform, np.float64), fmin=PITCH_RANGE[0], fmax=highest, sr=rate, frame_length=frame
+    )
+    return found
+
+
+def silent_frames(reference: np.ndarray, rate: int) -> np.ndarray:
+    """Which frames of 20 ms are silence: they and their neighbours lie 40 dB or more below the loudest one.
+
+    Returns
+    -------
+    array, shape (frames,), bool
+    """
+    level = frame_levels(reference, rate)
+    if not level.size:
+        return np.zeros(0, bool)
+    quiet = np.pad(level <= level.max() - SILENCE_DB, 1, constant_values=True)
+    return quiet[:-2] & quiet[1:-1] & quiet[2:]
+
+
+def frame_levels(waveform: np.ndarray, rate: int) -> np.ndarray:
+    """RMS of frames of 20 ms about their mean, dB of full scale (a sine of amplitude 1 has -3), at least -120."""
+    size = round(_FRAME_SECONDS * rate)
+    frames = np.asarray(waveform, np.float64)[: len(waveform) // size * size].reshape(-1, size)
+    return 10 * np.log10(np.maximum(frames.var(axis=1), 10 ** (_LEAST_DB / 10)))
+
+
+def noise_floor(reference: np.ndarray, signal: np.ndarray, rate: int) -> float:
+    """Level of `signal` in dB of full scale where `reference` is silent (`silent_frames`): 10 log10 of its mean power.
+
+    The mean of each frame is taken off: a constant is not heard.
+
+    Raises
+    ------
+    NotMeasured
+        If the recording has no such stretch.
+    """
+    x, y = _pair(reference, signal)
+    silent = silent_frames(x, rate)
+    if not silent.any():
+        raise NotMeasured(f"no stretch of it is {SILENCE_DB:g} dB below its loudest")
+    return float(10 * np.log10(np.mean(10 ** (frame_levels(y, rate)[silent] / 10))))
+
+
+def pesq(reference: np.ndarray, signal: np.ndarray, rate: int) -> float:
+    """PESQ by the package of that name, MOS-LQO: wide band at 16 kHz (ITU-T P.862.2), or from rates below 16 kHz narrow
+    band at 8 kHz (P.862.1). Both are resampled; of long clips, the first 30 seconds count.
+
+    Raises
+    ------
+    NotMeasured
+        If the package is missing, the rate is below 8 kHz, or it finds no speech in the clip.
+    """
+    try:
+        import pesq as package
+    except ImportError:
+        raise NotMeasured("the package pesq is not installed: pip install 'wavear[evaluate]'") from None
+    if rate < 8000:
+        raise NotMeasured(f"{rate} Hz is below the 8000 Hz it needs")
+    wanted = 16000 if rate >= 16000 else 8000
+    pair = _pair(reference, signal)[:, : round(_PESQ_SECONDS * rate)]
+    if not pair.any(axis=1).all():
+        raise NotMeasured("silence has no PESQ")
+    x, y = audio.resample(pair, rate, wanted).astype(np.float32)
+    try:
+        return float(package.pesq(wanted, x, y, "wb" if wanted == 16000 else "nb"))
+    except package.PesqError as error:
+        reason = error.args[0] if error.args else type(error).__name__
+        reason = reason.decode() if isinstance(reason, bytes) else str(reason)
+        raise NotMeasured(f"PESQ: {reason}") from None
+
+
+def stoi(reference: np.ndarray, signal: np.ndarray, rate: int) -> float:
+    """Short-time objective intelligibility by the package pystoi, up to 1 (Taal, Hendriks, Heusdens and Jensen, 2011).
+
+    Raises
+    ------
+    NotMeasured
+        If the package is missing, or the clip has less than 30 frames (0.4 s) of sound.
+    """
+    try:
+        import pystoi
+    except ImportError:
+        raise NotMeasured("the package pystoi is not installed: pip install 'wavear[evaluate]'") from None
+    x, y = _pair(reference, signal)
+    if not x.any():
+        raise NotMeasured("the recording is silent")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        try:
+            return float(pystoi.stoi(x, y, rate))
+        except RuntimeWarning as warning:
+            raise NotMeasured(f"STOI: {str(warning).split('.')[0]}") from None
+        except ValueError:  # it makes no frames at all of what is shorter than one
+            raise NotMeasured("STOI: not enough frames") from None
+
+
+def _pair(reference: np.ndarray, signal: np.ndarray) -> np.ndarray:
+    """Both, (2, T) float64."""
+    x, y = np.asarray(reference, np.float64), np.asarray(signal, np.float64)
+    if x.ndim != 1 or x.shape != y.shape:
+        raise ValueError(f"the recording has shape {x.shape} and the signal {y.shape}, expected (T,) of one length")
+    return np.stack([x, y])
