@@ -145,6 +145,23 @@ def test_frames_that_fit_the_seconds(trained):
         assert adapt_mel(frames, model, seconds=1.5).shape == frames.shape
 
 
+def test_the_seconds_of_a_mel_that_says_what_it_is(trained):
+    model = trained(LN)
+    mel = log_mel(voices(1, seed=5)[0], LN)[0]
+    decibels = as_convention(mel, "db")  # far out of the range of natural logarithms, as it should be
+    torch.testing.assert_close(adapt_mel(decibels, model, "db", seconds=1.5), mel.float(), rtol=0, atol=1e-4)
+    with pytest.raises(ValueError, match="frames for 3 s"):
+        adapt_mel(decibels, model, "db", seconds=3.0)
+    with pytest.raises(ValueError, match="int32"):
+        adapt_mel(decibels.int(), model, "db")
+
+
+@pytest.mark.parametrize("seconds", [0.0, -1.0, float("nan"), float("inf")])
+def test_seconds_that_are_none_are_refused(trained, seconds):
+    with pytest.raises(ValueError, match="must be above 0 and finite"):
+        adapt_mel(torch.full((80, 20), -5.0), trained(LN), seconds=seconds)
+
+
 def test_what_says_what_it_is_is_converted_or_refused_by_field(trained):
     model = trained(LN)
     wave = voices(1, seed=6)[0]

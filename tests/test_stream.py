@@ -575,6 +575,8 @@ def test_frames_are_there_as_soon_as_their_bytes():
         (npy(np.zeros((3, 5), np.float32))[:-20], "ends after 2 of 3 frames"),
         (npy(np.zeros((5, 3), np.float32))[:-4], "ends after 14 of 15 numbers"),
         (b"\x93NUMPY\x01\x00\x10\x00" + b"x" * 16, "damaged header"),
+        (npy(np.zeros((5, 0), np.float32)), "no mel frames"),
+        (npy(np.zeros((0, 5), np.float32)), "no mel frames"),
     ],
 )
 def test_frames_that_do_not_fit_are_refused(data, message):
@@ -630,6 +632,31 @@ def test_sound_begins_before_a_long_mel_is_done():
     live.serve(model, source, sink, say=lambda line: None)
     assert len(sink.written) > 40
     assert max(map(len, sink.written)) <= 2 * 20 * (8 + 2 * 9)
+
+
+def test_frames_of_another_convention_are_converted_as_they_come():
+    model, mel = make(20), random_mel(8) - 5.0
+    common = mel / np.log(10)
+    source: Any = Slow(*cut(common.numpy().T.astype("<f4").tobytes(), 60))
+    sink = Kept()
+    live.serve(model, source, sink, say=lambda line: None, mel_source="log10", engine="reference")
+    known = wavear.adapt_mel(common, model, "log10")
+    assert not torch.equal(known, common)
+    assert b"".join(sink.written) == pcm16(wavear.generate(model, known, engine="reference")[0].numpy())
+
+
+def test_a_stream_of_the_likeliest_code_warns():
+    model = make()
+    with pytest.warns(UserWarning, match="collapses to silence or to a tone"):
+        Stream(model, top_k=1, engine="reference")
+    with pytest.warns(UserWarning, match="collapses to silence or to a tone"):
+        StreamBatch(model, top_k=1, engine="reference")
+
+
+def test_a_closed_stdin_is_named(monkeypatch):
+    monkeypatch.setattr(sys, "stdin", None)
+    with pytest.raises(ValueError, match="stdin or stdout is closed"):
+        live.run(make(100), "-")
 
 
 # ---- the command, in real pipes
@@ -759,6 +786,10 @@ def test_without_the_package_a_device_is_refused(monkeypatch):
         (("synthesize", "model", "x.npy", "--stream"), "its one input is -"),
         (("synthesize", "model", "-", "--stream", "--out", "folder"), "--out is folder: with --stream it is -"),
         (("synthesize", "free", "-", "--stream"), "not conditioned on mels"),
+        (("synthesize", "model", "-", "--stream", "--fade", "10"), "leave --format, --normalize, --fade"),
+        (("synthesize", "model", "-", "--stream", "--format", "flac"), "leave --format, --normalize, --fade"),
+        (("synthesize", "model", "-", "--stream", "--mel-seconds", "1"), "--mel-seconds"),
+        (("synthesize", "model", "-", "--stream", "--mel-preset", "r9yy9"), "no mel preset 'r9yy9'"),
     ],
 )
 def test_commands_that_cannot_stream_are_refused(checkpoint, arguments, message, monkeypatch, capsys):

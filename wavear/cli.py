@@ -351,7 +351,13 @@ def _synthesize() -> Callable[..., int]:
 
             if inputs != [Path("-")]:
                 raise ValueError("--stream follows the frames on stdin: its one input is -")
-            return live.run(_load(checkpoint, sampling.device), str(out or "-"), **sampling.stream_settings)
+            if output != Output() or overwrite or force or mel_seconds is not None:
+                raise ValueError(
+                    "--stream makes raw 16-bit PCM of frames whose end is not known: leave --format, --normalize,"
+                    " --fade, --overwrite, --mel-seconds and --force away"
+                )
+            settings = sampling.stream_settings
+            return live.run(_load(checkpoint, sampling.device), str(out or "-"), mel_source=mel_preset, **settings)
         if Path("-") in inputs:
             raise ValueError("- is stdin, whose frames are followed as they come: pass --stream")
         if out is None:

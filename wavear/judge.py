@@ -154,9 +154,11 @@ def adapt_mel(
         if judged.verdict != "fits":
             say(judged.reason)
         return given.float()
-    shape = judge_mel(given, Expectation(target), seconds=seconds)
-    if shape.verdict == "wrong" and (given.dim() != 2 or given.shape[0] != target.bands or seconds is not None):
-        raise ValueError(shape.reason)
+    if given.dim() != 2 or 0 in given.shape or given.shape[0] != target.bands or not given.is_floating_point():
+        raise ValueError(judge_mel(given, Expectation(target)).reason)
+    # Not the range: it is that of `source`.
+    if seconds is not None and (reason := _wrong_rate(given.shape[1], seconds, target)):
+        raise ValueError(reason)
     config = describe_source(source, target)
     differing = analysis_differences(config, target)
     told = [f"{name} {ours!r}, the model {theirs!r}" for name, (ours, theirs) in differing.items()]
@@ -184,6 +186,8 @@ def describe_source(source: MelConfig | str, target: MelConfig) -> MelConfig:
 
 
 def _wrong_rate(frames: int, seconds: float, config: MelConfig) -> str:
+    if not 0 < seconds < math.inf:
+        raise ValueError(f"the mel should make {seconds:g} s of audio: that must be above 0 and finite")
     expected = seconds * config.frame_rate
     if abs(frames - expected) <= 2 + 0.01 * expected:
         return ""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -14,6 +15,8 @@ import numpy as np
 import torch
 
 from wavear.generate.stream import Stream
+from wavear.judge import adapt_mel, describe_source
+from wavear.mel import MelConfig
 
 _PIECE_SECONDS = 0.02  # of mel pushed at once at most, so that sound begins before a long mel is done
 _AUDIBLE = 0.005  # seconds: a shorter gap is within what any player holds in store
@@ -118,7 +121,13 @@ class Report:
 
 
 def serve(
-    model: Any, source: io.BufferedReader, sink: Sink, *, say: Callable[[str], object], **settings: Any
+    model: Any,
+    source: io.BufferedReader,
+    sink: Sink,
+    *,
+    say: Callable[[str], object],
+    mel_source: MelConfig | str | None = None,
+    **settings: Any,
 ) -> Report:
     """Audio of the mel frames that `source` brings, as soon as they come.
 
@@ -132,6 +141,8 @@ def serve(
         Is given 16-bit PCM, mono, little-endian, as `wavear.audio.write` rounds it.
     say : callable
         Is told, in one line each: the latency, expected and measured; the first underrun; at the end what was done.
+    mel_source : MelConfig or str, optional
+        What the frames are, to convert them: `source` of `wavear.adapt_mel`. By default what the model expects.
     settings
         Of `Stream`.
 
@@ -149,6 +160,8 @@ def serve(
     config = model.config.mel
     if config is None:
         raise ValueError("the model is not conditioned on mels, it cannot follow frames: use `wavear generate`")
+    if mel_source is not None:
+        describe_source(mel_source, config)  # a name that is none is known before there are frames
     stream = Stream(model, **settings)
     _warm_up(stream, config.bands)
     rate = model.config.sample_rate
@@ -157,6 +170,15 @@ def serve(
         f"{rate} Hz, mono, s16le, engine {stream.engine}; first sound after {stream.latency} frames"
         f" ({stream.latency * frame * 1000:.0f} ms of mel, {model.lookahead} of them look-ahead)"
     )
+    told: set[str] = set()
+
+    def doubt(line: str) -> None:
+        """Once, although it is found in the frames again and again, with other numbers."""
+        kind = re.sub(r"\d[\d.]*%", "", line)
+        if kind not in told:
+            say(f"warning: {line}")
+        told.add(kind)
+
     report = Report(sample_rate=rate)
     played = _Player(report, say, rate)
     step = max(1, int(_PIECE_SECONDS / frame))
@@ -169,6 +191,8 @@ def serve(
         came = time.perf_counter()
         waited = came - asked
         first = first or came
+        if mel is not None and mel_source is not None:
+            mel = adapt_mel(mel, model, mel_source, warn=doubt).numpy()
         pushes = [None] if mel is None else np.split(mel, range(step, mel.shape[1], step), axis=1)
         for piece in pushes:
             began = time.perf_counter()
@@ -248,6 +272,8 @@ def read_frames(source: io.BufferedReader, bands: int) -> Iterator[np.ndarray]:
     dtype, total, across = np.dtype("<f4"), None, False
     if buffered.peek(len(_MAGIC)) == _MAGIC:
         dtype, total, across = _npy_header(buffered, bands)
+    if total == 0:
+        raise ValueError("stdin held no mel frames")
     if across:
         assert total is not None
         values = np.frombuffer(buffered.take(total * bands * dtype.itemsize), dtype)
@@ -336,10 +362,12 @@ def run(model: Any, out: str, **settings: Any) -> int:
     out : str
         "-" for stdout, "device" for the default sound device, "device:NAME" or "device:NUMBER" for another.
     settings
-        Of `Stream`.
+        Of `serve`.
     """
     if out != "-" and out.split(":")[0] != "device":
         raise ValueError(f"--out is {out}: with --stream it is - (stdout, the default), device, or device:NAME")
+    if sys.stdin is None or (out == "-" and sys.stdout is None):
+        raise ValueError("stdin or stdout is closed: pipe mel frames to the one, and the sound on from the other")
     if sys.stdin.isatty():
         raise ValueError("stdin is a terminal: pipe mel frames to it, float32, frame after frame, or a .npy file")
     if out == "-" and sys.stdout.isatty():

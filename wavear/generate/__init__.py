@@ -30,6 +30,11 @@ WEIGHTS = ("float32", "bfloat16")
 _CHUNK = 2048  # samples per call of an engine: a fraction of a second, so that Ctrl-C and the progress bar are prompt
 _PARALLEL_CHUNK = 16384  # samples per forward of `score`, besides the receptive field in front of them
 
+_ARGMAX = (
+    "the likeliest code is taken always: audio made so collapses to silence or to a tone; a temperature of 0.8"
+    " or a top_p of 0.9 is cleaner than 1 and stays alive"
+)
+
 Mel = Tensor | np.ndarray | Sequence[Tensor | np.ndarray]
 
 
@@ -222,11 +227,7 @@ def generate(
     total = max(lengths)
     temperatures = _check_temperature(temperature, batch, total)
     if top_k == 1:
-        warnings.warn(
-            "the likeliest code is taken always: audio made so collapses to silence or to a tone; a temperature of 0.8"
-            " or a top_p of 0.9 is cleaner than 1 and stays alive",
-            stacklevel=2,
-        )
+        warnings.warn(_ARGMAX, stacklevel=2)
     if best_of > 1:
         # The candidates of an utterance are further streams, side by side.
         conditioner.repeat(int(best_of))

@@ -7,6 +7,7 @@ blocks (`wavear/generate/conditioner.py`). Frames that no sample to come needs a
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from wavear.generate import (
+    _ARGMAX,
     _CHUNK,
     _check_mel,
     _check_seeds,
@@ -83,6 +85,8 @@ class Stream:
         top_p: float | None = None,
     ):
         self._utterance = _Utterance(model, seed, speaker, temperature, prime, top_k, top_p)
+        if self._utterance.truncation[0] == 1:
+            warnings.warn(_ARGMAX, stacklevel=2)
         with torch.inference_mode():
             self.engine, self._engine = make_engine(model, 1, engine, weights=weights, threads=threads)
         self._settings: dict[str, Any] = {"engine": self.engine, "weights": weights, "threads": threads}
@@ -238,6 +242,8 @@ class StreamBatch:
     ):
         self.model = model
         self._truncation = _check_truncation(top_k, top_p, False)
+        if self._truncation[0] == 1:
+            warnings.warn(_ARGMAX, stacklevel=2)
         with torch.inference_mode():
             self.engine, self._engine = make_engine(model, 1, engine, weights=weights, threads=threads)
             self._beginning = self._engine.state(0)
