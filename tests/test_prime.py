@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 import wavear
 from wavear import AutoregressiveModel, MelConfig, Stream, StreamBatch, WaveNet, WaveNetConfig, audio, mulaw_encode
-from wavear.generate import make_engine
+from wavear.generate import candidate_seeds, make_engine
 from wavear.generate.conditioner import UtteranceConditioner
 from wavear.generate.prime import fill
 from wavear.generate.sampling import uniforms
@@ -204,6 +204,45 @@ def test_what_follows_does_not_depend_on_the_batch(engine, weights):
         alone = wavear.generate(model, mel[b], speaker=[0, 2, 1][b], seed=5 + b, prime=primes[b], **given)
         assert torch.equal(batch[b, : alone.shape[1]], alone[0])
         assert not batch[b, alone.shape[1] :].any()
+
+
+@pytest.mark.parametrize("engine", ["reference", "numba"])
+@pytest.mark.parametrize("config", [{}, {"mel": MEL, "speakers": 3}], ids=["free", "mel"])
+def test_every_candidate_goes_on_from_the_prime_of_its_utterance(engine, config):
+    """And what is kept of an utterance has its own prime in front: as one by one, as the best of its candidates."""
+    model, primes, seeds = make(**config), recording(60, batch=3), [5, 6, 7]
+    mel = list(mels(3, 8)) if config else [None] * 3
+    speakers = [2, 0, 1] if config else [None] * 3
+    if config:
+        mel[1] = mel[1][:, :6]
+    given: dict[str, Any] = {"engine": engine, "temperature": 1.2, "return_log_probability": True}
+    given |= {"samples": None if config else 90}
+    best, scores = wavear.generate(
+        model,
+        mel if config else None,
+        speaker=speakers if config else None,
+        seed=seeds,
+        prime=primes,
+        include_prime=True,
+        best_of=3,
+        **given,
+    )
+    assert torch.equal(best[:, :60], primes)
+    chosen = []
+    for b, seed in enumerate(seeds):
+        alone = {"mel": mel[b], "speaker": speakers[b], "prime": primes[b], **given}
+        candidates = [wavear.generate(model, seed=s, **alone) for s in candidate_seeds(seed, 3)]
+        totals = [float(log.sum()) for _, log in candidates]
+        assert len(set(totals)) == 3
+        chosen.append(int(np.argmax(totals)))
+        waveform, log = candidates[chosen[-1]]
+        length = waveform.shape[1]
+        assert torch.equal(best[b, 60 : 60 + length], waveform[0])
+        assert not best[b, 60 + length :].any()
+        assert torch.equal(scores[b, :length], log[0])
+        one = wavear.generate(model, seed=seed, include_prime=True, best_of=3, **alone)
+        assert torch.equal(one[0][0], best[b, : 60 + length])
+    assert any(chosen)  # so that another than the first candidate is kept
 
 
 def test_one_prime_has_several_futures():

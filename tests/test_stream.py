@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import itertools
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -130,6 +132,32 @@ def test_pulled_samples_are_those_of_generate(speakers, engine, weights):
     assert torch.equal(torch.cat(parts), whole)
 
 
+TRUNCATIONS: list[dict[str, Any]] = [{"top_k": 4}, {"top_p": 0.6}, {"top_k": 9, "top_p": 0.7}, {"top_k": 1}]
+truncations = pytest.mark.parametrize("truncation", TRUNCATIONS, ids=str)
+quiet = pytest.mark.filterwarnings("ignore:the likeliest code")
+
+
+@quiet
+@settings(max_examples=12, deadline=None, derandomize=True, phases=[Phase.explicit, Phase.generate])
+@given(
+    truncation=st.sampled_from(TRUNCATIONS),
+    cuts=st.lists(st.integers(0, 30), max_size=6),
+    seed=st.integers(0, 2**64 - 1),
+    engine=st.sampled_from(ENGINES),
+)
+@example(TRUNCATIONS[2], [1, 2, 17], 1, ("reference", "float32"))
+@example(TRUNCATIONS[0], [9, 9], 2, ("numba", "float32"))
+@example(TRUNCATIONS[1], [], 3, ("numba", "float32"))
+def test_the_parts_of_a_truncated_stream_are_the_whole(truncation, cuts, seed, engine):
+    model, mel = make(20), random_mel(20)
+    given: dict[str, Any] = {"seed": seed, "temperature": 1.3, "engine": engine[0], "weights": engine[1]}
+    whole = wavear.generate(model, mel, **given, **truncation)[0]
+    stream = Stream(model, **given, **truncation)
+    parts = [*[stream.push(piece) for piece in pieces(mel, cuts)], stream.flush()]
+    assert torch.equal(torch.cat(parts), whole)
+    assert not torch.equal(whole, wavear.generate(model, mel, **given)[0])
+
+
 def test_long_pushes_are_cut_and_short_ones_are_not_lost(monkeypatch):
     monkeypatch.setattr(sys.modules["wavear.generate.stream"], "_CHUNK", 7)
     model = make(5)
@@ -204,6 +232,8 @@ def test_a_refused_push_changes_nothing():
         ({"temperature": np.ones(1)}, "one number"),
         ({"speaker": 0}, "without speakers"),
         ({"engine": "warp"}, "engine is 'warp'"),
+        ({"top_k": 0}, "top_k is 0"),
+        ({"top_p": 1.5}, "top_p is 1.5"),
     ],
 )
 def test_what_a_stream_cannot_be_made_of_is_refused(arguments, message):
@@ -249,6 +279,31 @@ def test_going_on_from_a_state_is_never_having_stopped(tmp_path_factory, hop, ke
     assert later.position == len(begin)
     assert torch.equal(torch.cat([begin, second(later)]), expected)
     assert torch.equal(torch.cat([begin, second(stopped)]), expected)  # who was saved can go on, too
+
+
+@quiet
+@truncations
+@pytest.mark.parametrize("engine", ["reference", "numba"])
+def test_a_state_keeps_the_truncation(tmp_path, truncation, engine):
+    """Loaded, forked, or as a member of a batch: it goes on as if it had never stopped."""
+    model = make()
+    stream = Stream(model, seed=5, engine=engine, **truncation)
+    begin = stream.pull(40)
+    path = stream.save(tmp_path / "state.safetensors")
+    about = StreamState.load(path).about
+    assert {name: about[name] for name in ("top_k", "top_p")} == {"top_k": None, "top_p": None, **truncation}
+    whole = wavear.generate(model, samples=200, seed=5, engine=engine, **truncation)[0]
+    batch = StreamBatch(model, engine=engine, **truncation)
+    member = batch.add(state=path)
+    batch.pull(member, 160)
+    later = [Stream.load(model, path, engine=engine).pull(160), stream.fork().pull(160), batch.step()[member]]
+    # And through a batch, whose members' states keep it too.
+    other = batch.add(seed=5)
+    batch.pull(other, 40)
+    assert torch.equal(batch.step()[other], begin)
+    later.append(Stream.load(model, batch.state(other), engine=engine).pull(160))
+    for rest in later:
+        assert torch.equal(torch.cat([begin, rest]), whole)
 
 
 def test_a_state_of_float64_loses_nothing(tmp_path):
@@ -493,6 +548,45 @@ def test_members_of_different_size_and_temperature():
     assert batch.step() == {}
 
 
+@quiet
+@truncations
+@pytest.mark.parametrize("engine", ["reference", "numba"])
+def test_the_members_of_a_truncated_batch_are_what_they_are_alone(truncation, engine):
+    model = make()
+    batch = StreamBatch(model, engine=engine, **truncation)
+    asked = {batch.add(seed=k, temperature=0.8 + 0.2 * k): 100 + 30 * k for k in range(3)}
+    for member, samples in asked.items():
+        batch.pull(member, samples)
+    made = batch.step()
+    for member, samples in asked.items():
+        given: dict[str, Any] = {"seed": member, "temperature": 0.8 + 0.2 * member, "engine": engine}
+        alone = wavear.generate(model, samples=samples, **given, **truncation)[0]
+        assert torch.equal(made[member], alone)
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [({}, {"top_k": 3}), ({"top_k": 3}, {}), ({"top_k": 3}, {"top_k": 4}), ({"top_p": 0.5}, {"top_p": 0.6})],
+    ids=str,
+)
+def test_a_batch_refuses_a_state_of_another_truncation(theirs, ours):
+    """Its members are drawn together: the state would go on in another way than it began."""
+    model = make()
+    state = Stream(model, engine="reference", **theirs).state()
+    batch = StreamBatch(model, engine="reference", **ours)
+    there, here = ((given.get("top_k"), given.get("top_p")) for given in (theirs, ours))
+    with pytest.raises(ValueError, match=re.escape(f"are {there} in the state and {here} in the batch")):
+        batch.add(state=state)
+    assert len(batch) == 0
+    assert batch.add(state=Stream(model, engine="reference", **ours).state()) == 0
+
+
+@pytest.mark.parametrize(("given", "message"), [({"top_k": 0}, "top_k is 0"), ({"top_p": 0.0}, "top_p is 0.0")])
+def test_a_batch_of_no_truncation_there_is_is_refused(given, message):
+    with pytest.raises(ValueError, match=message):
+        StreamBatch(make(), engine="reference", **given)
+
+
 # ---- frames from a pipe
 
 
@@ -521,8 +615,6 @@ class Kept:
 
 
 def npy(array: np.ndarray) -> bytes:
-    import io
-
     file = io.BytesIO()
     np.save(file, array)
     return file.getvalue()
@@ -790,6 +882,10 @@ def test_without_the_package_a_device_is_refused(monkeypatch):
         (("synthesize", "model", "-", "--stream", "--format", "flac"), "leave --format, --normalize, --fade"),
         (("synthesize", "model", "-", "--stream", "--mel-seconds", "1"), "--mel-seconds"),
         (("synthesize", "model", "-", "--stream", "--mel-preset", "r9yy9"), "no mel preset 'r9yy9'"),
+        (("synthesize", "model", "-", "--stream", "--best-of", "2"), "--best-of compares whole utterances"),
+        (("synthesize", "model", "-", "--stream", "--argmax", "--top-k", "3"), "leave --top-k and --top-p away"),
+        (("synthesize", "model", "-", "--stream", "--argmax", "--top-p", "0.5"), "leave --top-k and --top-p away"),
+        (("synthesize", "model", "-", "--stream", "--top-p", "2"), "top_p is 2.0"),
     ],
 )
 def test_commands_that_cannot_stream_are_refused(checkpoint, arguments, message, monkeypatch, capsys):
@@ -798,6 +894,29 @@ def test_commands_that_cannot_stream_are_refused(checkpoint, arguments, message,
         monkeypatch.setattr(sys, "stdin", nothing)
         assert wavear_main(arguments) == 1
     assert message in capsys.readouterr().err
+
+
+@quiet
+@pytest.mark.parametrize(
+    ("flags", "given"),
+    [
+        (("--argmax",), {"argmax": True}),
+        (("--top-k", "1"), {"argmax": True}),
+        (("--top-k", "3"), {"top_k": 3}),
+        (("--top-p", "0.5", "--temperature", "1.2"), {"top_p": 0.5, "temperature": 1.2}),
+    ],
+    ids=str,
+)
+def test_flags_of_sampling_reach_the_stream(checkpoint, flags, given, monkeypatch):
+    mel = random_mel(16)
+    sink = io.BytesIO()
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(npy(mel.numpy()))))  # type: ignore[arg-type]
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(sink))
+    assert wavear_main(("synthesize", str(checkpoint), "-", "--stream", "--engine", "reference", *flags)) == 0
+    model = wavear.load(checkpoint)
+    made = wavear.generate(model, mel, engine="reference", **given)[0]
+    assert sink.getvalue() == pcm16(made.numpy())
+    assert not torch.equal(made, wavear.generate(model, mel, engine="reference")[0])
 
 
 def wavear_main(arguments: tuple[str, ...]) -> int:

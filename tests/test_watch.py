@@ -171,6 +171,10 @@ def test_a_pause_is_no_collapse():
     assert kinds(waveform) == []
 
 
+def test_what_is_quiet_is_not_silent():
+    assert kinds(voice(4, level=0.01)) == []  # -40 dB
+
+
 @pytest.mark.parametrize("folder", ["kerstin_de", "ljspeech_mini", "cmu_arctic_slt", "vctk_mini", "sms_tools_sounds"])
 def test_recordings_pass(folder, data_dir: Path):
     paths = sorted(path for path in (data_dir / folder).rglob("*") if path.suffix in (".wav", ".flac"))

@@ -243,7 +243,8 @@ def generate(
     with torch.inference_mode():
         name, runner = make_engine(model, batch, engine, weights=weights, threads=threads)
         for b, row in enumerate(encode_prime(past, model) if begin else []):
-            fill(runner, b, model, row, conditioner.utterances[b if len(conditioner.utterances) > 1 else 0])
+            # Without conditioning there are fewer of them than streams, all alike.
+            fill(runner, b, model, row, conditioner.utterances[b % len(conditioner.utterances)])
         for start, stop in _chunks(total, progress, model.config.sample_rate, batch, name):
             draws = np.stack([uniforms(s, begin + start, stop - start) for s in seeds])
             scale = temperatures[:, start:stop] if isinstance(temperatures, np.ndarray) else temperatures
