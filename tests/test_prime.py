@@ -211,8 +211,8 @@ def test_what_follows_does_not_depend_on_the_batch(engine, weights):
 def test_every_candidate_goes_on_from_the_prime_of_its_utterance(engine, config):
     """And what is kept of an utterance has its own prime in front: as one by one, as the best of its candidates."""
     model, primes, seeds = make(**config), recording(60, batch=3), [5, 6, 7]
-    mel = list(mels(3, 8)) if config else [None] * 3
-    speakers = [2, 0, 1] if config else [None] * 3
+    mel: list[Any] = list(mels(3, 8)) if config else [None] * 3
+    speakers: list[Any] = [2, 0, 1] if config else [None] * 3
     if config:
         mel[1] = mel[1][:, :6]
     given: dict[str, Any] = {"engine": engine, "temperature": 1.2, "return_log_probability": True}

@@ -584,3 +584,15 @@ def test_input_noise_is_on_the_past_alone(tones):
     with torch.no_grad():
         model.embedding.weight.zero_()
     assert torch.equal(loss(1), loss(None))
+
+
+def test_a_long_recording_is_validated_in_part():
+    """A file of an hour would otherwise be scored whole at every validation."""
+    from wavear.training.bits import subset
+
+    recordings = [Recording(Path(name), name, 7, frames, RATE) for name, frames in (("a", 100_000), ("b", 3000))]
+    assert [(r.name, r.start, r.frames) for r in subset(recordings, 50_000)] == [("a", 7, 50_000)]
+    assert [r.frames for r in subset(recordings, 10)] == [4096]
+    assert [r.frames for r in subset(recordings, 101_000)] == [100_000]
+    assert subset(recordings, 103_000) == recordings == subset(recordings, 1e9)
+    assert subset(recordings[::-1], 10)[0].frames == 3000

@@ -31,7 +31,7 @@ class EvaluateConfig:
     """Recordings to fit the baselines to (folder or manifest); None: those the model was trained on, where its
     train.json names them, else each half of the evaluated clips serves the other."""
     baseline_seconds: float = 600.0
-    """Seconds of recordings to fit the baselines to, whole files."""
+    """Seconds of recordings to fit the baselines to."""
     clips: int = 16
     """Clips to synthesize and measure, spread evenly over the data; bits are of all clips."""
     seconds: float = 10.0

@@ -130,9 +130,9 @@ class TrainConfig:
     validate_seconds: float = 120.0
     """Seconds between validations, and more if these would take over 5 % of the time."""
     validation_seconds: float = 10.0
-    """Seconds of held-out audio, in whole files, for the validations on the way."""
+    """Seconds of held-out audio for the validations on the way."""
     final_seconds: float = 600.0
-    """Seconds of held-out audio, in whole files, for the scores at the end."""
+    """Seconds of held-out audio for the scores at the end."""
     baseline_seconds: float = 600.0
     """Seconds of training audio that the baselines are fitted to."""
     sample_seconds: float = 1.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ _EVALUATION_SEGMENT = 16384  # samples of loss per crop: the context costs littl
 _EVALUATION_BATCH = {"cpu": 1, "cuda": 16}  # crops at once
 _MARKOV_CLASSES = 1024  # the table of an order-1 Markov chain has the square of the classes
 _READ_SECONDS = 30
+_LEAST_REST = 4096  # samples of a recording that is cut to fit a limit
 
 
 @dataclass(frozen=True)
@@ -86,13 +88,16 @@ def _longest(recordings: Sequence[Recording]) -> int:
 
 
 def subset(recordings: Sequence[Recording], samples: float) -> list[Recording]:
-    """The first recordings that together have `samples`, at least one, whole."""
-    chosen, sofar = [], 0
+    """The first recordings up to `samples` together: the last one is cut there, at least one is chosen.
+
+    A rest below `_LEAST_REST` is left away.
+    """
+    chosen, left = [], int(samples)
     for recording in recordings:
-        if chosen and sofar >= samples:
+        if chosen and left < min(_LEAST_REST, recording.frames):
             break
-        chosen.append(recording)
-        sofar += recording.frames
+        chosen.append(dataclasses.replace(recording, frames=min(recording.frames, max(left, _LEAST_REST))))
+        left -= recording.frames
     return chosen
 
 
