@@ -296,7 +296,9 @@ class Digits(PublishedCorpus):
     """
 
     title: ClassVar[str] = "the Free Spoken Digit Dataset"
-    get: ClassVar[str | None] = "git clone https://github.com/Jakobovski/free-spoken-digit-dataset gets it (21 MB of recordings)"
+    get: ClassVar[str | None] = (
+        "git clone https://github.com/Jakobovski/free-spoken-digit-dataset gets it (21 MB of recordings)"
+    )
 
     def folder(self, part: str) -> str:
         return "recordings"
@@ -312,7 +314,9 @@ class Digits(PublishedCorpus):
             digit, _, rest = path.stem.partition("_")
             speaker, _, index = rest.rpartition("_")
             if not (digit.isdigit() and speaker and index.isdigit()):
-                raise ValueError(f"{path} is not named as digits are: DIGIT_SPEAKER_INDEX.wav, such as 7_jackson_32.wav")
+                raise ValueError(
+                    f"{path} is not named as digits are: DIGIT_SPEAKER_INDEX.wav, such as 7_jackson_32.wav"
+                )
             yield Clip(path, "test" if int(index) < 5 else "validation" if int(index) < 10 else "train", speaker)
 
 

@@ -9,8 +9,7 @@ VALUES = TrainConfig(
     data="data",
     out="runs/yesno",
     sample_rate=8000,
-    # Two stacks of eight layers see 64 ms of past at 8000 Hz: half a minute of it for each minute of a CPU core is
-    # enough for six minutes of two words.
+    # Two stacks of eight layers see 64 ms of past at 8000 Hz.
     layers=16,
     stacks=2,
     residual_channels=32,
