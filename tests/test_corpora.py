@@ -110,7 +110,7 @@ def config(data: Path, out: Path, **settings) -> TrainConfig:
 
 @pytest.mark.parametrize("corpus", EXPECTED, ids=str)
 def test_a_corpus_is_listed_as_it_is_laid_out(tmp_path: Path, corpus: corpora.PublishedCorpus):
-    """Every clip is found, held out by the rule and of the right speaker, as a run reads it; nothing is written to it."""
+    """Every clip is found, held out by the rule and of the right speaker, as a run reads it; the data stay as they are."""
     miniature, held_out, trained_on, speakers = EXPECTED[corpus]
     MINIATURES[miniature](tmp_path / "data")
     before = sorted((tmp_path / "data").rglob("*"))

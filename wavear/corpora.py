@@ -169,10 +169,13 @@ class CMUArctic(PublishedCorpus):
     """Of aew, ahw, aup, awb, axb, bdl, clb, eey, fem, gka, jmk, ksp, ljm, lnh, rms, rxr, slp, slt."""
 
     title: ClassVar[str] = "CMU ARCTIC"
+    _VOICES: ClassVar[tuple[str, ...]] = (
+        *("aew", "ahw", "aup", "awb", "axb", "bdl", "clb", "eey", "fem"),
+        *("gka", "jmk", "ksp", "ljm", "lnh", "rms", "rxr", "slp", "slt"),
+    )
 
     def __post_init__(self) -> None:
-        known = "aew ahw aup awb axb bdl clb eey fem gka jmk ksp ljm lnh rms rxr slp slt".split()
-        _check("voices", self.voices, known)
+        _check("voices", self.voices, self._VOICES)
 
     def parts(self) -> Sequence[str]:
         return self.voices
