@@ -12,10 +12,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import soundfile
 import torch
+from test_corpora import MINIATURES
 
 import wavear
-from wavear import audio, cli, data
+from wavear import audio, cli
 from wavear.train import TrainConfig
 
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -32,7 +34,9 @@ def module(path: Path) -> ModuleType:
 
 
 def test_there_are_recipes():
-    assert NAMES == ["demo", "folder", "ljspeech", "tts"]
+    published = {"cmu_arctic", "digits", "libritts", "ljspeech", "tts", "vctk", "yesno"}
+    assert set(NAMES) == published | {"demo", "folder", "music"}
+    assert set(MINIATURES) == published
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -50,8 +54,10 @@ def test_values_are_flags(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: 
     monkeypatch.setattr(cli, "run_training", lambda config: trained.append(config) or 0)
     monkeypatch.setattr(sys, "argv", ["train.py", "--data", "elsewhere", "--layers", "6", "--stacks", "3"])
     recipe = module(RECIPES / name / "train.py")
+    Path("elsewhere").write_text("path\nsome.wav\n")  # a manifest, which every recipe takes
+    corpus = getattr(recipe, "CORPUS", None)
     with pytest.raises(SystemExit) as stop:
-        cli.recipe(recipe.VALUES, recipe.__doc__)
+        cli.recipe(recipe.VALUES, recipe.__doc__, corpus)
     assert stop.value.code == 0
     (config,) = trained
     assert (config.data, config.layers, config.stacks) == ("elsewhere", 6, 3)
@@ -59,7 +65,7 @@ def test_values_are_flags(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: 
     assert config.segment == recipe.VALUES.segment
     monkeypatch.setattr(sys, "argv", ["train.py", "--kernel-size", "1"])
     with pytest.raises(SystemExit) as stop:
-        cli.recipe(recipe.VALUES, recipe.__doc__)
+        cli.recipe(recipe.VALUES, recipe.__doc__, corpus)
     assert stop.value.code == 2
 
 
@@ -81,22 +87,46 @@ def test_folder_recipe_trains(tmp_path: Path):
     assert (tmp_path / "runs" / "folder" / "best" / "model.safetensors").is_file()
 
 
-def test_ljspeech_manifest(tmp_path: Path):
-    """`prepare.py` on a miniature of the data set, read back as a run reads it."""
-    prepare = module(RECIPES / "ljspeech" / "prepare.py")
-    clips = ["LJ001-0001", "LJ001-0026", "LJ002-0025", "LJ050-0001"]
-    (tmp_path / "LJSpeech-1.1" / "wavs").mkdir(parents=True)
-    for clip in clips:
-        audio.write(tmp_path / "LJSpeech-1.1" / "wavs" / f"{clip}.wav", np.full(4000, 0.1, np.float32), 22050)
-    lines = "".join(f'{clip}|A "text, of sorts|a text\n' for clip in clips)
-    (tmp_path / "LJSpeech-1.1" / "metadata.csv").write_text(lines, encoding="utf-8")
-    manifest = prepare.write_manifest(prepare.Prepare(data=tmp_path, download=False))
-    assert manifest == tmp_path / "ljspeech.csv"
-    corpus = data.open_corpus(manifest, sample_rate=22050)
-    held_out = [recording.name for recording in corpus.validation]
-    assert held_out == ["LJSpeech-1.1/wavs/LJ001-0001.wav", "LJSpeech-1.1/wavs/LJ002-0025.wav"]
-    assert len(corpus.train) == 2
-    assert corpus.bad == []
+SMALL = [part for size in ("residual", "skip", "head", "conditioning") for part in (f"--{size}-channels", "4")]
+SMALL += ["--layers", "2", "--stacks", "1", "--segment", "256", "--batch-size", "2", "--max-steps", "2"]
+SMALL += ["--sample-seconds", "0", "--device", "cpu", "--workers", "0"]
+
+
+@pytest.mark.parametrize("name", sorted(MINIATURES))
+def test_recipe_trains_on_its_corpus(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    """All of the recipe's values but for sizes, on the corpus in miniature: two steps, and a checkpoint."""
+    recipe = module(RECIPES / name / "train.py")
+    MINIATURES[name](tmp_path / recipe.VALUES.data)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["train.py", *SMALL])
+    with pytest.raises(SystemExit) as stop:
+        cli.recipe(recipe.VALUES, recipe.__doc__, recipe.CORPUS)
+    printed = capsys.readouterr()
+    assert stop.value.code == 0, printed.err
+    assert "held-out bits per sample: model" in printed.out
+    trained = wavear.load(tmp_path / "runs" / name / "best")
+    assert trained.config.sample_rate == recipe.VALUES.sample_rate
+    assert trained.config.speakers == {"vctk": 4, "digits": 2}.get(name, 0)
+    assert (tmp_path / "runs" / f"{name}.csv").is_file()
+
+
+def test_music_recipe_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
+    """Stereo at another rate, and a model without mels."""
+    noise = np.random.default_rng(0).normal(0, 0.1, (2, 4000)).astype(np.float32)
+    (tmp_path / "data" / "music" / "album").mkdir(parents=True)
+    for number in range(3):
+        soundfile.write(tmp_path / "data" / "music" / "album" / f"{number}.flac", noise.T, 44100)
+    recipe = module(RECIPES / "music" / "train.py")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["train.py", *SMALL])
+    with pytest.raises(SystemExit) as stop:
+        cli.recipe(recipe.VALUES, recipe.__doc__)
+    assert stop.value.code == 0, capsys.readouterr().err
+    trained = wavear.load(tmp_path / "runs" / "music" / "best")
+    assert trained.config.mel is None
+    assert trained.config.sample_rate == 16000
 
 
 @pytest.fixture(scope="module")

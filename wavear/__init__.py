@@ -1,6 +1,6 @@
 """wavear: autoregressive waveform models, WaveNet first."""
 
-from wavear import audio
+from wavear import audio, corpora
 from wavear.checkpoint import CheckpointError, load
 from wavear.convert import convert_mel
 from wavear.evaluate import EvaluateConfig, Evaluation, compare, evaluate
@@ -34,6 +34,7 @@ __all__ = [
     "audio",
     "compare",
     "convert_mel",
+    "corpora",
     "evaluate",
     "generate",
     "judge_mel",

@@ -159,7 +159,7 @@ def _unbox(text: str) -> str:
             break
         if content and not line.startswith(("╭", "╰", "│" + 7 * " ")):  # so far in, it is a flag's help
             said.append(content)
-    message = re.sub(r"^Error parsing (__tyro[^:]*|config|sampling|output): ", "", " ".join(said))
+    message = re.sub(r"^Error parsing (__tyro[^:]*|config|corpus|sampling|output): ", "", " ".join(said))
     return message[:1].lower() + message[1:] if message else text.strip()
 
 
@@ -277,7 +277,7 @@ def run_training(config: Any) -> int:
     return 130 if result.stopped_by == "interrupt" else 0
 
 
-def recipe(config: Any, description: str | None = None) -> None:
+def recipe(config: Any, description: str | None = None, corpus: Any = None) -> None:
     """The main program of a recipe: its values, each of which a flag overrides, are trained with.
 
     Parameters
@@ -286,14 +286,58 @@ def recipe(config: Any, description: str | None = None) -> None:
         The recipe's values.
     description : str, optional
         For --help.
+    corpus : of `wavear.corpora`, optional
+        What `config.data` is the folder of: it is listed in a manifest beside the run. Its fields become flags too, and
+        --download gets it.
     """
+    if corpus is not None:
+        sys.exit(_guarded(lambda: _parse(_on_corpus(config, corpus, description), sys.argv[1:], _script())()))
 
     def run(config: Any = config) -> int:
         return run_training(config)
 
     run.__annotations__["config"] = type(config)  # so that its fields become flags
     run.__doc__ = description
-    sys.exit(_guarded(lambda: _parse(run, sys.argv[1:], Path(sys.argv[0]).name)()))
+    sys.exit(_guarded(lambda: _parse(run, sys.argv[1:], _script())()))
+
+
+def _script() -> str:
+    return Path(sys.argv[0]).name
+
+
+def _on_corpus(config: Any, corpus: Any, description: str | None) -> Callable[..., int]:
+    """The main program of a recipe for a published corpus."""
+
+    def run(config: Any = config, corpus: Any = corpus) -> int:
+        from wavear.corpora import listed
+
+        return run_training(listed(corpus, config))
+
+    def run_or_download(config: Any = config, corpus: Any = corpus, download: bool = False) -> int:
+        if not download:
+            return run(config, corpus)
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            raise ValueError("--download is for one process: run it once without torchrun, then train")
+        for folder in corpus.download(config.data):
+            _say(f"{folder} is there")
+        return 0
+
+    main = run_or_download if corpus.get is None else run
+    main.__annotations__ |= {"config": type(config), "corpus": type(corpus)}
+    size = corpus.size(corpus.parts())
+    told = {"config": "The run.", "corpus": "The corpus."}
+    if corpus.get is None:
+        told["download"] = f"Get what is missing of the corpus ({size} as the recipe has it) into --data, and stop."
+    main.__doc__ = "\n".join(
+        [
+            f"{description}\n",
+            f"--data is the folder that holds {', '.join(map(corpus.folder, corpus.parts()))} ({corpus.title}), or a"
+            " manifest.\n",
+            "Parameters\n----------",
+            *(f"{name}\n    {text}" for name, text in told.items()),
+        ]
+    )
+    return main
 
 
 def _synthesize() -> Callable[..., int]:

@@ -1,10 +1,12 @@
 """Train a vocoder for the mels of torchaudio's Tacotron 2. Every value below is a flag too."""
 
-from wavear import TrainConfig
+from wavear import TrainConfig, corpora
 from wavear.cli import recipe
 
+CORPUS = corpora.LJSpeech()
+
 VALUES = TrainConfig(
-    data="data/ljspeech.csv",  # as recipes/ljspeech/prepare.py lists it: the voice that Tacotron 2 was trained on
+    data="data",  # with LJSpeech-1.1: the voice that Tacotron 2 was trained on
     out="runs/tts",
     # The mels that Tacotron 2 predicts, all of it: these are what the vocoder hears and nothing else.
     mel_preset="torchaudio-tacotron2",
@@ -24,4 +26,4 @@ VALUES = TrainConfig(
 )
 
 if __name__ == "__main__":
-    recipe(VALUES, __doc__)
+    recipe(VALUES, __doc__, CORPUS)

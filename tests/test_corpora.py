@@ -1,0 +1,302 @@
+"""Published corpora in miniature, laid out as they are, through torchaudio's own data sets."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from wavear import TrainConfig, audio, cli, corpora
+from wavear.data import open_corpus
+
+
+def clip(path: Path, rate: int, seconds: float = 0.3) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    audio.write(path, np.random.default_rng(0).normal(0, 0.1, int(seconds * rate)).astype(np.float32), rate)
+
+
+def text(path: Path, content: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(content, encoding="utf-8")
+
+
+def ljspeech(data: Path) -> None:
+    names = ["LJ001-0001", "LJ001-0026", "LJ002-0025", "LJ050-0001"]
+    for name in names:
+        clip(data / "LJSpeech-1.1" / "wavs" / f"{name}.wav", 22050)
+    text(data / "LJSpeech-1.1" / "metadata.csv", "".join(f'{name}|A "text, of sorts|a text\n' for name in names))
+
+
+def cmu_arctic(data: Path, voices: tuple[str, ...] = ("slt",)) -> None:
+    for voice in voices:
+        folder = data / "ARCTIC" / f"cmu_us_{voice}_arctic"
+        names = ["arctic_a0019", "arctic_a0020", "arctic_b0001", "arctic_b0540"]
+        for name in names:
+            clip(folder / "wav" / f"{name}.wav", 16000)
+        text(folder / "etc" / "txt.done.data", "".join(f"( {name} \"Not at this, 'Tom'.\" )\n" for name in names))
+
+
+def vctk(data: Path) -> None:
+    folder = data / "VCTK-Corpus-0.92"
+    for speaker, numbers in {"p225": (1, 20, 366), "p226": (1, 40), "p280": (1,), "s5": (1, 2)}.items():
+        for number in numbers:
+            name = f"{speaker}_{number:03d}"
+            text(folder / "txt" / speaker / f"{name}.txt", "Please call Stella.\n")
+            for microphone in ("mic1", "mic2") if speaker != "p280" else ("mic1",):
+                clip(folder / "wav48_silence_trimmed" / speaker / f"{name}_{microphone}.flac", 48000)
+    text(folder / "speaker-info.txt", "ID  AGE  GENDER  ACCENTS  REGION COMMENTS\n")
+
+
+def yesno(data: Path) -> None:
+    for number in range(11):
+        clip(data / "waves_yesno" / ("_".join(f"{number:08b}") + ".wav"), 8000)
+    text(data / "waves_yesno" / "README", "Sixty recordings, of which these are eleven.\n")
+
+
+def libritts(data: Path) -> None:
+    for subset, readers in {"train-clean-100": ("103", "1034"), "dev-clean": ("84",)}.items():
+        for reader in readers:
+            for utterance in ("000001_000000", "000003_000002"):
+                name = data / "LibriTTS" / subset / reader / "1241" / f"{reader}_1241_{utterance}"
+                clip(Path(f"{name}.wav"), 24000)
+                text(Path(f"{name}.original.txt"), "matter")
+                text(Path(f"{name}.normalized.txt"), "matter")
+
+
+def digits(data: Path) -> None:
+    for speaker in ("george", "jackson"):
+        for digit in (0, 7):
+            for index in (0, 4, 5, 9, 10, 49):
+                clip(data / "recordings" / f"{digit}_{speaker}_{index}.wav", 8000, 0.25)
+
+
+MINIATURES = {
+    "ljspeech": ljspeech,
+    "tts": ljspeech,
+    "cmu_arctic": cmu_arctic,
+    "vctk": vctk,
+    "yesno": yesno,
+    "libritts": libritts,
+    "digits": digits,
+}
+
+# Corpus: names (without what is in front) that are held out, how many are trained on, and who speaks.
+EXPECTED = {
+    corpora.LJSpeech(): ("ljspeech", {"LJ001-0001.wav", "LJ002-0025.wav"}, 2, []),
+    corpora.CMUArctic(): ("cmu_arctic", {"arctic_a0020.wav", "arctic_b0540.wav"}, 2, ["slt"]),
+    corpora.VCTK(): ("vctk", {"p225_020_mic1.flac", "p226_040_mic1.flac"}, 6, ["p225", "p226", "p280", "s5"]),
+    corpora.VCTK("mic2"): ("vctk", {"p225_020_mic2.flac", "p226_040_mic2.flac"}, 5, ["p225", "p226", "s5"]),
+    corpora.YesNo(): ("yesno", {"0_0_0_0_1_0_0_1.wav"}, 10, []),
+    corpora.LibriTTS(): (
+        "libritts",
+        {"84_1241_000001_000000.wav", "84_1241_000003_000002.wav"},
+        4,
+        ["103", "1034", "84"],
+    ),
+    corpora.Digits(): (
+        "digits",
+        {f"{digit}_{speaker}_{index}.wav" for digit in (0, 7) for speaker in ("george", "jackson") for index in (5, 9)},
+        8,
+        ["george", "jackson"],
+    ),
+}
+
+
+def config(data: Path, out: Path, **settings) -> TrainConfig:
+    return TrainConfig(data=str(data), out=str(out), **settings)
+
+
+@pytest.mark.parametrize("corpus", EXPECTED, ids=str)
+def test_a_corpus_is_listed_as_it_is_laid_out(tmp_path: Path, corpus: corpora.PublishedCorpus):
+    """Every clip is found, held out by the rule and of the right speaker, as a run reads it; the data stay as is."""
+    miniature, held_out, trained_on, speakers = EXPECTED[corpus]
+    MINIATURES[miniature](tmp_path / "data")
+    before = sorted((tmp_path / "data").rglob("*"))
+    listed = corpora.listed(corpus, config(tmp_path / "data", tmp_path / "runs" / "x"))
+    assert listed.data == str(tmp_path / "runs" / "x.csv")
+    assert listed.out == str(tmp_path / "runs" / "x")
+    opened = open_corpus(listed.data, sample_rate=16000)
+    assert opened.bad == []
+    assert {Path(recording.name).name for recording in opened.validation} == held_out
+    assert len(opened.train) == trained_on
+    assert opened.speakers == speakers
+    for recording in opened.train + opened.validation:
+        assert recording.speaker is None or recording.speaker in recording.path.as_posix()
+    assert sorted((tmp_path / "data").rglob("*")) == before
+
+
+def test_voices_of_arctic_share_what_is_held_out(tmp_path: Path):
+    cmu_arctic(tmp_path, ("bdl", "slt"))
+    clips = corpora.CMUArctic(("slt", "bdl")).clips(tmp_path)
+    assert {(clip.speaker, clip.path.stem) for clip in clips if clip.split == "validation"} == {
+        (voice, name) for voice in ("slt", "bdl") for name in ("arctic_a0020", "arctic_b0540")
+    }
+    assert len(clips) == 8
+
+
+def test_nothing_is_chosen_on_the_test_digits(tmp_path: Path):
+    digits(tmp_path)
+    clips = corpora.Digits().clips(tmp_path)
+    tested = {int(clip.path.stem.split("_")[2]) for clip in clips if clip.split == "test"}
+    assert tested == {0, 4}
+    clip(tmp_path / "recordings" / "seven.wav", 8000)
+    with pytest.raises(ValueError, match=r"seven\.wav is not named as digits are: DIGIT_SPEAKER_INDEX\.wav"):
+        corpora.Digits().clips(tmp_path)
+
+
+@pytest.mark.parametrize("corpus", EXPECTED, ids=str)
+def test_a_missing_corpus_is_said_with_how_to_get_it(tmp_path: Path, corpus: corpora.PublishedCorpus):
+    with pytest.raises(FileNotFoundError) as refusal:
+        corpora.listed(corpus, config(tmp_path / "data", tmp_path / "runs" / "x"))
+    said = str(refusal.value)
+    assert f"{tmp_path / 'data'} holds no {corpus.folder(corpus.parts()[0])}" in said
+    assert corpus.size(corpus.parts()) in said
+    assert ("--download" in said) is (corpus.get is None)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_part_that_is_missing_is_named_with_its_own_size(tmp_path: Path):
+    libritts(tmp_path)
+    with pytest.raises(
+        FileNotFoundError, match=r"no LibriTTS/train-clean-360 \(LibriTTS\): --download gets it, 28 GB;"
+    ):
+        corpora.LibriTTS(("train-clean-100", "train-clean-360")).clips(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("miniature", "corpus", "lost"),
+    [
+        (ljspeech, corpora.LJSpeech(), "LJSpeech-1.1/metadata.csv"),
+        (cmu_arctic, corpora.CMUArctic(), "ARCTIC/cmu_us_slt_arctic/etc/txt.done.data"),
+    ],
+)
+def test_a_corpus_without_its_list(tmp_path: Path, miniature, corpus: corpora.PublishedCorpus, lost: str):
+    miniature(tmp_path)
+    (tmp_path / lost).unlink()
+    with pytest.raises(FileNotFoundError, match="is not laid out as") as refusal:
+        corpus.clips(tmp_path)
+    assert str(tmp_path / lost) in str(refusal.value)
+
+
+def test_an_empty_corpus(tmp_path: Path):
+    (tmp_path / "waves_yesno").mkdir()
+    with pytest.raises(ValueError, match="lists no recordings"):
+        corpora.YesNo().clips(tmp_path)
+
+
+def test_unknown_parts_are_refused():
+    with pytest.raises(ValueError, match="voices: 'xyz' is none of aew, "):
+        corpora.CMUArctic(("slt", "xyz"))
+    with pytest.raises(ValueError, match="'dev-clean' is none of train-clean-100, train-clean-360, train-other-500"):
+        corpora.LibriTTS(("dev-clean",))
+    with pytest.raises(ValueError, match="subsets is empty"):
+        corpora.LibriTTS(())
+    with pytest.raises(ValueError, match="microphone: 'mic3'"):
+        corpora.VCTK("mic3")
+
+
+def test_speakers_that_are_not_trained_on_are_not_told_apart(tmp_path: Path):
+    libritts(tmp_path / "data")
+    with pytest.raises(ValueError, match=r"\(84, say\)"):
+        corpora.listed(corpora.LibriTTS(), config(tmp_path / "data", tmp_path / "x", speakers=True))
+    vctk(tmp_path / "data")
+    corpora.listed(corpora.VCTK(), config(tmp_path / "data", tmp_path / "x", speakers=True))
+
+
+def test_a_manifest_is_never_replaced_unasked(tmp_path: Path):
+    """The same list is left alone, another one refused, kept by `resume`, replaced by `overwrite`."""
+    yesno(tmp_path / "data")
+    given = config(tmp_path / "data", tmp_path / "x")
+    manifest = tmp_path / "x.csv"
+    corpora.listed(corpora.YesNo(), given)
+    written = manifest.read_bytes()
+    os.utime(manifest, (1, 1))
+    corpora.listed(corpora.YesNo(), given)
+    assert manifest.stat().st_mtime == 1
+    manifest.write_text("path\nmine.wav\n")
+    with pytest.raises(FileExistsError, match=r"x\.csv exists and lists something else"):
+        corpora.listed(corpora.YesNo(), given)
+    resumed = corpora.listed(corpora.YesNo(), config(tmp_path / "data", tmp_path / "x", resume=True))
+    assert resumed.data == str(manifest)
+    assert manifest.read_text() == "path\nmine.wav\n"
+    corpora.listed(corpora.YesNo(), config(tmp_path / "data", tmp_path / "x", overwrite=True))
+    assert manifest.read_bytes() == written
+
+
+def test_a_manifest_as_data_is_taken_as_it_is(tmp_path: Path):
+    (tmp_path / "mine.csv").write_text("path\nmine.wav\n")
+    given = config(tmp_path / "mine.csv", tmp_path / "x")
+    assert corpora.listed(corpora.YesNo(), given) == given
+    assert not (tmp_path / "x.csv").exists()
+
+
+def test_a_manifest_finds_its_recordings_through_links(tmp_path: Path):
+    """Data and runs on other disks, linked to: `..` does not go where the name seems to say."""
+    yesno(tmp_path / "disk" / "a" / "b" / "data")
+    (tmp_path / "scratch" / "runs").mkdir(parents=True)
+    (tmp_path / "data").symlink_to(tmp_path / "disk" / "a" / "b" / "data")
+    (tmp_path / "runs").symlink_to(tmp_path / "scratch" / "runs")
+    listed = corpora.listed(corpora.YesNo(), config(tmp_path / "data", tmp_path / "runs" / "x"))
+    assert open_corpus(listed.data, sample_rate=8000).bad == []
+    assert not any(line.startswith("/") for line in Path(listed.data).read_text().splitlines())
+
+
+class Fetched(corpora.YesNo):
+    """Its downloads are made here: torchaudio's class is tested by torchaudio."""
+
+    breaks: BaseException | None = None
+
+    def dataset(self, data: Path, part: str, download: bool = False):
+        if download:
+            yesno(data)
+            if self.breaks is not None:
+                raise self.breaks
+        return super().dataset(data, part)
+
+
+def test_download_gets_what_is_missing_and_no_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    data = tmp_path / "new" / "data"
+    assert Fetched().download(data) == [data / "waves_yesno"]
+    assert len(Fetched().clips(data)) == 11
+    monkeypatch.setattr(Fetched, "breaks", RuntimeError("must not be called"))
+    assert Fetched().download(data) == [data / "waves_yesno"]
+
+
+@pytest.mark.parametrize(
+    ("broken", "raised", "said"),
+    [
+        (RuntimeError("invalid hash value"), OSError, "YesNo cannot be downloaded to .*: invalid hash value"),
+        (KeyboardInterrupt(), KeyboardInterrupt, "^$"),
+    ],
+)
+def test_a_broken_download_leaves_nothing_that_looks_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: BaseException, raised: type[BaseException], said: str
+):
+    monkeypatch.setattr(Fetched, "breaks", broken)
+    (tmp_path / "mine.wav").touch()
+    with pytest.raises(raised, match=said):
+        Fetched().download(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.wav"]
+
+
+def test_download_is_a_flag_of_a_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
+    """It gets the corpus and stops; many processes at once are refused; what torchaudio cannot get has no such flag."""
+
+    def status(corpus: corpora.PublishedCorpus, *flags: str) -> int:
+        monkeypatch.setattr("sys.argv", ["train.py", *flags])
+        with pytest.raises(SystemExit) as stop:
+            cli.recipe(config(tmp_path / "data", tmp_path / "x"), "Train.", corpus)
+        assert isinstance(stop.value.code, int)
+        return stop.value.code
+
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert status(Fetched(), "--download") == 1
+    assert "without torchrun" in capsys.readouterr().err
+    monkeypatch.delenv("WORLD_SIZE")
+    assert list(tmp_path.iterdir()) == []
+    assert status(Fetched(), "--download") == 0
+    assert f"{tmp_path / 'data' / 'waves_yesno'} is there" in capsys.readouterr().out
+    assert [path.name for path in tmp_path.iterdir()] == ["data"]
+    assert status(corpora.Digits(), "--download") == 2
