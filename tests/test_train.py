@@ -197,10 +197,8 @@ def test_a_damaged_last_state_is_named_and_the_one_before_it_taken(tones, tmp_pa
     assert_same_state(state_of(straight), state_of(out))
     assert timeless_rows(straight) == timeless_rows(out)
     assert state_names(out) == state_names(straight)
-    histories = [json.loads((o / "train.json").read_text())["history"] for o in (straight, out)]
-    assert [[(e["step"], e["bits"]) for e in history] for history in histories][0] == [
-        (e["step"], e["bits"]) for e in histories[1]
-    ]
+    expected, found = (json.loads((o / "train.json").read_text())["history"] for o in (straight, out))
+    assert [(e["step"], e["bits"]) for e in expected] == [(e["step"], e["bits"]) for e in found]
     for name in ("best", "last"):
         assert (out / name / "model.safetensors").read_bytes() == (straight / name / "model.safetensors").read_bytes()
 
