@@ -136,6 +136,9 @@ def main() -> int:
             child.start()
             return child
 
+        warm = context.Process(target=tones, args=(root / "warm",))  # the imports, which are no part of a run
+        warm.start()
+        warm.join()
         began = time.monotonic()
         child = start(root / "straight", 0)
         child.join()

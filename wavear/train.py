@@ -311,7 +311,7 @@ def train(config: TrainConfig) -> TrainResult:
             "speakers": speakers,
         },
     }
-    with _quiet():
+    with _quiet(), torch.random.fork_rng(devices=[]):
         return fit(config, corpus, speakers, model, record, say)
 
 
