@@ -389,7 +389,7 @@ def test_an_item_depends_on_seed_and_number_only(folder):
     assert len({item["waveform"].tobytes() for item in first}) > 15
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, 1, 2])
 def test_batches_do_not_depend_on_the_workers(folder, workers):
     recordings = open_corpus(folder, sample_rate=RATE).train
     _, layout = layout_of(512)
@@ -453,7 +453,7 @@ def test_a_file_that_breaks_later_is_skipped_and_reported(folder, tmp_path):
     _, layout = layout_of(512)
     stream = Segments([*recordings, gone], layout)
     batch = collate([stream[i] for i in range(30)])
-    assert [name for name, _ in batch.skipped] == ["gone.wav"]
+    assert {name for name, _ in batch.skipped} == {"gone.wav"}
     assert (batch.source < len(recordings)).all()
     for index in range(30):  # a worker that has not met the file draws the same
         assert items_equal(Segments([*recordings, gone], layout)[index], stream[index])

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 
 import wavear
 from wavear import audio
@@ -77,8 +78,9 @@ def config_of(tones, tmp_path, **settings: Any) -> TrainConfig:
 
 def state_of(out: Path) -> dict:
     from wavear.training.state import load_state
+    from wavear.training.states import state_paths
 
-    return load_state(out / "resume.safetensors")
+    return load_state(state_paths(out)[0])
 
 
 def assert_same_state(a: dict, b: dict) -> None:
@@ -146,6 +148,111 @@ def test_a_resumed_run_equals_one_never_stopped(tones, tmp_path, accumulate):
     assert_same_state(state_of(tmp_path / "straight" / "run"), state_of(tmp_path / "parts" / "run"))
     record = json.loads((tmp_path / "parts" / "run" / "train.json").read_text())
     assert [entry["step"] for entry in record["history"]] == [0, 6]
+    assert timeless_rows(tmp_path / "straight" / "run") == timeless_rows(tmp_path / "parts" / "run")
+
+
+def timeless_rows(out: Path) -> list[dict[str, str]]:
+    with open(out / "metrics.csv", newline="", encoding="utf-8") as file:
+        return [
+            {k: v for k, v in row.items() if k not in ("seconds", "samples_per_second")} for row in csv.DictReader(file)
+        ]
+
+
+def state_names(out: Path) -> list[str]:
+    return sorted(path.name for path in (out / "states").iterdir())
+
+
+def test_killed_runs_end_as_one_never_killed():
+    """SIGKILL at random moments, in a process of its own: the program that makes the figure of docs/training.md."""
+    program = Path(wavear.__file__).parents[1] / "bench" / "kills.py"
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(program.parents[1])}
+    command = [sys.executable, str(program), "--kills", "3", "--per-run", "3", "--steps", "14"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
+    assert "3 kills" in done.stdout
+    assert "equal to the uninterrupted one" in done.stdout
+    assert "differs" not in done.stdout
+
+
+def test_a_damaged_last_state_is_named_and_the_one_before_it_taken(tones, tmp_path, capsys):
+    settings = {"max_steps": 9, "checkpoint_every": 2, "validate_every": 4, "keep_last": 2}
+    train(config_of(tones, tmp_path / "straight", **settings))
+    straight = tmp_path / "straight" / "run"
+    assert state_names(straight) == ["step-00000008.safetensors", "step-00000009.safetensors"]  # two, and no more
+    with interrupt_at_step(7):
+        train(config_of(tones, tmp_path / "parts", **settings))
+    out = tmp_path / "parts" / "run"
+    last = out / "states" / "step-00000007.safetensors"
+    whole = bytearray(last.read_bytes())
+    whole[-200] ^= 1  # one bit, which safetensors itself does not notice
+    last.write_bytes(whole)
+    with (out / "metrics.csv").open("a") as file:
+        file.write("8,1.0,2.0,,0.1,0.1,5.0\n5")  # rows after the state, the last half-written
+    (out / "states" / ".wavear-0.tmp").write_text("half a state")
+    (out / "last" / "model.safetensors").unlink()
+    capsys.readouterr()
+    train(config_of(tones, tmp_path / "parts", resume=True, **settings | {"progress": True}))
+    said = capsys.readouterr().out
+    assert "step-00000007.safetensors is damaged: its bytes are not those that were written" in said
+    assert "going on from step 6" in said
+    assert_same_state(state_of(straight), state_of(out))
+    assert timeless_rows(straight) == timeless_rows(out)
+    assert state_names(out) == state_names(straight)
+    expected, found = (json.loads((o / "train.json").read_text())["history"] for o in (straight, out))
+    assert [(e["step"], e["bits"]) for e in expected] == [(e["step"], e["bits"]) for e in found]
+    for name in ("best", "last"):
+        assert (out / name / "model.safetensors").read_bytes() == (straight / name / "model.safetensors").read_bytes()
+
+
+def test_a_run_of_the_first_layout_is_resumed(tones, tmp_path):
+    train(config_of(tones, tmp_path / "straight", max_steps=6))
+    with interrupt_at_step(3):
+        train(config_of(tones, tmp_path / "parts", max_steps=6))
+    out = tmp_path / "parts" / "run"
+    from wavear.training.state import load_state, save_state
+
+    (path,) = [p for p in (out / "states").iterdir() if "3" in p.name]
+    old = load_state(path)
+    del old["run"]
+    save_state(old, out / "resume.safetensors")
+    for path in (out / "states").iterdir():
+        path.unlink()
+    train(config_of(tones, tmp_path / "parts", max_steps=6, resume=True, keep_last=1))
+    assert_same_state(state_of(tmp_path / "straight" / "run"), state_of(out))
+    assert not (out / "resume.safetensors").exists()  # `keep_last` counts it
+
+
+def test_a_run_killed_before_its_first_state_begins_anew(tones, tmp_path):
+    train(config_of(tones, tmp_path / "straight", max_steps=3))
+    train(config_of(tones, tmp_path / "killed", max_steps=3))
+    out = tmp_path / "killed" / "run"
+    for path in (out / "states").iterdir():
+        path.unlink()
+    train(config_of(tones, tmp_path / "killed", max_steps=3, resume=True))
+    assert_same_state(state_of(tmp_path / "straight" / "run"), state_of(out))
+    assert timeless_rows(tmp_path / "straight" / "run") == timeless_rows(out)
+
+
+def test_what_is_random_in_a_step_depends_on_seed_and_step(tones, tmp_path, monkeypatch):
+    """Dropout, say, which draws from torch's own generator; and the caller's generator is as it was."""
+    from wavear.training import module
+
+    real = module.crop_loss
+
+    def dropping(*arguments):
+        losses, mask = real(*arguments)
+        return torch.nn.functional.dropout(losses, 0.5), mask
+
+    monkeypatch.setattr(module, "crop_loss", dropping)
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    train(config_of(tones, tmp_path / "straight"))
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(6)
+    with interrupt_at_step(2):
+        train(config_of(tones, tmp_path / "parts"))
+    train(config_of(tones, tmp_path / "parts", resume=True))
+    assert_same_state(state_of(tmp_path / "straight" / "run"), state_of(tmp_path / "parts" / "run"))
 
 
 class interrupt_at_step:
@@ -243,20 +350,68 @@ def test_a_device_that_is_not_there_is_refused(tones, tmp_path, device):
         train(config_of(tones, tmp_path, device=device))
 
 
-def test_a_loss_that_is_no_number_ends_the_run(tones, tmp_path, monkeypatch):
+@pytest.mark.parametrize("gradient_only", [False, True], ids=["loss", "gradient"])
+def test_a_step_that_is_no_number_ends_the_run_before_it(tones, tmp_path, monkeypatch, gradient_only):
     from wavear.training import module
 
     real = module.crop_loss
 
-    def broken(*arguments):
-        losses, mask = real(*arguments)
-        return losses * math.nan, mask
+    def broken(model, batch, *others):
+        losses, mask = real(model, batch, *others)
+        calls.append(batch)
+        factor = torch.tensor([[1.0], [math.nan]]) if len(calls) == 3 else 1.0  # the second crop of step 3
+        if gradient_only and len(calls) == 3:
+            losses.register_hook(lambda gradient: gradient * math.inf)
+            factor = 1.0
+        return losses * factor, mask
 
+    calls = []
     monkeypatch.setattr(module, "crop_loss", broken)
-    with pytest.raises(ValueError, match=r"the loss became nan .* try a lower learning rate"):
-        train(config_of(tones, tmp_path))
-    assert not (tmp_path / "run" / "last").exists()
-    wavear.load(tmp_path / "run" / "best")  # that of step 0, whole
+    with pytest.raises(ValueError, match=r"step 3: the loss became .*lower learning rate") as caught:
+        train(config_of(tones, tmp_path, max_steps=6))
+    out = tmp_path / "run"
+    assert state_of(out)["global_step"] == 2  # which reads it, and so knows that all weights are numbers
+    for name in ("best", "last"):
+        wavear.load(out / name)  # likewise
+    (path,) = out.glob("bad-step-*")
+    assert path.name == "bad-step-00000003.safetensors"
+    with safe_open(path, framework="pt") as file:
+        crops = json.loads(file.metadata()["crops"])
+        assert torch.equal(file.get_tensor("padded_waveform"), calls[-1].waveform)
+        assert file.get_tensor("codes").shape == file.get_tensor("waveform").shape
+        source, start = file.get_tensor("source").tolist(), file.get_tensor("start").tolist()
+    recordings = open_corpus(tones, sample_rate=RATE).train
+    names = [f"{recordings[n].name} at {at / RATE:.2f} s" for n, at in zip(source, start, strict=True)]
+    assert sorted(crop.split(" (")[0] for crop in crops) == sorted(names)
+    assert all(crop in str(caught.value) for crop in crops)
+    if not gradient_only:
+        assert crops[0] == f"{names[1]} (nan bits)"  # the culprit first
+    monkeypatch.setattr(module, "crop_loss", real)
+    train(config_of(tones, tmp_path, max_steps=6, resume=True))
+    train(config_of(tones, tmp_path / "straight", max_steps=6))
+    assert_same_state(state_of(out), state_of(tmp_path / "straight" / "run"))
+
+
+def test_a_leap_of_the_loss_is_named_once(tones, tmp_path, monkeypatch, capsys):
+    from wavear.training import module
+
+    real, calls = module.crop_loss, []
+
+    def leaping(model, batch, *others):
+        losses, mask = real(model, batch, *others)
+        calls.append(batch)
+        return losses * (torch.tensor([[1.0], [9.0]]) if len(calls) in (25, 26, 29) else 1.0), mask
+
+    monkeypatch.setattr(module, "crop_loss", leaping)
+    train(config_of(tones, tmp_path, max_steps=30, progress=True))
+    spikes = json.loads((tmp_path / "run" / "train.json").read_text())["spikes"]
+    assert [spike["step"] for spike in spikes] == [25, 29]
+    recordings = open_corpus(tones, sample_rate=RATE).train
+    worst = recordings[int(calls[24].source[1])].name
+    assert spikes[0]["crops"][0].startswith(f"{worst} at ")
+    said = capsys.readouterr().out
+    assert said.count("the loss leaps") == 2
+    assert f"step 25: the loss leaps to {spikes[0]['bits']:.2f}" in said
 
 
 def test_bad_files_are_told_and_the_run_goes_on(tones, tmp_path, capsys):
@@ -531,12 +686,13 @@ def test_what_a_state_cannot_hold_is_named_and_leaves_the_old_one(tmp_path):
 
 def test_a_damaged_state_is_refused(tones, tmp_path):
     train(config_of(tones, tmp_path, max_steps=1))
-    path = tmp_path / "run" / "resume.safetensors"
+    first, path = [tmp_path / "run" / "states" / f"step-0000000{n}.safetensors" for n in (0, 1)]
+    first.unlink()
     path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(ValueError, match=r"resume\.safetensors is damaged or no training state"):
+    with pytest.raises(ValueError, match=r"holds no good state .*step-00000001\.safetensors is damaged or no training"):
         train(config_of(tones, tmp_path, max_steps=2, resume=True))
     path.write_bytes((tmp_path / "run" / "last" / "model.safetensors").read_bytes())
-    with pytest.raises(ValueError, match=r"resume\.safetensors is no training state: weights only"):
+    with pytest.raises(ValueError, match=r"step-00000001\.safetensors is no training state: weights only"):
         train(config_of(tones, tmp_path, max_steps=2, resume=True))
 
 

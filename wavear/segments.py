@@ -112,13 +112,15 @@ class Batch:
     """(B,), int64; 0 without speakers."""
     source: torch.Tensor
     """(B,), int64: the number of the recording."""
+    start: torch.Tensor
+    """(B,), int64: where in the recording the window begins."""
     skipped: list[tuple[str, str]]
     """Files that could not be read while this batch was drawn: name and reason."""
 
     def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
         """With `change` applied to every tensor."""
         return Batch(
-            *(change(t) for t in (self.waveform, self.frames, self.span, self.speaker, self.source)),
+            *(change(t) for t in (self.waveform, self.frames, self.span, self.speaker, self.source, self.start)),
             skipped=self.skipped,
         )
 
@@ -207,7 +209,6 @@ class Segments(torch.utils.data.Dataset):
         self.seed = seed
         self.redraw_below = redraw_below
         self.ends = np.cumsum([layout.length(r) for r in recordings], dtype=np.int64)
-        self.unreadable: dict[int, str] = {}
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         generator = np.random.Generator(np.random.Philox(key=np.array([self.seed, index], dtype=np.uint64)))
@@ -217,15 +218,13 @@ class Segments(torch.utils.data.Dataset):
             which, where = generator.random(2)
             source = int(np.searchsorted(self.ends, which * self.ends[-1], side="right"))
             recording = self.recordings[source]
-            if source in self.unreadable:
-                continue
             starts = self.layout.starts(recording)
             start = max(starts[int(where * len(starts))], 0)
             try:
                 waveform = read_crop(recording, self.layout, start)
             except (ValueError, OSError) as error:
-                self.unreadable[source] = reason(error, recording)
-                skipped.append((recording.name, self.unreadable[source]))
+                # Not remembered: what is drawn must not depend on what this worker met before.
+                skipped.append((recording.name, reason(error, recording)))
                 continue
             first = 0 if start == 0 else self.layout.receptive_field
             last = min(self.layout.window, self.layout.length(recording) - start)
@@ -235,7 +234,7 @@ class Segments(torch.utils.data.Dataset):
                     quiet += 1
                     continue
             return self.item(recording, source, start, first, last, waveform) | {"skipped": skipped}
-        raise ValueError(f"none of {_TRIES} files drawn could be read; the last: {list(self.unreadable.values())[-1]}")
+        raise ValueError(f"none of {_TRIES} files drawn could be read; the last: {skipped[-1][1]}")
 
     def item(self, recording: Recording, source: int, start: int, first: int, last: int, waveform: np.ndarray) -> dict:
         """One row of a `Batch`."""
@@ -245,6 +244,7 @@ class Segments(torch.utils.data.Dataset):
             "span": (first, last),
             "speaker": self.speakers[recording.speaker] if self.speakers and recording.speaker else 0,
             "source": source,
+            "start": start,
             "skipped": [],
         }
 
@@ -257,6 +257,7 @@ def collate(items: Sequence[dict[str, Any]]) -> Batch:
         torch.tensor([item["span"] for item in items]),
         torch.tensor([item["speaker"] for item in items]),
         torch.tensor([item["source"] for item in items]),
+        torch.tensor([item["start"] for item in items]),
         skipped=[bad for item in items for bad in item["skipped"]],
     )
 

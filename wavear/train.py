@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 import warnings
 from collections.abc import Iterator
@@ -35,7 +37,7 @@ class TrainConfig:
     """Recordings: a folder (WAV, FLAC, OGG, MP3, AIFF, at any depth), or a manifest (CSV or JSON lines with `path`, and
     optionally `start` and `duration` in seconds, `speaker`, `split`)."""
     out: str
-    """Directory of the run: best/ and last/ (checkpoints), resume.safetensors, train.json, metrics.csv, tensorboard/"""
+    """Directory of the run: best/, last/ (checkpoints), states/, train.json, metrics.csv, tensorboard/"""
     validation: str | None = None
     """A second folder or manifest, all of it held out; None: a part of `data` is."""
     validation_fraction: float = 0.05
@@ -139,8 +141,10 @@ class TrainConfig:
     """Seconds of free-running audio for TensorBoard, at some validations (3 % of the time at most); 0: none."""
     checkpoint_every: int = 1000
     """Steps between checkpoints of the whole state; every validation writes one too."""
+    keep_last: int = 3
+    """States to keep, so that a damaged one costs some steps and not the run."""
     resume: bool = False
-    """Go on with the run in `out`."""
+    """Go on with the run in `out`, from its last good state."""
     overwrite: bool = False
     """Replace the run in `out`."""
     progress: bool = True
@@ -151,7 +155,9 @@ class TrainConfig:
         object.__setattr__(self, "out", os.fspath(self.out))
         if self.validation is not None:
             object.__setattr__(self, "validation", os.fspath(self.validation))
-        least: dict[str, float] = dict.fromkeys(("segment", "batch_size", "accumulate", "checkpoint_every"), 1)
+        least: dict[str, float] = dict.fromkeys(
+            ("segment", "batch_size", "accumulate", "checkpoint_every", "keep_last"), 1
+        )
         least |= dict.fromkeys(
             ("warmup_steps", "weight_decay", "gradient_clip", "ema_decay", "sample_seconds", "input_noise"), 0
         )
@@ -288,6 +294,7 @@ def train(config: TrainConfig) -> TrainResult:
         progress=_bar if config.progress and writes else None,
     )
     speakers = corpus.speakers if config.speakers else []
+    _tell_changes(record, config, corpus, say)
     _describe(corpus, speakers, config.sample_rate, say)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
@@ -299,11 +306,12 @@ def train(config: TrainConfig) -> TrainResult:
         "data": {
             "train": _extent(corpus.train, config.sample_rate),
             "validation": _extent(corpus.validation, config.sample_rate),
+            "fingerprint": _fingerprint(corpus.train),
             "bad": dict(corpus.bad),
             "speakers": speakers,
         },
     }
-    with _quiet():
+    with _quiet(), torch.random.fork_rng(devices=[]):
         return fit(config, corpus, speakers, model, record, say)
 
 
@@ -312,10 +320,11 @@ def _open_directory(config: TrainConfig, writes: bool) -> dict[str, Any]:
     out = Path(config.out)
     if out.exists() and not out.is_dir():
         raise FileExistsError(f"{out} is a file: choose a directory for the run")
-    filled = out.is_dir() and any(out.iterdir())
+    # What a run killed before its first file leaves is nothing.
+    filled = out.is_dir() and any(not re.fullmatch(r"\.wavear-.*\.tmp", path.name) for path in out.iterdir())
     if config.resume:
-        if not (out / "resume.safetensors").is_file() or not (out / "train.json").is_file():
-            raise FileNotFoundError(f"{out} holds no run to resume (resume.safetensors and train.json)")
+        if not (out / "train.json").is_file():
+            raise FileNotFoundError(f"{out} holds no run to resume (no train.json)")
         try:
             return json.loads((out / "train.json").read_text(encoding="utf-8"))
         except ValueError as error:
@@ -325,10 +334,11 @@ def _open_directory(config: TrainConfig, writes: bool) -> dict[str, Any]:
             raise FileExistsError(f"{out} is not empty: choose another directory, or give --resume or --overwrite")
         if not (out / "train.json").is_file():
             raise FileExistsError(f"{out} holds no run of ours (no train.json): choose another directory")
-        for name in ("best", "last", "tensorboard"):
+        for name in ("best", "last", "states", "tensorboard"):
             shutil.rmtree(out / name, ignore_errors=True)
-        for name in ("resume.safetensors", "train.json", "metrics.csv"):
-            (out / name).unlink(missing_ok=True)
+        for path in (*out.glob("bad-step-*.safetensors"), *map(out.joinpath, ("resume.safetensors", "metrics.csv"))):
+            path.unlink(missing_ok=True)
+        (out / "train.json").unlink(missing_ok=True)  # the last: without it the rest would be no run of ours
     if writes:
         out.mkdir(parents=True, exist_ok=True)
     return {"history": []}
@@ -348,6 +358,29 @@ def _check_same_model(record: dict[str, Any], config: TrainConfig, model: WaveNe
         raise ValueError(f"{config.out} is a run of another model: {'; '.join(different)}")
     if (seed := record["config"].get("seed")) != config.seed:
         raise ValueError(f"{config.out} is a run with seed {seed}, now {config.seed}: resume with the same")
+
+
+_FREE = {"out", "resume", "overwrite", "progress", "workers", "keep_last", "checkpoint_every"}
+_FREE |= {name for name in TrainConfig.__dataclass_fields__ if name.startswith(("validat", "sample_s"))}
+_FREE |= {"data", "final_seconds", "baseline_seconds"}  # the data count by what is in them
+
+
+def _tell_changes(record: dict[str, Any], config: TrainConfig, corpus: Corpus, say: Any) -> None:
+    """Say what makes a resumed run another one than the run it goes on with."""
+    before, now = record.get("config", {}), dataclasses.asdict(config)
+    for name in sorted(now.keys() & before.keys() - _FREE):
+        if before[name] != now[name]:
+            say(f"from here on {name} is {now[name]!r}; it was {before[name]!r}")
+    if record.get("data", {}).get("fingerprint", _fingerprint(corpus.train)) != _fingerprint(corpus.train):
+        say("the training data are not those that the run began with: from here on it draws from these")
+
+
+def _fingerprint(recordings: list[Recording]) -> str:
+    """Of what the order of the data depends on."""
+    digest = hashlib.sha256()
+    for r in recordings:
+        digest.update(f"{r.name}|{r.start}|{r.frames}|{r.gain!r}|{r.speaker}\n".encode())
+    return digest.hexdigest()[:16]
 
 
 def _describe(corpus: Corpus, speakers: list[str], rate: int, say: Any) -> None:

@@ -26,11 +26,15 @@ from wavear.mel import MelConfig, log_mel
 from wavear.models.base import AutoregressiveModel
 from wavear.segments import Layout, read_span
 from wavear.training.bits import held_out_bits
+from wavear.training.faults import Spikes, crops_named, save_batch
 from wavear.training.module import TrainingModule
+from wavear.training.states import prune_states, state_path
 
 LOG_EVERY = 10  # steps
 _VALIDATION_SHARE = 0.05  # of the time, at most, for validations that are due by the clock
 _SAMPLING_SHARE = 0.03  # of the time, at most, for free-running samples
+_NAMED = 8  # crops of a batch that a message names
+_SPIKES = 100  # kept in train.json
 _COLUMNS: list[str] = [
     "step",
     "seconds",
@@ -72,11 +76,23 @@ class Run(L.Callback):
     validation : recordings that the curve of held-out bits is measured on
     speakers : names in the order of their numbers
     record : dict
-        Contents of `train.json`; `record["history"]` grows here.
+        Contents of `train.json`; `record["history"]` and `record["spikes"]` grow here.
+    train : recordings that the batches are drawn from
+    resumed : dict, optional
+        What `on_save_checkpoint` put into the state that the run goes on from.
     """
 
-    def __init__(self, config: Any, validation: Sequence[Recording], speakers: Sequence[str], record: dict[str, Any]):
+    def __init__(
+        self,
+        config: Any,
+        validation: Sequence[Recording],
+        speakers: Sequence[str],
+        record: dict[str, Any],
+        train: Sequence[Recording],
+        resumed: dict[str, Any] | None = None,
+    ):
         self.config = config
+        self.train = train
         self.out = Path(config.out)
         self.validation = validation
         self.speakers = speakers
@@ -87,7 +103,12 @@ class Run(L.Callback):
         """"steps", "time" or "interrupt"."""
         self._interrupted = False
         self._handlers: dict[int, Any] = {}
-        self._nats, self._samples, self._since = 0.0, 0, 0.0
+        resumed = resumed or {}
+        # Since the last row of metrics.csv; kept in the state, so that a resumed run writes the same rows.
+        self._nats, self._samples = float(resumed.get("nats", 0.0)), int(resumed.get("samples", 0))
+        self._spikes = Spikes(resumed.get("recent", ()), resumed.get("inside", False))
+        self._since, self._counted = 0.0, 0
+        self.began = False
         self._validated_at, self._validation_cost, self._sampling_cost = 0.0, 0.0, 0.0
         self._rate = 0.0
 
@@ -98,12 +119,15 @@ class Run(L.Callback):
         module = _training(pl_module)
         module.began = time.monotonic()
         self._catch_interrupts()
-        if trainer.is_global_zero:
-            self._trim_csv(trainer.global_step)
+        self.began = True
         history = self.record["history"]
+        if trainer.is_global_zero:
+            self._trim_csv(trainer.global_step if history else -1)
         if not history:
             self._validate(trainer, module)
+            self._save(trainer, module)
         else:
+            self.save_last(trainer, module)
             self._show(bits=history[-1]["bits"])
         self._validated_at = self._since = time.monotonic()
 
@@ -135,6 +159,8 @@ class Run(L.Callback):
         module, config, step = _training(pl_module), self.config, trainer.global_step
         for name, reason in batch.skipped:
             self._skip(trainer, name, reason)
+        if not module.last["good"]:
+            self._stop_at(trainer, module, batch)
         elapsed, interrupted = self._agree(trainer, module.elapsed, self._interrupted)
         if config.max_steps is not None and step >= config.max_steps:
             self.stopped_by = "steps"
@@ -142,19 +168,47 @@ class Run(L.Callback):
             self.stopped_by = "time"
         elif interrupted:
             self.stopped_by = "interrupt"
-        self._nats = self._nats + module.last["nats"]
-        self._samples = self._samples + module.last["samples"]
+        self._nats += module.last["nats"]
+        self._samples += module.last["samples"]
+        self._counted += module.last["samples"]
+        self._name_spike(trainer, module, batch)
         last = self.stopped_by is not None
-        if step % LOG_EVERY == 0 or last:
+        if step % LOG_EVERY == 0 or (last and self.stopped_by != "interrupt"):
             self._log_training(trainer, module, step)
         validated = self._validation_due(trainer, step, last)
         if validated:
             self._validate(trainer, module)
         if validated or last or step % config.checkpoint_every == 0:
-            self._log_training(trainer, module, step)
             self._save(trainer, module)
         if last:
             trainer.should_stop = True
+
+    def _stop_at(self, trainer: L.Trainer, module: TrainingModule, batch: Any) -> None:
+        """Save the batch whose loss or gradient is no number, and the state before it; end the run."""
+        step, last = trainer.global_step + 1, module.last
+        process = f"-process-{trainer.global_rank}" if trainer.world_size > 1 else ""
+        path = self.out / f"bad-step-{step:08}{process}.safetensors"
+        classes = module.model.config.classes
+        crops = crops_named(batch, self.train, module.layout.sample_rate, last["crop_nats"])
+        save_batch(path, batch, module.layout, classes, step, last["crop_nats"], crops)
+        self._save(trainer, module)
+        bits = last["nats"] / max(last["samples"], 1) / math.log(2)
+        raise ValueError(
+            f"step {step}: the loss became {bits:.4g} bits and the gradient's norm {last['gradient_norm']:.4g}, which"
+            f" stops the run; the weights are those before this step. Its batch ({path}): {_some(crops)}."
+            f" Resume with a lower learning rate than {self.config.learning_rate:g}, or precision 32"
+        )
+
+    def _name_spike(self, trainer: L.Trainer, module: TrainingModule, batch: Any) -> None:
+        """Name the files of a batch whose loss leaps. Each process of several watches its share; the first writes."""
+        bits = module.last["nats"] / max(module.last["samples"], 1) / math.log(2)
+        usual = self._spikes.step(bits)
+        if usual is None or not trainer.is_global_zero:
+            return
+        crops = crops_named(batch, self.train, module.layout.sample_rate, module.last["crop_nats"])
+        spike = {"step": trainer.global_step, "bits": round(bits, 5), "usual": round(usual, 5), "crops": crops}
+        self.record["spikes"] = [*self.record.get("spikes", []), spike][-_SPIKES:]
+        self.say(trainer, f"step {spike['step']}: the loss leaps to {bits:.2f} from {usual:.2f} bits: {_some(crops)}")
 
     def _agree(self, trainer: L.Trainer, elapsed: float, interrupted: bool) -> tuple[float, bool]:
         if trainer.world_size == 1:
@@ -191,18 +245,12 @@ class Run(L.Callback):
     # --- numbers
 
     def _log_training(self, trainer: L.Trainer, module: TrainingModule, step: int) -> None:
-        if isinstance(self._samples, int):  # nothing new
+        if self._samples == 0:  # nothing new
             return
-        samples = int(self._samples)
-        bits = float(self._nats) / max(samples, 1) / math.log(2)
-        if not math.isfinite(bits):
-            raise ValueError(
-                f"the loss became {bits} within the {LOG_EVERY} steps before step {step}:"
-                f" try a lower learning rate than {self.config.learning_rate:g}, or precision 32"
-            )
+        bits = self._nats / self._samples / math.log(2)
         now = time.monotonic()
-        self._rate = samples * trainer.world_size / max(now - self._since, 1e-9)
-        self._nats, self._samples, self._since = 0.0, 0, now
+        self._rate = self._counted * trainer.world_size / max(now - self._since, 1e-9)
+        self._nats, self._samples, self._counted, self._since = 0.0, 0, 0, now
         self._show(loss=bits)
         row = {
             "step": step,
@@ -236,12 +284,13 @@ class Run(L.Callback):
                     board.add_scalar(name, value, step)
 
     def _trim_csv(self, step: int) -> None:
-        """Drop rows of steps that are to be taken again."""
+        """Drop rows of steps that are to be taken again, and one that was being written when the run was killed."""
         path = self.out / "metrics.csv"
         if not path.exists():
             return
-        with path.open(newline="", encoding="utf-8") as file:
-            rows = [row for row in csv.DictReader(file) if row["step"].isdigit() and int(row["step"]) <= step]
+        lines = path.read_bytes().decode("utf-8", errors="replace").splitlines(keepends=True)
+        whole = csv.DictReader(line for line in lines if line.endswith("\n"))
+        rows = [row for row in whole if row["step"].isdigit() and int(row["step"]) <= step]
 
         def write(temporary: Path) -> None:
             with open(temporary, "w", newline="", encoding="utf-8") as file:
@@ -280,7 +329,27 @@ class Run(L.Callback):
         return described | ({} if bits is None else {"validation_bits": round(bits, 5)})
 
     def _save(self, trainer: L.Trainer, module: TrainingModule) -> None:
-        trainer.save_checkpoint(self.out / "resume.safetensors")  # every process takes part, one writes
+        path = state_path(self.out, trainer.global_step)
+        if trainer.is_global_zero:
+            path.parent.mkdir(exist_ok=True)
+        trainer.save_checkpoint(path)  # every process takes part, one writes
+        if trainer.is_global_zero:
+            prune_states(self.out, trainer.global_step, self.config.keep_last)
+        self.save_last(trainer, module)
+
+    @override
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        checkpoint["run"] = {
+            "history": self.record["history"],
+            "spikes": self.record.get("spikes", []),
+            "nats": self._nats,
+            "samples": self._samples,
+            "recent": self._spikes.recent,
+            "inside": self._spikes.inside,
+        }
+
+    def save_last(self, trainer: L.Trainer, module: TrainingModule) -> None:
+        """`last/` and `train.json`, of the state that was just written or read."""
         if trainer.is_global_zero:
             history = self.record["history"]
             bits = history[-1]["bits"] if history and history[-1]["step"] == trainer.global_step else None
@@ -346,6 +415,10 @@ def spectrogram(waveform: torch.Tensor, rate: int) -> np.ndarray:
     shade = np.clip((decibels - decibels.max()) / 80 + 1, 0, 1)
     picture = (matplotlib.colormaps["magma"](shade)[..., :3] * 255).astype(np.uint8)
     return picture.repeat(2, axis=0).repeat(2, axis=1)
+
+
+def _some(crops: list[str]) -> str:
+    return "; ".join(crops[:_NAMED]) + (f"; and {len(crops) - _NAMED} more" if len(crops) > _NAMED else "")
 
 
 def _training(module: L.LightningModule) -> TrainingModule:

@@ -23,6 +23,7 @@ from wavear.training.bits import Counts, baselines, held_out_bits, subset
 from wavear.training.callbacks import ProgressBar, Run
 from wavear.training.module import TrainingModule
 from wavear.training.state import StateIO
+from wavear.training.states import Found, last_good_state, sweep
 
 _STATISTICS_CROPS = 64  # random crops whose mels give each band's mean and deviation
 
@@ -53,6 +54,7 @@ class _Data(L.LightningDataModule):
             pin_memory=gpu,
             worker_init_fn=_ignore_interrupts,
             prefetch_factor=4 if workers else None,
+            generator=torch.Generator().manual_seed(self.config.seed),  # else it draws from that of everybody
         )
 
 
@@ -77,15 +79,23 @@ def fit(
     if config.batch_size % (world * config.accumulate):
         parts = f"{world} processes of {config.accumulate} parts each"
         raise ValueError(f"a batch of {config.batch_size} crops cannot be shared by {parts}: choose a multiple")
-    if not config.resume:
+    found = _resume(config, record, say) if config.resume else None
+    if found is None:
         fit_mel_statistics(model, segments)
     kind = _device_kind(config.device)
     bf16 = config.precision == "bf16" or (config.precision == "auto" and has_bf16(kind))
     module = TrainingModule(model, layout, config, torch.bfloat16 if bf16 else None)
-    run = Run(config, subset(corpus.validation, config.validation_seconds * config.sample_rate), speakers, record)
+    run = Run(
+        config,
+        subset(corpus.validation, config.validation_seconds * config.sample_rate),
+        speakers,
+        record,
+        corpus.train,
+        found.state.get("run") if found else None,
+    )
     run.skipped.update(corpus.bad)
     run.skipped.update(record.get("skipped", {}))
-    trainer = _trainer(config, kind, run, world)
+    trainer = _trainer(config, kind, run, world, found)
     ending = [] if config.max_steps is None else [f"{config.max_steps} steps"]
     ending += [] if config.max_minutes is None else [f"{config.max_minutes:g} minutes"]
     parameters = sum(p.numel() for p in model.parameters())
@@ -96,11 +106,35 @@ def fit(
     if trainer.is_global_zero:
         run.write_record()
     try:
-        path = Path(config.out) / "resume.safetensors" if config.resume else None
-        trainer.fit(module, datamodule=_Data(segments, config), ckpt_path=path, weights_only=False)
+        path = found.path if found else None
+        devices = [trainer.strategy.root_device] if kind == "cuda" else []
+        with torch.random.fork_rng(devices=devices):
+            trainer.fit(module, datamodule=_Data(segments, config), ckpt_path=path, weights_only=False)
+        if not run.began:  # all steps had been taken already
+            run.save_last(trainer, module)
     finally:
         run.release()
     return _finish(config, corpus, speakers, layout, module, trainer, run, say)
+
+
+def _resume(config: TrainConfig, record: dict[str, Any], say: Any) -> Found | None:
+    """The last good state of the run in `out`, with `record` cut back to it; None if it was killed before the first."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        sweep(config.out)
+    found = last_good_state(config.out)
+    record.pop("held_out", None)
+    if found is None:
+        record |= {"history": [], "spikes": [], "seconds": 0.0}
+        say(f"{config.out} was stopped before its first state: it begins anew")
+        return None
+    for message in found.damaged:
+        say(f"{message}; the state before it is taken")
+    step, run = found.state["global_step"], found.state.get("run", {})
+    for name in ("history", "spikes"):
+        kept = run.get(name, [entry for entry in record.get(name, []) if entry["step"] <= step])
+        record[name] = list(kept)  # ours, and not the state's
+    say(f"going on from step {step} ({found.path})")
+    return found
 
 
 def _device_kind(device: str) -> str:
@@ -115,13 +149,14 @@ def _device_kind(device: str) -> str:
     return kind
 
 
-def _trainer(config: TrainConfig, kind: str, run: Run, world: int) -> L.Trainer:
+def _trainer(config: TrainConfig, kind: str, run: Run, world: int, found: Found | None) -> L.Trainer:
     number = config.device.partition(":")[2]
     if number and int(number) >= torch.cuda.device_count():
         raise ValueError(f"device is {config.device!r}, and there are {torch.cuda.device_count()} CUDA devices here")
     local = int(os.environ.get("LOCAL_WORLD_SIZE", world))
     devices: Any = [int(number)] if number and world == 1 else local
     bar = [ProgressBar(run)] if config.progress else []
+    hidden: Any = {"purge_step": found.state["global_step"] + 1} if found else {}  # points of steps to be taken again
     return L.Trainer(
         accelerator=kind,
         devices=devices,
@@ -132,9 +167,9 @@ def _trainer(config: TrainConfig, kind: str, run: Run, world: int) -> L.Trainer:
         max_epochs=-1,
         limit_val_batches=0,
         num_sanity_val_steps=0,
-        logger=TensorBoardLogger(config.out, name="tensorboard", version=""),
+        logger=TensorBoardLogger(config.out, name="tensorboard", version="", **hidden),
         callbacks=[run, *bar],
-        plugins=[StateIO()],
+        plugins=[StateIO({str(found.path): found.state} if found else None)],
         enable_checkpointing=False,
         enable_progress_bar=config.progress,
         enable_model_summary=False,

@@ -89,22 +89,39 @@ class TrainingModule(L.LightningModule):
         rate = learning_rate(self.global_step, self.progress, config.learning_rate, config.warmup_steps)
         for group in optimizer.param_groups:
             group["lr"] = rate
-        nats = torch.zeros((), dtype=torch.float64, device=self.device)
+        crops: list[torch.Tensor] = []
         samples = torch.zeros((), dtype=torch.int64, device=self.device)
-        # A function of seed, step and process, so that a resumed run has the noise of one never stopped.
+        # All that is random in a step is a function of seed, step and process, so that a resumed run has the noise of
+        # one never stopped: there is no state of a generator to be saved. `fit` gives the caller's back.
+        seed = ((config.seed * 1_000_003 + self.global_step) * 1024 + self.trainer.global_rank) % 2**63
+        torch.manual_seed(seed)
         noise = torch.Generator(self.device)
-        noise.manual_seed(((config.seed * 1_000_003 + self.global_step) * 1024 + self.trainer.global_rank) % 2**63)
+        noise.manual_seed(seed)
         for part in batch.split(config.accumulate):
             losses, mask = crop_loss(self.model, part, self.layout, self.compute_dtype, noise, config.input_noise)
             total = losses.sum()
             self.manual_backward(total / (len(batch.source) * self.layout.segment))
-            nats += total.detach()
+            crops.append(losses.detach().sum(1, dtype=torch.float64))
             samples += mask.sum()
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.gradient_clip or math.inf)
-        optimizer.step()
+        crop_nats = torch.cat(crops)
+        # One wait for the device: nothing may reach the weights before it is known to be a number.
+        nats, count, length = torch.stack([crop_nats.sum(), samples.double(), norm.double()]).tolist()
+        good = math.isfinite(nats) and math.isfinite(length)
+        if self.trainer.world_size > 1:
+            good = not self._agreed(float(not good))
+        if good:
+            optimizer.step()
+            self.update_average()
         optimizer.zero_grad()
-        self.update_average()
-        self.last = {"nats": nats, "samples": samples, "learning_rate": rate, "gradient_norm": norm}
+        self.last = {
+            "good": good,
+            "nats": nats,
+            "samples": int(count),
+            "crop_nats": crop_nats,
+            "learning_rate": rate,
+            "gradient_norm": length,
+        }
 
     @torch.no_grad()
     def update_average(self) -> None:

@@ -7,6 +7,7 @@ else: what it cannot write, it could not read back either.
 from __future__ import annotations
 
 import json
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from typing_extensions import override
 
 from wavear.files import replace_file
 
-_KEY = "wavear_state"
+_KEY, _SUM = "wavear_state", "wavear_crc32"
 
 
 def encode(value: Any, tensors: dict[str, torch.Tensor], where: str = "state") -> Any:
@@ -64,7 +65,16 @@ def save_state(state: dict[str, Any], path: str | Path) -> None:
 
     tensors: dict[str, torch.Tensor] = {}
     text = json.dumps(encode(state, tensors))
-    replace_file(path, lambda temporary: save_file(tensors, temporary, metadata={_KEY: text}))
+    metadata = {_KEY: text, _SUM: _checksum(text, tensors)}
+    replace_file(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
+
+
+def _checksum(text: str, tensors: dict[str, torch.Tensor]) -> str:
+    """CRC-32 of everything in a state: safetensors notices a file cut short, but not one whose bytes have changed."""
+    value = zlib.crc32(text.encode())
+    for name in sorted(tensors):
+        value = zlib.crc32(tensors[name].reshape(-1).view(torch.uint8).numpy(), zlib.crc32(name.encode(), value))
+    return f"{value:08x}"
 
 
 def load_state(path: str | Path) -> dict[str, Any]:
@@ -75,7 +85,7 @@ def load_state(path: str | Path) -> dict[str, Any]:
     FileNotFoundError
         If there is no such file.
     ValueError
-        If it is damaged, or not a training state.
+        If it is damaged, holds weights that are no numbers, or is not a training state.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -84,17 +94,36 @@ def load_state(path: str | Path) -> dict[str, Any]:
         raise FileNotFoundError(f"{path}: no training state to go on from")
     try:
         with safe_open(path, framework="pt") as file:
-            text = (file.metadata() or {}).get(_KEY)
+            metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dictionary)
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is damaged or no training state: {error}") from None
-    if text is None:
+    if (text := metadata.get(_KEY)) is None:
         raise ValueError(f"{path} is no training state: weights only")
-    return decode(json.loads(text), tensors)
+    if _SUM in metadata and metadata[_SUM] != _checksum(text, tensors):  # the first versions wrote none
+        raise ValueError(f"{path} is damaged: its bytes are not those that were written (CRC-32)")
+    try:
+        state = decode(json.loads(text), tensors)
+    except (ValueError, KeyError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from None
+    for name, tensor in state.get("state_dict", {}).items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise ValueError(f"{path} is of no use: {name} holds NaN or infinity")
+    return state
 
 
 class StateIO(CheckpointIO):
-    """Makes Lightning read and write its checkpoints with `save_state` and `load_state`."""
+    """Makes Lightning read and write its checkpoints with `save_state` and `load_state`.
+
+    Parameters
+    ----------
+    read : dict, optional
+        States by their path, read already; each is given away once.
+    """
+
+    def __init__(self, read: dict[str, dict[str, Any]] | None = None):
+        super().__init__()
+        self.read = read or {}
 
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
@@ -102,7 +131,7 @@ class StateIO(CheckpointIO):
 
     @override
     def load_checkpoint(self, path: Any, map_location: Any | None = None, weights_only: bool | None = None) -> dict:
-        return load_state(path)
+        return self.read.pop(str(path), None) or load_state(path)
 
     @override
     def remove_checkpoint(self, path: Any) -> None:
