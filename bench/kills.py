@@ -134,7 +134,7 @@ def main() -> int:
             "precision": arguments.precision,
         }
 
-        def start(out: Path, workers: int) -> multiprocessing.process.BaseProcess:
+        def start(out: Path, workers: int) -> Any:
             child = context.Process(target=attempt, args=(settings | {"out": str(out), "workers": workers},))
             child.start()
             return child

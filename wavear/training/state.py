@@ -73,7 +73,8 @@ def _checksum(text: str, tensors: dict[str, torch.Tensor]) -> str:
     """CRC-32 of everything in a state: safetensors notices a file cut short, but not one whose bytes have changed."""
     value = zlib.crc32(text.encode())
     for name in sorted(tensors):
-        value = zlib.crc32(tensors[name].reshape(-1).view(torch.uint8).numpy(), zlib.crc32(name.encode(), value))
+        content: Any = tensors[name].reshape(-1).view(torch.uint8).numpy()
+        value = zlib.crc32(content, zlib.crc32(name.encode(), value))
     return f"{value:08x}"
 
 
