@@ -737,6 +737,19 @@ def test_frames_of_another_convention_are_converted_as_they_come():
     assert b"".join(sink.written) == pcm16(wavear.generate(model, known, engine="reference")[0].numpy())
 
 
+@pytest.mark.parametrize("frames", [450, 60], ids=["after a second", "at the end"])
+def test_frames_that_cannot_be_right_are_told_once(frames):
+    """Sound has begun by then, and goes on; nothing is said of frames as the model expects them."""
+    model, mel = make(20), random_mel(frames) - 5.0
+    for values, wrong in ((mel, False), (mel * 20 / np.log(10), True)):
+        said: list[str] = []
+        sink = Kept()
+        source: Any = Slow(*cut(values.numpy().T.astype("<f4").tobytes(), 4000))
+        live.serve(model, source, sink, say=said.append)
+        assert sum("this looks like" in line or "cannot be right" in line for line in said) == wrong
+        assert sum(map(len, sink.written)) == 2 * frames * 20
+
+
 def test_a_stream_of_the_likeliest_code_warns():
     model = make()
     with pytest.warns(UserWarning, match="collapses to silence or to a tone"):

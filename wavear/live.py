@@ -15,10 +15,11 @@ import numpy as np
 import torch
 
 from wavear.generate.stream import Stream
-from wavear.judge import adapt_mel, describe_source
+from wavear.judge import adapt_mel, describe_source, judge_mel
 from wavear.mel import MelConfig
 
 _PIECE_SECONDS = 0.02  # of mel pushed at once at most, so that sound begins before a long mel is done
+_JUDGED_SECONDS = 1.0
 _AUDIBLE = 0.005  # seconds: a shorter gap is within what any player holds in store
 _MAGIC = b"\x93NUMPY"
 
@@ -179,6 +180,20 @@ def serve(
             say(f"warning: {line}")
         told.add(kind)
 
+    heard: list[np.ndarray] | None = [] if mel_source is None else None  # to be judged by their numbers
+
+    def judge(mel: np.ndarray | None) -> None:
+        """Once, when there is a second of frames, or no more of them: sound has begun, and goes on."""
+        nonlocal heard
+        if heard is None:
+            return
+        heard += [] if mel is None else [mel]
+        if heard and (mel is None or sum(part.shape[1] for part in heard) * frame >= _JUDGED_SECONDS):
+            verdict = judge_mel(np.concatenate(heard, axis=1), model)
+            if verdict.verdict == "wrong":
+                doubt(verdict.reason)
+            heard = None
+
     report = Report(sample_rate=rate)
     played = _Player(report, say, rate)
     step = max(1, int(_PIECE_SECONDS / frame))
@@ -209,6 +224,7 @@ def serve(
                 played.add(len(audio), ready, waited)
                 waited = 0.0
                 sink.write(pcm16(audio.numpy()))
+        judge(mel)
     sink.close()
     if isinstance(sink, Device) and sink.underflows:
         say(f"the sound device ran dry {sink.underflows} times")
