@@ -37,7 +37,7 @@ Written by `python bench/generation.py`; `wavear bench` measures one network in 
 - **error**: the largest difference of a log-probability from `forward` in float64, teacher-forced, over
   1,024 samples of 4 streams. **cost**: bits per sample lost against float64 on audio drawn from the model.
   The weights are random here; `wavear bench CHECKPOINT` tells the cost for trained ones.
-- Compare figures of one run: a virtual machine's cores drift, this one's by a factor of up to 1.6 from minute to minute.
+- Compare figures of one run: the cores of a virtual machine drift, here by a factor of up to 1.6 within minutes.
 """
 
 
