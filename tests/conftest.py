@@ -18,6 +18,12 @@ def _seeds() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def _environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Processes that tests start are those of a user: what fails when a buffer is flushed fails there too."""
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
+
+
 @pytest.fixture(scope="session")
 def data_dir() -> Path:
     """A folder with folders of real recordings, from the variable WAVEAR_TEST_DATA or beside the repository."""

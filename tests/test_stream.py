@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import io
 import itertools
@@ -780,8 +781,10 @@ def checkpoint(tmp_path_factory) -> Path:
 
 def begin(checkpoint: Path, *flags: str, environment: dict[str, str] | None = None) -> subprocess.Popen:
     command = [sys.executable, "-m", "wavear", "synthesize", str(checkpoint), "-", "--stream", "--engine", "reference"]
-    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
-    return subprocess.Popen([*command, *flags], bufsize=0, env={**os.environ, **(environment or {})}, **pipes)  # type: ignore[call-overload]
+    pipes: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    # Where the tests run in the background Ctrl-C is ignored, and a process inherits that.
+    pipes["preexec_fn"] = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    return subprocess.Popen([*command, *flags], bufsize=0, env={**os.environ, **(environment or {})}, **pipes)
 
 
 def read_line(process: subprocess.Popen) -> str:

@@ -98,16 +98,24 @@ def _guarded(run: Command) -> int:
     except KeyboardInterrupt:
         print("wavear: interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:
-        # Whoever read our output has gone; Python would complain once more when it flushes at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # whoever read our output has gone
+        _drop_unwritten()
         return 1
     except (ValueError, OSError) as error:
         if not _refused(error):
             raise
         from wavear.synthesize import one_line
 
+        _drop_unwritten()
         return _complain(one_line(error), 1)
+
+
+def _drop_unwritten() -> None:
+    """Forget output that nobody takes: Python would fail once more, and say so, when it flushes at exit."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _run(arguments: list[str]) -> int:
