@@ -93,7 +93,9 @@ def convert_mel(mel: Mel, source: MelConfig, target: MelConfig, *, ignore: Colle
     _check_bounds(x, source, target, ignore)
     if source.log_base != "none" and target.log_base != "none" and source.floor_mode == target.floor_mode == "clip":
         # A line from logarithm to logarithm: no exponential has to be taken, and none can overflow.
-        x = ((x - source.shift) / _slope(source)).clamp(min=math.log(target.floor)) * _slope(target) + target.shift
+        x = ((x - source.shift) / per_neper(source)).clamp(min=math.log(target.floor)) * per_neper(
+            target
+        ) + target.shift
         x = x if target.clip is None else x.clamp(*target.clip)
     else:
         x = _to_values(_to_bands(x, source), target)
@@ -101,15 +103,15 @@ def convert_mel(mel: Mel, source: MelConfig, target: MelConfig, *, ignore: Colle
     return x if isinstance(mel, torch.Tensor) else x.numpy()  # type: ignore[return-value]
 
 
-def _slope(config: MelConfig) -> float:
+def per_neper(config: MelConfig) -> float:
     """What a value gains when the natural logarithm of a band (or the band, where none is taken) gains one."""
-    per_neper = {"e": 1.0, "none": 1.0, "10": 1 / math.log(10), "db": 20 / config.power / math.log(10)}
-    return config.scale * per_neper[config.log_base]
+    factor = {"e": 1.0, "none": 1.0, "10": 1 / math.log(10), "db": 20 / config.power / math.log(10)}
+    return config.scale * factor[config.log_base]
 
 
 def _to_bands(x: torch.Tensor, config: MelConfig) -> torch.Tensor:
     """Values to what the bands were before the floor and the logarithm, as far as that is known."""
-    x = (x - config.shift) / _slope(config)
+    x = (x - config.shift) / per_neper(config)
     bands = x if config.log_base == "none" else x.exp()
     return bands - config.floor if config.floor_mode == "add" else bands
 
@@ -117,7 +119,7 @@ def _to_bands(x: torch.Tensor, config: MelConfig) -> torch.Tensor:
 def _to_values(bands: torch.Tensor, config: MelConfig) -> torch.Tensor:
     """Bands before the floor and the logarithm to values."""
     bands = bands.clamp(min=config.floor) if config.floor_mode == "clip" else bands.clamp(min=0.0) + config.floor
-    x = (bands if config.log_base == "none" else bands.log()) * _slope(config) + config.shift
+    x = (bands if config.log_base == "none" else bands.log()) * per_neper(config) + config.shift
     return x if config.clip is None else x.clamp(*config.clip)
 
 
@@ -127,7 +129,7 @@ def _check_bounds(x: torch.Tensor, source: MelConfig, target: MelConfig, ignore:
     Values at the bound of the quietest stand for any band from nothing to `end`, those at the bound of the loudest for
     any from `end` on: nothing is lost if the target has one value for all of these.
     """
-    near = abs(_slope(source)) * _NEAR
+    near = abs(per_neper(source)) * _NEAR
     zero, infinite = torch.zeros((), dtype=x.dtype), torch.full((), 1e12, dtype=x.dtype)  # audio makes some hundreds
     for what, field, extreme in (("quietest", "floor", zero), ("loudest", "clip", infinite)):
         if field in ignore or "clip" in ignore:
@@ -139,7 +141,7 @@ def _check_bounds(x: torch.Tensor, source: MelConfig, target: MelConfig, ignore:
         if not clipped and source.floor_mode == "add":  # below an added floor there are few digits left
             bound = _to_values(zero + source.floor, source)
         end = _to_bands(bound, source).clamp(min=0.0)
-        same = abs(_slope(target)) * (1e-9 if target.log_base == "none" else 1e-7)
+        same = abs(per_neper(target)) * (1e-9 if target.log_base == "none" else 1e-7)
         if torch.isclose(_to_values(end, target), _to_values(extreme, target), rtol=0, atol=same):
             continue
         rising = source.scale > 0

@@ -400,13 +400,12 @@ def _write(manifest: Path, clips: list[Clip], overwrite: bool) -> None:
 
 
 def _table(clips: list[Clip], base: str) -> str:
-    """CSV, with paths relative to the folder `base` so that data and runs can move together. Links are followed."""
-    folders = {folder: os.path.realpath(folder) for folder in {clip.path.parent for clip in clips}}
+    """CSV, with paths relative to the folder `base` so that data and runs can move together."""
     columns = ["path", "split", *(["speaker"] if any(clip.speaker for clip in clips) else [])]
     table = io.StringIO()
     writer = csv.writer(table, lineterminator="\n")
     writer.writerow(columns)
     for clip in clips:
-        path = Path(os.path.relpath(folders[clip.path.parent], base), clip.path.name)
+        path = Path(os.path.relpath(clip.path, base))
         writer.writerow([path.as_posix(), clip.split, clip.speaker][: len(columns)])
     return table.getvalue()

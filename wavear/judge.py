@@ -20,7 +20,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from wavear.convert import analysis_differences, convert_mel
+from wavear.convert import analysis_differences, convert_mel, per_neper
 from wavear.mel import MelConfig
 from wavear.mel_presets import PRESETS
 from wavear.models.base import AutoregressiveModel
@@ -253,10 +253,7 @@ def _judge_values(values: torch.Tensor, model: Any, config: MelConfig) -> MelVer
 
 def _line(config: MelConfig) -> tuple[float, float] | None:
     """Slope and shift from nepers to values; None where no logarithm is taken."""
-    if config.log_base == "none":
-        return None
-    per_neper = {"e": 1.0, "10": 1 / math.log(10), "db": 20 / config.power / math.log(10)}[config.log_base]
-    return config.scale * per_neper, config.shift
+    return None if config.log_base == "none" else (per_neper(config), config.shift)
 
 
 def _possible(config: MelConfig) -> tuple[float, float]:

@@ -9,6 +9,7 @@ from typing import Literal
 import numpy as np
 import torch
 
+from wavear.convert import per_neper
 from wavear.mel import MelConfig, log_mel
 
 Kind = Literal["silence", "constant", "loop", "noise", "clipping", "quieter", "louder"]
@@ -185,13 +186,11 @@ def _against_mel(x: np.ndarray, mel: torch.Tensor, config: MelConfig) -> list[Fi
     frames = min(len(x) // config.hop_length, mel.shape[1])
     if frames == 0 or config.log_base == "none":
         return []
-    per_neper = (
-        config.scale * {"e": 1.0, "10": 1 / math.log(10), "db": 20 / config.power / math.log(10)}[config.log_base]
-    )
+    unit = per_neper(config)
 
     def loudness(values: torch.Tensor) -> np.ndarray:
         """Of each frame, in nepers: all bands together, so that those near the floor count for little."""
-        return 0.5 * torch.logsumexp((values.double() - config.shift) / per_neper * (2 / config.power), dim=0).numpy()
+        return 0.5 * torch.logsumexp((values.double() - config.shift) / unit * (2 / config.power), dim=0).numpy()
 
     own = log_mel(torch.from_numpy(x)[None], config)[0, :, :frames]
     apart = loudness(own) - loudness(mel[:, :frames].cpu())

@@ -17,8 +17,7 @@ VALUES = TrainConfig(
     mel_hop_length=256,
     mel_n_fft=1024,
     mel_fmax=8000.0,
-    # LibriVox's readers have their own microphones and rooms, and levels.
-    normalise="none",
+    # Pauses do not fill the batches. Levels stay: the vocoder is to follow those of its mels.
     redraw_below=-60.0,
     layers=20,
     stacks=2,

@@ -54,37 +54,40 @@ def _sift(heap, logits, root, size):
 
 
 @numba.njit
-def _cutoff(logits, weights, heap, classes, total, top_k, top_p):
-    """The least likely code that stays, and the weight of all that stay, likeliest first."""
+def _pop(heap, logits, size):
+    """Take the likeliest of `size` codes off the heap."""
+    code = np.int64(heap[0])
+    heap[0] = heap[size - 1]
+    _sift(heap, logits, 0, size - 1)
+    return code
+
+
+@numba.njit
+def _fill(heap, logits, classes):
+    """All codes, as a heap."""
     for code in range(classes):
         heap[code] = code
     for root in range(classes // 2 - 1, -1, -1):
         _sift(heap, logits, root, classes)
-    size = classes
+
+
+@numba.njit
+def _cutoff(logits, weights, heap, classes, total, top_k, top_p):
+    """The least likely code that stays, and the weight of all that stay, likeliest first."""
     if top_p < 1.0 and top_k < classes:
-        # The share is one of what top_k leaves: that is summed up first, and the heap made anew.
+        # The share is one of what top_k leaves: that is summed up first.
         total = 0.0
-        for _ in range(top_k):
-            total += np.float64(_simd.load_float(weights + 4 * np.int64(heap[0])))
-            size -= 1
-            heap[0] = heap[size]
-            _sift(heap, logits, 0, size)
-        for code in range(classes):
-            heap[code] = code
-        for root in range(classes // 2 - 1, -1, -1):
-            _sift(heap, logits, root, classes)
-        size = classes
-    wanted = top_p * total
+        _fill(heap, logits, classes)
+        for taken in range(top_k):
+            total += np.float64(_simd.load_float(weights + 4 * _pop(heap, logits, classes - taken)))
+    _fill(heap, logits, classes)
     reached = 0.0
     last = np.int64(0)
-    for _ in range(top_k):
-        last = np.int64(heap[0])
+    for taken in range(top_k):
+        last = _pop(heap, logits, classes - taken)
         reached += np.float64(_simd.load_float(weights + 4 * last))
-        if top_p < 1.0 and reached >= wanted:
+        if top_p < 1.0 and reached >= top_p * total:
             break
-        size -= 1
-        heap[0] = heap[size]
-        _sift(heap, logits, 0, size)
     return last
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import mmap
 
 import numpy as np
-from torch import Tensor, nn
+from torch import Tensor
 
 LINE = 64
 _HUGE = 2 << 20
@@ -113,8 +113,3 @@ def round_to_bfloat16(values: np.ndarray) -> np.ndarray:
     bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
     rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
     return np.where(np.isnan(values), np.uint32(0x7FC0), rounded)
-
-
-def kernel1x1(layer: nn.Module) -> np.ndarray:
-    """(outputs, inputs) of a 1x1 convolution."""
-    return to_numpy(layer.weight)[:, :, 0]  # type: ignore[index, arg-type]
