@@ -188,7 +188,7 @@ def test_the_same_source_becomes_vector_code_elsewhere(triple, processor, lanes,
         pytest.skip(f"this LLVM has no such target: {error}")
     module = ir.Module()
     module.triple = triple
-    function = _simd.emitted(module, "tile", lanes, types.void, [types.int64] * 11, _simd._tile(rows, 2, False))
+    function = _simd.emitted(module, "tile", lanes, types.void, [types.int64] * 11, _simd._tile(rows, 2, _simd.FLOAT32))
     function.linkage = "external"
     machine = target.create_target_machine(cpu=processor, opt=3)
     parsed = llvm.parse_assembly(str(module))

@@ -26,7 +26,7 @@ from wavear.models.base import AutoregressiveModel
 from wavear.mulaw import mulaw_decode, mulaw_encode
 
 ENGINES = ("auto", "reference", "numba")
-WEIGHTS = ("float32", "bfloat16")
+WEIGHTS = ("float32", "bfloat16", "int8")
 _CHUNK = 2048  # samples per call of an engine: a fraction of a second, so that Ctrl-C and the progress bar are prompt
 _PARALLEL_CHUNK = 16384  # samples per forward of `score`, besides the receptive field in front of them
 

@@ -40,9 +40,9 @@ _AHEAD = 64  # samples that past taps are computed ahead, at most, for one strea
 _SPAN = 64  # samples that the conditioning is projected ahead, for one stream
 _TABLE = 4096  # classes up to which the first layer's products with the embedding are tabulated
 
-# Fields of a matrix: address of the packed weights, inputs, blocks, vectors in a block, 1 if bfloat16, and the address
-# of the kernel for one row.
-M_ADDRESS, M_INPUTS, M_BLOCKS, M_VECTORS, M_HALF, M_ROW, M_FIELDS = range(7)
+# Fields of a matrix: address of the packed weights, inputs, blocks, vectors in a block, kind of the weights, the address
+# of the kernel for one row, bytes of a block, bytes of the weights of one input in a block.
+M_ADDRESS, M_INPUTS, M_BLOCKS, M_VECTORS, M_KIND, M_ROW, M_SIZE, M_STEP, M_FIELDS = range(9)
 
 # Fields of a layer; matrices by their number. PAST is the first of the past taps, the oldest.
 (L_DILATION, L_AHEAD, L_SLOTS, L_RING, L_PAST, L_NOW, L_SKIP, L_RESIDUAL, L_CONDITION, L_BIAS, L_RESIDUAL_BIAS, L_Z,
@@ -58,6 +58,8 @@ M_ADDRESS, M_INPUTS, M_BLOCKS, M_VECTORS, M_HALF, M_ROW, M_FIELDS = range(7)
  N_GIVE_WAY, N_FUSED, N_FIELDS) = range(56)  # fmt: skip
 
 NO_CONDITION, CONSTANT_CONDITION, CONDITION = range(3)
+
+_KINDS = {"float32": _simd.FLOAT32, "bfloat16": _simd.BFLOAT16, "int8": _simd.INT8}
 
 _TALL2 = HEIGHTS[2]
 _TALL4 = HEIGHTS[4]
@@ -87,11 +89,8 @@ def _multiply_rows(matrix, rows, panel_rows, x, x_block, x_panel, bias, init, in
     weights = _simd.load_int(matrix + 8 * M_ADDRESS)
     inputs = _simd.load_int(matrix + 8 * M_INPUTS)
     vectors = _simd.load_int(matrix + 8 * M_VECTORS)
-    half = _simd.load_int(matrix + 8 * M_HALF)
-    kind = 16 * vectors + 256 * half
-    size = inputs * vectors * VECTOR_BYTES
-    if half:
-        size //= 2
+    kind = 16 * vectors + 256 * _simd.load_int(matrix + 8 * M_KIND)
+    size = _simd.load_int(matrix + 8 * M_SIZE)
     for _ in range(_simd.load_int(matrix + 8 * M_BLOCKS)):
         done = 0
         panel = 0
@@ -130,9 +129,7 @@ def _multiply_row(net, matrix, x, bias, init, out):
     inputs = _simd.load_int(address + 8 * M_INPUTS)
     kernel = _simd.load_int(address + 8 * M_ROW)
     block = _simd.load_int(address + 8 * M_VECTORS) * VECTOR_BYTES
-    size = inputs * block
-    if _simd.load_int(address + 8 * M_HALF):
-        size //= 2
+    size = _simd.load_int(address + 8 * M_SIZE)
     for _ in range(_simd.load_int(address + 8 * M_BLOCKS)):
         _simd.call6(kernel, weights, inputs, x, bias, init, out)
         weights += size
@@ -144,15 +141,12 @@ def _multiply_row(net, matrix, x, bias, init, out):
 def _multiply_sparse(matrix, count, values, offsets, init, out, unused):
     """out = init + matrix @ x for one row, given by its entries above zero."""
     weights = _simd.load_int(matrix + 8 * M_ADDRESS)
-    inputs = _simd.load_int(matrix + 8 * M_INPUTS)
     vectors = _simd.load_int(matrix + 8 * M_VECTORS)
-    half = _simd.load_int(matrix + 8 * M_HALF)
-    row = vectors * VECTOR_BYTES
-    if half:
-        row //= 2
+    kind = vectors + 256 * _simd.load_int(matrix + 8 * M_KIND)
+    size = _simd.load_int(matrix + 8 * M_SIZE)
     for _ in range(_simd.load_int(matrix + 8 * M_BLOCKS)):
-        _simd.sparse(vectors + 256 * half, weights, count, values, offsets, init, out)
-        weights += inputs * row
+        _simd.sparse(kind, weights, count, values, offsets, init, out)
+        weights += size
         init += vectors * VECTOR_BYTES
         out += vectors * VECTOR_BYTES
 
@@ -161,9 +155,7 @@ def _multiply_sparse(matrix, count, values, offsets, init, out, unused):
 def _rectified(net, matrix, x, bias, out):
     """out = bias + matrix @ relu(x) for one row, whose zeros, about half, are not multiplied nor their weights read."""
     address = net[N_MATRICES] + 8 * M_FIELDS * matrix
-    row = _simd.load_int(address + 8 * M_VECTORS) * VECTOR_BYTES
-    if _simd.load_int(address + 8 * M_HALF):
-        row //= 2
+    row = _simd.load_int(address + 8 * M_STEP)
     count = _simd.entries(x, _simd.load_int(address + 8 * M_INPUTS), row, net[N_VALUES], net[N_OFFSETS])
     _simd.call7(net[N_SPARSE], address, count, net[N_VALUES], net[N_OFFSETS], bias, out, 0)
 
@@ -469,8 +461,8 @@ def _run(net, layers, previous, uniforms, temperatures, codes, scores, condition
     return -1
 
 
-def _simd_row_address(vectors, half):
-    return _simd.row_address(vectors, half)
+def _simd_row_address(vectors, kind):
+    return _simd.row_address(vectors, kind)
 
 
 def _tabulate(multiply, matrix, rows, x, x_vectors, panels, zeros, out, out_row, start, unused):
@@ -532,7 +524,8 @@ class _Weights:
         self.region = region = Region()
         self.matrices: list[list[int]] = []
         self.weights = weights
-        self.half = weights == "bfloat16"
+        even = weights == "bfloat16"
+        kind = _KINDS[weights]
         residual, skip, head = config.residual_channels, config.skip_channels, config.head_channels
         taps = config.kernel_size
         self.ahead = [_ahead(dilation, group) for dilation in config.dilations]
@@ -542,8 +535,9 @@ class _Weights:
 
         def matrix(array: np.ndarray, rows: int, width: int | None = None) -> int:
             packed, blocks, vectors = pack(array, LANES, _width(rows) if width is None else width, weights)
-            row = kernels().row(vectors, int(self.half)) if vectors <= WIDEST else 0
-            self.matrices.append([region.put(packed), array.shape[1], blocks, vectors, int(self.half), row])
+            row = kernels().row(vectors, kind) if vectors <= WIDEST else 0
+            size, step = packed.nbytes // blocks, vectors * LANES * _simd.WEIGHT_BYTES[kind]
+            self.matrices.append([region.put(packed), array.shape[1], blocks, vectors, kind, row, size, step])
             return len(self.matrices) - 1
 
         def vector(array: np.ndarray, vectors: int, fill: float = 0.0) -> int:
@@ -552,7 +546,7 @@ class _Weights:
             return region.put(padded)
 
         def total(outputs: int, rows: int, width: int | None = None) -> int:
-            blocks, vectors = vectors_of(outputs, LANES, _width(rows) if width is None else width, self.half)
+            blocks, vectors = vectors_of(outputs, LANES, _width(rows) if width is None else width, even)
             return blocks * vectors
 
         def bounds(outputs: int) -> tuple[int, int]:
@@ -827,7 +821,8 @@ class NumbaEngine:
     batch : int
         Streams, at least 1.
     weights : str
-        "float32", or "bfloat16": the matrices rounded once to nearest, half the bytes to read; arithmetic in float32.
+        "float32"; "bfloat16": the matrices rounded once to nearest, half the bytes to read; "int8": whole numbers from
+        -127 to 127 with a scale for each output (of each tap), a quarter. Arithmetic is float32 always.
     threads : int, optional
         Cores to use; by default all that the process may run on, each for streams of its own. One stream runs on two
         cores only if it is asked for: they wait for each other some twenty times per sample, which pays on an idle
@@ -852,8 +847,8 @@ class NumbaEngine:
     ):
         if not isinstance(model, WaveNet):
             raise ValueError(f"engine 'numba' serves WaveNet, not {type(model).__name__}: use engine 'reference'")
-        if weights not in ("float32", "bfloat16"):
-            raise ValueError(f"weights is {weights!r}, it must be float32 or bfloat16")
+        if weights not in _KINDS:
+            raise ValueError(f"weights is {weights!r}, it must be one of {', '.join(_KINDS)}")
         if batch < 1:
             raise ValueError(f"batch is {batch}, it must be at least 1")
         if threads is not None and threads < 1:

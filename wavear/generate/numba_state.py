@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from wavear.generate._simd import LANES, VECTOR_BYTES
-from wavear.generate.packing import round_to_bfloat16
+from wavear.generate.packing import as_packed
 
 if TYPE_CHECKING:
     from wavear.generate.numba_cpu import NumbaEngine
@@ -59,9 +59,11 @@ def as_run(model: WaveNet, weights: str) -> WaveNet:
         return model
     model = copy.deepcopy(model).float()
     for name, parameter in model.named_parameters():
-        if weights == "bfloat16" and parameter.dim() == 2 and name.startswith(("blocks", "head")):
-            bits = round_to_bfloat16(parameter.detach().cpu().numpy()) << np.uint32(16)
-            parameter.data.copy_(torch.from_numpy(bits.view(np.float32)))
+        if parameter.dim() == 2 and name.startswith(("blocks", "head")):
+            # Each tap of a dilated convolution is a matrix of its own.
+            taps = model.config.kernel_size if name.endswith("dilated.weight") else 1
+            matrices = parameter.detach().cpu().numpy().reshape(len(parameter), taps, -1)
+            parameter.data.copy_(torch.from_numpy(as_packed(matrices, weights)).reshape(parameter.shape))
     return model
 
 
