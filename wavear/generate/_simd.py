@@ -288,17 +288,19 @@ def _read_weights(e: Emitter, address, vectors: int, kind: int) -> list:
     return w
 
 
-def _begin(e: Emitter, start, kind: int):
-    """A new chain, that begins with `start()`; where a scale comes at the end, with zero."""
+def _begin(e: Emitter, kind: int, start, *place: int):
+    """A new chain, that begins with `start(*place)`; where a scale comes at the end, with zero."""
     chain = e.b.alloca(e.vector)
-    e.b.store(e.f32(0.0) if kind == INT8 else start(), chain)
+    e.b.store(e.f32(0.0) if kind == INT8 else start(*place), chain)
     return chain
 
 
-def _end(e: Emitter, chain, start, kind: int, scales, vector: int):
-    """The value of a chain, whose block has its scales at `scales`."""
+def _end(e: Emitter, kind: int, chain, scales, start, *place: int):
+    """The value of a chain of that place, the last number of which is the vector in a block with these scales."""
     total = e.b.load(chain)
-    return e.fma(total, e.load(e.at(scales, vector * e.bytes)), start()) if kind == INT8 else total
+    if kind != INT8:
+        return total
+    return e.fma(total, e.load(e.at(scales, place[-1] * e.bytes)), start(*place))
 
 
 def _first_weight(e: Emitter, block, vectors: int, kind: int):
@@ -320,7 +322,7 @@ def _tile(rows: int, vectors: int, kind: int):
             row, vector = b.mul(init_row, ir.Constant(_I64, m)), b.mul(init_vector, ir.Constant(_I64, v))
             return b.fadd(e.load(e.at(init, b.add(row, vector))), e.load(e.at(bias, v * e.bytes)))
 
-        sums = [[_begin(e, lambda: start(m, v), kind) for v in range(vectors)] for m in range(rows)]  # noqa: B023
+        sums = [[_begin(e, kind, start, m, v) for v in range(vectors)] for m in range(rows)]
         pointer = b.alloca(_I64)
         b.store(_first_weight(e, weights, vectors, kind), pointer)
         step = vectors * e.lanes * WEIGHT_BYTES[kind]
@@ -336,9 +338,9 @@ def _tile(rows: int, vectors: int, kind: int):
         def several(source, count):
             def body(i):
                 address = b.load(pointer)
-                start = b.add(source, b.mul(i, ir.Constant(_I64, 4 * count)))
+                inputs_from = b.add(source, b.mul(i, ir.Constant(_I64, 4 * count)))
                 for k in range(count):
-                    one(e.at(address, k * step), start, k)
+                    one(e.at(address, k * step), inputs_from, k)
                 b.store(e.at(address, count * step), pointer)
 
             return body
@@ -357,7 +359,7 @@ def _tile(rows: int, vectors: int, kind: int):
                 address = e.at(
                     out, b.add(b.mul(out_row, ir.Constant(_I64, m)), b.mul(out_vector, ir.Constant(_I64, v)))
                 )
-                e.store(_end(e, sums[m][v], lambda: start(m, v), kind, weights, v), address)  # noqa: B023
+                e.store(_end(e, kind, sums[m][v], weights, start, m, v), address)
 
     return emit
 
@@ -375,12 +377,12 @@ def _sparse(vectors: int, kind: int):
         def start(v):
             return e.load(e.at(init, v * e.bytes))
 
-        sums = [_begin(e, lambda: start(v), kind) for v in range(vectors)]  # noqa: B023
+        sums = [_begin(e, kind, start, v) for v in range(vectors)]
         first_weight = _first_weight(e, weights, vectors, kind)
 
-        def several(start, count):
+        def several(begin, count):
             def body(i):
-                first = b.add(start, b.mul(i, ir.Constant(_I64, count)))
+                first = b.add(begin, b.mul(i, ir.Constant(_I64, count)))
                 for k in range(count):
                     position = e.at(first, k)
                     row = b.add(first_weight, e.load(b.add(offsets, b.mul(position, ir.Constant(_I64, 8))), _I64))
@@ -394,7 +396,7 @@ def _sparse(vectors: int, kind: int):
         done = b.and_(entries, ir.Constant(_I64, ~3))
         e.loop(b.sub(entries, done), several(done, 1))
         for v in range(vectors):
-            e.store(_end(e, sums[v], lambda: start(v), kind, weights, v), e.at(out, v * e.bytes))  # noqa: B023
+            e.store(_end(e, kind, sums[v], weights, start, v), e.at(out, v * e.bytes))
 
     return emit
 
@@ -453,16 +455,16 @@ def _row(vectors: int, kind: int):
         def start(v):
             return b.fadd(e.load(e.at(init, v * e.bytes)), e.load(e.at(bias, v * e.bytes)))
 
-        sums = [_begin(e, lambda: start(v), kind) for v in range(vectors)]  # noqa: B023
+        sums = [_begin(e, kind, start, v) for v in range(vectors)]
         first_weight = _first_weight(e, weights, vectors, kind)
         step = vectors * e.lanes * WEIGHT_BYTES[kind]
 
         def several(row, source, count):
             def body(i):
                 address = b.add(row, b.mul(i, ir.Constant(_I64, count * step)))
-                start = b.add(source, b.mul(i, ir.Constant(_I64, 4 * count)))
+                inputs_from = b.add(source, b.mul(i, ir.Constant(_I64, 4 * count)))
                 for k in range(count):
-                    value = e.splat(e.load(e.at(start, 4 * k), _F32))
+                    value = e.splat(e.load(e.at(inputs_from, 4 * k), _F32))
                     for v, w in enumerate(_read_weights(e, e.at(address, k * step), vectors, kind)):
                         b.store(e.fma(value, w, b.load(sums[v])), sums[v])
 
@@ -475,7 +477,7 @@ def _row(vectors: int, kind: int):
         )
         e.loop(b.sub(inputs, done), tail)
         for v in range(vectors):
-            e.store(_end(e, sums[v], lambda: start(v), kind, weights, v), e.at(out, v * e.bytes))  # noqa: B023
+            e.store(_end(e, kind, sums[v], weights, start, v), e.at(out, v * e.bytes))
 
     return emit
 
