@@ -158,7 +158,7 @@ def test_free_running_codes_equal_the_reference(config):
 GROUPINGS = [(1, 1), (2, 1), (2, 2), (3, 1), (3, 2), (5, 2), (12, 1), (13, 1), (29, 2), (75, 2)]
 
 
-@pytest.mark.parametrize("weights", ["float32", "bfloat16"])
+@pytest.mark.parametrize("weights", ["float32", "bfloat16", "int8"])
 @pytest.mark.parametrize(
     "config", [{}, {"kernel_size": 3, "residual_channels": 37, "layers": 6, "stacks": 1, "speakers": 2}]
 )
@@ -189,7 +189,7 @@ def test_a_stream_has_the_same_bits_in_every_batch_grouping_and_cut(config, weig
     assert all(len(found) == 1 for found in scored.values())
 
 
-@pytest.mark.parametrize("weights", ["float32", "bfloat16"])
+@pytest.mark.parametrize("weights", ["float32", "bfloat16", "int8"])
 @pytest.mark.parametrize(
     "config",
     [

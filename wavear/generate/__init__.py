@@ -97,7 +97,9 @@ def make_engine(
         "reference": the plain loop over `model.step`, any model, any device; slow, and the definition of correct.
         "numba": compiled for this CPU, for WaveNet. "auto": numba for a WaveNet on the CPU, else reference.
     weights : str
-        "float32", or "bfloat16": rounded once, half the bytes to read, arithmetic in float32 (numba only).
+        "float32"; "bfloat16": rounded once, half the bytes to read; "int8": rounded to 255 steps for each output of a
+        matrix, a quarter of the bytes. The last two are for numba only, compute in float32, and cost some likelihood:
+        `wavear bench CHECKPOINT` measures how much.
     threads : int, optional
         CPU cores the numba engine may use; all of them by default.
 
@@ -126,6 +128,17 @@ def make_engine(
     from wavear.generate.numba_cpu import NumbaEngine
 
     return engine, NumbaEngine(model, batch, weights=weights, threads=threads)
+
+
+def name_of_engine(engine: str, weights: str) -> str:
+    """For people: weights that were rounded are never silent.
+
+    Examples
+    --------
+    >>> name_of_engine("numba", "int8")
+    'numba with int8 weights'
+    """
+    return engine if weights == "float32" else f"{engine} with {weights} weights"
 
 
 def generate(

@@ -40,8 +40,8 @@ _AHEAD = 64  # samples that past taps are computed ahead, at most, for one strea
 _SPAN = 64  # samples that the conditioning is projected ahead, for one stream
 _TABLE = 4096  # classes up to which the first layer's products with the embedding are tabulated
 
-# Fields of a matrix: address of the packed weights, inputs, blocks, vectors in a block, kind of the weights, the address
-# of the kernel for one row, bytes of a block, bytes of the weights of one input in a block.
+# Fields of a matrix: address of the packed weights, inputs, blocks, vectors in a block, kind of the weights, address of
+# the kernel for one row, bytes of a block, bytes of the weights of one input in a block.
 M_ADDRESS, M_INPUTS, M_BLOCKS, M_VECTORS, M_KIND, M_ROW, M_SIZE, M_STEP, M_FIELDS = range(9)
 
 # Fields of a layer; matrices by their number. PAST is the first of the past taps, the oldest.

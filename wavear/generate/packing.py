@@ -140,5 +140,6 @@ def as_packed(matrix: np.ndarray, weights: str) -> np.ndarray:
         return (round_to_bfloat16(matrix) << np.uint32(16)).view(np.float32)
     if weights == "int8":
         numbers, scales = quantise(matrix)
-        return numbers * scales[..., None]
+        with np.errstate(invalid="ignore"):
+            return numbers * scales[..., None]
     return matrix
