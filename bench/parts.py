@@ -3,9 +3,9 @@
     python bench/parts.py                              # shape A, one stream on one core, every precision
     python bench/parts.py r9y9 --weights bfloat16 int8 --batch 16 --threads 2
 
-A part is left out in the plan of the network that the compiled loop reads, so the code that runs is the engine's own. What
-comes out is no audio then. The time of a part is what is gained without it: parts overlap in the core, and share its
-caches, so their sum is not the whole.
+A part is left out in the plan of the network that the compiled loop reads, so the code that runs is the engine's own.
+What comes out is no audio then. The time of a part is what is gained without it: parts overlap in the core, and share
+its caches, so their sum is not the whole.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from wavear import WaveNet, bench
-from wavear.generate import ceiling, numba_cpu
+from wavear.generate import _simd, ceiling, numba_products
 from wavear.generate.numba_cpu import NumbaEngine
 from wavear.generate.sampling import uniforms
 
@@ -38,16 +38,16 @@ def without(engine: NumbaEngine, part: str) -> None:
             "head": [packed.head1, packed.head2],
         }
         if part == "products":
-            packed.table[:, numba_cpu.M_BLOCKS] = 0
+            packed.table[:, numba_products.M_BLOCKS] = 0
         elif part == "gates":
-            net[numba_cpu.N_GATE_VECTORS] = 0
+            net[numba_products.N_GATE_VECTORS] = 0
         elif part == "softmax and draw":
-            net[numba_cpu.N_LOGIT_BLOCKS], net[numba_cpu.N_CLASSES] = 1, numba_cpu.BLOCK
+            net[numba_products.N_LOGIT_BLOCKS], net[numba_products.N_CLASSES] = 1, _simd.BLOCK
         elif part != "nothing":
-            packed.table[[number for number in matrices[part] if number >= 0], numba_cpu.M_BLOCKS] = 0
+            packed.table[[number for number in matrices[part] if number >= 0], numba_products.M_BLOCKS] = 0
 
 
-PARTS = ("nothing", "current sample", "residual and skip", "past taps", "conditioning", "head", "gates",
+PARTS: tuple[str, ...] = ("nothing", "current sample", "residual and skip", "past taps", "conditioning", "head", "gates",
          "softmax and draw", "products")  # fmt: skip
 
 
