@@ -3,7 +3,7 @@
 from wavear import audio, corpora
 from wavear.checkpoint import CheckpointError, load
 from wavear.convert import convert_mel
-from wavear.evaluate import EvaluateConfig, Evaluation, compare, evaluate
+from wavear.evaluate import EvaluateConfig, Evaluation, compare, compare_models, evaluate
 from wavear.generate import generate, score
 from wavear.generate.state import StreamState
 from wavear.generate.stream import Stream, StreamBatch
@@ -33,6 +33,7 @@ __all__ = [
     "adapt_mel",
     "audio",
     "compare",
+    "compare_models",
     "convert_mel",
     "corpora",
     "evaluate",
