@@ -40,7 +40,7 @@ from wavear.generate.numba_cpu import (
     _TABLE,
     CONDITION,
     CONSTANT_CONDITION,
-    M_ADDRESS,
+    M_ADDRESS,M_INPUTS,M_ROW,M_BLOCKS,M_VECTORS,M_HALF,
     M_FIELDS,
     N_CLASSES,
     N_CONDITION_CHANNELS,
@@ -126,10 +126,26 @@ def _start_span(net, layer, condition, condition_row, mode, count):
 
 
 @numba.njit
-def _into(net, matrix, x, x_vectors, z):
+def _multiply_turned(net, matrix, x, bias, init, out, backwards):
+    address = net[N_MATRICES] + 8 * M_FIELDS * matrix
+    weights = _simd.load_int(address + 8 * M_ADDRESS)
+    inputs = _simd.load_int(address + 8 * M_INPUTS)
+    kernel = _simd.load_int(address + 8 * M_ROW)
+    blocks = _simd.load_int(address + 8 * M_BLOCKS)
+    block = _simd.load_int(address + 8 * M_VECTORS) * VECTOR_BYTES
+    size = inputs * block
+    if _simd.load_int(address + 8 * M_HALF):
+        size //= 2
+    for i in range(blocks):
+        k = blocks - 1 - i if backwards else i
+        _simd.call6(kernel, weights + k * size, inputs, x, bias + k * block, init + k * block, out + k * block)
+
+
+@numba.njit
+def _into(net, matrix, x, x_vectors, z, backwards):
     """Add matrix @ x of every stream to its row of pre-activations, from `z` on; x lies in panels."""
     if net[N_STREAMS] == 1:
-        _multiply_row(net, matrix, x, net[N_ZEROS], z, z)
+        _multiply_turned(net, matrix, x, net[N_ZEROS], z, z, backwards)
     else:
         rows, z_row = net[N_ROWS], net[N_Z_ROW]
         vector = rows * VECTOR_BYTES
@@ -151,7 +167,7 @@ def _input(net, layer, previous, z):
     for s in range(streams):
         _simd.copy(net[N_EMBEDDING] + previous[s] * vectors * VECTOR_BYTES, VECTOR_BYTES,
                    net[N_X] + (s // rows) * vectors * vector + (s % rows) * VECTOR_BYTES, vector, vectors)  # fmt: skip
-    _into(net, layer[C_INPUT], net[N_X], vectors, z)
+    _into(net, layer[C_INPUT], net[N_X], vectors, z, False)
 
 
 @numba.njit
@@ -202,9 +218,9 @@ def _run(net, layers, previous, uniforms, temperatures, codes, scores, condition
                 z = layer[C_Z] + gates
                 for s in range(streams):
                     _simd.copy(layer[C_BIAS] + gates, VECTOR_BYTES, z + s * z_row, VECTOR_BYTES, 4 * h_vectors)
-                _into(net, layer[C_INPUT], layers[i - 1, C_H], h_vectors, z)
+                _into(net, layer[C_INPUT], layers[i - 1, C_H], h_vectors, z, False)
             h = layer[C_H]
-            _into(net, layer[C_HIDDEN], h, h_vectors, z + gap)
+            _into(net, layer[C_HIDDEN], h, h_vectors, z + gap, False)
             for s in range(streams):
                 _simd.cell(z + s * z_row, gap, h + (s // rows) * h_vectors * vector + (s % rows) * VECTOR_BYTES,
                            h_vectors, vector)  # fmt: skip
