@@ -23,7 +23,6 @@ import copy
 import functools
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
-from typing import Any
 
 import numba
 import numpy as np
@@ -40,8 +39,13 @@ from wavear.generate.numba_cpu import (
     _TABLE,
     CONDITION,
     CONSTANT_CONDITION,
-    M_ADDRESS,M_INPUTS,M_ROW,M_BLOCKS,M_VECTORS,M_HALF,
+    M_ADDRESS,
+    M_BLOCKS,
     M_FIELDS,
+    M_HALF,
+    M_INPUTS,
+    M_ROW,
+    M_VECTORS,
     N_CLASSES,
     N_CONDITION_CHANNELS,
     N_CONDITION_PANELS,
@@ -74,18 +78,23 @@ from wavear.generate.numba_cpu import (
     N_Z_ROW,
     N_ZEROS,
     NO_CONDITION,
+    Kernels,
     _log_probability,
     _multiply,
     _multiply_row,
+    _multiply_rows,
+    _multiply_sparse,
     _power,
     _project,
     _rectified,
     _sample,
+    _simd_row_address,
+    _tabulate,
     _to_panels,
+    _void,
     _width,
     available_cores,
 )
-from wavear.generate.numba_cpu import kernels as wavenet_kernels
 from wavear.generate.packing import Region, pack, round_to_bfloat16, to_numpy, vectors_of
 from wavear.generate.reference import ReferenceEngine
 from wavear.models.gru import GRU
@@ -252,9 +261,16 @@ _SIGNATURE = (
 
 
 @functools.cache
-def kernel() -> Any:
-    """`_run`, compiled at the first call, or read from the cache."""
-    return compiled(_run, _SIGNATURE)
+def kernels() -> Kernels:
+    """Compiled at the first call, or read from the cache; all but `run` are those of `numba_cpu`."""
+    multiply = compiled(_multiply_rows, _void(15), callback=True)
+    sparse = compiled(_multiply_sparse, _void(7), callback=True)
+    _kept.extend([multiply, sparse])
+    run, tabulate = compiled(_run, _SIGNATURE), compiled(_tabulate, _void(11))
+    return Kernels(run, tabulate, compiled(_simd_row_address, "int64(int64, int64)"), multiply.address, sparse.address)
+
+
+_kept: list = []  # the code at an address lives as long as its object
 
 
 def products(rows: np.ndarray, matrix: np.ndarray) -> np.ndarray:
@@ -274,8 +290,7 @@ def products(rows: np.ndarray, matrix: np.ndarray) -> np.ndarray:
     base = region.allocate()
     fields = np.zeros(M_FIELDS, np.int64)
     fields[:4] = base + weights, matrix.shape[1], blocks, vectors
-    shared = wavenet_kernels()
-    shared.tabulate(shared.multiply, fields.ctypes.data, len(rows), base + x, x_vectors, base + panels, base + zeros,
+    kernels().tabulate(kernels().multiply, fields.ctypes.data, len(rows), base + x, x_vectors, base + panels, base + zeros,
                     base + out, row, 0, 0)  # fmt: skip
     made = region.view(out, len(rows) * row).view(np.float32).reshape(len(rows), -1)
     return made[:, : len(matrix)].copy()
@@ -298,7 +313,7 @@ class _Weights:
         def matrix(array: np.ndarray, rows: int, precision: str = weights, width: int | None = None) -> int:
             packed, blocks, vectors = pack(array, LANES, _width(rows) if width is None else width, precision)
             half = int(precision == "bfloat16")
-            row = wavenet_kernels().row(vectors, half) if vectors <= WIDEST else 0
+            row = kernels().row(vectors, half) if vectors <= WIDEST else 0
             matrices.append([region.put(packed), array.shape[1], blocks, vectors, half, row])
             return len(matrices) - 1
 
@@ -337,7 +352,7 @@ class _Weights:
             *(total(three, group, precision) for precision in ("float32", "bfloat16")),
             *(total(self.head_vectors + three, rows, "float32") - self.head_vectors for rows in (group, 64, TALLEST)),
         )
-        first, last = model.head[0], model.head[2]
+        first, last = model.head.first, model.head.last
         # What every sample reads lies together, in the order of reading; what is read seldom follows.
         self.inputs, self.hiddens = [], []
         for layer in range(config.layers):
@@ -350,9 +365,10 @@ class _Weights:
         if not self.tabulated:
             self.inputs[0] = matrix(entrance, group, "float32")
         self.condition = -1
-        if model.condition_input is not None:
+        if model.condition_input is not None and model.head.conditioning is not None:
             folded = products(to_numpy(model.condition_input.weight).T, entrance)
             both = np.zeros((self.head_vectors * LANES + len(entrance), self.condition_channels), np.float32)
+            both[:head] = to_numpy(model.head.conditioning.weight)
             both[self.head_vectors * LANES :] = folded.T
             self.condition = matrix(both, self.span * group, "float32")
         self.biases = []
@@ -368,7 +384,7 @@ class _Weights:
         # Outputs beyond the last class are never drawn.
         self.head2_bias = vector(to_numpy(last.bias), self.logit_vectors, fill=-np.inf)
         self.zeros = region.reserve((self.z_vectors + self.logit_vectors + self.x_vectors) * VECTOR_BYTES)
-        embedding = to_numpy(model.input.weight)
+        embedding = to_numpy(model.input.table())
         if self.tabulated:
             self.first_table = vector(products(embedding, entrance), three)
         else:
@@ -431,8 +447,8 @@ class _Group:
             net[field] = region.reserve(count * VECTOR_BYTES)
         net[N_FIRST] = first
         net[N_MATRICES] = packed.table.ctypes.data
-        net[N_MULTIPLY] = wavenet_kernels().multiply
-        net[N_SPARSE] = wavenet_kernels().sparse
+        net[N_MULTIPLY] = kernels().multiply
+        net[N_SPARSE] = kernels().sparse
         region.allocate()
         layers[:, own] += region.address
         net[list(vectors)] += region.address
@@ -552,7 +568,7 @@ class NumbaGRUEngine:
         if codes.ndim != 2 or codes.shape[0] != self.batch:
             raise ValueError(f"shape {codes.shape} for {self.batch} streams: expected ({self.batch}, n)")
         condition, mode = self._condition(cond, codes.shape[1])
-        run = kernel()
+        run = kernels().run
 
         def one(group: _Group) -> int:
             return run(group.net, group.layers, group.previous, uniforms, temperatures, codes, scores,
@@ -590,9 +606,17 @@ def as_run(model: GRU, weights: str) -> GRU:
     if weights == "float32" and next(model.parameters()).dtype in (torch.float32, torch.float64):
         return model
     model = copy.deepcopy(model).float()
-    for name, parameter in model.named_parameters():
-        if weights == "bfloat16" and name.startswith(("gru.weight", "head")) and name != "gru.weight_ih_l0":
-            if parameter.dim() == 2:
-                bits = round_to_bfloat16(parameter.detach().cpu().numpy()) << np.uint32(16)
-                parameter.data.copy_(torch.from_numpy(bits.view(np.float32)))
+    if weights == "bfloat16":
+        for matrix in rounded(model):
+            bits = round_to_bfloat16(matrix.detach().cpu().numpy()) << np.uint32(16)
+            matrix.data.copy_(torch.from_numpy(bits.view(np.float32)))
     return model
+
+
+def rounded(model: GRU) -> list[Tensor]:
+    """The matrices that weights of less than 32 bits round: all that are read for every sample.
+
+    The first layer's input matrix and the conditioning's are multiplied ahead.
+    """
+    names = [name for name, _ in model.gru.named_parameters() if name.startswith("weight") and name != "weight_ih_l0"]
+    return [*(model.gru.get_parameter(name) for name in names), model.head.first.weight, model.head.last.weight]
