@@ -155,8 +155,8 @@ class LogisticMixture:
         above = weights.cumsum(dim=1)
         threshold = uniform[:, None] * above[:, -1:]
         which = torch.searchsorted(above, threshold, right=True).clamp(max=self.mixtures - 1)
-        weight = weights.gather(1, which)
-        left = ((threshold - (above.gather(1, which) - weight)) / weight).clamp(0, _BELOW_ONE)
+        below = F.pad(above[:, :-1], (1, 0)).gather(1, which)
+        left = ((threshold - below) / weights.gather(1, which)).clamp(0, _BELOW_ONE)
         spread = _scale(self.grid, log_scales.gather(1, which)) * heat
         return self.grid.encode((means.gather(1, which) + spread * (left.log() - (-left).log1p()))[:, 0])
 
