@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import sys
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -42,7 +43,7 @@ def make(config) -> Any:
     return GRU(config).double()
 
 
-def make_cond(model, batch, samples):
+def make_cond(model, batch, samples) -> Any:
     config = model.config
     if not model.conditioned:
         return None
@@ -151,7 +152,7 @@ def test_forward_in_pieces_is_the_whole(config, cuts):
         memory = state.h.data_ptr()
         previous = torch.full((2,), model.start_code)
         found = []
-        for start, stop in zip(cuts[:-1], cuts[1:], strict=True):
+        for start, stop in pairwise(cuts):
             found.append(model(codes[:, start:stop], piece(cond, start, stop), state, previous))
             stepped(model, codes[:, start:stop], piece(cond, start, stop), steps, previous)
             torch.testing.assert_close(state.h, steps.h, **EXACT)

@@ -136,7 +136,7 @@ def _compiled_engine(model: AutoregressiveModel) -> Any | None:
         from wavear.generate.numba_cpu import NumbaEngine
 
         return NumbaEngine
-    if isinstance(model, GRU) and model.config.law == "categorical":
+    if isinstance(model, GRU):
         from wavear.generate.numba_gru import NumbaGRUEngine
 
         return NumbaGRUEngine

@@ -571,6 +571,20 @@ def _add(e: Emitter, x, y, vectors):
 add = kernel("add", 3, _add)
 
 
+def _add_scaled(e: Emitter, x, y, vectors, factor):
+    """y += factor * x"""
+    scale = e.splat(factor)
+
+    def body(i):
+        offset = e.b.mul(i, ir.Constant(_I64, e.bytes))
+        e.store(e.fma(scale, e.load(e.at(x, offset)), e.load(e.at(y, offset))), e.at(y, offset))
+
+    e.loop(vectors, body)
+
+
+add_scaled = kernel("add_scaled", 3, _add_scaled, floats=(types.float32,))
+
+
 def _halves(e: Emitter, value, combine):
     """Reduce a vector by halves: a fixed tree."""
     width = value.type.count

@@ -1,4 +1,4 @@
-"""GRU, the WaveRNN line (Kalchbrenner et al., 2018, https://arxiv.org/abs/1802.08435): a recurrent network over codes."""
+"""GRU: a recurrent network over codes, the WaveRNN line (Kalchbrenner et al., 2018, https://arxiv.org/abs/1802.08435)."""
 
 from __future__ import annotations
 
@@ -153,7 +153,7 @@ class GRU(AutoregressiveModel):
         return self.head(hidden, None if cond is None else cond.transpose(1, 2)).transpose(1, 2)
 
     def _inputs(self, previous: Tensor, cond: Tensor | None) -> Tensor:
-        """What the first layer sees (B, T, R), of the code before each sample (B, T) and cond (B, C, T) or (B, C, 1)."""
+        """What the first layer sees (B, T, R): of the code before each sample (B, T), and cond (B, C, T or 1)."""
         x = self.input(previous)
         if self.condition_input is not None:
             assert cond is not None
@@ -184,7 +184,8 @@ class GRU(AutoregressiveModel):
 
     def init_state(self, batch: int) -> GRUState:
         """See `AutoregressiveModel.init_state`."""
-        return GRUState(self.gru.weight_hh_l0.new_zeros(batch, self.config.layers, self.config.channels))
+        weight = self.head.first.weight
+        return GRUState(weight.new_zeros(batch, self.config.layers, self.config.channels))
 
     def step(self, previous: Tensor, state: GRUState, cond_t: Tensor | None = None) -> Tensor:
         """See `AutoregressiveModel.step`."""
