@@ -194,7 +194,7 @@ def test_free_running_codes_equal_the_reference(config):
 GROUPINGS = [(1, 1), (2, 1), (2, 2), (3, 1), (3, 2), (5, 2), (12, 1), (13, 1), (29, 2), (75, 2)]
 
 
-@pytest.mark.parametrize("weights", ["float32", "bfloat16"])
+@pytest.mark.parametrize("weights", ["float32", "bfloat16", "int8"])
 @pytest.mark.parametrize(
     "config",
     [
@@ -239,18 +239,27 @@ def test_constant_conditioning_has_the_bits_of_the_same_for_every_sample():
     np.testing.assert_array_equal(constant, repeated)
 
 
-def test_bfloat16_is_float32_with_rounded_matrices():
+@pytest.mark.parametrize("weights", ["bfloat16", "int8"])
+def test_rounded_weights_are_those_of_a_model_with_rounded_matrices(weights):
     """Of what a sample reads: all but the first layer's input, which is a table."""
     model = make(speakers=2)
     codes, cond = random_codes(model, 2, 80), torch.randn(2, model.config.conditioning_channels, 80)
-    found = NumbaGRUEngine(model, 2, weights="bfloat16").score(codes, cond)
+    found = NumbaGRUEngine(model, 2, weights=weights).score(codes, cond)
     assert np.abs(found - NumbaGRUEngine(model, 2).score(codes, cond)).max() > 1e-3
-    rounded = ["gru.weight_hh_l0", "gru.weight_ih_l1", "gru.weight_hh_l1", "head.first.weight", "head.last.weight"]
+    names = ["gru.weight_hh_l0", "gru.weight_ih_l1", "gru.weight_hh_l1", "head.first.weight", "head.last.weight"]
     with torch.no_grad():
-        for name in rounded:
-            parameter = model.get_parameter(name)
-            parameter.copy_(parameter.bfloat16().float())
-    np.testing.assert_array_equal(found, NumbaGRUEngine(model, 2).score(codes, cond))
+        for name in names:
+            matrix = model.get_parameter(name)
+            if weights == "bfloat16":
+                matrix.copy_(matrix.bfloat16().float())
+            else:
+                step = matrix.abs().amax(dim=1, keepdim=True) / 127
+                matrix.copy_(torch.round(matrix / step) * step)
+    exact = NumbaGRUEngine(model, 2).score(codes, cond)
+    if weights == "bfloat16":
+        np.testing.assert_array_equal(found, exact)
+    else:  # a scale multiplies the sum instead of each weight
+        np.testing.assert_allclose(found, exact, atol=TOLERANCE)
 
 
 def test_temperature_top_k_and_top_p_are_those_of_the_reference():
@@ -311,7 +320,7 @@ def test_a_state_is_a_copy():
     assert not bool((engine.state(1)["h"] == kept["h"]).all())
 
 
-@pytest.mark.parametrize("weights", ["float32", "bfloat16"])
+@pytest.mark.parametrize("weights", ["float32", "bfloat16", "int8"])
 def test_filling_is_scoring(weights):
     model = make(speakers=2)
     codes, cond = random_codes(model, 2, 300), torch.randn(2, model.config.conditioning_channels, 300)

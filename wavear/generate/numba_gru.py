@@ -29,18 +29,13 @@ from torch import Tensor
 
 from wavear.generate import numba_sampling
 from wavear.generate._simd import LANES
-from wavear.generate.numba_cpu import (
-    _GROUP,
-    _SIZES,
-    CONDITION,
-    CONSTANT_CONDITION,
-    N_FIRST,
-    NO_CONDITION,
-    available_cores,
-)  # fmt: skip
+from wavear.generate.numba_cpu import available_cores
 from wavear.generate.numba_gru_loop import kernels
 from wavear.generate.numba_gru_plan import Group, Weights
-from wavear.generate.packing import round_to_bfloat16
+from wavear.generate.numba_loop import CONDITION, CONSTANT_CONDITION, NO_CONDITION
+from wavear.generate.numba_plan import GROUP, SIZES
+from wavear.generate.numba_products import KINDS, N_FIRST
+from wavear.generate.packing import as_packed, to_numpy
 from wavear.generate.reference import ReferenceEngine
 from wavear.models.gru import GRU
 
@@ -59,8 +54,8 @@ class NumbaGRUEngine:
     ):
         if not isinstance(model, GRU):
             raise ValueError(f"this engine serves GRU, not {type(model).__name__}: use engine 'reference'")
-        if weights not in ("float32", "bfloat16"):
-            raise ValueError(f"weights is {weights!r}, it must be float32 or bfloat16")
+        if weights not in KINDS:
+            raise ValueError(f"weights is {weights!r}, it must be one of {', '.join(KINDS)}")
         if batch < 1:
             raise ValueError(f"batch is {batch}, it must be at least 1")
         if threads is not None and threads < 1:
@@ -70,11 +65,11 @@ class NumbaGRUEngine:
         self._packings: dict[int, Weights] = {} if packings is None else packings
         self.classes = model.config.classes
         self.threads = min(threads or available_cores(), batch)
-        groups = -(-batch // _GROUP)
+        groups = -(-batch // GROUP)
         groups = min(batch, -(-groups // self.threads) * self.threads)
         bounds = [batch * g // groups for g in range(groups + 1)]
         sizes = [stop - start for start, stop in pairwise(bounds)]
-        size = max(sizes) if packings is None else next(size for size in _SIZES if size >= max(sizes))
+        size = max(sizes) if packings is None else next(size for size in SIZES if size >= max(sizes))
         if size not in self._packings:
             self._packings[size] = Weights(model, size, weights)
         self._packed = self._packings[size]
@@ -191,10 +186,9 @@ def as_run(model: GRU, weights: str) -> GRU:
     if weights == "float32" and next(model.parameters()).dtype in (torch.float32, torch.float64):
         return model
     model = copy.deepcopy(model).float()
-    if weights == "bfloat16":
+    with torch.no_grad():
         for matrix in rounded(model):
-            bits = round_to_bfloat16(matrix.detach().cpu().numpy()) << np.uint32(16)
-            matrix.data.copy_(torch.from_numpy(bits.view(np.float32)))
+            matrix.copy_(torch.from_numpy(as_packed(to_numpy(matrix), weights)))
     return model
 
 

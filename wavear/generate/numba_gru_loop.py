@@ -12,15 +12,22 @@ import numba
 from wavear.generate import _simd, numba_sampling
 from wavear.generate._simd import VECTOR_BYTES
 from wavear.generate.compiled import compiled
-from wavear.generate.numba_cpu import (
+from wavear.generate.numba_laws import CATEGORICAL, draw_value, log_probability
+from wavear.generate.numba_loop import (
     CONDITION,
     CONSTANT_CONDITION,
+    Kernels,
+    _log_probability,
+    _sample,
+    _tabulate,
+)
+from wavear.generate.numba_products import (
     M_ADDRESS,
     M_BLOCKS,
     M_FIELDS,
-    M_HALF,
     M_INPUTS,
     M_ROW,
+    M_SIZE,
     M_VECTORS,
     N_CLASSES,
     N_CONDITION_CHANNELS,
@@ -49,21 +56,13 @@ from wavear.generate.numba_cpu import (
     N_X_VECTORS,
     N_Z_ROW,
     N_ZEROS,
-    Kernels,
-    _simd_row_address,
-)  # fmt: skip
-from wavear.generate.numba_cpu import _log_probability as log_probability_of_logits
-from wavear.generate.numba_cpu import _multiply as multiply
-from wavear.generate.numba_cpu import _multiply_row as multiply_row
-from wavear.generate.numba_cpu import _multiply_rows as multiply_rows
-from wavear.generate.numba_cpu import _multiply_sparse as multiply_sparse
-from wavear.generate.numba_cpu import _project as project
-from wavear.generate.numba_cpu import _rectified as rectified
-from wavear.generate.numba_cpu import _sample as sample
-from wavear.generate.numba_cpu import _tabulate as tabulate
-from wavear.generate.numba_cpu import _to_panels as to_panels
-from wavear.generate.numba_cpu import _void as void
-from wavear.generate.numba_laws import CATEGORICAL, draw_value, log_probability
+    multiply,
+    multiply_row,
+    project,
+    rectified,
+    to_panels,
+    void,
+)
 
 # Fields of a layer: numbers of its matrices (of the first layer the input's is -1 where there is a table), addresses.
 C_INPUT, C_HIDDEN, C_BIAS, C_H, C_Z, C_CONSTANT, C_FIELDS = range(7)
@@ -112,9 +111,7 @@ def _multiply_turned(net, matrix, x, bias, init, out, backwards):
     kernel = _simd.load_int(address + 8 * M_ROW)
     blocks = _simd.load_int(address + 8 * M_BLOCKS)
     block = _simd.load_int(address + 8 * M_VECTORS) * VECTOR_BYTES
-    size = inputs * block
-    if _simd.load_int(address + 8 * M_HALF):
-        size //= 2
+    size = _simd.load_int(address + 8 * M_SIZE)
     for i in range(blocks):
         k = blocks - 1 - i if backwards else i
         _simd.call6(kernel, weights + k * size, inputs, x, bias + k * block, init + k * block, out + k * block)
@@ -176,7 +173,7 @@ def _head(net, h, z):
 def _nats(net, row, code):
     """log P(code) of the parameters of a law."""
     if net[G_LAW] == CATEGORICAL:
-        return log_probability_of_logits(net, row, code)
+        return _log_probability(net, row, code)
     return log_probability(net[G_LAW], net[G_MIXTURES], net[N_CLASSES], row, code)
 
 
@@ -229,7 +226,7 @@ def _run(net, layers, previous, uniforms, temperatures, codes, scores, condition
                     code = numba_sampling.draw(row, net[N_LOGIT_BLOCKS], net[N_CLASSES], net[N_WEIGHTS], net[N_SUMS],
                                                uniforms[first + s, t], temperatures[first + s, t], asked)  # fmt: skip
                 else:
-                    code = sample(net, row, uniforms[first + s, t], temperatures[first + s, t])
+                    code = _sample(net, row, uniforms[first + s, t], temperatures[first + s, t])
                 if code < 0:
                     return t
                 codes[first + s, t] = code
@@ -247,11 +244,5 @@ _SIGNATURE = (
 
 @functools.cache
 def kernels() -> Kernels:
-    """Compiled at the first call, or read from the cache; all but `run` are those of `numba_cpu`."""
-    rows, few = compiled(multiply_rows, void(15), callback=True), compiled(multiply_sparse, void(7), callback=True)
-    _kept.extend([rows, few])
-    run, table = compiled(_run, _SIGNATURE), compiled(tabulate, void(11))
-    return Kernels(run, table, compiled(_simd_row_address, "int64(int64, int64)"), rows.address, few.address)
-
-
-_kept: list = []  # the code at an address lives as long as its object
+    """Compiled at the first call, or read from the cache."""
+    return Kernels(compiled(_run, _SIGNATURE), compiled(_tabulate, void(11)))

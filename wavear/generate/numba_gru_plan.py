@@ -4,12 +4,29 @@ from __future__ import annotations
 
 import numpy as np
 
-from wavear.generate._simd import BLOCK, LANES, TALLEST, VECTOR_BYTES, WIDEST
-from wavear.generate.numba_cpu import (
-    _SPAN,
-    _TABLE,
+from wavear.generate._simd import BLOCK, LANES, TALLEST, VECTOR_BYTES
+from wavear.generate.numba_gru_loop import (
+    C_BIAS,
+    C_CONSTANT,
+    C_FIELDS,
+    C_H,
+    C_HIDDEN,
+    C_INPUT,
+    C_Z,
+    G_FIELDS,
+    G_LAW,
+    G_LINE,
+    G_MIXTURES,
+    G_ROWS,
+    G_VALUES,
+    kernels,
+)  # fmt: skip
+from wavear.generate.numba_laws import CATEGORICAL, numbers
+from wavear.generate.numba_plan import SPAN, TABLE, power_of_two, width_for
+from wavear.generate.numba_products import (
     M_ADDRESS,
-    M_FIELDS,
+    M_BLOCKS,
+    M_VECTORS,
     N_CLASSES,
     N_CONDITION_CHANNELS,
     N_CONDITION_PANELS,
@@ -40,49 +57,32 @@ from wavear.generate.numba_cpu import (
     N_X_VECTORS,
     N_Z_ROW,
     N_ZEROS,
-    _power,
-    _width,
-)  # fmt: skip
-from wavear.generate.numba_gru_loop import (
-    C_BIAS,
-    C_CONSTANT,
-    C_FIELDS,
-    C_H,
-    C_HIDDEN,
-    C_INPUT,
-    C_Z,
-    G_FIELDS,
-    G_LAW,
-    G_LINE,
-    G_MIXTURES,
-    G_ROWS,
-    G_VALUES,
-    kernels,
-)  # fmt: skip
-from wavear.generate.numba_laws import CATEGORICAL, numbers
-from wavear.generate.packing import Region, pack, to_numpy, vectors_of
+    products,
+    put_matrix,
+)
+from wavear.generate.packing import Region, to_numpy, vectors_of
 from wavear.models.gru import GRU
 from wavear.models.inputs import ValueEmbedding
 
 
-def products(rows: np.ndarray, matrix: np.ndarray) -> np.ndarray:
+def multiplied(rows: np.ndarray, matrix: np.ndarray) -> np.ndarray:
     """rows (n, inputs) times matrix (outputs, inputs) -> (n, outputs), summed by the engine's own kernel.
 
     A library of linear algebra may sum in another order with another number of threads.
     """
     region = Region()
-    packed, blocks, vectors = pack(matrix, LANES, _width(TALLEST), "float32")
     x_vectors = -(-rows.shape[1] // LANES)
     padded = np.zeros((len(rows), x_vectors * LANES), np.float32)
     padded[:, : rows.shape[1]] = rows
-    weights, x = region.put(packed), region.put(padded)
+    fields = np.array(put_matrix(region, matrix, width_for(TALLEST), "float32"), np.int64)
+    blocks, vectors = fields[[M_BLOCKS, M_VECTORS]].tolist()
+    x = region.put(padded)
     row = blocks * vectors * VECTOR_BYTES
     panels, zeros = region.reserve(TALLEST * x_vectors * VECTOR_BYTES), region.reserve(row)
     out = region.reserve(len(rows) * row)
     base = region.allocate()
-    fields = np.zeros(M_FIELDS, np.int64)
-    fields[:4] = base + weights, matrix.shape[1], blocks, vectors
-    kernels().tabulate(kernels().multiply, fields.ctypes.data, len(rows), base + x, x_vectors, base + panels,
+    fields[M_ADDRESS] += base
+    kernels().tabulate(products().multiply, fields.ctypes.data, len(rows), base + x, x_vectors, base + panels,
                        base + zeros, base + out, row, 0, 0)  # fmt: skip
     made = region.view(out, len(rows) * row).view(np.float32).reshape(len(rows), -1)
     return made[:, : len(matrix)].copy()
@@ -99,15 +99,12 @@ class Weights:
         self.classes = config.classes
         self.layers = config.layers
         self.h_vectors = -(-hidden // LANES)
-        self.span = _power(_SPAN // group)
+        self.span = power_of_two(SPAN // group)
         self.law = numbers(model.law)
-        self.tabulated = config.classes <= _TABLE or self.law[0] != CATEGORICAL
+        self.tabulated = config.classes <= TABLE or self.law[0] != CATEGORICAL
 
         def matrix(array: np.ndarray, rows: int, precision: str = weights, width: int | None = None) -> int:
-            packed, blocks, vectors = pack(array, LANES, _width(rows) if width is None else width, precision)
-            half = int(precision == "bfloat16")
-            row = kernels().row(vectors, half) if vectors <= WIDEST else 0
-            matrices.append([region.put(packed), array.shape[1], blocks, vectors, half, row])
+            matrices.append(put_matrix(region, array, width_for(rows) if width is None else width, precision))
             return len(matrices) - 1
 
         def vector(array: np.ndarray, vectors: int, fill: float = 0.0) -> int:
@@ -117,7 +114,7 @@ class Weights:
 
         def total(vectors: int, rows: int, precision: str = weights, width: int | None = None) -> int:
             """Vectors that a matrix writes."""
-            width = _width(rows) if width is None else width
+            width = width_for(rows) if width is None else width
             blocks, each = vectors_of(vectors * LANES, LANES, width, precision == "bfloat16")
             return blocks * each
 
@@ -159,7 +156,7 @@ class Weights:
             self.inputs[0] = matrix(entrance, group, "float32")
         self.condition = -1
         if model.condition_input is not None and model.head.conditioning is not None:
-            folded = products(to_numpy(model.condition_input.weight).T, entrance)
+            folded = multiplied(to_numpy(model.condition_input.weight).T, entrance)
             both = np.zeros((self.head_vectors * LANES + len(entrance), self.condition_channels), np.float32)
             both[:head] = to_numpy(model.head.conditioning.weight)
             both[self.head_vectors * LANES :] = folded.T
@@ -182,13 +179,13 @@ class Weights:
             # The line through the value as a product of its own, the rest of the input as a table.
             coarse = model.input.coarse
             entries = to_numpy(model.input.line.bias[None] if coarse is None else coarse.weight + model.input.line.bias)
-            self.first_table = vector(products(entries, entrance), three)
-            self.line = vector(products(to_numpy(model.input.line.weight.T), entrance), three)
+            self.first_table = vector(multiplied(entries, entrance), three)
+            self.line = vector(multiplied(to_numpy(model.input.line.weight.T), entrance), three)
             self.values = region.put(to_numpy(model.input.values))
             rows = np.zeros(config.classes, np.int64) if coarse is None else model.input.coarse_codes.cpu().numpy()
             self.rows = region.put(rows)
         elif self.tabulated:
-            self.first_table = vector(products(to_numpy(model.input.table()), entrance), three)
+            self.first_table = vector(multiplied(to_numpy(model.input.table()), entrance), three)
         else:
             self.embedding = vector(to_numpy(model.input.table()), self.x_vectors)
         base = region.allocate()
@@ -250,8 +247,8 @@ class Group:
             net[field] = region.reserve(count * VECTOR_BYTES)
         net[N_FIRST] = first
         net[N_MATRICES] = packed.table.ctypes.data
-        net[N_MULTIPLY] = kernels().multiply
-        net[N_SPARSE] = kernels().sparse
+        net[N_MULTIPLY] = products().multiply
+        net[N_SPARSE] = products().sparse
         region.allocate()
         layers[:, own] += region.address
         net[list(vectors)] += region.address
