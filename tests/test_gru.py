@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from wavear import GRU, GRUConfig, MelConfig, Stream, generate, load, score
+from wavear import GRU, GRUConfig, MelConfig, Stream, bench, generate, load, score
+from wavear.generate.ceiling import cost
+from wavear.info import multiply_adds
 
 MEL = MelConfig(sample_rate=8000, n_fft=64, window_length=64, hop_length=12, bands=5, fmax=4000.0)
 SMALL: dict[str, Any] = {
@@ -323,6 +325,27 @@ def test_the_cost_of_a_sample_by_hand():
         channels=7, input_channels=6, head_channels=9, law="gaussian", speakers=2, conditioning_channels=5
     )
     assert GRU(config).multiply_adds == 6 + 5 * 6 + 3 * 7 * (6 + 7) + 5 * 9 + 7 * 9 + 9 * 2
+
+
+@shapes
+def test_the_cost_is_counted_the_same_everywhere(config):
+    model = GRU(config)
+    asked = cost(config)
+    assert asked.multiply_adds == model.multiply_adds == multiply_adds(model)[0]
+    assert asked.weight_bytes == model.weight_bytes
+    # Read for every sample: all but the first layer's input, and what of the conditioning is multiplied ahead.
+    layers, h, head = config.layers, config.channels, config.head_channels
+    hot = (2 * layers - 1) * 3 * h * h + head * (h + model.law.channels)
+    assert asked.hot_bytes == 4 * hot
+    assert cost(config, "bfloat16").hot_bytes == 2 * hot
+
+
+def test_wavear_bench_measures_it():
+    model = GRU(GRUConfig(classes=16, speakers=2, **SMALL)).eval()
+    exact = bench.measure(model, "reference", seconds=0.01)
+    assert exact.samples_per_second > 0
+    assert exact.error < 1e-5
+    assert {"gru", "gru-512", "wavernn"} <= set(bench.SHAPES)
 
 
 @pytest.mark.parametrize(

@@ -16,8 +16,9 @@ from hypothesis import Phase, example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from wavear import GRU, GRUConfig, Stream, generate
+from wavear import GRU, GRUConfig, Stream, bench, generate
 from wavear.generate import make_engine
+from wavear.generate.ceiling import Ceiling
 from wavear.generate.numba_gru import NumbaGRUEngine
 from wavear.generate.reference import ReferenceEngine
 
@@ -401,6 +402,14 @@ def test_a_stream_is_the_recording():
     parts = [stream.pull(n) for n in (1, 700, 1300)]
     later = Stream.load(model, stream.state())
     np.testing.assert_array_equal(torch.cat([*parts, later.pull(999)]).numpy(), whole.numpy())
+
+
+def test_wavear_bench_measures_it():
+    model = make(speakers=2, layers=1)
+    exact = bench.measure(model, batch=2, seconds=0.01, ceiling=Ceiling(1e9, {1000: 1e9, 10**8: 1e9}))
+    rounded = bench.measure(model, weights="int8", seconds=0.01)
+    assert exact.error < 1e-4 < rounded.error < 1
+    assert exact.share is not None and exact.share > 0
 
 
 def test_other_threads_run_meanwhile():
