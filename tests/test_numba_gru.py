@@ -409,7 +409,8 @@ def test_wavear_bench_measures_it():
     exact = bench.measure(model, batch=2, seconds=0.01, ceiling=Ceiling(1e9, {1000: 1e9, 10**8: 1e9}))
     rounded = bench.measure(model, weights="int8", seconds=0.01)
     assert exact.error < 1e-4 < rounded.error < 1
-    assert exact.share is not None and exact.share > 0
+    assert exact.share is not None
+    assert exact.share > 0
 
 
 def test_other_threads_run_meanwhile():
