@@ -301,6 +301,11 @@ def test_rounded_weights_put_in_by_training_are_the_ones_used(name):
     assert (found.float() - exact).abs().max() < 0.05
 
 
+def test_a_law_over_values_begins_spread_about_silence():
+    model = GRU(SHAPES["mixture"])
+    torch.testing.assert_close(model.head.last.bias.detach(), model.law.initial_bias(), rtol=0, atol=0)
+
+
 def test_conditioning_and_speaker_reach_the_input_and_the_head():
     model = make(SHAPES["mel and speakers"])
     codes = random_codes(model, 1, 24)

@@ -105,6 +105,11 @@ def _start_span(net, layer, condition, condition_row, mode, count):
 
 @numba.njit
 def _multiply_turned(net, matrix, x, bias, init, out, backwards):
+    """`multiply_row`, whose blocks come in the order of memory or, `backwards`, from the last to the first.
+
+    What the sample before read last is then read first, while the cache still has it: weights that are larger than the
+    cache, and always read in one order, would find nothing of themselves there.
+    """
     address = net[N_MATRICES] + 8 * M_FIELDS * matrix
     weights = _simd.load_int(address + 8 * M_ADDRESS)
     inputs = _simd.load_int(address + 8 * M_INPUTS)
@@ -113,7 +118,7 @@ def _multiply_turned(net, matrix, x, bias, init, out, backwards):
     block = _simd.load_int(address + 8 * M_VECTORS) * VECTOR_BYTES
     size = _simd.load_int(address + 8 * M_SIZE)
     for i in range(blocks):
-        k = blocks - 1 - i if backwards else i
+        k = blocks - 1 - i if backwards != 0 else i
         _simd.call6(kernel, weights + k * size, inputs, x, bias + k * block, init + k * block, out + k * block)
 
 
@@ -147,7 +152,7 @@ def _input(net, layer, previous, z):
     for s in range(streams):
         _simd.copy(net[N_EMBEDDING] + previous[s] * vectors * VECTOR_BYTES, VECTOR_BYTES,
                    net[N_X] + (s // rows) * vectors * vector + (s % rows) * VECTOR_BYTES, vector, vectors)  # fmt: skip
-    _into(net, layer[C_INPUT], net[N_X], vectors, z, False)
+    _into(net, layer[C_INPUT], net[N_X], vectors, z, 0)
 
 
 @numba.njit
@@ -206,9 +211,9 @@ def _run(net, layers, previous, uniforms, temperatures, codes, scores, condition
                 z = layer[C_Z] + gates
                 for s in range(streams):
                     _simd.copy(layer[C_BIAS] + gates, VECTOR_BYTES, z + s * z_row, VECTOR_BYTES, 4 * h_vectors)
-                _into(net, layer[C_INPUT], layers[i - 1, C_H], h_vectors, z, False)
+                _into(net, layer[C_INPUT], layers[i - 1, C_H], h_vectors, z, t & 1)
             h = layer[C_H]
-            _into(net, layer[C_HIDDEN], h, h_vectors, z + gap, False)
+            _into(net, layer[C_HIDDEN], h, h_vectors, z + gap, t & 1)
             for s in range(streams):
                 _simd.cell(z + s * z_row, gap, h + (s // rows) * h_vectors * vector + (s % rows) * VECTOR_BYTES,
                            h_vectors, vector)  # fmt: skip
