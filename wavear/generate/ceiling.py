@@ -80,7 +80,7 @@ def _of_gru(config: GRUConfig) -> _Matrices:
 
 
 def _of_wavenet(config: WaveNetConfig) -> _Matrices:
-    r, s, a, q = config.residual_channels, config.skip_channels, config.head_channels, config.classes
+    r, s, a, q = config.residual_channels, config.skip_channels, config.head_channels, law_of(config).channels
     conditioned = config.mel is not None or config.speakers > 0
     channels = config.conditioning_channels if conditioned else 0
     layers, past = config.layers, config.kernel_size - 1

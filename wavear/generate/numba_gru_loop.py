@@ -12,7 +12,7 @@ import numba
 from wavear.generate import _simd, numba_sampling
 from wavear.generate._simd import VECTOR_BYTES
 from wavear.generate.compiled import compiled
-from wavear.generate.numba_laws import CATEGORICAL, draw_value, log_probability
+from wavear.generate.numba_laws import CATEGORICAL, draw_value
 from wavear.generate.numba_loop import (
     CONDITION,
     CONSTANT_CONDITION,
@@ -42,10 +42,12 @@ from wavear.generate.numba_products import (
     N_HEAD2,
     N_HEAD2_BIAS,
     N_HEAD_VECTORS,
+    N_LAW,
     N_LOGIT_BLOCKS,
     N_LOGIT_ROW,
     N_LOGITS,
     N_MATRICES,
+    N_MIXTURES,
     N_ROWS,
     N_SPAN,
     N_STREAMS,
@@ -67,9 +69,9 @@ from wavear.generate.numba_products import (
 # Fields of a layer: numbers of its matrices (of the first layer the input's is -1 where there is a table), addresses.
 C_INPUT, C_HIDDEN, C_BIAS, C_H, C_Z, C_CONSTANT, C_FIELDS = range(7)
 
-# Further fields of the network: the law (see `numba_laws`); and of laws over values, the value of each code in float32,
-# the row of the table of each code, and the product of the first layer's input matrix with a value of one.
-G_LAW, G_MIXTURES, G_VALUES, G_ROWS, G_LINE, G_FIELDS = range(N_FIELDS, N_FIELDS + 6)
+# Further fields of the network, for laws over values: the value of each code in float32, the row of the table of each
+# code, and the product of the first layer's input matrix with a value of one.
+G_VALUES, G_ROWS, G_LINE, G_FIELDS = range(N_FIELDS, N_FIELDS + 4)
 
 
 @numba.njit
@@ -141,9 +143,9 @@ def _input(net, layer, previous, z):
     if net[N_TABLE]:
         gates = 3 * net[N_H_VECTORS]
         for s in range(streams):
-            entry = previous[s] if net[G_LAW] == CATEGORICAL else _simd.load_int(net[G_ROWS] + 8 * previous[s])
+            entry = previous[s] if net[N_LAW] == CATEGORICAL else _simd.load_int(net[G_ROWS] + 8 * previous[s])
             _simd.add(net[N_TABLE] + entry * gates * VECTOR_BYTES, z + s * net[N_Z_ROW], gates)
-            if net[G_LAW] != CATEGORICAL:
+            if net[N_LAW] != CATEGORICAL:
                 value = _simd.load_float(net[G_VALUES] + 4 * previous[s])
                 _simd.add_scaled(net[G_LINE], z + s * net[N_Z_ROW], gates, value)
         return
@@ -172,14 +174,6 @@ def _head(net, h, z):
     multiply(net, net[N_HEAD2], streams, rows, head, vector, head_vectors * vector, zeros,
               net[N_HEAD2_BIAS], 0, VECTOR_BYTES, 0,
               logits, net[N_LOGIT_ROW], VECTOR_BYTES, rows * net[N_LOGIT_ROW])  # fmt: skip
-
-
-@numba.njit
-def _nats(net, row, code):
-    """log P(code) of the parameters of a law."""
-    if net[G_LAW] == CATEGORICAL:
-        return _log_probability(net, row, code)
-    return log_probability(net[G_LAW], net[G_MIXTURES], net[N_CLASSES], row, code)
 
 
 def _run(net, layers, previous, uniforms, temperatures, codes, scores, condition, mode, scoring, asked):
@@ -222,10 +216,10 @@ def _run(net, layers, previous, uniforms, temperatures, codes, scores, condition
             row = net[N_LOGITS] + s * net[N_LOGIT_ROW]
             if scoring:
                 code = codes[first + s, t]
-                scores[first + s, t] = _nats(net, row, code)
+                scores[first + s, t] = _log_probability(net, row, code)
             else:
-                if net[G_LAW] != CATEGORICAL:
-                    code = draw_value(net[G_LAW], net[G_MIXTURES], net[N_CLASSES], row, uniforms[first + s, t],
+                if net[N_LAW] != CATEGORICAL:
+                    code = draw_value(net[N_LAW], net[N_MIXTURES], net[N_CLASSES], row, uniforms[first + s, t],
                                       temperatures[first + s, t])  # fmt: skip
                 elif truncating:
                     code = numba_sampling.draw(row, net[N_LOGIT_BLOCKS], net[N_CLASSES], net[N_WEIGHTS], net[N_SUMS],
@@ -236,7 +230,7 @@ def _run(net, layers, previous, uniforms, temperatures, codes, scores, condition
                     return t
                 codes[first + s, t] = code
                 if scored:
-                    scores[first + s, t] = _nats(net, row, code)
+                    scores[first + s, t] = _log_probability(net, row, code)
             previous[s] = code
     return -1
 

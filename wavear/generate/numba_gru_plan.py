@@ -14,9 +14,7 @@ from wavear.generate.numba_gru_loop import (
     C_INPUT,
     C_Z,
     G_FIELDS,
-    G_LAW,
     G_LINE,
-    G_MIXTURES,
     G_ROWS,
     G_VALUES,
     kernels,
@@ -39,10 +37,12 @@ from wavear.generate.numba_products import (
     N_HEAD2,
     N_HEAD2_BIAS,
     N_HEAD_VECTORS,
+    N_LAW,
     N_LOGIT_BLOCKS,
     N_LOGIT_ROW,
     N_LOGITS,
     N_MATRICES,
+    N_MIXTURES,
     N_MULTIPLY,
     N_OFFSETS,
     N_ROWS,
@@ -214,7 +214,7 @@ class Group:
             layers[i, C_Z] = region.reserve((packed.span if i == 0 else 1) * streams * z_row)
             layers[i, C_CONSTANT] = region.reserve(streams * z_row) if i == 0 else 0
         net = np.zeros(G_FIELDS, np.int64)
-        net[G_LAW], net[G_MIXTURES], net[N_CLASSES] = packed.law
+        net[N_LAW], net[N_MIXTURES], net[N_CLASSES] = packed.law
         net[N_STREAMS] = streams
         net[N_ROWS] = rows
         net[N_SPAN] = packed.span
