@@ -243,6 +243,10 @@ def test_no_gradient_flows_through_a_carried_state(batch):
     assert len(late) >= 10
     for name, gradient in late.items():
         torch.testing.assert_close(gradient, model.get_parameter(name).grad, **EXACT)
+    # Nor into a state that was made with one.
+    start = torch.zeros(batch, 2, 7, dtype=torch.float64, requires_grad=True)
+    model(codes[:, :10], cond[:, :, :10], model.import_state({"h": start}), previous).sum().backward()
+    assert start.grad is None
 
 
 @shapes

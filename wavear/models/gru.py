@@ -163,8 +163,8 @@ class GRU(AutoregressiveModel):
     def _layers(self, x: Tensor, begin: Tensor) -> tuple[Tensor, Tensor]:
         """Hidden units of the last layer (B, T, H), of all layers after the last sample (layers, B, H).
 
-        What `torch.nn.GRU` does, with the weights that its attributes are: `torch.func.functional_call`, by which
-        training puts in rounded ones, does not reach the list of them that the module itself calls with.
+        What `torch.nn.GRU` does, but for its care of the weights: those that `torch.func.functional_call` puts in for a
+        call, as training in bfloat16 does, it would lay out anew in place each time.
         """
         names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
         weights = [getattr(self.gru, f"{name}_l{layer}") for layer in range(self.config.layers) for name in names]
