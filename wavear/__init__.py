@@ -10,6 +10,7 @@ from wavear.generate.stream import Stream, StreamBatch
 from wavear.judge import adapt_mel, judge_mel
 from wavear.mel import MelConfig, log_mel
 from wavear.models.base import AutoregressiveModel
+from wavear.models.gru import GRU, GRUConfig
 from wavear.models.wavenet import WaveNet, WaveNetConfig
 from wavear.mulaw import mulaw_decode, mulaw_encode
 from wavear.train import TrainConfig, TrainResult, train
@@ -18,10 +19,12 @@ from wavear.watch import watch
 __version__ = "0.1.0"
 
 __all__ = [
+    "GRU",
     "AutoregressiveModel",
     "CheckpointError",
     "EvaluateConfig",
     "Evaluation",
+    "GRUConfig",
     "MelConfig",
     "Stream",
     "StreamBatch",

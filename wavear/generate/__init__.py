@@ -129,12 +129,17 @@ def make_engine(
 
 def _compiled_engine(model: AutoregressiveModel) -> Any | None:
     """The class of the compiled engine that serves a model, if there is one."""
+    from wavear.models.gru import GRU
     from wavear.models.wavenet import WaveNet
 
     if isinstance(model, WaveNet):
         from wavear.generate.numba_cpu import NumbaEngine
 
         return NumbaEngine
+    if isinstance(model, GRU):
+        from wavear.generate.numba_gru import NumbaGRUEngine
+
+        return NumbaGRUEngine
     return None
 
 
