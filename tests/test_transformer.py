@@ -1,4 +1,4 @@
-"""The contract of a model, held by the transformer: step = forward, reach, exact patches, memory of earlier segments."""
+"""The contract of a model, held by the transformer: step = forward, reach, exact patches, memory of segments."""
 
 import itertools
 import math
@@ -86,7 +86,7 @@ def assert_same_state(model, one, other, **tolerance):
 def test_step_equals_forward(config):
     """Far beyond the window and the receptive field: the rings have gone round several times."""
     model = make(config)
-    total = 2 * config.receptive_field + 5 * config.window * config.patch + 1
+    total = config.receptive_field + 4 * config.window * config.patch + 1
     codes = make_codes(config, 3, total)
     cond = make_cond(model, 3, total)
     with torch.no_grad():
@@ -177,7 +177,7 @@ def test_the_network_is_that_of_the_equations(config):
                     query = torch.complex(q[:, :pairs], q[:, pairs:]) * turn
                     scores = torch.stack([(query * ks[m].conj()).real.sum(dim=1) for m in seen])
                     weights = torch.softmax(scores / math.sqrt(2 * pairs), dim=0)
-                    found = sum(w[:, None] * vs[m] for w, m in zip(weights, seen, strict=True))
+                    found = (weights[:, :, None] * torch.stack([vs[m] for m in seen])).sum(dim=0)
                     x = x + block.out.weight @ found.flatten()
                     hidden = torch.relu(block.up.weight @ (x / x.square().mean().add(1e-6).sqrt())) ** 2
                     x = x + block.down.weight @ hidden
@@ -236,8 +236,8 @@ def test_patches_are_factorised_exactly(law, before):
 
 
 @shapes
-@settings(max_examples=10, deadline=None)
-@given(cuts=st.lists(st.integers(1, 40), min_size=1, max_size=5))
+@settings(max_examples=5, deadline=None)
+@given(cuts=st.lists(st.integers(1, 30), min_size=1, max_size=4))
 def test_segments_with_memory_equal_one_long_forward(config, cuts):
     """However the audio is cut: keys and values of earlier segments are seen beyond the segment."""
     model = make(config)
@@ -404,11 +404,11 @@ class _Sizes(TorchDispatchMode):
 
 
 def test_prefill_equals_steps_in_bounded_memory(monkeypatch):
-    monkeypatch.setattr(transformer, "_PREFILL", 64)
+    monkeypatch.setattr(transformer, "_PREFILL", 32)
     config = SHAPES["speakers"]
     model = make(config)
     cond, found = make_cond(model, 1, 1), []
-    for total in (150, 600):
+    for total in (100, 200):
         given = make_codes(config, 1, total)
         filled, stepped = model.init_state(1), model.init_state(1)
         with _Sizes() as sizes:
@@ -462,7 +462,7 @@ def test_conditioning_is_that_of_the_sample_itself(patch):
     config = TransformerConfig(layers=2, window=3, patch=patch, classes=16, mel=MEL, **SMALL)
     model = make(config)
     codes = make_codes(config, 1, 24)
-    cond = make_cond(model, 1, 24).requires_grad_()
+    cond = torch.randn(1, 5, 24, dtype=torch.float64, requires_grad=True)
     for t in (11, 12, 14):
         (grad,) = torch.autograd.grad(model(codes, cond)[0, :, t].sum(), cond)
         assert not grad[:, :, t + 1 :].any()

@@ -1,4 +1,4 @@
-"""Causal self-attention over a window of positions: rotary angles, a layer, and the attention of many positions at once.
+"""Causal self-attention over a window of positions: rotary angles, a layer, the attention of many positions at once.
 
 A position attends to itself and to the `window` - 1 before it. Keys and queries are turned by angles that grow with the
 position (Su et al., 2021, "RoFormer", https://arxiv.org/abs/2104.09864), so a product of the two knows how far they lie

@@ -187,7 +187,7 @@ class Transformer(AutoregressiveModel):
         self.initialise()
 
     def initialise(self) -> None:
-        """Where training begins: each layer adds little, so that the sum of all has the size of one; the law is broad."""
+        """Where training begins: each layer adds little, so that the sum of all has the size of one."""
         with torch.no_grad():
             for block in self.blocks:
                 for matrix in (block.qkv, block.up):
