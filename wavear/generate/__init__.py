@@ -129,12 +129,17 @@ def make_engine(
 
 def _compiled_engine(model: AutoregressiveModel) -> Any | None:
     """The class of the compiled engine that serves a model, if there is one."""
+    from wavear.models.transformer import Transformer
     from wavear.models.wavenet import WaveNet
 
     if isinstance(model, WaveNet) and model.config.law == "categorical":
         from wavear.generate.numba_cpu import NumbaEngine
 
         return NumbaEngine
+    if isinstance(model, Transformer):
+        from wavear.generate.numba_transformer import NumbaTransformer
+
+        return NumbaTransformer
     return None
 
 

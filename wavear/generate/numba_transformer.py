@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from wavear.generate import numba_sampling
+from wavear.generate import numba_laws, numba_sampling
 from wavear.generate import numba_transformer_loop as loop
 from wavear.generate._simd import BLOCK, LANES, VECTOR_BYTES, WIDEST
 from wavear.generate.numba_cpu import available_cores
@@ -24,7 +24,7 @@ _SPARSE = 0  # the width of a matrix for `_simd.sparse`, see `packing.pack`
 
 
 class NumbaTransformer:
-    """Runs `batch` streams of a categorical Transformer in compiled code.
+    """Runs `batch` streams of a Transformer in compiled code.
 
     The weights are packed when it is made: an engine made after the model changed runs the model as it then is.
 
@@ -56,8 +56,8 @@ class NumbaTransformer:
         threads: int | None = None,
         packed: _Weights | None = None,
     ):
-        if not isinstance(model, Transformer) or model.config.law != "categorical":
-            raise ValueError(f"this engine serves a categorical Transformer, not {type(model).__name__} with another law")
+        if not isinstance(model, Transformer):
+            raise ValueError(f"this engine serves a Transformer, not {type(model).__name__}: use engine 'reference'")
         if weights not in ("float32", "bfloat16"):
             raise ValueError(f"weights is {weights!r}, it must be float32 or bfloat16")
         if batch < 1:
@@ -86,7 +86,7 @@ class NumbaTransformer:
         Raises
         ------
         ValueError
-            If a shape does not fit, or the logits become infinite or NaN.
+            If a shape does not fit, or the network puts out infinities or NaN.
         """
         uniforms = np.require(uniforms, np.float64, ["C", "W"])
         temperatures = np.require(np.broadcast_to(temperature, uniforms.shape), np.float64, ["C", "W"])
@@ -145,7 +145,7 @@ class NumbaTransformer:
         bad = [t for t in results if t >= 0]
         if bad:
             raise ValueError(
-                f"the logits of sample {min(bad)} of this call are infinite or NaN: check the model's weights"
+                f"the network puts out infinities or NaN for sample {min(bad)} of this call: check the model's weights"
             )
 
     def _condition(self, cond: Tensor | None, samples: int) -> tuple[np.ndarray, int]:
@@ -231,9 +231,12 @@ class _Weights:
         fields[loop.N_PLACES] = vector(places, z_vectors)
         fields[loop.N_ENTER_BIAS] = vector(to_numpy(model.enter.bias), room(config.channels))
         fields[loop.N_HIDDEN_BIAS] = vector(to_numpy(head.hidden.bias), z_vectors)
-        logits = -(-room(classes, _SPARSE) // (BLOCK // LANES or 1)) * max(BLOCK // LANES, 1)
+        kind, mixtures, _ = numba_laws.numbers(model.law)
+        logits = -(-room(model.law.channels, _SPARSE) // (BLOCK // LANES or 1)) * max(BLOCK // LANES, 1)
         # Outputs beyond the last class are never drawn.
-        fields[loop.N_OUT_BIAS] = vector(to_numpy(head.out.bias), logits, fill=-np.inf)
+        fields[loop.N_OUT_BIAS] = vector(
+            to_numpy(head.out.bias), logits, fill=-np.inf if kind == numba_laws.CATEGORICAL else 0.0
+        )
         embedding = model.embedding.table().detach()
         if 4 * patch * classes * (x_vectors + z_vectors) * LANES <= _TABLES:
             fields[loop.N_ENTER_TABLE] = vector(_products(model.enter.weight, embedding), x_vectors)
@@ -270,6 +273,8 @@ class _Weights:
             loop.N_WINDOW: window,
             loop.N_PERIOD: period,
             loop.N_CLASSES: classes,
+            loop.N_LAW: kind,
+            loop.N_MIXTURES: mixtures,
             loop.N_X_VECTORS: x_vectors,
             loop.N_Z_VECTORS: z_vectors,
             loop.N_KEY_BLOCKS: key_blocks,

@@ -25,7 +25,7 @@ import numpy as np
 from llvmlite import ir
 from numba.core import types
 
-from wavear.generate import _simd, numba_sampling
+from wavear.generate import _simd, numba_laws, numba_sampling
 from wavear.generate._simd import BLOCK, LANES, VECTOR_BYTES
 from wavear.generate.compiled import compiled
 
@@ -44,8 +44,9 @@ L_QKV, L_OUT, L_UP, L_DOWN, L_KEYS, L_VALUES, L_FIELDS = range(7)
  N_SAMPLE_CHANNELS, N_SAMPLE_VECTORS,
  N_ENTER, N_ENTER_BIAS, N_ENTER_CONDITION, N_ENTER_TABLE, N_POSITION_MATRIX, N_SAMPLES_MATRIX, N_HEAD_CONDITION,
  N_PLACES, N_HEAD_TABLE, N_HIDDEN_MATRIX, N_HIDDEN_BIAS, N_OUT_MATRIX, N_OUT_BIAS, N_ZEROS, N_ANGLES, N_EMBEDDING,
+ N_LAW, N_MIXTURES,
  N_BASE, N_X, N_Y, N_QKV, N_FOUND, N_SCORES, N_WEIGHTS, N_SUMS, N_MASK, N_UP, N_VALUES, N_OFFSETS, N_POSITION, N_Z,
- N_H, N_LOGITS, N_SAMPLES, N_CONSTANT, N_FIELDS) = range(55)  # fmt: skip
+ N_H, N_LOGITS, N_SAMPLES, N_CONSTANT, N_FIELDS) = range(57)  # fmt: skip
 
 NO_CONDITION, CONSTANT_CONDITION, CONDITION = range(3)
 
@@ -201,7 +202,7 @@ def _position(net, layers, work, history, condition, mode):
 
 @numba.njit
 def _head(net, work, history, place, condition, mode):
-    """The logits of a sample."""
+    """What the law of a sample takes: logits, for one."""
     base, patch, zeros, vectors = net[N_BASE], net[N_PATCH], net[N_ZEROS], net[N_Z_VECTORS]
     z, h = base + 4 * net[N_Z], base + 4 * net[N_H]
     _simd.copy(net[N_PLACES] + place * vectors * VECTOR_BYTES, VECTOR_BYTES, z, VECTOR_BYTES, vectors)
@@ -251,7 +252,10 @@ def _sample(logits, classes, weights, sums, uniform, temperature):
 
 
 @numba.njit
-def _log_probability(logits, classes, weights, sums, code):
+def _log_probability(net, logits, weights, sums, code):
+    classes = net[N_CLASSES]
+    if net[N_LAW] != numba_laws.CATEGORICAL:
+        return numba_laws.log_probability(net[N_LAW], net[N_MIXTURES], classes, logits, code)
     blocks = (classes + BLOCK - 1) // BLOCK
     largest = _simd.largest(logits, blocks)
     total = _simd.exponentials(logits, blocks, weights, sums, largest, np.float32(1.0))
@@ -285,7 +289,7 @@ def _run(net, layers, work, history, uniforms, temperatures, codes, scores, cond
     Returns
     -------
     int64
-        The first sample whose logits are no numbers, or -1.
+        The first sample whose parameters are no numbers, or -1.
     """
     base, patch, classes = net[N_BASE], net[N_PATCH], net[N_CLASSES]
     logits, weights, sums = base + 4 * net[N_LOGITS], base + 4 * net[N_WEIGHTS], base + 4 * net[N_SUMS]
@@ -310,9 +314,11 @@ def _run(net, layers, work, history, uniforms, temperatures, codes, scores, cond
         _head(net, work, history, place, condition + t * row, mode)
         if scoring:
             code = codes[t]
-            scores[t] = _log_probability(logits, classes, weights, sums, code)
+            scores[t] = _log_probability(net, logits, weights, sums, code)
         else:
-            if truncating:
+            if net[N_LAW] != numba_laws.CATEGORICAL:
+                code = numba_laws.draw_value(net[N_LAW], net[N_MIXTURES], classes, logits, uniforms[t], temperatures[t])
+            elif truncating:
                 code = numba_sampling.draw(logits, (classes + BLOCK - 1) // BLOCK, classes, weights, sums, uniforms[t],
                                            temperatures[t], asked)  # fmt: skip
             else:
@@ -321,7 +327,7 @@ def _run(net, layers, work, history, uniforms, temperatures, codes, scores, cond
                 return t
             codes[t] = code
             if scored:
-                scores[t] = _log_probability(logits, classes, weights, sums, code)
+                scores[t] = _log_probability(net, logits, weights, sums, code)
         history[patch] = code
         net[N_TIME] += 1
     return -1
