@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from wavear import Stream, Transformer, TransformerConfig, WaveNet, WaveNetConfig
-from wavear.generate import make_engine, numba_transformer
+from wavear.generate import make_engine, numba_transformer_plan
 from wavear.generate.numba_transformer import NumbaTransformer
 from wavear.generate.reference import ReferenceEngine
 
@@ -72,7 +72,7 @@ def test_products_are_the_same_with_and_without_tables(config, monkeypatch):
     model = make(config)
     codes, cond = make_codes(config, 1, 60), make_cond(model, 1, 60, False)
     tabled = NumbaTransformer(model, 1).score(codes, cond)
-    monkeypatch.setattr(numba_transformer, "_TABLES", 0)
+    monkeypatch.setattr(numba_transformer_plan, "_TABLES", 0)
     torch.testing.assert_close(NumbaTransformer(model, 1).score(codes, cond), tabled, rtol=0, atol=1e-5)
 
 
@@ -104,7 +104,7 @@ def test_truncation_is_that_of_the_reference(top_k, top_p):
     assert (found == other).all()
 
 
-@pytest.mark.parametrize("weights", ["float32", "bfloat16"])
+@pytest.mark.parametrize("weights", ["float32", "bfloat16", "int8"])
 @torch.inference_mode()
 def test_bits_do_not_depend_on_batch_threads_or_cuts(weights):
     config = SHAPES["speakers"]
@@ -119,15 +119,20 @@ def test_bits_do_not_depend_on_batch_threads_or_cuts(weights):
     assert (np.concatenate(parts, axis=1) == np.concatenate(alone)).all()
 
 
+@pytest.mark.parametrize("weights", ["bfloat16", "int8"])
 @torch.inference_mode()
-def test_bfloat16_rounds_the_matrices_and_nothing_else():
-    """Against the reference on a model whose matrices are rounded."""
+def test_the_matrices_are_rounded_and_nothing_else(weights):
+    """Against the reference on a model whose matrices are rounded, written out once more."""
     model = make(SHAPES["speakers"])
     codes, cond = make_codes(model.config, 1, 60), make_cond(model, 1, 60, False)
-    found = NumbaTransformer(model, 1, weights="bfloat16").score(codes, cond)
+    found = NumbaTransformer(model, 1, weights=weights).score(codes, cond)
     for name, parameter in model.named_parameters():
         if parameter.dim() == 2 and not name.startswith(("conditioning.", "embedding.", "head.place")):
-            parameter.data = parameter.bfloat16().float()
+            if weights == "bfloat16":
+                parameter.data = parameter.bfloat16().float()
+            else:
+                step = parameter.double().abs().amax(dim=1, keepdim=True) / 127
+                parameter.data = ((parameter / step).round() * step).float()
     torch.testing.assert_close(found, ReferenceEngine(model, 1).score(codes, cond), rtol=1e-5, atol=2e-5)
 
 
@@ -156,7 +161,7 @@ def test_states_are_those_of_the_reference(config, time):
     torch.testing.assert_close(again.score(codes[:, time:], cond), expected, rtol=1e-5, atol=2e-5)
 
 
-@pytest.mark.parametrize("weights", ["float32", "bfloat16"])
+@pytest.mark.parametrize("weights", ["float32", "bfloat16", "int8"])
 @torch.inference_mode()
 def test_filled_states_go_on_like_scored_ones(weights):
     config = SHAPES["speakers"]
@@ -190,7 +195,7 @@ def test_an_engine_runs_the_weights_it_was_made_with():
     ("call", "message"),
     [
         (lambda m: NumbaTransformer(m, 0), "batch is 0"),
-        (lambda m: NumbaTransformer(m, 1, weights="int8"), "weights is 'int8'"),
+        (lambda m: NumbaTransformer(m, 1, weights="int4"), "weights is 'int4'"),
         (lambda m: NumbaTransformer(m, 1, threads=0), "threads is 0"),
         (
             lambda m: NumbaTransformer(WaveNet(WaveNetConfig(layers=1, stacks=1)), 1),

@@ -555,7 +555,7 @@ publics = pytest.mark.parametrize("config", PUBLIC.values(), ids=PUBLIC.keys())
 engines = pytest.mark.parametrize("engine", ["reference", "numba"])
 
 
-def given_to(config):
+def given_to(config) -> dict[str, Any]:
     """A mel of 9 frames and a speaker, where the model takes them."""
     mel = torch.randn(5, 9) if config.mel else None
     return {"mel": mel, "speaker": 1 if config.speakers else None}
@@ -579,8 +579,8 @@ def test_streams_and_batches_are_what_generate_makes(config, engine):
     """To the bit: alone, beside others, in pieces, and from a file in between."""
     model = make_sounding(config)
     given = given_to(config)
-    samples = {} if config.mel else {"samples": 108}
-    mels = {"mel": [given["mel"]] * 3 if config.mel else None, "speaker": given["speaker"]}
+    samples: dict[str, Any] = {} if config.mel else {"samples": 108}
+    mels: dict[str, Any] = {"mel": [given["mel"]] * 3 if config.mel else None, "speaker": given["speaker"]}
     together = generate(model, **mels, seed=[3, 4, 5], engine=engine, **samples)
     assert torch.equal(together[1:2], generate(model, **given, seed=4, engine=engine, **samples))
     assert not torch.equal(together[0], together[1])

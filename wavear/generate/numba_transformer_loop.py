@@ -1,23 +1,9 @@
-"""The compiled loop of the CPU engine of the transformer (`wavear/generate/numba_transformer.py`).
-
-What it does that the plain loop does not:
-
-- weights are packed for the vector kernels of `_simd` and read once: those of the layers once per patch;
-- what a past sample adds to its position's input, and to the head, is looked up by its code and its place, where the
-  tables of these products fit a cache;
-- keys lie with their channels apart and their positions side by side, values the other way round, so both products of
-  the attention run along whole vectors;
-- half of what a ReLU lets through is zero, and is neither multiplied nor are its weights read.
-
-Every output element is one chain of fused multiply-adds in a fixed order, and streams share nothing but the weights:
-so a stream's audio has the same bits whatever the batch, the threads and the cuts between calls.
-"""
+"""The loop over samples of the CPU engine of the transformer, as it is compiled, one call per chunk and stream."""
 
 from __future__ import annotations
 
 import functools
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import numba
@@ -28,12 +14,9 @@ from numba.core import types
 from wavear.generate import _simd, numba_laws, numba_sampling
 from wavear.generate._simd import BLOCK, LANES, VECTOR_BYTES
 from wavear.generate.compiled import compiled
+from wavear.generate.numba_products import M_ADDRESS, M_BLOCKS, M_INPUTS, M_ROW, M_SIZE, M_STEP, M_VECTORS
 
 _EPSILON = 1e-6  # of `normalised`
-
-# Fields of a matrix: address of the packed weights, inputs, blocks, vectors in a block, 1 if bfloat16, and the address
-# of the kernel for one row.
-M_ADDRESS, M_INPUTS, M_BLOCKS, M_VECTORS, M_HALF, M_ROW, M_FIELDS = range(7)
 
 # Fields of a layer: addresses of its matrices' fields; places of its keys and values in the stream's memory.
 L_QKV, L_OUT, L_UP, L_DOWN, L_KEYS, L_VALUES, L_FIELDS = range(7)
@@ -44,9 +27,9 @@ L_QKV, L_OUT, L_UP, L_DOWN, L_KEYS, L_VALUES, L_FIELDS = range(7)
  N_SAMPLE_CHANNELS, N_SAMPLE_VECTORS,
  N_ENTER, N_ENTER_BIAS, N_ENTER_CONDITION, N_ENTER_TABLE, N_POSITION_MATRIX, N_SAMPLES_MATRIX, N_HEAD_CONDITION,
  N_PLACES, N_HEAD_TABLE, N_HIDDEN_MATRIX, N_HIDDEN_BIAS, N_OUT_MATRIX, N_OUT_BIAS, N_ZEROS, N_ANGLES, N_EMBEDDING,
- N_LAW, N_MIXTURES,
+ N_LAW, N_MIXTURES, N_SPARSE,
  N_BASE, N_X, N_Y, N_QKV, N_FOUND, N_SCORES, N_WEIGHTS, N_SUMS, N_MASK, N_UP, N_VALUES, N_OFFSETS, N_POSITION, N_Z,
- N_H, N_LOGITS, N_SAMPLES, N_CONSTANT, N_FIELDS) = range(57)  # fmt: skip
+ N_H, N_LOGITS, N_SAMPLES, N_CONSTANT, N_FIELDS) = range(58)  # fmt: skip
 
 NO_CONDITION, CONSTANT_CONDITION, CONDITION = range(3)
 
@@ -74,9 +57,7 @@ def _row(matrix, x, bias, init, out):
     inputs = _simd.load_int(matrix + 8 * M_INPUTS)
     kernel = _simd.load_int(matrix + 8 * M_ROW)
     block = _simd.load_int(matrix + 8 * M_VECTORS) * VECTOR_BYTES
-    size = inputs * block
-    if _simd.load_int(matrix + 8 * M_HALF):
-        size //= 2
+    size = _simd.load_int(matrix + 8 * M_SIZE)
     for _ in range(_simd.load_int(matrix + 8 * M_BLOCKS)):
         _simd.call6(kernel, weights, inputs, x, bias, init, out)
         weights += size
@@ -88,25 +69,14 @@ def _row(matrix, x, bias, init, out):
 @numba.njit
 def _rectified(net, work, matrix, x, squared, init, out):
     """out = init + matrix @ relu(x), or relu(x)^2: the zeros are not multiplied nor their weights read."""
-    base = net[N_BASE]
-    vectors = _simd.load_int(matrix + 8 * M_VECTORS)
-    half = _simd.load_int(matrix + 8 * M_HALF)
-    inputs = _simd.load_int(matrix + 8 * M_INPUTS)
-    row = vectors * VECTOR_BYTES
-    if half:
-        row //= 2
-    values, offsets = base + 4 * net[N_VALUES], base + 4 * net[N_OFFSETS]
-    count = _simd.entries(x, inputs, row, values, offsets)
+    values, offsets = net[N_BASE] + 4 * net[N_VALUES], net[N_BASE] + 4 * net[N_OFFSETS]
+    row = _simd.load_int(matrix + 8 * M_STEP)
+    count = _simd.entries(x, _simd.load_int(matrix + 8 * M_INPUTS), row, values, offsets)
     if squared:
         first = net[N_VALUES]
         for i in range(first, first + count):
             work[i] = work[i] * work[i]
-    weights = _simd.load_int(matrix + 8 * M_ADDRESS)
-    for _ in range(_simd.load_int(matrix + 8 * M_BLOCKS)):
-        _simd.sparse(vectors + 256 * half, weights, count, values, offsets, init, out)
-        weights += inputs * row
-        init += vectors * VECTOR_BYTES
-        out += vectors * VECTOR_BYTES
+    _simd.call7(net[N_SPARSE], matrix, count, values, offsets, init, out, 0)
 
 
 @numba.njit
@@ -333,25 +303,13 @@ def _run(net, layers, work, history, uniforms, temperatures, codes, scores, cond
     return -1
 
 
-def _row_address(vectors, half):
-    return _simd.row_address(vectors, half)
-
-
 _SIGNATURE = (
     "int64(int64[::1], int64[:,::1], float32[::1], int64[::1], float64[::1], float64[::1], int64[::1], float64[::1], "
     "int64, int64, int64, float64[::1])"
 )
 
 
-@dataclass(frozen=True)
-class Kernels:
-    """What is compiled: the loop, and the address of the kernel for one row."""
-
-    run: Any
-    row: Any
-
-
 @functools.cache
-def kernels() -> Kernels:
+def run() -> Any:
     """Compiled at the first call, or read from the cache."""
-    return Kernels(compiled(_run, _SIGNATURE), compiled(_row_address, "int64(int64, int64)"))
+    return compiled(_run, _SIGNATURE)
