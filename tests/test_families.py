@@ -47,7 +47,7 @@ VALUES = {
 # Fields of `TrainConfig` that make a small model of each family.
 TRAINED: dict[str, dict[str, Any]] = {
     "wavenet": {"layers": 3, "stacks": 1, "residual_channels": 8, "skip_channels": 8, "head_channels": 8},
-    "transformer": {"layers": 2, "channels": 16, "heads": 2, "window": 8, "patch": 4, "head_channels": 16},
+    "transformer": {"layers": 2, "channels": 16, "heads": 2, "window": 8, "patch": 4, "learning_rate": 3e-3},
 }
 ENGINES = ["reference", "numba"]
 
