@@ -123,9 +123,7 @@ def make_engine(
         return engine, ReferenceEngine(model, batch)
     compiled = _compiled_engine(model)
     if compiled is None:
-        raise ValueError(
-            f"engine 'numba' has no kernel for {type(model).__name__} with the law {model.config.law}: use 'reference'"
-        )
+        raise ValueError(f"engine 'numba' has no kernel for {type(model).__name__}: use engine 'reference'")
     return engine, compiled(model, batch, weights=weights, threads=threads)
 
 
@@ -134,7 +132,7 @@ def _compiled_engine(model: AutoregressiveModel) -> Any | None:
     from wavear.models.transformer import Transformer
     from wavear.models.wavenet import WaveNet
 
-    if isinstance(model, WaveNet) and model.config.law == "categorical":
+    if isinstance(model, WaveNet):
         from wavear.generate.numba_cpu import NumbaEngine
 
         return NumbaEngine

@@ -12,6 +12,7 @@ from wavear.generate import _simd
 from wavear.generate._simd import LANES, VECTOR_BYTES
 from wavear.generate.compiled import compiled
 from wavear.generate.packing import Region
+from wavear.laws import law_of
 from wavear.models.wavenet import WaveNetConfig
 
 
@@ -42,7 +43,7 @@ def cost(config: WaveNetConfig, weights: str = "float32") -> Cost:
     >>> cost(WaveNetConfig())
     Cost(multiply_adds=667648, weight_bytes=2670592, hot_bytes=2080640)
     """
-    r, s, a, q = config.residual_channels, config.skip_channels, config.head_channels, config.classes
+    r, s, a, q = config.residual_channels, config.skip_channels, config.head_channels, law_of(config).channels
     conditioned = config.mel is not None or config.speakers > 0
     channels = config.conditioning_channels if conditioned else 0
     layers, past = config.layers, config.kernel_size - 1
