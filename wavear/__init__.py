@@ -11,6 +11,7 @@ from wavear.judge import adapt_mel, judge_mel
 from wavear.mel import MelConfig, log_mel
 from wavear.models.base import AutoregressiveModel
 from wavear.models.gru import GRU, GRUConfig
+from wavear.models.transformer import Transformer, TransformerConfig
 from wavear.models.wavenet import WaveNet, WaveNetConfig
 from wavear.mulaw import mulaw_decode, mulaw_encode
 from wavear.train import TrainConfig, TrainResult, train
@@ -31,6 +32,8 @@ __all__ = [
     "StreamState",
     "TrainConfig",
     "TrainResult",
+    "Transformer",
+    "TransformerConfig",
     "WaveNet",
     "WaveNetConfig",
     "adapt_mel",

@@ -59,9 +59,19 @@ class TrainConfig:
     skip_channels: int | None = None
     """wavenet: channels of the sum over layers that the head reads (128)."""
     channels: int | None = None
-    """gru: hidden units of each layer (352)."""
+    """gru: hidden units of each layer (352). transformer: channels of a position (256), a multiple of 2 * `heads`."""
     input_channels: int | None = None
     """gru: channels in which the sample before and the conditioning are added (128)."""
+    heads: int | None = None
+    """transformer: of the attention (4)."""
+    window: int | None = None
+    """transformer: positions that a position attends to in each layer (128)."""
+    patch: int | None = None
+    """transformer: samples that a position stands for (8)."""
+    hidden_channels: int | None = None
+    """transformer: channels between the two matrices of a layer (four times `channels`)."""
+    sample_channels: int | None = None
+    """transformer: channels of the vector that a past sample becomes (64)."""
     head_channels: int | None = None
     """Channels between the two layers of the head (256)."""
     conditioning_channels: int | None = None

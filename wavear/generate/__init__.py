@@ -130,6 +130,7 @@ def make_engine(
 def _compiled_engine(model: AutoregressiveModel) -> Any | None:
     """The class of the compiled engine that serves a model, if there is one."""
     from wavear.models.gru import GRU
+    from wavear.models.transformer import Transformer
     from wavear.models.wavenet import WaveNet
 
     if isinstance(model, WaveNet):
@@ -140,6 +141,10 @@ def _compiled_engine(model: AutoregressiveModel) -> Any | None:
         from wavear.generate.numba_gru import NumbaGRUEngine
 
         return NumbaGRUEngine
+    if isinstance(model, Transformer):
+        from wavear.generate.numba_transformer import NumbaTransformer
+
+        return NumbaTransformer
     return None
 
 
