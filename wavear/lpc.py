@@ -22,8 +22,7 @@ So a block costs P + 1 inner products (or one correlation by FFT), and a recordi
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Literal, get_args
 
 import numpy as np
@@ -77,6 +76,10 @@ class Statistics:
         self._sum = 0.0  # of x[t]
         self._sum_steps = np.zeros(lags)  # that of x[t-i-1] less that of x[t-i]
 
+    def begin(self) -> Adding:
+        """Begin to add a recording that comes in blocks."""
+        return Adding(self)
+
     def add(self, signal: np.ndarray | Iterable[np.ndarray]) -> None:
         """Add a recording.
 
@@ -90,31 +93,10 @@ class Statistics:
         ValueError
             If a sample is NaN or infinite; nothing is added then.
         """
-        blocks = [signal] if isinstance(signal, np.ndarray) else signal
-        lags = self.lags
-        past, head, count = np.zeros(0), None, 0
-        row, total = np.zeros(lags + 1), 0.0
-        for block in _cut(self._prepared(blocks)):
-            joined = np.concatenate([past, block])
-            past = joined[max(len(joined) - lags, 0) :]
-            if head is None:
-                if len(joined) < lags:
-                    continue
-                head, block = joined[:lags], joined[lags:]
-            if len(block):
-                row += _inner_products(joined, block)
-                total += float(block.sum())
-                count += len(block)
-        if not (np.isfinite(row).all() and np.isfinite(past).all()):
-            raise ValueError("the signal holds NaN or infinity")
-        if head is None or not count:
-            return
-        first, last = head[::-1], past[::-1]  # x[P-1-i], x[N-1-i]
-        self.count += count
-        self._row += row
-        self._steps += np.outer(first, first) - np.outer(last, last)
-        self._sum += total
-        self._sum_steps += first - last
+        adding = self.begin()
+        for block in [signal] if isinstance(signal, np.ndarray) else signal:
+            adding.push(block)
+        adding.close()
 
     def __iadd__(self, other: Statistics) -> Statistics:
         """Add what others have summed up over other recordings."""
@@ -127,19 +109,6 @@ class Statistics:
         self._sum += other._sum
         self._sum_steps += other._sum_steps
         return self
-
-    def _prepared(self, blocks: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
-        """What is predicted: the differences in float64, between what the edges put around them."""
-        given = (np.asarray(block, dtype=np.float64) for block in blocks)
-        if self.edges == "silence":
-            yield from _differences(
-                itertools.chain([np.full(self.lags + self.differencing, self.silence)], given), self.differencing
-            )
-            return
-        zeros = [np.zeros(self.lags)] if self.edges == "autocorrelation" else []
-        yield from zeros
-        yield from _differences(given, self.differencing)
-        yield from zeros
 
     def products(self) -> np.ndarray:
         """The sums of x[t-i] x[t-j], (P + 1, P + 1)."""
@@ -226,6 +195,67 @@ class Statistics:
         return left, right
 
 
+class Adding:
+    """A recording on its way into `Statistics`, block by block: they take it in when it is closed."""
+
+    def __init__(self, statistics: Statistics):
+        self._to = statistics
+        self._before = np.zeros(0)  # the last samples, from which the next differences are made
+        self._past = np.zeros(0)  # the last differences
+        self._first: np.ndarray | None = None  # the P first of them
+        self._count, self._row, self._sum = 0, np.zeros(statistics.lags + 1), 0.0
+        if statistics.edges == "silence":
+            self.push(np.full(statistics.lags + statistics.differencing, statistics.silence))
+        elif statistics.edges == "autocorrelation":
+            self._take(np.zeros(statistics.lags))
+
+    def push(self, block: np.ndarray) -> None:
+        """The next samples (n,)."""
+        block, order = np.asarray(block, dtype=np.float64), self._to.differencing
+        if order:
+            joined = np.concatenate([self._before, block])
+            self._before = joined[max(len(joined) - order, 0) :]
+            block = np.diff(joined, n=order) if len(joined) > order else joined[:0]
+        self._take(block)
+
+    def _take(self, block: np.ndarray) -> None:
+        lags = self._to.lags
+        for start in range(0, len(block), _BLOCK):
+            new = block[start : start + _BLOCK]
+            joined = np.concatenate([self._past, new])
+            self._past = joined[max(len(joined) - lags, 0) :]
+            if self._first is None:
+                if len(joined) < lags:
+                    continue
+                self._first, new = joined[:lags], joined[lags:]
+            if len(new):
+                self._row += _inner_products(joined, new)
+                self._sum += float(new.sum())
+                self._count += len(new)
+
+    def close(self) -> None:
+        """The recording has ended.
+
+        Raises
+        ------
+        ValueError
+            If a sample is NaN or infinite; nothing is added then.
+        """
+        to = self._to
+        if to.edges == "autocorrelation":
+            self._take(np.zeros(to.lags))
+        if not (np.isfinite(self._row).all() and np.isfinite(self._past).all()):
+            raise ValueError("the signal holds NaN or infinity")
+        if self._first is None or not self._count:
+            return  # it is shorter than the longest lag: no sample can be predicted
+        first, last = self._first[::-1], self._past[::-1]  # x[P-1-i], x[N-1-i]
+        to.count += self._count
+        to._row += self._row
+        to._steps += np.outer(first, first) - np.outer(last, last)
+        to._sum += self._sum
+        to._sum_steps += first - last
+
+
 def _inner_products(joined: np.ndarray, block: np.ndarray) -> np.ndarray:
     """The sums over t of x[t] x[t-j] for j = 0 ... P, of a block (n,) and it with the P samples before it (P + n,)."""
     lags = len(joined) - len(block)
@@ -234,22 +264,6 @@ def _inner_products(joined: np.ndarray, block: np.ndarray) -> np.ndarray:
     from scipy.signal import correlate
 
     return correlate(joined, block, "valid", method="fft")[::-1]
-
-
-def _cut(blocks: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
-    """The same samples in blocks of a limited size, none of them empty."""
-    for block in blocks:
-        for start in range(0, len(block), _BLOCK):
-            yield block[start : start + _BLOCK]
-
-
-def _differences(blocks: Iterable[np.ndarray], order: int) -> Iterator[np.ndarray]:
-    """The differences of so high an order of a signal in blocks; `order` samples fewer than it has."""
-    past = np.zeros(0)
-    for block in blocks:
-        joined = np.concatenate([past, block])
-        past = joined[max(len(joined) - order, 0) :] if order else past
-        yield np.diff(joined, n=order) if order and len(joined) > order else block if not order else np.zeros(0)
 
 
 def criterion(energies: np.ndarray, count: int, kind: Literal["aic", "bic"], *, constant: bool = False) -> np.ndarray:
