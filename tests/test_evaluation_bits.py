@@ -18,6 +18,7 @@ from wavear.evaluation import linear
 from wavear.evaluation.bits import LEVELS, Baselines, score_recording, scored_blocks
 from wavear.evaluation.linear import LinearPredictor, edges, log_mass
 from wavear.evaluation.statistics import bootstrap
+from wavear.grid import Grid
 from wavear.segments import Layout
 from wavear.training import bits as training_bits
 from wavear.training.bits import held_out_bits
@@ -125,10 +126,10 @@ def test_digest_tells_recordings_apart_by_their_codes(tmp_path: Path):
 def test_baselines_are_those_of_training_and_cover_every_sample(recordings, monkeypatch):
     model = tiny(mel=MEL)
     layout = Layout.of(model, 1)
-    fitted = Baselines.fit([recordings[0], recordings[2]], layout, 256)
-    whole = fitted.bits(recordings[1], layout, 256)
+    fitted = Baselines.fit([recordings[0], recordings[2]], layout, Grid("mulaw", 256))
+    whole = fitted.bits(recordings[1], layout, Grid("mulaw", 256))
     monkeypatch.setattr(training_bits, "_READ_SECONDS", 0.013)  # blocks much shorter than the recording
-    blocks = fitted.bits(recordings[1], layout, 256)
+    blocks = fitted.bits(recordings[1], layout, Grid("mulaw", 256))
     assert set(whole) == {"uniform", "unigram", "markov", "linear"}
     assert whole == pytest.approx(blocks, rel=1e-12)
     assert whole["uniform"] == 8 * recordings[1].frames
@@ -150,14 +151,14 @@ def test_mass_is_that_of_scipy_in_the_middle_and_in_both_tails(law):
 @pytest.mark.parametrize("law", ["laplace", "normal"])
 @pytest.mark.parametrize("domain", ["linear", "companded"])
 def test_probabilities_of_all_codes_add_up_to_one(law, domain):
-    limits = edges(64, domain)
+    limits = edges(Grid("mulaw", 64), domain)
     for prediction in (-2.0, -0.3, 0.0, 0.004, 0.9):
         mass = np.exp(log_mass((limits[:-1] - prediction) / 0.05, (limits[1:] - prediction) / 0.05, law))
         assert mass.sum() == pytest.approx(1, abs=1e-9)
 
 
 def test_edges_lie_where_the_code_changes():
-    limits = edges(256, "linear")[1:-1]
+    limits = edges(Grid("mulaw", 256), "linear")[1:-1]
     assert np.array_equal(mulaw_encode(limits * (1 + 1e-5) + 1e-9, 256), np.arange(1, 256) - (limits < 0))
     assert np.array_equal(mulaw_encode(limits * (1 - 1e-5) - 1e-9, 256), np.arange(0, 255) + (limits < 0))
 
@@ -172,37 +173,37 @@ def test_predictor_finds_the_process_and_its_entropy(law):
         x[t] = 1.6 * x[t - 1] - 0.8 * x[t - 2] + e[t]
     codes = mulaw_encode(x, classes)
     half = x.size // 2
-    fitted = LinearPredictor.fit([codes[:half]], classes)
+    fitted = LinearPredictor.fit([codes[:half]], Grid("mulaw", classes))
     assert (fitted.law, fitted.domain) == (law, "linear")
     assert fitted.weights[-2:] == pytest.approx([-0.8, 1.6], abs=0.03)
     assert fitted.scale == pytest.approx(scale, rel=0.02)
     entropy = math.log2(2 * math.e * scale) if law == "laplace" else 0.5 * math.log2(2 * math.pi * math.e * scale**2)
-    width = np.diff(edges(classes, "linear"))[codes[half:]]
+    width = np.diff(edges(Grid("mulaw", classes), "linear"))[codes[half:]]
     assert fitted.bits(codes[half:]).mean() == pytest.approx(entropy - np.log2(width).mean(), abs=0.02)
 
 
 def test_predictor_sees_the_past_only_and_blocks_change_nothing(monkeypatch):
     codes = mulaw_encode(sounds(0.5), 256)
-    fitted = LinearPredictor.fit([codes], 256)
+    fitted = LinearPredictor.fit([codes], Grid("mulaw", 256))
     bits = fitted.bits(codes)
     changed = codes.copy()
     changed[2000:] = 255 - changed[2000:]
     assert np.array_equal(fitted.bits(changed)[:2000], bits[:2000])
     monkeypatch.setattr(linear, "_BLOCK", 77)
     assert fitted.bits(codes) == pytest.approx(bits, rel=1e-12)
-    assert LinearPredictor.fit([codes], 256).weights == pytest.approx(fitted.weights, rel=1e-6)
+    assert LinearPredictor.fit([codes], Grid("mulaw", 256)).weights == pytest.approx(fitted.weights, rel=1e-6)
 
 
 def test_predictor_takes_the_domain_that_fits():
     """A walk over codes is linear in companded values."""
     random = np.random.default_rng(0)
     codes = (128 + 60 * np.sin(np.arange(20000) / 50) + random.laplace(0, 1.5, 20000)).round().astype(np.int64)
-    assert LinearPredictor.fit([codes.clip(0, 255)], 256).domain == "companded"
+    assert LinearPredictor.fit([codes.clip(0, 255)], Grid("mulaw", 256)).domain == "companded"
 
 
 def test_nothing_to_fit_to_is_refused():
     with pytest.raises(ValueError, match="no samples"):
-        LinearPredictor.fit([], 256)
+        LinearPredictor.fit([], Grid("mulaw", 256))
 
 
 # ---- intervals

@@ -11,7 +11,7 @@ import torch
 import wavear
 from wavear import MelConfig, WaveNet, WaveNetConfig, mulaw_decode, mulaw_encode
 from wavear.generate import Conditioner
-from wavear.generate.sampling import uniforms
+from wavear.sampling import uniforms
 
 MEL = MelConfig(sample_rate=8000, n_fft=64, window_length=64, hop_length=20, bands=5, fmax=4000.0)
 SMALL: dict[str, Any] = {

@@ -627,7 +627,7 @@ def test_counts_are_of_the_codes(tones, monkeypatch):
     monkeypatch.setattr(bits, "_READ_SECONDS", 0.05)  # so that a recording is read in several blocks
     recordings = open_corpus(tones, sample_rate=RATE).train
     model = wavear.WaveNet(TrainConfig(data="-", out="-", max_steps=1, **TINY).model_config())
-    counted = bits.Counts.of(recordings, Layout.of(model, 64), 32)
+    counted = bits.Counts.of(recordings, Layout.of(model, 64), model.grid)
     single, pairs = np.zeros(32, dtype=int), np.zeros((32, 32), dtype=int)
     for recording in recordings:
         codes = mulaw_encode(audio.read(recording.path), 32).numpy()[: recording.frames // 64 * 64]

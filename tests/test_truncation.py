@@ -13,7 +13,7 @@ from wavear import MelConfig, WaveNet, WaveNetConfig, mulaw_encode
 from wavear.generate import candidate_seeds
 from wavear.generate.numba_cpu import NumbaEngine
 from wavear.generate.reference import ReferenceEngine
-from wavear.generate.sampling import sample, uniforms
+from wavear.sampling import sample, uniforms
 
 MEL = MelConfig(sample_rate=8000, n_fft=64, window_length=64, hop_length=20, bands=5, fmax=4000.0)
 ENGINES = pytest.mark.parametrize("engine", ["reference", "numba"])

@@ -19,9 +19,9 @@ from wavear.generate import WEIGHTS, Conditioner, make_engine
 from wavear.generate.ceiling import Ceiling, cost
 from wavear.generate.ceiling import measure as measure_ceiling
 from wavear.generate.numba_cpu import available_cores
-from wavear.generate.sampling import uniforms
 from wavear.mel import MelConfig
 from wavear.models.wavenet import WaveNet, WaveNetConfig
+from wavear.sampling import uniforms
 
 _CHUNK = 2048  # samples per call of the numba engine, as `wavear.generate` calls it
 _REFERENCE_CHUNK = 64  # of the reference engine, which takes a thousandth of a second for each

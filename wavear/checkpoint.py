@@ -12,11 +12,12 @@ import torch
 from wavear.files import replace_file
 from wavear.mel import MelConfig
 from wavear.models.base import AutoregressiveModel
-from wavear.models.wavenet import WaveNet, WaveNetConfig
+from wavear.models.families import FAMILIES, family_of
 
 FORMAT = 1
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
-FAMILIES = {"wavenet": (WaveNet, WaveNetConfig)}
+# Fields that came later than the first checkpoints, which mean these by their absence.
+LATER = {"law": "categorical", "mixtures": 10, "coarse_classes": 0}
 
 
 class CheckpointError(ValueError):
@@ -56,7 +57,7 @@ def save(
     for name in (CONFIG, WEIGHTS):
         if not overwrite and (directory / name).exists():
             raise FileExistsError(f"{directory / name} exists: choose another directory, or overwrite")
-    family = next((name for name, (cls, _) in FAMILIES.items() if type(model) is cls), None)
+    family = family_of(model)
     if family is None:
         raise ValueError(f"{type(model).__name__} is not a family this version can save: {', '.join(FAMILIES)}")
     described = {
@@ -84,7 +85,7 @@ def load(source: str | Path, device: str | torch.device = "cpu") -> Any:
 
     Returns
     -------
-    AutoregressiveModel: `WaveNet`
+    AutoregressiveModel: of the class of its family, `WaveNet` for one
 
     Raises
     ------
@@ -133,7 +134,7 @@ def read_config(source: str | Path) -> dict:
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{directory / WEIGHTS} is damaged or no safetensors file: {error}") from None
     own = {} if text is None else _parse(text.encode(), directory / WEIGHTS)
-    if own and any(own[key] != described[key] for key in ("family", "config")):
+    if own and (own["family"] != described["family"] or own["config"] != described["config"]):
         raise CheckpointError(f"{directory}: {CONFIG} and {WEIGHTS} are not of one model: their configurations differ")
     return described
 
@@ -159,8 +160,8 @@ def _parse(text: bytes, path: Path) -> dict:
 def _settings(described: dict, path: Path) -> dict:
     """The fields of the configuration, all of them and no others."""
     config_class = FAMILIES[described["family"]][1]
-    settings = dict(described["config"])
     known = {field.name for field in dataclasses.fields(config_class)}
+    settings = {name: value for name, value in LATER.items() if name in known} | described["config"]
     missing, unknown = sorted(known - set(settings)), sorted(set(settings) - known)
     if missing or unknown:
         wrong = [f"{', '.join(missing)} missing"] * bool(missing) + [f"{', '.join(unknown)} unknown"] * bool(unknown)

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -29,7 +29,6 @@ from wavear import audio
 from wavear.data import Recording, reason
 from wavear.mel import MelConfig, log_mel
 from wavear.models.base import AutoregressiveModel
-from wavear.mulaw import mulaw_encode
 
 _TRIES = 1000  # files drawn in vain before we believe that none can be read
 _QUIET_TRIES = 4  # crops below the level `redraw_below`, before one is taken nevertheless
@@ -44,6 +43,7 @@ class Layout:
     context: int
     """Samples in front of them, a multiple of `hop`: the receptive field or a little more."""
     receptive_field: int
+    """0, like the context, where a state is carried."""
     hop: int
     """Samples per mel frame; 1 without a mel."""
     lookahead: int
@@ -56,12 +56,11 @@ class Layout:
         """The layout for crops of `model` with at least `segment` samples of loss."""
         mel = model.config.mel
         hop = 1 if mel is None else mel.hop_length
-        if model.receptive_field is None:
-            raise ValueError(f"{type(model).__name__} has an unbounded receptive field: segments cannot stand for it")
+        field = 0 if model.carries else model.receptive_field or 0
         return cls(
             segment=max(math.ceil(segment / hop), 1) * hop,
-            context=math.ceil(model.receptive_field / hop) * hop,
-            receptive_field=model.receptive_field,
+            context=math.ceil(field / hop) * hop,
+            receptive_field=field,
             hop=hop,
             lookahead=0 if mel is None else model.lookahead,
             mel=mel,
@@ -114,15 +113,15 @@ class Batch:
     """(B,), int64: the number of the recording."""
     start: torch.Tensor
     """(B,), int64: where in the recording the window begins."""
+    begins: torch.Tensor
+    """(B,), bool: no state is carried over from the batch before."""
     skipped: list[tuple[str, str]]
     """Files that could not be read while this batch was drawn: name and reason."""
 
     def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
         """With `change` applied to every tensor."""
-        return Batch(
-            *(change(t) for t in (self.waveform, self.frames, self.span, self.speaker, self.source, self.start)),
-            skipped=self.skipped,
-        )
+        tensors = {f.name: change(getattr(self, f.name)) for f in fields(self) if f.name != "skipped"}
+        return Batch(**tensors, skipped=self.skipped)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
         """On a device."""
@@ -245,6 +244,7 @@ class Segments(torch.utils.data.Dataset):
             "speaker": self.speakers[recording.speaker] if self.speakers and recording.speaker else 0,
             "source": source,
             "start": start,
+            "begins": True,
             "skipped": [],
         }
 
@@ -258,6 +258,7 @@ def collate(items: Sequence[dict[str, Any]]) -> Batch:
         torch.tensor([item["speaker"] for item in items]),
         torch.tensor([item["source"] for item in items]),
         torch.tensor([item["start"] for item in items]),
+        torch.tensor([item["begins"] for item in items]),
         skipped=[bad for item in items for bad in item["skipped"]],
     )
 
@@ -295,7 +296,7 @@ def inputs(
     mask : (B, window) bool, where loss is carried
     """
     window = batch.waveform[:, layout.margin : layout.margin + layout.window]
-    codes = mulaw_encode(window, model.config.classes)
+    codes = model.grid.encode(window)
     places = torch.arange(layout.window, device=codes.device)
     mask = (places >= batch.span[:, :1]) & (places < batch.span[:, 1:])
     mel = None
@@ -314,6 +315,7 @@ def crop_loss(
     dtype: torch.dtype | None = None,
     noise: torch.Generator | None = None,
     noise_codes: float = 0.0,
+    carried: tuple[Any, torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Negative log-likelihood of every sample, (B, window) in nats, 0 where no loss is carried; and the mask.
 
@@ -323,17 +325,19 @@ def crop_loss(
 
     With `noise` the past that the model sees is off by a normal number of codes of deviation `noise_codes`, and what it
     has to predict is not: so it learns to see through its own errors, and to look at the conditioning.
+
+    With a state and the code before the window, `carried`, the window goes on from there, and the state with it.
     """
     codes, cond, mask = inputs(model, batch, layout)
     past = codes
     if noise is not None and noise_codes > 0:
         off = torch.randn(codes.shape, generator=noise, device=codes.device) * noise_codes
-        past = (codes + off.round().long()).clamp(0, model.config.classes - 1)
+        past = (codes + off.round().long()).clamp(0, model.grid.classes - 1)
     if dtype is None:
-        logits = model(past, cond)
+        parameters = model(past, cond, *(carried or ()))
     else:
         weights = {name: p.to(dtype) for name, p in model.named_parameters() if not name.startswith("conditioning.")}
-        logits = torch.func.functional_call(model, weights, (past, None if cond is None else cond.to(dtype)))
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # bf16 would round the loss
-    nats = torch.nn.functional.cross_entropy(logits, codes, reduction="none")
-    return nats * mask, mask
+        given = (past, None if cond is None else cond.to(dtype), *(carried or ()))
+        parameters = torch.func.functional_call(model, weights, given)
+    parameters = parameters.to(torch.promote_types(parameters.dtype, torch.float32))  # bf16 would round the loss
+    return -model.law.log_prob(parameters, codes) * mask, mask

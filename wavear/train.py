@@ -18,9 +18,10 @@ from typing import Any, Literal
 
 import torch
 
+from wavear.checkpoint import LATER
 from wavear.data import Corpus, Normalise, Recording, open_corpus
 from wavear.mel import MelConfig
-from wavear.models.wavenet import WaveNet, WaveNetConfig
+from wavear.models.families import FAMILIES
 
 
 @dataclass(frozen=True)
@@ -44,22 +45,31 @@ class TrainConfig:
     """Share of the files to hold out, chosen by the hash of their names; at least one file."""
 
     # The model
-    layers: int = 20
-    """Dilated convolutions; a multiple of `stacks`."""
-    stacks: int = 2
-    """The dilation doubles from layer to layer and restarts at 1 in each stack."""
-    kernel_size: int = 2
-    """Taps of each dilated convolution."""
-    residual_channels: int = 64
-    """Channels of the signal that runs through the layers."""
-    skip_channels: int = 128
-    """Channels of the sum over layers that the head reads."""
-    head_channels: int = 256
-    """Channels between the two convolutions of the head."""
-    conditioning_channels: int = 80
-    """Channels of the conditioning."""
-    classes: int = 256
-    """Mu-law codes, 2 to 65536."""
+    family: str = "wavenet"
+    """wavenet, gru, transformer or linear; see docs/families.md. The settings up to `coarse_classes` are of the model:
+    None is the family's own default, and one that the family does not have is refused."""
+    layers: int | None = None
+    """wavenet: dilated convolutions (20), a multiple of `stacks`. gru, transformer: layers."""
+    stacks: int | None = None
+    """wavenet: the dilation doubles from layer to layer and restarts at 1 in each stack (2)."""
+    kernel_size: int | None = None
+    """wavenet: taps of each dilated convolution (2)."""
+    residual_channels: int | None = None
+    """wavenet: channels of the signal that runs through the layers (64)."""
+    skip_channels: int | None = None
+    """wavenet: channels of the sum over layers that the head reads (128)."""
+    head_channels: int | None = None
+    """Channels between the two layers of the head (256)."""
+    conditioning_channels: int | None = None
+    """Channels of the conditioning (80)."""
+    classes: int | None = None
+    """Codes: 256 of mu-law for a categorical law (2 to 65536), 65536 even ones, 16 bits, for the others."""
+    law: str | None = None
+    """Of the next sample: categorical, logistic_mixture, gaussian, laplace; see docs/laws.md."""
+    mixtures: int | None = None
+    """Components of a mixture of logistics (10)."""
+    coarse_classes: int | None = None
+    """For laws over values: mu-law codes embedded beside the value at the input (0: none)."""
     sample_rate: int = 22050
     """Of the model, in Hz; recordings of another rate are resampled as they are read."""
     unconditional: bool = False
@@ -211,21 +221,21 @@ class TrainConfig:
             fmax=fmax,
         )
 
-    def model_config(self, speakers: int = 0) -> WaveNetConfig:
-        """What `WaveNet` is built from."""
-        return WaveNetConfig(
-            layers=self.layers,
-            stacks=self.stacks,
-            kernel_size=self.kernel_size,
-            residual_channels=self.residual_channels,
-            skip_channels=self.skip_channels,
-            head_channels=self.head_channels,
-            conditioning_channels=self.conditioning_channels,
-            classes=self.classes,
-            sample_rate=self.sample_rate,
-            mel=self.mel,
-            speakers=speakers,
-        )
+    def model_config(self, speakers: int = 0) -> Any:
+        """What the model is built from: the configuration of its family."""
+        if self.family not in FAMILIES:
+            raise ValueError(f"family is {self.family!r}, it must be one of {', '.join(FAMILIES)}")
+        config_class = FAMILIES[self.family][1]
+        own = {f.name for f in dataclasses.fields(config_class)}
+        given = {name: value for name in _MODEL_FIELDS if (value := getattr(self, name)) is not None}
+        if foreign := [name for name in given if name not in own]:
+            has = ", ".join(name for name in _MODEL_FIELDS if name in own)
+            raise ValueError(f"{foreign[0]} is not of the family {self.family}: it has {has}")
+        return config_class(**given, sample_rate=self.sample_rate, mel=self.mel, speakers=speakers)
+
+
+_MODEL_FIELDS = [f.name for f in dataclasses.fields(TrainConfig)]
+_MODEL_FIELDS = _MODEL_FIELDS[_MODEL_FIELDS.index("family") + 1 : _MODEL_FIELDS.index("coarse_classes") + 1]
 
 
 @dataclass(frozen=True)
@@ -298,7 +308,7 @@ def train(config: TrainConfig) -> TrainResult:
     _describe(corpus, speakers, config.sample_rate, say)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        model = WaveNet(config.model_config(len(speakers)))
+        model = FAMILIES[config.family][0](config.model_config(len(speakers)))
     _check_same_model(record, config, model.config)
     record |= {
         "config": dataclasses.asdict(config),
@@ -344,12 +354,15 @@ def _open_directory(config: TrainConfig, writes: bool) -> dict[str, Any]:
     return {"history": []}
 
 
-def _check_same_model(record: dict[str, Any], config: TrainConfig, model: WaveNetConfig) -> None:
+def _check_same_model(record: dict[str, Any], config: TrainConfig, model: Any) -> None:
     """A resumed run has the model it began with."""
     before = record.get("model")
     if before is None:
         return
+    if (family := record["config"].get("family", "wavenet")) != config.family:
+        raise ValueError(f"{config.out} is a run of the family {family}, now {config.family}: resume with the same")
     now = json.loads(json.dumps(dataclasses.asdict(model)))
+    before = {name: value for name, value in LATER.items() if name in now} | before
     if isinstance(before.get("mel"), dict):  # an older version's, without the fields that came later
         before = before | {"mel": MelConfig.from_dict(before["mel"]).to_dict()}
     if different := [

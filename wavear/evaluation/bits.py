@@ -15,9 +15,9 @@ from wavear.data import Recording
 from wavear.evaluation.linear import LinearPredictor
 from wavear.evaluation.metrics import frame_levels
 from wavear.generate import score
+from wavear.grid import Grid
 from wavear.mel import log_mel
 from wavear.models.base import AutoregressiveModel
-from wavear.mulaw import mulaw_encode
 from wavear.segments import Layout, read_span
 from wavear.training.bits import Counts, baselines, code_blocks
 
@@ -48,21 +48,21 @@ class Baselines:
     linear: LinearPredictor
 
     @classmethod
-    def fit(cls, recordings: Sequence[Recording], layout: Layout, classes: int) -> Baselines:
+    def fit(cls, recordings: Sequence[Recording], layout: Layout, grid: Grid) -> Baselines:
         """To the codes of recordings."""
         layout = every_sample(layout)
-        rows = [codes_of(recording, layout, classes) for recording in recordings]
-        return cls(Counts.of(recordings, layout, classes), LinearPredictor.fit(rows, classes))
+        rows = [codes_of(recording, layout, grid) for recording in recordings]
+        return cls(Counts.of(recordings, layout, grid), LinearPredictor.fit(rows, grid))
 
-    def bits(self, recording: Recording, layout: Layout, classes: int) -> dict[str, float]:
+    def bits(self, recording: Recording, layout: Layout, grid: Grid) -> dict[str, float]:
         """Sums over a recording."""
         layout = every_sample(layout)
-        counted = Counts.of([recording], layout, classes)
+        counted = Counts.of([recording], layout, grid)
         samples = int(counted.single.sum())
         found = {name: value * samples for name, value in baselines(self.counts, counted).items()}
         order = len(self.linear.weights)
         total, past = 0.0, np.zeros(0, np.int64)
-        for codes in code_blocks(recording, layout, classes):
+        for codes in code_blocks(recording, layout, grid):
             joined = np.concatenate([past, codes])
             total += float(self.linear.bits(joined)[len(past) :].sum())
             past = joined[-order:]
@@ -74,10 +74,10 @@ def every_sample(layout: Layout) -> Layout:
     return dataclasses.replace(layout, hop=1)
 
 
-def codes_of(recording: Recording, layout: Layout, classes: int) -> np.ndarray:
+def codes_of(recording: Recording, layout: Layout, grid: Grid) -> np.ndarray:
     """All codes of a recording, (T,), in as few bytes as they need."""
-    small = np.uint8 if classes <= 256 else np.uint16
-    return np.concatenate([codes.astype(small) for codes in code_blocks(recording, layout, classes)])
+    small = np.uint8 if grid.classes <= 256 else np.uint16
+    return np.concatenate([codes.astype(small) for codes in code_blocks(recording, layout, grid)])
 
 
 @torch.inference_mode()
@@ -98,7 +98,7 @@ def score_recording(model: AutoregressiveModel, recording: Recording, speaker: i
         bits = nats / math.log(2)
         found.samples += bits.size
         total += float(bits.sum())
-        codes = mulaw_encode(torch.from_numpy(waveform), model.config.classes).numpy()
+        codes = model.grid.encode(torch.from_numpy(waveform)).numpy()
         digest.update(codes.astype("<u2").tobytes())
         _add_by_level(found, waveform, bits, rate)
     found.bits["model"] = total
@@ -117,7 +117,7 @@ def scored_blocks(
     rate, mel_config, total = model.config.sample_rate, model.config.mel, recording.frames
     hop = 1 if mel_config is None else mel_config.hop_length
     length = math.ceil(seconds * rate / hop) * hop
-    if model.receptive_field is None or total <= length:
+    if model.carries or model.receptive_field is None or total <= length:
         waveform = read_span(recording, rate, 0, total)
         yield waveform, -score(model, waveform, speaker=speaker)[0].numpy()
         return

@@ -1,30 +1,30 @@
-"""What needs no training, to see a model's measures beside: the mu-law round trip above, Griffin-Lim below."""
+"""What needs no training, to see a model's measures beside: the codes' round trip above, Griffin-Lim below."""
 
 from __future__ import annotations
 
 import numpy as np
 import torch
 
+from wavear.grid import Grid
 from wavear.mel import MelConfig, mel_filter_bank
-from wavear.mulaw import mulaw_decode, mulaw_encode
 
 _WINDOWS = {"hann": "hann", "hamming": "hamming", "blackman": "blackman", "rectangular": "boxcar"}
 ITERATIONS = 60
 
 
-def mulaw_round_trip(waveform: torch.Tensor, classes: int) -> torch.Tensor:
+def grid_round_trip(waveform: torch.Tensor, grid: Grid) -> torch.Tensor:
     """A waveform through the codes and back: the best that a model of these codes can do.
 
     Parameters
     ----------
     waveform : Tensor, shape (T,)
-    classes : int
+    grid : Grid
 
     Returns
     -------
     Tensor, shape (T,), float32
     """
-    return mulaw_decode(mulaw_encode(waveform, classes), classes)
+    return grid.decode(grid.encode(waveform))
 
 
 def griffin_lim(mel: np.ndarray, config: MelConfig, seed: int = 0) -> np.ndarray:

@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from wavear.mulaw import mulaw_decode, silence_code
+from wavear.grid import Grid
 
 ORDER = 32
 _BLOCK = 2**18  # samples at once
@@ -43,16 +43,16 @@ class LinearPredictor:
     law: Law
     scale: float
     """Mean absolute residual (laplace) or deviation (normal), in units of full scale."""
-    classes: int
+    grid: Grid
 
     @classmethod
-    def fit(cls, codes: Sequence[np.ndarray], classes: int, order: int = ORDER) -> LinearPredictor:
-        """The likeliest of the four that fit these recordings.
+    def fit(cls, codes: Sequence[np.ndarray], grid: Grid, order: int = ORDER) -> LinearPredictor:
+        """The likeliest of the four (on an even grid, which has no companded values, of the two) that fit these.
 
         Parameters
         ----------
         codes : sequence of arrays, shape (T_i,), integers in [0, Q)
-        classes : int
+        grid : Grid
         order : int
             Samples of the past.
 
@@ -66,8 +66,9 @@ class LinearPredictor:
         if not sum(len(row) for row in codes):
             raise ValueError("there are no samples to fit a linear predictor to")
         candidates: list[tuple[float, LinearPredictor]] = []
-        for domain in ("linear", "companded"):
-            table = _values(classes, domain)
+        domains: tuple[Domain, ...] = ("linear", "companded") if grid.kind == "mulaw" else ("linear",)
+        for domain in domains:
+            table = _values(grid, domain)
             weights = _solve(codes, table, order)
             past, given = _sampled(codes, table, order)
             prediction = past @ weights
@@ -76,11 +77,11 @@ class LinearPredictor:
 
                 def bits(log_scale: float, fitted: Any = (prediction, given, domain, law)) -> float:
                     prediction, given, domain, law = fitted
-                    return float(_bits(prediction, given, domain, law, math.exp(log_scale), classes).mean())
+                    return float(_bits(prediction, given, domain, law, math.exp(log_scale), grid).mean())
 
                 middle = math.log(spread)
                 found: Any = minimize_scalar(bits, bounds=(middle - 4, middle + 4), method="bounded")
-                candidates.append((found.fun, cls(weights, domain, law, math.exp(found.x), classes)))
+                candidates.append((found.fun, cls(weights, domain, law, math.exp(found.x), grid)))
         return min(candidates, key=lambda candidate: candidate[0])[1]
 
     def bits(self, codes: np.ndarray) -> np.ndarray:
@@ -94,26 +95,25 @@ class LinearPredictor:
         -------
         array, shape (T,), float64
         """
-        table, order = _values(self.classes, self.domain), len(self.weights)
+        table, order = _values(self.grid, self.domain), len(self.weights)
         found = np.empty(len(codes))
         for start, stop, windows in _windows(codes, table, order):
             prediction = windows[:, :-1] @ self.weights
-            found[start:stop] = _bits(prediction, codes[start:stop], self.domain, self.law, self.scale, self.classes)
+            found[start:stop] = _bits(prediction, codes[start:stop], self.domain, self.law, self.scale, self.grid)
         return found
 
 
-def edges(classes: int, domain: Domain) -> np.ndarray:
-    """Where the intervals of the codes meet, (Q + 1,): -inf, half way between code 0 and 1 as mu-law sees it, ..., inf.
+def edges(grid: Grid, domain: Domain) -> np.ndarray:
+    """Where the intervals of the codes meet, (Q + 1,): -inf, half way between codes 0 and 1 as the grid sees it...
 
     Examples
     --------
-    >>> edges(4, "companded").round(3).tolist()
+    >>> edges(Grid("mulaw", 4), "companded").round(3).tolist()
     [-inf, -0.667, 0.0, 0.667, inf]
     """
-    y = (np.arange(1, classes) - 0.5) / (classes - 1) * 2 - 1
     if domain == "linear":
-        mu = classes - 1
-        y = np.sign(y) * np.expm1(np.abs(y) * np.log1p(mu)) / mu
+        return grid.edges()
+    y = (np.arange(1, grid.classes) - 0.5) / (grid.classes - 1) * 2 - 1
     return np.concatenate([[-np.inf], y, [np.inf]])
 
 
@@ -132,25 +132,20 @@ def log_mass(lower: np.ndarray, upper: np.ndarray, law: Law) -> np.ndarray:
     return np.where(b <= 0, below, across)
 
 
-def _bits(
-    prediction: np.ndarray, codes: np.ndarray, domain: Domain, law: Law, scale: float, classes: int
-) -> np.ndarray:
-    limits = edges(classes, domain)
+def _bits(prediction: np.ndarray, codes: np.ndarray, domain: Domain, law: Law, scale: float, grid: Grid) -> np.ndarray:
+    limits = edges(grid, domain)
     lower, upper = (limits[codes] - prediction) / scale, (limits[codes + 1] - prediction) / scale
     return -log_mass(lower, upper, law) / math.log(2)
 
 
-def _values(classes: int, domain: Domain) -> np.ndarray:
+def _values(grid: Grid, domain: Domain) -> np.ndarray:
     """What each code stands for, (Q,)."""
-    codes = np.arange(classes)
-    if domain == "linear":
-        return mulaw_decode(codes, classes).astype(np.float64)
-    return codes / (classes - 1) * 2 - 1
+    return grid.values() if domain == "linear" else np.arange(grid.classes) / (grid.classes - 1) * 2 - 1
 
 
 def _windows(codes: np.ndarray, table: np.ndarray, order: int):
     """(start, stop, (stop - start, order + 1)) of each block: the samples before each one, oldest first, and itself."""
-    before = np.full(order, table[silence_code(len(table))])
+    before = np.full(order, table[len(table) // 2])
     for start in range(0, len(codes), _BLOCK):
         stop = min(start + _BLOCK, len(codes))
         past = table[codes[max(start - order, 0) : stop]]

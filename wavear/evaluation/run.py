@@ -16,7 +16,7 @@ import torch
 from wavear import audio, checkpoint
 from wavear.data import Recording, reason
 from wavear.evaluation.bits import LEVELS, Baselines, Scores, score_recording
-from wavear.evaluation.bounds import griffin_lim, mulaw_round_trip
+from wavear.evaluation.bounds import grid_round_trip, griffin_lim
 from wavear.evaluation.clips import fitting_data, open_clips, preparation, training_record
 from wavear.evaluation.metrics import MEASURES, NotMeasured, measure, noise_floor, pitch
 from wavear.evaluation.statistics import bootstrap
@@ -160,13 +160,13 @@ def _add_baselines(
     seconds: float,
 ) -> dict[str, Any] | None:
     """Bits of the laws that need no model, into `scores`; what is to be said of the linear predictor."""
-    layout, classes = Layout.of(model, 1), model.config.classes
+    layout, grid = Layout.of(model, 1), model.grid
     numbers = list(scores)
     if recordings:
         halves = [(recordings, numbers)]
     elif len(numbers) < 2:
         for score in scores.values():
-            score.bits["uniform"] = score.samples * float(np.log2(classes))
+            score.bits["uniform"] = score.samples * float(np.log2(grid.classes))
         return None
     else:
         limit = seconds * layout.sample_rate
@@ -174,9 +174,9 @@ def _add_baselines(
         halves = [(subset([clips[n] for n in a], limit), b) for a, b in ((even, odd), (odd, even))]
     fitted = None
     for source, tested in halves:
-        fitted = Baselines.fit(source, layout, classes)
+        fitted = Baselines.fit(source, layout, grid)
         for n in tested:
-            scores[n].bits |= fitted.bits(clips[n], layout, classes)
+            scores[n].bits |= fitted.bits(clips[n], layout, grid)
     assert fitted is not None
     linear = fitted.linear
     return {
@@ -238,7 +238,7 @@ def _copy(
         for n, x, mel, made in zip(batch, originals, mels, waveforms, strict=True):
             systems = {
                 "original": x,
-                "mulaw": mulaw_round_trip(torch.from_numpy(x), model.config.classes).numpy(),
+                "mulaw": grid_round_trip(torch.from_numpy(x), model.grid).numpy(),
                 "model": made[: x.size].numpy(),
                 "griffin_lim": griffin_lim(mel.numpy(), mel_config, config.seed),
             }

@@ -21,9 +21,8 @@ from torch import Tensor
 from wavear.generate.conditioner import Conditioner
 from wavear.generate.prime import check_prime, doubts, encode_prime, fill
 from wavear.generate.reference import ReferenceEngine
-from wavear.generate.sampling import uniforms
 from wavear.models.base import AutoregressiveModel
-from wavear.mulaw import mulaw_decode, mulaw_encode
+from wavear.sampling import uniforms
 
 ENGINES = ("auto", "reference", "numba")
 WEIGHTS = ("float32", "bfloat16")
@@ -95,7 +94,8 @@ def make_engine(
     ----------
     engine : str
         "reference": the plain loop over `model.step`, any model, any device; slow, and the definition of correct.
-        "numba": compiled for this CPU, for WaveNet. "auto": numba for a WaveNet on the CPU, else reference.
+        "numba": compiled for this CPU, for the families and laws that have a kernel. "auto": numba on the CPU where it
+        serves the model, else reference.
     weights : str
         "float32", or "bfloat16": rounded once, half the bytes to read, arithmetic in float32 (numba only).
     threads : int, optional
@@ -106,8 +106,6 @@ def make_engine(
     ValueError
         If there is no such engine, or it cannot serve the model; the message says which can.
     """
-    from wavear.models.wavenet import WaveNet
-
     if engine not in ENGINES:
         raise ValueError(f"engine is {engine!r}, it must be one of {', '.join(ENGINES)}")
     if weights not in WEIGHTS:
@@ -116,16 +114,28 @@ def make_engine(
         raise ValueError(f"threads is {threads}, it must be at least 1")
     if engine == "auto":
         on_cpu = next(model.parameters()).device.type == "cpu"
-        engine = "numba" if isinstance(model, WaveNet) and on_cpu else "reference"
+        engine = "numba" if on_cpu and _compiled_engine(model) is not None else "reference"
     if engine == "reference":
         if weights != "float32":
             raise ValueError(f"the reference engine runs the model as it is: weights={weights!r} needs engine 'numba'")
         return engine, ReferenceEngine(model, batch)
-    if not isinstance(model, WaveNet):
-        raise ValueError(f"engine 'numba' serves WaveNet, not {type(model).__name__}: use engine 'reference'")
-    from wavear.generate.numba_cpu import NumbaEngine
+    compiled = _compiled_engine(model)
+    if compiled is None:
+        raise ValueError(
+            f"engine 'numba' has no kernel for {type(model).__name__} with the law {model.config.law}: use 'reference'"
+        )
+    return engine, compiled(model, batch, weights=weights, threads=threads)
 
-    return engine, NumbaEngine(model, batch, weights=weights, threads=threads)
+
+def _compiled_engine(model: AutoregressiveModel) -> Any | None:
+    """The class of the compiled engine that serves a model, if there is one."""
+    from wavear.models.wavenet import WaveNet
+
+    if isinstance(model, WaveNet) and model.config.law == "categorical":
+        from wavear.generate.numba_cpu import NumbaEngine
+
+        return NumbaEngine
+    return None
 
 
 def generate(
@@ -209,7 +219,7 @@ def generate(
     >>> generate(model, samples=100, seed=[1, 2], engine="reference").shape
     torch.Size([2, 100])
     """
-    top_k, top_p = _check_truncation(top_k, top_p, argmax)
+    top_k, top_p = _check_truncation(model, top_k, top_p, argmax)
     seeds = _check_seeds(seed)
     if not isinstance(best_of, int | np.integer) or isinstance(best_of, bool) or best_of < 1:
         raise ValueError(f"best_of is {best_of!r}, it must be a whole number of at least 1")
@@ -254,7 +264,7 @@ def generate(
             )
             if scores is not None:
                 scores[:, start:stop] = part
-    waveform = mulaw_decode(torch.from_numpy(codes), model.config.classes)
+    waveform = model.grid.decode(torch.from_numpy(codes))
     for b, length in enumerate(lengths):
         waveform[b, length:] = 0
         if scores is not None:
@@ -299,8 +309,8 @@ def score(
     mel : as in `generate`; with a model that needs one and None given, the waveform's own mel is taken
     speaker : as in `generate`
     engine : str
-        "parallel": `model.forward` over long chunks, in memory that does not grow with T where the receptive field is
-        finite. "reference", "numba": by stepping, as in generation.
+        "parallel": `model.forward` over long chunks, in memory that does not grow with T. Others: by stepping, as in
+        generation.
     weights, threads
         See `make_engine`.
 
@@ -326,7 +336,7 @@ def score(
     conditioner, _ = _prepare(model, mel, speaker, {"utterances": batch})
     if conditioner.lengths is not None and min(conditioner.lengths) < total:
         raise ValueError(f"the mel covers {min(conditioner.lengths)} samples and the waveform has {total}")
-    codes = mulaw_encode(waveform.cpu(), model.config.classes)
+    codes = model.grid.encode(waveform.cpu())
     with torch.inference_mode():
         if engine == "parallel":
             if weights != "float32":
@@ -340,17 +350,20 @@ def score(
 
 
 def _score_parallel(model: AutoregressiveModel, codes: Tensor, conditioner: Conditioner, progress: bool) -> Tensor:
-    """`score` by `forward`: each chunk with the receptive field before it, whose scores are dropped."""
+    """`score` by `forward`, in chunks: with the receptive field before them, or from the state of the one before."""
     device = next(model.parameters()).device
     batch, total = codes.shape
-    length = total if model.receptive_field is None else _PARALLEL_CHUNK
+    carries = model.carries
+    state = model.init_state(batch) if carries else None
+    previous = torch.full((batch,), model.start_code, device=device)
     scores = torch.empty(batch, total, dtype=torch.float64)
-    for start, stop in _chunks(total, progress, model.config.sample_rate, batch, "parallel", length):
-        context = start if model.receptive_field is None else min(start, model.receptive_field)
+    for start, stop in _chunks(total, progress, model.config.sample_rate, batch, "parallel", _PARALLEL_CHUNK):
+        context = 0 if carries else min(start, model.receptive_field or 0)
         span = codes[:, start - context : stop].to(device)
-        logits = model(span, conditioner.span(start - context, stop))[:, :, context:]
-        logs = torch.log_softmax(logits.double(), dim=1)
-        scores[:, start:stop] = logs.gather(1, span[:, None, context:])[:, 0].cpu()
+        given = conditioner.span(start - context, stop)
+        parameters = model(span, given, state, previous) if carries else model(span, given)
+        previous = span[:, -1]
+        scores[:, start:stop] = model.law.log_prob(parameters[:, :, context:].double(), span[:, context:]).cpu()
     return scores
 
 
@@ -388,7 +401,14 @@ def _check_seeds(seed: int | Sequence[int]) -> list[int]:
     return [int(value) for value in seeds]
 
 
-def _check_truncation(top_k: int | None, top_p: float | None, argmax: bool) -> tuple[int | None, float | None]:
+def _check_truncation(
+    model: AutoregressiveModel, top_k: int | None, top_p: float | None, argmax: bool
+) -> tuple[int | None, float | None]:
+    if not model.law.truncates and (top_k is not None or top_p is not None or argmax):
+        raise ValueError(
+            f"top_k, top_p and argmax choose among the codes of a categorical law, and this model's law is"
+            f" {model.config.law}: use temperature"
+        )
     if top_k is not None and (isinstance(top_k, bool) or not isinstance(top_k, int | np.integer) or top_k < 1):
         raise ValueError(f"top_k is {top_k!r}, it must be a whole number of at least 1")
     if top_p is not None and (isinstance(top_p, bool | str) or not 0 < top_p <= 1):

@@ -651,7 +651,7 @@ class _Weights:
         self.head1_bias = vector(share(to_numpy(readout[1].bias)), self.head_vectors)
         # Outputs beyond the last class are never drawn.
         self.head2_bias = vector(share(to_numpy(readout[3].bias)), self.logit_vectors, fill=-np.inf)
-        self.embedding = vector(to_numpy(model.embedding.weight), self.x_vectors)
+        self.embedding = vector(to_numpy(model.embedding.table()), self.x_vectors)
         widest = max(self.z_vectors, self.skip_vectors, self.head_vectors, self.logit_vectors, self.out_vectors)
         self.zeros = region.reserve(widest * VECTOR_BYTES)
         entries = taps * (config.classes + 1) if self.tabulated else 0
@@ -903,7 +903,7 @@ class NumbaEngine:
         cond : Tensor, shape (B, C, n) or (B, C, 1), or None
         temperature : float, or ndarray of shape (B, n)
         top_k, top_p : optional
-            See `wavear.generate.sampling`.
+            See `wavear.sampling`.
         log_probability : ndarray of float64, shape (B, n), optional
             Filled with that of each code, in nats, by the model's own law: without temperature and truncation.
 

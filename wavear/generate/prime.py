@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from wavear.models.base import AutoregressiveModel
-from wavear.mulaw import mulaw_encode
 
 if TYPE_CHECKING:
     from wavear.generate import Engine
@@ -59,7 +58,7 @@ def doubts(prime: Tensor) -> list[str]:
 
 def encode_prime(prime: Tensor, model: AutoregressiveModel) -> np.ndarray:
     """Codes (B, P)."""
-    return mulaw_encode(prime, model.config.classes).numpy()
+    return model.grid.encode(prime).numpy()
 
 
 def context(model: AutoregressiveModel, samples: int) -> int:

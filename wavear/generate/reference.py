@@ -6,7 +6,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from wavear.generate.sampling import sample
 from wavear.models.base import AutoregressiveModel
 
 
@@ -41,7 +40,7 @@ class ReferenceEngine:
         cond : Tensor, shape (B, C, n) or (B, C, 1), or None
         temperature : float, or ndarray of shape (B, n)
         top_k, top_p : optional
-            See `wavear.generate.sampling`.
+            See `wavear.sampling`.
         log_probability : ndarray of float64, shape (B, n), optional
             Filled with that of each code, in nats, by the model's own law: without temperature and truncation.
 
@@ -52,12 +51,13 @@ class ReferenceEngine:
         codes = np.empty(uniforms.shape, dtype=np.int64)
         draws = torch.from_numpy(uniforms).to(self.device)
         temperatures = np.broadcast_to(np.asarray(temperature, dtype=np.float64), uniforms.shape)
+        law = self.model.law
         for b, t in np.ndindex(*codes.shape):
-            logits = self._step(b, t, cond)
-            self.previous[b] = sample(logits, draws[b, t : t + 1], float(temperatures[b, t]), top_k, top_p)
+            parameters = self._step(b, t, cond)
+            self.previous[b] = law.sample(parameters, draws[b, t : t + 1], float(temperatures[b, t]), top_k, top_p)
             codes[b, t] = self.previous[b].item()
             if log_probability is not None:
-                log_probability[b, t] = torch.log_softmax(logits.double(), dim=-1)[0, codes[b, t]].item()
+                log_probability[b, t] = self._nats(parameters, self.previous[b])
         return codes
 
     def score(self, codes: np.ndarray, cond: Tensor | None) -> np.ndarray:
@@ -65,10 +65,13 @@ class ReferenceEngine:
         scores = np.empty(codes.shape)
         given = torch.from_numpy(codes).to(self.device)
         for b, t in np.ndindex(*codes.shape):
-            logits = self._step(b, t, cond)
+            parameters = self._step(b, t, cond)
             self.previous[b] = given[b, t : t + 1]
-            scores[b, t] = torch.log_softmax(logits.double(), dim=-1)[0, given[b, t]].item()
+            scores[b, t] = self._nats(parameters, self.previous[b])
         return scores
+
+    def _nats(self, parameters: Tensor, code: Tensor) -> float:
+        return self.model.law.log_prob(parameters.double()[..., None], code[:, None]).item()
 
     def _step(self, b: int, t: int, cond: Tensor | None) -> Tensor:
         cond_t = None if cond is None else cond[b : b + 1, :, t if cond.shape[2] > 1 else 0]

@@ -27,10 +27,9 @@ from wavear.generate import (
 )
 from wavear.generate.conditioner import UtteranceConditioner
 from wavear.generate.prime import check_prime, context, encode_prime, fill
-from wavear.generate.sampling import uniforms
 from wavear.generate.state import FORMAT, StreamState, check_model, describe
 from wavear.models.base import AutoregressiveModel
-from wavear.mulaw import mulaw_decode
+from wavear.sampling import uniforms
 
 
 class Stream:
@@ -241,7 +240,7 @@ class StreamBatch:
         top_p: float | None = None,
     ):
         self.model = model
-        self._truncation = _check_truncation(top_k, top_p, False)
+        self._truncation = _check_truncation(model, top_k, top_p, False)
         if self._truncation[0] == 1:
             warnings.warn(_ARGMAX, stacklevel=2)
         with torch.inference_mode():
@@ -369,7 +368,7 @@ class _Utterance:
         top_p: float | None,
     ):
         self.model = model
-        self.truncation = _check_truncation(top_k, top_p, False)
+        self.truncation = _check_truncation(model, top_k, top_p, False)
         if not isinstance(seed, int | np.integer):
             raise ValueError(f"seed is {seed!r}, it must be a whole number from 0 to 2**64 - 1")
         self.seed = _check_seeds(seed)[0]
@@ -497,7 +496,7 @@ def _advance(engine: Any, utterances: list[_Utterance], samples: int) -> list[Te
     codes = engine.generate(np.stack(draws), cond, temperatures, top_k=top_k, top_p=top_p)
     for utterance in utterances:
         utterance.moved(samples)
-    return list(mulaw_decode(torch.from_numpy(codes), utterances[0].model.config.classes))
+    return list(utterances[0].model.grid.decode(torch.from_numpy(codes)))
 
 
 def _pieces(samples: int) -> list[int]:

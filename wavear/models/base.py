@@ -8,13 +8,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from wavear.mulaw import silence_code
+from wavear.grid import Grid
+from wavear.laws import LAWS, Law, law_of
+from wavear.models.conditioning import Conditioning
+
+_PREFILL = 4096  # samples that `prefill` computes at once: its memory does not grow with the past given
 
 
 class AutoregressiveModel(nn.Module):
     """Base of every family: what training, scoring and generation rely on.
 
-    Letters: B batch, T samples, F mel frames, M mel bands, C conditioning channels, Q code classes.
+    Letters: B batch, T samples, F mel frames, M mel bands, C conditioning channels, Q code classes, P numbers that the
+    output law takes for each sample (`model.law.channels`; of a categorical law its Q logits).
 
     A subclass defines `forward` (all samples in parallel) and `init_state` with `step` (one sample at a time).
     The two are the same law: `step` fed with `codes` one by one returns the columns of `forward(codes)`.
@@ -22,7 +27,9 @@ class AutoregressiveModel(nn.Module):
     """
 
     config: Any
-    """Frozen dataclass, saved with the weights. Has at least `classes`, `sample_rate`, `mel` and `speakers`."""
+    """Frozen dataclass, saved with the weights. Has at least the fields that `check_common` checks."""
+    conditioning: Conditioning | None
+    """What a mel and a speaker become: a subclass sets it to `make_conditioning(config)`."""
 
     @property
     def receptive_field(self) -> int | None:
@@ -30,23 +37,42 @@ class AutoregressiveModel(nn.Module):
         raise NotImplementedError
 
     @property
-    def lookahead(self) -> int:
-        """How many mel frames after frame f the samples of frame f depend on (and as many before it)."""
-        raise NotImplementedError
+    def carries(self) -> bool:
+        """Whether training carries the state from segment to segment of a recording, instead of cutting random crops
+        with the receptive field in front of each: so it is where the past that counts is unbounded, or very long."""
+        return self.receptive_field is None
+
+    @property
+    def law(self) -> Law:
+        """What the output means: its probability of every code, and how a code is drawn."""
+        return law_of(self.config)
+
+    @property
+    def grid(self) -> Grid:
+        """What the codes stand for."""
+        return self.law.grid
 
     @property
     def start_code(self) -> int:
         """The code that stands before the first sample: silence."""
-        return silence_code(self.config.classes)
+        return self.grid.silence
+
+    @property
+    def lookahead(self) -> int:
+        """How many mel frames after frame f the samples of frame f depend on (and as many before it)."""
+        return self.conditioning.lookahead if self.conditioning is not None else 0
 
     @property
     def conditioned(self) -> bool:
         """Whether the model takes conditioning, from a mel or a speaker."""
         return self.config.mel is not None or self.config.speakers > 0
 
-    def shift(self, codes: Tensor) -> Tensor:
-        """`codes` (B, T) one sample later, with the start code in front: what the network sees at each t."""
-        return torch.nn.functional.pad(codes[:, :-1], (1, 0), value=self.start_code)
+    def shift(self, codes: Tensor, previous: Tensor | None = None) -> Tensor:
+        """`codes` (B, T) one sample later, with `previous` (B,), the start code if None, in front: what the network
+        sees at each t."""
+        if previous is None:
+            return torch.nn.functional.pad(codes[:, :-1], (1, 0), value=self.start_code)
+        return torch.cat([previous[:, None], codes[:, :-1]], dim=1)
 
     def condition(self, mel: Tensor | None, speaker: Tensor | None = None, *, padded: bool = False) -> Tensor:
         """One vector per sample from a mel and a speaker.
@@ -63,10 +89,25 @@ class AutoregressiveModel(nn.Module):
         -------
         Tensor, shape (B, C, F * hop); of a speaker alone (B, C, 1), the same for every sample
         """
-        raise NotImplementedError
+        if self.conditioning is None:
+            raise ValueError("the model is unconditional: it takes neither a mel nor a speaker")
+        return self.conditioning(mel, speaker, padded)
 
-    def forward(self, codes: Tensor, cond: Tensor | None = None) -> Tensor:
-        """Logits (B, Q, T) of `codes` (B, T): [..., t] is the law of codes[:, t] given codes[:, :t] and `cond`."""
+    def forward(
+        self, codes: Tensor, cond: Tensor | None = None, state: Any = None, previous: Tensor | None = None
+    ) -> Tensor:
+        """Parameters of the law (B, P, T) of `codes` (B, T): [..., t] is that of codes[:, t] given codes[:, :t].
+
+        Parameters
+        ----------
+        codes : Tensor of int64, shape (B, T)
+        cond : Tensor, shape (B, C, T), or (B, C, 1) the same for every sample, or None
+        state : what `init_state` returned, optional
+            The codes go on from it, and it is brought to where `step` would be after as many calls. Gradients do not
+            reach into it. Without one the codes are the beginning of the audio.
+        previous : Tensor of int64, shape (B,)
+            With a state: the code before codes[:, 0].
+        """
         raise NotImplementedError
 
     def init_state(self, batch: int) -> Any:
@@ -74,7 +115,7 @@ class AutoregressiveModel(nn.Module):
         raise NotImplementedError
 
     def step(self, previous: Tensor, state: Any, cond_t: Tensor | None = None) -> Tensor:
-        """Logits (B, Q) of the next sample.
+        """Parameters of the law (B, P) of the next sample.
 
         Parameters
         ----------
@@ -95,8 +136,11 @@ class AutoregressiveModel(nn.Module):
         state : what `init_state` returned; updated in place
         cond : Tensor, shape (B, C, T), or (B, C, 1) the same for every sample, or None
         """
-        for t in range(previous.shape[1]):
-            self.step(previous[:, t], state, None if cond is None else cond[:, :, t if cond.shape[2] > 1 else 0])
+        for start in range(0, previous.shape[1], _PREFILL):
+            part = previous[:, start : start + _PREFILL]
+            given = cond if cond is None or cond.shape[2] == 1 else cond[:, :, start : start + part.shape[1]]
+            # The last code that `forward` is given counts for the shape alone: it would be consumed by the next call.
+            self.forward(torch.cat([part[:, 1:], part[:, :1]], dim=1), given, state, part[:, 0])
 
     def export_state(self, state: Any) -> dict[str, Tensor]:
         """What the state holds as tensors by name, batch first, in an order that every engine can make and read.
@@ -114,3 +158,60 @@ class AutoregressiveModel(nn.Module):
         from wavear.checkpoint import save
 
         return save(self, directory, overwrite=overwrite, training=training)
+
+
+def check_common(config: Any) -> None:
+    """Check the fields that the configuration of every family has, and put in `classes` where it is 0.
+
+    law : str
+        One of `wavear.laws.LAWS`.
+    classes : int
+        Codes Q: of the mu-law grid for a categorical law, by default 256; of the linear grid for the others, by default
+        65536, 16 bits.
+    mixtures : int
+        Components of a mixture of logistics.
+    coarse_classes : int
+        For the laws over values: mu-law codes of the embedding that stands beside the value at the input; 0: none.
+    sample_rate : int
+        Hz.
+    mel : MelConfig or None
+    speakers : int
+    conditioning_channels, conditioning_context : int
+
+    Raises
+    ------
+    ValueError
+        Naming the field, its value, and what it may be.
+    """
+    if config.law not in LAWS:
+        raise ValueError(f"law is {config.law!r}, it must be one of {', '.join(LAWS)}")
+    if config.classes == 0:
+        object.__setattr__(config, "classes", 256 if config.law == "categorical" else 65536)
+    check_whole(config, mixtures=1, coarse_classes=0, speakers=0, conditioning_channels=1, conditioning_context=0)
+    law_of(config)  # it checks `classes`
+    if config.coarse_classes and config.law == "categorical":
+        raise ValueError(
+            f"coarse_classes is {config.coarse_classes}: a categorical law embeds its own codes, leave it 0"
+        )
+    if config.coarse_classes == 1 or config.coarse_classes > 65536:
+        raise ValueError(f"coarse_classes is {config.coarse_classes}, it must be 0, or 2 to 65536")
+    if not isinstance(config.sample_rate, int) or not 1000 <= config.sample_rate <= 384000:
+        raise ValueError(f"sample_rate is {config.sample_rate!r}, it must be 1000 to 384000 Hz")
+    if config.mel is not None and config.mel.sample_rate != config.sample_rate:
+        raise ValueError(
+            f"the mel is of {config.mel.sample_rate} Hz audio and the model of {config.sample_rate} Hz: they must agree"
+        )
+
+
+def check_whole(config: Any, **least: int) -> None:
+    """Check that fields are whole numbers of at least so much.
+
+    Raises
+    ------
+    ValueError
+        Naming the field and its value.
+    """
+    for name, bound in least.items():
+        value = getattr(config, name)
+        if not isinstance(value, int) or isinstance(value, bool) or value < bound:
+            raise ValueError(f"{name} is {value!r}, it must be a whole number of at least {bound}")

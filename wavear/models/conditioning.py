@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -104,3 +105,11 @@ class Conditioning(nn.Module):
             x = stage(x)
             x = x[:, :, surplus : x.shape[2] - surplus]
         return x
+
+
+def make_conditioning(config: Any) -> Conditioning | None:
+    """The conditioning that a model's configuration asks for: of its `mel` and its `speakers`; None without both."""
+    if config.mel is None and config.speakers == 0:
+        return None
+    bands, hop = (config.mel.bands, config.mel.hop_length) if config.mel else (0, 1)
+    return Conditioning(bands, config.conditioning_channels, hop, config.conditioning_context, config.speakers)

@@ -12,10 +12,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from wavear.mel import MelConfig
-from wavear.models.base import AutoregressiveModel
-from wavear.models.conditioning import Conditioning
-
-_PREFILL = 4096  # samples that `WaveNet.prefill` computes at once: its memory does not grow with the past given
+from wavear.models.base import _PREFILL, AutoregressiveModel, check_common, check_whole
+from wavear.models.conditioning import make_conditioning
+from wavear.models.inputs import make_head, make_input
 
 
 @dataclass(frozen=True)
@@ -32,8 +31,8 @@ class WaveNetConfig:
     """Channels of the signal that runs through the layers, and of each half of the gate."""
     skip_channels: int = 128
     """Channels of the sum over layers that the head reads."""
-    classes: int = 256
-    """Mu-law codes, 2 to 65536."""
+    classes: int = 0
+    """Codes Q, 2 to 65536; 0: 256 mu-law codes of a categorical law, 65536 linear values (16 bits) of the others."""
     sample_rate: int = 22050
     """Of the audio, in Hz."""
     mel: MelConfig | None = None
@@ -46,31 +45,21 @@ class WaveNetConfig:
     """Channels of the conditioning, one vector per sample."""
     conditioning_context: int = 2
     """Mel frames that the first convolution of the conditioning sees before and after each frame."""
+    law: str = "categorical"
+    """Of the next sample: categorical, logistic_mixture, gaussian or laplace; see `wavear.laws`."""
+    mixtures: int = 10
+    """Components of a mixture of logistics."""
+    coarse_classes: int = 0
+    """For the laws over values: mu-law codes of the embedding beside the value at the input; 0: none."""
 
     def __post_init__(self):
-        positive = ["layers", "stacks", "residual_channels", "skip_channels", "head_channels", "conditioning_channels"]
-        for name, least in {
-            **dict.fromkeys(positive, 1),
-            "kernel_size": 2,
-            "speakers": 0,
-            "conditioning_context": 0,
-        }.items():
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise ValueError(f"{name} is {value!r}, it must be a whole number of at least {least}")
+        check_whole(self, layers=1, stacks=1, kernel_size=2, residual_channels=1, skip_channels=1, head_channels=1)
+        check_common(self)
         if self.layers % self.stacks:
             raise ValueError(f"{self.layers} layers do not divide into {self.stacks} stacks")
         if self.layers // self.stacks > 24:
             raise ValueError(
                 f"{self.layers} layers in {self.stacks} stacks: the dilation doubles, at most 24 fit a stack"
-            )
-        if not isinstance(self.classes, int) or not 2 <= self.classes <= 65536:
-            raise ValueError(f"classes is {self.classes!r}, it must be 2 to 65536")
-        if not isinstance(self.sample_rate, int) or not 1000 <= self.sample_rate <= 384000:
-            raise ValueError(f"sample_rate is {self.sample_rate!r}, it must be 1000 to 384000 Hz")
-        if self.mel is not None and self.mel.sample_rate != self.sample_rate:
-            raise ValueError(
-                f"the mel is of {self.mel.sample_rate} Hz audio and the model of {self.sample_rate} Hz: they must agree"
             )
 
     @property
@@ -123,7 +112,7 @@ class WaveNetState:
 
 
 class WaveNet(AutoregressiveModel):
-    """Categorical autoregressive model of mu-law codes.
+    """Dilated causal convolutions over the codes of the past, conditioned on mels and speakers.
 
     Parameters
     ----------
@@ -140,61 +129,34 @@ class WaveNet(AutoregressiveModel):
 
     config: WaveNetConfig
     blocks: Any  # nn.ModuleList of Block
+    embedding: Any  # CodeEmbedding or ValueEmbedding
 
     def __init__(self, config: WaveNetConfig):
         super().__init__()
         self.config = config
-        self.embedding = nn.Embedding(config.classes, config.residual_channels)
+        self.embedding = make_input(self.law, config.residual_channels, config.coarse_classes)
         self.blocks = nn.ModuleList(Block(config, last=layer == config.layers - 1) for layer in range(config.layers))
-        self.head = nn.Sequential(
-            nn.ReLU(),
-            nn.Linear(config.skip_channels, config.head_channels),
-            nn.ReLU(),
-            nn.Linear(config.head_channels, config.classes),
-        )
-        self.conditioning = (
-            Conditioning(
-                config.mel.bands if config.mel else 0,
-                config.conditioning_channels,
-                config.mel.hop_length if config.mel else 1,
-                config.conditioning_context,
-                config.speakers,
-            )
-            if self.conditioned
-            else None
-        )
-        self.initialise()
-
-    def initialise(self) -> None:
-        """Neighbouring codes start with neighbouring embeddings: cosines of the sample's value, at random phases.
-
-        The network then begins by knowing that code 100 and code 101 sound alike, instead of learning it code by code.
-        """
-        levels = torch.arange(self.config.classes) / (self.config.classes - 1) * 2 - 1
-        frequency = torch.rand(self.config.residual_channels) * 8
-        phase = torch.rand(self.config.residual_channels) * 2 * torch.pi
-        with torch.no_grad():
-            self.embedding.weight.copy_(torch.cos(levels[:, None] * frequency * torch.pi / 2 + phase))
+        self.head = make_head(self.law, config.skip_channels, config.head_channels)
+        self.conditioning = make_conditioning(config)
 
     @property
     def receptive_field(self) -> int:
         """Past samples that the law of the next one depends on."""
         return self.config.receptive_field
 
-    @property
-    def lookahead(self) -> int:
-        """Mel frames after its own that a sample depends on, and as many before."""
-        return self.conditioning.lookahead if self.conditioning is not None else 0
-
-    def condition(self, mel: Tensor | None, speaker: Tensor | None = None, *, padded: bool = False) -> Tensor:
-        """See `AutoregressiveModel.condition`."""
-        if self.conditioning is None:
-            raise ValueError("the model is unconditional: it takes neither a mel nor a speaker")
-        return self.conditioning(mel, speaker, padded)
-
-    def forward(self, codes: Tensor, cond: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        codes: Tensor,
+        cond: Tensor | None = None,
+        state: WaveNetState | None = None,
+        previous: Tensor | None = None,
+    ) -> Tensor:
         """See `AutoregressiveModel.forward`."""
-        gates = list(self._layers(self.shift(codes), cond))
+        if state is None:
+            return self._read(list(self._layers(self.shift(codes), cond))).transpose(1, 2)
+        queues = list(self.export_state(state).values())
+        gates = list(self._layers(self.shift(codes, previous), cond, queues))
+        self._store(queues, state)
         return self._read(gates).transpose(1, 2)
 
     def _layers(self, previous: Tensor, cond: Tensor | None, queues: list[Tensor] | None = None) -> Iterator[Tensor]:
@@ -216,7 +178,7 @@ class WaveNet(AutoregressiveModel):
             past = F.pad(x, (0, 0, reach, 0)) if queues is None else torch.cat([queues[layer], x], dim=1)
             taps = [past[:, k * dilation : k * dilation + total] for k in range(self.config.kernel_size - 1)]
             if queues is not None:
-                queues[layer] = past[:, total:].clone()
+                queues[layer] = past[:, total:].detach().clone()
             x, gated = block([*taps, x], cond)
             yield gated
 
@@ -228,7 +190,7 @@ class WaveNet(AutoregressiveModel):
 
     def init_state(self, batch: int) -> WaveNetState:
         """See `AutoregressiveModel.init_state`."""
-        weight = self.embedding.weight
+        weight = self.blocks[0].skip.weight
         past = [(self.config.kernel_size - 1) * dilation for dilation in self.config.dilations]
         return WaveNetState(
             queues=[weight.new_zeros(batch, length, self.config.residual_channels) for length in past],
@@ -258,6 +220,9 @@ class WaveNet(AutoregressiveModel):
             given = cond if cond is None or cond.shape[2] == 1 else cond[:, :, part]
             for _ in self._layers(previous[:, part], given, queues):
                 pass
+        self._store(queues, state)
+
+    def _store(self, queues: list[Tensor], state: WaveNetState) -> None:
         for queue, filled in zip(state.queues, queues, strict=True):
             queue.copy_(filled)
         state.time.zero_()

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 
 from wavear.data import Recording
+from wavear.grid import Grid
 from wavear.models.base import AutoregressiveModel
-from wavear.mulaw import mulaw_encode, silence_code
 from wavear.segments import Layout, Segments, collate, crop_loss, read_crop, read_span
 
 _EVALUATION_SEGMENT = 16384  # samples of loss per crop: the context costs little, and the memory stays bounded
@@ -64,6 +64,8 @@ def held_out_bits(
     layout = Layout.of(model, min(_EVALUATION_SEGMENT, _longest(recordings)))
     device = next(model.parameters()).device
     segments = Segments(recordings, layout, speakers)
+    if model.carries:
+        return _carried_bits(model, segments, rank, world)
     crops = [(n, *crop) for n, recording in enumerate(recordings) for crop in layout.cover(recording)]
     total, samples = np.zeros(len(recordings)), np.zeros(len(recordings), dtype=np.int64)
     size = _EVALUATION_BATCH.get(device.type, 1)
@@ -81,6 +83,25 @@ def held_out_bits(
         np.add.at(samples, batch.source.cpu().numpy(), mask.sum(1).cpu().numpy())
     model.train(training)
     return Bits(total, samples)
+
+
+def _carried_bits(model: AutoregressiveModel, segments: Segments, rank: int, world: int) -> Bits:
+    """`held_out_bits` of a model that carries its state along each recording; of several processes each takes some."""
+    layout, device, training = segments.layout, next(model.parameters()).device, model.training
+    found = Bits(np.zeros(len(segments.recordings)), np.zeros(len(segments.recordings), dtype=np.int64))
+    model.eval()
+    for n, recording in list(enumerate(segments.recordings))[rank::world]:
+        state, previous = model.init_state(1), torch.full((1,), model.start_code, device=device)
+        for start in range(0, layout.length(recording), layout.segment):
+            last = min(layout.segment, layout.length(recording) - start)
+            item = segments.item(recording, n, start, 0, last, read_crop(recording, layout, start))
+            batch = collate([item]).to(device)
+            nats, mask = crop_loss(model, batch, layout, carried=(state, previous))
+            previous = model.grid.encode(batch.waveform[:, layout.margin + layout.window - 1])
+            found.total[n] += nats.sum(dtype=torch.float64).item() / math.log(2)
+            found.samples[n] += int(mask.sum())
+    model.train(training)
+    return found
 
 
 def _longest(recordings: Sequence[Recording]) -> int:
@@ -101,12 +122,12 @@ def subset(recordings: Sequence[Recording], samples: float) -> list[Recording]:
     return chosen
 
 
-def code_blocks(recording: Recording, layout: Layout, classes: int) -> Iterator[np.ndarray]:
+def code_blocks(recording: Recording, layout: Layout, grid: Grid) -> Iterator[np.ndarray]:
     """The codes of a recording, as `held_out_bits` covers it, block by block."""
     block, total = math.ceil(_READ_SECONDS * layout.sample_rate), layout.length(recording)
     for start in range(0, total, block):
         waveform = read_span(recording, layout.sample_rate, start, min(start + block, total))
-        yield mulaw_encode(torch.from_numpy(waveform), classes).numpy()
+        yield grid.encode(torch.from_numpy(waveform)).numpy()
 
 
 @dataclass
@@ -119,14 +140,15 @@ class Counts:
     """(Q, Q), [previous, code]; the first sample follows silence. None for more than 1024 classes."""
 
     @classmethod
-    def of(cls, recordings: Iterable[Recording], layout: Layout, classes: int) -> Counts:
+    def of(cls, recordings: Iterable[Recording], layout: Layout, grid: Grid) -> Counts:
         """Counted over recordings; those that cannot be read are passed over."""
+        classes = grid.classes
         single = np.zeros(classes, dtype=np.int64)
         pairs = np.zeros(classes * classes, dtype=np.int64) if classes <= _MARKOV_CLASSES else None
         for recording in recordings:
-            previous = silence_code(classes)
+            previous = grid.silence
             try:
-                for codes in code_blocks(recording, layout, classes):
+                for codes in code_blocks(recording, layout, grid):
                     single += np.bincount(codes, minlength=classes)
                     if pairs is not None:
                         before = np.concatenate([[previous], codes[:-1]])

@@ -188,9 +188,8 @@ class Run(L.Callback):
         step, last = trainer.global_step + 1, module.last
         process = f"-process-{trainer.global_rank}" if trainer.world_size > 1 else ""
         path = self.out / f"bad-step-{step:08}{process}.safetensors"
-        classes = module.model.config.classes
         crops = crops_named(batch, self.train, module.layout.sample_rate, last["crop_nats"])
-        save_batch(path, batch, module.layout, classes, step, last["crop_nats"], crops)
+        save_batch(path, batch, module.layout, module.model.grid, step, last["crop_nats"], crops)
         self._save(trainer, module)
         bits = last["nats"] / max(last["samples"], 1) / math.log(2)
         raise ValueError(

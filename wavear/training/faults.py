@@ -12,7 +12,7 @@ import torch
 
 from wavear.data import Recording
 from wavear.files import replace_file
-from wavear.mulaw import mulaw_encode
+from wavear.grid import Grid
 from wavear.segments import Batch, Layout
 
 _WINDOW = 100  # steps that say what is usual
@@ -63,7 +63,7 @@ def crops_named(batch: Batch, recordings: Sequence[Recording], rate: int, nats: 
 
 
 def save_batch(
-    path: Path, batch: Batch, layout: Layout, classes: int, step: int, nats: torch.Tensor, crops: Sequence[str]
+    path: Path, batch: Batch, layout: Layout, grid: Grid, step: int, nats: torch.Tensor, crops: Sequence[str]
 ) -> None:
     """Write a batch as safetensors: waveform (the window, at the model's rate), codes, and what else it was made of.
 
@@ -74,7 +74,7 @@ def save_batch(
     window = batch.waveform[:, layout.margin : layout.margin + layout.window]
     tensors = {
         "waveform": window,
-        "codes": mulaw_encode(window, classes).to(torch.int32),
+        "codes": grid.encode(window).to(torch.int32),
         "padded_waveform": batch.waveform,
         "frames": batch.frames,
         "span": batch.span,

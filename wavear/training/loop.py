@@ -15,12 +15,14 @@ from typing_extensions import override
 
 from wavear.checkpoint import load
 from wavear.data import Corpus
+from wavear.laws import Categorical
 from wavear.mel import log_mel
 from wavear.models.base import AutoregressiveModel
 from wavear.segments import Layout, Order, Segments, collate
 from wavear.train import TrainConfig, TrainResult
 from wavear.training.bits import Counts, baselines, held_out_bits, subset
 from wavear.training.callbacks import ProgressBar, Run
+from wavear.training.lanes import Lanes
 from wavear.training.module import TrainingModule
 from wavear.training.state import StateIO
 from wavear.training.states import Found, last_good_state, sweep
@@ -74,7 +76,15 @@ def fit(
 ) -> TrainResult:
     """Train `model`; see `wavear.train`."""
     layout = Layout.of(model, config.segment)
-    segments = Segments(corpus.train, layout, speakers, config.seed, config.redraw_below)
+    if model.carries:
+        if config.redraw_below is not None:
+            raise ValueError(
+                f"redraw_below is {config.redraw_below:g}: a {config.family} reads recordings from front to back,"
+                " pauses too; leave it away"
+            )
+        segments = Lanes(corpus.train, layout, speakers, config.seed, batch_size=config.batch_size)
+    else:
+        segments = Segments(corpus.train, layout, speakers, config.seed, config.redraw_below)
     world = int(os.environ.get("WORLD_SIZE", 1))
     if config.batch_size % (world * config.accumulate):
         parts = f"{world} processes of {config.accumulate} parts each"
@@ -83,7 +93,11 @@ def fit(
     if found is None:
         fit_mel_statistics(model, segments)
     kind = _device_kind(config.device)
-    bf16 = config.precision == "bf16" or (config.precision == "auto" and has_bf16(kind))
+    coarse = isinstance(model.law, Categorical)
+    if config.precision == "bf16" and not coarse:
+        raise ValueError(f"bf16 has 8 bits, too few for the values of the law {config.law}: use precision 32")
+    auto = config.precision == "auto" and coarse
+    bf16 = config.precision == "bf16" or (auto and has_bf16(kind))
     module = TrainingModule(model, layout, config, torch.bfloat16 if bf16 else None)
     run = Run(
         config,
@@ -221,10 +235,11 @@ def _finish(
     held_out: dict[str, float] = {}
     if trainer.is_global_zero and stopped_by != "interrupt":
         recordings = subset(corpus.validation, config.final_seconds * config.sample_rate)
-        counted = Counts.of(subset(corpus.train, config.baseline_seconds * config.sample_rate), layout, config.classes)
+        grid = module.model.grid
+        counted = Counts.of(subset(corpus.train, config.baseline_seconds * config.sample_rate), layout, grid)
         best = load(out / "best", device=trainer.strategy.root_device)
         held_out["model"] = held_out_bits(best, recordings, speakers).per_sample
-        held_out |= baselines(counted, Counts.of(recordings, layout, config.classes))
+        held_out |= baselines(counted, Counts.of(recordings, layout, grid))
         run.record["held_out"] = held_out
         run.write_record()
     seconds = float(run.record.get("seconds", 0.0))

@@ -13,6 +13,7 @@ from typing_extensions import override
 
 from wavear.models.base import AutoregressiveModel
 from wavear.segments import Batch, Layout, crop_loss
+from wavear.training.lanes import Carried
 
 _LAST_RATE = 0.02  # of the peak: where the cosine ends
 _AVERAGE_WARMUP = 10  # steps: the average's memory grows with the steps: decay (1 + n) / (10 + n), up to `ema_decay`
@@ -50,6 +51,8 @@ class TrainingModule(L.LightningModule):
         self.seconds_before = 0.0  # spent by the runs that this one resumes
         self.began = time.monotonic()
         self.last: dict[str, Any] = {}
+        self.carried: Carried | None = None
+        """Of models that carry their state from batch to batch."""
 
     @property
     def elapsed(self) -> float:
@@ -97,8 +100,17 @@ class TrainingModule(L.LightningModule):
         torch.manual_seed(seed)
         noise = torch.Generator(self.device)
         noise.manual_seed(seed)
+        if self.model.carries and self.carried is None:
+            self.carried = Carried(self.model, len(batch.source))
+        carry: list[dict[str, torch.Tensor]] = []
         for part in batch.split(config.accumulate):
-            losses, mask = crop_loss(self.model, part, self.layout, self.compute_dtype, noise, config.input_noise)
+            state = self._carried(part, sum(map(len, crops)))
+            losses, mask = crop_loss(
+                self.model, part, self.layout, self.compute_dtype, noise, config.input_noise, state
+            )
+            if state is not None:
+                end = part.waveform[:, self.layout.margin + self.layout.window - 1]
+                carry.append(Carried.give(self.model, state[0], self.model.grid.encode(end)))
             total = losses.sum()
             self.manual_backward(total / (len(batch.source) * self.layout.segment))
             crops.append(losses.detach().sum(1, dtype=torch.float64))
@@ -113,6 +125,8 @@ class TrainingModule(L.LightningModule):
         if good:
             optimizer.step()
             self.update_average()
+            if self.carried is not None:
+                self.carried.put(carry)
         optimizer.zero_grad()
         self.last = {
             "good": good,
@@ -122,6 +136,12 @@ class TrainingModule(L.LightningModule):
             "learning_rate": rate,
             "gradient_norm": length,
         }
+
+    def _carried(self, part: Batch, row: int) -> tuple[Any, torch.Tensor] | None:
+        """The state that a part of the batch, from this row on, goes on from."""
+        if self.carried is None:
+            return None
+        return self.carried.take(self.model, slice(row, row + len(part.source)), part.begins)
 
     @torch.no_grad()
     def update_average(self) -> None:
@@ -133,7 +153,19 @@ class TrainingModule(L.LightningModule):
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["seconds"] = self.elapsed
+        if self.carried is not None:
+            checkpoint["carried"] = {name: self._of_all(tensor) for name, tensor in self.carried.tensors.items()}
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.seconds_before = float(checkpoint["seconds"])
+        if "carried" in checkpoint:
+            rows = self.settings.batch_size // self.trainer.world_size
+            mine = slice(self.trainer.global_rank * rows, (self.trainer.global_rank + 1) * rows)
+            tensors = {name: tensor[mine] for name, tensor in checkpoint["carried"].items()}
+            self.carried = Carried(self.model, rows, tensors)
+
+    def _of_all(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The rows of all processes, in order."""
+        gathered: Any = self.all_gather(tensor)
+        return tensor if self.trainer.world_size == 1 else torch.cat(list(gathered))

@@ -1,0 +1,15 @@
+"""The families, by name: model and configuration."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from wavear.models.base import AutoregressiveModel
+from wavear.models.wavenet import WaveNet, WaveNetConfig
+
+FAMILIES: dict[str, tuple[type[AutoregressiveModel], type[Any]]] = {"wavenet": (WaveNet, WaveNetConfig)}
+
+
+def family_of(model: AutoregressiveModel) -> str | None:
+    """The name of a model's family; None of a class that is not among them."""
+    return next((name for name, (cls, _) in FAMILIES.items() if type(model) is cls), None)
