@@ -4,7 +4,7 @@
     python bench/linear.py my/recordings --rate 16000 --orders 32 1024
 
 Files are read and resampled as `wavear train` does, on two threads; that is most of the time, and is told apart. The
-memory is the most that this process ever held, less what it held before the first file. Needs statsmodels (extra `dev`).
+memory is the most that this process ever held, less what it held before. Needs statsmodels (extra `dev`).
 """
 
 from __future__ import annotations

@@ -4,12 +4,14 @@ from wavear import audio, corpora
 from wavear.checkpoint import CheckpointError, load
 from wavear.convert import convert_mel
 from wavear.evaluate import EvaluateConfig, Evaluation, compare, evaluate
+from wavear.fit import fit_linear
 from wavear.generate import generate, score
 from wavear.generate.state import StreamState
 from wavear.generate.stream import Stream, StreamBatch
 from wavear.judge import adapt_mel, judge_mel
 from wavear.mel import MelConfig, log_mel
 from wavear.models.base import AutoregressiveModel
+from wavear.models.linear import Linear, LinearConfig
 from wavear.models.wavenet import WaveNet, WaveNetConfig
 from wavear.mulaw import mulaw_decode, mulaw_encode
 from wavear.train import TrainConfig, TrainResult, train
@@ -22,6 +24,8 @@ __all__ = [
     "CheckpointError",
     "EvaluateConfig",
     "Evaluation",
+    "Linear",
+    "LinearConfig",
     "MelConfig",
     "Stream",
     "StreamBatch",
@@ -36,6 +40,7 @@ __all__ = [
     "convert_mel",
     "corpora",
     "evaluate",
+    "fit_linear",
     "generate",
     "judge_mel",
     "load",

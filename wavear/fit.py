@@ -239,8 +239,8 @@ class Fitter:
         elif outside:
             largest = abs(lpc.poles(coefficients)[0])
             unstable = (
-                f"{outside} of {len(coefficients)} poles lie outside the unit circle, the largest at {largest:.4f}: what"
-                " the model generates may grow until it is clipped"
+                f"{outside} of {len(coefficients)} poles lie outside the unit circle, the largest at {largest:.4f}:"
+                " what the model generates may grow until it is clipped"
             )
         model = Linear(self._config(len(coefficients), law, domain, sample_rate))
         model.set(coefficients, constant, 1.0)

@@ -102,7 +102,9 @@ class Statistics:
         """Add what others have summed up over other recordings."""
         ours, theirs = ((s.lags, s.edges, s.differencing, s.silence) for s in (self, other))
         if ours != theirs:
-            raise ValueError(f"these are sums of another kind: (lags, edges, differencing, silence) {theirs}, not {ours}")
+            raise ValueError(
+                f"these are sums of another kind: (lags, edges, differencing, silence) {theirs}, not {ours}"
+            )
         self.count += other.count
         self._row += other._row
         self._steps += other._steps
@@ -154,7 +156,9 @@ class Statistics:
         try:
             solution = np.linalg.solve(left, right)
         except np.linalg.LinAlgError:
-            raise ValueError(f"fewer than {order} lags predict these recordings exactly: give a ridge above 0") from None
+            raise ValueError(
+                f"fewer than {order} lags predict these recordings exactly: give a ridge above 0"
+            ) from None
         return solution[int(constant) :], float(solution[0]) if constant else 0.0
 
     def energy(self, coefficients: np.ndarray, constant: float = 0.0) -> float:
@@ -190,7 +194,9 @@ class Statistics:
         left, right = products[1 : order + 1, 1 : order + 1].copy(), products[1 : order + 1, 0].copy()
         if constant:
             sums = self.sums()
-            left = np.block([[np.array([[float(self.count)]]), sums[None, 1 : order + 1]], [sums[1 : order + 1, None], left]])
+            left = np.block(
+                [[np.array([[float(self.count)]]), sums[None, 1 : order + 1]], [sums[1 : order + 1, None], left]]
+            )
             right = np.concatenate([sums[:1], right])
         return left, right
 

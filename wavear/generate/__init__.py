@@ -129,12 +129,17 @@ def make_engine(
 
 def _compiled_engine(model: AutoregressiveModel) -> Any | None:
     """The class of the compiled engine that serves a model, if there is one."""
+    from wavear.models.linear import Linear
     from wavear.models.wavenet import WaveNet
 
     if isinstance(model, WaveNet) and model.config.law == "categorical":
         from wavear.generate.numba_cpu import NumbaEngine
 
         return NumbaEngine
+    if isinstance(model, Linear):
+        from wavear.generate.numba_linear import NumbaLinearEngine
+
+        return NumbaLinearEngine
     return None
 
 

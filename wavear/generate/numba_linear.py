@@ -22,63 +22,25 @@ from torch import Tensor
 
 from wavear.generate.compiled import compiled
 from wavear.generate.numba_cpu import available_cores
+from wavear.generate.numba_laws import GAUSSIAN, LAPLACE, _log_tail, laplace_quantile, normal_quantile
 from wavear.models.linear import Linear
 
-LAPLACE, GAUSSIAN = range(2)
 MULAW, LINEAR, COMPANDED = range(3)
-_ASYMPTOTIC = -20.0  # below it the normal law's tail is taken from its asymptotic series
 _LEAST_ROWS = 2  # streams from which a second thread pays
-
 _LOG_2 = math.log(2)
-_LOG_SQRT_2_PI = 0.5 * math.log(2 * math.pi)
-
-
-@numba.njit
-def log_ndtr(x):
-    """log of the normal law's cumulative distribution, to 1e-13 of its value, in either tail."""
-    if x > 0.0:
-        return math.log1p(-0.5 * math.erfc(x / math.sqrt(2.0)))
-    if x > _ASYMPTOTIC:
-        return math.log(0.5 * math.erfc(-x / math.sqrt(2.0)))
-    if x == -np.inf:
-        return x
-    # F(x) = f(x) / -x * (1 - 1/x^2 + 3/x^4 - 15/x^6 + ...), whose terms shrink until 1/x^2 times their number is 1
-    inverse, term, total = 1.0 / (x * x), 1.0, 1.0
-    for k in range(1, 10):
-        term *= -(2 * k - 1) * inverse
-        total += term
-    return -0.5 * x * x - math.log(-x) - _LOG_SQRT_2_PI + math.log(total)
-
-
-@numba.njit
-def ndtri(p):
-    """Inverse of the normal law's cumulative distribution: Abramowitz and Stegun's 26.2.23, and two steps of Halley's."""
-    tail = min(p, 1.0 - p)
-    if tail <= 0.0:
-        return -np.inf if p < 0.5 else np.inf
-    t = math.sqrt(-2.0 * math.log(tail))
-    x = (2.515517 + t * (0.802853 + t * 0.010328)) / (1.0 + t * (1.432788 + t * (0.189269 + t * 0.001308))) - t
-    for _ in range(2):
-        density = math.exp(-0.5 * x * x - _LOG_SQRT_2_PI)
-        off = (0.5 * math.erfc(-x / math.sqrt(2.0)) - tail) / density
-        x -= off / (1.0 + 0.5 * x * off)
-    return x if p < 0.5 else -x
 
 
 @numba.njit
 def log_mass(law, lower, upper, first, last):
     """log(F(upper) - F(lower)) of the law of scale 1; the first and the last code take the tails. As `wavear.laws`."""
     if first or last:
-        end = upper if first else -lower
-        if law == GAUSSIAN:
-            return log_ndtr(end)
-        return end - _LOG_2 if end <= 0.0 else math.log1p(-0.5 * math.exp(-end))
+        return _log_tail(law, upper if first else -lower)
     a, b = lower, upper
     if a + b > 0.0:  # the laws are symmetric: everything is computed in the lower tail
         a, b = -upper, -lower
     if law == GAUSSIAN:
-        top = log_ndtr(b)
-        return top + math.log(-math.expm1(min(log_ndtr(a) - top, -1e-300)))
+        top = _log_tail(law, b)
+        return top + math.log(-math.expm1(min(_log_tail(law, a) - top, -1e-300)))
     if b <= 0.0:
         return b - _LOG_2 + math.log(-math.expm1(a - b))
     return math.log(max(-(math.expm1(a) + math.expm1(-b)) / 2.0, 1e-300))
@@ -95,18 +57,6 @@ def encode(grid, classes, x):
     if grid == MULAW:
         y = math.copysign(math.log1p(mu * abs(y)) / math.log1p(mu), y)
     return np.int64((y + 1.0) / 2.0 * mu + 0.5)
-
-
-@numba.njit
-def draw(law, uniform):
-    """Inverse of the law's cumulative distribution at a uniform in [0, 1), for scale 1."""
-    if law == GAUSSIAN:
-        return ndtri(uniform)
-    tail = min(uniform, 1.0 - uniform)
-    if tail <= 0.0:
-        return -np.inf
-    away = math.log(2.0 * tail)
-    return away if uniform < 0.5 else -away
 
 
 def _run(law, grid, values, edges, taps, constant, scale, past, codes, uniforms, temperatures, scores):
@@ -127,7 +77,8 @@ def _run(law, grid, values, edges, taps, constant, scale, past, codes, uniforms,
         for t in range(samples):
             mean = ahead[t]
             if generates:
-                codes[b, t] = encode(grid, classes, mean + scale * temperatures[b, t] * draw(law, uniforms[b, t]))
+                away = normal_quantile(uniforms[b, t]) if law == GAUSSIAN else laplace_quantile(uniforms[b, t])
+                codes[b, t] = encode(grid, classes, mean + scale * temperatures[b, t] * away)
             code = codes[b, t]
             if scored:
                 lower, upper = (edges[code] - mean) / scale, (edges[code + 1] - mean) / scale

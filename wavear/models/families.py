@@ -5,9 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from wavear.models.base import AutoregressiveModel
+from wavear.models.linear import Linear, LinearConfig
 from wavear.models.wavenet import WaveNet, WaveNetConfig
 
-FAMILIES: dict[str, tuple[type[AutoregressiveModel], type[Any]]] = {"wavenet": (WaveNet, WaveNetConfig)}
+FAMILIES: dict[str, tuple[type[AutoregressiveModel], type[Any]]] = {
+    "wavenet": (WaveNet, WaveNetConfig),
+    "linear": (Linear, LinearConfig),
+}
 
 
 def family_of(model: AutoregressiveModel) -> str | None:

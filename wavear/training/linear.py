@@ -27,16 +27,25 @@ from wavear.training.bits import Counts, baselines, held_out_bits, subset
 
 _SECONDS = 30.0  # of a recording that are read at once
 _THREADS = 2  # that read and encode ahead of the sums
-_SUSPECT = 20  # orders from the highest tried at which a criterion is said to ask for more
 
 
-def fit(config: TrainConfig, corpus: Corpus, record: dict[str, Any], say: Any) -> TrainResult:
+def fit(
+    config: TrainConfig,
+    corpus: Corpus,
+    speakers: Sequence[str],
+    model: Linear,
+    record: dict[str, Any],
+    say: Any,
+) -> TrainResult:
     """Fit a `Linear` to the recordings to train on, and write the run; see `wavear.train`.
 
     Parameters
     ----------
     config : TrainConfig
     corpus : Corpus
+    speakers : of no use to it
+    model : Linear
+        As `config` has it; its numbers are not looked at.
     record : dict
         What `train.json` is to say so far.
     say : callable
@@ -48,22 +57,26 @@ def fit(config: TrainConfig, corpus: Corpus, record: dict[str, Any], say: Any) -
         If the run is to be resumed, is one of several processes, or has nothing to fit to.
     """
     if config.resume:
-        raise ValueError("a linear model is fitted in one pass, there is nothing to resume: give --overwrite to fit anew")
+        raise ValueError(
+            "a linear model is fitted in one pass, there is nothing to resume: give --overwrite to fit anew"
+        )
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise ValueError("a linear model is fitted in one pass by one process: run it without torchrun")
-    began, out = time.monotonic(), Path(config.out)
+    began, out, wanted = time.monotonic(), Path(config.out), model.config
     fitter = Fitter(
-        config.linear_grid,
-        order=config.order,
-        differencing=config.differencing,
-        law=config.residual_law,
+        model.grid,
+        order=config.criterion or wanted.order,
+        max_order=wanted.order,
+        differencing=wanted.differencing,
+        law=config.law or "auto",
+        domain=wanted.domain,
         method="silence",
     )
     skipped = dict(corpus.bad)
     for name, why in add_recordings(fitter, corpus.train, config.sample_rate):
         skipped[name] = why
         say(f"skipped {name}: {why}")
-    fitted = fitter.fit(config.sample_rate)
+    fitted = fitter.fit(config.sample_rate, stabilise=config.stabilise)
     model, seconds = fitted.model, time.monotonic() - began
     _describe(fitted, seconds, say)
 
@@ -78,13 +91,18 @@ def fit(config: TrainConfig, corpus: Corpus, record: dict[str, Any], say: Any) -
     held_out |= _baselines(config, corpus, recordings, model)
     record |= {
         "model": dataclasses.asdict(model.config),
-        "history": [{"step": 0, "seconds": 0.0, "bits": before}, {"step": 1, "seconds": round(seconds, 2), "bits": bits}],
+        "history": [
+            {"step": 0, "seconds": 0.0, "bits": before},
+            {"step": 1, "seconds": round(seconds, 2), "bits": bits},
+        ],
         "seconds": round(seconds, 2),
         "held_out": held_out,
         "skipped": skipped,
         "fit": _as_json(fitted),
     }
-    replace_file(out / "train.json", lambda path: path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8"))
+    replace_file(
+        out / "train.json", lambda path: path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    )
     return TrainResult(
         bits_before=before,
         bits_best=bits,
@@ -92,7 +110,7 @@ def fit(config: TrainConfig, corpus: Corpus, record: dict[str, Any], say: Any) -
         held_out=held_out,
         steps=1,
         seconds=seconds,
-        stopped_by="steps",
+        stopped_by="fit",
         best=out / "best",
         last=out / "last",
         skipped=skipped,
@@ -163,16 +181,14 @@ def _describe(fitted: Fitted, seconds: float, say: Any) -> None:
     )
     if fitted.unstable:
         say(fitted.unstable)
-    if fitted.criteria is not None and config.order > len(fitted.criteria) - 1 - _SUSPECT // 10:
-        say(f"the criterion still falls at order {config.order}, the highest tried: more lags would be taken if allowed")
+    if fitted.criteria is not None and config.order == len(fitted.criteria) - 1:
+        say(f"the criterion took the highest order tried, {config.order}: --order allows more")
 
 
-def _baselines(
-    config: TrainConfig, corpus: Corpus, recordings: Sequence[Recording], model: Linear
-) -> dict[str, float]:
-    layout = Layout.of(model, 1)
-    counted = Counts.of(subset(corpus.train, config.baseline_seconds * config.sample_rate), layout, model.config.classes)
-    return baselines(counted, Counts.of(recordings, layout, model.config.classes))
+def _baselines(config: TrainConfig, corpus: Corpus, recordings: Sequence[Recording], model: Linear) -> dict[str, float]:
+    layout, grid = Layout.of(model, 1), model.grid
+    counted = Counts.of(subset(corpus.train, config.baseline_seconds * config.sample_rate), layout, grid)
+    return baselines(counted, Counts.of(recordings, layout, grid))
 
 
 def _as_json(fitted: Fitted) -> dict[str, Any]:
