@@ -197,6 +197,7 @@ def test_new_weights_are_used_at_once():
         ({}, {"samples": 5, "engine": "warp"}, "engine is 'warp', it must be one of auto, reference, numba"),
         ({}, {"samples": 5, "weights": "int3"}, "weights is 'int3'"),
         ({}, {"samples": 5, "engine": "reference", "weights": "bfloat16"}, "needs engine 'numba'"),
+        ({}, {"samples": 5, "engine": "reference", "weights": "int8"}, "needs engine 'numba'"),
         ({}, {"samples": 5, "threads": 0}, "threads is 0"),
     ],
 )

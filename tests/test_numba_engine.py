@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import warnings
@@ -21,6 +22,7 @@ from hypothesis import strategies as st
 from scipy.stats import chi2
 from torch import Tensor
 
+import wavear
 from wavear.generate import compiled as compiled_module
 from wavear.generate.compiled import compiled, source_key
 from wavear.generate.numba_cpu import NumbaEngine
@@ -158,7 +160,7 @@ def test_free_running_codes_equal_the_reference(config):
 GROUPINGS = [(1, 1), (2, 1), (2, 2), (3, 1), (3, 2), (5, 2), (12, 1), (13, 1), (29, 2), (75, 2)]
 
 
-@pytest.mark.parametrize("weights", ["float32", "bfloat16"])
+@pytest.mark.parametrize("weights", ["float32", "bfloat16", "int8"])
 @pytest.mark.parametrize(
     "config", [{}, {"kernel_size": 3, "residual_channels": 37, "layers": 6, "stacks": 1, "speakers": 2}]
 )
@@ -189,7 +191,7 @@ def test_a_stream_has_the_same_bits_in_every_batch_grouping_and_cut(config, weig
     assert all(len(found) == 1 for found in scored.values())
 
 
-@pytest.mark.parametrize("weights", ["float32", "bfloat16"])
+@pytest.mark.parametrize("weights", ["float32", "bfloat16", "int8"])
 @pytest.mark.parametrize(
     "config",
     [
@@ -380,22 +382,54 @@ def test_compiled_code_is_kept_and_found_again(cache):
 
 def test_a_changed_source_compiles_anew(cache, monkeypatch):
     compiled(_double, "int64(int64)")
-    monkeypatch.setattr(compiled_module, "source_key", lambda: "other")
+    monkeypatch.setattr(compiled_module, "source_key", lambda path: "other")
     assert sum(compiled(_double, "int64(int64)").stats.cache_hits.values()) == 0
 
 
-def test_every_source_and_the_compiler_are_in_the_key(tmp_path, monkeypatch):
-    for name in ("_simd.py", "numba_cpu.py"):
-        (tmp_path / name).write_text("x = 1\n")
-    keys = {source_key(tmp_path)}
-    for name in ("_simd.py", "numba_cpu.py"):
-        (tmp_path / name).write_text("x = 2\n")
-        keys.add(source_key(tmp_path))
+def test_sources_of_the_kernels_and_the_compiler_are_in_the_key_and_others_are_not(tmp_path, monkeypatch):
+    generate = Path(compiled_module.__file__).parent
+    for path in generate.glob("*.py"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    monkeypatch.setattr(compiled_module, "__file__", str(tmp_path / "compiled.py"))
+    loop = tmp_path / "numba_loop.py"
+    before = source_key(loop)
+    compiled_from = {"numba_loop.py", "numba_products.py", "numba_sampling.py", "_simd.py", "packing.py", "compiled.py"}
+    for path in sorted(tmp_path.glob("*.py")):
+        text = path.read_bytes()
+        path.write_bytes(text + b"# changed\n")
+        assert (source_key(loop) != before) == (path.name in compiled_from), path.name
+        path.write_bytes(text)
+    assert source_key(loop) == before != source_key(tmp_path / "ceiling.py")
     monkeypatch.setattr(numba, "__version__", "0.0.0")
-    keys.add(source_key(tmp_path))
-    assert len(keys) == 4
-    # By default it reads the directory where the engine lies.
-    assert (Path(compiled_module.__file__).parent / "_simd.py").exists()
+    assert source_key(loop) != before
+
+
+_CHANGES = """
+import sys
+from wavear.generate import kernel_of_a_test
+print(kernel_of_a_test.outer(4), sum(kernel_of_a_test.outer.stats.cache_hits.values()))
+"""
+
+
+def test_a_change_in_a_file_that_a_kernel_calls_recompiles_and_another_does_not(tmp_path):
+    package = tmp_path / "wavear"
+    shutil.copytree(Path(wavear.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__"))
+    inner = package / "generate" / "part_of_a_test.py"
+    (package / "generate" / "kernel_of_a_test.py").write_text(
+        "from wavear.generate.compiled import compiled\n"
+        "from wavear.generate.part_of_a_test import inner\n"
+        "def _outer(x):\n    return inner(x)\n"
+        "outer = compiled(_outer, 'int64(int64)')\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path), "NUMBA_CACHE_DIR": str(tmp_path / "cache")}
+    found = []
+    for factor, comment in ((2, ""), (2, "# another"), (3, "# another")):
+        inner.write_text(f"import numba\n@numba.njit\ndef inner(x):\n    return {factor} * x\n")
+        (package / "generate" / "numba_cpu.py").write_text(comment)
+        result = subprocess.run([sys.executable, "-c", _CHANGES], capture_output=True, text=True, check=True,
+                                env=environment, cwd=tmp_path)  # fmt: skip
+        found.append(result.stdout.split())
+    assert found == [["8", "0"], ["8", "1"], ["12", "0"]]
 
 
 def test_another_processor_compiles_anew(cache, tmp_path):
@@ -433,7 +467,8 @@ _ON_ANOTHER_PROCESSOR = """
 import numpy as np
 import torch
 from wavear.generate import _simd
-from wavear.generate.numba_cpu import NumbaEngine, kernels
+from wavear.generate.numba_cpu import NumbaEngine
+from wavear.generate.numba_loop import kernels
 from wavear.models.wavenet import WaveNet, WaveNetConfig
 assert kernels.cache_info().currsize == 0  # importing compiles nothing
 torch.manual_seed(0)

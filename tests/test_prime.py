@@ -19,7 +19,7 @@ from wavear.generate.conditioner import UtteranceConditioner
 from wavear.generate.prime import fill
 from wavear.sampling import uniforms
 
-ENGINES = [("reference", "float32"), ("numba", "float32"), ("numba", "bfloat16")]
+ENGINES = [("reference", "float32"), ("numba", "float32"), ("numba", "bfloat16"), ("numba", "int8")]
 # Small random models are loud.
 loud = pytest.mark.filterwarnings("ignore:the prime is clipped")
 NAMES = [f"{engine} {weights}" for engine, weights in ENGINES]

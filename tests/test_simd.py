@@ -12,7 +12,7 @@ from llvmlite import ir
 from numba.core import types
 
 from wavear.generate import _simd
-from wavear.generate.packing import pack, round_to_bfloat16, vectors_of
+from wavear.generate.packing import as_packed, pack, quantise, round_to_bfloat16, vectors_of
 
 LANES = _simd.LANES
 
@@ -84,25 +84,24 @@ def _tile(key, weights, inputs, x, x_block, zeros, out, row):
 
 
 @numba.njit("void(int64,int64,int64,int64,int64,int64,int64,int64)")
-def _row(vectors, half, weights, inputs, x, bias, init, out):
-    _simd.call6(_simd.row_address(vectors, half), weights, inputs, x, bias, init, out)
+def _row(vectors, kind, weights, inputs, x, bias, init, out):
+    _simd.call6(_simd.row_address(vectors, kind), weights, inputs, x, bias, init, out)
 
 
 @pytest.mark.parametrize("inputs", [1, 3, LANES, 2 * LANES + 5])
-@pytest.mark.parametrize("weights", ["float32", "bfloat16"])
+@pytest.mark.parametrize("weights", ["float32", "bfloat16", "int8"])
 def test_an_output_has_the_same_bits_in_every_kernel(inputs, weights):
     """In every tile of rows by vectors, and alone."""
     draw = np.random.default_rng(inputs)
-    half, zeros = int(weights == "bfloat16"), np.zeros(_simd.WIDEST * LANES, np.float32)
-    matrix = draw.standard_normal((_simd.WIDEST * LANES, inputs)).astype(np.float32)
-    if half:
-        matrix = (round_to_bfloat16(matrix) << np.uint32(16)).view(np.float32)
+    kind, zeros = ["float32", "bfloat16", "int8"].index(weights), np.zeros(_simd.WIDEST * LANES, np.float32)
+    even = kind == _simd.BFLOAT16
+    matrix = as_packed(draw.standard_normal((_simd.WIDEST * LANES, inputs)).astype(np.float32), weights)
     rows = draw.standard_normal((_simd.TALLEST, inputs)).astype(np.float32)
     panel = np.zeros((-(-inputs // LANES), _simd.TALLEST, LANES), np.float32)
     for k in range(inputs):
         panel[k // LANES, :, k % LANES] = rows[:, k]
     expected = rows.astype(np.float64) @ matrix.astype(np.float64).T
-    alone = [(1, vectors, False) for vectors in range(1 + half, _simd.WIDEST + 1, 1 + half)]
+    alone = [(1, vectors, False) for vectors in range(1 + even, _simd.WIDEST + 1, 1 + even)]
     tiles = [(height, vectors, True) for vectors, heights in _simd.HEIGHTS.items() for height in heights]
     results: dict[tuple[int, int], set[bytes]] = {}
     for height, vectors, panelled in alone + tiles:
@@ -111,10 +110,10 @@ def test_an_output_has_the_same_bits_in_every_kernel(inputs, weights):
         assert (blocks, each) == (1, vectors)
         out = np.empty((height, vectors * LANES), np.float32)
         if panelled:
-            _tile(height + 16 * vectors + 256 * half, packed.ctypes.data, inputs, panel.ctypes.data, panel[0].nbytes,
+            _tile(height + 16 * vectors + 256 * kind, packed.ctypes.data, inputs, panel.ctypes.data, panel[0].nbytes,
                   zeros.ctypes.data, out.ctypes.data, out[0].nbytes)  # fmt: skip
         else:
-            _row(vectors, half, packed.ctypes.data, inputs, rows.ctypes.data, zeros.ctypes.data, zeros.ctypes.data,
+            _row(vectors, kind, packed.ctypes.data, inputs, rows.ctypes.data, zeros.ctypes.data, zeros.ctypes.data,
                  out.ctypes.data)  # fmt: skip
         np.testing.assert_allclose(out, expected[:height, : vectors * LANES], atol=1e-5)
         for r, v in np.ndindex(height, vectors):
@@ -130,21 +129,24 @@ def _sparse(key, weights, x, inputs, row, values, offsets, init, out):
 
 
 @pytest.mark.parametrize("inputs", [1, 6, 37])
-def test_leaving_zeros_out_changes_no_bit(inputs):
+@pytest.mark.parametrize("weights", ["float32", "bfloat16", "int8"])
+def test_leaving_zeros_out_changes_no_bit(inputs, weights):
     draw = np.random.default_rng(inputs)
+    kind = ["float32", "bfloat16", "int8"].index(weights)
     for vectors in _simd.SPARSE:
         matrix = draw.standard_normal((vectors * LANES, inputs)).astype(np.float32)
         x = draw.standard_normal(inputs).astype(np.float32)
-        packed, blocks, width = pack(matrix, LANES, 0, "float32")
+        packed, blocks, width = pack(matrix, LANES, 0, weights)
         assert (blocks, width) == (1, vectors)
         init = draw.standard_normal(vectors * LANES).astype(np.float32)
         found, values, offsets = np.empty_like(init), np.empty(inputs + 1, np.float32), np.empty(inputs + 1, np.int64)
-        count = _sparse(vectors, packed.ctypes.data, x.ctypes.data, inputs, packed[0, 0].nbytes, values.ctypes.data,
+        row = vectors * LANES * _simd.WEIGHT_BYTES[kind]
+        count = _sparse(vectors + 256 * kind, packed.ctypes.data, x.ctypes.data, inputs, row, values.ctypes.data,
                         offsets.ctypes.data, init.ctypes.data, found.ctypes.data)  # fmt: skip
         assert count == (x > 0).sum()
-        packed, _, _ = pack(matrix, LANES, _simd.WIDEST, "float32")
+        packed, _, _ = pack(matrix, LANES, _simd.WIDEST, weights)
         rectified, zeros, dense = np.maximum(x, 0), np.zeros_like(init), np.empty_like(init)
-        _row(vectors, 0, packed.ctypes.data, inputs, rectified.ctypes.data, zeros.ctypes.data, init.ctypes.data,
+        _row(vectors, kind, packed.ctypes.data, inputs, rectified.ctypes.data, zeros.ctypes.data, init.ctypes.data,
              dense.ctypes.data)  # fmt: skip
         np.testing.assert_array_equal(found, dense)
 
@@ -188,7 +190,7 @@ def test_the_same_source_becomes_vector_code_elsewhere(triple, processor, lanes,
         pytest.skip(f"this LLVM has no such target: {error}")
     module = ir.Module()
     module.triple = triple
-    function = _simd.emitted(module, "tile", lanes, types.void, [types.int64] * 11, _simd._tile(rows, 2, False))
+    function = _simd.emitted(module, "tile", lanes, types.void, [types.int64] * 11, _simd._tile(rows, 2, _simd.FLOAT32))
     function.linkage = "external"
     machine = target.create_target_machine(cpu=processor, opt=3)
     parsed = llvm.parse_assembly(str(module))
@@ -207,3 +209,28 @@ def test_every_block_that_packing_makes_has_a_kernel():
             for width in (2, 4):
                 assert vectors_of(outputs, LANES, width, even)[1] in _simd.HEIGHTS
         assert vectors_of(outputs, LANES, 0, False)[1] in _simd.SPARSE
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (7, 1), (5, 40), (3, 4, 9)])
+def test_quantised_rows_are_whole_numbers_times_a_scale_within_half_a_step(shape):
+    draw = np.random.default_rng(0)
+    values = (draw.standard_normal(shape) * np.exp(draw.normal(0, 20, shape[:-1]))[..., None]).astype(np.float32)
+    numbers, scales = quantise(values)
+    assert (numbers == np.rint(numbers)).all()
+    assert np.abs(numbers).max(axis=-1).ravel().tolist() == [127] * scales.size
+    assert (np.abs(numbers * scales[..., None] - values) <= 0.5001 * scales[..., None]).all()
+    np.testing.assert_array_equal(as_packed(values, "int8"), numbers * scales[..., None])
+
+
+def test_rows_that_are_zero_tiny_or_no_numbers_are_quantised_as_what_they_are():
+    tiny = np.float32(1e-45)
+    values = np.array([[0, 0, -0.0], [tiny, -tiny, 0], [3e-44, -1e-44, 0], [3.4e38, -1.7e38, 0], [np.nan, 1, 2],
+                       [1, -np.inf, 2]], np.float32)  # fmt: skip
+    numbers = quantise(values)[0]
+    assert np.abs(numbers).max() <= 127
+    product = as_packed(values, "int8")
+    np.testing.assert_array_equal(product[0], [0, 0, 0])
+    assert np.abs(product[1:3]).max() <= 1e-42
+    np.testing.assert_allclose(product[3], values[3], rtol=0.01)
+    assert np.isnan(product[4]).any()
+    assert not np.isfinite(product[5]).all()

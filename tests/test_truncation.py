@@ -76,7 +76,7 @@ def test_compiled_draw_equals_the_definition_on_given_logits(truncation):
     assert (ours == theirs.numpy()).mean() > 0.9999  # 1e-6 of uniforms lie at an edge
 
 
-@pytest.mark.parametrize("weights", ["float32", "bfloat16"])
+@pytest.mark.parametrize("weights", ["float32", "bfloat16", "int8"])
 @truncations
 def test_a_stream_has_the_same_bits_in_every_batch_and_cut(truncation, weights):
     model = make(mel=MEL)

@@ -179,7 +179,7 @@ def run(
     settings: dict[str, Any] | None = None,
     unconditional: bool = False,
     engines: Sequence[str] = ("numba", "reference"),
-    weights: Sequence[str] = ("float32", "bfloat16"),
+    weights: Sequence[str] = ("float32", "bfloat16", "int8"),
     batches: Sequence[int] = (1, 24),
     threads: int | None = None,
     seconds: float = 2.0,

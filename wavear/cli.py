@@ -46,7 +46,7 @@ class Sampling:
     engine: str = "auto"
     """auto, numba (compiled for this CPU) or reference (slow, any device)."""
     weights: str = "float32"
-    """float32, or bfloat16 (numba only: faster, slightly noisier)."""
+    """float32; bfloat16 or int8: rounded (numba only: faster, slightly noisier; `wavear bench` measures the cost)."""
     threads: int | None = None
     """CPU cores to use; all by default."""
     device: str = "cpu"
@@ -659,7 +659,7 @@ def _bench() -> Callable[..., int]:
         sample_rate: int = 22050,
         unconditional: bool = False,
         engines: tuple[str, ...] = ("numba", "reference"),
-        weights: tuple[str, ...] = ("float32", "bfloat16"),
+        weights: tuple[str, ...] = ("float32", "bfloat16", "int8"),
         batches: tuple[int, ...] = (1, 24),
         threads: int | None = None,
         seconds: float = 2.0,
@@ -695,7 +695,7 @@ def _bench() -> Callable[..., int]:
         engines
             numba, reference.
         weights
-            float32, bfloat16 (numba only).
+            float32, bfloat16, int8 (the last two numba only).
         batches
             Streams at once.
         threads

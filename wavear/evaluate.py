@@ -45,7 +45,7 @@ class EvaluateConfig:
     engine: str = "auto"
     """auto, numba (compiled for this CPU) or reference (slow, any device): makes the audio."""
     weights: str = "float32"
-    """float32, or bfloat16 (numba only), for the audio; bits are those of float32."""
+    """float32; bfloat16 or int8 (numba only): rounded, for the audio alone; bits are those of float32."""
     threads: int | None = None
     """CPU cores to use; all by default."""
     device: str = "cpu"

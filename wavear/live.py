@@ -168,7 +168,7 @@ def serve(
     rate = model.config.sample_rate
     frame = config.hop_length / rate
     say(
-        f"{rate} Hz, mono, s16le, engine {stream.engine}; first sound after {stream.latency} frames"
+        f"{rate} Hz, mono, s16le, engine {stream.description}; first sound after {stream.latency} frames"
         f" ({stream.latency * frame * 1000:.0f} ms of mel, {model.lookahead} of them look-ahead)"
     )
     told: set[str] = set()

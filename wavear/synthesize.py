@@ -22,7 +22,7 @@ import torch
 
 from wavear import audio
 from wavear.files import replace_file
-from wavear.generate import generate, make_engine
+from wavear.generate import generate, make_engine, name_of_engine
 from wavear.generate.prime import check_prime, doubts
 from wavear.judge import Expectation, adapt_mel, describe_source
 from wavear.mel import MelConfig, log_mel
@@ -340,7 +340,8 @@ def synthesize(
         raise ValueError("the model is not conditioned on mels, it cannot follow an input: use `wavear generate`")
     if mel_source is not None:
         describe_source(mel_source, config)  # a name that is none is no fault of the first input
-    report = Report(engine=make_engine(model, 1, engine, weights=weights, threads=threads)[0])
+    name = make_engine(model, 1, engine, weights=weights, threads=threads)[0]
+    report = Report(engine=name_of_engine(name, weights))
     began = time.perf_counter()
     resampled: set[int] = set()
     for at in range(0, len(jobs), _WINDOW):
@@ -472,7 +473,7 @@ def generate_file(
         )
     Path(out).parent.mkdir(parents=True, exist_ok=True)
     _report_clipping(output.write(Path(out), waveform[0], rate), Path(out), warn)
-    report = Report(name, 1, samples / rate, time.perf_counter() - began)
+    report = Report(name_of_engine(name, weights), 1, samples / rate, time.perf_counter() - began)
     for finding in watch(waveform[0], rate):
         report.findings.append((Path(out), finding))
         warn(f"{out}: {finding}")

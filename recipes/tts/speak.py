@@ -41,7 +41,7 @@ class Speak:
     engine: str = "auto"
     """auto, numba or reference."""
     weights: str = "float32"
-    """float32 or bfloat16."""
+    """float32, bfloat16 or int8."""
     overwrite: bool = False
     """Replace the file if it exists."""
     force: bool = False

@@ -20,7 +20,7 @@ from wavear.evaluation.bounds import grid_round_trip, griffin_lim
 from wavear.evaluation.clips import fitting_data, open_clips, preparation, training_record
 from wavear.evaluation.metrics import MEASURES, NotMeasured, measure, noise_floor, pitch
 from wavear.evaluation.statistics import bootstrap
-from wavear.generate import generate, make_engine
+from wavear.generate import generate, make_engine, name_of_engine
 from wavear.mel import log_mel
 from wavear.models.base import AutoregressiveModel
 from wavear.segments import Layout, read_span
@@ -305,7 +305,8 @@ def _free(model: AutoregressiveModel, out: Path, config: EvaluateConfig, engine:
         weights=config.weights,
         threads=config.threads,
     )
-    say(f"made {count} free samples of {config.seconds:g} s in {time.perf_counter() - began:.1f} s, engine {engine}")
+    name = name_of_engine(engine, config.weights)
+    say(f"made {count} free samples of {config.seconds:g} s in {time.perf_counter() - began:.1f} s, engine {name}")
     made = []
     for k, (seed, waveform) in enumerate(zip(seeds, waveforms, strict=True)):
         audio.write(out / "audio" / f"free-{k}.wav", waveform, rate)

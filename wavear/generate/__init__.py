@@ -25,7 +25,7 @@ from wavear.models.base import AutoregressiveModel
 from wavear.sampling import uniforms
 
 ENGINES = ("auto", "reference", "numba")
-WEIGHTS = ("float32", "bfloat16")
+WEIGHTS = ("float32", "bfloat16", "int8")
 _CHUNK = 2048  # samples per call of an engine: a fraction of a second, so that Ctrl-C and the progress bar are prompt
 _PARALLEL_CHUNK = 16384  # samples per forward of `score`, besides the receptive field in front of them
 
@@ -97,7 +97,9 @@ def make_engine(
         "numba": compiled for this CPU, for the families and laws that have a kernel. "auto": numba on the CPU where it
         serves the model, else reference.
     weights : str
-        "float32", or "bfloat16": rounded once, half the bytes to read, arithmetic in float32 (numba only).
+        "float32"; "bfloat16": rounded once, half the bytes to read; "int8": rounded to 255 steps for each output of a
+        matrix, a quarter of the bytes. The last two are for numba only, compute in float32, and cost some likelihood:
+        `wavear bench CHECKPOINT` measures how much.
     threads : int, optional
         CPU cores the numba engine may use; all of them by default.
 
@@ -141,6 +143,17 @@ def _compiled_engine(model: AutoregressiveModel) -> Any | None:
 
         return NumbaLinearEngine
     return None
+
+
+def name_of_engine(engine: str, weights: str) -> str:
+    """For people: weights that were rounded are never silent.
+
+    Examples
+    --------
+    >>> name_of_engine("numba", "int8")
+    'numba with int8 weights'
+    """
+    return engine if weights == "float32" else f"{engine} with {weights} weights"
 
 
 def generate(

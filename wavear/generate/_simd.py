@@ -17,7 +17,9 @@ constant displacement.
 Weights
 -------
 `[block of vectors][input][vector][lane]`. In bfloat16 two vectors share one vector of 32-bit words: the even one in
-the low half, the odd one in the high half.
+the low half, the odd one in the high half. In int8 each block begins with the scales of its outputs, in float32: there
+the chain of an output runs over whole numbers times inputs, from zero, and one more multiply-add scales it and adds
+what it starts from.
 """
 
 # Numba's settings have no types.
@@ -38,6 +40,11 @@ _I32 = ir.IntType(32)
 _I64 = ir.IntType(64)
 _F32 = ir.FloatType()
 _F64 = ir.DoubleType()
+
+# How weights are stored, and the bytes of each.
+FLOAT32, BFLOAT16, INT8 = KINDS = range(3)
+WEIGHT_BYTES = (4, 2, 1)
+_NAMES = ("float32", "bfloat16", "int8")
 
 # Blocks of the softmax sums: the same on every machine, so that the sums have the same bits.
 BLOCK = 16
@@ -264,19 +271,44 @@ def kernel(name: str, arguments: int, emit, lanes: int | None = None, result: An
     return intrinsic(scope[name])
 
 
-def _read_weights(e: Emitter, address, vectors: int, bfloat16: bool) -> list:
+def _read_weights(e: Emitter, address, vectors: int, kind: int) -> list:
     """The weights of one input."""
-    if not bfloat16:
+    b = e.b
+    if kind == FLOAT32:
         return [e.load(e.at(address, j * e.bytes)) for j in range(vectors)]
+    if kind == INT8:
+        bytes_of_vector = ir.VectorType(ir.IntType(8), e.lanes)
+        packed = [e.load(e.at(address, j * e.lanes), bytes_of_vector) for j in range(vectors)]
+        return [b.sitofp(b.sext(p, e.integers), e.vector) for p in packed]
     w = []
     for j in range(vectors // 2):
         pair = e.load(e.at(address, j * e.bytes), e.integers)
-        w.append(e.b.bitcast(e.b.shl(pair, e.i32(16)), e.vector))
-        w.append(e.b.bitcast(e.b.and_(pair, e.i32(0xFFFF0000)), e.vector))
+        w.append(b.bitcast(b.shl(pair, e.i32(16)), e.vector))
+        w.append(b.bitcast(b.and_(pair, e.i32(0xFFFF0000)), e.vector))
     return w
 
 
-def _tile(rows: int, vectors: int, bfloat16: bool):
+def _begin(e: Emitter, kind: int, start, *place: int):
+    """A new chain, that begins with `start(*place)`; where a scale comes at the end, with zero."""
+    chain = e.b.alloca(e.vector)
+    e.b.store(e.f32(0.0) if kind == INT8 else start(*place), chain)
+    return chain
+
+
+def _end(e: Emitter, kind: int, chain, scales, start, *place: int):
+    """The value of a chain of that place, the last number of which is the vector in a block with these scales."""
+    total = e.b.load(chain)
+    if kind != INT8:
+        return total
+    return e.fma(total, e.load(e.at(scales, place[-1] * e.bytes)), start(*place))
+
+
+def _first_weight(e: Emitter, block, vectors: int, kind: int):
+    """The address of a block's weights, behind its scales if it has any."""
+    return e.at(block, vectors * e.bytes) if kind == INT8 else block
+
+
+def _tile(rows: int, vectors: int, kind: int):
     """Emits out[row] = init[row] + bias + sum over inputs of x[row, input] * weights[input], for one tile of outputs.
 
     Arguments: weights, inputs, x, block stride of x, bias, init, row and vector stride of init, out, row and vector
@@ -285,21 +317,19 @@ def _tile(rows: int, vectors: int, bfloat16: bool):
 
     def emit(e: Emitter, weights, inputs, x, x_block, bias, init, init_row, init_vector, out, out_row, out_vector):
         b = e.b
-        sums = [[b.alloca(e.vector) for _ in range(vectors)] for _ in range(rows)]
+
+        def start(m, v):
+            row, vector = b.mul(init_row, ir.Constant(_I64, m)), b.mul(init_vector, ir.Constant(_I64, v))
+            return b.fadd(e.load(e.at(init, b.add(row, vector))), e.load(e.at(bias, v * e.bytes)))
+
+        sums = [[_begin(e, kind, start, m, v) for v in range(vectors)] for m in range(rows)]
         pointer = b.alloca(_I64)
-        b.store(weights, pointer)
-        for v in range(vectors):
-            offset = e.load(e.at(bias, v * e.bytes))
-            for m in range(rows):
-                address = e.at(
-                    init, b.add(b.mul(init_row, ir.Constant(_I64, m)), b.mul(init_vector, ir.Constant(_I64, v)))
-                )
-                b.store(b.fadd(e.load(address), offset), sums[m][v])
-        step = vectors * e.bytes // (2 if bfloat16 else 1)
+        b.store(_first_weight(e, weights, vectors, kind), pointer)
+        step = vectors * e.lanes * WEIGHT_BYTES[kind]
 
         def one(address, source, position):
             """One input: `position` counts from `source` in floats and is a constant."""
-            w = _read_weights(e, address, vectors, bfloat16)
+            w = _read_weights(e, address, vectors, kind)
             for m in range(rows):
                 value = e.splat(e.load(e.at(source, 4 * (position + m * e.lanes)), _F32))
                 for v in range(vectors):
@@ -308,9 +338,9 @@ def _tile(rows: int, vectors: int, bfloat16: bool):
         def several(source, count):
             def body(i):
                 address = b.load(pointer)
-                start = b.add(source, b.mul(i, ir.Constant(_I64, 4 * count)))
+                inputs_from = b.add(source, b.mul(i, ir.Constant(_I64, 4 * count)))
                 for k in range(count):
-                    one(e.at(address, k * step), start, k)
+                    one(e.at(address, k * step), inputs_from, k)
                 b.store(e.at(address, count * step), pointer)
 
             return body
@@ -329,12 +359,12 @@ def _tile(rows: int, vectors: int, bfloat16: bool):
                 address = e.at(
                     out, b.add(b.mul(out_row, ir.Constant(_I64, m)), b.mul(out_vector, ir.Constant(_I64, v)))
                 )
-                e.store(b.load(sums[m][v]), address)
+                e.store(_end(e, kind, sums[m][v], weights, start, m, v), address)
 
     return emit
 
 
-def _sparse(vectors: int, bfloat16: bool):
+def _sparse(vectors: int, kind: int):
     """Emits the product with a vector that is mostly zeros, given by its other entries.
 
     Arguments: weights, number of entries, values, offsets of their rows in bytes, init, out. A fused multiply-add of
@@ -343,18 +373,21 @@ def _sparse(vectors: int, bfloat16: bool):
 
     def emit(e: Emitter, weights, entries, values, offsets, init, out):
         b = e.b
-        sums = [b.alloca(e.vector) for _ in range(vectors)]
-        for v in range(vectors):
-            b.store(e.load(e.at(init, v * e.bytes)), sums[v])
 
-        def several(start, count):
+        def start(v):
+            return e.load(e.at(init, v * e.bytes))
+
+        sums = [_begin(e, kind, start, v) for v in range(vectors)]
+        first_weight = _first_weight(e, weights, vectors, kind)
+
+        def several(begin, count):
             def body(i):
-                first = b.add(start, b.mul(i, ir.Constant(_I64, count)))
+                first = b.add(begin, b.mul(i, ir.Constant(_I64, count)))
                 for k in range(count):
                     position = e.at(first, k)
-                    row = b.add(weights, e.load(b.add(offsets, b.mul(position, ir.Constant(_I64, 8))), _I64))
+                    row = b.add(first_weight, e.load(b.add(offsets, b.mul(position, ir.Constant(_I64, 8))), _I64))
                     value = e.splat(e.load(b.add(values, b.mul(position, ir.Constant(_I64, 4))), _F32))
-                    for v, w in enumerate(_read_weights(e, row, vectors, bfloat16)):
+                    for v, w in enumerate(_read_weights(e, row, vectors, kind)):
                         b.store(e.fma(value, w, b.load(sums[v])), sums[v])
 
             return body
@@ -363,22 +396,22 @@ def _sparse(vectors: int, bfloat16: bool):
         done = b.and_(entries, ir.Constant(_I64, ~3))
         e.loop(b.sub(entries, done), several(done, 1))
         for v in range(vectors):
-            e.store(b.load(sums[v]), e.at(out, v * e.bytes))
+            e.store(_end(e, kind, sums[v], weights, start, v), e.at(out, v * e.bytes))
 
     return emit
 
 
 def _sparses(e: Emitter, key, *arguments):
-    """Calls the kernel for `key` vectors, + 256 for bfloat16."""
+    """Calls the kernel for `key`: vectors + 256 * kind."""
     b = e.b
     done = b.append_basic_block("done")
     switch = b.switch(key, done)
     for vectors in SPARSE:
-        for half in (False, True):
-            name = f"wavear_sparse_{vectors}_{'bfloat16' if half else 'float32'}"
-            function = emitted(b.module, name, LANES, types.void, [types.int64] * 6, _sparse(vectors, half))
+        for kind in KINDS:
+            name = f"wavear_sparse_{vectors}_{_NAMES[kind]}"
+            function = emitted(b.module, name, LANES, types.void, [types.int64] * 6, _sparse(vectors, kind))
             block = b.append_basic_block(name)
-            switch.add_case(ir.Constant(_I64, vectors + 256 * half), block)
+            switch.add_case(ir.Constant(_I64, vectors + 256 * kind), block)
             with b.goto_block(block):
                 b.call(function, arguments)
                 b.branch(done)
@@ -409,7 +442,7 @@ def _entries(e: Emitter, x, count, row, values, offsets):
 entries = kernel("entries", 5, _entries, result=types.int64)
 
 
-def _row(vectors: int, bfloat16: bool):
+def _row(vectors: int, kind: int):
     """Emits out = init + bias + x @ weights for one row and one block, everything contiguous; out may be init.
 
     Arguments: weights, inputs, x, bias, init, out. Six fit the registers of a call: one stream makes sixty calls a
@@ -418,49 +451,52 @@ def _row(vectors: int, bfloat16: bool):
 
     def emit(e: Emitter, weights, inputs, x, bias, init, out):
         b = e.b
-        sums = [b.alloca(e.vector) for _ in range(vectors)]
-        for v in range(vectors):
-            b.store(b.fadd(e.load(e.at(init, v * e.bytes)), e.load(e.at(bias, v * e.bytes))), sums[v])
-        step = vectors * e.bytes // (2 if bfloat16 else 1)
+
+        def start(v):
+            return b.fadd(e.load(e.at(init, v * e.bytes)), e.load(e.at(bias, v * e.bytes)))
+
+        sums = [_begin(e, kind, start, v) for v in range(vectors)]
+        first_weight = _first_weight(e, weights, vectors, kind)
+        step = vectors * e.lanes * WEIGHT_BYTES[kind]
 
         def several(row, source, count):
             def body(i):
                 address = b.add(row, b.mul(i, ir.Constant(_I64, count * step)))
-                start = b.add(source, b.mul(i, ir.Constant(_I64, 4 * count)))
+                inputs_from = b.add(source, b.mul(i, ir.Constant(_I64, 4 * count)))
                 for k in range(count):
-                    value = e.splat(e.load(e.at(start, 4 * k), _F32))
-                    for v, w in enumerate(_read_weights(e, e.at(address, k * step), vectors, bfloat16)):
+                    value = e.splat(e.load(e.at(inputs_from, 4 * k), _F32))
+                    for v, w in enumerate(_read_weights(e, e.at(address, k * step), vectors, kind)):
                         b.store(e.fma(value, w, b.load(sums[v])), sums[v])
 
             return body
 
-        e.loop(b.udiv(inputs, ir.Constant(_I64, 4)), several(weights, x, 4))
+        e.loop(b.udiv(inputs, ir.Constant(_I64, 4)), several(first_weight, x, 4))
         done = b.and_(inputs, ir.Constant(_I64, ~3))
         tail = several(
-            b.add(weights, b.mul(done, ir.Constant(_I64, step))), b.add(x, b.mul(done, ir.Constant(_I64, 4))), 1
+            b.add(first_weight, b.mul(done, ir.Constant(_I64, step))), b.add(x, b.mul(done, ir.Constant(_I64, 4))), 1
         )
         e.loop(b.sub(inputs, done), tail)
         for v in range(vectors):
-            e.store(b.load(sums[v]), e.at(out, v * e.bytes))
+            e.store(_end(e, kind, sums[v], weights, start, v), e.at(out, v * e.bytes))
 
     return emit
 
 
-def _row_address(e: Emitter, vectors, half):
+def _row_address(e: Emitter, vectors, kind):
     """The address of the kernel for one row, a C function."""
     b = e.b
     result = b.alloca(_I64)
     b.store(ir.Constant(_I64, 0), result)
     done = b.append_basic_block("done")
-    switch = b.switch(b.add(vectors, b.mul(half, ir.Constant(_I64, 256))), done)
+    switch = b.switch(b.add(vectors, b.mul(kind, ir.Constant(_I64, 256))), done)
     for width in range(1, WIDEST + 1):
-        for bfloat16 in (False, True):
-            if bfloat16 and width % 2:
+        for stored in KINDS:
+            if stored == BFLOAT16 and width % 2:
                 continue
-            name = f"wavear_row_{width}_{'bfloat16' if bfloat16 else 'float32'}"
-            function = emitted(b.module, name, e.lanes, types.void, [types.int64] * 6, _row(width, bfloat16))
+            name = f"wavear_row_{width}_{_NAMES[stored]}"
+            function = emitted(b.module, name, e.lanes, types.void, [types.int64] * 6, _row(width, stored))
             block = b.append_basic_block(name)
-            switch.add_case(ir.Constant(_I64, width + 256 * bfloat16), block)
+            switch.add_case(ir.Constant(_I64, width + 256 * stored), block)
             with b.goto_block(block):
                 b.store(b.ptrtoint(function, _I64), result)
                 b.branch(done)
@@ -472,17 +508,17 @@ row_address = kernel("row_address", 2, _row_address, result=types.int64)
 
 
 def _tiles(e: Emitter, key, *arguments):
-    """Calls the kernel that `key` names: rows + 16 * vectors, + 256 for bfloat16."""
+    """Calls the kernel that `key` names: rows + 16 * vectors + 256 * kind."""
     b = e.b
     done = b.append_basic_block("done")
     switch = b.switch(key, done)
     for vectors, heights in HEIGHTS.items():
         for rows in heights:
-            for half in (False, True):
-                name = f"wavear_tile_{rows}x{vectors}_{'bfloat16' if half else 'float32'}"
-                function = emitted(b.module, name, LANES, types.void, [types.int64] * 11, _tile(rows, vectors, half))
+            for kind in KINDS:
+                name = f"wavear_tile_{rows}x{vectors}_{_NAMES[kind]}"
+                function = emitted(b.module, name, LANES, types.void, [types.int64] * 11, _tile(rows, vectors, kind))
                 block = b.append_basic_block(name)
-                switch.add_case(ir.Constant(_I64, rows + 16 * vectors + 256 * half), block)
+                switch.add_case(ir.Constant(_I64, rows + 16 * vectors + 256 * kind), block)
                 with b.goto_block(block):
                     b.call(function, arguments)
                     b.branch(done)

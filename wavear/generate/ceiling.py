@@ -22,7 +22,7 @@ class Cost:
     multiply_adds: int
     """All of them, the conditioning's included."""
     weight_bytes: int
-    """Bytes of all weights of the layers and the head in the given precision."""
+    """Bytes of all weights of the layers and the head in the given precision, with the scales of int8."""
     hot_bytes: int
     """Bytes that one stream must read anew for every sample: without those of past taps and conditioning that are
     read once for many samples, and of the first layer, which is a table."""
@@ -35,7 +35,7 @@ def cost(config: WaveNetConfig, weights: str = "float32") -> Cost:
     ----------
     config : WaveNetConfig
     weights : str
-        "float32" or "bfloat16".
+        "float32", "bfloat16" or "int8".
 
     Examples
     --------
@@ -44,15 +44,31 @@ def cost(config: WaveNetConfig, weights: str = "float32") -> Cost:
     """
     r, s, a, q = config.residual_channels, config.skip_channels, config.head_channels, config.classes
     conditioned = config.mel is not None or config.speakers > 0
-    tap = 2 * r * r
-    conditioning = 2 * r * config.conditioning_channels if conditioned else 0
-    outwards = config.layers * (r + s) * r - r * r
-    head = s * a + a * q
-    past = sum(1 / d for d in config.dilations[1:]) * (config.kernel_size - 1) * tap
-    every = config.layers * (config.kernel_size * tap + conditioning) + outwards + head
-    hot = (config.layers - 1) * tap + outwards + head + past
-    size = 4 if weights == "float32" else 2
-    return Cost(every, every * size, int(hot * size))
+    channels = config.conditioning_channels if conditioned else 0
+    layers, past = config.layers, config.kernel_size - 1
+    # Past taps of a layer of dilation d are read once for d samples; those of the first layer are in its table.
+    rare = past * sum(1 / d for d in config.dilations[1:])
+    # (outputs, inputs, how many of them are multiplied for a sample, how many of them are read)
+    matrices = [
+        (2 * r, r, layers, layers - 1),
+        (2 * r, r, layers * past, rare),
+        (2 * r, channels, layers, 0),
+        (r, r, layers - 1, layers - 1),
+        (s, r, layers, layers),
+        (a, s, 1, 1),
+        (q, a, 1, 1),
+    ]
+    size = {"float32": 4, "bfloat16": 2, "int8": 1}[weights]
+    scale = 4 if weights == "int8" else 0
+
+    def nbytes(outputs: int, inputs: int) -> int:
+        return outputs * (inputs * size + scale) if inputs else 0
+
+    return Cost(
+        sum(outputs * inputs * count for outputs, inputs, count, _ in matrices),
+        sum(nbytes(outputs, inputs) * count for outputs, inputs, count, _ in matrices),
+        int(sum(nbytes(outputs, inputs) * count for outputs, inputs, _, count in matrices)),
+    )
 
 
 @dataclass(frozen=True)

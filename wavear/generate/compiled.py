@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import os
 import sys
@@ -14,6 +15,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+_PACKAGE = "wavear.generate"  # this directory
 _lock = threading.RLock()
 
 
@@ -30,19 +32,34 @@ def cache_directory() -> Path:
     return Path(base) / "wavear"
 
 
-def source_key(directory: Path | None = None) -> str:
-    """Changes with every source that compiled code is made from (in `directory`, this one), and with the compiler.
+def source_key(path: Path) -> str:
+    """Changes with every source in this directory that the code of a file is compiled from, and with the compiler.
 
-    Numba itself looks at the file of the compiled function alone, and the kernels it calls lie in others. (That the
-    processor is the same is part of Numba's own key.)
+    Numba itself looks at the file of the compiled function alone, and the kernels it calls lie in others: here every
+    file is read that this one imports, and those that they do. (That the processor is the same is part of Numba's own
+    key.)
     """
     import llvmlite
     import numba
 
     digest = hashlib.sha256(f"{numba.__version__} {llvmlite.__version__} {sys.version}".encode())
-    for path in sorted((directory or Path(__file__).parent).glob("*.py")):
-        digest.update(path.name.encode() + path.read_bytes())
+    for source in sorted(_sources(path)):
+        digest.update(source.name.encode() + source.read_bytes())
     return digest.hexdigest()[:16]
+
+
+def _sources(path: Path) -> set[Path]:
+    """A file, and the files of this directory that it imports at its top, and so on."""
+    found, waiting = set(), [path.resolve()]
+    while waiting:
+        source = waiting.pop()
+        found.add(source)
+        for statement in ast.parse(source.read_bytes()).body:
+            if isinstance(statement, ast.ImportFrom) and statement.module and statement.module.startswith(_PACKAGE):
+                names = [alias.name for alias in statement.names] + statement.module.split(".")[-1:]
+                files = (Path(__file__).resolve().with_name(f"{name}.py") for name in names)
+                waiting += [file for file in files if file.is_file() and file not in found]
+    return found
 
 
 def compiled(function, signature: str, callback: bool = False) -> Any:
@@ -52,7 +69,7 @@ def compiled(function, signature: str, callback: bool = False) -> Any:
     """
     with _lock:
         try:
-            directory = cache_directory() / f"kernels-{source_key()}"
+            directory = cache_directory() / f"kernels-{source_key(Path(function.__code__.co_filename))}"
             directory.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=directory).close()
             return _compile(function, signature, callback, directory)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from wavear.generate._simd import LANES, VECTOR_BYTES
-from wavear.generate.packing import round_to_bfloat16
+from wavear.generate.packing import as_packed
 
 if TYPE_CHECKING:
     from wavear.generate.numba_cpu import NumbaEngine
@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 
 def export_state(engine: NumbaEngine, stream: int) -> dict[str, Tensor]:
     """See `Engine.state`."""
-    from wavear.generate.numba_cpu import L_SLOTS, N_TIME
+    from wavear.generate.numba_loop import L_SLOTS
+    from wavear.generate.numba_products import N_TIME
 
     group, row = next(_seats(engine, stream))  # of two cores that share a stream, each holds all of its past
     residual = engine.model.config.residual_channels
@@ -40,7 +41,8 @@ def export_state(engine: NumbaEngine, stream: int) -> dict[str, Tensor]:
 
 def load_state(engine: NumbaEngine, stream: int, state: dict[str, Tensor]) -> None:
     """See `Engine.load_state`."""
-    from wavear.generate.numba_cpu import L_SLOTS, N_TIME
+    from wavear.generate.numba_loop import L_SLOTS
+    from wavear.generate.numba_products import N_TIME
 
     residual = engine.model.config.residual_channels
     for group, row in _seats(engine, stream):
@@ -59,15 +61,17 @@ def as_run(model: WaveNet, weights: str) -> WaveNet:
         return model
     model = copy.deepcopy(model).float()
     for name, parameter in model.named_parameters():
-        if weights == "bfloat16" and parameter.dim() == 2 and name.startswith(("blocks", "head")):
-            bits = round_to_bfloat16(parameter.detach().cpu().numpy()) << np.uint32(16)
-            parameter.data.copy_(torch.from_numpy(bits.view(np.float32)))
+        if parameter.dim() == 2 and name.startswith(("blocks", "head")):
+            # Each tap of a dilated convolution is a matrix of its own.
+            taps = model.config.kernel_size if name.endswith("dilated.weight") else 1
+            matrices = parameter.detach().cpu().numpy().reshape(len(parameter), taps, -1)
+            parameter.data.copy_(torch.from_numpy(as_packed(matrices, weights)).reshape(parameter.shape))
     return model
 
 
 def _seats(engine: NumbaEngine, stream: int) -> Iterator[tuple[Any, int]]:
     """The groups that run a stream, and its row in each."""
-    from wavear.generate.numba_cpu import N_FIRST, N_STREAMS
+    from wavear.generate.numba_products import N_FIRST, N_STREAMS
 
     for group in engine._groups:
         row = stream - int(group.net[N_FIRST])
@@ -77,7 +81,8 @@ def _seats(engine: NumbaEngine, stream: int) -> Iterator[tuple[Any, int]]:
 
 def _ring(group: Any, layer: int) -> np.ndarray:
     """(slots, streams, padded R), the memory itself."""
-    from wavear.generate.numba_cpu import L_RING, L_SLOTS, N_STREAMS
+    from wavear.generate.numba_loop import L_RING, L_SLOTS
+    from wavear.generate.numba_products import N_STREAMS
 
     slots, streams, vectors = int(group.layers[layer, L_SLOTS]), int(group.net[N_STREAMS]), group.packed.x_vectors
     offset = int(group.layers[layer, L_RING]) - group.region.address

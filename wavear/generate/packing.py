@@ -90,21 +90,28 @@ def pack(matrix: np.ndarray, lanes: int, width: int, weights: str) -> tuple[np.n
     width : int
         Vectors in a block, at most; 0 for `_simd.sparse`.
     weights : str
-        "float32" or "bfloat16".
+        "float32", "bfloat16" or "int8".
 
     Returns
     -------
-    packed : ndarray, shape (blocks, inputs, vectors in a block * lanes), or half as many words for bfloat16
+    packed : ndarray, shape (blocks, inputs, vectors in a block * lanes), or half as many words for bfloat16; for int8
+        bytes (blocks, n), each block its scales in float32 and then (inputs, vectors * lanes)
     blocks, vectors : int
     """
     outputs, inputs = matrix.shape
     blocks, vectors = vectors_of(outputs, lanes, width, weights == "bfloat16")
+    scales = np.zeros(blocks * vectors * lanes, np.float32)
+    if weights == "int8":
+        matrix, scales[:outputs] = quantise(matrix)
     columns = np.zeros((inputs, blocks * vectors * lanes), np.float32)
     columns[:, :outputs] = matrix.T
     packed = columns.reshape(inputs, blocks, vectors * lanes).transpose(1, 0, 2)
     if weights == "bfloat16":
         bits = round_to_bfloat16(packed).reshape(blocks, inputs, vectors // 2, 2, lanes)
         packed = (bits[:, :, :, 0] | (bits[:, :, :, 1] << np.uint32(16))).reshape(blocks, inputs, -1)
+    if weights == "int8":
+        parts = scales.view(np.uint8), packed.astype(np.int8).view(np.uint8)
+        packed = np.concatenate([part.reshape(blocks, -1) for part in parts], axis=1)
     return np.ascontiguousarray(packed), blocks, vectors
 
 
@@ -113,3 +120,26 @@ def round_to_bfloat16(values: np.ndarray) -> np.ndarray:
     bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
     rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
     return np.where(np.isnan(values), np.uint32(0x7FC0), rounded)
+
+
+def quantise(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Whole numbers from -127 to 127, as float32, and a scale for each row, the last axis: their product is near.
+
+    A row of zeros has the scale zero. The scale of a row with a NaN or an infinity is one too, and so is its product.
+    """
+    scales = (np.abs(values).max(axis=-1) / np.float32(127)).astype(np.float32)
+    usable = np.where(np.isfinite(scales) & (scales > 0), scales, np.float32(1))
+    numbers = np.rint(np.where(np.isfinite(values), values, 0) / usable[..., None])
+    # Of subnormal scales the rounding is so coarse that a quotient may be far beyond 127.
+    return np.clip(numbers, -127, 127).astype(np.float32), scales
+
+
+def as_packed(matrix: np.ndarray, weights: str) -> np.ndarray:
+    """The matrix (..., inputs) of float32 that the kernels multiply with, once it is packed."""
+    if weights == "bfloat16":
+        return (round_to_bfloat16(matrix) << np.uint32(16)).view(np.float32)
+    if weights == "int8":
+        numbers, scales = quantise(matrix)
+        with np.errstate(invalid="ignore"):
+            return numbers * scales[..., None]
+    return matrix

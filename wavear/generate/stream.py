@@ -24,6 +24,7 @@ from wavear.generate import (
     _check_temperature,
     _check_truncation,
     make_engine,
+    name_of_engine,
 )
 from wavear.generate.conditioner import UtteranceConditioner
 from wavear.generate.prime import check_prime, context, encode_prime, fill
@@ -89,6 +90,11 @@ class Stream:
         with torch.inference_mode():
             self.engine, self._engine = make_engine(model, 1, engine, weights=weights, threads=threads)
         self._settings: dict[str, Any] = {"engine": self.engine, "weights": weights, "threads": threads}
+
+    @property
+    def description(self) -> str:
+        """The engine, and its weights if they are rounded."""
+        return name_of_engine(self.engine, self._settings["weights"])
 
     @property
     def position(self) -> int:
