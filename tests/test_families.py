@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from wavear import MelConfig, Stream, TrainConfig, WaveNetConfig, audio, generate, load, score, train
+from wavear import LinearConfig, MelConfig, Stream, TrainConfig, WaveNetConfig, audio, generate, load, score, train
 from wavear.cli import main
 from wavear.generate import make_engine
 from wavear.models.families import FAMILIES, family_of
@@ -22,6 +22,8 @@ WAVENET = {"layers": 4, "stacks": 2, "residual_channels": 6, "skip_channels": 7,
 MODELS = {
     "wavenet": WaveNetConfig(classes=64, **WAVENET),
     "wavenet kernel 3": WaveNetConfig(classes=64, kernel_size=3, **WAVENET),
+    "linear": LinearConfig(order=9, differencing=1, sample_rate=8000),
+    "linear, 16 bits": LinearConfig(order=1, differencing=2, law="gaussian", grid="linear", sample_rate=8000),
 }
 CONDITIONED = {
     "wavenet": WaveNetConfig(classes=64, mel=MEL, speakers=3, **WAVENET),
@@ -40,6 +42,7 @@ VALUES = {
 # Fields of `TrainConfig` that make a small model of each family.
 TRAINED: dict[str, dict[str, Any]] = {
     "wavenet": {"layers": 3, "stacks": 1, "residual_channels": 8, "skip_channels": 8, "head_channels": 8},
+    "linear": {"order": 8},
 }
 ENGINES = ["reference", "numba"]
 

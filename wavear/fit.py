@@ -262,7 +262,7 @@ class Fitter:
                 energies, count = lpc.burg(signal, order)[1] * len(signal), len(signal)
             else:
                 energies, count = sums.energies(constant=self.constant, ridge=self.ridge), sums.count
-            criteria = lpc.criterion(energies, count, self.order, constant=self.constant)
+            criteria = lpc.criterion(energies, count, self.order, constant=self.constant)  # type: ignore[arg-type]
             least = 0 if self.differencing else 1  # a model sees some of the past
             order = least + int(np.argmin(criteria[least:]))
         if self.method == "burg":

@@ -337,7 +337,6 @@ def poles(coefficients: np.ndarray) -> np.ndarray:
     [1.0, 0.5]
     """
     found = np.roots(np.concatenate([[1.0], -np.asarray(coefficients)]))
-    found = found.real if np.isrealobj(found) or not np.any(found.imag) else found
     return found[np.argsort(-np.abs(found), kind="stable")]
 
 
@@ -346,7 +345,7 @@ def reflected(coefficients: np.ndarray) -> np.ndarray:
 
     The spectrum of what the recursion makes keeps its shape; its level changes by the product of abs(p).
 
-    Each such pole is divided out and its reflection multiplied in, by itself; the others, however many, are not touched.
+    Each such pole is divided out and its reflection multiplied in, by itself; the others are not touched.
 
     Examples
     --------
@@ -365,7 +364,7 @@ def reflected(coefficients: np.ndarray) -> np.ndarray:
             carried = (carried - polynomial[k + 1]) / pole
             quotient[k] = carried
         polynomial = np.convolve(quotient / quotient[0], [1, -1 / np.conj(pole)])
-    return -polynomial.real[1:]
+    return -np.real(polynomial)[1:]
 
 
 def integrated(coefficients: np.ndarray, differencing: int) -> np.ndarray:

@@ -65,7 +65,7 @@ def _run(law, grid, values, edges, taps, constant, scale, past, codes, uniforms,
     With uniforms (B, n) the codes (B, n) are made, else they are given. `scores` (B, n) or (B, 0) are filled.
     """
     classes, reach = values.shape[0], taps.shape[0]
-    generates, scored = uniforms.shape[1] > 0, scores.shape[1] > 0
+    generates, scored = uniforms.size > 0, scores.size > 0
     samples = codes.shape[1]
     ahead = np.empty(samples + reach)  # predictions, as far as they are known
     for b in range(codes.shape[0]):
@@ -144,7 +144,7 @@ class NumbaLinearEngine:
             raise ValueError(f"top_k and top_p choose among codes, and the law is {self.model.config.law}")
         codes = np.empty(uniforms.shape, dtype=np.int64)
         temperatures = np.array(np.broadcast_to(np.asarray(temperature, np.float64), uniforms.shape), order="C")
-        scores = np.empty((len(codes), 0 if log_probability is None else codes.shape[1]))
+        scores = np.empty((len(codes), 0 if log_probability is None else uniforms.shape[1]))
         self._call(codes, np.array(uniforms, np.float64, order="C"), temperatures, scores)
         if log_probability is not None:
             log_probability[:] = scores

@@ -1,9 +1,10 @@
 """Linear prediction as a law over codes: AR(p), and ARI(p, d), the same of the d-th differences.
 
-    mean[t] = c + sum over k of taps[k] * value(code[t-k])        P(code) = F((upper - mean) / scale) - F((lower - mean) / scale)
+    mean[t] = c + sum over k of taps[k] * value(code[t-k])
+    P(code) = F((upper - mean) / scale) - F((lower - mean) / scale)
 
-with F the normal or the Laplace law of what the prediction leaves over, integrated over the interval of each code. So it
-is measured in the same bits per sample as the other families. It is fitted, not trained: see `wavear.fit_linear`.
+with F the normal or the Laplace law of what the prediction leaves over, integrated over the interval of each code. So
+it is measured in the same bits per sample as the other families. It is fitted, not trained: see `wavear.fit_linear`.
 """
 
 from __future__ import annotations

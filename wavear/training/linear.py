@@ -33,7 +33,7 @@ def fit(
     config: TrainConfig,
     corpus: Corpus,
     speakers: Sequence[str],
-    model: Linear,
+    model: Any,
     record: dict[str, Any],
     say: Any,
 ) -> TrainResult:
@@ -118,9 +118,9 @@ def fit(
 
 
 def add_recordings(fitter: Fitter, recordings: Sequence[Recording], sample_rate: int) -> Iterator[tuple[str, str]]:
-    """Let a fitter see recordings, read block by block ahead of it; (name, reason) of each that cannot be read to the end.
+    """Let a fitter see recordings, read block by block ahead of it; (name, reason) of each that cannot be read.
 
-    Of such a one counts what came before.
+    If that is beyond its beginning, what came before counts.
     """
     broken: Recording | None = None
     current: Recording | None = None
@@ -177,7 +177,7 @@ def _describe(fitted: Fitted, seconds: float, say: Any) -> None:
     name = f"ARI({config.order}, {config.differencing})" if config.differencing else f"AR({config.order})"
     say(
         f"{name} of {fitted.samples:,} samples in {seconds:.1f} s, {config.law} law of scale"
-        f" {float(fitted.model.scale()):.3g} on {fitted.model.grid}"
+        f" {fitted.model.scale().item():.3g} on {fitted.model.grid}"
     )
     if fitted.unstable:
         say(fitted.unstable)
