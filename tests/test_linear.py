@@ -1,8 +1,8 @@
 """Linear prediction: coefficients as others find them, the law as defined, and one result on every engine."""
 
-import itertools
 import json
 import math
+import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ import scipy.stats
 import torch
 
 from wavear import (
+    EvaluateConfig,
     Linear,
     LinearConfig,
     Stream,
@@ -168,11 +169,9 @@ def test_a_model_of_a_recording_has_the_coefficients_of_statsmodels(data_dir):
 @pytest.mark.parametrize("kind", ["aic", "bic"])
 @pytest.mark.parametrize("constant", [False, True], ids=["no constant", "constant"])
 def test_orders_are_judged_as_statsmodels_judges_them(kind, constant):
-    select = pytest.importorskip(
-        "statsmodels.tsa.ar_model", reason="needs statsmodels, of the extra dev"
-    ).ar_select_order
+    others = pytest.importorskip("statsmodels.tsa.ar_model", reason="needs statsmodels, of the extra dev")
     x = process(AR4, 800, 1.0)
-    theirs = getattr(select(x, 9, ic=kind, trend="c" if constant else "n"), kind)
+    theirs = getattr(others.ar_select_order(x, 9, ic=kind, trend="c" if constant else "n"), kind)
     theirs = {len(lags) if lags else 0: float(np.ravel(value)[0]) for lags, value in theirs.items()}
     expected = np.array([theirs[order] for order in range(10)])
     sums = lpc.Statistics(9)
@@ -323,6 +322,7 @@ def test_reflection_keeps_the_shape_of_the_spectrum(order):
     """Poles inside and outside: the magnitude of the recursion changes by one factor at all frequencies."""
     random = np.random.default_rng(order)
     radius, angle = random.uniform(0.5, 1.15, order // 2), random.uniform(0.1, 3.0, order // 2)
+    radius[0] = 1.1
     roots = np.concatenate([radius * np.exp(1j * angle), radius * np.exp(-1j * angle), [1.05] * (order % 2)])
     coefficients = -np.poly(roots).real[1:]
     moved = lpc.reflected(coefficients)
@@ -330,7 +330,7 @@ def test_reflection_keeps_the_shape_of_the_spectrum(order):
     ratio = [scipy.signal.freqz([1.0], np.concatenate([[1.0], -a]), 64)[1] for a in (coefficients, moved)]
     ratio = np.abs(ratio[0]) / np.abs(ratio[1])
     assert ratio == pytest.approx(ratio[0], rel=1e-4)
-    stable = -np.poly(roots / np.maximum(np.abs(roots), 1.0) * 0.999).real[1:]
+    stable = -np.poly(roots * 0.9 / np.maximum(np.abs(roots), 0.9)).real[1:]
     assert (lpc.reflected(stable) == stable).all()
 
 
@@ -428,7 +428,6 @@ def test_engines_agree_code_by_code_and_in_their_scores(kind):
     assert (codes[0] == codes[1]).all()
     assert nats[0] == pytest.approx(nats[1], rel=1e-9, abs=1e-9)
     assert codes[0][0, 40] == 0
-    assert codes[0][1, 50] == model.grid.classes - 1 or model.config.law == "gaussian"
 
 
 @pytest.mark.parametrize("law", ["laplace", "gaussian"])
@@ -601,14 +600,16 @@ def test_the_command_line_fits_tells_and_makes_sound(recordings, tmp_path, capsy
     made = audio.read(tmp_path / "made.wav", 8000)
     assert made.numel() == 800
     assert torch.allclose(made, generate(model, samples=800, seed=0)[0], atol=1e-4)  # 16 bits
-    assert main(["train", str(recordings), "--out", out, *flags, "--resume"]) == 1
+    with pytest.raises(SystemExit, match="2"):
+        main(["train", str(recordings), "--out", out, *flags, "--resume"])
     assert "nothing to resume" in capsys.readouterr().err
 
 
 def test_evaluate_measures_it_beside_the_baselines(recordings, tmp_path):
     """Its order 32 is the baseline's own, up to what each was fitted to."""
     result = train(settings(recordings, tmp_path / "run", order=32))
-    found = evaluate(load(result.best), recordings, out=tmp_path / "report", train_data=recordings)  # type: ignore
+    found = evaluate(result.best, recordings, tmp_path / "report", EvaluateConfig(clips=2, resamples=100))
+    assert found.bits["model"] == pytest.approx(found.bits["linear"], abs=0.1)
     assert found.bits["model"] < found.bits["markov"]
 
 
@@ -672,13 +673,17 @@ def test_engines_and_runs_refuse_what_is_not_for_it(recordings, tmp_path, monkey
     with pytest.raises(ValueError, match="weights is 'bfloat16'"):
         make_engine(model, 1, "numba", weights="bfloat16")
     with pytest.raises(ValueError, match="nothing to resume"):
-        train(settings(recordings, train(settings(recordings, tmp_path / "run")).best.parent, resume=True))
+        settings(recordings, tmp_path, resume=True)
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="without torchrun"):
         train(settings(recordings, tmp_path / "two"))
 
 
 def test_settings_of_the_linear_family_are_its_own(tmp_path):
+    with pytest.raises(ValueError, match="a linear model takes no mels"):
+        settings(tmp_path, tmp_path, mel_preset="hifigan")
+    with pytest.raises(ValueError, match="criterion is 'hqic', expected aic or bic"):
+        settings(tmp_path, tmp_path, criterion="hqic")
     with pytest.raises(ValueError, match="layers is not of the family linear"):
         settings(tmp_path, tmp_path, layers=3)
     with pytest.raises(ValueError, match="order is not of the family wavenet"):
@@ -696,9 +701,7 @@ def test_a_fit_costs_what_the_sums_cost():
         fitter = fitting.Fitter(Grid("mulaw", 256), order=order)
         fitter.begin()
         best = math.inf
-        for _, _ in itertools.product(range(2), range(1)):
-            import time
-
+        for _ in range(2):
             began = time.process_time()
             fitter.push(codes)
             best = min(best, time.process_time() - began)

@@ -207,6 +207,15 @@ class TrainConfig:
             raise ValueError(f"precision is {self.precision!r}, expected auto, 32 or bf16")
         if self.normalise not in ("none", "peak", "rms"):
             raise ValueError(f"normalise is {self.normalise!r}, expected none, peak or rms")
+        if self.criterion not in (None, "aic", "bic"):
+            raise ValueError(f"criterion is {self.criterion!r}, expected aic or bic")
+        for name in ("criterion", "stabilise"):
+            if self.family != "linear" and getattr(self, name):
+                raise ValueError(f"{name} is of the family linear, and this one is {self.family}: leave it away")
+        if self.family == "linear" and self.resume:
+            raise ValueError("a linear model is fitted in one pass, there is nothing to resume: overwrite it instead")
+        if self.family == "linear" and self.mel_preset is not None:
+            raise ValueError(f"mel_preset is {self.mel_preset!r}, and a linear model takes no mels: leave it away")
         own = [f for f in dataclasses.fields(self) if f.name.startswith("mel_") and f.name != "mel_preset"]
         if self.mel_preset is not None and (given := [f.name for f in own if getattr(self, f.name) != f.default]):
             raise ValueError(f"mel_preset is {self.mel_preset!r} and says what the mels are: leave {given[0]} away")

@@ -54,12 +54,8 @@ def fit(
     Raises
     ------
     ValueError
-        If the run is to be resumed, is one of several processes, or has nothing to fit to.
+        If the run is one of several processes, or has nothing to fit to.
     """
-    if config.resume:
-        raise ValueError(
-            "a linear model is fitted in one pass, there is nothing to resume: give --overwrite to fit anew"
-        )
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise ValueError("a linear model is fitted in one pass by one process: run it without torchrun")
     began, out, wanted = time.monotonic(), Path(config.out), model.config
