@@ -11,6 +11,7 @@ import torch
 
 from wavear import (
     GRUConfig,
+    LinearConfig,
     MelConfig,
     Stream,
     TrainConfig,
@@ -40,6 +41,8 @@ MODELS = {
     "gru, two layers": GRUConfig(layers=2, classes=64, **GRU),
     "transformer": TransformerConfig(layers=2, window=7, patch=4, classes=64, **TRANSFORMER),
     "transformer, sample by sample": TransformerConfig(layers=2, window=9, patch=1, classes=64, **TRANSFORMER),
+    "linear": LinearConfig(order=9, differencing=1, sample_rate=8000),
+    "linear, 16 bits": LinearConfig(order=1, differencing=2, law="gaussian", grid="linear", sample_rate=8000),
 }
 CONDITIONED = {
     "wavenet": WaveNetConfig(classes=64, mel=MEL, speakers=3, **WAVENET),
@@ -66,6 +69,7 @@ TRAINED: dict[str, dict[str, Any]] = {
     "wavenet": {"layers": 3, "stacks": 1, "residual_channels": 8, "skip_channels": 8, "head_channels": 8},
     "gru": {"layers": 1, "channels": 16, "head_channels": 16},
     "transformer": {"layers": 2, "channels": 16, "heads": 2, "window": 8, "patch": 4, "learning_rate": 3e-3},
+    "linear": {"order": 8},
 }
 ENGINES = ["reference", "numba"]
 

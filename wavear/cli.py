@@ -279,7 +279,10 @@ def run_training(config: Any) -> int:
     result = train(config)
     scores = result.held_out or {"model": result.bits_best}  # an interrupt leaves no time for all of them
     bits = ", ".join(f"{name} {value:.3f}" for name, value in scores.items())
-    _say(f"stopped by {result.stopped_by} after {result.steps} steps, {result.seconds / 60:.1f} minutes")
+    if result.stopped_by == "fit":
+        _say(f"fitted in {result.seconds:.1f} s")
+    else:
+        _say(f"stopped by {result.stopped_by} after {result.steps} steps, {result.seconds / 60:.1f} minutes")
     _say(f"held-out bits per sample: {bits} (before training {result.bits_before:.3f})")
     _say(f"checkpoint: {result.best}")
     return 130 if result.stopped_by == "interrupt" else 0

@@ -12,12 +12,13 @@ import numpy as np
 import torch
 
 from wavear.data import Recording
-from wavear.evaluation.linear import LinearPredictor
+from wavear.evaluation.linear import bits_of, fit_predictor
 from wavear.evaluation.metrics import frame_levels
 from wavear.generate import score
 from wavear.grid import Grid
 from wavear.mel import log_mel
 from wavear.models.base import AutoregressiveModel
+from wavear.models.linear import Linear
 from wavear.segments import Layout, read_span
 from wavear.training.bits import Counts, baselines, code_blocks
 
@@ -48,14 +49,14 @@ class Baselines:
     """Laws that need no model, fitted."""
 
     counts: Counts
-    linear: LinearPredictor
+    linear: Linear
 
     @classmethod
     def fit(cls, recordings: Sequence[Recording], layout: Layout, grid: Grid) -> Baselines:
         """To the codes of recordings."""
         layout = every_sample(layout)
         rows = [codes_of(recording, layout, grid) for recording in recordings]
-        return cls(Counts.of(recordings, layout, grid), LinearPredictor.fit(rows, grid))
+        return cls(Counts.of(recordings, layout, grid), fit_predictor(rows, grid))
 
     def bits(self, recording: Recording, layout: Layout, grid: Grid) -> dict[str, float]:
         """Sums over a recording."""
@@ -63,11 +64,11 @@ class Baselines:
         counted = Counts.of([recording], layout, grid)
         samples = int(counted.single.sum())
         found = {name: value * samples for name, value in baselines(self.counts, counted).items()}
-        order = len(self.linear.weights)
+        order = self.linear.receptive_field
         total, past = 0.0, np.zeros(0, np.int64)
         for codes in code_blocks(recording, layout, grid):
             joined = np.concatenate([past, codes])
-            total += float(self.linear.bits(joined)[len(past) :].sum())
+            total += float(bits_of(self.linear, joined)[len(past) :].sum())
             past = joined[-order:]
         return found | {"linear": total}
 

@@ -186,11 +186,11 @@ def _add_baselines(
     linear = fitted.linear
     return {
         "linear": {
-            "order": len(linear.weights),
-            "domain": linear.domain,
-            "law": linear.law,
-            "scale": linear.scale,
-            "weights": linear.weights.tolist(),
+            "order": linear.config.order,
+            "domain": linear.config.domain,
+            "law": {"gaussian": "normal"}.get(linear.config.law, linear.config.law),
+            "scale": linear.scale().item(),
+            "weights": linear.taps().tolist()[::-1],  # the oldest sample's first
         }
     }
 
