@@ -288,28 +288,32 @@ def run_training(config: Any) -> int:
     return 130 if result.stopped_by == "interrupt" else 0
 
 
-def recipe(config: Any, description: str | None = None, corpus: Any = None) -> None:
+def recipe(
+    config: Any, description: str | None = None, corpus: Any = None, run: Callable[[Any], int] = run_training
+) -> None:
     """The main program of a recipe: its values, each of which a flag overrides, are trained with.
 
     Parameters
     ----------
-    config : TrainConfig
+    config : TrainConfig, or what `run` takes
         The recipe's values.
     description : str, optional
         For --help.
     corpus : of `wavear.corpora`, optional
         What `config.data` is the folder of: it is listed in a manifest beside the run. Its fields become flags too, and
         --download gets it.
+    run : callable
+        What is done with the values; it gives the exit status.
     """
     if corpus is not None:
         sys.exit(_guarded(lambda: _parse(_on_corpus(config, corpus, description), sys.argv[1:], _script())()))
 
-    def run(config: Any = config) -> int:
-        return run_training(config)
+    def main(config: Any = config) -> int:
+        return run(config)
 
-    run.__annotations__["config"] = type(config)  # so that its fields become flags
-    run.__doc__ = description
-    sys.exit(_guarded(lambda: _parse(run, sys.argv[1:], _script())()))
+    main.__annotations__["config"] = type(config)  # so that its fields become flags
+    main.__doc__ = description
+    sys.exit(_guarded(lambda: _parse(main, sys.argv[1:], _script())()))
 
 
 def _script() -> str:
