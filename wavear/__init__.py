@@ -3,6 +3,7 @@
 from wavear import audio, corpora
 from wavear.checkpoint import CheckpointError, load
 from wavear.convert import convert_mel
+from wavear.data import IndexReport, index
 from wavear.evaluate import EvaluateConfig, Evaluation, compare, evaluate
 from wavear.generate import generate, score
 from wavear.generate.state import StreamState
@@ -22,6 +23,7 @@ __all__ = [
     "CheckpointError",
     "EvaluateConfig",
     "Evaluation",
+    "IndexReport",
     "MelConfig",
     "Stream",
     "StreamBatch",
@@ -37,6 +39,7 @@ __all__ = [
     "corpora",
     "evaluate",
     "generate",
+    "index",
     "judge_mel",
     "load",
     "log_mel",
