@@ -36,7 +36,7 @@ StrPath = str | os.PathLike[str]
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """An audio file within another file that stores it as it is: a member of a tar archive. `info` and `read` take it."""
+    """An audio file within another that stores it as it is: a member of a tar archive. `info` and `read` take it."""
 
     archive: str
     offset: int
@@ -434,7 +434,7 @@ def _open(path: AudioPath) -> Iterator[tuple[soundfile.SoundFile, int | None]]:
         raise
     except ValueError as error:
         raise AudioError(f"{path}: {error}") from error
-    # soundfile encodes names strictly, and on Windows as wide characters: bytes elsewhere, for names that are no Unicode.
+    # soundfile encodes names strictly, on Windows as wide characters; elsewhere names need not be Unicode.
     source: Any = os.fsencode(holder) if os.name == "posix" else os.fspath(holder)
     if stretch is not None:
         with open(holder, "rb") as archive:

@@ -20,6 +20,7 @@ from wavear.indexing import Files, Index, mixed
 from wavear.listing import SUFFIXES, listed
 from wavear.looking import Normalise, level, why
 from wavear.recordings import SPLIT_NAMES, Listing, ListingBuilder, Recording, Recordings, frames_of
+from wavear.shards import is_shards, list_shards, local_shards
 
 __all__ = [
     "SUFFIXES",
@@ -57,7 +58,8 @@ def find(data: str | Path, speakers: bool = False) -> list[Recording]:
     Parameters
     ----------
     data : str or Path
-        A folder with WAV, FLAC, OGG, MP3 or AIFF files (hidden ones are passed over), one such file, or a manifest:
+        A folder with WAV, FLAC, OGG, MP3 or AIFF files (hidden ones are passed over), one such file, tar shards
+        (`shards/{000..012}.tar`, `shards/*.tar`: see `wavear.shards`), or a manifest:
         CSV with a header, or JSON lines (`.jsonl`, `.json`). A manifest has `path` (relative to the manifest), and
         optionally `start` and `duration` in seconds, `speaker`, and `split` (train, validation or dev, test). A CSV
         without a header whose lines read `path|text` is taken as well.
@@ -71,7 +73,7 @@ def find(data: str | Path, speakers: bool = False) -> list[Recording]:
     ValueError
         If there is no audio in it, or the manifest cannot be read; the message names the line.
     """
-    listing = listed(data, speakers)
+    listing = list_shards(local_shards(data), speakers, None) if is_shards(data) else listed(data, speakers)
     return [listing.recording(row) for row in range(len(listing))]
 
 

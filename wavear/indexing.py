@@ -24,9 +24,11 @@ import numpy as np
 
 from wavear import looking
 from wavear.arrays import map_arrays, save_arrays
+from wavear.files import locked
 from wavear.listing import listed
 from wavear.looking import Looked
 from wavear.recordings import Listing, encoded
+from wavear.shards import default_folder, expand, is_shards, list_shards, local_shards, shard_root, state_of
 
 KEEP_FROM = 1000  # files: fewer are looked into in the time that it takes to find their index
 _PROCESSES_FROM = {"header": 4000, "level": 64}  # new files: fewer are done by threads before a process has started
@@ -92,14 +94,6 @@ class _Store:
         missing[wanted] = False
 
 
-def default_folder() -> Path:
-    """Where indexes are kept: WAVEAR_CACHE, or wavear in XDG_CACHE_HOME, or ~/.cache/wavear."""
-    if given := os.environ.get("WAVEAR_CACHE"):
-        return Path(given).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path("~/.cache").expanduser()) / "wavear"
-
-
 def beside(data: str | Path) -> Path:
     """Where an index beside the data is: hidden, in the folder or next to the manifest.
 
@@ -108,6 +102,8 @@ def beside(data: str | Path) -> Path:
     >>> beside("corpus/train.csv").as_posix()
     'corpus/.train.csv.wavear-index'
     """
+    if is_shards(data):
+        return Path(expand(data)[0]).parent / ".wavear-index"
     data = Path(data)
     return data / ".wavear-index" if data.is_dir() else data.parent / f".{data.name}.wavear-index"
 
@@ -171,18 +167,22 @@ class Index:
 
         A folder is walked through every time, a manifest read again if it has changed.
         """
-        data = Path(self.data)
-        about = "wavear listing 1"
-        if data.is_file():
-            status = os.stat(data)
-            about += f" of {status.st_size} bytes of {status.st_mtime_ns}"
+        data, about = Path(self.data), "wavear listing 1"
+        shards = local_shards(self.data, self.progress) if is_shards(self.data) else []
+        if shards or data.is_file():
+            if shards:
+                about += f" of shards {state_of(shards)}, speakers {speakers}"
+            else:
+                status = os.stat(data)
+                about += f" of {status.st_size} bytes of {status.st_mtime_ns}"
+            root = shard_root(shards) if shards else data.parent
             for folder in self._folders():
-                if (known := _read_listing(folder, data.parent, about)) is not None:
+                if (known := _read_listing(folder, root, about)) is not None:
                     return known
-        found = listed(data, speakers)
+        found = list_shards(shards, speakers, self._shard_folder()) if shards else listed(data, speakers)
         if not self._kept(len(found)) or (folder := self.writable()) is None:
             return found
-        root, bad = found.root, found.bad
+        root = found.root
         known = _read_listing(folder, root, about)
         if known is None or not known.same(found):
             try:
@@ -190,9 +190,11 @@ class Index:
             except OSError as error:
                 self.notes.append(f"the index of {self.data} is not kept: {error}")
             known = _read_listing(folder, root, about)
-        if known is not None:
-            known.bad = bad
         return known or found
+
+    def _shard_folder(self) -> Path | None:
+        """Where to keep what shards hold: reading them through takes long, so always."""
+        return None if self.keep is False else self.writable()
 
     def _kept(self, count: int) -> bool:
         return count >= KEEP_FROM if self.keep is None else self.keep
@@ -225,7 +227,7 @@ class Index:
             folder = self.writable()
             with contextlib.ExitStack() as stack:
                 if folder is not None:
-                    stack.enter_context(_locked(folder / f"{name}.lock", self._wait))
+                    stack.enter_context(locked(folder / f"{name}.lock", self._wait))
                     self._read(kind, name, keys, found, missing)  # what another process has found meanwhile
                 if missing.any():
                     self._look(kind, np.flatnonzero(missing), keys, item, found, folder and folder / name, text)
@@ -240,7 +242,7 @@ class Index:
         return [beside(self.data), cached(self.data)]
 
     def writable(self) -> Path | None:
-        """Where to write: beside the data if it is there or asked for, else the cache; None if nothing can be written."""
+        """Where to write: beside the data if it is there or asked for, else the cache; None where nothing can be."""
         first, second = self._folders()
         if self.put_beside:
             first.mkdir(parents=True, exist_ok=True)
@@ -395,24 +397,6 @@ def _read_journal(path: Path) -> _Store:
     return _Store(*(np.ascontiguousarray(records[name]) for name in ("key", "a", "b", "c", "error")), messages)
 
 
-@contextlib.contextmanager
-def _locked(path: Path, wait: Callable[[], None]) -> Iterator[None]:
-    """One process at a time; where the file system knows no locks, all of them, which costs work and no more."""
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        yield
-        return
-    with open(path, "ab") as file:
-        with contextlib.suppress(OSError):
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                wait()
-                fcntl.flock(file, fcntl.LOCK_EX)
-        yield  # closing it opens the lock
-
-
 @dataclass
 class Files:
     """The distinct files of a listing, in the order of their hashes."""
@@ -427,7 +411,8 @@ class Files:
     @classmethod
     def of_listing(cls, listing: Listing) -> Files:
         """With a look at the size and time of each; of one that is not there these are -1."""
-        names, row, of = np.unique(listing.keys, return_index=True, return_inverse=True)
+        names = listing.keys if listing.member is None else mixed(listing.keys, *listing.member[:, :2].T)
+        names, row, of = np.unique(names, return_index=True, return_inverse=True)
         holders = listing.archives if listing.member is not None else None
         count = len(row) if holders is None else len(holders)
         size, changed = np.full(count, -1, np.int64), np.full(count, -1, np.int64)

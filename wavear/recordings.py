@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import operator
 import os
 from array import array
@@ -102,7 +103,8 @@ class Listing:
         base = self.base(row)
         if self.member is not None:
             archive, offset, size = self.member[row].tolist()
-            return Member(str(self.root / self.archives[archive]), offset, size, base.partition("/")[2])
+            holder = self.archives[archive]
+            return Member(os.path.join(self._folder, holder), offset, size, base[len(holder) + 1 :])
         return Path(self.file(row))
 
     def file(self, row: int) -> str:
@@ -122,11 +124,12 @@ class Listing:
         return groups
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """All of it but `root` and `bad`, for `wavear.arrays`."""
+        """All of it but `root`, for `wavear.arrays`."""
         found = {name: getattr(self, name) for name in ("text", "ends", "keys", "speaker", "split")}
         found |= {name: array for name in ("span", "member") if (array := getattr(self, name)) is not None}
         for name in ("speakers", "archives"):
             found[name] = np.frombuffer(b"\0".join(map(encoded, getattr(self, name))), np.uint8)
+        found["bad"] = np.frombuffer(json.dumps(self.bad).encode(), np.uint8)
         return found
 
     @classmethod
@@ -137,7 +140,8 @@ class Listing:
             for name in ("speakers", "archives")
             for text in (arrays[name].tobytes(),)
         }
-        return cls(root, **(arrays | names))  # type: ignore[arg-type]
+        bad = [tuple(pair) for pair in json.loads(arrays["bad"].tobytes())]
+        return cls(root, **(arrays | names | {"bad": bad}))  # type: ignore[arg-type]
 
     def same(self, other: Listing) -> bool:
         """Whether both list the same rows."""
