@@ -124,7 +124,7 @@ def mixed(keys: np.ndarray, *columns: np.ndarray) -> np.ndarray:
     Examples
     --------
     >>> mixed(np.array([1, 1], np.uint64), np.array([5, 6])).tolist()
-    [10451216379200822465, 13757245211066428519]
+    [17519071339639777313, 1635312068028924514]
     """
     x = keys.astype(np.uint64)
     with np.errstate(over="ignore"):
