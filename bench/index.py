@@ -57,6 +57,12 @@ def peak() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform != "darwin" else 1 << 20)
 
 
+def processor_time() -> float:
+    """Seconds that this process and those it has waited for have computed."""
+    usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(usage.ru_utime + usage.ru_stime for usage in usages)
+
+
 def _index(data: str) -> dict[str, float]:
     import wavear
 
@@ -116,9 +122,9 @@ def child(work: str, data: str) -> None:
     """Do one thing and print what it took."""
     import wavear  # noqa: F401
 
-    before, began = peak(), time.perf_counter()
+    before, began, used = peak(), time.perf_counter(), processor_time()
     found = WORK[work](data)
-    taken = {"seconds": time.perf_counter() - began, "peak": peak(), "before": before}
+    taken = {"seconds": time.perf_counter() - began, "peak": peak(), "before": before, "cpu": processor_time() - used}
     print(json.dumps(taken | found))
 
 
@@ -134,15 +140,16 @@ def measured(work: str, data: Path, cache: Path) -> dict[str, float]:
     return found
 
 
-def table(results: dict[str, dict[str, float]], files: int, rows: int) -> str:
+def table(results: dict[str, dict[str, float]], files: int, rows: int, load: float) -> str:
     """The page's part."""
 
     def row(text: str, name: str) -> str:
         r = results[name]
-        return f"| {text} | {r['seconds']:.1f} s | {r['peak'] - r['before']:.0f} MB |"
+        return f"| {text} | {r['seconds']:.1f} s | {r['cpu']:.1f} s | {r['peak'] - r['before']:.0f} MB |"
 
     first = results["index folder"]
     new = first["new"] / first["seconds"]
+    each = first["cpu"] / first["new"]
     draw, objects = results["draw manifest"], results["objects"]
     scaled = objects["megabytes"] * rows / objects["rows"]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -150,17 +157,20 @@ def table(results: dict[str, dict[str, float]], files: int, rows: int) -> str:
         [
             f"Measured on {cores} cores of {_processor()}, Python {platform.python_version()}, files in the page cache."
             f" Memory is the peak of the main process above the {first['before']:.0f} MB that `import wavear` takes",
-            "(torch); the processes that read headers take about as much as that each, most of it shared.",
+            "(torch); the processes that read headers take about as much as that each. The load of the machine was"
+            f" {load:.0f} when it began: where that is more than its cores, other work slowed it down, and the seconds"
+            " of computing, of all its processes, say more than those of the clock.",
             "",
-            "| | time | memory |",
-            "|---|---:|---:|",
+            "| | time | computing | memory |",
+            "|---|---:|---:|---:|",
             row(f"index a folder of {files:,} files, the first time", "index folder"),
             row(f"open that folder ({files:,} files), indexed", "open folder"),
             row(f"index a manifest of {rows:,} rows ({files:,} files), the first time", "index manifest"),
             row(f"open that manifest ({rows:,} rows), indexed", "open manifest"),
             "",
             f"- The first time {new:,.0f} files a second are looked into, so a million files take about"
-            f" {1e6 / new / 60:.0f} minutes (extrapolated from {files:,}).",
+            f" {1e6 / new / 60:.0f} minutes, or {1e6 * each / 60:.0f} minutes of one core (extrapolated from"
+            f" {files:,}).",
             f"- Drawing a batch of 16 crops from the {rows:,} rows takes {1000 * draw['batch']:.1f} ms (median of 100),"
             f" of which finding and making the 16 recordings {1000 * draw['lookup']:.2f} ms; the process that draws"
             f" has held {draw['peak'] - draw['before']:.0f} MB at most.",
@@ -191,6 +201,7 @@ def main() -> None:
     if arguments.child:
         child(*arguments.child)
         return
+    load = os.getloadavg()[0]
     root = Path(tempfile.mkdtemp(prefix="wavear-index-"))
     try:
         make(root, arguments.files, arguments.rows)
@@ -204,7 +215,7 @@ def main() -> None:
             ("objects", "objects", root / "list.csv"),
         ):
             results[name] = measured(work, data, cache)
-        text = table(results, arguments.files, arguments.rows)
+        text = table(results, arguments.files, arguments.rows, load)
         print(text)
         if arguments.out:
             write_section(arguments.out, "index", text)

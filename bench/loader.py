@@ -124,7 +124,8 @@ def main() -> None:
         lines = [
             f"On {cores} cores of {_processor()}, torch {torch.__version__}: crops per second of {layout.segment}"
             f" samples of loss and {layout.context} of context at {RATE} Hz, from clips of {_SECONDS} s in the page"
-            " cache, in batches of 8; each worker is one process.",
+            " cache, in batches of 8; each worker is one process. The load of the machine was"
+            f" {os.getloadavg()[0]:.0f} when it began: where that is more than its cores, other work slowed it down.",
             "",
             "| | " + " | ".join(f"{n} workers" for n in workers) + " | samples/s, 0 workers |",
             "|---|" + "---:|" * (len(workers) + 1),

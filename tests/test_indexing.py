@@ -21,6 +21,7 @@ from wavear.data import open_corpus
 from wavear.indexing import Files, Index
 from wavear.listing import listed
 from wavear.recordings import Recordings
+from wavear.segments import Layout, Segments
 
 RATE = 8000
 
@@ -462,3 +463,45 @@ def test_keys_tell_names_sizes_and_times_apart(corpus):
     again = Files.of_listing(listed(corpus))
     assert np.array_equal(files.key, again.key)
     assert Index(corpus).notes == []
+
+
+def test_levels_of_stretches_of_a_file_are_their_own(corpus, monkeypatch):
+    """A loud half and a quiet one have two gains, also when they come from the index."""
+    waveform = np.random.default_rng(0).normal(0, 0.1, 8000).clip(-0.3, 0.3) * np.repeat([1.0, 0.1], 4000)
+    audio.write(corpus / "halves.wav", waveform.astype(np.float32), RATE)
+    (corpus / "list.csv").write_text("path,start,duration\nhalves.wav,0,0.5\nhalves.wav,0.5,0.5\n")
+    monkeypatch.setattr(indexing, "KEEP_FROM", 2)
+    for _ in range(2):
+        found = opened(corpus / "list.csv", normalise="peak")
+        loud, quiet = sorted(r.gain for r in found.train + found.validation)
+        assert loud == pytest.approx(0.9 / 0.3, rel=1e-3)
+        assert quiet == pytest.approx(0.9 / 0.03, rel=1e-2)
+
+
+def test_stretches_of_a_file_with_a_hash_sign_in_its_name_are_held_out_as_before(tmp_path):
+    """By what is in front of the sign, as the name of a stretch is: the two files below share it."""
+    for number in range(20):
+        for name in (f"{number}#a.wav", f"{number}#b.wav"):
+            write(tmp_path / name, 500)
+    found = opened(tmp_path, validation_fraction=0.3)
+    held = {r.name.split("#")[0] for r in found.validation}
+    assert held
+    assert not held & {r.name.split("#")[0] for r in found.train}
+    recordings = data.find(tmp_path)
+    assert {r.name for r in data.split(recordings, 0.3)[1]} == {r.name for r in found.validation}
+
+
+def test_crops_are_drawn_as_from_a_list(corpus):
+    """Item i of rows of arrays is item i of a list of the same recordings."""
+    config = wavear.WaveNetConfig(
+        layers=2, stacks=1, residual_channels=4, skip_channels=4, head_channels=4, sample_rate=RATE,
+        mel=wavear.MelConfig(sample_rate=RATE, n_fft=256, window_length=256, hop_length=64, bands=8, fmax=4000),
+    )  # fmt: skip
+    layout = Layout.of(wavear.WaveNet(config), 256)
+    train = opened(corpus).train
+    rows, objects = Segments(train, layout, seed=5), Segments(list(train), layout, seed=5)
+    assert rows.ends.tolist() == np.cumsum([layout.length(r) for r in train]).tolist()
+    for number in range(20):
+        a, b = rows[number], objects[number]
+        assert (a["source"], a["start"]) == (b["source"], b["start"])
+        assert np.array_equal(a["waveform"], b["waveform"])

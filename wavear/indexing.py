@@ -71,7 +71,7 @@ class _Store:
         arrays = map_arrays(path, _ABOUT[kind])
         text, ends = arrays["text"].tobytes(), arrays["ends"].tolist()
         messages = [text[a:b].decode() for a, b in zip([0, *ends], ends, strict=False)]  # the last is the end of all
-        return cls(*(arrays[name] for name in ("key", "a", "b", "c", "error")), messages)
+        return cls(arrays["key"], arrays["a"], arrays["b"], arrays["c"], arrays["error"], messages)
 
     def write(self, path: Path, kind: str) -> None:
         texts = [encoded(message) for message in self.messages]
@@ -394,7 +394,8 @@ def _read_journal(path: Path) -> _Store:
         blocks.append(records)
     records = np.concatenate(blocks)
     records = records[np.argsort(records["key"], kind="stable")]
-    return _Store(*(np.ascontiguousarray(records[name]) for name in ("key", "a", "b", "c", "error")), messages)
+    key, a, b, c, error = (np.ascontiguousarray(records[name]) for name in ("key", "a", "b", "c", "error"))
+    return _Store(key, a, b, c, error, messages)
 
 
 @dataclass

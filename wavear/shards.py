@@ -76,12 +76,12 @@ def expand(data: str | Path) -> list[str]:
     names = [text]
     if _NUMBERS.search(text):
         try:
-            from braceexpand import UnbalancedBracesError, braceexpand
+            from braceexpand import braceexpand
         except ImportError:
             raise ValueError(f'{text}: braces need the package webdataset: pip install "wavear[webdataset]"') from None
         try:
             names = list(braceexpand(text))
-        except UnbalancedBracesError as error:
+        except ValueError as error:
             raise ValueError(f"{text}: {error}") from None
     found = []
     for name in names:
@@ -137,11 +137,12 @@ def _cache_name(name: str) -> str:
 
 def _fetch(name: str, place: Path) -> None:
     try:
-        from webdataset import gopen
+        import webdataset
     except ImportError:
         raise ValueError(f'{name}: this needs the package webdataset: pip install "wavear[webdataset]"') from None
 
     def write(temporary: Path) -> None:
+        gopen: Any = webdataset.gopen
         with gopen(name, "rb") as source, open(temporary, "wb") as target:
             shutil.copyfileobj(source, target, 1 << 20)
         if not temporary.stat().st_size:
