@@ -137,12 +137,11 @@ def _cache_name(name: str) -> str:
 
 def _fetch(name: str, place: Path) -> None:
     try:
-        import webdataset
+        from webdataset.gopen import gopen
     except ImportError:
         raise ValueError(f'{name}: this needs the package webdataset: pip install "wavear[webdataset]"') from None
 
     def write(temporary: Path) -> None:
-        gopen: Any = webdataset.gopen
         with gopen(name, "rb") as source, open(temporary, "wb") as target:
             shutil.copyfileobj(source, target, 1 << 20)
         if not temporary.stat().st_size:
