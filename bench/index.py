@@ -174,7 +174,7 @@ def table(results: dict[str, dict[str, float]], files: int, rows: int, load: flo
             f"- Drawing a batch of 16 crops from the {rows:,} rows takes {1000 * draw['batch']:.1f} ms (median of 100),"
             f" of which finding and making the 16 recordings {1000 * draw['lookup']:.2f} ms; the process that draws"
             f" has held {draw['peak'] - draw['before']:.0f} MB at most.",
-            f"- A list of as many Python objects would take {scaled:,.0f} MB (extrapolated from"
+            f"- A list of as many Python objects would take {scaled:,.0f} MB or more (extrapolated from"
             f" {objects['rows']:,.0f}).",
         ]
     )
