@@ -243,7 +243,7 @@ def test_what_is_no_sample_is_passed_over(tmp_path):
     members = {
         "./a.wav": content,
         "a.txt": b"said",
-        "a.speaker": b"ann\n",
+        "a.speaker.txt": b"ann\n",
         "b.mp4": b"film",
         "._a.wav": b"of another system",
         "c.WAV": content,
