@@ -224,7 +224,7 @@ def test_quantised_rows_are_whole_numbers_times_a_scale_within_half_a_step(shape
 
 def test_rows_that_are_zero_tiny_or_no_numbers_are_quantised_as_what_they_are():
     tiny = np.float32(1e-45)
-    values = np.array([[0, 0, -0.0], [tiny, -tiny, 0], [3e-44, -1e-44, 0], [3.4e38, -1.7e38, 0], [np.nan, 1, 2],
+    values = np.array([[0, 0, -0.0], [tiny, -tiny, 0], [2.65e-43, -1e-43, 0], [3.4e38, -1.7e38, 0], [np.nan, 1, 2],
                        [1, -np.inf, 2]], np.float32)  # fmt: skip
     numbers = quantise(values)[0]
     assert np.abs(numbers).max() <= 127
