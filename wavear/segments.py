@@ -284,7 +284,11 @@ class Order(torch.utils.data.Sampler[list[int]]):
 
 
 def inputs(
-    model: AutoregressiveModel, batch: Batch, layout: Layout
+    model: AutoregressiveModel,
+    batch: Batch,
+    layout: Layout,
+    noise: torch.Generator | None = None,
+    dropout: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
     """What `forward` needs, computed on the device of `batch`.
 
@@ -302,6 +306,10 @@ def inputs(
     if layout.mel is not None:
         own = log_mel(batch.waveform, layout.mel)
         mel = own.gather(2, batch.frames[:, None].expand(-1, own.shape[1], -1))
+        if noise is not None and dropout > 0:
+            hidden = torch.rand(mel.shape[0], 1, mel.shape[2], generator=noise, device=mel.device) < dropout
+            conditioning: Any = model.conditioning
+            mel = torch.where(hidden, conditioning.mel_mean[:, None], mel)
     speaker = batch.speaker if model.config.speakers else None
     cond = model.condition(mel, speaker, padded=True) if model.conditioned else None
     return codes, cond, mask
@@ -314,6 +322,7 @@ def crop_loss(
     dtype: torch.dtype | None = None,
     noise: torch.Generator | None = None,
     noise_codes: float = 0.0,
+    dropout: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Negative log-likelihood of every sample, (B, window) in nats, 0 where no loss is carried; and the mask.
 
@@ -322,9 +331,10 @@ def crop_loss(
     time on a CPU.) The conditioning and the loss stay in float32.
 
     With `noise` the past that the model sees is off by a normal number of codes of deviation `noise_codes`, and what it
-    has to predict is not: so it learns to see through its own errors, and to look at the conditioning.
+    has to predict is not: so it learns to see through its own errors, and to look at the conditioning. And so many mel
+    frames as `dropout` says (a share) are the mean of the training data instead.
     """
-    codes, cond, mask = inputs(model, batch, layout)
+    codes, cond, mask = inputs(model, batch, layout, noise, dropout)
     past = codes
     if noise is not None and noise_codes > 0:
         off = torch.randn(codes.shape, generator=noise, device=codes.device) * noise_codes

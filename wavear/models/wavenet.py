@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from wavear.mel import MelConfig
 from wavear.models.base import AutoregressiveModel
 from wavear.models.conditioning import Conditioning
+from wavear.models.memory import recomputed
 
 _PREFILL = 4096  # samples that `WaveNet.prefill` computes at once: its memory does not grow with the past given
 
@@ -102,12 +103,15 @@ class Block(nn.Module):
 
     def forward(self, taps: list[Tensor], cond: Tensor | None) -> tuple[Tensor, Tensor]:
         """Taps (..., R), the current one last, and cond (..., C) -> the next layer's input, the gated units."""
-        z = self.dilated(torch.cat(taps, dim=-1))
+        return self.units(torch.cat(taps, dim=-1), taps[-1], cond)
+
+    def units(self, taps: Tensor, x: Tensor, cond: Tensor | None) -> tuple[Tensor, Tensor]:
+        """`forward` of taps side by side (..., kernel * R) and the current one, all of one shape in every layer."""
+        z = self.dilated(taps)
         if self.conditioning is not None:
             z = z + self.conditioning(cond)
         tanh, sigmoid = z.chunk(2, dim=-1)
         gated = torch.tanh(tanh) * torch.sigmoid(sigmoid)
-        x = taps[-1]
         return x if self.residual is None else x + self.residual(gated), gated
 
 
@@ -140,6 +144,7 @@ class WaveNet(AutoregressiveModel):
 
     config: WaveNetConfig
     blocks: Any  # nn.ModuleList of Block
+    activation_checkpointing: bool | None = False
 
     def __init__(self, config: WaveNetConfig):
         super().__init__()
@@ -211,14 +216,30 @@ class WaveNet(AutoregressiveModel):
         x = self.embedding(previous)
         cond = None if cond is None else cond.transpose(1, 2)
         total = previous.shape[1]
+        recompute = queues is None and self.activation_checkpointing and torch.is_grad_enabled()
         for layer, (block, dilation) in enumerate(zip(self.blocks, self.config.dilations, strict=True)):
-            reach = (self.config.kernel_size - 1) * dilation
-            past = F.pad(x, (0, 0, reach, 0)) if queues is None else torch.cat([queues[layer], x], dim=1)
-            taps = [past[:, k * dilation : k * dilation + total] for k in range(self.config.kernel_size - 1)]
-            if queues is not None:
-                queues[layer] = past[:, total:].clone()
-            x, gated = block([*taps, x], cond)
+            if recompute:
+                x, gated = recomputed(block, functools.partial(self._taps, dilation), x, cond)
+                yield gated
+                continue
+            queue = None if queues is None else queues[layer]
+            if queues is not None and queue is not None:
+                queues[layer] = torch.cat([queue, x], dim=1)[:, total:].clone()
+            x, gated = block(*self._taps(dilation, x, cond, queue))
             yield gated
+
+    def compile_layers(self) -> None:
+        """See `AutoregressiveModel.compile_layers`: the layers are alike, so one is compiled, and the last."""
+        for block in self.blocks:
+            block.units = torch.compile(block.units, dynamic=False)
+
+    def _taps(
+        self, dilation: int, x: Tensor, cond: Tensor | None, queue: Tensor | None = None
+    ) -> tuple[list[Tensor], Tensor | None]:
+        """What a block takes: x (B, T, R) at each tap, the oldest first, and cond as it is."""
+        before = self.config.kernel_size - 1
+        past = F.pad(x, (0, 0, before * dilation, 0)) if queue is None else torch.cat([queue, x], dim=1)
+        return [*(past[:, k * dilation : k * dilation + x.shape[1]] for k in range(before)), x], cond
 
     def _read(self, gates: list[Tensor]) -> Tensor:
         """Gated units of each layer (..., R) -> logits (..., Q): the sum of the skips as one product, then the head."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -45,6 +45,7 @@ def held_out_bits(
     *,
     rank: int = 0,
     world: int = 1,
+    note: Callable[[Recording, int, np.ndarray], object] | None = None,
 ) -> Bits:
     """Bits of whole recordings under `model`, on the device it is on.
 
@@ -60,6 +61,8 @@ def held_out_bits(
         Names in the order of their numbers.
     rank, world : int
         Of `world` processes, this one scores every `world`-th crop; the sums are to be added up.
+    note : callable, optional
+        Is told the bits of every sample, crop by crop: recording, first sample, bits (n,).
     """
     layout = Layout.of(model, min(_EVALUATION_SEGMENT, _longest(recordings)))
     device = next(model.parameters()).device
@@ -79,6 +82,9 @@ def held_out_bits(
         nats, mask = crop_loss(model, batch, layout)
         np.add.at(total, batch.source.cpu().numpy(), nats.sum(1, dtype=torch.float64).cpu().numpy() / math.log(2))
         np.add.at(samples, batch.source.cpu().numpy(), mask.sum(1).cpu().numpy())
+        for row, (n, start, first, last) in enumerate(mine[at : at + size] if note is not None else ()):
+            assert note is not None
+            note(recordings[n], start + first, nats[row, first:last].double().cpu().numpy() / math.log(2))
     model.train(training)
     return Bits(total, samples)
 

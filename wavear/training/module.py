@@ -12,6 +12,7 @@ import torch
 from typing_extensions import override
 
 from wavear.models.base import AutoregressiveModel
+from wavear.models.memory import check_compiler
 from wavear.segments import Batch, Layout, crop_loss
 
 _LAST_RATE = 0.02  # of the peak: where the cosine ends
@@ -45,6 +46,12 @@ class TrainingModule(L.LightningModule):
         self.model = model
         self.average = copy.deepcopy(model).requires_grad_(False)
         self.layout = layout
+        if config.activation_checkpointing and model.activation_checkpointing is None:
+            raise ValueError(f"activation_checkpointing is not made for {type(model).__name__}: leave it away")
+        self.model.activation_checkpointing = config.activation_checkpointing or model.activation_checkpointing
+        if config.compile:
+            check_compiler()
+            self.model.compile_layers()  # after the copy: held-out bits do not depend on it
         self.settings = config
         self.compute_dtype = dtype
         self.seconds_before = 0.0  # spent by the runs that this one resumes
@@ -97,8 +104,9 @@ class TrainingModule(L.LightningModule):
         torch.manual_seed(seed)
         noise = torch.Generator(self.device)
         noise.manual_seed(seed)
+        hidden = config.input_noise, config.conditioning_dropout
         for part in batch.split(config.accumulate):
-            losses, mask = crop_loss(self.model, part, self.layout, self.compute_dtype, noise, config.input_noise)
+            losses, mask = crop_loss(self.model, part, self.layout, self.compute_dtype, noise, *hidden)
             total = losses.sum()
             self.manual_backward(total / (len(batch.source) * self.layout.segment))
             crops.append(losses.detach().sum(1, dtype=torch.float64))
@@ -129,6 +137,13 @@ class TrainingModule(L.LightningModule):
         decay = min(self.settings.ema_decay, (1 + self.global_step) / (_AVERAGE_WARMUP + self.global_step))
         for average, weight in zip(self.average.parameters(), self.model.parameters(), strict=True):
             average.lerp_(weight, 1 - decay)
+
+    @torch.no_grad()
+    def average_distance(self) -> float:
+        """Norm of what the weights differ in from their moving average, over the norm of the weights."""
+        weights, averages = (list(model.parameters()) for model in (self.model, self.average))
+        apart = torch.stack(torch._foreach_norm(torch._foreach_sub(weights, averages))).norm()
+        return float(apart / torch.stack(torch._foreach_norm(weights)).norm().clamp(min=1e-30))
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
