@@ -17,6 +17,8 @@ from wavear.models.wavenet import WaveNet, WaveNetConfig
 FORMAT = 1
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 FAMILIES = {"wavenet": (WaveNet, WaveNetConfig)}
+# Fields that came later than the first checkpoints, which mean these by their absence.
+LATER = {"pre_emphasis": 0.0}
 
 
 class CheckpointError(ValueError):
@@ -159,8 +161,8 @@ def _parse(text: bytes, path: Path) -> dict:
 def _settings(described: dict, path: Path) -> dict:
     """The fields of the configuration, all of them and no others."""
     config_class = FAMILIES[described["family"]][1]
-    settings = dict(described["config"])
     known = {field.name for field in dataclasses.fields(config_class)}
+    settings = {name: value for name, value in LATER.items() if name in known} | described["config"]
     missing, unknown = sorted(known - set(settings)), sorted(set(settings) - known)
     if missing or unknown:
         wrong = [f"{', '.join(missing)} missing"] * bool(missing) + [f"{', '.join(unknown)} unknown"] * bool(unknown)

@@ -27,6 +27,7 @@ import torch
 
 from wavear import audio
 from wavear.data import Recording, reason
+from wavear.emphasis import coefficient, emphasised
 from wavear.mel import MelConfig, log_mel
 from wavear.models.base import AutoregressiveModel
 from wavear.mulaw import mulaw_encode
@@ -50,6 +51,8 @@ class Layout:
     """Mel frames around a crop that its conditioning needs."""
     mel: MelConfig | None
     sample_rate: int
+    pre_emphasis: float = 0.0
+    """See `wavear.emphasis`."""
 
     @classmethod
     def of(cls, model: AutoregressiveModel, segment: int) -> Layout:
@@ -66,6 +69,7 @@ class Layout:
             lookahead=0 if mel is None else model.lookahead,
             mel=mel,
             sample_rate=model.config.sample_rate,
+            pre_emphasis=coefficient(model.config),
         )
 
     @property
@@ -75,8 +79,8 @@ class Layout:
 
     @property
     def margin(self) -> int:
-        """Samples read on both sides of the window for the mel's sake."""
-        return 0 if self.mel is None else (self.lookahead + self.mel.context_frames) * self.hop
+        """Samples read on both sides of the window for the mel's sake, and that of pre-emphasis."""
+        return int(self.pre_emphasis > 0) if self.mel is None else (self.lookahead + self.mel.context_frames) * self.hop
 
     def length(self, recording: Recording) -> int:
         """Samples of a recording that can carry loss: whole frames."""
@@ -283,6 +287,15 @@ class Order(torch.utils.data.Sampler[list[int]]):
             step += 1
 
 
+def coded(batch: Batch, layout: Layout) -> torch.Tensor:
+    """What the codes of a batch are of, (B, window): the waveform, pre-emphasised if the model's is."""
+    window = batch.waveform[:, layout.margin : layout.margin + layout.window]
+    if not layout.pre_emphasis:
+        return window
+    before = batch.waveform[:, layout.margin - 1] * (batch.start > 0)  # in front of a recording is silence
+    return emphasised(window, layout.pre_emphasis, before)
+
+
 def inputs(
     model: AutoregressiveModel,
     batch: Batch,
@@ -298,8 +311,7 @@ def inputs(
     cond : (B, C, window), (B, C, 1) or None
     mask : (B, window) bool, where loss is carried
     """
-    window = batch.waveform[:, layout.margin : layout.margin + layout.window]
-    codes = mulaw_encode(window, model.config.classes)
+    codes = mulaw_encode(coded(batch, layout), model.config.classes)
     places = torch.arange(layout.window, device=codes.device)
     mask = (places >= batch.span[:, :1]) & (places < batch.span[:, 1:])
     mel = None

@@ -87,6 +87,9 @@ class TrainConfig:
     """One gain per file, or one per speaker."""
     trim_silence: float | None = None
     """Cut the ends of files that are this many dB below their peak (40, say), but for 50 ms. None: keep them."""
+    pre_emphasis: float = 0.0
+    """a of x[t] - a x[t-1], which the model's codes are of (0.85, say); what it makes is de-emphasised. Softens the
+    codes' noise at high frequencies. Bits are then of other codes, and not to be compared with those of 0."""
     redraw_below: float | None = None
     """Draw a segment again, up to 4 times, if it is quieter than this many dB of full scale (-60, say), so that pauses
     do not fill the batches. None: take it."""
@@ -239,6 +242,7 @@ class TrainConfig:
             sample_rate=self.sample_rate,
             mel=self.mel,
             speakers=speakers,
+            pre_emphasis=self.pre_emphasis,
         )
 
 
@@ -374,9 +378,11 @@ def make_directory(config: TrainConfig) -> None:
 
 def _check_same_model(record: dict[str, Any], config: TrainConfig, model: WaveNetConfig) -> None:
     """A resumed run has the model it began with."""
-    before = record.get("model")
-    if before is None:
+    from wavear.checkpoint import LATER
+
+    if record.get("model") is None:
         return
+    before = LATER | record["model"]
     now = json.loads(json.dumps(dataclasses.asdict(model)))
     if isinstance(before.get("mel"), dict):  # an older version's, without the fields that came later
         before = before | {"mel": MelConfig.from_dict(before["mel"]).to_dict()}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from wavear.emphasis import Deemphasis, emphasised
 from wavear.mel import MelConfig, mel_filter_bank
 from wavear.mulaw import mulaw_decode, mulaw_encode
 
@@ -12,19 +13,22 @@ _WINDOWS = {"hann": "hann", "hamming": "hamming", "blackman": "blackman", "recta
 ITERATIONS = 60
 
 
-def mulaw_round_trip(waveform: torch.Tensor, classes: int) -> torch.Tensor:
+def mulaw_round_trip(waveform: torch.Tensor, classes: int, pre_emphasis: float = 0.0) -> torch.Tensor:
     """A waveform through the codes and back: the best that a model of these codes can do.
 
     Parameters
     ----------
     waveform : Tensor, shape (T,)
     classes : int
+    pre_emphasis : float
+        Of what the codes are, see `wavear.emphasis`.
 
     Returns
     -------
     Tensor, shape (T,), float32
     """
-    return mulaw_decode(mulaw_encode(waveform, classes), classes)
+    decoded = mulaw_decode(mulaw_encode(emphasised(waveform, pre_emphasis), classes), classes)
+    return Deemphasis(pre_emphasis)(decoded)
 
 
 def griffin_lim(mel: np.ndarray, config: MelConfig, seed: int = 0) -> np.ndarray:

@@ -112,11 +112,11 @@ def _check_comparable(a: dict[str, Any], b: dict[str, Any]) -> None:
 
 def check_codes(a: dict[str, Any], b: dict[str, Any]) -> None:
     """Refuse models whose bits are not of one kind: of other codes, or of another sample rate."""
-    for key, unit in (("classes", "mu-law codes"), ("sample_rate", "Hz")):
-        if a[key] != b[key]:
+    for key, unit in (("classes", "mu-law codes"), ("sample_rate", "Hz"), ("pre_emphasis", "of pre-emphasis")):
+        one, other = a.get(key, 0.0), b.get(key, 0.0)
+        if one != other:
             raise ValueError(
-                f"a has {a[key]} {unit} and b has {b[key]}: bits per sample under different quantisation"
-                " cannot be compared"
+                f"a has {one} {unit} and b has {other}: bits per sample under different quantisation cannot be compared"
             )
 
 

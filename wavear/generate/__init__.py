@@ -18,8 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from wavear.emphasis import coefficient, emphasised
 from wavear.generate.conditioner import Conditioner
-from wavear.generate.prime import check_prime, doubts, encode_prime, fill
+from wavear.generate.prime import check_prime, deemphasis_after, doubts, encode_prime, fill
 from wavear.generate.reference import ReferenceEngine
 from wavear.generate.sampling import uniforms
 from wavear.models.base import AutoregressiveModel
@@ -256,6 +257,7 @@ def generate(
                 scores[:, start:stop] = part
     waveform = mulaw_decode(torch.from_numpy(codes), model.config.classes)
     for b, length in enumerate(lengths):
+        waveform[b] = deemphasis_after(past[b], model)(waveform[b])
         waveform[b, length:] = 0
         if scores is not None:
             scores[b, length:] = 0
@@ -326,7 +328,7 @@ def score(
     conditioner, _ = _prepare(model, mel, speaker, {"utterances": batch})
     if conditioner.lengths is not None and min(conditioner.lengths) < total:
         raise ValueError(f"the mel covers {min(conditioner.lengths)} samples and the waveform has {total}")
-    codes = mulaw_encode(waveform.cpu(), model.config.classes)
+    codes = mulaw_encode(emphasised(waveform.cpu(), coefficient(model.config)), model.config.classes)
     with torch.inference_mode():
         if engine == "parallel":
             if weights != "float32":

@@ -8,8 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from wavear.emphasis import Deemphasis, coefficient, emphasised
 from wavear.models.base import AutoregressiveModel
-from wavear.mulaw import mulaw_encode
+from wavear.mulaw import mulaw_decode, mulaw_encode
 
 if TYPE_CHECKING:
     from wavear.generate import Engine
@@ -59,7 +60,15 @@ def doubts(prime: Tensor) -> list[str]:
 
 def encode_prime(prime: Tensor, model: AutoregressiveModel) -> np.ndarray:
     """Codes (B, P)."""
-    return mulaw_encode(prime, model.config.classes).numpy()
+    return mulaw_encode(emphasised(prime, coefficient(model.config)), model.config.classes).numpy()
+
+
+def deemphasis_after(prime: Tensor, model: AutoregressiveModel) -> Deemphasis:
+    """What takes the pre-emphasis off what follows a prime (P,), P from 0 on: it has heard the prime's own codes."""
+    found = Deemphasis(coefficient(model.config))
+    if found.a and prime.numel():
+        found(mulaw_decode(torch.from_numpy(encode_prime(prime, model)), model.config.classes))
+    return found
 
 
 def context(model: AutoregressiveModel, samples: int) -> int:

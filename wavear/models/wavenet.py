@@ -47,6 +47,8 @@ class WaveNetConfig:
     """Channels of the conditioning, one vector per sample."""
     conditioning_context: int = 2
     """Mel frames that the first convolution of the conditioning sees before and after each frame."""
+    pre_emphasis: float = 0.0
+    """a of x[t] - a x[t-1], which the codes are of; 0: of the audio itself. See `wavear.emphasis`."""
 
     def __post_init__(self):
         positive = ["layers", "stacks", "residual_channels", "skip_channels", "head_channels", "conditioning_channels"]
@@ -65,6 +67,8 @@ class WaveNetConfig:
             raise ValueError(
                 f"{self.layers} layers in {self.stacks} stacks: the dilation doubles, at most 24 fit a stack"
             )
+        if not 0 <= self.pre_emphasis < 1:
+            raise ValueError(f"pre_emphasis is {self.pre_emphasis!r}, it must be 0 to less than 1")
         if not isinstance(self.classes, int) or not 2 <= self.classes <= 65536:
             raise ValueError(f"classes is {self.classes!r}, it must be 2 to 65536")
         if not isinstance(self.sample_rate, int) or not 1000 <= self.sample_rate <= 384000:

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from wavear.data import Recording
+from wavear.emphasis import emphasised
 from wavear.models.base import AutoregressiveModel
 from wavear.mulaw import mulaw_encode, silence_code
 from wavear.segments import Layout, Segments, collate, crop_loss, read_crop, read_span
@@ -111,8 +112,9 @@ def code_blocks(recording: Recording, layout: Layout, classes: int) -> Iterator[
     """The codes of a recording, as `held_out_bits` covers it, block by block."""
     block, total = math.ceil(_READ_SECONDS * layout.sample_rate), layout.length(recording)
     for start in range(0, total, block):
-        waveform = read_span(recording, layout.sample_rate, start, min(start + block, total))
-        yield mulaw_encode(torch.from_numpy(waveform), classes).numpy()
+        before = min(start, 1)
+        waveform = read_span(recording, layout.sample_rate, start - before, min(start + block, total))
+        yield mulaw_encode(emphasised(torch.from_numpy(waveform), layout.pre_emphasis)[before:], classes).numpy()
 
 
 @dataclass
