@@ -11,6 +11,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from pages import sections
+
 from wavear import bench
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "benchmarks.md"
@@ -68,6 +70,7 @@ def main() -> None:
         lines += [f"## {name}", "", f"{text[0].upper()}{text[1:]}.", "", *(f"- {line}" for line in costs), ""]
         lines += [bench.table(rows), ""]
         print(f"{name}\n{bench.table(rows)}", flush=True)
+    lines += [sections(arguments.out), ""]  # what other programs wrote
     arguments.out.write_text("\n".join(lines), encoding="utf-8")
     print(f"wrote {arguments.out}")
 

@@ -461,6 +461,7 @@ def _quiet() -> Iterator[None]:
             ".*srun.*command is available",
             ".*GPU available but not used.*",
             ".*lightning.pytorch.loops.utilities.*",
+            "The .grad attribute of a Tensor that is not a leaf",  # torch.compile looks at the bf16 copies of weights
         ):
             warnings.filterwarnings("ignore", message=known)
         try:
