@@ -184,13 +184,9 @@ def main() -> None:
                     if child.exitcode != 0:
                         raise SystemExit(f"{shape} {variant}: the process ended with {child.exitcode}")
                     found = queue.get()
-                    row = results.setdefault(
-                        f"{shape} {variant}", {"speeds": [], "waits": [], "memory": [], "loader": []}
-                    )
-                    row["speeds"] += found["speeds"]
-                    row["waits"] += found["waits"]
-                    row["memory"].append(found["memory"])
-                    row["loader"].append(found["loader"])
+                    row = results.setdefault(f"{shape} {variant}", {name: [] for name in found})
+                    for name, values in found.items():
+                        row[name] += values
                     print(f"{shape} {variant}: {statistics.median(found['speeds']):,.0f} samples/s", flush=True)
                     arguments.results.write_text(json.dumps(results), encoding="utf-8")
     write_section(arguments.out, f"training-{arguments.device}", table(results, arguments.device))

@@ -67,7 +67,7 @@ def by_speaker(recordings: Sequence[Recording], bits: Bits) -> dict[str, tuple[f
             group = sums.setdefault(recording.speaker, [0.0, 0.0])
             group[0] += total
             group[1] += samples
-    return {name: (total / count, int(count)) for name, (total, count) in sorted(sums.items()) if len(sums) > 1}
+    return {name: (float(total / count), int(count)) for name, (total, count) in sorted(sums.items()) if len(sums) > 1}
 
 
 def turn_about(recordings: Sequence[Recording]) -> list[Recording]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -136,3 +137,18 @@ def loggers(out: str, wandb: str | None, record: dict[str, Any], purge_step: int
         except ModuleNotFoundError:
             raise ValueError(f"wandb is {wandb!r}, and that package is not installed: pip install wandb") from None
     return found
+
+
+def tell(trainer: L.Trainer, config: Any) -> None:
+    """The settings of the run, to Weights & Biases; TensorBoard has them beside it, in train.json."""
+    for logger in trainer.loggers:
+        if not isinstance(logger, TensorBoardLogger):
+            logger.log_hyperparams(dataclasses.asdict(config))
+
+
+def finish(trainer: L.Trainer) -> None:
+    """Close the run at Weights & Biases: the next one in this process is another."""
+    for logger in trainer.loggers:
+        if not isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
+            there: Any = logger
+            there.experiment.finish()

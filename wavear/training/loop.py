@@ -21,7 +21,7 @@ from wavear.train import TrainConfig, TrainResult, make_directory
 from wavear.training.bits import Counts, baselines, held_out_bits, subset
 from wavear.training.callbacks import ProgressBar, Run
 from wavear.training.groups import turn_about
-from wavear.training.log import loggers
+from wavear.training.log import finish, loggers, tell
 from wavear.training.module import TrainingModule
 from wavear.training.processes import Processes
 from wavear.training.state import StateIO
@@ -109,6 +109,7 @@ def fit(
     if trainer.is_global_zero:
         make_directory(config)
         run.write_record()
+        tell(trainer, config)
     try:
         path = found.path if found else None
         devices = [trainer.strategy.root_device] if kind == "cuda" else []
@@ -118,6 +119,7 @@ def fit(
             run.save_last(trainer, module)
     finally:
         run.release()
+        finish(trainer)
     return _finish(config, corpus, speakers, layout, module, trainer, run, say)
 
 
