@@ -153,7 +153,8 @@ def table(found: dict[str, Any], steps: int, about: str) -> str:
     """Markdown: the means, and what each option changes, clip by clip."""
     plain, bound = found["plain"], found["bounds"]
     lines = [
-        f"Written by `bench/options.py`: {about}, {steps:,} steps each, {len(plain)} held-out clips.",
+        f"Written by `bench/options.py`. {about[:1].upper()}{about[1:]}, {steps:,} steps each, {len(plain)} held-out"
+        " clips.",
         "Means over clips, and 95 % intervals by bootstrap over clips: they say nothing of another seed or another run.",
         "",
         f"| | {' | '.join(MEASURES.values())} |",

@@ -218,7 +218,7 @@ class WaveNet(AutoregressiveModel):
             The past of each layer, the oldest first, replaced by what it is after the last sample; zeros if None.
         """
         x = self.embedding(previous)
-        cond = None if cond is None else cond.transpose(1, 2)
+        cond = None if cond is None else cond.transpose(1, 2).contiguous()  # once, and not in the product of each layer
         total = previous.shape[1]
         recompute = queues is None and self.activation_checkpointing and torch.is_grad_enabled()
         for layer, (block, dilation) in enumerate(zip(self.blocks, self.config.dilations, strict=True)):
