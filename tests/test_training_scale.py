@@ -281,8 +281,11 @@ def test_two_nodes_train_like_one_process(tones: Path, tmp_path: Path, launcher:
         assert job.returncode == 0, said[-2000:]
     assert_alike(tmp_path / "one", tmp_path / "two")
     assert {path.name for path in tmp_path.iterdir()} == {"one", "two", "0.py", "1.py"}  # nothing beside the run
-    steps = [json.loads((tmp_path / name / "train.json").read_text())["steps"] for name in ("one", "two")]
-    assert steps == [3, 3]
+    records = [json.loads((tmp_path / name / "train.json").read_text()) for name in ("one", "two")]
+    assert [record["steps"] for record in records] == [3, 3]
+    for one, other in zip(*(record["history"] for record in records), strict=True):
+        assert one["bits"] == pytest.approx(other["bits"], abs=1e-3)
+        assert one["level"] == pytest.approx(other["level"], abs=1e-3)
 
 
 def test_one_task_of_slurm_saves_on_its_signal_and_goes_on(tones: Path, tmp_path: Path):

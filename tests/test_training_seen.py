@@ -252,20 +252,22 @@ def test_weights_and_biases_is_told_what_tensorboard_is(tones: Path, tmp_path: P
 def test_hidden_frames_are_the_mean_and_no_others(tones: Path, tmp_path: Path):
     config = config_of(tones, tmp_path)
     model = wavear.WaveNet(config.model_config())
+    assert model.conditioning is not None
+    mean = model.conditioning.mel_mean
     layout = Layout.of(model, 4096)
     segments = Segments(open_corpus(tones, sample_rate=RATE).train, layout)
     batch = collate([segments[i] for i in range(6)])
     seen: list[torch.Tensor] = []
     real = model.condition
     model.condition = lambda mel, *others, **more: (seen.append(mel), real(mel, *others, **more))[1]  # type: ignore
-    model.conditioning.mel_mean.copy_(torch.arange(8.0) + 100)
+    mean.copy_(torch.arange(8.0) + 100)
     inputs(model, batch, layout)
     inputs(model, batch, layout, torch.Generator().manual_seed(0), 0.3)
     clean, dropped = seen
-    hidden = (dropped == model.conditioning.mel_mean[:, None]).all(1)
+    hidden = (dropped == mean[:, None]).all(1)
     assert 0.2 < hidden.float().mean() < 0.4
     assert torch.equal(dropped.transpose(1, 2)[~hidden], clean.transpose(1, 2)[~hidden])
-    assert not (clean == model.conditioning.mel_mean[:, None]).any()
+    assert not (clean == mean[:, None]).any()
     noise = torch.Generator().manual_seed(0)
     assert torch.equal(crop_loss(model, batch, layout, None, noise, 0.0, 0.0)[0], crop_loss(model, batch, layout)[0])
     a, b, c = (crop_loss(model, batch, layout, None, torch.Generator().manual_seed(s), 0.0, 0.3)[0] for s in (1, 1, 2))

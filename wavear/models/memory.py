@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Callable
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
@@ -21,7 +21,7 @@ def recomputed(module: nn.Module, prepare: Callable[..., tuple], *inputs: Any) -
     With the weights that the module has now: in `torch.func.functional_call` (which gives it bf16 copies, say) these
     are gone when the backward pass comes. Nothing may be random in it.
     """
-    weights = dict(module.named_parameters())
+    weights: dict[str, Tensor] = dict(module.named_parameters())
     return checkpoint(
         lambda *given: functional_call(module, weights, prepare(*given)),
         *inputs,

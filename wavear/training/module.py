@@ -141,9 +141,9 @@ class TrainingModule(L.LightningModule):
     @torch.no_grad()
     def average_distance(self) -> float:
         """Norm of what the weights differ in from their moving average, over the norm of the weights."""
-        weights, averages = (list(model.parameters()) for model in (self.model, self.average))
-        apart = torch.stack(torch._foreach_norm(torch._foreach_sub(weights, averages))).norm()
-        return float(apart / torch.stack(torch._foreach_norm(weights)).norm().clamp(min=1e-30))
+        pairs = list(zip(self.model.parameters(), self.average.parameters(), strict=True))
+        apart = torch.stack([(weight - average).norm() for weight, average in pairs]).norm()
+        return float(apart / torch.stack([weight.norm() for weight, _ in pairs]).norm().clamp(min=1e-30))
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

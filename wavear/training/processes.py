@@ -64,7 +64,7 @@ class Processes:
         """What tells Lightning the same."""
         if self.launcher != "slurm":
             return []
-        from lightning.pytorch.plugins.environments import SLURMEnvironment
+        from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 
         # Without Lightning's own requeueing, which writes states of its own to the directory it was started in.
         return [SLURMEnvironment(auto_requeue=False)]
