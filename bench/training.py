@@ -165,7 +165,9 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, default=PAGE, help="page to write (default docs/benchmarks.md)")
     arguments = parser.parse_args()
-    results = json.loads(arguments.results.read_text(encoding="utf-8")) if arguments.results.exists() else {}
+    results: dict[str, Any] = {}
+    if arguments.results.exists():
+        results = json.loads(arguments.results.read_text(encoding="utf-8"))
     here = machine(arguments.device)
     if results.get("machine") != here:
         results = {"machine": here}

@@ -74,7 +74,7 @@ def test_options_are_trained_measured_and_not_repeated(tmp_path: Path):
     generator = np.random.default_rng(0)
     (tmp_path / "data").mkdir()
     for number in range(6):
-        noise = lfilter([0.05], [1, -0.9], generator.standard_normal(6400))
+        noise: Any = lfilter([0.05], [1, -0.9], generator.standard_normal(6400))
         noise[:1600] *= 1e-3  # a pause, so that there is a noise floor
         audio.write(tmp_path / "data" / f"{number}.wav", noise, RATE)
     page = tmp_path / "page.md"
