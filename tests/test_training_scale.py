@@ -268,8 +268,8 @@ def slurm_task(rank: int, world: int, port: str) -> dict[str, str]:
 @pytest.mark.parametrize("launcher", ["srun", "torchrun"])
 def test_two_nodes_train_like_one_process(tones: Path, tmp_path: Path, launcher: str):
     """The environment of `srun` with two tasks, and two `torchrun`s, each a node: the global batch is shared."""
-    train(config_of(tones, tmp_path / "one"))
-    two, port = config_of(tones, tmp_path / "two"), free_port()
+    train(config_of(tones, tmp_path / "one", validation=str(tones)))
+    two, port = config_of(tones, tmp_path / "two", validation=str(tones)), free_port()  # six crops to score, shared
     if launcher == "srun":
         jobs = [start(two, tmp_path / f"{n}.py", slurm_task(n, 2, port)) for n in range(2)]
     else:
