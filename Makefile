@@ -10,7 +10,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format clean
+.PHONY: help demo test bench-training lint format clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "%-14s %s\n", $$1, $$2 }'
@@ -20,6 +20,10 @@ demo: $(VENV)/.installed  ## make sounds, train a small WaveNet on them, synthes
 
 test: $(VENV)/.installed-dev  ## run the tests and the examples in the docstrings
 	$(BIN)/python -m pytest -n auto --dist loadfile $(ARGS)
+
+bench-training: $(VENV)/.installed  ## how fast it trains here, into docs/benchmarks.md (ARGS="--device cuda")
+	$(BIN)/python bench/training.py $(ARGS)
+	$(BIN)/python bench/forms.py $(filter --device cpu cuda,$(ARGS))
 
 lint: $(VENV)/.installed-dev  ## check style, format and types
 	$(BIN)/python -m ruff check

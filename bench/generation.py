@@ -12,6 +12,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from pages import sections
+
 from wavear import bench
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "benchmarks.md"
@@ -73,7 +75,8 @@ def main() -> None:
         print(f"{name}\n{bench.table(rows)}", flush=True)
     if arguments.out.exists():
         _, title, kept = arguments.out.read_text(encoding="utf-8").partition(LIMITS)
-        lines.append(title + kept)
+        lines.append(title + kept.partition("<!-- begin")[0])
+    lines += [sections(arguments.out), ""]  # what other programs wrote
     arguments.out.write_text("\n".join(lines), encoding="utf-8")
     print(f"wrote {arguments.out}")
 

@@ -42,7 +42,7 @@ SETTINGS: dict[str, Any] = {
     "progress": False,
     "device": "cpu",
 }
-TIMES = ("seconds", "samples_per_second")
+TIMES = ("seconds", "samples_per_second", "data_wait")
 
 
 def tones(folder: Path) -> Path:

@@ -27,6 +27,7 @@ from wavear.segments import Layout, Order, Segments, collate
 from wavear.train import TrainConfig, train
 
 RATE = 8000
+TIMES = ("seconds", "samples_per_second", "data_wait")
 TINY: dict[str, Any] = {
     "layers": 4,
     "stacks": 2,
@@ -103,7 +104,7 @@ def test_training_learns_and_says_so(tones, tmp_path, capfd, monkeypatch):
     from wavear.training import callbacks
 
     # The compiled engine would take longer to compile than this test takes.
-    monkeypatch.setattr(callbacks, "free_running", functools.partial(callbacks.free_running, engine="reference"))
+    monkeypatch.setattr(callbacks, "probe", functools.partial(callbacks.probe, engine="reference"))
     settings = {"max_steps": 80, "learning_rate": 2e-2, "validate_every": 40, "batch_size": 4, "sample_seconds": 0.02}
     result = train(config_of(tones, tmp_path, validation=str(tones), **settings))
     assert result.bits_before == pytest.approx(5.0, abs=0.6)  # log2 of 32 classes, more or less
@@ -153,9 +154,7 @@ def test_a_resumed_run_equals_one_never_stopped(tones, tmp_path, accumulate):
 
 def timeless_rows(out: Path) -> list[dict[str, str]]:
     with open(out / "metrics.csv", newline="", encoding="utf-8") as file:
-        return [
-            {k: v for k, v in row.items() if k not in ("seconds", "samples_per_second")} for row in csv.DictReader(file)
-        ]
+        return [{k: v for k, v in row.items() if k not in TIMES} for row in csv.DictReader(file)]
 
 
 def state_names(out: Path) -> list[str]:
@@ -697,25 +696,32 @@ def test_a_damaged_state_is_refused(tones, tmp_path):
 
 
 def test_a_picture_shows_low_frequencies_at_the_bottom():
-    from wavear.training.callbacks import spectrogram
+    from wavear.training.probes import spectrogram
 
     tone = 0.5 * torch.sin(2 * torch.pi * 300 * torch.arange(RATE) / RATE)
     picture = spectrogram(tone, RATE).astype(int).sum(2)
     assert picture.sum(1).argmax() > 0.8 * picture.shape[0]
 
 
-def test_a_sample_is_of_the_loudest_part(tmp_path):
-    from wavear.training.callbacks import free_running
+def test_a_probe_is_of_the_loudest_part_and_of_the_quietest(tmp_path):
+    from wavear.training.probes import probe
 
-    waveform = np.zeros(4000)
-    waveform[2000:2640] = 0.5
-    audio.write(tmp_path / "a.wav", waveform, RATE)
+    waveform = 0.1 * (-1.0) ** np.arange(4096)
+    waveform[1024:2048] /= 100
+    waveform[2048:2688] *= 5
+    audio.write(tmp_path / "a.wav", waveform, RATE, "float32")
+    recording = Recording(tmp_path / "a.wav", "a", 0, 4096, RATE)
     model = wavear.WaveNet(TrainConfig(data="-", out="-", max_steps=1, **TINY).model_config())
-    target, generated = free_running(
-        model, Recording(tmp_path / "a.wav", "a", 0, 4000, RATE), 0.08, [], engine="reference"
-    )
-    assert target.shape == generated.shape == (640,)
-    assert (target == 0.5).all()
+    made = probe(model, recording, 0.08, [], engine="reference")
+    assert made.original.shape == made.generated.shape == (640,)
+    assert np.allclose(made.original, waveform[2048:2688], atol=1e-6)
+    assert model.config.mel is not None
+    mel = wavear.log_mel(made.original[None], model.config.mel)
+    assert torch.equal(made.generated, wavear.generate(model, mel, seed=0, engine="reference")[0])
+    level = 10 * math.log10(np.var(made.generated.numpy()) / np.var(waveform[2048:2688]))
+    assert made.measures["level_error"] == pytest.approx(level, abs=1e-4)
+    assert made.measures["noise_floor_recorded"] == pytest.approx(-60, abs=0.1)
+    assert made.measures["noise_floor"] > -20  # a model that knows nothing makes noise of a pause
 
 
 def test_input_noise_is_on_the_past_alone(tones):

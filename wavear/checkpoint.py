@@ -17,7 +17,7 @@ from wavear.models.families import FAMILIES, family_of
 FORMAT = 1
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 # Fields that came later than the first checkpoints, which mean these by their absence.
-LATER = {"law": "categorical", "mixtures": 10, "coarse_classes": 0}
+LATER = {"law": "categorical", "mixtures": 10, "coarse_classes": 0, "pre_emphasis": 0.0}
 
 
 class CheckpointError(ValueError):

@@ -331,8 +331,10 @@ def _on_corpus(config: Any, corpus: Any, description: str | None) -> Callable[..
     def run_or_download(config: Any = config, corpus: Any = corpus, download: bool = False) -> int:
         if not download:
             return run(config, corpus)
-        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-            raise ValueError("--download is for one process: run it once without torchrun, then train")
+        from wavear.training.processes import Processes
+
+        if Processes.here().world > 1:
+            raise ValueError("--download is for one process: run it once without torchrun or srun, then train")
         for folder in corpus.download(config.data):
             _say(f"{folder} is there")
         return 0

@@ -27,6 +27,7 @@ import torch
 
 from wavear import audio
 from wavear.data import Recording, reason
+from wavear.emphasis import coefficient, emphasised
 from wavear.mel import MelConfig, log_mel
 from wavear.models.base import AutoregressiveModel
 from wavear.recordings import frames_of
@@ -51,6 +52,8 @@ class Layout:
     """Mel frames around a crop that its conditioning needs."""
     mel: MelConfig | None
     sample_rate: int
+    pre_emphasis: float = 0.0
+    """See `wavear.emphasis`."""
 
     @classmethod
     def of(cls, model: AutoregressiveModel, segment: int) -> Layout:
@@ -66,6 +69,7 @@ class Layout:
             lookahead=0 if mel is None else model.lookahead,
             mel=mel,
             sample_rate=model.config.sample_rate,
+            pre_emphasis=coefficient(model.config),
         )
 
     @property
@@ -75,8 +79,8 @@ class Layout:
 
     @property
     def margin(self) -> int:
-        """Samples read on both sides of the window for the mel's sake."""
-        return 0 if self.mel is None else (self.lookahead + self.mel.context_frames) * self.hop
+        """Samples read on both sides of the window for the mel's sake, and that of pre-emphasis."""
+        return int(self.pre_emphasis > 0) if self.mel is None else (self.lookahead + self.mel.context_frames) * self.hop
 
     def length(self, recording: Recording) -> int:
         """Samples of a recording that can carry loss: whole frames."""
@@ -285,8 +289,21 @@ class Order(torch.utils.data.Sampler[list[int]]):
             step += 1
 
 
+def coded(batch: Batch, layout: Layout) -> torch.Tensor:
+    """What the codes of a batch are of, (B, window): the waveform, pre-emphasised if the model's is."""
+    window = batch.waveform[:, layout.margin : layout.margin + layout.window]
+    if not layout.pre_emphasis:
+        return window
+    before = batch.waveform[:, layout.margin - 1] * (batch.start > 0)  # in front of a recording is silence
+    return emphasised(window, layout.pre_emphasis, before)
+
+
 def inputs(
-    model: AutoregressiveModel, batch: Batch, layout: Layout
+    model: AutoregressiveModel,
+    batch: Batch,
+    layout: Layout,
+    noise: torch.Generator | None = None,
+    dropout: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
     """What `forward` needs, computed on the device of `batch`.
 
@@ -296,14 +313,17 @@ def inputs(
     cond : (B, C, window), (B, C, 1) or None
     mask : (B, window) bool, where loss is carried
     """
-    window = batch.waveform[:, layout.margin : layout.margin + layout.window]
-    codes = model.grid.encode(window)
+    codes = model.grid.encode(coded(batch, layout))
     places = torch.arange(layout.window, device=codes.device)
     mask = (places >= batch.span[:, :1]) & (places < batch.span[:, 1:])
     mel = None
     if layout.mel is not None:
         own = log_mel(batch.waveform, layout.mel)
         mel = own.gather(2, batch.frames[:, None].expand(-1, own.shape[1], -1))
+        if noise is not None and dropout > 0:
+            hidden = torch.rand(mel.shape[0], 1, mel.shape[2], generator=noise, device=mel.device) < dropout
+            conditioning: Any = model.conditioning
+            mel = torch.where(hidden, conditioning.mel_mean[:, None], mel)
     speaker = batch.speaker if model.config.speakers else None
     cond = model.condition(mel, speaker, padded=True) if model.conditioned else None
     return codes, cond, mask
@@ -317,6 +337,7 @@ def crop_loss(
     noise: torch.Generator | None = None,
     noise_codes: float = 0.0,
     carried: tuple[Any, torch.Tensor] | None = None,
+    dropout: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Negative log-likelihood of every sample, (B, window) in nats, 0 where no loss is carried; and the mask.
 
@@ -325,11 +346,12 @@ def crop_loss(
     time on a CPU.) The conditioning and the loss stay in float32.
 
     With `noise` the past that the model sees is off by a normal number of codes of deviation `noise_codes`, and what it
-    has to predict is not: so it learns to see through its own errors, and to look at the conditioning.
+    has to predict is not: so it learns to see through its own errors, and to look at the conditioning. And so many mel
+    frames as `dropout` says (a share) are the mean of the training data instead.
 
     With a state and the code before the window, `carried`, the window goes on from there, and the state with it.
     """
-    codes, cond, mask = inputs(model, batch, layout)
+    codes, cond, mask = inputs(model, batch, layout, noise, dropout)
     past = codes
     if noise is not None and noise_codes > 0:
         off = torch.randn(codes.shape, generator=noise, device=codes.device) * noise_codes

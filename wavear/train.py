@@ -123,10 +123,16 @@ class TrainConfig:
     """One gain per file, or one per speaker."""
     trim_silence: float | None = None
     """Cut the ends of files that are this many dB below their peak (40, say), but for 50 ms. None: keep them."""
+    pre_emphasis: float = 0.0
+    """a of x[t] - a x[t-1], which the model's codes are of (0.85, say); what it makes is de-emphasised. Softens the
+    codes' noise at high frequencies. Bits are then of other codes, and not to be compared with those of 0."""
     redraw_below: float | None = None
     """Draw a segment again, up to 4 times, if it is quieter than this many dB of full scale (-60, say), so that pauses
     do not fill the batches. None: take it."""
 
+    conditioning_dropout: float = 0.0
+    """Share of the mel frames, each by chance, that the model does not see in training (0.1, say): their place takes
+    the mean of each band. Held-out bits are without."""
     input_noise: float = 0.0
     """Deviation, in codes, of noise on the past that the model sees in training (2, say); what it predicts stays
     clean. It then sees through its own errors when it generates, and heeds the conditioning. Held-out bits are without.
@@ -155,8 +161,13 @@ class TrainConfig:
     """Minutes of the run, resumed parts and validations included (the last scoring comes on top); likewise."""
     precision: Literal["auto", "32", "bf16"] = "auto"
     """Arithmetic of the steps; auto: bf16 where the device has it in hardware. Weights are float32 always."""
+    compile: bool = False
+    """Let torch.compile (which needs a C++ compiler) make the layers' kernels: see docs/benchmarks.md for where it
+    pays."""
+    activation_checkpointing: bool = False
+    """Compute the layers anew in the backward pass instead of keeping what is inside them: less memory, more time."""
     device: str = "auto"
-    """auto, cpu, cuda, cuda:1, mps. Under torchrun every process takes its own."""
+    """auto, cpu, cuda, cuda:1, mps. Under torchrun or srun every process takes its own."""
     workers: int | None = None
     """Processes that read audio; None: 4 beside a GPU, none on the CPU. The data are the same with any number."""
     seed: int = 0
@@ -174,7 +185,9 @@ class TrainConfig:
     baseline_seconds: float = 600.0
     """Seconds of training audio that the baselines are fitted to."""
     sample_seconds: float = 1.0
-    """Seconds of free-running audio for TensorBoard, at some validations (3 % of the time at most); 0: none."""
+    """Seconds of free-running audio to hear and to measure, at some validations (3 % of the time at most); 0: none."""
+    wandb: str | None = None
+    """Project at Weights & Biases to log to as well (which needs `pip install wandb`)."""
     checkpoint_every: int = 1000
     """Steps between checkpoints of the whole state; every validation writes one too."""
     keep_last: int = 3
@@ -209,6 +222,10 @@ class TrainConfig:
                 raise ValueError(f"{name} is {value!r}, expected more than 0")
         if not self.ema_decay < 1:
             raise ValueError(f"ema_decay is {self.ema_decay!r}, expected 0 to less than 1")
+        if not 0 <= self.conditioning_dropout < 1:
+            raise ValueError(f"conditioning_dropout is {self.conditioning_dropout!r}, expected 0 to less than 1")
+        if self.conditioning_dropout and self.unconditional:
+            raise ValueError("conditioning_dropout hides mel frames, and the model is unconditional: choose one")
         if not 0 < self.validation_fraction < 1:
             raise ValueError(f"validation_fraction is {self.validation_fraction!r}, expected between 0 and 1")
         if self.batch_size % self.accumulate:
@@ -263,6 +280,8 @@ class TrainConfig:
         config_class = FAMILIES[self.family][1]
         own = {f.name for f in dataclasses.fields(config_class)}
         given = {name: value for name in _MODEL_FIELDS if (value := getattr(self, name)) is not None}
+        if self.pre_emphasis:
+            given["pre_emphasis"] = self.pre_emphasis
         if foreign := [name for name in given if name not in own]:
             has = ", ".join(name for name in _MODEL_FIELDS if name in own)
             raise ValueError(f"{foreign[0]} is not of the family {self.family}: it has {has}")
@@ -302,7 +321,7 @@ def train(config: TrainConfig) -> TrainResult:
     """Make a model of recordings, or go on making it.
 
     Ctrl-C (or SIGTERM) ends the run after the step it is at, with everything saved; `resume` goes on. Under torchrun
-    each process takes its share of every batch.
+    or srun each process takes its share of every batch.
 
     Parameters
     ----------
@@ -325,8 +344,9 @@ def train(config: TrainConfig) -> TrainResult:
         from wavear.training.linear import fit
     else:
         from wavear.training.loop import fit
+    from wavear.training.processes import Processes
 
-    writes = int(os.environ.get("RANK", 0)) == 0
+    writes = Processes.here().rank == 0
     say = print if config.progress and writes else _silence
     record = _open_directory(config, writes)
     corpus = open_corpus(
@@ -364,7 +384,9 @@ def train(config: TrainConfig) -> TrainResult:
 
 
 def _open_directory(config: TrainConfig, writes: bool) -> dict[str, Any]:
-    """Make `out` ready; what its `train.json` says if the run is resumed."""
+    """Refuse an `out` that cannot be used; what its `train.json` says if the run is resumed. Nothing is changed yet."""
+    from wavear.synthesize import check_writable
+
     out = Path(config.out)
     if out.exists() and not out.is_dir():
         raise FileExistsError(f"{out} is a file: choose a directory for the run")
@@ -382,23 +404,35 @@ def _open_directory(config: TrainConfig, writes: bool) -> dict[str, Any]:
             raise FileExistsError(f"{out} is not empty: choose another directory, or give --resume or --overwrite")
         if not (out / "train.json").is_file():
             raise FileExistsError(f"{out} holds no run of ours (no train.json): choose another directory")
-        for name in ("best", "last", "states", "tensorboard"):
-            shutil.rmtree(out / name, ignore_errors=True)
-        for path in (*out.glob("bad-step-*.safetensors"), *map(out.joinpath, ("resume.safetensors", "metrics.csv"))):
-            path.unlink(missing_ok=True)
-        (out / "train.json").unlink(missing_ok=True)  # the last: without it the rest would be no run of ours
     if writes:
-        out.mkdir(parents=True, exist_ok=True)
+        check_writable(out)
     return {"history": []}
+
+
+def make_directory(config: TrainConfig) -> None:
+    """Make `out`, empty, for a run that is about to begin: until then there is nothing new, and nothing is gone."""
+    out = Path(config.out)
+    if config.resume:
+        return
+    if out.is_dir():
+        for name in ("best", "last", "states", "tensorboard", "wandb"):
+            shutil.rmtree(out / name, ignore_errors=True)
+        for name in ("resume.safetensors", "metrics.csv", "validation.csv"):
+            (out / name).unlink(missing_ok=True)
+        for path in out.glob("bad-step-*.safetensors"):
+            path.unlink()
+        (out / "train.json").unlink(missing_ok=True)  # the last: without it the rest would be no run of ours
+    out.mkdir(parents=True, exist_ok=True)
 
 
 def _check_same_model(record: dict[str, Any], config: TrainConfig, model: Any) -> None:
     """A resumed run has the model it began with."""
-    before = record.get("model")
-    if before is None:
+
+    if record.get("model") is None:
         return
     if (family := record["config"].get("family", "wavenet")) != config.family:
         raise ValueError(f"{config.out} is a run of the family {family}, now {config.family}: resume with the same")
+    before = record["model"]
     now = json.loads(json.dumps(dataclasses.asdict(model)))
     before = {name: value for name, value in LATER.items() if name in now} | before
     if isinstance(before.get("mel"), dict):  # an older version's, without the fields that came later
@@ -411,7 +445,7 @@ def _check_same_model(record: dict[str, Any], config: TrainConfig, model: Any) -
         raise ValueError(f"{config.out} is a run with seed {seed}, now {config.seed}: resume with the same")
 
 
-_FREE = {"out", "resume", "overwrite", "progress", "workers", "keep_last", "checkpoint_every"}
+_FREE = {"out", "resume", "overwrite", "progress", "workers", "keep_last", "checkpoint_every", "wandb"}
 _FREE |= {name for name in TrainConfig.__dataclass_fields__ if name.startswith(("validat", "sample_s"))}
 _FREE |= {"data", "final_seconds", "baseline_seconds"}  # the data count by what is in them
 
@@ -470,6 +504,7 @@ def _quiet() -> Iterator[None]:
             ".*srun.*command is available",
             ".*GPU available but not used.*",
             ".*lightning.pytorch.loops.utilities.*",
+            "The .grad attribute of a Tensor that is not a leaf",  # torch.compile looks at the bf16 copies of weights
         ):
             warnings.filterwarnings("ignore", message=known)
         try:

@@ -130,7 +130,8 @@ def scored_blocks(
         return
     ahead = 0 if mel_config is None else model.lookahead * hop
     margin = 0 if mel_config is None else mel_config.context_samples
-    context = math.ceil(model.receptive_field / hop) * hop + ahead
+    # One more: pre-emphasis takes the sample before the first to be 0.
+    context = math.ceil((model.receptive_field + 1) / hop) * hop + ahead
     padded = math.ceil(total / hop) * hop  # `score` fills up the last frame with zeros
     for start in range(0, total, length):
         stop = min(start + length, total)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from wavear.emphasis import Deemphasis, emphasised
 from wavear.grid import Grid
 from wavear.mel import MelConfig, mel_filter_bank
 
@@ -12,19 +13,21 @@ _WINDOWS = {"hann": "hann", "hamming": "hamming", "blackman": "blackman", "recta
 ITERATIONS = 60
 
 
-def grid_round_trip(waveform: torch.Tensor, grid: Grid) -> torch.Tensor:
+def grid_round_trip(waveform: torch.Tensor, grid: Grid, pre_emphasis: float = 0.0) -> torch.Tensor:
     """A waveform through the codes and back: the best that a model of these codes can do.
 
     Parameters
     ----------
     waveform : Tensor, shape (T,)
     grid : Grid
+    pre_emphasis : float
+        Of what the codes are, see `wavear.emphasis`.
 
     Returns
     -------
     Tensor, shape (T,), float32
     """
-    return grid.decode(grid.encode(waveform))
+    return Deemphasis(pre_emphasis)(grid.decode(grid.encode(emphasised(waveform, pre_emphasis))))
 
 
 def griffin_lim(mel: np.ndarray, config: MelConfig, seed: int = 0) -> np.ndarray:

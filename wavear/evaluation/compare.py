@@ -112,7 +112,8 @@ def _check_comparable(a: dict[str, Any], b: dict[str, Any]) -> None:
 
 def check_codes(a: dict[str, Any], b: dict[str, Any]) -> None:
     """Refuse models whose bits are not of one kind: of other codes, or of another sample rate."""
-    for x, y, unit in ((codes(a), codes(b), ""), (a["sample_rate"], b["sample_rate"], " Hz")):
+    emphases = (a.get("pre_emphasis", 0.0), b.get("pre_emphasis", 0.0), " of pre-emphasis")
+    for x, y, unit in ((codes(a), codes(b), ""), (a["sample_rate"], b["sample_rate"], " Hz"), emphases):
         if x != y:
             raise ValueError(
                 f"a has {x}{unit} and b has {y}{unit}: bits per sample under different quantisation cannot be compared"

@@ -15,6 +15,7 @@ import torch
 
 from wavear import audio, checkpoint
 from wavear.data import Recording, reason
+from wavear.emphasis import coefficient
 from wavear.evaluation.bits import LEVELS, Baselines, Scores, score_recording
 from wavear.evaluation.bounds import grid_round_trip, griffin_lim
 from wavear.evaluation.clips import fitting_data, open_clips, preparation, training_record
@@ -77,6 +78,8 @@ def measure_everything(
         notes.append(
             f"{len(fitting.trained_on)} of {len(good)} clips were trained on: what is said of them is not held-out"
         )
+    if emphasis := coefficient(model.config):
+        notes.append(f"bits are of pre-emphasised codes (x[t] - {emphasis:g} x[t-1]), not those of plain ones")
     for note in notes:
         say(note)
     begin()
@@ -221,7 +224,7 @@ def _copy(
 ) -> dict[str, Any]:
     """Synthesize clips from their mels, measure them and the bounds, and add what comes out to `rows`."""
     rate, mel_config = model.config.sample_rate, model.config.mel
-    hop = mel_config.hop_length
+    hop, emphasis = mel_config.hop_length, coefficient(model.config)
     spans = {n: min(clips[n].frames, max(round(config.seconds * rate), hop)) // hop * hop for n in chosen}
     taken = 0.0
     for batch in _bar(list(_batches(spans)), progress, "synthesizing"):
@@ -244,7 +247,7 @@ def _copy(
         for n, x, mel, made in zip(batch, originals, mels, waveforms, strict=True):
             systems = {
                 "original": x,
-                "mulaw": grid_round_trip(torch.from_numpy(x), model.grid).numpy(),
+                "mulaw": grid_round_trip(torch.from_numpy(x), model.grid, emphasis).numpy(),
                 "model": made[: x.size].numpy(),
                 "griffin_lim": griffin_lim(mel.numpy(), mel_config, config.seed),
             }

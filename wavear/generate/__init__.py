@@ -18,8 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from wavear.emphasis import coefficient, emphasised
 from wavear.generate.conditioner import Conditioner
-from wavear.generate.prime import check_prime, doubts, encode_prime, fill
+from wavear.generate.prime import check_prime, deemphasis_after, doubts, encode_prime, fill
 from wavear.generate.reference import ReferenceEngine
 from wavear.models.base import AutoregressiveModel
 from wavear.sampling import uniforms
@@ -292,6 +293,7 @@ def generate(
                 scores[:, start:stop] = part
     waveform = model.grid.decode(torch.from_numpy(codes))
     for b, length in enumerate(lengths):
+        waveform[b] = deemphasis_after(past[b], model)(waveform[b])
         waveform[b, length:] = 0
         if scores is not None:
             scores[b, length:] = 0
@@ -362,7 +364,7 @@ def score(
     conditioner, _ = _prepare(model, mel, speaker, {"utterances": batch})
     if conditioner.lengths is not None and min(conditioner.lengths) < total:
         raise ValueError(f"the mel covers {min(conditioner.lengths)} samples and the waveform has {total}")
-    codes = model.grid.encode(waveform.cpu())
+    codes = model.grid.encode(emphasised(waveform.cpu(), coefficient(model.config)))
     with torch.inference_mode():
         if engine == "parallel":
             if weights != "float32":

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from wavear.emphasis import Deemphasis, coefficient, emphasised
 from wavear.models.base import AutoregressiveModel
 
 if TYPE_CHECKING:
@@ -58,7 +59,15 @@ def doubts(prime: Tensor) -> list[str]:
 
 def encode_prime(prime: Tensor, model: AutoregressiveModel) -> np.ndarray:
     """Codes (B, P)."""
-    return model.grid.encode(prime).numpy()
+    return model.grid.encode(emphasised(prime, coefficient(model.config))).numpy()
+
+
+def deemphasis_after(prime: Tensor, model: AutoregressiveModel) -> Deemphasis:
+    """What takes the pre-emphasis off what follows a prime (P,), P from 0 on: it has heard the prime's own codes."""
+    found = Deemphasis(coefficient(model.config))
+    if found.a and prime.numel():
+        found(model.grid.decode(torch.from_numpy(encode_prime(prime, model))))
+    return found
 
 
 def context(model: AutoregressiveModel, samples: int) -> int:

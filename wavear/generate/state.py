@@ -109,7 +109,10 @@ def check_model(state: StreamState, model: AutoregressiveModel) -> None:
     ValueError
         Naming what differs: fields of the configuration, else the weights.
     """
+    from wavear.checkpoint import LATER
+
     theirs, ours = state.about["model"], describe(model)
+    theirs = theirs | {"config": {k: v for k, v in LATER.items() if k in ours["config"]} | theirs["config"]}
     for part in ("family", "config"):
         differing = _differences(theirs[part], ours[part])
         if differing:

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from wavear.emphasis import Deemphasis, coefficient
 from wavear.generate import (
     _ARGMAX,
     _CHUNK,
@@ -27,7 +28,7 @@ from wavear.generate import (
     name_of_engine,
 )
 from wavear.generate.conditioner import UtteranceConditioner
-from wavear.generate.prime import check_prime, context, encode_prime, fill
+from wavear.generate.prime import check_prime, context, deemphasis_after, encode_prime, fill
 from wavear.generate.state import FORMAT, StreamState, check_model, describe
 from wavear.models.base import AutoregressiveModel
 from wavear.sampling import uniforms
@@ -390,12 +391,14 @@ class _Utterance:
         self.position = 0
         self.asked = 0  # samples, prime and all, of a model without mels
         self.prime: np.ndarray | None = None  # codes (P,), until they are filled in
+        self.deemphasis = Deemphasis(coefficient(model.config))
         if prime is not None:
             waveform = check_prime(prime)
             if len(waveform) != 1:
                 raise ValueError(f"prime has shape {tuple(waveform.shape)}: a stream has one, of shape (T,)")
             self.position = self.asked = waveform.shape[1]
             self.prime = encode_prime(waveform, model)[0]
+            self.deemphasis = deemphasis_after(waveform[0], model)
 
     @property
     def latency(self) -> int:
@@ -474,6 +477,7 @@ class _Utterance:
             "top_p": self.truncation[1],
             "first_frame": self.conditioner.first_held,
             "closed": self.conditioner.closed,
+            "deemphasis": self.deemphasis.memory,
             "model": describe(self.model),
         }
         return StreamState(tensors, about)
@@ -484,6 +488,7 @@ class _Utterance:
         own = about["seed"] if seed is None else seed
         utterance = cls(model, own, about["speaker"], about["temperature"], None, about["top_k"], about["top_p"])
         utterance.position, utterance.asked = about["position"], about["asked"]
+        utterance.deemphasis.memory = about.get("deemphasis", 0.0)
         if "mel" in state.tensors:
             utterance.conditioner.hold(state.tensors["mel"], about["first_frame"], about["closed"])
         elif about["closed"]:
@@ -502,7 +507,8 @@ def _advance(engine: Any, utterances: list[_Utterance], samples: int) -> list[Te
     codes = engine.generate(np.stack(draws), cond, temperatures, top_k=top_k, top_p=top_p)
     for utterance in utterances:
         utterance.moved(samples)
-    return list(utterances[0].model.grid.decode(torch.from_numpy(codes)))
+    decoded = utterances[0].model.grid.decode(torch.from_numpy(codes))
+    return [utterance.deemphasis(row) for utterance, row in zip(utterances, decoded, strict=True)]
 
 
 def _pieces(samples: int) -> list[int]:

@@ -31,6 +31,9 @@ class AutoregressiveModel(nn.Module):
     conditioning: Conditioning | None
     """What a mel and a speaker become: a subclass sets it to `make_conditioning(config)`."""
 
+    activation_checkpointing: bool | None = None
+    """Whether `forward` keeps only the inputs of its layers for the backward pass; None: the family cannot."""
+
     @property
     def receptive_field(self) -> int | None:
         """How many past samples the law of the next one depends on; None where unbounded."""
@@ -165,6 +168,10 @@ class AutoregressiveModel(nn.Module):
     def import_state(self, tensors: dict[str, Tensor]) -> Any:
         """The state that `export_state` gave these tensors of, from any device and precision."""
         raise NotImplementedError
+
+    def compile_layers(self) -> None:
+        """Let torch.compile make kernels for `forward`, in place, for the shapes of training."""
+        self.compile(dynamic=False)
 
     def save(self, directory: str | Path, *, overwrite: bool = False, training: dict | None = None) -> Path:
         """Write `config.json` and `model.safetensors` to `directory`; see `wavear.checkpoint.save`."""

@@ -15,6 +15,7 @@ from wavear.mel import MelConfig
 from wavear.models.base import _PREFILL, AutoregressiveModel, check_common, check_whole
 from wavear.models.conditioning import make_conditioning
 from wavear.models.inputs import make_head, make_input
+from wavear.models.memory import recomputed
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,8 @@ class WaveNetConfig:
     """Components of a mixture of logistics."""
     coarse_classes: int = 0
     """For the laws over values: mu-law codes of the embedding beside the value at the input; 0: none."""
+    pre_emphasis: float = 0.0
+    """a of x[t] - a x[t-1], which the codes are of; 0: of the audio itself. See `wavear.emphasis`."""
 
     def __post_init__(self):
         check_whole(self, layers=1, stacks=1, kernel_size=2, residual_channels=1, skip_channels=1, head_channels=1)
@@ -61,6 +64,8 @@ class WaveNetConfig:
             raise ValueError(
                 f"{self.layers} layers in {self.stacks} stacks: the dilation doubles, at most 24 fit a stack"
             )
+        if not 0 <= self.pre_emphasis < 1:
+            raise ValueError(f"pre_emphasis is {self.pre_emphasis!r}, it must be 0 to less than 1")
 
     @property
     def dilations(self) -> tuple[int, ...]:
@@ -91,12 +96,15 @@ class Block(nn.Module):
 
     def forward(self, taps: list[Tensor], cond: Tensor | None) -> tuple[Tensor, Tensor]:
         """Taps (..., R), the current one last, and cond (..., C) -> the next layer's input, the gated units."""
-        z = self.dilated(torch.cat(taps, dim=-1))
+        return self.units(torch.cat(taps, dim=-1), taps[-1], cond)
+
+    def units(self, taps: Tensor, x: Tensor, cond: Tensor | None) -> tuple[Tensor, Tensor]:
+        """`forward` of taps side by side (..., kernel * R) and the current one, all of one shape in every layer."""
+        z = self.dilated(taps)
         if self.conditioning is not None:
             z = z + self.conditioning(cond)
         tanh, sigmoid = z.chunk(2, dim=-1)
         gated = torch.tanh(tanh) * torch.sigmoid(sigmoid)
-        x = taps[-1]
         return x if self.residual is None else x + self.residual(gated), gated
 
 
@@ -130,6 +138,7 @@ class WaveNet(AutoregressiveModel):
     config: WaveNetConfig
     blocks: Any  # nn.ModuleList of Block
     embedding: Any  # CodeEmbedding or ValueEmbedding
+    activation_checkpointing: bool | None = False
 
     def __init__(self, config: WaveNetConfig):
         super().__init__()
@@ -177,16 +186,32 @@ class WaveNet(AutoregressiveModel):
             The past of each layer, the oldest first, replaced by what it is after the last sample; zeros if None.
         """
         x = self.embedding(previous)
-        cond = None if cond is None else cond.transpose(1, 2)
+        cond = None if cond is None else cond.transpose(1, 2).contiguous()  # once, and not in the product of each layer
         total = previous.shape[1]
+        recompute = queues is None and self.activation_checkpointing and torch.is_grad_enabled()
         for layer, (block, dilation) in enumerate(zip(self.blocks, self.config.dilations, strict=True)):
-            reach = (self.config.kernel_size - 1) * dilation
-            past = F.pad(x, (0, 0, reach, 0)) if queues is None else torch.cat([queues[layer], x], dim=1)
-            taps = [past[:, k * dilation : k * dilation + total] for k in range(self.config.kernel_size - 1)]
-            if queues is not None:
-                queues[layer] = past[:, total:].detach().clone()
-            x, gated = block([*taps, x], cond)
+            if recompute:
+                x, gated = recomputed(block, functools.partial(self._taps, dilation), x, cond)
+                yield gated
+                continue
+            queue = None if queues is None else queues[layer]
+            if queues is not None and queue is not None:
+                queues[layer] = torch.cat([queue, x], dim=1)[:, total:].detach().clone()
+            x, gated = block(*self._taps(dilation, x, cond, queue))
             yield gated
+
+    def compile_layers(self) -> None:
+        """See `AutoregressiveModel.compile_layers`: the layers are alike, so one is compiled, and the last."""
+        for block in self.blocks:
+            block.units = torch.compile(block.units, dynamic=False)
+
+    def _taps(
+        self, dilation: int, x: Tensor, cond: Tensor | None, queue: Tensor | None = None
+    ) -> tuple[list[Tensor], Tensor | None]:
+        """What a block takes: x (B, T, R) at each tap, the oldest first, and cond as it is."""
+        before = self.config.kernel_size - 1
+        past = F.pad(x, (0, 0, before * dilation, 0)) if queue is None else torch.cat([queue, x], dim=1)
+        return [*(past[:, k * dilation : k * dilation + x.shape[1]] for k in range(before)), x], cond
 
     def _read(self, gates: list[Tensor]) -> Tensor:
         """Gated units of each layer (..., R) -> logits (..., Q): the sum of the skips as one product, then the head."""

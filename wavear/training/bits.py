@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from wavear.data import Recording
+from wavear.emphasis import emphasised
 from wavear.grid import Grid
 from wavear.models.base import AutoregressiveModel
-from wavear.segments import Layout, Segments, collate, crop_loss, read_crop, read_span
+from wavear.segments import Layout, Segments, coded, collate, crop_loss, read_crop, read_span
 
 _EVALUATION_SEGMENT = 16384  # samples of loss per crop: the context costs little, and the memory stays bounded
 _EVALUATION_BATCH = {"cpu": 1, "cuda": 16}  # crops at once
@@ -45,6 +46,7 @@ def held_out_bits(
     *,
     rank: int = 0,
     world: int = 1,
+    note: Callable[[Recording, int, np.ndarray], object] | None = None,
 ) -> Bits:
     """Bits of whole recordings under `model`, on the device it is on.
 
@@ -60,6 +62,8 @@ def held_out_bits(
         Names in the order of their numbers.
     rank, world : int
         Of `world` processes, this one scores every `world`-th crop; the sums are to be added up.
+    note : callable, optional
+        Is told the bits of every sample, crop by crop: recording, first sample, bits (n,).
     """
     layout = Layout.of(model, min(_EVALUATION_SEGMENT, _longest(recordings)))
     device = next(model.parameters()).device
@@ -81,6 +85,9 @@ def held_out_bits(
         nats, mask = crop_loss(model, batch, layout)
         np.add.at(total, batch.source.cpu().numpy(), nats.sum(1, dtype=torch.float64).cpu().numpy() / math.log(2))
         np.add.at(samples, batch.source.cpu().numpy(), mask.sum(1).cpu().numpy())
+        for row, (n, start, first, last) in enumerate(mine[at : at + size] if note is not None else ()):
+            assert note is not None
+            note(recordings[n], start + first, nats[row, first:last].double().cpu().numpy() / math.log(2))
     model.train(training)
     return Bits(total, samples)
 
@@ -97,7 +104,7 @@ def _carried_bits(model: AutoregressiveModel, segments: Segments, rank: int, wor
             item = segments.item(recording, n, start, 0, last, read_crop(recording, layout, start))
             batch = collate([item]).to(device)
             nats, mask = crop_loss(model, batch, layout, carried=(state, previous))
-            previous = model.grid.encode(batch.waveform[:, layout.margin + layout.window - 1])
+            previous = model.grid.encode(coded(batch, layout)[:, -1])
             found.total[n] += nats.sum(dtype=torch.float64).item() / math.log(2)
             found.samples[n] += int(mask.sum())
     model.train(training)
@@ -126,8 +133,9 @@ def code_blocks(recording: Recording, layout: Layout, grid: Grid) -> Iterator[np
     """The codes of a recording, as `held_out_bits` covers it, block by block."""
     block, total = math.ceil(_READ_SECONDS * layout.sample_rate), layout.length(recording)
     for start in range(0, total, block):
-        waveform = read_span(recording, layout.sample_rate, start, min(start + block, total))
-        yield grid.encode(torch.from_numpy(waveform)).numpy()
+        before = min(start, 1)
+        waveform = read_span(recording, layout.sample_rate, start - before, min(start + block, total))
+        yield grid.encode(emphasised(torch.from_numpy(waveform), layout.pre_emphasis)[before:]).numpy()
 
 
 @dataclass

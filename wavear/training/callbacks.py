@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import csv
 import json
 import math
 import signal
@@ -22,12 +21,13 @@ from typing_extensions import override
 
 from wavear.data import Recording
 from wavear.files import replace_file
-from wavear.mel import MelConfig, log_mel
-from wavear.models.base import AutoregressiveModel
-from wavear.segments import Layout, read_span
-from wavear.training.bits import held_out_bits
+from wavear.training.bits import Bits, held_out_bits
 from wavear.training.faults import Spikes, crops_named, save_batch
+from wavear.training.groups import ByLevel, by_speaker
+from wavear.training.log import Log
 from wavear.training.module import TrainingModule
+from wavear.training.probes import probe
+from wavear.training.processes import Processes
 from wavear.training.states import prune_states, state_path
 
 LOG_EVERY = 10  # steps
@@ -35,15 +35,6 @@ _VALIDATION_SHARE = 0.05  # of the time, at most, for validations that are due b
 _SAMPLING_SHARE = 0.03  # of the time, at most, for free-running samples
 _NAMED = 8  # crops of a batch that a message names
 _SPIKES = 100  # kept in train.json
-_COLUMNS: list[str] = [
-    "step",
-    "seconds",
-    "train_bits",
-    "validation_bits",
-    "learning_rate",
-    "gradient_norm",
-    "samples_per_second",
-]
 
 
 class ProgressBar(TQDMProgressBar):
@@ -94,6 +85,7 @@ class Run(L.Callback):
         self.config = config
         self.train = train
         self.out = Path(config.out)
+        self.log_book = Log(self.out)
         self.validation = validation
         self.speakers = speakers
         self.record = record
@@ -108,6 +100,7 @@ class Run(L.Callback):
         self._nats, self._samples = float(resumed.get("nats", 0.0)), int(resumed.get("samples", 0))
         self._spikes = Spikes(resumed.get("recent", ()), resumed.get("inside", False))
         self._since, self._counted = 0.0, 0
+        self._waited, self._step_ended = 0.0, 0.0
         self.began = False
         self._validated_at, self._validation_cost, self._sampling_cost = 0.0, 0.0, 0.0
         self._rate = 0.0
@@ -122,17 +115,17 @@ class Run(L.Callback):
         self.began = True
         history = self.record["history"]
         if trainer.is_global_zero:
-            self._trim_csv(trainer.global_step if history else -1)
+            self.log_book.trim(trainer.global_step if history else -1)
         if not history:
             self._validate(trainer, module)
             self._save(trainer, module)
         else:
             self.save_last(trainer, module)
             self._show(bits=history[-1]["bits"])
-        self._validated_at = self._since = time.monotonic()
+        self._validated_at = self._since = self._step_ended = time.monotonic()
 
     def _catch_interrupts(self) -> None:
-        """Ctrl-C and SIGTERM end the run after the step; a second Ctrl-C ends it at once."""
+        """Ctrl-C, SIGTERM and, of SLURM, SIGUSR1 end the run after the step; a second Ctrl-C ends it at once."""
         if threading.current_thread() is not threading.main_thread():
             return
 
@@ -141,7 +134,8 @@ class Run(L.Callback):
                 raise KeyboardInterrupt
             self._interrupted = True
 
-        for number in (signal.SIGINT, signal.SIGTERM):
+        slurm = [signal.SIGUSR1] if Processes.here().launcher == "slurm" else []
+        for number in (signal.SIGINT, signal.SIGTERM, *slurm):
             self._handlers[number] = signal.signal(number, stop)
 
     def release(self) -> None:
@@ -150,7 +144,13 @@ class Run(L.Callback):
             number, handler = self._handlers.popitem()
             signal.signal(number, handler)
 
-    # --- after every step
+    # --- around every step
+
+    @override
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        self._waited += time.monotonic() - self._step_ended
 
     @override
     def on_train_batch_end(
@@ -182,6 +182,7 @@ class Run(L.Callback):
             self._save(trainer, module)
         if last:
             trainer.should_stop = True
+        self._step_ended = time.monotonic()
 
     def _stop_at(self, trainer: L.Trainer, module: TrainingModule, batch: Any) -> None:
         """Save the batch whose loss or gradient is no number, and the state before it; end the run."""
@@ -248,9 +249,8 @@ class Run(L.Callback):
             return
         bits = self._nats / self._samples / math.log(2)
         now = time.monotonic()
-        self._rate = self._counted * trainer.world_size / max(now - self._since, 1e-9)
-        self._nats, self._samples, self._counted, self._since = 0.0, 0, 0, now
-        self._show(loss=bits)
+        spent = max(now - self._since, 1e-9)
+        self._rate = self._counted * trainer.world_size / spent
         row = {
             "step": step,
             "seconds": round(module.elapsed, 2),
@@ -258,65 +258,49 @@ class Run(L.Callback):
             "learning_rate": module.last["learning_rate"],
             "gradient_norm": round(float(module.last["gradient_norm"]), 5),
             "samples_per_second": round(self._rate, 1),
+            "data_wait": round(self._waited / spent, 4),
         }
-        self._write(trainer, step, row)
+        self._nats, self._samples, self._counted, self._since, self._waited = 0.0, 0, 0, now, 0.0
+        self._show(loss=bits)
+        if trainer.is_global_zero:
+            row["average_distance"] = round(module.average_distance(), 6)
+            self.log_book.metrics(trainer, step, row)
 
     def _show(self, **values: float) -> None:
         self.shown.update({name: f"{value:.3f}" for name, value in values.items()})
         if self._rate:
             self.shown["samples/s"] = f"{self._rate:,.0f}"
 
-    def _write(self, trainer: L.Trainer, step: int, row: dict[str, Any]) -> None:
-        """To metrics.csv and TensorBoard."""
-        if not trainer.is_global_zero:
-            return
-        path = self.out / "metrics.csv"
-        fresh = not path.exists()
-        with path.open("a", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, _COLUMNS)
-            if fresh:
-                writer.writeheader()
-            writer.writerow(row)
-        if (board := _tensorboard(trainer)) is not None:
-            for name, value in row.items():
-                if name not in ("step", "seconds"):
-                    board.add_scalar(name, value, step)
-
-    def _trim_csv(self, step: int) -> None:
-        """Drop rows of steps that are to be taken again, and one that was being written when the run was killed."""
-        path = self.out / "metrics.csv"
-        if not path.exists():
-            return
-        lines = path.read_bytes().decode("utf-8", errors="replace").splitlines(keepends=True)
-        whole = csv.DictReader(line for line in lines if line.endswith("\n"))
-        rows = [row for row in whole if row["step"].isdigit() and int(row["step"]) <= step]
-
-        def write(temporary: Path) -> None:
-            with open(temporary, "w", newline="", encoding="utf-8") as file:
-                writer = csv.DictWriter(file, _COLUMNS, extrasaction="ignore")
-                writer.writeheader()
-                writer.writerows(rows)
-
-        replace_file(path, write)
-
     # --- validation, samples, checkpoints
 
     def _validate(self, trainer: L.Trainer, module: TrainingModule) -> None:
         began = time.monotonic()
-        world = trainer.world_size
-        found = held_out_bits(module.average, self.validation, self.speakers, rank=trainer.global_rank, world=world)
-        sums = torch.tensor([found.total.sum(), found.samples.sum()], dtype=torch.float64)
+        world, step, history = trainer.world_size, trainer.global_step, self.record["history"]
+        levels = ByLevel(module.layout.sample_rate)
+        found = held_out_bits(
+            module.average, self.validation, self.speakers, rank=trainer.global_rank, world=world, note=levels.add
+        )
         if world > 1:
-            sums = trainer.strategy.reduce(sums.to(trainer.strategy.root_device), reduce_op="sum").cpu()  # type: ignore
-        bits = float(sums[0] / sums[1])
-        step, history = trainer.global_step, self.record["history"]
+            sums = torch.from_numpy(np.concatenate([found.total, found.samples, levels.bits, levels.samples]))
+            sums = trainer.strategy.reduce(sums.to(trainer.strategy.root_device), reduce_op="sum").cpu().numpy()  # type: ignore
+            n, m = len(found.total), len(levels.bits)
+            found = Bits(sums[:n], sums[n : 2 * n])
+            levels.bits, levels.samples = sums[2 * n : 2 * n + m], sums[2 * n + m :]
+        bits, elapsed = found.per_sample, round(module.elapsed, 2)
         best = not history or bits < min(entry["bits"] for entry in history)
-        history.append({"step": step, "seconds": round(module.elapsed, 2), "bits": bits})
+        groups = {"level": levels.named(), "speaker": by_speaker(self.validation, found)}
+        means = {
+            of: {name: round(value, 5) for name, (value, _) in them.items()} for of, them in groups.items() if them
+        }
+        history.append({"step": step, "seconds": elapsed, "bits": bits} | means)
         self._show(bits=bits)
-        row = {"step": step, "seconds": round(module.elapsed, 2), "validation_bits": round(bits, 5)}
-        self._write(trainer, step, row)
-        if best and trainer.is_global_zero:
-            module.average.save(self.out / "best", overwrite=True, training=self._described(step, bits))
+        if trainer.is_global_zero:
+            row = {"step": step, "seconds": elapsed, "validation_bits": round(bits, 5)}
+            self.log_book.metrics(trainer, step, row)
+            rows = [(f"bits by {of}", name, *pair) for of, them in groups.items() for name, pair in them.items()]
+            self.log_book.validation(trainer, step, rows)
+            if best:
+                module.average.save(self.out / "best", overwrite=True, training=self._described(step, bits))
         self._validated_at = time.monotonic()
         self._validation_cost = self._validated_at - began
         if step > 0 and self.config.sample_seconds > 0 and trainer.is_global_zero:
@@ -363,57 +347,17 @@ class Run(L.Callback):
         replace_file(self.out / "train.json", lambda path: path.write_text(text, encoding="utf-8"))
 
     def _sample(self, trainer: L.Trainer, module: TrainingModule) -> None:
-        """A second of free-running audio to TensorBoard, as sound and as a picture, beside the original."""
-        board = _tensorboard(trainer)
-        if board is None or self._sampling_cost > _SAMPLING_SHARE * module.elapsed:
+        """A little free-running audio: to hear, to see, and measured."""
+        if self._sampling_cost > _SAMPLING_SHARE * module.elapsed:
             return
         began = time.monotonic()
         model = copy.deepcopy(module.average).cpu()
-        target, generated = free_running(model, self.validation[0], self.config.sample_seconds, self.speakers)
+        made = probe(model, self.validation[0], self.config.sample_seconds, self.speakers)
         rate, step = model.config.sample_rate, trainer.global_step
-        for name, waveform in (("sample/original", target), ("sample/generated", generated)):
-            board.add_audio(name, waveform, step, sample_rate=rate)
-            board.add_image(name, spectrogram(waveform, rate), step, dataformats="HWC")
+        for name, waveform in (("sample/original", made.original), ("sample/generated", made.generated)):
+            self.log_book.sound(trainer, step, name, waveform, rate)
+        self.log_book.validation(trainer, step, [("probe", name, value, None) for name, value in made.measures.items()])
         self._sampling_cost += time.monotonic() - began
-
-
-@torch.no_grad()
-def free_running(
-    model: AutoregressiveModel,
-    recording: Recording,
-    seconds: float,
-    speakers: Sequence[str],
-    engine: str = "auto",
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The loudest `seconds` of a recording, and what the model makes of their mel: (T,) each."""
-    from wavear.generate import generate
-
-    layout, rate = Layout.of(model, 1), model.config.sample_rate
-    whole = read_span(recording, rate, 0, min(layout.length(recording), 60 * rate))
-    length = min(math.ceil(seconds * rate / layout.hop) * layout.hop, whole.size)
-    energy = np.concatenate([[0.0], np.cumsum(np.square(whole, dtype=np.float64))])
-    start = int(np.argmax(energy[length:] - energy[: energy.size - length]))
-    target = torch.from_numpy(whole[start : start + length])
-    mel = None if layout.mel is None else log_mel(target[None], layout.mel)
-    speaker = list(speakers).index(recording.speaker or "") if model.config.speakers else None
-    return target, generate(model, mel, samples=length, speaker=speaker, seed=0, engine=engine)[0]
-
-
-def spectrogram(waveform: torch.Tensor, rate: int) -> np.ndarray:
-    """Log-mel picture of a waveform (T,), (height, width, 3) uint8, low frequencies at the bottom, 80 dB deep."""
-    import matplotlib
-
-    n_fft = 2 ** round(math.log2(rate / 22050 * 1024))
-    hop = n_fft // 8
-    if waveform.numel() < hop:
-        waveform = torch.nn.functional.pad(waveform, (0, hop - waveform.numel()))
-    config = MelConfig(
-        sample_rate=rate, n_fft=n_fft, window_length=n_fft, hop_length=hop, bands=min(80, n_fft // 8), fmax=None
-    )
-    decibels = log_mel(waveform[None], config)[0].flip(0).numpy() * (20 / math.log(10))
-    shade = np.clip((decibels - decibels.max()) / 80 + 1, 0, 1)
-    picture = (matplotlib.colormaps["magma"](shade)[..., :3] * 255).astype(np.uint8)
-    return picture.repeat(2, axis=0).repeat(2, axis=1)
 
 
 def _some(crops: list[str]) -> str:
@@ -423,8 +367,3 @@ def _some(crops: list[str]) -> str:
 def _training(module: L.LightningModule) -> TrainingModule:
     assert isinstance(module, TrainingModule)
     return module
-
-
-def _tensorboard(trainer: L.Trainer) -> Any:
-    logger: Any = trainer.logger
-    return None if logger is None else logger.experiment

@@ -13,7 +13,7 @@ import torch
 from wavear.data import Recording
 from wavear.files import replace_file
 from wavear.grid import Grid
-from wavear.segments import Batch, Layout
+from wavear.segments import Batch, Layout, coded
 
 _WINDOW = 100  # steps that say what is usual
 _LEAST = 20  # steps before anything counts as unusual
@@ -74,7 +74,7 @@ def save_batch(
     window = batch.waveform[:, layout.margin : layout.margin + layout.window]
     tensors = {
         "waveform": window,
-        "codes": grid.encode(window).to(torch.int32),
+        "codes": grid.encode(coded(batch, layout)).to(torch.int32),
         "padded_waveform": batch.waveform,
         "frames": batch.frames,
         "span": batch.span,

@@ -10,7 +10,6 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.loggers import TensorBoardLogger
 from typing_extensions import override
 
 from wavear.checkpoint import load
@@ -19,11 +18,14 @@ from wavear.laws import Categorical
 from wavear.mel import log_mel
 from wavear.models.base import AutoregressiveModel
 from wavear.segments import Layout, Order, Segments, collate
-from wavear.train import TrainConfig, TrainResult
+from wavear.train import TrainConfig, TrainResult, make_directory
 from wavear.training.bits import Counts, baselines, held_out_bits, subset
 from wavear.training.callbacks import ProgressBar, Run
+from wavear.training.groups import turn_about
 from wavear.training.lanes import Lanes
+from wavear.training.log import finish, loggers, tell
 from wavear.training.module import TrainingModule
+from wavear.training.processes import Processes
 from wavear.training.state import StateIO
 from wavear.training.states import Found, last_good_state, sweep
 
@@ -85,7 +87,8 @@ def fit(
         segments = Lanes(corpus.train, layout, speakers, config.seed, batch_size=config.batch_size)
     else:
         segments = Segments(corpus.train, layout, speakers, config.seed, config.redraw_below)
-    world = int(os.environ.get("WORLD_SIZE", 1))
+    processes = Processes.here()
+    world = processes.world
     if config.batch_size % (world * config.accumulate):
         parts = f"{world} processes of {config.accumulate} parts each"
         raise ValueError(f"a batch of {config.batch_size} crops cannot be shared by {parts}: choose a multiple")
@@ -101,7 +104,7 @@ def fit(
     module = TrainingModule(model, layout, config, torch.bfloat16 if bf16 else None)
     run = Run(
         config,
-        subset(corpus.validation, config.validation_seconds * config.sample_rate),
+        subset(turn_about(corpus.validation), config.validation_seconds * config.sample_rate),
         speakers,
         record,
         corpus.train,
@@ -109,7 +112,7 @@ def fit(
     )
     run.skipped.update(corpus.bad)
     run.skipped.update(record.get("skipped", {}))
-    trainer = _trainer(config, kind, run, world, found)
+    trainer = _trainer(config, kind, run, processes, found)
     ending = [] if config.max_steps is None else [f"{config.max_steps} steps"]
     ending += [] if config.max_minutes is None else [f"{config.max_minutes:g} minutes"]
     parameters = sum(p.numel() for p in model.parameters())
@@ -118,7 +121,9 @@ def fit(
         f" on {trainer.strategy.root_device} in {'bf16' if bf16 else 'float32'}, until {' or '.join(ending)}"
     )
     if trainer.is_global_zero:
+        make_directory(config)
         run.write_record()
+        tell(trainer, config)
     try:
         path = found.path if found else None
         devices = [trainer.strategy.root_device] if kind == "cuda" else []
@@ -128,12 +133,13 @@ def fit(
             run.save_last(trainer, module)
     finally:
         run.release()
+        finish(trainer)
     return _finish(config, corpus, speakers, layout, module, trainer, run, say)
 
 
 def _resume(config: TrainConfig, record: dict[str, Any], say: Any) -> Found | None:
     """The last good state of the run in `out`, with `record` cut back to it; None if it was killed before the first."""
-    if int(os.environ.get("RANK", 0)) == 0:
+    if Processes.here().rank == 0:
         sweep(config.out)
     found = last_good_state(config.out)
     record.pop("held_out", None)
@@ -163,27 +169,26 @@ def _device_kind(device: str) -> str:
     return kind
 
 
-def _trainer(config: TrainConfig, kind: str, run: Run, world: int, found: Found | None) -> L.Trainer:
+def _trainer(config: TrainConfig, kind: str, run: Run, processes: Processes, found: Found | None) -> L.Trainer:
     number = config.device.partition(":")[2]
     if number and int(number) >= torch.cuda.device_count():
         raise ValueError(f"device is {config.device!r}, and there are {torch.cuda.device_count()} CUDA devices here")
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", world))
-    devices: Any = [int(number)] if number and world == 1 else local
+    world = processes.world
+    devices: Any = [int(number)] if number and world == 1 else processes.local
     bar = [ProgressBar(run)] if config.progress else []
-    hidden: Any = {"purge_step": found.state["global_step"] + 1} if found else {}  # points of steps to be taken again
     return L.Trainer(
         accelerator=kind,
         devices=devices,
-        num_nodes=world // local,
+        num_nodes=processes.nodes,
         strategy="ddp" if world > 1 else "auto",
         precision="32-true",  # of the weights
         max_steps=config.max_steps or -1,
         max_epochs=-1,
         limit_val_batches=0,
         num_sanity_val_steps=0,
-        logger=TensorBoardLogger(config.out, name="tensorboard", version="", **hidden),
+        logger=loggers(config.out, config.wandb, run.record, found.state["global_step"] + 1 if found else None),
         callbacks=[run, *bar],
-        plugins=[StateIO({str(found.path): found.state} if found else None)],
+        plugins=[StateIO({str(found.path): found.state} if found else None), *processes.plugins()],
         enable_checkpointing=False,
         enable_progress_bar=config.progress,
         enable_model_summary=False,

@@ -12,7 +12,8 @@ import torch
 from typing_extensions import override
 
 from wavear.models.base import AutoregressiveModel
-from wavear.segments import Batch, Layout, crop_loss
+from wavear.models.memory import check_compiler
+from wavear.segments import Batch, Layout, coded, crop_loss
 from wavear.training.lanes import Carried
 
 _LAST_RATE = 0.02  # of the peak: where the cosine ends
@@ -46,6 +47,12 @@ class TrainingModule(L.LightningModule):
         self.model = model
         self.average = copy.deepcopy(model).requires_grad_(False)
         self.layout = layout
+        if config.activation_checkpointing and model.activation_checkpointing is None:
+            raise ValueError(f"activation_checkpointing is not made for {type(model).__name__}: leave it away")
+        self.model.activation_checkpointing = config.activation_checkpointing or model.activation_checkpointing
+        if config.compile:
+            check_compiler()
+            self.model.compile_layers()  # after the copy: held-out bits do not depend on it
         self.settings = config
         self.compute_dtype = dtype
         self.seconds_before = 0.0  # spent by the runs that this one resumes
@@ -106,10 +113,17 @@ class TrainingModule(L.LightningModule):
         for part in batch.split(config.accumulate):
             state = self._carried(part, sum(map(len, crops)))
             losses, mask = crop_loss(
-                self.model, part, self.layout, self.compute_dtype, noise, config.input_noise, state
+                self.model,
+                part,
+                self.layout,
+                self.compute_dtype,
+                noise,
+                config.input_noise,
+                state,
+                config.conditioning_dropout,
             )
             if state is not None:
-                end = part.waveform[:, self.layout.margin + self.layout.window - 1]
+                end = coded(part, self.layout)[:, -1]
                 carry.append(Carried.give(self.model, state[0], self.model.grid.encode(end)))
             total = losses.sum()
             self.manual_backward(total / (len(batch.source) * self.layout.segment))
@@ -149,6 +163,13 @@ class TrainingModule(L.LightningModule):
         decay = min(self.settings.ema_decay, (1 + self.global_step) / (_AVERAGE_WARMUP + self.global_step))
         for average, weight in zip(self.average.parameters(), self.model.parameters(), strict=True):
             average.lerp_(weight, 1 - decay)
+
+    @torch.no_grad()
+    def average_distance(self) -> float:
+        """Norm of what the weights differ in from their moving average, over the norm of the weights."""
+        pairs = list(zip(self.model.parameters(), self.average.parameters(), strict=True))
+        apart = torch.stack([(weight - average).norm() for weight, average in pairs]).norm()
+        return float(apart / torch.stack([weight.norm() for weight, _ in pairs]).norm().clamp(min=1e-30))
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

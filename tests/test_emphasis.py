@@ -1,0 +1,219 @@
+"""Pre-emphasis: codes are of x[t] - a x[t-1] wherever codes are made, and what is made is de-emphasised exactly."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from scipy.signal import lfilter
+
+import wavear
+from wavear import MelConfig, Stream, StreamBatch, WaveNet, WaveNetConfig, audio, generate, mulaw_decode, mulaw_encode
+from wavear.data import Recording
+from wavear.emphasis import Deemphasis, emphasised
+from wavear.segments import Layout, Segments, collate, crop_loss, inputs
+
+A = 0.85
+RATE = 8000
+SMALL: dict[str, Any] = {
+    "layers": 4,
+    "stacks": 2,
+    "residual_channels": 8,
+    "skip_channels": 8,
+    "head_channels": 8,
+    "conditioning_channels": 4,
+    "sample_rate": RATE,
+}
+MEL = MelConfig(sample_rate=RATE, n_fft=64, window_length=64, hop_length=20, bands=5, fmax=4000.0)
+
+
+def network(mel: MelConfig | None = None, a: float = A) -> WaveNet:
+    torch.manual_seed(0)
+    return WaveNet(WaveNetConfig(mel=mel, pre_emphasis=a, **SMALL)).eval()
+
+
+def speech_like(samples: int) -> np.ndarray:
+    """Low frequencies above all, and no sample near full scale."""
+    noise = np.random.default_rng(0).standard_normal(samples)
+    smooth = lfilter([0.02], [1, -0.95], noise)
+    return np.clip(smooth, -0.5, 0.5).astype(np.float32)
+
+
+def test_the_two_filters_are_scipys_and_undo_each_other():
+    x = torch.from_numpy(speech_like(500)).double()
+    y = emphasised(x, A)
+    np.testing.assert_allclose(y.numpy(), lfilter([1, -A], [1], x.numpy()), atol=1e-15)
+    np.testing.assert_allclose(Deemphasis(A)(y).numpy(), x.numpy(), atol=1e-7)
+    assert emphasised(x, 0) is x
+    assert Deemphasis(0.0)(x) is x
+
+
+def test_pieces_are_the_whole():
+    y = torch.from_numpy(np.random.default_rng(0).uniform(-1, 1, 1000).astype(np.float32))  # which clips, too
+    whole = Deemphasis(A)(y)
+    back = Deemphasis(A)
+    assert torch.equal(torch.cat([back(part) for part in y.split([1, 0, 300, 7, 692])]), whole)
+    assert float(whole.abs().max()) == 1
+    expected = lfilter([1], [1, -A], y.double().numpy())
+    np.testing.assert_allclose(whole.numpy(), np.clip(expected, -1, 1), atol=1e-6)  # clipped after the filter
+
+
+def codes_of(x: np.ndarray) -> torch.Tensor:
+    """By the definition."""
+    return mulaw_encode(torch.from_numpy(x - np.float32(A) * np.concatenate([[np.float32(0)], x[:-1]])), 256)
+
+
+@pytest.fixture
+def recording(tmp_path: Path) -> Recording:
+    x = speech_like(2000)
+    audio.write(tmp_path / "a.wav", x, RATE, "float32")
+    return Recording(tmp_path / "a.wav", "a.wav", 0, 2000, RATE)
+
+
+@pytest.mark.parametrize("mel", [None, MEL], ids=["free", "mel"])
+def test_crops_have_the_codes_of_the_whole(recording: Recording, mel: MelConfig | None):
+    model = network(mel)
+    layout = Layout.of(model, 400)
+    expected = codes_of(speech_like(2000))
+    segments = Segments([recording], layout)
+    for start, first, last in layout.cover(recording):
+        from wavear.segments import read_crop
+
+        batch = collate([segments.item(recording, 0, start, first, last, read_crop(recording, layout, start))])
+        codes, _, _ = inputs(model, batch, layout)
+        assert torch.equal(codes[0, :last], expected[start : start + last])
+
+
+@pytest.mark.parametrize("mel", [None, MEL], ids=["free", "mel"])
+def test_bits_are_of_the_emphasised_codes_by_every_way(recording: Recording, mel: MelConfig | None, monkeypatch):
+    from wavear.evaluation import bits as evaluation
+    from wavear.training import bits as training
+
+    model = network(mel).double()
+    x = speech_like(2000)
+    conditioning = None if mel is None else model.condition(wavear.log_mel(torch.from_numpy(x)[None].double(), mel))
+    codes = codes_of(x)
+    with torch.no_grad():
+        logs = torch.log_softmax(model(codes[None], conditioning), 1).gather(1, codes[None, None])[0, 0]
+    expected = -logs.sum().item() / math.log(2)
+    assert -wavear.score(model, x).sum().item() / math.log(2) == pytest.approx(expected, rel=1e-6)
+    monkeypatch.setattr(training, "_EVALUATION_SEGMENT", 300)
+    assert training.held_out_bits(model, [recording]).total[0] == pytest.approx(expected, rel=1e-6)
+    blocks = list(evaluation.scored_blocks(model, recording, None, seconds=0.05))
+    assert len(blocks) > 3
+    np.testing.assert_allclose(
+        np.concatenate([nats for _, nats in blocks]), -logs.numpy(), atol=1e-9 if mel is None else 1e-5
+    )
+    monkeypatch.setattr(training, "_READ_SECONDS", 0.05)
+    counted = list(training.code_blocks(recording, dataclasses.replace(Layout.of(model, 1), hop=1), 256))
+    assert np.array_equal(np.concatenate(counted), codes.numpy())
+
+
+def test_the_loss_has_the_gradient_of_these_codes(recording: Recording):
+    """A law of no past learns how often codes are: those of the emphasised audio."""
+    model, layout = network(), Layout.of(network(), 1500)
+    batch = collate([Segments([recording], layout)[0]])
+    losses, mask = crop_loss(model, batch, layout)
+    start = int(batch.start[0])
+    codes = codes_of(speech_like(2000))[start : start + layout.window]
+    with torch.no_grad():
+        logs = torch.log_softmax(model(codes[None]), 1).gather(1, codes[None, None])[0, 0]
+    assert mask[0].any()
+    torch.testing.assert_close(losses[0][mask[0]].detach(), -logs[mask[0]], atol=1e-5, rtol=1e-5)
+
+
+def decoded(codes: torch.Tensor) -> np.ndarray:
+    y = mulaw_decode(codes, 256).double().numpy()
+    return np.clip(lfilter([1], [1, -A], y), -1, 1)
+
+
+def test_what_is_generated_is_the_deemphasised_codes():
+    model = network()
+    made = generate(model, samples=300, seed=[1, 2], engine="reference")
+    plain = network(a=0.0)
+    plain.load_state_dict(model.state_dict())
+    codes = mulaw_encode(generate(plain, samples=300, seed=[1, 2], engine="reference"), 256)  # the same, codes alone
+    for row, expected in zip(made, codes, strict=True):
+        np.testing.assert_allclose(row.numpy(), decoded(expected), atol=1e-6)
+
+
+@pytest.mark.parametrize("mel", [None, MEL], ids=["free", "mel"])
+def test_a_stream_is_generate_to_the_bit_however_it_is_cut_and_saved(mel: MelConfig | None, tmp_path: Path):
+    model = network(mel)
+    prime = speech_like(75)
+    frames = None if mel is None else torch.randn(5, 15, generator=torch.Generator().manual_seed(0))
+    whole = generate(model, frames, samples=None if mel else 225, seed=3, engine="reference", prime=prime)[0]
+
+    def parts(stream: Stream) -> list[torch.Tensor]:
+        made = [stream.pull(40), stream.pull(1)] if frames is None else [stream.push(frames[:, :9])]
+        stream.save(tmp_path / "s.safetensors")
+        again = Stream.load(model, tmp_path / "s.safetensors", engine="reference")
+        if frames is None:
+            return [*made, again.pull(184)]
+        return [*made, again.push(frames[:, 9:]), again.flush()]
+
+    found = torch.cat(parts(Stream(model, seed=3, engine="reference", prime=prime)))
+    assert torch.equal(found, whole)
+
+
+def test_members_of_a_batch_have_each_its_own():
+    model, prime = network(), speech_like(75)
+    whole = generate(model, samples=225, seed=3, engine="reference", prime=prime)[0]
+    batch = StreamBatch(model, engine="reference")
+    other, member = batch.add(seed=9), batch.add(seed=3, prime=prime)
+    made = []
+    for count in (50, 175):
+        batch.pull(other, count)
+        batch.pull(member, count)
+        made.append(batch.step()[member])
+    assert torch.equal(torch.cat(made), whole)
+
+
+def test_a_recording_that_was_made_goes_on_as_it_would_have():
+    model = network()
+    with torch.no_grad():
+        model.get_parameter("head.3.bias").copy_(-(torch.arange(256.0) - 128).abs() / 8)  # quiet, most of the time
+    whole = generate(model, samples=200, seed=4, engine="reference")[0]
+    assert float(whole.abs().max()) < 1  # nothing clipped, so that its codes are known
+    on = generate(model, samples=120, seed=4, engine="reference", prime=whole[:80])[0]
+    assert torch.equal(on, whole[80:])
+
+
+def test_it_is_saved_and_checkpoints_without_it_are_of_plain_audio(tmp_path: Path):
+    network().save(tmp_path / "a")
+    assert wavear.load(tmp_path / "a").config.pre_emphasis == A
+    network(a=0.0).save(tmp_path / "old")
+    from safetensors.torch import load_file, save_file
+
+    described = json.loads((tmp_path / "old" / "config.json").read_text())
+    del described["config"]["pre_emphasis"]
+    (tmp_path / "old" / "config.json").write_text(json.dumps(described))
+    weights = tmp_path / "old" / "model.safetensors"
+    save_file(load_file(weights), weights, metadata={"wavear": json.dumps(described)})
+    assert wavear.load(tmp_path / "old").config.pre_emphasis == 0
+
+
+def test_its_best_possible_is_the_round_trip_of_these_codes():
+    from wavear.evaluation.bounds import mulaw_round_trip
+
+    x = torch.from_numpy(speech_like(4000))
+    found = mulaw_round_trip(x, 256, A)
+    np.testing.assert_allclose(found.numpy(), decoded(codes_of(x.numpy())), atol=1e-6)
+    high = [np.abs(np.fft.rfft((y - x).numpy()))[1500:].mean() for y in (found, mulaw_round_trip(x, 256))]
+    assert high[0] < high[1] / 1.5  # what it is for: less noise above 3 kHz
+
+
+def test_what_cannot_be_is_refused():
+    with pytest.raises(ValueError, match=r"pre_emphasis is 1\.0, it must be 0 to less than 1"):
+        network(a=1.0)
+    from wavear.evaluation.compare import check_codes
+
+    one, other = (dataclasses.asdict(network(a=a).config) for a in (A, 0.0))
+    with pytest.raises(ValueError, match=r"a has 0\.85 of pre-emphasis and b has 0\.0"):
+        check_codes(one, other)
