@@ -3,7 +3,8 @@
 from wavear import audio, corpora
 from wavear.checkpoint import CheckpointError, load
 from wavear.convert import convert_mel
-from wavear.evaluate import EvaluateConfig, Evaluation, compare, evaluate
+from wavear.evaluate import EvaluateConfig, Evaluation, compare, compare_models, evaluate
+from wavear.fit import fit_linear
 from wavear.generate import generate, score
 from wavear.generate.state import StreamState
 from wavear.generate.stream import Stream, StreamBatch
@@ -11,6 +12,8 @@ from wavear.judge import adapt_mel, judge_mel
 from wavear.mel import MelConfig, log_mel
 from wavear.models.base import AutoregressiveModel
 from wavear.models.gru import GRU, GRUConfig
+from wavear.models.linear import Linear, LinearConfig
+from wavear.models.transformer import Transformer, TransformerConfig
 from wavear.models.wavenet import WaveNet, WaveNetConfig
 from wavear.mulaw import mulaw_decode, mulaw_encode
 from wavear.train import TrainConfig, TrainResult, train
@@ -25,20 +28,26 @@ __all__ = [
     "EvaluateConfig",
     "Evaluation",
     "GRUConfig",
+    "Linear",
+    "LinearConfig",
     "MelConfig",
     "Stream",
     "StreamBatch",
     "StreamState",
     "TrainConfig",
     "TrainResult",
+    "Transformer",
+    "TransformerConfig",
     "WaveNet",
     "WaveNetConfig",
     "adapt_mel",
     "audio",
     "compare",
+    "compare_models",
     "convert_mel",
     "corpora",
     "evaluate",
+    "fit_linear",
     "generate",
     "judge_mel",
     "load",

@@ -130,6 +130,8 @@ def make_engine(
 def _compiled_engine(model: AutoregressiveModel) -> Any | None:
     """The class of the compiled engine that serves a model, if there is one."""
     from wavear.models.gru import GRU
+    from wavear.models.linear import Linear
+    from wavear.models.transformer import Transformer
     from wavear.models.wavenet import WaveNet
 
     if isinstance(model, WaveNet):
@@ -140,6 +142,14 @@ def _compiled_engine(model: AutoregressiveModel) -> Any | None:
         from wavear.generate.numba_gru import NumbaGRUEngine
 
         return NumbaGRUEngine
+    if isinstance(model, Transformer):
+        from wavear.generate.numba_transformer import NumbaTransformer
+
+        return NumbaTransformer
+    if isinstance(model, Linear):
+        from wavear.generate.numba_linear import NumbaLinearEngine
+
+        return NumbaLinearEngine
     return None
 
 
