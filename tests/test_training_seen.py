@@ -269,8 +269,8 @@ def test_hidden_frames_are_the_mean_and_no_others(tones: Path, tmp_path: Path):
     assert torch.equal(dropped.transpose(1, 2)[~hidden], clean.transpose(1, 2)[~hidden])
     assert not (clean == mean[:, None]).any()
     noise = torch.Generator().manual_seed(0)
-    assert torch.equal(crop_loss(model, batch, layout, None, noise, 0.0, 0.0)[0], crop_loss(model, batch, layout)[0])
-    a, b, c = (crop_loss(model, batch, layout, None, torch.Generator().manual_seed(s), 0.0, 0.3)[0] for s in (1, 1, 2))
+    assert torch.equal(crop_loss(model, batch, layout, None, noise, dropout=0.0)[0], crop_loss(model, batch, layout)[0])
+    a, b, c = (crop_loss(model, batch, layout, None, torch.Generator().manual_seed(s), dropout=0.3)[0] for s in (1, 1, 2))
     assert torch.equal(a, b)
     assert not torch.equal(a, c)
 

@@ -20,7 +20,7 @@ from wavear.generate.numba_gru_loop import (
     kernels,
 )  # fmt: skip
 from wavear.generate.numba_laws import CATEGORICAL, numbers
-from wavear.generate.numba_plan import SPAN, TABLE, power_of_two, width_for
+from wavear.generate.numba_plan import SPAN, TABLE, power_of_two, put_matrix, width_for
 from wavear.generate.numba_products import (
     M_ADDRESS,
     M_BLOCKS,
@@ -58,7 +58,6 @@ from wavear.generate.numba_products import (
     N_Z_ROW,
     N_ZEROS,
     products,
-    put_matrix,
 )
 from wavear.generate.packing import Region, to_numpy, vectors_of
 from wavear.models.gru import GRU

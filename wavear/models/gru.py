@@ -169,7 +169,7 @@ class GRU(AutoregressiveModel):
         names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
         weights = [getattr(self.gru, f"{name}_l{layer}") for layer in range(self.config.layers) for name in names]
         with warnings.catch_warnings():
-            # cuDNN copies weights that do not lie side by side, as rounded ones do not; it costs less than a sample.
+            # cuDNN gathers weights that do not lie side by side, as rounded ones do not: a copy of them per call.
             warnings.filterwarnings("ignore", message="RNN module weights are not part of single contiguous chunk")
             return torch.gru(x, begin, weights, True, self.config.layers, 0.0, self.training, False, True)
 

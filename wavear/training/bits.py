@@ -18,6 +18,7 @@ from wavear.segments import Layout, Segments, coded, collate, crop_loss, read_cr
 
 _EVALUATION_SEGMENT = 16384  # samples of loss per crop: the context costs little, and the memory stays bounded
 _EVALUATION_BATCH = {"cpu": 1, "cuda": 16}  # crops at once
+_EVALUATION_LANES = {"cpu": 8, "cuda": 64}  # recordings at once, of models that carry their state
 _MARKOV_CLASSES = 1024  # the table of an order-1 Markov chain has the square of the classes
 _READ_SECONDS = 30
 _LEAST_REST = 4096  # samples of a recording that is cut to fit a limit
@@ -93,20 +94,31 @@ def held_out_bits(
 
 
 def _carried_bits(model: AutoregressiveModel, segments: Segments, rank: int, world: int) -> Bits:
-    """`held_out_bits` of a model that carries its state along each recording; of several processes each takes some."""
+    """`held_out_bits` of a model that carries its state along each recording; of several processes each takes some.
+
+    Recordings of like length run side by side, since the samples of one wait for each other.
+    """
     layout, device, training = segments.layout, next(model.parameters()).device, model.training
     found = Bits(np.zeros(len(segments.recordings)), np.zeros(len(segments.recordings), dtype=np.int64))
+    lengths = [layout.length(recording) for recording in segments.recordings]
+    mine = sorted(range(len(lengths)), key=lengths.__getitem__)[rank::world]
+    size = _EVALUATION_LANES.get(device.type, 1)
     model.eval()
-    for n, recording in list(enumerate(segments.recordings))[rank::world]:
-        state, previous = model.init_state(1), torch.full((1,), model.start_code, device=device)
-        for start in range(0, layout.length(recording), layout.segment):
-            last = min(layout.segment, layout.length(recording) - start)
-            item = segments.item(recording, n, start, 0, last, read_crop(recording, layout, start))
-            batch = collate([item]).to(device)
+    for lanes in (mine[at : at + size] for at in range(0, len(mine), size)):
+        state, previous = model.init_state(len(lanes)), torch.full((len(lanes),), model.start_code, device=device)
+        for start in range(0, lengths[lanes[-1]], layout.segment):
+            items = []
+            for n in lanes:
+                last = max(0, min(layout.segment, lengths[n] - start))  # 0: this recording has ended
+                recording = segments.recordings[n]
+                empty = np.zeros(layout.window + 2 * layout.margin, dtype=np.float32)
+                waveform = read_crop(recording, layout, start) if last else empty
+                items.append(segments.item(recording, n, start if last else 0, 0, last, waveform))
+            batch = collate(items).to(device)
             nats, mask = crop_loss(model, batch, layout, carried=(state, previous))
             previous = model.grid.encode(coded(batch, layout)[:, -1])
-            found.total[n] += nats.sum(dtype=torch.float64).item() / math.log(2)
-            found.samples[n] += int(mask.sum())
+            found.total[lanes] += nats.sum(1, dtype=torch.float64).cpu().numpy() / math.log(2)
+            found.samples[lanes] += mask.sum(1).cpu().numpy()
     model.train(training)
     return found
 
