@@ -3,13 +3,16 @@
 from wavear import audio, corpora
 from wavear.checkpoint import CheckpointError, load
 from wavear.convert import convert_mel
-from wavear.evaluate import EvaluateConfig, Evaluation, compare, evaluate
+from wavear.evaluate import EvaluateConfig, Evaluation, compare, compare_models, evaluate
+from wavear.fit import fit_linear
 from wavear.generate import generate, score
 from wavear.generate.state import StreamState
 from wavear.generate.stream import Stream, StreamBatch
 from wavear.judge import adapt_mel, judge_mel
 from wavear.mel import MelConfig, log_mel
 from wavear.models.base import AutoregressiveModel
+from wavear.models.gru import GRU, GRUConfig
+from wavear.models.linear import Linear, LinearConfig
 from wavear.models.transformer import Transformer, TransformerConfig
 from wavear.models.wavenet import WaveNet, WaveNetConfig
 from wavear.mulaw import mulaw_decode, mulaw_encode
@@ -19,10 +22,14 @@ from wavear.watch import watch
 __version__ = "0.1.0"
 
 __all__ = [
+    "GRU",
     "AutoregressiveModel",
     "CheckpointError",
     "EvaluateConfig",
     "Evaluation",
+    "GRUConfig",
+    "Linear",
+    "LinearConfig",
     "MelConfig",
     "Stream",
     "StreamBatch",
@@ -36,9 +43,11 @@ __all__ = [
     "adapt_mel",
     "audio",
     "compare",
+    "compare_models",
     "convert_mel",
     "corpora",
     "evaluate",
+    "fit_linear",
     "generate",
     "judge_mel",
     "load",

@@ -49,7 +49,7 @@ class TrainConfig:
     """wavenet, gru, transformer or linear; see docs/families.md. The settings up to `coarse_classes` are of the model:
     None is the family's own default, and one that the family does not have is refused."""
     layers: int | None = None
-    """wavenet: dilated convolutions (20), a multiple of `stacks`. gru, transformer: layers."""
+    """wavenet: dilated convolutions (20), a multiple of `stacks`. gru: recurrent layers (1). transformer: layers."""
     stacks: int | None = None
     """wavenet: the dilation doubles from layer to layer and restarts at 1 in each stack (2)."""
     kernel_size: int | None = None
@@ -59,7 +59,9 @@ class TrainConfig:
     skip_channels: int | None = None
     """wavenet: channels of the sum over layers that the head reads (128)."""
     channels: int | None = None
-    """transformer: channels of a position (256), a multiple of 2 * `heads`."""
+    """gru: hidden units of each layer (352). transformer: channels of a position (256), a multiple of 2 * `heads`."""
+    input_channels: int | None = None
+    """gru: channels in which the sample before and the conditioning are added (128)."""
     heads: int | None = None
     """transformer: of the attention (4)."""
     window: int | None = None
@@ -80,8 +82,20 @@ class TrainConfig:
     """Of the next sample: categorical, logistic_mixture, gaussian, laplace; see docs/laws.md."""
     mixtures: int | None = None
     """Components of a mixture of logistics (10)."""
+    order: int | None = None
+    """linear: lags (32); with a `criterion` the most of them."""
+    differencing: int | None = None
+    """linear: order of the differences that are predicted (0)."""
+    grid: str | None = None
+    """linear: of the codes, mulaw (256 codes) or linear (16 bits)."""
+    domain: str | None = None
+    """linear: predicts samples (linear) or mu-law companded values (companded)."""
     coarse_classes: int | None = None
     """For laws over values: mu-law codes embedded beside the value at the input (0: none)."""
+    criterion: Literal["aic", "bic"] | None = None
+    """linear: choose the order by this information criterion."""
+    stabilise: bool = False
+    """linear: move poles outside the unit circle inside."""
     sample_rate: int = 22050
     """Of the model, in Hz; recordings of another rate are resampled as they are read."""
     unconditional: bool = False
@@ -207,6 +221,15 @@ class TrainConfig:
             raise ValueError(f"precision is {self.precision!r}, expected auto, 32 or bf16")
         if self.normalise not in ("none", "peak", "rms"):
             raise ValueError(f"normalise is {self.normalise!r}, expected none, peak or rms")
+        if self.criterion not in (None, "aic", "bic"):
+            raise ValueError(f"criterion is {self.criterion!r}, expected aic or bic")
+        for name in ("criterion", "stabilise"):
+            if self.family != "linear" and getattr(self, name):
+                raise ValueError(f"{name} is of the family linear, and this one is {self.family}: leave it away")
+        if self.family == "linear" and self.resume:
+            raise ValueError("a linear model is fitted in one pass, there is nothing to resume: overwrite it instead")
+        if self.family == "linear" and self.mel_preset is not None:
+            raise ValueError(f"mel_preset is {self.mel_preset!r}, and a linear model takes no mels: leave it away")
         own = [f for f in dataclasses.fields(self) if f.name.startswith("mel_") and f.name != "mel_preset"]
         if self.mel_preset is not None and (given := [f.name for f in own if getattr(self, f.name) != f.default]):
             raise ValueError(f"mel_preset is {self.mel_preset!r} and says what the mels are: leave {given[0]} away")
@@ -215,7 +238,7 @@ class TrainConfig:
     @property
     def mel(self) -> MelConfig | None:
         """The mels to condition on, or None."""
-        if self.unconditional:
+        if self.unconditional or self.family == "linear":
             return None
         if self.mel_preset is not None:
             return MelConfig.preset(self.mel_preset)
@@ -266,7 +289,7 @@ class TrainResult:
     seconds: float
     """Of training and validations, resumed runs included."""
     stopped_by: str
-    """"steps", "time" or "interrupt"."""
+    """"steps", "time" or "interrupt"; "fit" of a linear model, which is fitted in closed form."""
     best: Path
     """Checkpoint directory."""
     last: Path
@@ -298,7 +321,10 @@ def train(config: TrainConfig) -> TrainResult:
     ValueError
         If no file can be used, or `resume` meets a run of another model.
     """
-    from wavear.training.loop import fit
+    if config.family == "linear":
+        from wavear.training.linear import fit
+    else:
+        from wavear.training.loop import fit
 
     writes = int(os.environ.get("RANK", 0)) == 0
     say = print if config.progress and writes else _silence

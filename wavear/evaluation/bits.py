@@ -12,16 +12,18 @@ import numpy as np
 import torch
 
 from wavear.data import Recording
-from wavear.evaluation.linear import LinearPredictor
+from wavear.evaluation.linear import bits_of, fit_predictor
 from wavear.evaluation.metrics import frame_levels
 from wavear.generate import score
 from wavear.grid import Grid
 from wavear.mel import log_mel
 from wavear.models.base import AutoregressiveModel
+from wavear.models.linear import Linear
 from wavear.segments import Layout, read_span
 from wavear.training.bits import Counts, baselines, code_blocks
 
 BLOCK_SECONDS = 60.0  # of a recording at once
+COMMON = Grid("linear", 65536)
 LEVELS = (-math.inf, -70.0, -60.0, -50.0, -40.0, -30.0, -20.0, math.inf)  # dB of full scale, RMS of 20 ms
 
 
@@ -38,6 +40,8 @@ class Scores:
     """Bits of the model, likewise."""
     digest: str = ""
     """Of the codes: equal for recordings that are the same to the model."""
+    common: float | None = None
+    """Bits of the model on the grid of 16-bit samples, `COMMON`; None where the model's own is finer in places."""
 
 
 @dataclass(frozen=True)
@@ -45,14 +49,14 @@ class Baselines:
     """Laws that need no model, fitted."""
 
     counts: Counts
-    linear: LinearPredictor
+    linear: Linear
 
     @classmethod
     def fit(cls, recordings: Sequence[Recording], layout: Layout, grid: Grid) -> Baselines:
         """To the codes of recordings."""
         layout = every_sample(layout)
         rows = [codes_of(recording, layout, grid) for recording in recordings]
-        return cls(Counts.of(recordings, layout, grid), LinearPredictor.fit(rows, grid))
+        return cls(Counts.of(recordings, layout, grid), fit_predictor(rows, grid))
 
     def bits(self, recording: Recording, layout: Layout, grid: Grid) -> dict[str, float]:
         """Sums over a recording."""
@@ -60,11 +64,11 @@ class Baselines:
         counted = Counts.of([recording], layout, grid)
         samples = int(counted.single.sum())
         found = {name: value * samples for name, value in baselines(self.counts, counted).items()}
-        order = len(self.linear.weights)
+        order = self.linear.receptive_field
         total, past = 0.0, np.zeros(0, np.int64)
         for codes in code_blocks(recording, layout, grid):
             joined = np.concatenate([past, codes])
-            total += float(self.linear.bits(joined)[len(past) :].sum())
+            total += float(bits_of(self.linear, joined)[len(past) :].sum())
             past = joined[-order:]
         return found | {"linear": total}
 
@@ -93,15 +97,18 @@ def score_recording(model: AutoregressiveModel, recording: Recording, speaker: i
         For a model with speakers.
     """
     found, digest, rate = Scores(), hashlib.blake2b(digest_size=16), model.config.sample_rate
-    total = 0.0
+    total, refined = 0.0, 0.0
+    refinement = model.grid.refinement(COMMON)
     for waveform, nats in scored_blocks(model, recording, speaker):
         bits = nats / math.log(2)
         found.samples += bits.size
         total += float(bits.sum())
         codes = model.grid.encode(torch.from_numpy(waveform)).numpy()
         digest.update(codes.astype("<u2").tobytes())
+        refined += 0.0 if refinement is None else float(refinement[codes].sum())
         _add_by_level(found, waveform, bits, rate)
     found.bits["model"] = total
+    found.common = None if refinement is None else total + refined
     found.digest = digest.hexdigest()
     return found
 

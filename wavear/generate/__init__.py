@@ -129,6 +129,8 @@ def make_engine(
 
 def _compiled_engine(model: AutoregressiveModel) -> Any | None:
     """The class of the compiled engine that serves a model, if there is one."""
+    from wavear.models.gru import GRU
+    from wavear.models.linear import Linear
     from wavear.models.transformer import Transformer
     from wavear.models.wavenet import WaveNet
 
@@ -136,10 +138,18 @@ def _compiled_engine(model: AutoregressiveModel) -> Any | None:
         from wavear.generate.numba_cpu import NumbaEngine
 
         return NumbaEngine
+    if isinstance(model, GRU):
+        from wavear.generate.numba_gru import NumbaGRUEngine
+
+        return NumbaGRUEngine
     if isinstance(model, Transformer):
         from wavear.generate.numba_transformer import NumbaTransformer
 
         return NumbaTransformer
+    if isinstance(model, Linear):
+        from wavear.generate.numba_linear import NumbaLinearEngine
+
+        return NumbaLinearEngine
     return None
 
 
