@@ -43,7 +43,10 @@ EXACT: dict[str, Any] = {"rtol": 0, "atol": 1e-12}
 
 def make(config) -> Any:
     torch.manual_seed(0)
-    return Transformer(config).double()
+    model = Transformer(config).double()
+    if model.head.place is not None:  # which begin at zero
+        torch.nn.init.normal_(model.head.place.weight)
+    return model
 
 
 def make_codes(config, batch, total):
