@@ -3,6 +3,7 @@
 from wavear import audio, corpora
 from wavear.checkpoint import CheckpointError, load
 from wavear.convert import convert_mel
+from wavear.data import IndexReport, index
 from wavear.evaluate import EvaluateConfig, Evaluation, compare, compare_models, evaluate
 from wavear.fit import fit_linear
 from wavear.generate import generate, score
@@ -28,6 +29,7 @@ __all__ = [
     "EvaluateConfig",
     "Evaluation",
     "GRUConfig",
+    "IndexReport",
     "Linear",
     "LinearConfig",
     "MelConfig",
@@ -49,6 +51,7 @@ __all__ = [
     "evaluate",
     "fit_linear",
     "generate",
+    "index",
     "judge_mel",
     "load",
     "log_mel",
