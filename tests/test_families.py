@@ -248,7 +248,8 @@ def test_the_same_seed_gives_the_same_audio_on_every_engine(config, engine):
             t = int((expected[b] != found[b]).nonzero()[0])
             steps = model.grid.encode(expected[b, t]) - model.grid.encode(found[b, t])
             assert abs(int(steps)) <= 1, f"sample {t} of stream {b} differs by {int(steps)} codes"
-    assert not differ.all()
+    # Of 65536 values a boundary lies so near every 30th uniform or so.
+    assert model.grid.classes > 4096 or not differ.all()
 
 
 @every

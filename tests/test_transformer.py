@@ -43,7 +43,10 @@ EXACT: dict[str, Any] = {"rtol": 0, "atol": 1e-12}
 
 def make(config) -> Any:
     torch.manual_seed(0)
-    return Transformer(config).double()
+    model = Transformer(config).double()
+    if model.head.place is not None:  # which begin at zero
+        torch.nn.init.normal_(model.head.place.weight)
+    return model
 
 
 def make_codes(config, batch, total):
@@ -520,6 +523,10 @@ def test_cost_is_that_of_the_matrices():
     attention = config.layers * 2 * config.window * config.channels
     assert abs(model.multiply_adds - (counted + attention) / config.patch) <= 1
     assert abs(model.weight_bytes - 4 * counted / config.patch) <= 4
+    from wavear.generate.ceiling import cost
+
+    assert abs(cost(config).multiply_adds - model.multiply_adds) <= 1
+    assert abs(cost(config).weight_bytes - model.weight_bytes) <= 4
 
 
 @pytest.mark.parametrize(

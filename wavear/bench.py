@@ -23,6 +23,7 @@ from wavear.mel import MelConfig
 from wavear.models.base import AutoregressiveModel
 from wavear.models.families import FAMILIES
 from wavear.models.gru import GRUConfig
+from wavear.models.transformer import TransformerConfig
 from wavear.models.wavenet import WaveNetConfig
 from wavear.sampling import uniforms
 
@@ -36,7 +37,9 @@ _SHOWN = (0.25, 1, 1.5, 2, 2.5, 4, 64)  # MiB
 _A = WaveNetConfig(layers=20, stacks=2, residual_channels=64, skip_channels=128, mel=MelConfig())
 
 # The networks that the field publishes and measures; all of them here with 256 mu-law codes and 80 mels.
-SHAPES: dict[str, tuple[str, WaveNetConfig | GRUConfig]] = {
+Config = WaveNetConfig | GRUConfig | TransformerConfig
+
+SHAPES: dict[str, tuple[str, Config]] = {
     "nv-wavenet": ("the shape that nv-wavenet (2018) is measured with: 20 layers, 64 residual, 128 skip", _A),
     "nv-wavenet-free": ("the same without conditioning", replace(_A, mel=None)),
     "small": ("20 layers, 32 residual, 128 skip, no conditioning", replace(_A, residual_channels=32, mel=None)),
@@ -67,6 +70,7 @@ SHAPES: dict[str, tuple[str, WaveNetConfig | GRUConfig]] = {
         "the size of WaveRNN (2018): one GRU of 896 units, without its two halves of 8 bits and its sparse weights",
         GRUConfig(channels=896, mel=MelConfig()),
     ),
+    "transformer": ("the transformer that the family makes by default", TransformerConfig(mel=MelConfig())),
 }
 
 
@@ -90,14 +94,14 @@ class Measurement:
     """Bits per sample that the engine's law loses against float64, on audio drawn from the model."""
 
 
-def limit(ceiling: Ceiling, config: WaveNetConfig | GRUConfig, weights: str, batch: int, threads: int) -> float:
+def limit(ceiling: Ceiling, config: Config, weights: str, batch: int, threads: int) -> float:
     """Samples per second that cores of this machine can reach with a batch.
 
     Each core runs its share of the streams; they share each read of the weights, and each has its own multiply-adds.
     """
     network = cost(config, weights)
     streams = -(-batch // threads)  # of the core that has most
-    reading = ceiling.read_rate(network.hot_bytes) / network.hot_bytes
+    reading = 1 / network.seconds(ceiling.read_rate)
     return batch * min(reading, ceiling.multiply_adds / network.multiply_adds / streams)
 
 
@@ -115,7 +119,7 @@ def measure(
 
     Parameters
     ----------
-    model : WaveNet or GRU
+    model : WaveNet, GRU or Transformer
         Its error is measured on audio drawn from it: random weights make a law near the uniform one, trained weights
         a real one.
     engine, weights, threads
@@ -198,7 +202,7 @@ def run(
 
     Parameters
     ----------
-    model : WaveNet or GRU, optional
+    model : WaveNet, GRU or Transformer, optional
         Otherwise one with random weights is made: of `shape`, a name in `SHAPES`, or of `settings`.
     settings : dict, optional
         Fields of `WaveNetConfig`; mels of 80 bands are added unless `unconditional`.
@@ -256,7 +260,12 @@ def run(
     return rows
 
 
-def _layers(config: WaveNetConfig | GRUConfig) -> str:
+def _layers(config: Config) -> str:
+    if isinstance(config, TransformerConfig):
+        return (
+            f"transformer, {config.layers} layers of {config.channels}, {config.heads} heads, window {config.window}, "
+            f"patch {config.patch}"
+        )
     if isinstance(config, GRUConfig):
         return f"GRU, {config.layers} x {config.channels} units"
     return (
@@ -265,7 +274,7 @@ def _layers(config: WaveNetConfig | GRUConfig) -> str:
     )
 
 
-def _config(shape: str | None, settings: dict[str, Any], unconditional: bool) -> WaveNetConfig | GRUConfig:
+def _config(shape: str | None, settings: dict[str, Any], unconditional: bool) -> Config:
     if shape is not None:
         if shape not in SHAPES:
             raise ValueError(f"shape is {shape!r}, expected one of {', '.join(SHAPES)}")

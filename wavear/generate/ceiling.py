@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -14,6 +15,7 @@ from wavear.generate.compiled import compiled
 from wavear.generate.packing import Region
 from wavear.laws import law_of
 from wavear.models.gru import GRUConfig
+from wavear.models.transformer import TransformerConfig
 from wavear.models.wavenet import WaveNetConfig
 
 
@@ -28,14 +30,20 @@ class Cost:
     hot_bytes: int
     """Bytes that one stream must read anew for every sample: without those of past taps and conditioning that are
     read once for many samples, and of the first layer, which is a table."""
+    patch: int = field(default=1, repr=False)
+    """Samples for which the weights are read together: a reading is of `hot_bytes` times as many."""
+
+    def seconds(self, read_rate: Callable[[float], float]) -> float:
+        """For the reading of one sample, by the rate (bytes per second) at which so many bytes are read."""
+        return self.hot_bytes / read_rate(self.hot_bytes * self.patch)
 
 
-def cost(config: WaveNetConfig | GRUConfig, weights: str = "float32") -> Cost:
+def cost(config: WaveNetConfig | GRUConfig | TransformerConfig, weights: str = "float32") -> Cost:
     """What one sample costs.
 
     Parameters
     ----------
-    config : WaveNetConfig or GRUConfig
+    config : WaveNetConfig, GRUConfig or TransformerConfig
     weights : str
         "float32", "bfloat16" or "int8".
 
@@ -45,8 +53,16 @@ def cost(config: WaveNetConfig | GRUConfig, weights: str = "float32") -> Cost:
     Cost(multiply_adds=667648, weight_bytes=2670592, hot_bytes=2080640)
     >>> cost(GRUConfig())
     Cost(multiply_adds=662528, weight_bytes=2650112, hot_bytes=2109440)
+    >>> cost(TransformerConfig())  # a share of the layers, which run once in 8 samples
+    Cost(multiply_adds=712704, weight_bytes=2719744, hot_bytes=2129920)
     """
-    matrices = _of_gru(config) if isinstance(config, GRUConfig) else _of_wavenet(config)
+    patch, attention = 1, 0.0
+    if isinstance(config, TransformerConfig):
+        patch = config.patch
+        attention = 2 * config.layers * config.window * config.channels / patch
+        matrices = _of_transformer(config)
+    else:
+        matrices = _of_gru(config) if isinstance(config, GRUConfig) else _of_wavenet(config)
     size = {"float32": 4, "bfloat16": 2, "int8": 1}[weights]
     scale = 4 if weights == "int8" else 0
 
@@ -54,14 +70,15 @@ def cost(config: WaveNetConfig | GRUConfig, weights: str = "float32") -> Cost:
         return outputs * (inputs * size + scale) if inputs else 0
 
     return Cost(
-        sum(outputs * inputs * count for outputs, inputs, count, _ in matrices),
-        sum(nbytes(outputs, inputs) * count for outputs, inputs, count, _ in matrices),
+        int(sum(outputs * inputs * count for outputs, inputs, count, _ in matrices) + attention),
+        int(sum(nbytes(outputs, inputs) * count for outputs, inputs, count, _ in matrices)),
         int(sum(nbytes(outputs, inputs) * count for outputs, inputs, _, count in matrices)),
+        patch,
     )
 
 
 # Of each matrix: outputs, inputs, how many such are multiplied for a sample, how many are read.
-_Matrices = list[tuple[int, int, int, float]]
+_Matrices = list[tuple[int, int, float, float]]
 
 
 def _of_gru(config: GRUConfig) -> _Matrices:
@@ -75,6 +92,26 @@ def _of_gru(config: GRUConfig) -> _Matrices:
         (3 * h, r, 1, 0),
         (3 * h, h, 2 * config.layers - 1, 2 * config.layers - 1),
         (a, h, 1, 1),
+        (law_of(config).channels, a, 1, 1),
+    ]
+
+
+def _of_transformer(config: TransformerConfig) -> _Matrices:
+    d, f, a, share = config.channels, config.hidden_channels, config.head_channels, 1 / config.patch
+    channels = config.conditioning_channels if config.mel is not None or config.speakers > 0 else 0
+    layers, samples = config.layers * share, config.patch * config.sample_channels
+    read = 0 if config.law == "categorical" else 1
+    return [
+        (d, samples, share, read * share),
+        (d, channels, share, share),
+        (3 * d, d, layers, layers),
+        (d, d, layers, layers),
+        (f, d, layers, layers),
+        (d, f, layers, layers),
+        (a, d, share, share),
+        (a, samples, 1, read),
+        (a, channels, 1, 1),
+        (a, a, 1, 1),
         (law_of(config).channels, a, 1, 1),
     ]
 
@@ -113,7 +150,7 @@ class Ceiling:
 
     def samples_per_second(self, cost: Cost) -> float:
         """The most that one stream on one core can reach: the slower of reading and of multiplying."""
-        return min(self.read_rate(cost.hot_bytes) / cost.hot_bytes, self.multiply_adds / cost.multiply_adds)
+        return min(1 / cost.seconds(self.read_rate), self.multiply_adds / cost.multiply_adds)
 
 
 SIZES = tuple(int(mebibytes * 2**20) for mebibytes in (0.02, 0.25, 0.5, 1, 1.5, 1.75, 2, 2.25, 2.5, 3, 4, 6, 16, 64))
