@@ -47,12 +47,15 @@ def clip(n: int, seconds: float = 0.7) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """runs/{mel,other,coarse,free,speakers}/best, held/ with three clips, by_speaker/."""
+    """runs/{mel,other,coarse,free,mixture,slow,speakers}/best, held/ with three clips, by_speaker/."""
     folder = tmp_path_factory.mktemp("evaluate")
     tiny(mel=MEL).save(folder / "runs" / "mel" / "best", training={"step": 7})
     tiny(1, mel=MEL).save(folder / "runs" / "other" / "best")
     tiny(mel=MEL, classes=64).save(folder / "runs" / "coarse" / "best")
     tiny().save(folder / "runs" / "free" / "best")
+    tiny(law="logistic_mixture", mixtures=2, mel=MEL).save(folder / "runs" / "mixture" / "best")
+    slow = dataclasses.replace(tiny().config, sample_rate=4000)
+    WaveNet(slow).save(folder / "runs" / "slow" / "best")
     tiny(mel=MEL, speakers=2).save(folder / "runs" / "speakers" / "best", training={"speakers": ["ann", "bob"]})
     for n in range(3):
         for path in (folder / "held" / f"{n}.wav", folder / "by_speaker" / ("ann", "bob", "ann")[n] / f"{n}.wav"):
@@ -436,7 +439,12 @@ def test_what_cannot_be_compared_is_refused(
     out = tmp_path / "c"
     coarse = ("compare", "runs/mel/best", "runs/coarse/best", "--data", "held", "--out", out)
     monkeypatch.setattr("wavear.evaluation.run.measure_everything", lambda *_, **__: pytest.fail("it began to work"))
-    assert "a has 256 mu-law codes and b has 64" in refused(capsys, *coarse)
+    with pytest.raises(ValueError, match="a has 256 mu-law codes and b has 64"):
+        compare(*coarse[1:3], out, "held")
+    assert "two models or more" in refused(capsys, "compare", "runs/mel/best", "--data", "held", "--out", out)
+    assert "are of 4000 and 8000 Hz" in refused(
+        capsys, "compare", "runs/mel/best", "runs/free/best", "runs/slow/best", "--data", "held", "--out", out
+    )
     assert "pass --data" in refused(capsys, "compare", "out", "runs/mel/best", "--out", out)
     assert "need no --data" in refused(capsys, "compare", "out", "out", "--data", "held", "--out", out)
     assert "nowhere: no such directory" in refused(capsys, "compare", "out", "nowhere", "--data", "held", "--out", out)
@@ -459,6 +467,63 @@ def test_what_cannot_be_compared_is_refused(
             paired(made.record, changed(change))
     noted = paired(made.record, changed(lambda r: r["settings"].update(temperature=0.8)))["notes"]
     assert noted == ["temperature is 1.0 in a and 0.8 in b: it differs besides the model"]
+
+
+# ---- models of any quantisation
+
+
+def test_bits_on_the_common_grid_are_those_of_16_bit_samples(here: Path, made: Evaluation):
+    """Counted one by one: P(16-bit value) = P(its mu-law code) / how many values have that code."""
+    model = wavear.load(here / "runs" / "mel" / "best")
+    every = wavear.mulaw_encode(torch.arange(-32768, 32768) / 32768)
+    found, samples = 0.0, 0
+    for row in made.record["clips"]:
+        x = audio.read(here / "held" / row["name"])
+        alike = torch.tensor([int((every == code).sum()) for code in wavear.mulaw_encode(x)[:500]])
+        nats = wavear.score(model, x)[0]
+        brute = -nats[:500] / np.log(2) + torch.log2(alike.double())
+        counts = torch.bincount(every, minlength=256).double().log2()
+        whole = -nats / np.log(2) + counts[wavear.mulaw_encode(x)]
+        torch.testing.assert_close(whole[:500], brute)
+        assert row["common_bits"] == pytest.approx(float(whole.mean()))
+        found, samples = found + float(whole.sum()), samples + x.numel()
+    assert made.record["common_bits"]["mean"] == pytest.approx(found / samples)
+
+
+def test_models_of_any_quantisation_stand_in_one_table(
+    here: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("wavear.evaluation.models._SPEED_SECONDS", 0.05)
+    out = tmp_path / "table"
+    sources = [str(here / "runs" / name / "best") for name in ("mel", "mixture", "coarse", "free")]
+    words = ["--clips", "1", "--seconds", "0.3", "--resamples", "200"]
+    assert main(["compare", *sources, "--data", str(here / "held"), "--out", str(out), *words]) == 0
+    printed = capsys.readouterr().out
+    record = json.loads((out / "models.json").read_text(encoding="utf-8"))
+    rows = {row["name"]: row for row in record["models"]}
+    assert list(rows) == ["mel", "mixture", "coarse", "free"]
+    assert rows["mixture"]["grid"] == "16-bit linear"
+    assert rows["mixture"]["common_bits"] == rows["mixture"]["bits"]
+    assert rows["mel"]["common_bits"]["mean"] > rows["mel"]["bits"]["mean"] + 2
+    assert rows["free"]["multiply_adds"] == wavear.load(sources[3]).multiply_adds
+    assert all(row["speed"]["reference"] > 0 and row["speed"]["numba"] > 0 for row in rows.values())
+    page = (out / "models.html").read_text(encoding="utf-8")
+    assert re.findall(r'(?:src|href)="(?!data:)[^"]*"', page) == []
+    head = re.search(r"<thead>(.*?)</thead>", page).group(1)  # type: ignore[union-attr]
+    titles = re.findall(r"<th[^>]*>(.*?)</th>", head)
+    assert titles[2:] == ["256 mu-law codes", "16-bit linear", "64 mu-law codes", "on 16-bit samples"]
+    assert "mixture: " in printed
+    whole = audio.read(out / "strip" / "recording.wav")
+    for n in range(4):
+        made = audio.read(out / "strip" / f"{n}.wav")
+        assert made.numel() == whole.numel()
+        prime = round(record["strip"]["prime_seconds"] * RATE)
+        assert torch.equal(made[:prime], whole[:prime])
+        assert not torch.equal(made[prime:], whole[prime:])
+    # From evaluations alone: no strip, and two of one grid where the table is asked for.
+    again = tmp_path / "again"
+    assert main(["compare", str(out / "1"), str(out / "4"), "--models", "--out", str(again)]) == 0
+    assert json.loads((again / "models.json").read_text(encoding="utf-8"))["strip"] is None
 
 
 @pytest.mark.parametrize(

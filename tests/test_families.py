@@ -9,7 +9,19 @@ import numpy as np
 import pytest
 import torch
 
-from wavear import LinearConfig, MelConfig, Stream, TrainConfig, WaveNetConfig, audio, generate, load, score, train
+from wavear import (
+    GRUConfig,
+    LinearConfig,
+    MelConfig,
+    Stream,
+    TrainConfig,
+    WaveNetConfig,
+    audio,
+    generate,
+    load,
+    score,
+    train,
+)
 from wavear.cli import main
 from wavear.generate import make_engine
 from wavear.models.families import FAMILIES, family_of
@@ -18,15 +30,19 @@ from wavear.training.lanes import VISIT, Carried, Lanes
 MEL = MelConfig(sample_rate=8000, n_fft=64, window_length=64, hop_length=12, bands=5, fmax=4000.0)
 COMMON: dict[str, Any] = {"sample_rate": 8000, "conditioning_channels": 5}
 WAVENET = {"layers": 4, "stacks": 2, "residual_channels": 6, "skip_channels": 7, "head_channels": 9, **COMMON}
+GRU: dict[str, Any] = {"channels": 7, "input_channels": 6, "head_channels": 9, **COMMON}
 
 MODELS = {
     "wavenet": WaveNetConfig(classes=64, **WAVENET),
     "wavenet kernel 3": WaveNetConfig(classes=64, kernel_size=3, **WAVENET),
+    "gru": GRUConfig(classes=64, **GRU),
+    "gru, two layers": GRUConfig(layers=2, classes=64, **GRU),
     "linear": LinearConfig(order=9, differencing=1, sample_rate=8000),
     "linear, 16 bits": LinearConfig(order=1, differencing=2, law="gaussian", grid="linear", sample_rate=8000),
 }
 CONDITIONED = {
     "wavenet": WaveNetConfig(classes=64, mel=MEL, speakers=3, **WAVENET),
+    "gru": GRUConfig(classes=64, mel=MEL, speakers=3, **GRU),
 }
 LAWS = {
     "mixture": {"law": "logistic_mixture", "mixtures": 3},
@@ -36,12 +52,13 @@ LAWS = {
 }
 VALUES = {
     f"{family} {law}": type(config)(**{**own, **fields})
-    for family, config, own in [("wavenet", MODELS["wavenet"], WAVENET)]
+    for family, config, own in [("wavenet", MODELS["wavenet"], WAVENET), ("gru", MODELS["gru"], GRU)]
     for law, fields in LAWS.items()
 }
 # Fields of `TrainConfig` that make a small model of each family.
 TRAINED: dict[str, dict[str, Any]] = {
     "wavenet": {"layers": 3, "stacks": 1, "residual_channels": 8, "skip_channels": 8, "head_channels": 8},
+    "gru": {"layers": 1, "channels": 16, "head_channels": 16},
     "linear": {"order": 8},
 }
 ENGINES = ["reference", "numba"]

@@ -3,7 +3,7 @@
 from wavear import audio, corpora
 from wavear.checkpoint import CheckpointError, load
 from wavear.convert import convert_mel
-from wavear.evaluate import EvaluateConfig, Evaluation, compare, evaluate
+from wavear.evaluate import EvaluateConfig, Evaluation, compare, compare_models, evaluate
 from wavear.fit import fit_linear
 from wavear.generate import generate, score
 from wavear.generate.state import StreamState
@@ -11,6 +11,7 @@ from wavear.generate.stream import Stream, StreamBatch
 from wavear.judge import adapt_mel, judge_mel
 from wavear.mel import MelConfig, log_mel
 from wavear.models.base import AutoregressiveModel
+from wavear.models.gru import GRU, GRUConfig
 from wavear.models.linear import Linear, LinearConfig
 from wavear.models.wavenet import WaveNet, WaveNetConfig
 from wavear.mulaw import mulaw_decode, mulaw_encode
@@ -20,10 +21,12 @@ from wavear.watch import watch
 __version__ = "0.1.0"
 
 __all__ = [
+    "GRU",
     "AutoregressiveModel",
     "CheckpointError",
     "EvaluateConfig",
     "Evaluation",
+    "GRUConfig",
     "Linear",
     "LinearConfig",
     "MelConfig",
@@ -37,6 +40,7 @@ __all__ = [
     "adapt_mel",
     "audio",
     "compare",
+    "compare_models",
     "convert_mel",
     "corpora",
     "evaluate",

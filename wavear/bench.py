@@ -20,7 +20,10 @@ from wavear.generate.ceiling import Ceiling, cost
 from wavear.generate.ceiling import measure as measure_ceiling
 from wavear.generate.numba_cpu import available_cores
 from wavear.mel import MelConfig
-from wavear.models.wavenet import WaveNet, WaveNetConfig
+from wavear.models.base import AutoregressiveModel
+from wavear.models.families import FAMILIES
+from wavear.models.gru import GRUConfig
+from wavear.models.wavenet import WaveNetConfig
 from wavear.sampling import uniforms
 
 _CHUNK = 2048  # samples per call of the numba engine, as `wavear.generate` calls it
@@ -33,7 +36,7 @@ _SHOWN = (0.25, 1, 1.5, 2, 2.5, 4, 64)  # MiB
 _A = WaveNetConfig(layers=20, stacks=2, residual_channels=64, skip_channels=128, mel=MelConfig())
 
 # The networks that the field publishes and measures; all of them here with 256 mu-law codes and 80 mels.
-SHAPES: dict[str, tuple[str, WaveNetConfig]] = {
+SHAPES: dict[str, tuple[str, WaveNetConfig | GRUConfig]] = {
     "nv-wavenet": ("the shape that nv-wavenet (2018) is measured with: 20 layers, 64 residual, 128 skip", _A),
     "nv-wavenet-free": ("the same without conditioning", replace(_A, mel=None)),
     "small": ("20 layers, 32 residual, 128 skip, no conditioning", replace(_A, residual_channels=32, mel=None)),
@@ -58,6 +61,12 @@ SHAPES: dict[str, tuple[str, WaveNetConfig]] = {
         "kan-bayashi/PytorchWaveNetVocoder: 30 layers, 3 stacks, 512 residual, 256 skip",
         replace(_A, layers=30, stacks=3, residual_channels=512, skip_channels=256),
     ),
+    "gru": ("the GRU that the family makes by default: one layer of 352", GRUConfig(mel=MelConfig())),
+    "gru-512": ("a GRU of 512 units", GRUConfig(channels=512, mel=MelConfig())),
+    "wavernn": (
+        "the size of WaveRNN (2018): one GRU of 896 units, without its two halves of 8 bits and its sparse weights",
+        GRUConfig(channels=896, mel=MelConfig()),
+    ),
 }
 
 
@@ -81,7 +90,7 @@ class Measurement:
     """Bits per sample that the engine's law loses against float64, on audio drawn from the model."""
 
 
-def limit(ceiling: Ceiling, config: WaveNetConfig, weights: str, batch: int, threads: int) -> float:
+def limit(ceiling: Ceiling, config: WaveNetConfig | GRUConfig, weights: str, batch: int, threads: int) -> float:
     """Samples per second that cores of this machine can reach with a batch.
 
     Each core runs its share of the streams; they share each read of the weights, and each has its own multiply-adds.
@@ -93,7 +102,7 @@ def limit(ceiling: Ceiling, config: WaveNetConfig, weights: str, batch: int, thr
 
 
 def measure(
-    model: WaveNet,
+    model: AutoregressiveModel,
     engine: str = "numba",
     *,
     weights: str = "float32",
@@ -106,7 +115,7 @@ def measure(
 
     Parameters
     ----------
-    model : WaveNet
+    model : WaveNet or GRU
         Its error is measured on audio drawn from it: random weights make a law near the uniform one, trained weights
         a real one.
     engine, weights, threads
@@ -134,7 +143,7 @@ def measure(
     return Measurement(engine, weights, batch, threads, best, best / model.config.sample_rate, share, error, lost)
 
 
-def _conditioner(model: WaveNet, batch: int) -> Conditioner:
+def _conditioner(model: AutoregressiveModel, batch: int) -> Conditioner:
     config = model.config
     generator = torch.Generator().manual_seed(0)
     mels = None
@@ -145,7 +154,7 @@ def _conditioner(model: WaveNet, batch: int) -> Conditioner:
     return Conditioner(model, mels, [0] * batch if config.speakers else None)
 
 
-def _calls(model: WaveNet, engine: str, weights: str, batch: int, threads: int) -> Iterator[int]:
+def _calls(model: AutoregressiveModel, engine: str, weights: str, batch: int, threads: int) -> Iterator[int]:
     """Samples made by each call of the engine, without end."""
     _, runner = make_engine(model, batch, engine, weights=weights, threads=threads)
     conditioner = _conditioner(model, batch)
@@ -157,7 +166,7 @@ def _calls(model: WaveNet, engine: str, weights: str, batch: int, threads: int) 
         yield chunk * batch
 
 
-def _compare(model: WaveNet, engine: str, weights: str, threads: int) -> tuple[float, float]:
+def _compare(model: AutoregressiveModel, engine: str, weights: str, threads: int) -> tuple[float, float]:
     """(largest difference of a log-probability, mean loss in bits) against `forward` in float64."""
     batch, samples = (_SCORED_STREAMS, _SCORED) if engine == "numba" else (1, _REFERENCE_CHUNK)
     cond = _conditioner(model, batch).span(0, samples)
@@ -167,13 +176,13 @@ def _compare(model: WaveNet, engine: str, weights: str, threads: int) -> tuple[f
     _, scoring = make_engine(model, batch, engine, weights=weights, threads=threads)
     scores = scoring.score(codes, cond)
     given = torch.from_numpy(codes)
-    logits = copy.deepcopy(model).double()(given, None if cond is None else cond.double())
-    expected = -torch.nn.functional.cross_entropy(logits, given, reduction="none").numpy()
+    parameters = copy.deepcopy(model).double()(given, None if cond is None else cond.double())
+    expected = model.law.log_prob(parameters, given).numpy()
     return float(np.abs(scores - expected).max()), float((expected - scores).mean() / np.log(2))
 
 
 def run(
-    model: WaveNet | None = None,
+    model: AutoregressiveModel | None = None,
     *,
     shape: str | None = None,
     settings: dict[str, Any] | None = None,
@@ -189,7 +198,7 @@ def run(
 
     Parameters
     ----------
-    model : WaveNet, optional
+    model : WaveNet or GRU, optional
         Otherwise one with random weights is made: of `shape`, a name in `SHAPES`, or of `settings`.
     settings : dict, optional
         Fields of `WaveNetConfig`; mels of 80 bands are added unless `unconditional`.
@@ -217,7 +226,8 @@ def run(
     if not 0 < seconds < 3600:
         raise ValueError(f"seconds is {seconds}, expected more than 0 and less than 3600")
     if model is None:
-        model = WaveNet(_config(shape, settings or {}, unconditional)).eval()
+        config = _config(shape, settings or {}, unconditional)
+        model = next(cls for cls, own in FAMILIES.values() if type(config) is own)(config).eval()
     elif shape is not None:
         raise ValueError(f"shape is {shape!r}, and a checkpoint has a shape of its own: give one of them")
     config = model.config
@@ -226,11 +236,7 @@ def run(
     rates = ", ".join(f"{ceiling.read_rate(size * 2**20) / 1e9:.0f} GB/s from {size:g} MiB" for size in _SHOWN)
     say(f"one core: {ceiling.multiply_adds / 1e9:.0f} G multiply-adds/s in float32; reads {rates}")
     mel = "no mel" if config.mel is None else f"{config.mel.bands} mels, hop {config.mel.hop_length}"
-    say(
-        f"{config.layers} layers, {config.stacks} stacks, kernel {config.kernel_size}, "
-        f"{config.residual_channels} residual, {config.skip_channels} skip, {config.head_channels} head, "
-        f"{config.classes} classes, {mel}, {config.sample_rate} Hz"
-    )
+    say(f"{_layers(config)}, {config.head_channels} head, {config.classes} classes, {mel}, {config.sample_rate} Hz")
     for precision in weights:
         asked = cost(config, precision)
         say(
@@ -250,7 +256,16 @@ def run(
     return rows
 
 
-def _config(shape: str | None, settings: dict[str, Any], unconditional: bool) -> WaveNetConfig:
+def _layers(config: WaveNetConfig | GRUConfig) -> str:
+    if isinstance(config, GRUConfig):
+        return f"GRU, {config.layers} x {config.channels} units"
+    return (
+        f"{config.layers} layers, {config.stacks} stacks, kernel {config.kernel_size}, "
+        f"{config.residual_channels} residual, {config.skip_channels} skip"
+    )
+
+
+def _config(shape: str | None, settings: dict[str, Any], unconditional: bool) -> WaveNetConfig | GRUConfig:
     if shape is not None:
         if shape not in SHAPES:
             raise ValueError(f"shape is {shape!r}, expected one of {', '.join(SHAPES)}")

@@ -612,30 +612,39 @@ def _compare() -> Callable[..., int]:
     from wavear.evaluate import EvaluateConfig
 
     def compare(
-        a: Annotated[Positional[str], arg(metavar="A")],
-        b: Annotated[Positional[str], arg(metavar="B")],
+        sources: Annotated[Positional[list[str]], arg(metavar="A B...", help_behavior_hint="(two or more)")],
         out: Annotated[Path, arg(metavar="DIR")],
         data: Annotated[str | None, arg(metavar="DATA")] = None,
+        models: bool = False,
         config: EvaluateConfig = EvaluateConfig(),  # noqa: B008 (frozen)
     ) -> int:
-        """Put two checkpoints, or two evaluations, side by side, clip by clip.
+        """Put checkpoints or evaluations side by side: two of the same codes clip by clip, others as a table.
+
+        The table has models of any family, law and quantisation: bits, cost, speed, and what each makes after the same
+        beginning.
 
         Parameters
         ----------
-        a
-            A folder that `wavear evaluate` wrote (or its evaluation.json), or a checkpoint, for which --data is needed.
-        b
-            Likewise.
+        sources
+            Folders that `wavear evaluate` wrote (or their evaluation.json), or checkpoints, for which --data is needed.
         out
-            Folder to write to: compare.html, compare.json; for checkpoints also their evaluations, a/ and b/.
+            Folder to write to: compare.html or models.html, and the same as JSON; evaluations of checkpoints too.
         data
             Held-out recordings to evaluate checkpoints on.
+        models
+            The table for two models of the same codes, too.
         config
             How to evaluate them.
         """
-        from wavear.evaluate import compare
+        from wavear.evaluate import compare, compare_models, same_codes
 
-        found = compare(a, b, out, data, config, progress=sys.stderr.isatty(), say=_say, complain=_complain)
+        if len(sources) < 2:
+            raise ValueError("compare needs two models or more")
+        told: dict[str, Any] = {"progress": sys.stderr.isatty(), "say": _say, "complain": _complain}
+        if len(sources) == 2 and not models and same_codes(*sources):
+            found = compare(sources[0], sources[1], out, data, config, **told)
+        else:
+            found = compare_models(sources, out, data, config, **told)
         for line in found.summary():
             _say(line)
         return 0

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import shlex
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -93,6 +93,12 @@ class Evaluation:
         return {name: interval["mean"] for name, interval in self.record["bits"].items()}
 
     @property
+    def grid(self) -> str:
+        """What the bits refer to: the quantisation of the model's samples."""
+        checkpoint = self.record["checkpoint"]
+        return checkpoint.get("grid", f"{checkpoint['config']['classes']} mu-law codes")
+
+    @property
     def page(self) -> Path:
         """The report."""
         return self.folder / PAGE
@@ -102,11 +108,13 @@ class Evaluation:
         from wavear.evaluation.metrics import MEASURES
 
         bits = ", ".join(f"{law} {value:.3f}" for law, value in self.bits.items())
-        lines = [f"bits per sample: {bits}"]
+        lines = [f"bits per sample ({self.grid}): {bits}"]
+        if common := self.record.get("common_bits"):
+            lines.append(f"on the grid of 16-bit samples: model {common['mean']:.3f}")
         for name, found in self.record["measures"].items():
             about = MEASURES[name]
             values = {system: f"{entry['mean']:.{about.decimals}f}" for system, entry in found.items()}
-            beside = {"mulaw": "mu-law round trip", "griffin_lim": "Griffin-Lim", "original": "recording"}
+            beside = {"mulaw": "round trip through the codes", "griffin_lim": "Griffin-Lim", "original": "recording"}
             bounds = ", ".join(f"{label} {values[system]}" for system, label in beside.items() if system in values)
             unit = f" {about.unit}" if about.unit else ""
             lines.append(f"{about.title}: {values['model']}{unit} ({bounds})")
@@ -276,6 +284,93 @@ def compare(
     return Comparison(record, out)
 
 
+def compare_models(
+    sources: Sequence[str | Path],
+    out: str | Path,
+    data: str | Path | None = None,
+    config: EvaluateConfig = EvaluateConfig(),
+    *,
+    progress: bool = False,
+    say: Callable[[str], object] = lambda line: None,
+    complain: Callable[[str], object] = lambda line: None,
+) -> ModelTable:
+    """Models of any families, laws and quantisation side by side: bits, cost, speed, and what each makes.
+
+    Parameters
+    ----------
+    sources : sequence of str or Path
+        Each a folder that `evaluate` wrote, or its evaluation.json, or a checkpoint, which is evaluated first.
+    out : str or Path
+        Folder to write to: `models.html` (one page that needs nothing else), `models.json`, `strip/` (what each made
+        after the same beginning), and for checkpoints their evaluations, `1/`, `2/`...
+    data : str or Path, optional
+        What to evaluate checkpoints on, and what the beginning is of.
+    config, progress, say, complain
+        As for `evaluate`.
+
+    Returns
+    -------
+    ModelTable
+
+    Raises
+    ------
+    FileNotFoundError, FileExistsError
+        As `evaluate`.
+    ValueError
+        If the models are not of one sample rate, or `data` is missing.
+    """
+    from wavear.checkpoint import read_config
+    from wavear.evaluation import models as table
+    from wavear.evaluation.clips import Preparation, open_clips
+
+    out = Path(out)
+    _check_folder(out, config.overwrite, table.RECORD)
+    found = [_evaluation(source) for source in sources]
+    if data is None and None in found:
+        raise ValueError(f"{sources[found.index(None)]} is no evaluation: pass --data to evaluate it as a checkpoint")
+    configs = [
+        read_config(source)["config"] if e is None else e.record["checkpoint"]["config"]
+        for source, e in zip(sources, found, strict=True)
+    ]
+    if len(rates := sorted({c["sample_rate"] for c in configs})) > 1:
+        raise ValueError(f"the models are of {' and '.join(map(str, rates))} Hz: their bits cannot be compared")
+    out.mkdir(parents=True, exist_ok=True)
+    replace_file(out / table.RECORD, lambda path: path.write_text("{}\n", encoding="utf-8"))
+    for n, (source, evaluation) in enumerate(zip(sources, found, strict=True)):
+        if evaluation is None:
+            assert data is not None
+            say(f"evaluating {source}")
+            place = dataclasses.replace(config, overwrite=True)
+            found[n] = evaluate(source, data, out / str(n + 1), place, progress=progress, say=say, complain=complain)
+    evaluations = [evaluation for evaluation in found if evaluation is not None]
+    clips = [] if data is None else open_clips(data, rates[0], rates[0] // 4, Preparation(), False).good
+    beginning = max(clips, key=lambda clip: min(clip.frames, 2 * rates[0]), default=None)
+    record = table.side_by_side(evaluations, sources, beginning, out, config.seed, say)
+    asked = [] if data is None else ["--data", str(data)]
+    words = ["wavear", "compare", *map(str, sources), "--out", str(out), *asked, *config.flags()]
+    record = {"format": FORMAT, "command": shlex.join(words)} | record
+    text = json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    page = table.page(record, out)
+    replace_file(out / table.PAGE, lambda path: path.write_text(page, encoding="utf-8"))
+    replace_file(out / table.RECORD, lambda path: path.write_text(text, encoding="utf-8"))
+    return ModelTable(record, out)
+
+
+@dataclass(frozen=True)
+class ModelTable:
+    """What `compare_models` came to."""
+
+    record: dict[str, Any]
+    """Everything, as in models.json; docs/evaluation.md says what is where."""
+    folder: Path
+
+    def summary(self) -> list[str]:
+        """What to print."""
+        from wavear.evaluation import models as table
+
+        return [*table.lines(self.record), f"report: {self.folder / table.PAGE}"]
+
+
 @dataclass(frozen=True)
 class Comparison:
     """What a comparison came to."""
@@ -289,6 +384,18 @@ class Comparison:
         from wavear.evaluation import compare as pairs
 
         return [*pairs.lines(self.record), f"report: {self.folder / pairs.PAGE}"]
+
+
+def same_codes(a: str | Path, b: str | Path) -> bool:
+    """Whether two models, or what was evaluated, have the same grid, so that their bits compare clip by clip."""
+    from wavear.checkpoint import read_config
+    from wavear.evaluation import compare as pairs
+
+    configs = [
+        read_config(source)["config"] if (e := _evaluation(source)) is None else e.record["checkpoint"]["config"]
+        for source in (a, b)
+    ]
+    return pairs.codes(configs[0]) == pairs.codes(configs[1])
 
 
 def _evaluation(source: str | Path) -> Evaluation | None:

@@ -58,6 +58,20 @@ class Grid:
         mu = self.classes - 1
         return 2 / self.classes if self.kind == "linear" else 2 / mu * float(np.log1p(mu)) / mu
 
+    def refinement(self, finer: Grid) -> np.ndarray | None:
+        """log2 of the number of codes of a finer grid in each code's interval, (Q,); None if one has none.
+
+        Given a code, each of them is as likely as another, to who knows no more: so a law of bits b over these codes is
+        one of b + refinement over the finer ones, and laws of different grids are measured in one unit.
+
+        Examples
+        --------
+        >>> Grid("linear", 256).refinement(Grid("linear", 65536)).tolist()[:3]
+        [7.0, 8.0, 8.0]
+        """
+        counts = np.bincount(self.encode(torch.from_numpy(finer.values().copy())).numpy(), minlength=self.classes)
+        return np.log2(counts) if (counts > 0).all() else None
+
     @overload
     def encode(self, waveform: torch.Tensor) -> torch.Tensor: ...
     @overload

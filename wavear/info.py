@@ -32,9 +32,11 @@ def multiply_adds(model: AutoregressiveModel) -> tuple[int, float]:
     """
     conditioning = getattr(model, "conditioning", None)
     network = sum(
-        module.weight.numel()
+        weight.numel()
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and not name.startswith("conditioning.")
+        if isinstance(module, nn.Linear | nn.RNNBase) and not name.startswith("conditioning.")
+        for weight in module.parameters()
+        if weight.dim() == 2
     )
     if conditioning is None:
         return network, 0.0

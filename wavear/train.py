@@ -49,7 +49,7 @@ class TrainConfig:
     """wavenet, gru, transformer or linear; see docs/families.md. The settings up to `coarse_classes` are of the model:
     None is the family's own default, and one that the family does not have is refused."""
     layers: int | None = None
-    """wavenet: dilated convolutions (20), a multiple of `stacks`. gru, transformer: layers."""
+    """wavenet: dilated convolutions (20), a multiple of `stacks`. gru: recurrent layers (1). transformer: layers."""
     stacks: int | None = None
     """wavenet: the dilation doubles from layer to layer and restarts at 1 in each stack (2)."""
     kernel_size: int | None = None
@@ -58,6 +58,10 @@ class TrainConfig:
     """wavenet: channels of the signal that runs through the layers (64)."""
     skip_channels: int | None = None
     """wavenet: channels of the sum over layers that the head reads (128)."""
+    channels: int | None = None
+    """gru: hidden units of each layer (352)."""
+    input_channels: int | None = None
+    """gru: channels in which the sample before and the conditioning are added (128)."""
     head_channels: int | None = None
     """Channels between the two layers of the head (256)."""
     conditioning_channels: int | None = None

@@ -23,6 +23,7 @@ from wavear.segments import Layout, read_span
 from wavear.training.bits import Counts, baselines, code_blocks
 
 BLOCK_SECONDS = 60.0  # of a recording at once
+COMMON = Grid("linear", 65536)
 LEVELS = (-math.inf, -70.0, -60.0, -50.0, -40.0, -30.0, -20.0, math.inf)  # dB of full scale, RMS of 20 ms
 
 
@@ -39,6 +40,8 @@ class Scores:
     """Bits of the model, likewise."""
     digest: str = ""
     """Of the codes: equal for recordings that are the same to the model."""
+    common: float | None = None
+    """Bits of the model on the grid of 16-bit samples, `COMMON`; None where the model's own is finer in places."""
 
 
 @dataclass(frozen=True)
@@ -94,15 +97,18 @@ def score_recording(model: AutoregressiveModel, recording: Recording, speaker: i
         For a model with speakers.
     """
     found, digest, rate = Scores(), hashlib.blake2b(digest_size=16), model.config.sample_rate
-    total = 0.0
+    total, refined = 0.0, 0.0
+    refinement = model.grid.refinement(COMMON)
     for waveform, nats in scored_blocks(model, recording, speaker):
         bits = nats / math.log(2)
         found.samples += bits.size
         total += float(bits.sum())
         codes = model.grid.encode(torch.from_numpy(waveform)).numpy()
         digest.update(codes.astype("<u2").tobytes())
+        refined += 0.0 if refinement is None else float(refinement[codes].sum())
         _add_by_level(found, waveform, bits, rate)
     found.bits["model"] = total
+    found.common = None if refinement is None else total + refined
     found.digest = digest.hexdigest()
     return found
 

@@ -112,12 +112,16 @@ def _check_comparable(a: dict[str, Any], b: dict[str, Any]) -> None:
 
 def check_codes(a: dict[str, Any], b: dict[str, Any]) -> None:
     """Refuse models whose bits are not of one kind: of other codes, or of another sample rate."""
-    for key, unit in (("classes", "mu-law codes"), ("sample_rate", "Hz")):
-        if a[key] != b[key]:
+    for x, y, unit in ((codes(a), codes(b), ""), (a["sample_rate"], b["sample_rate"], " Hz")):
+        if x != y:
             raise ValueError(
-                f"a has {a[key]} {unit} and b has {b[key]}: bits per sample under different quantisation"
-                " cannot be compared"
+                f"a has {x}{unit} and b has {y}{unit}: bits per sample under different quantisation cannot be compared"
             )
+
+
+def codes(config: dict[str, Any]) -> str:
+    """What the samples of a model are, in words."""
+    return f"{config['classes']} {'mu-law codes' if config.get('law', 'categorical') == 'categorical' else 'values'}"
 
 
 def _described(record: dict[str, Any]) -> dict[str, Any]:

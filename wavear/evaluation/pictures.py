@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -118,3 +119,48 @@ def _png(figure: Any) -> bytes:
     file = io.BytesIO()
     figure.savefig(file, format="png", dpi=150, metadata={"Software": None})
     return file.getvalue()
+
+
+def costs(models: Sequence[dict[str, Any]]) -> bytes | None:
+    """Bits per sample against multiply-adds, and against speed, a point for each model.
+
+    Parameters
+    ----------
+    models : sequence of dict
+        Rows of `wavear.evaluation.models`; only those with bits on the common grid are shown.
+
+    Returns
+    -------
+    bytes: PNG; or None, if fewer than two can be shown
+    """
+    shown = [m for m in models if m["common_bits"] is not None and m["multiply_adds"]]
+    if len(shown) < 2:
+        return None
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9.6, 3.4), layout="constrained")
+    FigureCanvasAgg(figure)
+    sides = figure.subplots(1, 2, sharey=True)
+    for axes, title, values in (
+        (sides[0], "multiply-adds per sample", [m["multiply_adds"] for m in shown]),
+        (sides[1], "samples per second, one core", [max(m["speed"].values(), default=None) for m in shown]),
+    ):
+        for model, x in zip(shown, values, strict=True):
+            if x is None:
+                continue
+            bits = model["common_bits"]
+            axes.plot(x, bits["mean"], "o", color=_MODEL, markersize=5)
+            if bits["low"] is not None:
+                axes.plot([x, x], [bits["low"], bits["high"]], color=_MODEL, linewidth=1)
+            axes.annotate(model["name"], (x, bits["mean"]), (6, 4), textcoords="offset points", fontsize=8, color=_INK)
+        axes.set_xscale("log")
+        axes.margins(x=0.25, y=0.15)
+        axes.set_xlabel(title, fontsize=8, color=_INK)
+        axes.tick_params(labelsize=8, colors=_INK, length=0)
+        axes.grid(color="#e4e7ec", linewidth=0.8)
+        for side in ("top", "right", "left"):
+            axes.spines[side].set_visible(False)
+    sides[1].axvline(shown[0]["sample_rate"], color=_MUTED, linewidth=1, linestyle="--")
+    sides[0].set_ylabel("bits per 16-bit sample", fontsize=8, color=_INK)
+    return _png(figure)

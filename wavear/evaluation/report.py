@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import soundfile
 
+from wavear.evaluation.bits import COMMON
 from wavear.evaluation.html import MINUS, bar, cell, document, interval, number, picture, sound, table, text
 from wavear.evaluation.metrics import MEASURES
 from wavear.evaluation.pictures import spectrogram
@@ -39,7 +40,7 @@ DEFINITIONS = {
     "Noise floor in silence": "Level in frames of 20 ms where the recording, and the frames beside, lie 40 dB or more"
     " below its loudest frame.",
     "Intervals": "95 %, percentile bootstrap over clips.",
-    "Mu-law round trip": "The recording through the codes and back: all that a model of these codes can give, with its"
+    "Round trip": "The recording through the codes and back: all that a model of these codes can give, with its"
     " quantisation noise. That noise is why it can lie behind Griffin-Lim where quiet bands count as much as loud ones"
     " (STFT distance, MCD).",
     "Griffin-Lim": "From the same mel without a model: filters by pseudo-inverse, 60 iterations of fast Griffin-Lim.",
@@ -98,7 +99,7 @@ def _cards(record: dict[str, Any]) -> str:
             about, found = MEASURES[name], record["measures"][name]
             bounds = _DOT.join(
                 f"{label} {found[system]['mean']:.{about.decimals}f}"
-                for system, label in (("mulaw", "mu-law"), ("griffin_lim", "Griffin-Lim"))
+                for system, label in (("mulaw", "round trip"), ("griffin_lim", "Griffin-Lim"))
             )
             cards.append((about.title, f"{found['model']['mean']:.{about.decimals}f}", about.unit, bounds))
     return (
@@ -130,10 +131,29 @@ def _bits(record: dict[str, Any]) -> str:
         law = {"laplace": "Laplace's", "normal": "the normal one"}[linear["law"]]
         says += f"; the likeliest law of the residual is {law}, on {_DOMAINS[linear['domain']]}"
     head = ["<th>Law</th>", "<th></th>", '<th class="n">bits, 95 % interval</th>']
-    parts = ["<h2>Bits per sample</h2>", f'<p class="soft">Exact, over every sample of every clip. {says}.</p>']
+    parts = [
+        "<h2>Bits per sample</h2>",
+        f'<p class="soft">Exact, over every sample of every clip, of {text(_grid(record))}.{_common(record)}'
+        f" {says}.</p>",
+    ]
     parts.append(table(head, rows))
     parts += [_by_level(record), _by_speaker(record)]
     return "\n".join(part for part in parts if part)
+
+
+def _grid(record: dict[str, Any]) -> str:
+    checkpoint = record["checkpoint"]
+    return checkpoint.get("grid", f"{checkpoint['config']['classes']} mu-law codes")
+
+
+def _common(record: dict[str, Any]) -> str:
+    common = record.get("common_bits")
+    if common is None or _grid(record) == str(COMMON):
+        return ""
+    return (
+        f" On the finer grid of 16-bit samples, where models of any quantisation compare, the model needs"
+        f" {number(common['mean'], 3)}."
+    )
 
 
 def _by_level(record: dict[str, Any]) -> str:
@@ -196,7 +216,7 @@ def _copy_synthesis(record: dict[str, Any]) -> str:
     head = [
         "<th>Measure</th>",
         '<th class="n model">Model</th>',
-        '<th class="n bound">Mu-law round trip<span class="better">bound: the codes themselves</span></th>',
+        '<th class="n bound">Round trip<span class="better">bound: the codes themselves</span></th>',
         '<th class="n bound">Griffin-Lim<span class="better">bound: no model</span></th>',
         '<th class="n hide">clips</th>',
     ]

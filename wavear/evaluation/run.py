@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 SYSTEMS = {
     "original": "Recording",
-    "mulaw": "Mu-law round trip",
+    "mulaw": "Round trip",
     "model": "Model",
     "griffin_lim": "Griffin-Lim",
 }
@@ -101,6 +101,10 @@ def measure_everything(
         "checkpoint": {
             "source": str(source),
             "family": described["family"],
+            "grid": str(model.grid),
+            "multiply_adds": model.multiply_adds,
+            "weight_bytes": model.weight_bytes,
+            "receptive_field": model.receptive_field,
             "parameters": sum(p.numel() for p in model.parameters()),
             "config": described["config"],
             "training": described.get("training", {}),
@@ -110,6 +114,7 @@ def measure_everything(
         "baselines": {"fitted_to": fitting.says, "seconds": sum(r.frames for r in fitting.recordings) / rate}
         | (linear or {}),
         "bits": _bits(list(rows.values()), config),
+        "common_bits": _common_bits(list(rows.values()), config),
         "by_speaker": _by_speaker(list(rows.values()), config),
         "by_level": _by_level(list(scores.values())),
     }
@@ -198,6 +203,7 @@ def _clip(recording: Recording, score: Scores, trained_on: bool) -> dict[str, An
         "digest": score.digest,
         "trained_on": trained_on,
         "bits": {law: score.bits[law] / score.samples for law in LAWS if law in score.bits},
+        "common_bits": None if score.common is None else score.common / score.samples,
         "by_level": [[int(n), float(bits)] for n, bits in zip(score.level_samples, score.level_bits, strict=True)],
     }
 
@@ -324,6 +330,14 @@ def _bits(rows: list[dict[str, Any]], config: EvaluateConfig) -> dict[str, Any]:
             interval = bootstrap(values, weights, resamples=config.resamples, seed=config.seed)
             found[law] = interval.to_dict()
     return found
+
+
+def _common_bits(rows: list[dict[str, Any]], config: EvaluateConfig) -> dict[str, Any] | None:
+    """Bits per sample of the model on the grid of `COMMON`, over all samples."""
+    if any(row["common_bits"] is None for row in rows):
+        return None
+    values, weights = [row["common_bits"] for row in rows], [row["samples"] for row in rows]
+    return bootstrap(values, weights, resamples=config.resamples, seed=config.seed).to_dict()
 
 
 def _by_speaker(rows: list[dict[str, Any]], config: EvaluateConfig) -> dict[str, Any]:

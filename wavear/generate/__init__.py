@@ -123,21 +123,24 @@ def make_engine(
         return engine, ReferenceEngine(model, batch)
     compiled = _compiled_engine(model)
     if compiled is None:
-        raise ValueError(
-            f"engine 'numba' has no kernel for {type(model).__name__} with the law {model.config.law}: use 'reference'"
-        )
+        raise ValueError(f"engine 'numba' has no kernel for {type(model).__name__}: use engine 'reference'")
     return engine, compiled(model, batch, weights=weights, threads=threads)
 
 
 def _compiled_engine(model: AutoregressiveModel) -> Any | None:
     """The class of the compiled engine that serves a model, if there is one."""
+    from wavear.models.gru import GRU
     from wavear.models.linear import Linear
     from wavear.models.wavenet import WaveNet
 
-    if isinstance(model, WaveNet) and model.config.law == "categorical":
+    if isinstance(model, WaveNet):
         from wavear.generate.numba_cpu import NumbaEngine
 
         return NumbaEngine
+    if isinstance(model, GRU):
+        from wavear.generate.numba_gru import NumbaGRUEngine
+
+        return NumbaGRUEngine
     if isinstance(model, Linear):
         from wavear.generate.numba_linear import NumbaLinearEngine
 

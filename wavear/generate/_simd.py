@@ -543,6 +543,31 @@ def _gate(e: Emitter, filters, gates, out, vectors, out_vector):
 gate = kernel("gate", 5, _gate)
 
 
+def _cell(e: Emitter, z, gap, h, vectors, h_vector):
+    """h = (1 - u) n + u h of a GRU, where n = tanh(n_x + sigmoid(r) n_h); `z` holds n_x, r, u, n_h, `gap` bytes apart.
+
+    u = 1 / (1 + w) with w = e^-u, and n = p / q, so h = (p w + q h) / (q (1 + w)): one division for both. e^60 leaves
+    room for q below 200.
+    """
+    b = e.b
+
+    def body(i):
+        offset = b.mul(i, ir.Constant(_I64, e.bytes))
+        parts = [e.load(e.at(z, b.add(offset, b.mul(gap, ir.Constant(_I64, k))))) for k in range(4)]
+        candidate, reset, update, past = parts
+        reset = b.fdiv(e.f32(1.0), e.sigmoid_denominator(reset))
+        p, q = e.tanh_ratio(e.fma(reset, past, candidate))
+        w = e.exp(e.clamp(b.fneg(update), -104.0, 60.0))
+        address = e.at(h, b.mul(i, h_vector))
+        numerator = e.fma(p, w, b.fmul(e.load(address), q))
+        e.store(b.fdiv(numerator, e.fma(q, w, q)), address)
+
+    e.loop(vectors, body)
+
+
+cell = kernel("cell", 5, _cell)
+
+
 def _pointwise(function):
     def emit(e: Emitter, x, out, vectors):
         def body(i):
@@ -580,6 +605,20 @@ def _add(e: Emitter, x, y, vectors):
 
 
 add = kernel("add", 3, _add)
+
+
+def _add_scaled(e: Emitter, x, y, vectors, factor):
+    """y += factor * x"""
+    scale = e.splat(factor)
+
+    def body(i):
+        offset = e.b.mul(i, ir.Constant(_I64, e.bytes))
+        e.store(e.fma(scale, e.load(e.at(x, offset)), e.load(e.at(y, offset))), e.at(y, offset))
+
+    e.loop(vectors, body)
+
+
+add_scaled = kernel("add_scaled", 3, _add_scaled, floats=(types.float32,))
 
 
 def _halves(e: Emitter, value, combine):

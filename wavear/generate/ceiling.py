@@ -12,6 +12,8 @@ from wavear.generate import _simd
 from wavear.generate._simd import LANES, VECTOR_BYTES
 from wavear.generate.compiled import compiled
 from wavear.generate.packing import Region
+from wavear.laws import law_of
+from wavear.models.gru import GRUConfig
 from wavear.models.wavenet import WaveNetConfig
 
 
@@ -28,12 +30,12 @@ class Cost:
     read once for many samples, and of the first layer, which is a table."""
 
 
-def cost(config: WaveNetConfig, weights: str = "float32") -> Cost:
+def cost(config: WaveNetConfig | GRUConfig, weights: str = "float32") -> Cost:
     """What one sample costs.
 
     Parameters
     ----------
-    config : WaveNetConfig
+    config : WaveNetConfig or GRUConfig
     weights : str
         "float32", "bfloat16" or "int8".
 
@@ -41,23 +43,10 @@ def cost(config: WaveNetConfig, weights: str = "float32") -> Cost:
     --------
     >>> cost(WaveNetConfig())
     Cost(multiply_adds=667648, weight_bytes=2670592, hot_bytes=2080640)
+    >>> cost(GRUConfig())
+    Cost(multiply_adds=662528, weight_bytes=2650112, hot_bytes=2109440)
     """
-    r, s, a, q = config.residual_channels, config.skip_channels, config.head_channels, config.classes
-    conditioned = config.mel is not None or config.speakers > 0
-    channels = config.conditioning_channels if conditioned else 0
-    layers, past = config.layers, config.kernel_size - 1
-    # Past taps of a layer of dilation d are read once for d samples; those of the first layer are in its table.
-    rare = past * sum(1 / d for d in config.dilations[1:])
-    # (outputs, inputs, how many of them are multiplied for a sample, how many of them are read)
-    matrices = [
-        (2 * r, r, layers, layers - 1),
-        (2 * r, r, layers * past, rare),
-        (2 * r, channels, layers, 0),
-        (r, r, layers - 1, layers - 1),
-        (s, r, layers, layers),
-        (a, s, 1, 1),
-        (q, a, 1, 1),
-    ]
+    matrices = _of_gru(config) if isinstance(config, GRUConfig) else _of_wavenet(config)
     size = {"float32": 4, "bfloat16": 2, "int8": 1}[weights]
     scale = 4 if weights == "int8" else 0
 
@@ -69,6 +58,43 @@ def cost(config: WaveNetConfig, weights: str = "float32") -> Cost:
         sum(nbytes(outputs, inputs) * count for outputs, inputs, count, _ in matrices),
         int(sum(nbytes(outputs, inputs) * count for outputs, inputs, _, count in matrices)),
     )
+
+
+# Of each matrix: outputs, inputs, how many such are multiplied for a sample, how many are read.
+_Matrices = list[tuple[int, int, int, float]]
+
+
+def _of_gru(config: GRUConfig) -> _Matrices:
+    h, r, a = config.channels, config.input_channels, config.head_channels
+    channels = config.conditioning_channels if config.mel is not None or config.speakers > 0 else 0
+    line = 0 if config.law == "categorical" else 1
+    return [
+        (r, line, 1, 0),
+        (r, channels, 1, 0),
+        (a, channels, 1, 0),
+        (3 * h, r, 1, 0),
+        (3 * h, h, 2 * config.layers - 1, 2 * config.layers - 1),
+        (a, h, 1, 1),
+        (law_of(config).channels, a, 1, 1),
+    ]
+
+
+def _of_wavenet(config: WaveNetConfig) -> _Matrices:
+    r, s, a, q = config.residual_channels, config.skip_channels, config.head_channels, law_of(config).channels
+    conditioned = config.mel is not None or config.speakers > 0
+    channels = config.conditioning_channels if conditioned else 0
+    layers, past = config.layers, config.kernel_size - 1
+    # Past taps of a layer of dilation d are read once for d samples; those of the first layer are in its table.
+    rare = past * sum(1 / d for d in config.dilations[1:])
+    return [
+        (2 * r, r, layers, layers - 1),
+        (2 * r, r, layers * past, rare),
+        (2 * r, channels, layers, 0),
+        (r, r, layers - 1, layers - 1),
+        (s, r, layers, layers),
+        (a, s, 1, 1),
+        (q, a, 1, 1),
+    ]
 
 
 @dataclass(frozen=True)

@@ -222,7 +222,7 @@ class NumbaEngine:
 def _divides(model: WaveNet) -> bool:
     """Whether two cores can share one stream: every layer has a vector for each of them."""
     config = model.config
-    sizes = (config.residual_channels, config.skip_channels, config.head_channels, config.classes)
+    sizes = (config.residual_channels, config.skip_channels, config.head_channels, model.law.channels)
     return min(sizes) > LANES
 
 

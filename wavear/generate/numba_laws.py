@@ -12,9 +12,10 @@ import numba
 import numpy as np
 
 from wavear.generate import _simd
-from wavear.laws import _LARGEST_LOG_SCALE, _SHARPEST, Gaussian, Laplace, Law, LogisticMixture
+from wavear.laws import Gaussian, Laplace, Law, LogisticMixture
 
 CATEGORICAL, LOGISTIC_MIXTURE, GAUSSIAN, LAPLACE = range(4)
+_SHARPEST, _LARGEST_LOG_SCALE = 0.05, 5.0  # those of `wavear.laws`; what is compiled depends on this directory alone
 _KINDS = {LogisticMixture: LOGISTIC_MIXTURE, Gaussian: GAUSSIAN, Laplace: LAPLACE}
 _ROOT_HALF = math.sqrt(0.5)
 _LOG_2 = math.log(2)

@@ -12,7 +12,7 @@ from typing import Any
 import numba
 import numpy as np
 
-from wavear.generate import _simd, numba_sampling
+from wavear.generate import _simd, numba_laws, numba_sampling
 from wavear.generate._simd import BLOCK, TALLEST, VECTOR_BYTES
 from wavear.generate.compiled import compiled
 from wavear.generate.numba_products import (
@@ -36,6 +36,7 @@ from wavear.generate.numba_products import (
     N_HEAD_PLACE,
     N_HEAD_SHARE,
     N_HEAD_VECTORS,
+    N_LAW,
     N_LOGIT_ALL,
     N_LOGIT_BLOCKS,
     N_LOGIT_PLACE,
@@ -43,6 +44,7 @@ from wavear.generate.numba_products import (
     N_LOGIT_SHARE,
     N_LOGITS,
     N_MINE,
+    N_MIXTURES,
     N_PANELS,
     N_PARTS,
     N_ROWS,
@@ -197,6 +199,8 @@ def _sample(net, logits, uniform, temperature):
 
 @numba.njit
 def _log_probability(net, logits, code):
+    if net[N_LAW] != numba_laws.CATEGORICAL:
+        return numba_laws.log_probability(net[N_LAW], net[N_MIXTURES], net[N_CLASSES], logits, code)
     blocks = net[N_LOGIT_BLOCKS]
     largest = _simd.largest(logits, blocks)
     total = _simd.exponentials(logits, blocks, net[N_WEIGHTS], net[N_SUMS], largest, np.float32(1.0))
@@ -341,7 +345,10 @@ def _run(net, layers, previous, uniforms, temperatures, codes, scores, condition
                 code = codes[first + s, t]
                 scores[first + s, t] = _log_probability(net, row, code)
             else:
-                if truncating:
+                if net[N_LAW] != numba_laws.CATEGORICAL:
+                    code = numba_laws.draw_value(net[N_LAW], net[N_MIXTURES], net[N_CLASSES], row,
+                                                 uniforms[first + s, t], temperatures[first + s, t])  # fmt: skip
+                elif truncating:
                     code = numba_sampling.draw(row, net[N_LOGIT_BLOCKS], net[N_CLASSES], net[N_WEIGHTS], net[N_SUMS],
                                                uniforms[first + s, t], temperatures[first + s, t], asked)  # fmt: skip
                 else:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from wavear.generate import numba_laws
 from wavear.generate._simd import BLOCK, LANES, TALLEST, VECTOR_BYTES, WIDEST
 from wavear.generate.numba_loop import (
     L_AHEAD,
@@ -52,6 +53,7 @@ from wavear.generate.numba_products import (
     N_HEAD_PLACE,
     N_HEAD_SHARE,
     N_HEAD_VECTORS,
+    N_LAW,
     N_LOGIT_ALL,
     N_LOGIT_BLOCKS,
     N_LOGIT_PLACE,
@@ -60,6 +62,7 @@ from wavear.generate.numba_products import (
     N_LOGITS,
     N_MATRICES,
     N_MINE,
+    N_MIXTURES,
     N_MULTIPLY,
     N_OFFSETS,
     N_PANELS,
@@ -151,7 +154,7 @@ class Weights:
         # The input of a layer, and for one stream on one core the sums of the skips behind it.
         self.residual_vectors = -(-residual // LANES)
         self.x_vectors = self.residual_vectors if fused else total(residual, group)
-        self.skip_bounds, self.head_bounds, self.logit_bounds = bounds(skip), bounds(head), bounds(config.classes)
+        self.skip_bounds, self.head_bounds, self.logit_bounds = bounds(skip), bounds(head), bounds(model.law.channels)
         self.gate_first, gate_last = bounds(residual)
         self.gate_vectors = gate_last - self.gate_first
         self.skip_vectors = total(_size(self.skip_bounds), group)
@@ -237,7 +240,9 @@ class Weights:
         self.table = np.array(self.matrices, dtype=np.int64)
         self.table[:, M_ADDRESS] += base
         self.now, self.past, self.conditions, self.width = now, past, conditions, width
-        self.taps, self.classes, self.dilations = taps, config.classes, config.dilations
+        self.taps, self.dilations = taps, config.dilations
+        self.kind, self.mixtures, self.classes = numba_laws.numbers(model.law)
+        self.outputs = model.law.channels
         for tap in range(taps if self.tabulated else 0):
             # The row after the last class stays zero: the past before the first sample.
             number = now[0][0] if tap == taps - 1 else past[0][tap]
@@ -294,7 +299,7 @@ class Group:
             layers[i, L_CONSTANT] = region.reserve(streams * z_row)
         net = np.zeros(N_FIELDS, np.int64)
         net[N_TAPS] = packed.taps
-        net[N_CLASSES] = packed.classes
+        net[N_LAW], net[N_MIXTURES], net[N_CLASSES] = packed.kind, packed.mixtures, packed.classes
         net[N_STREAMS] = streams
         net[N_ROWS] = rows
         net[N_SPAN] = packed.span
@@ -304,7 +309,7 @@ class Group:
         net[N_HEAD_VECTORS] = packed.head_vectors
         net[N_Z_ROW] = z_row
         net[N_LOGIT_ROW] = packed.logit_vectors * VECTOR_BYTES
-        net[N_LOGIT_BLOCKS] = -(-packed.classes // BLOCK)
+        net[N_LOGIT_BLOCKS] = -(-packed.outputs // BLOCK)
         net[N_CONDITION_CHANNELS] = packed.condition_channels
         net[N_CONDITION_VECTORS] = packed.condition_vectors
         net[N_HEAD1], net[N_HEAD2] = packed.head1, packed.head2
@@ -363,7 +368,7 @@ class Shared:
         self.region = region = Region()
         self.flags = [region.reserve(2 * LINE) for _ in range(2)]
         self.h = region.reserve(config.layers * -(-config.residual_channels // LANES) * VECTOR_BYTES)
-        sizes = (config.skip_channels, config.head_channels, config.classes)
+        sizes = (config.skip_channels, config.head_channels, model.law.channels)
         padded = [-(-size // BLOCK) * BLOCK * 4 for size in sizes]
         self.all = [region.reserve(size) for size in padded]
         region.allocate()

@@ -17,6 +17,8 @@ from torch import Tensor
 from wavear.generate._simd import LANES, VECTOR_BYTES
 from wavear.generate.packing import as_packed
 
+_ROUNDING = 1e-6  # an embedding of values is a product, which another engine may round otherwise
+
 if TYPE_CHECKING:
     from wavear.generate.numba_cpu import NumbaEngine
     from wavear.models.wavenet import WaveNet
@@ -102,8 +104,9 @@ def _codes(past: np.ndarray, embedding: np.ndarray) -> list[int]:
     """The rows of the embedding that these vectors are. (Of equal rows any: their products are equal.)"""
     found = []
     for vector in past:
-        rows = np.flatnonzero((embedding == vector).all(axis=1))
-        if not rows.size:
+        away = np.abs(embedding - vector).max(axis=1)
+        nearest = int(away.argmin())
+        if not away[nearest] <= _ROUNDING * (1 + np.abs(vector).max()):
             raise ValueError("the state is of another model: its first layer's past is not of this embedding")
-        found.append(int(rows[-1]))
+        found.append(nearest)
     return found

@@ -58,6 +58,19 @@ class AutoregressiveModel(nn.Module):
         return self.grid.silence
 
     @property
+    def multiply_adds(self) -> int:
+        """Multiplications and additions, a pair counted once, of the network for one sample of one stream.
+
+        Without the conditioning's upsampling, which runs once per utterance (`wavear.info.multiply_adds`).
+        """
+        raise NotImplementedError
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of float32 weights that one sample of one stream needs."""
+        return 4 * self.multiply_adds
+
+    @property
     def lookahead(self) -> int:
         """How many mel frames after frame f the samples of frame f depend on (and as many before it)."""
         return self.conditioning.lookahead if self.conditioning is not None else 0

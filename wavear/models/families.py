@@ -5,11 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from wavear.models.base import AutoregressiveModel
+from wavear.models.gru import GRU, GRUConfig
 from wavear.models.linear import Linear, LinearConfig
 from wavear.models.wavenet import WaveNet, WaveNetConfig
 
 FAMILIES: dict[str, tuple[type[AutoregressiveModel], type[Any]]] = {
     "wavenet": (WaveNet, WaveNetConfig),
+    "gru": (GRU, GRUConfig),
     "linear": (Linear, LinearConfig),
 }
 

@@ -144,6 +144,12 @@ class WaveNet(AutoregressiveModel):
         """Past samples that the law of the next one depends on."""
         return self.config.receptive_field
 
+    @property
+    def multiply_adds(self) -> int:
+        """See `AutoregressiveModel.multiply_adds`: each weight of each matrix once. (The input is a look-up.)"""
+        matrices = (module for part in (self.blocks, self.head) for module in part.modules())
+        return sum(matrix.weight.numel() for matrix in matrices if isinstance(matrix, nn.Linear))
+
     def forward(
         self,
         codes: Tensor,

@@ -1,0 +1,285 @@
+"""Models of any families and laws side by side: what each needs, costs, sees and makes, one row each."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from wavear import checkpoint
+from wavear.evaluation.bits import COMMON
+from wavear.evaluation.html import cell, document, interval, number, picture, sound, table, text
+from wavear.evaluation.metrics import MEASURES
+from wavear.evaluation.pictures import costs, spectrogram
+from wavear.generate import generate, make_engine
+from wavear.generate.conditioner import Conditioner
+from wavear.mel import log_mel
+from wavear.models.base import AutoregressiveModel
+from wavear.sampling import uniforms
+
+if TYPE_CHECKING:
+    from wavear.data import Recording
+    from wavear.evaluate import Evaluation
+
+RECORD, PAGE = "models.json", "models.html"
+_PRIME_SECONDS, _STRIP_SECONDS = 0.5, 1.5
+_SPEED_SECONDS = 2.0
+_QUALITY = ("pesq", "stoi", "mcd", "noise_floor")
+
+
+def name_models(evaluations: Sequence[Evaluation], sources: Sequence[str | Path]) -> list[str]:
+    """A short name of each: the folder of its run, with its family where that leaves two alike."""
+    names = []
+    for evaluation, source in zip(evaluations, sources, strict=True):
+        path = Path(evaluation.record["checkpoint"]["source"])
+        own = path.parent.name if path.name in ("best", "last") else path.name
+        names.append(own or str(source))
+    return [n if names.count(n) == 1 else f"{n} ({i + 1})" for i, n in enumerate(names)]
+
+
+def row(name: str, evaluation: Evaluation, model: AutoregressiveModel | None) -> dict[str, Any]:
+    """What the table says of one model. Speeds are of this machine, one stream on one core, and need the model."""
+    record = evaluation.record
+    described = record["checkpoint"]
+    found: dict[str, Any] = {
+        "name": name,
+        "source": described["source"],
+        "family": described["family"],
+        "law": described["config"].get("law", "categorical"),
+        "grid": evaluation.grid,
+        "bits": record["bits"]["model"],
+        "common_bits": record.get("common_bits"),
+        "parameters": described["parameters"],
+        "multiply_adds": described.get("multiply_adds"),
+        "weight_bytes": described.get("weight_bytes"),
+        "receptive_field": described.get("receptive_field"),
+        "sample_rate": described["config"]["sample_rate"],
+        "step": described["training"].get("step"),
+        "speed": {},
+        "state_bytes": None,
+        "measures": {n: record["measures"][n]["model"] for n in _QUALITY if n in record["measures"]},
+    }
+    if model is not None:
+        state = model.export_state(model.init_state(1))
+        found["state_bytes"] = sum(tensor.numel() * tensor.element_size() for tensor in state.values())
+        found["speed"] = {engine: speed(model, engine) for engine in _engines(model)}
+    return found
+
+
+def _engines(model: AutoregressiveModel) -> list[str]:
+    """The reference engine, and the one that `auto` takes."""
+    return list(dict.fromkeys(["reference", make_engine(model, 1, threads=1)[0]]))
+
+
+@torch.inference_mode()
+def speed(model: AutoregressiveModel, engine: str, seconds: float = _SPEED_SECONDS) -> float:
+    """Samples per second of one stream on one core: the best of the calls within some seconds, the first left out."""
+    chunk = 64 if engine == "reference" else 1024
+    _, runner = make_engine(model, 1, engine, threads=1)
+    mels = None
+    if model.config.mel is not None:
+        frames = -(-chunk // model.config.mel.hop_length)
+        mels = [torch.zeros(model.config.mel.bands, frames)]
+    cond = Conditioner(model, mels, [0] if model.config.speakers else None).span(0, chunk)
+    threads, best, began, turn = torch.get_num_threads(), 0.0, time.perf_counter(), 0
+    torch.set_num_threads(1)
+    try:
+        while turn < 3 or time.perf_counter() - began < seconds:
+            start = time.perf_counter()
+            runner.generate(uniforms(0, turn * chunk, chunk)[None], cond)
+            if turn:
+                best = max(best, chunk / (time.perf_counter() - start))
+            turn += 1
+    finally:
+        torch.set_num_threads(threads)
+    return best
+
+
+def strip(
+    names: Sequence[str], models: Sequence[AutoregressiveModel], recording: Recording, out: Path, seed: int
+) -> dict[str, Any]:
+    """What each model makes of the same beginning: WAV files of the recording and of each.
+
+    The beginning is the first half second of the loudest two seconds. Models with mels get those of the recording.
+    """
+    from wavear import audio
+    from wavear.segments import read_span
+
+    rate = models[0].config.sample_rate
+    whole = read_span(recording, rate, 0, min(recording.frames, 60 * rate))
+    hops = [model.config.mel.hop_length for model in models if model.config.mel is not None]
+    unit = int(np.lcm.reduce(hops)) if hops else 1
+    length = min(round((_PRIME_SECONDS + _STRIP_SECONDS) * rate), whole.size) // unit * unit
+    prime = min(round(_PRIME_SECONDS * rate), length // 2)
+    energy = np.concatenate([[0.0], np.cumsum(np.square(whole, dtype=np.float64))])
+    start = max(int(np.argmax(energy[length:] - energy[: energy.size - length])), 0)
+    target = torch.from_numpy(whole[start : start + length])
+    files = {"recording": "strip/recording.wav"}
+    (out / "strip").mkdir(parents=True, exist_ok=True)
+    audio.write(out / files["recording"], target, rate)
+    for n, (name, model) in enumerate(zip(names, models, strict=True)):
+        mel = None if model.config.mel is None else log_mel(target[None], model.config.mel)
+        made = generate(
+            model,
+            mel,
+            samples=length - prime,
+            prime=target[:prime],
+            include_prime=True,
+            seed=seed,
+            speaker=0 if model.config.speakers else None,
+        )
+        files[name] = f"strip/{n}.wav"
+        audio.write(out / files[name], made[0], rate)
+    return {"recording": recording.name, "prime_seconds": prime / rate, "files": files}
+
+
+def lines(record: dict[str, Any]) -> list[str]:
+    """The table in words, a line for each model."""
+    found = []
+    for entry in record["models"]:
+        common = entry["common_bits"]
+        bits = f"{entry['bits']['mean']:.3f} bits ({entry['grid']})"
+        bits += "" if common is None else f", {common['mean']:.3f} on 16-bit samples"
+        speeds = ", ".join(f"{value:,.0f} samples/s {engine}" for engine, value in entry["speed"].items())
+        found.append(f"{entry['name']}: {bits}, {entry['parameters']:,} parameters, {speeds or 'speed not measured'}")
+    return found
+
+
+def page(record: dict[str, Any], out: Path) -> str:
+    """The table, the plots and the strip as one page that needs nothing else."""
+    models = record["models"]
+    parts = ["<h1>Models side by side</h1>", f'<p class="all soft">{text(record["data"])}</p>']
+    parts += [f'<p class="note">{text(note)}</p>' for note in record["notes"]]
+    parts += ["<h2>Bits per sample</h2>", _bits(models)]
+    parts += ["<h2>Cost</h2>", _cost(models)]
+    if plot := costs(models):
+        parts.append(f"<figure>{picture(plot, 'bits against speed and multiply-adds')}</figure>")
+    if any(entry["measures"] for entry in models):
+        parts += ["<h2>Copy synthesis</h2>", _quality(models)]
+    if record["strip"] is not None:
+        parts += ["<h2>After the same beginning</h2>", _strip(record["strip"], out)]
+    parts.append(f"<h2>How it was made</h2><pre>{text(record['command'])}</pre>")
+    return document("wavear compare: models", "\n".join(parts))
+
+
+def _bits(models: Sequence[dict[str, Any]]) -> str:
+    """A column for each grid, so that bits of different quantisation never stand in one, and one that all share."""
+    grids = list(dict.fromkeys(entry["grid"] for entry in models))
+    head = ["<th>Model</th>", "<th>Family, law</th>", *(f'<th class="n">{text(grid)}</th>' for grid in grids)]
+    shared = str(COMMON)
+    extra = any(grid != shared for grid in grids)
+    if extra:
+        head.append('<th class="n model">on 16-bit samples</th>')
+    rows = []
+    for entry in models:
+        inside = cell(text(entry["name"]), tag="th") + cell(f"{text(entry['family'])}, {text(entry['law'])}")
+        inside += "".join(cell(interval(entry["bits"], 3) if grid == entry["grid"] else "", "n") for grid in grids)
+        rows.append(f"<tr>{inside}{cell(interval(entry['common_bits'], 3), 'n model') if extra else ''}</tr>")
+    says = (
+        "Held-out, exact, with 95 % intervals over clips. Bits of different quantisation cannot be compared. On"
+        " 16-bit samples they can: a coarser code leaves each of the 16-bit values in its interval equally likely, so a"
+        " model of it needs log2 of their number more."
+    )
+    return f'<p class="soft">{says}</p><div class="fine">{table(head, rows)}</div>'
+
+
+def _cost(models: Sequence[dict[str, Any]]) -> str:
+    engines = list(dict.fromkeys(engine for entry in models for engine in entry["speed"]))
+    head = ["<th>Model</th>"]
+    head += [
+        f'<th class="n">{title}</th>'
+        for title in ("parameters", "multiply-adds a sample", "weights read a sample", "past seen", "state")
+    ]
+    head += [f'<th class="n">samples/s, {engine}</th>' for engine in engines]
+    rows = []
+    for entry in models:
+        field, rate = entry["receptive_field"], entry["sample_rate"]
+        cells = [
+            f"{entry['parameters']:,}",
+            "" if entry["multiply_adds"] is None else f"{entry['multiply_adds']:,}",
+            "" if entry["weight_bytes"] is None else f"{entry['weight_bytes'] / 1024:,.0f} KiB",
+            "unbounded" if field is None else f"{field:,} samples, {1000 * field / rate:,.1f} ms",
+            "" if entry["state_bytes"] is None else f"{entry['state_bytes'] / 1024:,.0f} KiB",
+        ]
+        for engine in engines:
+            value = entry["speed"].get(engine)
+            cells.append("" if value is None else f"{value:,.0f} ({value / rate:.2f} x real time)")
+        inside = "".join(cell(inside, "n") for inside in cells)
+        rows.append(f"<tr>{cell(text(entry['name']), tag='th')}{inside}</tr>")
+    says = "Speeds are of one stream on one core of this machine, the best of some seconds."
+    return f'<p class="soft">{says}</p>{table(head, rows)}'
+
+
+def _quality(models: Sequence[dict[str, Any]]) -> str:
+    names = [name for name in _QUALITY if any(name in entry["measures"] for entry in models)]
+    head = ["<th>Model</th>"]
+    for name in names:
+        unit = f", {MEASURES[name].unit}" if MEASURES[name].unit else ""
+        head.append(f'<th class="n">{MEASURES[name].title}{unit}</th>')
+    rows = []
+    for entry in models:
+        values = (cell(interval(entry["measures"].get(n), MEASURES[n].decimals), "n") for n in names)
+        rows.append(f"<tr>{cell(text(entry['name']), tag='th')}{''.join(values)}</tr>")
+    return table(head, rows)
+
+
+def _strip(found: dict[str, Any], out: Path) -> str:
+    import soundfile
+
+    figures, top = [], None
+    for name, path in found["files"].items():
+        waveform, rate = soundfile.read(out / path, dtype="float32")
+        png, top = spectrogram(waveform, rate, top)
+        image = picture(png, f"spectrogram: {name}")
+        figures.append(f"<figure>{image}<figcaption>{text(name)}</figcaption>{sound(out / path)}</figure>")
+    says = (
+        f"{text(found['recording'])}: the first {number(found['prime_seconds'], 2)} s are given, what follows is each"
+        " model's own."
+    )
+    return f'<p class="soft">{says}</p><div class="pair three">{"".join(figures)}</div>'
+
+
+def side_by_side(
+    evaluations: Sequence[Evaluation],
+    sources: Sequence[str | Path],
+    beginning: Recording | None,
+    out: Path,
+    seed: int,
+    say: Callable[[str], object],
+) -> dict[str, Any]:
+    """The record: rows, the strip, and what is to be said of them.
+
+    Raises
+    ------
+    ValueError
+        If they are not of one sample rate.
+    """
+    rates = {evaluation.record["checkpoint"]["config"]["sample_rate"] for evaluation in evaluations}
+    if len(rates) > 1:
+        raise ValueError(f"the models are of {' and '.join(map(str, sorted(rates)))} Hz: their bits cannot be compared")
+    names, notes, models = name_models(evaluations, sources), [], []
+    for name, evaluation in zip(names, evaluations, strict=True):
+        source = evaluation.record["checkpoint"]["source"]
+        try:
+            models.append(checkpoint.load(source))
+        except (FileNotFoundError, ValueError) as error:
+            notes.append(f"{name}: its checkpoint is not to be had ({error}), so its speed is not measured")
+            models.append(None)
+        if count := sum(clip["trained_on"] for clip in evaluation.record["clips"]):
+            notes.append(f"{name}: {count} of {len(evaluation.record['clips'])} clips were trained on")
+    rows = []
+    for name, evaluation, model in zip(names, evaluations, models, strict=True):
+        say(f"measuring the speed of {name}")
+        rows.append(row(name, evaluation, model))
+    here = [(name, model) for name, model in zip(names, models, strict=True) if model is not None]
+    made = None
+    if here and beginning is not None:
+        say(f"making what follows the same beginning, {beginning.name}")
+        made = strip([name for name, _ in here], [model for _, model in here], beginning, out, seed)
+    data = evaluations[0].record["data"]
+    said = f"{data['source']}: {data['clips']} clips, {data['seconds'] / 60:.1f} minutes at {data['sample_rate']} Hz"
+    return {"data": said, "models": rows, "strip": made, "notes": notes}
