@@ -55,7 +55,8 @@ def process(coefficients: np.ndarray, samples: int, scale: float, law: str = "ga
     """x[t] = sum of coefficients[k-1] * x[t-k] + e[t]."""
     random = np.random.default_rng(seed)
     e = random.laplace(0, scale, samples) if law == "laplace" else random.normal(0, scale, samples)
-    return scipy.signal.lfilter([1.0], np.concatenate([[1.0], -np.asarray(coefficients)]), e)
+    made: Any = scipy.signal.lfilter([1.0], np.concatenate([[1.0], -np.asarray(coefficients)]), e)
+    return made
 
 
 def speechlike(seconds: float = 0.4, rate: int = 8000, seed: int = 0) -> np.ndarray:
@@ -327,7 +328,7 @@ def test_reflection_keeps_the_shape_of_the_spectrum(order):
     coefficients = -np.poly(roots).real[1:]
     moved = lpc.reflected(coefficients)
     assert np.abs(lpc.poles(coefficients)).max() > 1 > np.abs(lpc.poles(moved)).max()
-    ratio = [scipy.signal.freqz([1.0], np.concatenate([[1.0], -a]), 64)[1] for a in (coefficients, moved)]
+    ratio = [scipy.signal.freqz([1.0], np.concatenate([[1.0], -a]).tolist(), 64)[1] for a in (coefficients, moved)]
     ratio = np.abs(ratio[0]) / np.abs(ratio[1])
     assert ratio == pytest.approx(ratio[0], rel=1e-4)
     stable = -np.poly(roots * 0.9 / np.maximum(np.abs(roots), 0.9)).real[1:]
