@@ -19,7 +19,7 @@ demo: $(VENV)/.installed  ## make sounds, train a small WaveNet on them, synthes
 	$(BIN)/wavear demo $(ARGS)
 
 test: $(VENV)/.installed-dev  ## run the tests and the examples in the docstrings
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n auto --dist loadfile $(ARGS)
 
 lint: $(VENV)/.installed-dev  ## check style, format and types
 	$(BIN)/python -m ruff check

@@ -3,7 +3,8 @@
     python bench/generation.py                # all shapes, a few minutes
     python bench/generation.py --seconds 0.5
 
-Run it on a machine that does nothing else.
+Run it on a machine that does nothing else. What the page says under "What limits it" is written by hand, from
+`bench/parts.py`, and stays.
 """
 
 from __future__ import annotations
@@ -17,12 +18,14 @@ PAGE = Path(__file__).resolve().parent.parent / "docs" / "benchmarks.md"
 
 # Shape, engines, precisions, (streams, cores).
 PLAN = [
-    ("nv-wavenet", ("numba", "reference"), ("float32", "bfloat16"), ((1, 1), (12, 1), (24, 2))),
-    ("nv-wavenet-free", ("numba",), ("float32", "bfloat16"), ((1, 1),)),
-    ("small", ("numba",), ("float32", "bfloat16"), ((1, 1), (24, 2))),
-    ("r9y9", ("numba",), ("float32", "bfloat16"), ((1, 1), (16, 2))),
-    ("ibab", ("numba",), ("float32", "bfloat16"), ((1, 1),)),
+    ("nv-wavenet", ("numba", "reference"), ("float32", "bfloat16", "int8"), ((1, 1), (12, 1), (24, 2))),
+    ("nv-wavenet-free", ("numba",), ("float32", "bfloat16", "int8"), ((1, 1),)),
+    ("small", ("numba",), ("float32", "bfloat16", "int8"), ((1, 1), (24, 2))),
+    ("r9y9", ("numba",), ("float32", "bfloat16", "int8"), ((1, 1), (16, 2))),
+    ("ibab", ("numba",), ("float32", "bfloat16", "int8"), ((1, 1),)),
 ]
+
+LIMITS = "## What limits it\n"
 
 HEAD = """# Benchmarks
 
@@ -68,6 +71,9 @@ def main() -> None:
         lines += [f"## {name}", "", f"{text[0].upper()}{text[1:]}.", "", *(f"- {line}" for line in costs), ""]
         lines += [bench.table(rows), ""]
         print(f"{name}\n{bench.table(rows)}", flush=True)
+    if arguments.out.exists():
+        _, title, kept = arguments.out.read_text(encoding="utf-8").partition(LIMITS)
+        lines.append(title + kept)
     arguments.out.write_text("\n".join(lines), encoding="utf-8")
     print(f"wrote {arguments.out}")
 

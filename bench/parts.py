@@ -22,8 +22,6 @@ from wavear.generate import _simd, ceiling, numba_products
 from wavear.generate.numba_cpu import NumbaEngine
 from wavear.sampling import uniforms
 
-_SAMPLES = 2048
-
 
 def without(engine: NumbaEngine, part: str) -> None:
     """Leave a part out of an engine's plan: matrices of no blocks, gates of no vectors, a law of one block."""
@@ -47,29 +45,38 @@ def without(engine: NumbaEngine, part: str) -> None:
             packed.table[[number for number in matrices[part] if number >= 0], numba_products.M_BLOCKS] = 0
 
 
-PARTS: tuple[str, ...] = ("nothing", "current sample", "residual and skip", "past taps", "conditioning", "head", "gates",
-         "softmax and draw", "products")  # fmt: skip
+PARTS: tuple[str, ...] = (
+    "nothing",
+    "current sample",
+    "residual and skip",
+    "past taps",
+    "conditioning",
+    "head",
+    "gates",
+    "softmax and draw",
+    "products",
+)
 
 
-def runner(model: WaveNet, weights: str, batch: int, threads: int, part: str) -> Callable[[], object]:
-    """A call that makes `_SAMPLES` samples of every stream with a part left out."""
+def runner(model: WaveNet, weights: str, batch: int, threads: int, samples: int, part: str) -> Callable[[], object]:
+    """A call that makes `samples` samples of every stream with a part left out."""
     engine = NumbaEngine(model, batch, weights=weights, threads=threads)
     without(engine, part)
-    draws = np.stack([uniforms(b, 0, _SAMPLES) for b in range(batch)])
-    cond = torch.zeros(batch, model.config.conditioning_channels, _SAMPLES) if model.conditioned else None
+    draws = np.stack([uniforms(b, 0, samples) for b in range(batch)])
+    cond = torch.zeros(batch, model.config.conditioning_channels, samples) if model.conditioned else None
     return lambda: engine.generate(draws, cond)
 
 
-def measure(model: WaveNet, weights: str, batch: int, threads: int, seconds: float) -> dict[str, float]:
+def measure(model: WaveNet, weights: str, batch: int, threads: int, samples: int, seconds: float) -> dict[str, float]:
     """Microseconds per sample of all streams together without each part: the best of rounds over all parts."""
-    calls = {part: runner(model, weights, batch, threads, part) for part in PARTS}
+    calls = {part: runner(model, weights, batch, threads, samples, part) for part in PARTS}
     best = dict.fromkeys(PARTS, np.inf)
     began, rounds = time.perf_counter(), 0
     while rounds < 5 or time.perf_counter() - began < seconds:
         for part, call in calls.items():
             start = time.perf_counter()
             call()
-            best[part] = min(best[part], (time.perf_counter() - start) / _SAMPLES / batch * 1e6)
+            best[part] = min(best[part], (time.perf_counter() - start) / samples / batch * 1e6)
         rounds += 1
     return best
 
@@ -90,6 +97,7 @@ def main() -> None:
     parser.add_argument("--weights", nargs="+", default=["float32", "bfloat16", "int8"], choices=bench.WEIGHTS)
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--samples", type=int, default=2048, help="per call; fewer on a busy machine (default 2048)")
     parser.add_argument("--seconds", type=float, default=5.0, help="for each precision, at least (default 5)")
     arguments = parser.parse_args()
     torch.manual_seed(0)
@@ -101,8 +109,8 @@ def main() -> None:
         print(f"{weights}: multiplying {cost.multiply_adds / core.multiply_adds * 1e6:.1f} us per sample, reading "
               f"{cost.hot_bytes / core.read_rate(cost.hot_bytes) * 1e6:.1f} us, as this core does at best")  # fmt: skip
     with torch.inference_mode():
-        rows = [(weights, measure(model, weights, arguments.batch, arguments.threads, arguments.seconds))
-                for weights in arguments.weights]  # fmt: skip
+        shape = arguments.batch, arguments.threads, arguments.samples, arguments.seconds
+        rows = [(weights, measure(model, weights, *shape)) for weights in arguments.weights]
     print(f"{arguments.shape}, {arguments.batch} streams on {arguments.threads} cores\n\n{table(rows)}")
 
 

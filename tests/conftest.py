@@ -19,9 +19,13 @@ def _seeds() -> None:
 
 
 @pytest.fixture(autouse=True)
-def _environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Processes that tests start are those of a user: what fails when a buffer is flushed fails there too."""
+def _environment(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Processes that tests start are those of a user: what fails when a buffer is flushed fails there too.
+
+    And the user's cache is left alone.
+    """
     monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
+    monkeypatch.setenv("WAVEAR_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
 
 
 @pytest.fixture(scope="session")

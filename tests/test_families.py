@@ -15,6 +15,7 @@ from wavear import (
     MelConfig,
     Stream,
     TrainConfig,
+    TransformerConfig,
     WaveNetConfig,
     audio,
     generate,
@@ -31,18 +32,22 @@ MEL = MelConfig(sample_rate=8000, n_fft=64, window_length=64, hop_length=12, ban
 COMMON: dict[str, Any] = {"sample_rate": 8000, "conditioning_channels": 5}
 WAVENET = {"layers": 4, "stacks": 2, "residual_channels": 6, "skip_channels": 7, "head_channels": 9, **COMMON}
 GRU: dict[str, Any] = {"channels": 7, "input_channels": 6, "head_channels": 9, **COMMON}
+TRANSFORMER = {"channels": 12, "heads": 2, "sample_channels": 5, "head_channels": 7, **COMMON}
 
 MODELS = {
     "wavenet": WaveNetConfig(classes=64, **WAVENET),
     "wavenet kernel 3": WaveNetConfig(classes=64, kernel_size=3, **WAVENET),
     "gru": GRUConfig(classes=64, **GRU),
     "gru, two layers": GRUConfig(layers=2, classes=64, **GRU),
+    "transformer": TransformerConfig(layers=2, window=7, patch=4, classes=64, **TRANSFORMER),
+    "transformer, sample by sample": TransformerConfig(layers=2, window=9, patch=1, classes=64, **TRANSFORMER),
     "linear": LinearConfig(order=9, differencing=1, sample_rate=8000),
     "linear, 16 bits": LinearConfig(order=1, differencing=2, law="gaussian", grid="linear", sample_rate=8000),
 }
 CONDITIONED = {
     "wavenet": WaveNetConfig(classes=64, mel=MEL, speakers=3, **WAVENET),
     "gru": GRUConfig(classes=64, mel=MEL, speakers=3, **GRU),
+    "transformer": TransformerConfig(layers=2, window=7, patch=4, classes=64, mel=MEL, speakers=3, **TRANSFORMER),
 }
 LAWS = {
     "mixture": {"law": "logistic_mixture", "mixtures": 3},
@@ -52,13 +57,18 @@ LAWS = {
 }
 VALUES = {
     f"{family} {law}": type(config)(**{**own, **fields})
-    for family, config, own in [("wavenet", MODELS["wavenet"], WAVENET), ("gru", MODELS["gru"], GRU)]
+    for family, config, own in [
+        ("wavenet", MODELS["wavenet"], WAVENET),
+        ("gru", MODELS["gru"], GRU),
+        ("transformer", MODELS["transformer"], {"layers": 1, "window": 7, "patch": 3, **TRANSFORMER}),
+    ]
     for law, fields in LAWS.items()
 }
 # Fields of `TrainConfig` that make a small model of each family.
 TRAINED: dict[str, dict[str, Any]] = {
     "wavenet": {"layers": 3, "stacks": 1, "residual_channels": 8, "skip_channels": 8, "head_channels": 8},
     "gru": {"layers": 1, "channels": 16, "head_channels": 16},
+    "transformer": {"layers": 2, "channels": 16, "heads": 2, "window": 8, "patch": 4, "learning_rate": 3e-3},
     "linear": {"order": 8},
 }
 ENGINES = ["reference", "numba"]

@@ -78,9 +78,9 @@ def test_tanh_is_odd_and_neither_leaves_its_range():
     assert sigmoid.max() <= 1
 
 
-@numba.njit("void(int64,int64,int64,int64,int64,int64,int64,int64)")
-def _tile(key, weights, inputs, x, x_block, zeros, out, row):
-    _simd.tile(key, weights, inputs, x, x_block, zeros, zeros, 0, 0, out, row, _simd.VECTOR_BYTES)
+@numba.njit("void(int64,int64,int64,int64,int64,int64,int64,int64,int64)")
+def _tile(key, weights, inputs, x, x_block, bias, zeros, out, row):
+    _simd.tile(key, weights, inputs, x, x_block, bias, zeros, 0, 0, out, row, _simd.VECTOR_BYTES)
 
 
 @numba.njit("void(int64,int64,int64,int64,int64,int64,int64,int64)")
@@ -100,7 +100,8 @@ def test_an_output_has_the_same_bits_in_every_kernel(inputs, weights):
     panel = np.zeros((-(-inputs // LANES), _simd.TALLEST, LANES), np.float32)
     for k in range(inputs):
         panel[k // LANES, :, k % LANES] = rows[:, k]
-    expected = rows.astype(np.float64) @ matrix.astype(np.float64).T
+    bias = draw.standard_normal(_simd.WIDEST * LANES).astype(np.float32)
+    expected = rows.astype(np.float64) @ matrix.astype(np.float64).T + bias
     alone = [(1, vectors, False) for vectors in range(1 + even, _simd.WIDEST + 1, 1 + even)]
     tiles = [(height, vectors, True) for vectors, heights in _simd.HEIGHTS.items() for height in heights]
     results: dict[tuple[int, int], set[bytes]] = {}
@@ -111,9 +112,9 @@ def test_an_output_has_the_same_bits_in_every_kernel(inputs, weights):
         out = np.empty((height, vectors * LANES), np.float32)
         if panelled:
             _tile(height + 16 * vectors + 256 * kind, packed.ctypes.data, inputs, panel.ctypes.data, panel[0].nbytes,
-                  zeros.ctypes.data, out.ctypes.data, out[0].nbytes)  # fmt: skip
+                  bias.ctypes.data, zeros.ctypes.data, out.ctypes.data, out[0].nbytes)  # fmt: skip
         else:
-            _row(vectors, kind, packed.ctypes.data, inputs, rows.ctypes.data, zeros.ctypes.data, zeros.ctypes.data,
+            _row(vectors, kind, packed.ctypes.data, inputs, rows.ctypes.data, bias.ctypes.data, zeros.ctypes.data,
                  out.ctypes.data)  # fmt: skip
         np.testing.assert_allclose(out, expected[:height, : vectors * LANES], atol=1e-5)
         for r, v in np.ndindex(height, vectors):
@@ -224,7 +225,7 @@ def test_quantised_rows_are_whole_numbers_times_a_scale_within_half_a_step(shape
 
 def test_rows_that_are_zero_tiny_or_no_numbers_are_quantised_as_what_they_are():
     tiny = np.float32(1e-45)
-    values = np.array([[0, 0, -0.0], [tiny, -tiny, 0], [3e-44, -1e-44, 0], [3.4e38, -1.7e38, 0], [np.nan, 1, 2],
+    values = np.array([[0, 0, -0.0], [tiny, -tiny, 0], [2.65e-43, -1e-43, 0], [3.4e38, -1.7e38, 0], [np.nan, 1, 2],
                        [1, -np.inf, 2]], np.float32)  # fmt: skip
     numbers = quantise(values)[0]
     assert np.abs(numbers).max() <= 127

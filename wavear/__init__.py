@@ -3,6 +3,7 @@
 from wavear import audio, corpora
 from wavear.checkpoint import CheckpointError, load
 from wavear.convert import convert_mel
+from wavear.data import IndexReport, index
 from wavear.evaluate import EvaluateConfig, Evaluation, compare, compare_models, evaluate
 from wavear.fit import fit_linear
 from wavear.generate import generate, score
@@ -13,6 +14,7 @@ from wavear.mel import MelConfig, log_mel
 from wavear.models.base import AutoregressiveModel
 from wavear.models.gru import GRU, GRUConfig
 from wavear.models.linear import Linear, LinearConfig
+from wavear.models.transformer import Transformer, TransformerConfig
 from wavear.models.wavenet import WaveNet, WaveNetConfig
 from wavear.mulaw import mulaw_decode, mulaw_encode
 from wavear.train import TrainConfig, TrainResult, train
@@ -27,6 +29,7 @@ __all__ = [
     "EvaluateConfig",
     "Evaluation",
     "GRUConfig",
+    "IndexReport",
     "Linear",
     "LinearConfig",
     "MelConfig",
@@ -35,6 +38,8 @@ __all__ = [
     "StreamState",
     "TrainConfig",
     "TrainResult",
+    "Transformer",
+    "TransformerConfig",
     "WaveNet",
     "WaveNetConfig",
     "adapt_mel",
@@ -46,6 +51,7 @@ __all__ = [
     "evaluate",
     "fit_linear",
     "generate",
+    "index",
     "judge_mel",
     "load",
     "log_mel",

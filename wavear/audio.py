@@ -32,6 +32,44 @@ if TYPE_CHECKING:
 MIN_SAMPLE_RATE, MAX_SAMPLE_RATE = 1000, 384_000  # Hz
 
 StrPath = str | os.PathLike[str]
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """An audio file within another that stores it as it is: a member of a tar archive. `info` and `read` take it."""
+
+    archive: str
+    offset: int
+    """Where its bytes begin."""
+    size: int
+    """How many they are."""
+    member: str
+    """Its name in the archive."""
+
+    @property
+    def name(self) -> str:
+        """Last part of its name."""
+        return Path(self.member).name
+
+    @property
+    def stem(self) -> str:
+        """That without its ending."""
+        return Path(self.member).stem
+
+    @property
+    def suffix(self) -> str:
+        """The ending, with its dot."""
+        return Path(self.member).suffix
+
+    def resolve(self) -> Member:
+        """With the archive's one true path."""
+        return Member(os.path.realpath(self.archive), self.offset, self.size, self.member)
+
+    def __str__(self) -> str:
+        return f"{self.archive}/{self.member}"
+
+
+AudioPath = StrPath | Member
 Waveform = TypeVar("Waveform", torch.Tensor, np.ndarray)
 
 
@@ -55,12 +93,12 @@ class AudioInfo:
         return self.frames / self.sample_rate
 
 
-def info(path: StrPath) -> AudioInfo:
+def info(path: AudioPath) -> AudioInfo:
     """Sample rate, length and channels of an audio file, from its header where that can be trusted; nothing is decoded.
 
     Parameters
     ----------
-    path : str or Path
+    path : str, Path or Member
 
     Returns
     -------
@@ -75,7 +113,7 @@ def info(path: StrPath) -> AudioInfo:
         return AudioInfo(file.samplerate, file.frames, file.channels)
 
 
-def read(path: StrPath, sample_rate: int | None = None, start: int = 0, frames: int | None = None) -> torch.Tensor:
+def read(path: AudioPath, sample_rate: int | None = None, start: int = 0, frames: int | None = None) -> torch.Tensor:
     """Read an audio file, or a part of it, as a mono waveform.
 
     Channels are averaged. Only the asked part is decoded (and resampled), from a little before it where the format or
@@ -83,7 +121,7 @@ def read(path: StrPath, sample_rate: int | None = None, start: int = 0, frames: 
 
     Parameters
     ----------
-    path : str or Path
+    path : str, Path or Member
     sample_rate : int, optional
         Rate of the result, Hz; by default the file's own.
     start : int
@@ -372,19 +410,22 @@ def trim_silence(
 
 
 @contextlib.contextmanager
-def _open(path: StrPath) -> Iterator[tuple[soundfile.SoundFile, int | None]]:
+def _open(path: AudioPath) -> Iterator[tuple[soundfile.SoundFile, int | None]]:
     """A file opened by libsndfile, and the latest position to seek to, after all checks that need no decoding."""
     import soundfile
 
+    holder, stretch = (path.archive, (path.offset, path.size)) if isinstance(path, Member) else (path, None)
     try:
-        status = os.stat(path)
+        status = os.stat(holder)
         if stat.S_ISDIR(status.st_mode):
             raise IsADirectoryError(f"{path}: is a folder, expected an audio file")
         if not stat.S_ISREG(status.st_mode):
             raise OSError(f"{path}: is not a regular file (audio is not read from pipes or devices)")
-        if status.st_size == 0:
+        if (status.st_size if stretch is None else stretch[1]) == 0:
             raise AudioError(f"{path}: is empty (0 bytes)")
-        findings = containers.examine(path)
+        if stretch is not None and sum(stretch) > status.st_size:
+            raise AudioError(f"{path}: is damaged or truncated inside (the archive ends before it does)")
+        findings = containers.examine(holder, stretch)
     except OSError as error:
         if error.errno is None:
             raise
@@ -393,13 +434,19 @@ def _open(path: StrPath) -> Iterator[tuple[soundfile.SoundFile, int | None]]:
         raise
     except ValueError as error:
         raise AudioError(f"{path}: {error}") from error
-    source: Any = os.fspath(path)
+    # soundfile encodes names strictly, on Windows as wide characters; elsewhere names need not be Unicode.
+    source: Any = os.fsencode(holder) if os.name == "posix" else os.fspath(holder)
+    if stretch is not None:
+        with open(holder, "rb") as archive:
+            archive.seek(stretch[0])
+            data = archive.read(stretch[1])
+        source = io.BytesIO(data)
     if findings.splice:
         offset, removed, inserted = findings.splice
-        data = Path(path).read_bytes()
+        data = Path(holder).read_bytes() if stretch is None else source.getvalue()
         source = io.BytesIO(data[:offset] + inserted + data[offset + removed :])
     # A file that is none, but has the name of one, goes to the MP3 decoder, too.
-    with _decoder_quiet() if findings.is_mp3 or Path(path).suffix.lower() == ".mp3" else contextlib.nullcontext():
+    with _decoder_quiet() if findings.is_mp3 or str(path).lower().endswith(".mp3") else contextlib.nullcontext():
         try:
             file = soundfile.SoundFile(source)
         except soundfile.LibsndfileError as error:
@@ -413,7 +460,7 @@ def _open(path: StrPath) -> Iterator[tuple[soundfile.SoundFile, int | None]]:
             yield file, findings.last_seek
 
 
-def _decode(path: StrPath, file: soundfile.SoundFile, first: int, last: int, last_seek: int | None) -> np.ndarray:
+def _decode(path: AudioPath, file: soundfile.SoundFile, first: int, last: int, last_seek: int | None) -> np.ndarray:
     """Samples [first, last) of a file, mono."""
     import soundfile
 

@@ -288,28 +288,32 @@ def run_training(config: Any) -> int:
     return 130 if result.stopped_by == "interrupt" else 0
 
 
-def recipe(config: Any, description: str | None = None, corpus: Any = None) -> None:
+def recipe(
+    config: Any, description: str | None = None, corpus: Any = None, run: Callable[[Any], int] = run_training
+) -> None:
     """The main program of a recipe: its values, each of which a flag overrides, are trained with.
 
     Parameters
     ----------
-    config : TrainConfig
+    config : TrainConfig, or what `run` takes
         The recipe's values.
     description : str, optional
         For --help.
     corpus : of `wavear.corpora`, optional
         What `config.data` is the folder of: it is listed in a manifest beside the run. Its fields become flags too, and
         --download gets it.
+    run : callable
+        What is done with the values; it gives the exit status.
     """
     if corpus is not None:
         sys.exit(_guarded(lambda: _parse(_on_corpus(config, corpus, description), sys.argv[1:], _script())()))
 
-    def run(config: Any = config) -> int:
-        return run_training(config)
+    def main(config: Any = config) -> int:
+        return run(config)
 
-    run.__annotations__["config"] = type(config)  # so that its fields become flags
-    run.__doc__ = description
-    sys.exit(_guarded(lambda: _parse(run, sys.argv[1:], _script())()))
+    main.__annotations__["config"] = type(config)  # so that its fields become flags
+    main.__doc__ = description
+    sys.exit(_guarded(lambda: _parse(main, sys.argv[1:], _script())()))
 
 
 def _script() -> str:
@@ -606,6 +610,89 @@ def _evaluate() -> Callable[..., int]:
     return evaluate
 
 
+def _index() -> Callable[..., int]:
+    from tyro.conf import Positional, arg
+
+    def index(
+        data: Annotated[Positional[str], arg(metavar="DATA")],
+        beside: bool = False,
+        processes: int | None = None,
+    ) -> int:
+        """Read the headers of all files of a large corpus once and keep what they say, for every run to come.
+
+        Only new and changed files are looked into, and one that was stopped goes on where it was. `wavear train` does
+        the same by itself from 1000 files on.
+
+        Parameters
+        ----------
+        data
+            Recordings: a folder, a manifest, or tar shards (a pattern in quotes, such as 'shards/{000..012}.tar').
+        beside
+            Keep the index beside the data, for everybody who reads them there, rather than in your cache.
+        processes
+            To look into files with; by default one per core, up to 16.
+        """
+        from wavear.data import index
+        from wavear.train import _bar
+
+        report = index(data, beside=beside, processes=processes, progress=_bar)
+        for note in report.notes:
+            _warn(note)
+        for name, why in report.bad[:20]:
+            _complain(f"{name}: {why}")
+        if len(report.bad) > 20:
+            _complain(f"... and {len(report.bad) - 20} more")
+        rates = ", ".join(map(str, report.rates))
+        _say(f"{report.files} files, {report.new} of them new or changed; {len(report.bad)} cannot be used")
+        _say(f"{report.recordings} recordings, {report.seconds / 3600:.2f} hours of audio, {rates or 'no'} Hz")
+        _say(f"index: {report.folder or 'not kept'}")
+        return 1 if report.bad else 0
+
+    return index
+
+
+def _shards() -> Callable[..., int]:
+    from tyro.conf import Positional, arg
+
+    def shards(
+        data: Annotated[Positional[str], arg(metavar="DATA")],
+        out: Annotated[Path, arg(metavar="DIR")],
+        megabytes: float = 256.0,
+        speakers: bool = False,
+        seed: int = 0,
+    ) -> int:
+        """Put recordings into tar shards, for an object store: DIR/shard-000000.tar and so on, files byte for byte.
+
+        `wavear train 'DIR/*.tar'` trains on them, as does whatever reads webdataset's shards.
+
+        Parameters
+        ----------
+        data
+            Recordings: a folder, or a manifest of whole files.
+        out
+            Folder to write to: empty, or not there yet.
+        megabytes
+            A shard is closed when it has so many.
+        speakers
+            The first level of a folder's sub-folders names the speakers; a manifest's column `speaker` always counts.
+        seed
+            Of the order of the files: it is shuffled, so that each shard is a sample of all.
+        """
+        from wavear.shards import write_shards
+        from wavear.train import _bar
+
+        report = write_shards(data, out, megabytes=megabytes, speakers=speakers, seed=seed, progress=_bar)
+        for name, why in report.failed:
+            _complain(f"{name}: {why}")
+        first, last = report.shards[0].name, report.shards[-1].name
+        _say(
+            f"{out}  {len(report.shards)} shards, {first} to {last}, {report.files} files, {report.bytes / 1e6:.1f} MB"
+        )
+        return 1 if report.failed else 0
+
+    return shards
+
+
 def _compare() -> Callable[..., int]:
     from tyro.conf import Positional, arg
 
@@ -749,6 +836,8 @@ def _bench() -> Callable[..., int]:
 COMMANDS: dict[str, tuple[str, Callable[[], Callable[..., int]]]] = {
     "demo": ("make sounds, train on them, and hear the result: five minutes, nothing downloaded", _demo),
     "train": ("train a model on a folder of recordings", _train),
+    "index": ("look into the files of a large corpus once, for every run to come", _index),
+    "shards": ("put recordings into tar shards, for an object store", _shards),
     "synthesize": ("mels, or recordings, to audio", _synthesize),
     "generate": ("audio from a model that needs no mel", _generate),
     "mel": ("recordings to mels", _mel),

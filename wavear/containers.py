@@ -33,8 +33,10 @@ class Findings:
     """Latest sample where a seek arrives exactly; None: every one."""
 
 
-def examine(path: str | os.PathLike[str]) -> Findings:
+def examine(path: str | os.PathLike[str], stretch: tuple[int, int] | None = None) -> Findings:
     """Compare a file's header with its bytes. Costs some reads; the result is kept while the file stays as it is.
+
+    With a `stretch` (offset, length in bytes) the file is what lies there, a member of an archive say.
 
     Raises
     ------
@@ -44,23 +46,31 @@ def examine(path: str | os.PathLike[str]) -> Findings:
         If it cannot be read.
     """
     status = os.stat(path)
-    return _examine(os.fspath(path), status.st_size, status.st_mtime_ns)
+    return _examine(os.fspath(path), status.st_size, status.st_mtime_ns, stretch)
 
 
 @functools.lru_cache(maxsize=65536)
-def _examine(path: str, size: int, modified: int) -> Findings:
-    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        start = _after_id3(data)
-        magic = data[start : start + 4]
-        if magic in (b"RIFF", b"RIFX", b"RF64", b"FORM"):
-            return _examine_chunks(data, magic)
-        if magic == b"fLaC":
-            return _examine_flac(data, start)
-        if magic == b"OggS":
-            return _examine_ogg(data, start)
-        if start > 0 or _Mp3Frame.parse(magic):
-            return _examine_mp3(data, start)
-        return Findings()
+def _examine(path: str, size: int, modified: int, stretch: tuple[int, int] | None) -> Findings:
+    with open(path, "rb") as file:
+        if stretch is not None:
+            file.seek(stretch[0])
+            return _examine_bytes(file.read(stretch[1]))
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            return _examine_bytes(data)
+
+
+def _examine_bytes(data: Bytes) -> Findings:
+    start = _after_id3(data)
+    magic = data[start : start + 4]
+    if magic in (b"RIFF", b"RIFX", b"RF64", b"FORM"):
+        return _examine_chunks(data, magic)
+    if magic == b"fLaC":
+        return _examine_flac(data, start)
+    if magic == b"OggS":
+        return _examine_ogg(data, start)
+    if start > 0 or _Mp3Frame.parse(magic):
+        return _examine_mp3(data, start)
+    return Findings()
 
 
 # --- WAV and AIFF: chunks of four letters, a length, and that many bytes ----------------------------------------------

@@ -1,63 +1,49 @@
 """Recordings: a folder or a manifest -> which stretch of which file is for training and which is held out.
 
-`find` lists a folder or reads a manifest, `open_corpus` looks into the header of every file, names those that cannot be
-used, and splits the rest. Nothing is decoded here unless levels or silence have to be measured.
+`wavear.listing` lists a folder or reads a manifest, `open_corpus` looks into the header of every file (or finds in the
+index what was there, `wavear.indexing`), names those that cannot be used, and splits the rest. Nothing is decoded here
+unless levels or silence have to be measured. All of it are arrays with a row per recording, so a million will do.
 """
 
 from __future__ import annotations
 
-import csv
 import dataclasses
-import hashlib
-import json
-import os
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+
 from wavear import audio
+from wavear.indexing import Files, Index, mixed
+from wavear.listing import SUFFIXES, listed
+from wavear.looking import Normalise, level, why
+from wavear.recordings import SPLIT_NAMES, Listing, ListingBuilder, Recording, Recordings, frames_of
+from wavear.shards import is_shards, list_shards, local_shards
 
-SUFFIXES = (".wav", ".flac", ".ogg", ".mp3", ".aif", ".aiff")
-SPLITS = {"train": "train", "training": "train", "validation": "validation", "valid": "validation", "val": "validation"}
-SPLITS |= {"dev": "validation", "test": "test", "": None}
-_THREADS = 8  # reading headers waits for the disk, not for the processor
-_PEAK_TARGET = 0.9  # of full scale
-_RMS_TARGET = 10 ** (-23 / 20)  # -23 dB of full scale, about the level of broadcast speech (EBU R 128)
-_TRIM_KEEP_SECONDS = 0.05  # silence left at either end by `trim_silence`
+__all__ = [
+    "SUFFIXES",
+    "Corpus",
+    "IndexReport",
+    "Normalise",
+    "Recording",
+    "Recordings",
+    "find",
+    "index",
+    "open_corpus",
+    "split",
+]
 
-Normalise = Literal["none", "peak", "rms"]
-
-
-@dataclass(frozen=True, slots=True)
-class Recording:
-    """A stretch of an audio file."""
-
-    path: Path
-    name: str
-    """Path relative to the data, with forward slashes; `#seconds` follows where it does not begin with the file."""
-    start: int = 0
-    """Where in the file it begins, in samples at the model's rate."""
-    frames: int = -1
-    """Samples, at the model's rate; -1 until `open_corpus` has read the file's header."""
-    sample_rate: int = 0
-    """Of the file, in Hz; 0 until then."""
-    speaker: str | None = None
-    split: str | None = None
-    """ "train", "validation" or "test" where a manifest says so."""
-    gain: float = 1.0
-    """Factor on the samples, from level normalisation."""
-    span: tuple[float, float | None] = (0.0, None)
-    """Start and duration in seconds, as a manifest gave them."""
+_TRAIN, _VALIDATION, _TEST = range(3)  # of `SPLIT_NAMES`
 
 
 @dataclass(frozen=True)
 class Corpus:
     """What there is to train on and to validate on."""
 
-    train: list[Recording]
-    validation: list[Recording]
+    train: Recordings
+    validation: Recordings
     speakers: list[str]
     """Names in the order of their numbers; empty without speakers."""
     bad: list[tuple[str, str]]
@@ -72,7 +58,8 @@ def find(data: str | Path, speakers: bool = False) -> list[Recording]:
     Parameters
     ----------
     data : str or Path
-        A folder with WAV, FLAC, OGG, MP3 or AIFF files (hidden ones are passed over), one such file, or a manifest:
+        A folder with WAV, FLAC, OGG, MP3 or AIFF files (hidden ones are passed over), one such file, tar shards
+        (`shards/{000..012}.tar`, `shards/*.tar`: see `wavear.shards`), or a manifest:
         CSV with a header, or JSON lines (`.jsonl`, `.json`). A manifest has `path` (relative to the manifest), and
         optionally `start` and `duration` in seconds, `speaker`, and `split` (train, validation or dev, test). A CSV
         without a header whose lines read `path|text` is taken as well.
@@ -86,91 +73,8 @@ def find(data: str | Path, speakers: bool = False) -> list[Recording]:
     ValueError
         If there is no audio in it, or the manifest cannot be read; the message names the line.
     """
-    data = Path(data)
-    if data.is_dir():
-        return _find_in_folder(data, speakers)
-    if not data.exists():
-        raise FileNotFoundError(f"{data}: no such folder or manifest")
-    if data.suffix.lower() in SUFFIXES:
-        return [Recording(data, data.name)]
-    rows = _read_manifest(data)
-    return [_from_row(row, data, line) for line, row in rows]
-
-
-def _find_in_folder(folder: Path, speakers: bool) -> list[Recording]:
-    found = []
-    for directory, subdirectories, files in os.walk(folder, followlinks=True):
-        subdirectories[:] = sorted(name for name in subdirectories if not name.startswith("."))
-        for file in files:
-            if file.lower().endswith(SUFFIXES) and not file.startswith("."):
-                path = Path(directory, file)
-                name = path.relative_to(folder).as_posix()
-                parts = name.split("/")
-                found.append(Recording(path, name, speaker=parts[0] if speakers and len(parts) > 1 else None))
-    if not found:
-        raise ValueError(f"{folder} holds no audio files ({', '.join(s[1:] for s in SUFFIXES)}), at any depth")
-    if speakers and (lone := [r.name for r in found if r.speaker is None]):
-        raise ValueError(f"{folder / lone[0]} lies in no sub-folder: speakers are named by the first level of folders")
-    return sorted(found, key=lambda r: r.name)
-
-
-def _read_manifest(path: Path) -> list[tuple[int, dict[str, Any]]]:
-    """(line, row) of each recording."""
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError:
-        raise ValueError(f"{path} is neither audio by its name ({', '.join(SUFFIXES)}) nor a text manifest") from None
-    if path.suffix.lower() in (".jsonl", ".json", ".ndjson"):
-        rows = []
-        for line, content in enumerate(text.splitlines(), 1):
-            if not content.strip():
-                continue
-            try:
-                row = json.loads(content)
-            except ValueError as error:
-                raise ValueError(f"{path}:{line} is not JSON: {error}") from None
-            if not isinstance(row, dict):
-                raise ValueError(f"{path}:{line} is no JSON object: {content:.60}")
-            rows.append((line, row))
-    else:
-        lines = text.splitlines()
-        first = lines[0] if lines else ""
-        if "|" in first and "path" not in first.split("|"):  # LJSpeech's list: path|text|...
-            rows = [(n, {"path": content.split("|")[0]}) for n, content in enumerate(lines, 1) if content.strip()]
-        else:
-            separator = max(",;\t|", key=first.count)
-            reader = csv.DictReader(lines, delimiter=separator)
-            rows = [(reader.line_num, {key: value or "" for key, value in row.items() if key}) for row in reader]
-            rows = [(line, row) for line, row in rows if any(row.values())]
-    if not rows:
-        raise ValueError(f"{path} lists no recordings")
-    for line, row in rows:
-        if not isinstance(row.get("path"), str) or not row["path"]:
-            raise ValueError(f"{path}:{line} has no 'path'; its columns are {', '.join(row) or 'none'}")
-    return rows
-
-
-def _from_row(row: dict[str, Any], manifest: Path, line: int) -> Recording:
-    def number(key: str, least: float) -> float | None:
-        value = row.get(key)
-        if value is None or value == "":
-            return None
-        try:
-            seconds = float(value)
-        except (TypeError, ValueError):
-            seconds = float("nan")
-        if not least <= seconds < float("inf"):
-            raise ValueError(f"{manifest}:{line}: {key} is {value!r}, expected seconds, {least:g} or more")
-        return seconds
-
-    start, duration = number("start", 0.0) or 0.0, number("duration", 0.0)
-    split = str(row.get("split") or "").strip().lower()
-    if split not in SPLITS:
-        raise ValueError(f"{manifest}:{line}: split is {row['split']!r}, expected train, validation, dev or test")
-    speaker = str(row.get("speaker") if row.get("speaker") is not None else "").strip()
-    name = Path(row["path"]).as_posix() + (f"#{start:g}" if start else "")
-    path = manifest.parent / Path(row["path"]).expanduser()
-    return Recording(path, name, speaker=speaker or None, split=SPLITS[split], span=(start, duration))
+    listing = list_shards(local_shards(data), speakers, None) if is_shards(data) else listed(data, speakers)
+    return [listing.recording(row) for row in range(len(listing))]
 
 
 def open_corpus(
@@ -218,51 +122,177 @@ def open_corpus(
     ValueError
         If not one file can be used; the message gives the first reason.
     """
-    found = find(data, speakers)
-    held = [] if validation is None else find(validation, speakers)
+    if not 0 < validation_fraction < 1:
+        raise ValueError(f"validation_fraction is {validation_fraction!r}, expected more than 0 and less than 1")
     bad: list[tuple[str, str]] = []
     notes: list[str] = []
-    measure = normalise != "none" or trim_silence is not None
-
-    def look(recording: Recording) -> Recording | tuple[str, str]:
-        try:
-            opened = _open(recording, sample_rate, least_samples)
-            return _measured(opened, sample_rate, normalise, trim_silence) if measure else opened
-        except (ValueError, OSError) as error:
-            return recording.name, reason(error, recording)
-
-    with ThreadPoolExecutor(_THREADS) as pool:
-        todo: Iterable[Any] = pool.map(look, found + held)
-        if progress is not None:
-            todo = progress(todo, len(found) + len(held), "measuring levels" if measure else "reading headers")
-        looked = list(todo)
-    good, good_held = [], []
-    for index, result in enumerate(looked):
-        if isinstance(result, tuple):
-            bad.append(result)
-        else:
-            (good if index < len(found) else good_held).append(result)
-    for part, source in ((good, data), *(((good_held, validation),) if validation is not None else ())):
-        if not part:
-            raise ValueError(f"{source}: none of the files can be used; the first: {bad[0][0]}: {bad[0][1]}")
-    rates = sorted({r.sample_rate for r in good + good_held} - {sample_rate})
-    if rates:
-        count = sum(r.sample_rate != sample_rate for r in good + good_held)
-        listed = ", ".join(map(str, rates))
-        notes.append(f"{count} of {len(good + good_held)} files are resampled to {sample_rate} Hz (from {listed} Hz)")
-    if normalise_by == "speaker" and normalise != "none":
-        good, good_held = _level_by_speaker(good), _level_by_speaker(good_held)
+    parts = []
+    for source in (data, *([] if validation is None else [validation])):
+        index = Index(source, progress=progress)
+        part = _opened(index.listing(speakers), index, sample_rate, least_samples, source, bad)
+        if normalise != "none" or trim_silence is not None:
+            part = _leveled(part, index, sample_rate, normalise, trim_silence, source, bad)
+        if normalise_by == "speaker" and normalise != "none":
+            part.gain = _speaker_gains(part)
+        parts.append(part)
+        notes += index.notes
+    rates = np.concatenate([part.rate for part in parts])
+    if others := sorted(set(np.unique(rates).tolist()) - {sample_rate}):
+        text = ", ".join(map(str, others))
+        count = int((rates != sample_rate).sum())
+        notes.append(f"{count} of {len(rates)} files are resampled to {sample_rate} Hz (from {text} Hz)")
+    good = parts[0]
+    splits = good.listing.split[good.rows]
     if validation is None:
-        train, kept = split(good, validation_fraction)
+        train, kept = _split(good, splits, validation_fraction)
     else:
-        train, kept = [r for r in good if r.split in (None, "train")], good_held
-        if not train:
+        train, kept = good.take((splits < 0) | (splits == _TRAIN)), parts[1]
+        if not len(train):
             raise ValueError(f"{data}: every recording is held out by its 'split', none is left to train on")
-    names = sorted({r.speaker for r in train + kept if r.speaker is not None})
-    if names and any(r.speaker is None for r in train + kept):
-        lone = next(r.name for r in train + kept if r.speaker is None)
-        raise ValueError(f"{data}: {lone} has no speaker and others have: name all of them, or none")
+    names = sorted(train.speakers() | kept.speakers())
+    if names:
+        for part in (train, kept):
+            if (lone := np.flatnonzero(part.speaker < 0)).size:
+                raise ValueError(
+                    f"{data}: {part[int(lone[0])].name} has no speaker and others have: name all of them, or none"
+                )
     return Corpus(train, kept, names, bad, notes)
+
+
+@dataclass(frozen=True)
+class IndexReport:
+    """What `index` found."""
+
+    recordings: int
+    files: int
+    """Distinct ones."""
+    new: int
+    """Files that were looked into: those that the index did not know."""
+    bad: list[tuple[str, str]]
+    """Files that cannot be used: name and reason."""
+    seconds: float
+    """Of audio, in all files that can be used."""
+    rates: list[int]
+    """Sample rates that occur, Hz."""
+    folder: Path | None
+    """Where the index is kept; None if nothing can be written there."""
+    notes: list[str]
+    """What a user should know, one line each."""
+
+
+def index(
+    data: str | Path,
+    *,
+    beside: bool = False,
+    processes: int | None = None,
+    progress: Callable[[Iterable[Any], int, str], Iterable[Any]] | None = None,
+) -> IndexReport:
+    """Make the index of some data, or bring it up to date: what `train` does by itself where there are many files.
+
+    Files are known by name, size and time of change. What is found is written down as it comes: an index that was
+    stopped, however, goes on where it was. A file that cannot be used is named and stops nothing.
+
+    Parameters
+    ----------
+    data : str or Path
+        As of `find`.
+    beside : bool
+        Keep the index beside the data, for everybody who reads them there, rather than in the cache of the user
+        (`WAVEAR_CACHE`, or `XDG_CACHE_HOME/wavear`, or `~/.cache/wavear`).
+    processes : int, optional
+        To look into files with; by default one per core, up to 16.
+    progress : callable, optional
+        As of `open_corpus`.
+
+    Raises
+    ------
+    FileNotFoundError, ValueError
+        As `find`.
+    OSError
+        If `beside` is set and nothing can be written there.
+    """
+    if processes is not None and processes < 1:
+        raise ValueError(f"processes is {processes!r}, expected 1 or more")
+    kept = Index(data, keep=True, put_beside=beside, processes=processes, progress=progress)
+    listing = kept.listing()
+    files = Files.of_listing(listing)
+    found = kept.find("header", files.key, lambda n: _question(listing, int(files.row[n])))
+    seconds = float((found.a / np.maximum(found.b, 1)).sum())
+    bad = listing.bad + [(listing.base(int(files.row[n])), told) for n, told in sorted(found.errors.items())]
+    rates = np.unique(found.b[found.b > 0]).tolist()
+    return IndexReport(len(listing), len(files.row), found.new, bad, seconds, rates, kept.writable(), list(kept.notes))
+
+
+def _question(listing: Listing, row: int) -> list[Any]:
+    """What a process is told of a file."""
+    if listing.member is None:
+        return [listing.file(row)]
+    return [list(dataclasses.astuple(listing.path(row)))]  # type: ignore[arg-type]
+
+
+def _opened(
+    listing: Listing, index: Index, rate: int, least_samples: int, source: str | Path, bad: list[tuple[str, str]]
+) -> Recordings:
+    """The rows of a listing that can be used, with start and length; the others go to `bad`."""
+    files = Files.of_listing(listing)
+    found = index.find("header", files.key, lambda n: _question(listing, int(files.row[n])))
+    frames, own_rate = found.a[files.of], np.maximum(found.b[files.of], 1)
+    whole = (2 * frames * rate + own_rate) // (2 * own_rate)  # rounded, as `audio.read` does
+    start, left = np.zeros(len(listing), np.int64), whole
+    if listing.span is not None:
+        start = np.rint(listing.span[:, 0] * rate).astype(np.int64)
+        duration = listing.span[:, 1]
+        left = whole - start
+        left = np.where(np.isnan(duration), left, np.minimum(left, np.rint(np.nan_to_num(duration) * rate)))
+        left = left.astype(np.int64)
+    failed = np.zeros(len(files.row), bool)
+    failed[list(found.errors)] = True
+    failed = failed[files.of]
+    usable = ~failed & (left >= max(least_samples, 1)) & (start < whole)
+    mine = []
+    for row in np.flatnonzero(~usable).tolist():
+        if failed[row]:
+            told = found.errors[int(files.of[row])]
+        elif start[row] >= whole[row]:
+            seconds = frames[row] / own_rate[row]
+            told = f"it is to be read from {listing.start(row):g} s on, and ends at {seconds:g} s"
+        else:
+            told = f"{left[row]} samples at {rate} Hz are too few: at least {least_samples} are needed"
+        mine.append((listing.name(row), told))
+    bad += listing.bad + mine
+    if not usable.any():
+        raise ValueError(f"{source}: none of the files can be used; the first: {mine[0][0]}: {mine[0][1]}")
+    rows = np.flatnonzero(usable)
+    return Recordings(listing, rows, start[rows], left[rows], own_rate[rows])
+
+
+def _leveled(
+    recordings: Recordings,
+    index: Index,
+    rate: int,
+    normalise: Normalise,
+    trim: float | None,
+    source: str | Path,
+    bad: list[tuple[str, str]],
+) -> Recordings:
+    """With a gain from their levels, and without their silent ends; those that cannot be decoded go to `bad`."""
+    listing = recordings.listing
+    files = Files.of_listing(listing)
+    keys = mixed(files.key[files.of[recordings.rows]], recordings.start, recordings.frames)
+
+    def item(n: int) -> list[Any]:
+        (path,) = _question(listing, int(recordings.rows[n]))
+        return [path, rate, int(recordings.start[n]), int(recordings.frames[n]), normalise, trim]
+
+    settings = f"{rate}-{normalise}" + ("" if trim is None else f"-{trim!r}")
+    found = index.find("level", keys, item, f"levels-{settings}", "measuring levels")
+    mine = [(recordings[n].name, told) for n, told in sorted(found.errors.items())]
+    bad += mine
+    good = np.ones(len(recordings), bool)
+    good[list(found.errors)] = False
+    if not good.any():
+        raise ValueError(f"{source}: none of the files can be used; the first: {mine[0][0]}: {mine[0][1]}")
+    return Recordings(listing, recordings.rows, found.a, found.b, recordings.rate, found.c).take(good)
 
 
 def _open(recording: Recording, rate: int, least_samples: int) -> Recording:
@@ -280,16 +310,8 @@ def _open(recording: Recording, rate: int, least_samples: int) -> Recording:
 
 def _measured(recording: Recording, rate: int, normalise: Normalise, trim: float | None) -> Recording:
     """With a gain from its level, and without its silent ends."""
-    waveform = audio.read(recording.path, rate, recording.start, recording.frames)
-    if trim is not None:
-        kept = audio.trim_silence(waveform, top_db=trim, margin=round(_TRIM_KEEP_SECONDS * rate))
-        start = recording.start + kept.storage_offset() - waveform.storage_offset()  # it is a view
-        recording, waveform = dataclasses.replace(recording, start=start, frames=len(kept)), kept
-    peak, rms = float(waveform.abs().max()), float(waveform.double().square().mean().sqrt())
-    if normalise == "none" or peak == 0:
-        return recording
-    gain = _PEAK_TARGET / peak if normalise == "peak" else min(_RMS_TARGET / rms, 1 / peak)
-    return dataclasses.replace(recording, gain=gain)
+    found = level(recording.path, rate, recording.start, recording.frames, normalise, trim)
+    return dataclasses.replace(recording, start=found.start, frames=found.frames, gain=found.gain)
 
 
 def _level_by_speaker(recordings: list[Recording]) -> list[Recording]:
@@ -298,6 +320,14 @@ def _level_by_speaker(recordings: list[Recording]) -> list[Recording]:
     for recording in recordings:
         gains.setdefault(recording.speaker, []).append(recording.gain)
     return [dataclasses.replace(r, gain=min(gains[r.speaker])) for r in recordings]
+
+
+def _speaker_gains(recordings: Recordings) -> np.ndarray:
+    """One gain for all recordings of a speaker: the least of theirs, so that none is clipped."""
+    assert recordings.gain is not None
+    least = np.full(len(recordings.listing.speakers) + 1, np.inf)
+    np.minimum.at(least, recordings.speaker, recordings.gain)  # no speaker is -1: the last
+    return least[recordings.speaker]
 
 
 def split(recordings: Sequence[Recording], fraction: float) -> tuple[list[Recording], list[Recording]]:
@@ -310,46 +340,58 @@ def split(recordings: Sequence[Recording], fraction: float) -> tuple[list[Record
     """
     if not 0 < fraction < 1:
         raise ValueError(f"validation_fraction is {fraction!r}, expected more than 0 and less than 1")
-    recordings = [r for r in recordings if r.split != "test"]
-    if any(r.split == "validation" for r in recordings):
-        train = [r for r in recordings if r.split != "validation"]
-        if not train:
-            raise ValueError("every recording is held out by its 'split', none is left to train on")
-        return train, [r for r in recordings if r.split == "validation"]
-    if not recordings:
+    builder = ListingBuilder(Path())
+    for r in recordings:
+        builder.add(r.name.split("#")[0], split=-1 if r.split is None else SPLIT_NAMES.index(r.split))
+    listing = builder.done()
+    numbers = np.arange(len(recordings))
+    rows = Recordings(listing, numbers, numbers, frames_of(recordings), numbers)
+    train, held = _split(rows, listing.split, fraction)
+    if len(train) == len(held) == 1 and train.rows[0] == held.rows[0]:  # a single file, cut
+        whole, at = recordings[int(train.rows[0])], int(train.frames[0])
+        rest = {"start": whole.start + at, "frames": whole.frames - at}
+        return [dataclasses.replace(whole, frames=at)], [
+            dataclasses.replace(whole, name=f"{whole.name}#end", start=rest["start"], frames=rest["frames"])
+        ]
+    return [recordings[n] for n in train.rows.tolist()], [recordings[n] for n in held.rows.tolist()]
+
+
+def _split(recordings: Recordings, splits: np.ndarray, fraction: float) -> tuple[Recordings, Recordings]:
+    """See `split`; `splits` are the numbers that the column `split` says, -1 where nothing."""
+    chosen = recordings.take(splits != _TEST)
+    splits = splits[splits != _TEST]
+    held = splits == _VALIDATION
+    if held.all():
         raise ValueError("every recording is held out by its 'split', none is left to train on")
-    if len(recordings) == 1:
-        return _cut(recordings[0], fraction)
+    if held.any():
+        return chosen.take(~held), chosen.take(held)
+    if len(chosen) == 1:
+        return _cut(chosen, fraction)
     # Stretches of one file stay together: the file's name is hashed, not the stretch's.
-    names = sorted({r.name.split("#")[0] for r in recordings}, key=_hash)
+    groups = chosen.listing.groups()[chosen.rows]
+    names = np.unique(groups)
     if len(names) == 1:
-        count = max(1, min(round(len(recordings) * fraction), len(recordings) - 1))
-        return list(recordings[:-count]), list(recordings[-count:])
-    held = {name for name in names if _hash(name) < fraction} or {names[0]}
-    if len(held) == len(names):
-        held.discard(names[-1])
-    return [r for r in recordings if r.name.split("#")[0] not in held], [
-        r for r in recordings if r.name.split("#")[0] in held
-    ]
+        count = max(1, min(round(len(chosen) * fraction), len(chosen) - 1))
+        return chosen.take(slice(None, -count)), chosen.take(slice(-count, None))
+    chance = names.astype(np.float64) / 2**64
+    most = names[max(int((chance < fraction).sum()), 1) - 1 :][0]  # at least one file is held out,
+    most = min(most, names[-2])  # and at least one is not
+    held = groups <= most
+    return chosen.take(~held), chosen.take(held)
 
 
-def _cut(recording: Recording, fraction: float) -> tuple[list[Recording], list[Recording]]:
+def _cut(recordings: Recordings, fraction: float) -> tuple[Recordings, Recordings]:
     """The beginning of a single file and its end."""
-    at = round(recording.frames * (1 - fraction))
-    if at == 0 or at == recording.frames:
-        raise ValueError(f"{recording.name} is the only recording, and too short to hold out a part of it")
-    end = dataclasses.replace(
-        recording, name=f"{recording.name}#end", start=recording.start + at, frames=recording.frames - at
-    )
-    return [dataclasses.replace(recording, frames=at)], [end]
-
-
-def _hash(name: str) -> float:
-    """Of a name, even over [0, 1), the same on every machine."""
-    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "big") / 2**64
+    frames = int(recordings.frames[0])
+    at = round(frames * (1 - fraction))
+    if at == 0 or at == frames:
+        raise ValueError(f"{recordings[0].name} is the only recording, and too short to hold out a part of it")
+    begin, end = recordings.take(slice(None)), recordings.take(slice(None))
+    begin.frames = np.array([at])
+    end.start, end.frames, end.suffix = end.start + at, np.array([frames - at]), "#end"
+    return begin, end
 
 
 def reason(error: Exception, recording: Recording) -> str:
     """One line that says why a file cannot be used, without its name."""
-    lines = str(error).strip().splitlines()
-    return lines[0].replace(f"{recording.path}: ", "") if lines else type(error).__name__
+    return why(error, recording.path)

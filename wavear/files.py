@@ -6,7 +6,7 @@ import contextlib
 import os
 import stat
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 
@@ -40,3 +40,29 @@ def replace_file(path: str | Path, write: Callable[[Path], object]) -> None:
         with contextlib.suppress(OSError):
             temporary.unlink()
         raise
+
+
+@contextlib.contextmanager
+def locked(path: str | Path, wait: Callable[[], object] = lambda: None) -> Iterator[None]:
+    """One process at a time; where the file system knows no locks, all of them.
+
+    Parameters
+    ----------
+    path : str or Path
+        A file for this purpose; it is made, and stays.
+    wait : callable
+        Called if another process is at it, before waiting for that.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    with open(path, "ab") as file:
+        with contextlib.suppress(OSError):
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                wait()
+                fcntl.flock(file, fcntl.LOCK_EX)
+        yield  # closing it opens the lock

@@ -29,6 +29,7 @@ from wavear import audio
 from wavear.data import Recording, reason
 from wavear.mel import MelConfig, log_mel
 from wavear.models.base import AutoregressiveModel
+from wavear.recordings import frames_of
 
 _TRIES = 1000  # files drawn in vain before we believe that none can be read
 _QUIET_TRIES = 4  # crops below the level `redraw_below`, before one is taken nevertheless
@@ -207,7 +208,7 @@ class Segments(torch.utils.data.Dataset):
         self.speakers = {name: number for number, name in enumerate(speakers)}
         self.seed = seed
         self.redraw_below = redraw_below
-        self.ends = np.cumsum([layout.length(r) for r in recordings], dtype=np.int64)
+        self.ends = np.cumsum(frames_of(recordings) // layout.hop * layout.hop, dtype=np.int64)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         generator = np.random.Generator(np.random.Philox(key=np.array([self.seed, index], dtype=np.uint64)))

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
 import json
 import logging
 import os
 import re
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -22,6 +21,7 @@ from wavear.checkpoint import LATER
 from wavear.data import Corpus, Normalise, Recording, open_corpus
 from wavear.mel import MelConfig
 from wavear.models.families import FAMILIES
+from wavear.recordings import fingerprint, frames_of
 
 
 @dataclass(frozen=True)
@@ -59,9 +59,19 @@ class TrainConfig:
     skip_channels: int | None = None
     """wavenet: channels of the sum over layers that the head reads (128)."""
     channels: int | None = None
-    """gru: hidden units of each layer (352)."""
+    """gru: hidden units of each layer (352). transformer: channels of a position (256), a multiple of 2 * `heads`."""
     input_channels: int | None = None
     """gru: channels in which the sample before and the conditioning are added (128)."""
+    heads: int | None = None
+    """transformer: of the attention (4)."""
+    window: int | None = None
+    """transformer: positions that a position attends to in each layer (128)."""
+    patch: int | None = None
+    """transformer: samples that a position stands for (8)."""
+    hidden_channels: int | None = None
+    """transformer: channels between the two matrices of a layer (four times `channels`)."""
+    sample_channels: int | None = None
+    """transformer: channels of the vector that a past sample becomes (64)."""
     head_channels: int | None = None
     """Channels between the two layers of the head (256)."""
     conditioning_channels: int | None = None
@@ -344,7 +354,7 @@ def train(config: TrainConfig) -> TrainResult:
         "data": {
             "train": _extent(corpus.train, config.sample_rate),
             "validation": _extent(corpus.validation, config.sample_rate),
-            "fingerprint": _fingerprint(corpus.train),
+            "fingerprint": fingerprint(corpus.train),
             "bad": dict(corpus.bad),
             "speakers": speakers,
         },
@@ -412,16 +422,8 @@ def _tell_changes(record: dict[str, Any], config: TrainConfig, corpus: Corpus, s
     for name in sorted(now.keys() & before.keys() - _FREE):
         if before[name] != now[name]:
             say(f"from here on {name} is {now[name]!r}; it was {before[name]!r}")
-    if record.get("data", {}).get("fingerprint", _fingerprint(corpus.train)) != _fingerprint(corpus.train):
+    if record.get("data", {}).get("fingerprint", fingerprint(corpus.train)) != fingerprint(corpus.train):
         say("the training data are not those that the run began with: from here on it draws from these")
-
-
-def _fingerprint(recordings: list[Recording]) -> str:
-    """Of what the order of the data depends on."""
-    digest = hashlib.sha256()
-    for r in recordings:
-        digest.update(f"{r.name}|{r.start}|{r.frames}|{r.gain!r}|{r.speaker}\n".encode())
-    return digest.hexdigest()[:16]
 
 
 def _describe(corpus: Corpus, speakers: list[str], rate: int, say: Any) -> None:
@@ -439,8 +441,8 @@ def _describe(corpus: Corpus, speakers: list[str], rate: int, say: Any) -> None:
         say(f"{purpose} {extent['recordings']} recordings, {extent['seconds'] / 60:.1f} minutes{told}")
 
 
-def _extent(recordings: list[Recording], rate: int) -> dict[str, Any]:
-    return {"recordings": len(recordings), "seconds": round(sum(r.frames for r in recordings) / rate, 2)}
+def _extent(recordings: Sequence[Recording], rate: int) -> dict[str, Any]:
+    return {"recordings": len(recordings), "seconds": round(int(frames_of(recordings).sum()) / rate, 2)}
 
 
 def _silence(*_: Any) -> None:

@@ -140,7 +140,7 @@ def fitting_data(
     FileNotFoundError, ValueError
         If `train_data` cannot be used, or is nothing but the clips.
     """
-    corpus: list[Recording] = []
+    corpus: Sequence[Recording] = []
     source = trained.get("data")
     if isinstance(source, str) and Path(source).exists():
         try:
@@ -157,6 +157,7 @@ def fitting_data(
             ).train
         except (ValueError, OSError):  # it has changed since: then it says nothing
             corpus = []
+    corpus = list(corpus)  # what follows tells them apart by their `id`
     seen = _overlapping(clips, corpus)
     says = f"{source}, that the model was trained on"
     if train_data is not None:
@@ -198,7 +199,7 @@ def open_clips_for_fitting(data: str, rate: int, least: int, prepared: Preparati
 
 def _overlapping(recordings: Sequence[Recording], others: Sequence[Recording]) -> set[int]:
     """`id` of the recordings that share samples of a file with one of the others."""
-    spans: dict[Path, list[tuple[int, int]]] = {}
+    spans: dict[Any, list[tuple[int, int]]] = {}
     for other in others:
         spans.setdefault(other.path.resolve(), []).append((other.start, other.start + other.frames))
     return {

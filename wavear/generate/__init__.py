@@ -131,6 +131,7 @@ def _compiled_engine(model: AutoregressiveModel) -> Any | None:
     """The class of the compiled engine that serves a model, if there is one."""
     from wavear.models.gru import GRU
     from wavear.models.linear import Linear
+    from wavear.models.transformer import Transformer
     from wavear.models.wavenet import WaveNet
 
     if isinstance(model, WaveNet):
@@ -141,6 +142,10 @@ def _compiled_engine(model: AutoregressiveModel) -> Any | None:
         from wavear.generate.numba_gru import NumbaGRUEngine
 
         return NumbaGRUEngine
+    if isinstance(model, Transformer):
+        from wavear.generate.numba_transformer import NumbaTransformer
+
+        return NumbaTransformer
     if isinstance(model, Linear):
         from wavear.generate.numba_linear import NumbaLinearEngine
 

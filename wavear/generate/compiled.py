@@ -15,7 +15,6 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-_PACKAGE = "wavear.generate"  # this directory
 _lock = threading.RLock()
 
 
@@ -33,7 +32,7 @@ def cache_directory() -> Path:
 
 
 def source_key(path: Path) -> str:
-    """Changes with every source in this directory that the code of a file is compiled from, and with the compiler.
+    """Changes with every source of this package that the code of a file is compiled from, and with the compiler.
 
     Numba itself looks at the file of the compiled function alone, and the kernels it calls lie in others: here every
     file is read that this one imports, and those that they do. (That the processor is the same is part of Numba's own
@@ -49,15 +48,16 @@ def source_key(path: Path) -> str:
 
 
 def _sources(path: Path) -> set[Path]:
-    """A file, and the files of this directory that it imports at its top, and so on."""
+    """A file, and the files of this package that it imports at its top, and so on."""
+    root = Path(__file__).resolve().parents[1]
     found, waiting = set(), [path.resolve()]
     while waiting:
         source = waiting.pop()
         found.add(source)
         for statement in ast.parse(source.read_bytes()).body:
-            if isinstance(statement, ast.ImportFrom) and statement.module and statement.module.startswith(_PACKAGE):
-                names = [alias.name for alias in statement.names] + statement.module.split(".")[-1:]
-                files = (Path(__file__).resolve().with_name(f"{name}.py") for name in names)
+            if isinstance(statement, ast.ImportFrom) and f"{statement.module}.".startswith("wavear."):
+                module = root.joinpath(*str(statement.module).split(".")[1:])
+                files = [module.with_suffix(".py"), *(module / f"{alias.name}.py" for alias in statement.names)]
                 waiting += [file for file in files if file.is_file() and file not in found]
     return found
 

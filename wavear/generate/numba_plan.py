@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from wavear.generate import numba_laws
+from wavear.generate import _simd, numba_laws
 from wavear.generate._simd import BLOCK, LANES, TALLEST, VECTOR_BYTES, WIDEST
 from wavear.generate.numba_loop import (
     L_AHEAD,
@@ -29,6 +29,7 @@ from wavear.generate.numba_loop import (
     kernels,
 )
 from wavear.generate.numba_products import (
+    KINDS,
     M_ADDRESS,
     M_FIELDS,
     N_CLASSES,
@@ -88,9 +89,8 @@ from wavear.generate.numba_products import (
     N_Z_ROW,
     N_ZEROS,
     products,
-    put_matrix,
 )
-from wavear.generate.packing import LINE, Region, to_numpy, vectors_of
+from wavear.generate.packing import LINE, Region, pack, to_numpy, vectors_of
 from wavear.models.wavenet import WaveNet
 
 GROUP = 3 * TALLEST  # streams that one thread runs side by side, at most
@@ -98,6 +98,15 @@ SIZES = (1, 3, TALLEST, GROUP)  # of groups that `NumbaEngine.resized` packs wei
 AHEAD = 64  # samples that past taps are computed ahead, at most, for one stream
 SPAN = 64  # samples that the conditioning is projected ahead, for one stream
 TABLE = 4096  # classes up to which the first layer's products with the embedding are tabulated
+
+
+def put_matrix(region: Region, matrix: np.ndarray, width: int, weights: str) -> list[int]:
+    """Put a packed matrix into a region; returns its fields, the address still as an offset (see `packing.pack`)."""
+    packed, blocks, vectors = pack(matrix, LANES, width, weights)
+    kind = KINDS[weights]
+    row = products().row(vectors, kind) if vectors <= WIDEST else 0
+    size, step = packed.nbytes // blocks, vectors * LANES * _simd.WEIGHT_BYTES[kind]
+    return [region.put(packed), matrix.shape[1], blocks, vectors, kind, row, size, step]
 
 
 class Weights:

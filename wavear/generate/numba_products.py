@@ -14,12 +14,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numba
-import numpy as np
 
 from wavear.generate import _simd
-from wavear.generate._simd import HEIGHTS, LANES, TALLEST, VECTOR_BYTES, WIDEST
+from wavear.generate._simd import HEIGHTS, TALLEST, VECTOR_BYTES
 from wavear.generate.compiled import compiled
-from wavear.generate.packing import Region, pack
 
 # Fields of a matrix: address of the packed weights, inputs, blocks, vectors in a block, kind of the weights, address of
 # the kernel for one row, bytes of a block, bytes of the weights of one input in a block.
@@ -186,12 +184,3 @@ _kept: list = []  # the code at an address lives as long as its object
 
 def void(arguments: int) -> str:
     return f"void({', '.join(['int64'] * arguments)})"
-
-
-def put_matrix(region: Region, matrix: np.ndarray, width: int, weights: str) -> list[int]:
-    """Put a packed matrix into a region; returns its fields, the address still as an offset (see `packing.pack`)."""
-    packed, blocks, vectors = pack(matrix, LANES, width, weights)
-    kind = KINDS[weights]
-    row = products().row(vectors, kind) if vectors <= WIDEST else 0
-    size, step = packed.nbytes // blocks, vectors * LANES * _simd.WEIGHT_BYTES[kind]
-    return [region.put(packed), matrix.shape[1], blocks, vectors, kind, row, size, step]

@@ -62,8 +62,11 @@ def encode_prime(prime: Tensor, model: AutoregressiveModel) -> np.ndarray:
 
 
 def context(model: AutoregressiveModel, samples: int) -> int:
-    """The first of `samples` past samples that the next one depends on, or its state."""
-    return 0 if model.receptive_field is None else max(0, samples - model.receptive_field)
+    """The first of `samples` past samples that the next one depends on, or its state.
+
+    Of a model that carries its state the whole past is filled in: its samples may count from the beginning, in patches.
+    """
+    return 0 if model.receptive_field is None or model.carries else max(0, samples - model.receptive_field)
 
 
 def fill(engine: Engine, stream: int, model: AutoregressiveModel, codes: np.ndarray, conditioner: Any) -> None:

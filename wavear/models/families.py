@@ -7,11 +7,13 @@ from typing import Any
 from wavear.models.base import AutoregressiveModel
 from wavear.models.gru import GRU, GRUConfig
 from wavear.models.linear import Linear, LinearConfig
+from wavear.models.transformer import Transformer, TransformerConfig
 from wavear.models.wavenet import WaveNet, WaveNetConfig
 
 FAMILIES: dict[str, tuple[type[AutoregressiveModel], type[Any]]] = {
     "wavenet": (WaveNet, WaveNetConfig),
     "gru": (GRU, GRUConfig),
+    "transformer": (Transformer, TransformerConfig),
     "linear": (Linear, LinearConfig),
 }
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from wavear.data import Recording, reason
 from wavear.models.base import AutoregressiveModel
+from wavear.recordings import frames_of
 from wavear.segments import Layout, Segments, read_crop
 
 VISIT = 32  # segments of a visit: a recording of more is played in stretches of it
@@ -50,12 +51,14 @@ class Lanes(Segments):
         super().__init__(recordings, layout, speakers, seed)
         self.batch_size = batch_size
         self.span = VISIT * layout.segment
-        self.ends = np.cumsum([self._places(r) for r in recordings], dtype=np.int64)
+        lengths = frames_of(recordings) // layout.hop * layout.hop
+        self.ends = np.cumsum(self._places(lengths), dtype=np.int64)
 
-    def _places(self, recording: Recording) -> int:
+    def _places(self, lengths: np.ndarray) -> np.ndarray:
         """Where the window may lie: it covers at least a segment, or all of a recording that is shorter."""
-        segment, total = self.layout.segment, self.layout.length(recording)
-        return (max(total - segment, 0) + self.span - min(segment, total)) // self.layout.hop + 1
+        segment = self.layout.segment
+        covered = np.maximum(lengths - segment, 0) + self.span - np.minimum(segment, lengths)
+        return covered // self.layout.hop + 1
 
     def visit(self, lane: int, number: int) -> list[tuple[int, int, bool]]:
         """(recording, start, whether a stretch begins) of each segment of a visit."""

@@ -1,0 +1,27 @@
+"""Sections of a page that programs write, each between two comments, so that one does not lose what another wrote."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from wavear.files import replace_file
+
+
+def write_section(page: Path, name: str, text: str) -> None:
+    """Put `text` between `<!-- begin name -->` and `<!-- end name -->` of a page; without these, at its end."""
+    begin, end = f"<!-- begin {name} -->", f"<!-- end {name} -->"
+    whole = page.read_text(encoding="utf-8") if page.exists() else ""
+    section = f"{begin}\n\n{text.strip()}\n\n{end}"
+    pattern = re.escape(begin) + ".*?" + re.escape(end)
+    found = re.sub(pattern, lambda _: section, whole, count=1, flags=re.DOTALL)
+    if found == whole and begin not in whole:
+        found = f"{whole.rstrip()}\n\n{section}\n"
+    replace_file(page, lambda path: path.write_text(found, encoding="utf-8"))
+
+
+def sections(page: Path) -> str:
+    """All such sections of a page, with their comments."""
+    whole = page.read_text(encoding="utf-8") if page.exists() else ""
+    found = re.finditer(r"<!-- begin ([\w-]+) -->.*?<!-- end \1 -->", whole, flags=re.DOTALL)
+    return "\n\n".join(match[0] for match in found)

@@ -1,0 +1,127 @@
+"""Every family on the same recordings with the same budget, and a table of what each came to.
+
+Runs that are there already are kept, and those that were cut short go on: the same command ends what was begun.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from wavear import EvaluateConfig, TrainConfig, compare_models, train
+from wavear.cli import recipe
+
+# Shapes of about 0.7 million multiply-adds per sample: what one CPU core plays live.
+WAVENET = {"family": "wavenet", "layers": 20, "stacks": 2, "residual_channels": 64, "skip_channels": 128}
+MIXTURE = {"law": "logistic_mixture", "mixtures": 10, "coarse_classes": 256}
+# A recurrent model takes its samples one after the other: many short segments keep the processor busier.
+GRU = {"family": "gru", "channels": 352, "segment": 1024, "batch_size": 16, "learning_rate": 1e-3}
+TRANSFORMER = {"family": "transformer", "learning_rate": 1e-3}
+MODELS = {
+    "linear": {"family": "linear", "order": 32},
+    "wavenet": WAVENET,
+    "wavenet-16-bit": WAVENET | MIXTURE,
+    "gru": GRU,
+    "transformer": TRANSFORMER,
+}
+
+
+@dataclass(frozen=True)
+class Families:
+    """What is compared."""
+
+    data: str = "data"
+    """Recordings: a folder or a manifest."""
+    out: str = "runs/families"
+    """Directory: a run for each model, and table/ with models.html."""
+    validation: str | None = None
+    """A second folder or manifest, all of it held out; None: a part of `data` is."""
+    models: tuple[str, ...] = tuple(MODELS)
+    """Which of linear, wavenet, wavenet-16-bit, gru, transformer."""
+    minutes: float = 30.0
+    """Of training, for each but the linear one."""
+    sample_rate: int = 22050
+    """Hz."""
+    unconditional: bool = False
+    """Without mels: each model has its past alone, as the linear one always has."""
+    clips: int = 8
+    """Held-out clips to synthesize from their mels and measure."""
+    seconds: float = 5.0
+    """Of each, at most."""
+    precision: str = "32"
+    """auto, 32 or bf16: the same for all, so that minutes are."""
+    device: str = "auto"
+    """Of the training."""
+    seed: int = 0
+    """Of the first weights, the order of the data, and the sound."""
+    progress: bool = True
+    """Show progress."""
+
+
+VALUES = Families()
+
+
+def run(config: Families) -> int:
+    """Train what is not there yet, and write the table."""
+    if unknown := [name for name in config.models if name not in MODELS]:
+        raise ValueError(f"models has {unknown[0]!r}, expected some of {', '.join(MODELS)}")
+    say = print if config.progress else lambda line: None
+    best = [train_one(name, config, say) for name in config.models]
+    settings = EvaluateConfig(
+        clips=config.clips, seconds=config.seconds, seed=config.seed, shown=4, overwrite=True, device="cpu"
+    )
+    table = Path(config.out) / "table"
+    held_out = config.validation or write_held_out(best[0].parent, Path(config.out))
+    found = compare_models(best, table, held_out, settings, say=say, complain=say)
+    for line in found.summary():
+        say(line)
+    return 0
+
+
+def train_one(name: str, config: Families, say) -> Path:
+    """The best checkpoint of a model's run, which is begun, gone on with, or there."""
+    out = Path(config.out) / name
+    record = out / "train.json"
+    if record.is_file() and json.loads(record.read_text(encoding="utf-8")).get("held_out"):
+        say(f"{name}: {out} is there already")
+        return out / "best"
+    say(f"{name}:")
+    values = MODELS[name]
+    own = {} if values["family"] == "linear" else {"precision": config.precision, "max_minutes": config.minutes}
+    result = train(
+        TrainConfig(
+            data=config.data,
+            out=str(out),
+            validation=config.validation,
+            sample_rate=config.sample_rate,
+            unconditional=config.unconditional or values["family"] == "linear",
+            device=config.device,
+            seed=config.seed,
+            progress=config.progress,
+            resume=record.is_file(),
+            **{"sample_seconds": 0.0, "max_steps": None, **own, **values} if own else values,  # type: ignore[arg-type]
+        )
+    )
+    if result.stopped_by == "interrupt":
+        raise KeyboardInterrupt
+    return result.best
+
+
+def write_held_out(run: Path, out: Path) -> str:
+    """A manifest of what every run has held out: the choice goes by the names of the files, the same for all."""
+    from wavear.data import open_corpus
+
+    config = json.loads((run / "train.json").read_text(encoding="utf-8"))["config"]
+    corpus = open_corpus(
+        config["data"], sample_rate=config["sample_rate"], validation_fraction=config["validation_fraction"]
+    )
+    manifest = out / "held-out.jsonl"
+    rate = config["sample_rate"]
+    spans = [
+        {"path": str(r.path.resolve()), "start": r.start / rate, "duration": r.frames / rate} for r in corpus.validation
+    ]
+    manifest.write_text("".join(json.dumps(span) + "\n" for span in spans), encoding="utf-8")
+    return str(manifest)
+
+
+if __name__ == "__main__":
+    recipe(VALUES, __doc__, run=run)

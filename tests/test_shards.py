@@ -1,0 +1,355 @@
+"""Tar shards: they hold what webdataset says they hold, and a run on them is the run on their files."""
+
+from __future__ import annotations
+
+import gc
+import io
+import json
+import tarfile
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import wavear
+from wavear import MelConfig, WaveNet, WaveNetConfig, audio, cli, shards
+from wavear.data import open_corpus
+from wavear.segments import Layout, Segments, read_span
+
+RATE = 8000
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("WAVEAR_CACHE", str(tmp_path / "cache"))
+
+
+def noise(samples: int, seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).normal(0, 0.1, samples).astype(np.float32)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Ten files of two speakers, WAV and FLAC, one with a dot in its name."""
+    for number in range(10):
+        name = f"speaker{number % 2}/{number:02}" + (".flac" if number % 3 else ".take.wav")
+        (tmp_path / "data" / name).parent.mkdir(parents=True, exist_ok=True)
+        audio.write(tmp_path / "data" / name, noise(2000 + 300 * number, number), RATE)
+    return tmp_path / "data"
+
+
+@pytest.fixture
+def made(folder, tmp_path):
+    """Shards of these."""
+    return shards.write_shards(folder, tmp_path / "shards", megabytes=0.02, speakers=True)
+
+
+def tar(path: Path, members: dict[str, bytes]) -> Path:
+    with tarfile.open(path, "w") as archive:
+        for name, content in members.items():
+            entry = tarfile.TarInfo(name)
+            entry.size = len(content)
+            archive.addfile(entry, io.BytesIO(content))
+    return path
+
+
+def wav(samples: int, seed: int, tmp_path: Path) -> bytes:
+    audio.write(tmp_path / "made.wav", noise(samples, seed), RATE)
+    return (tmp_path / "made.wav").read_bytes()
+
+
+def layout() -> Layout:
+    mel = MelConfig(sample_rate=RATE, n_fft=256, window_length=256, hop_length=64, bands=8, fmax=4000)
+    config = WaveNetConfig(
+        layers=4, stacks=2, residual_channels=6, skip_channels=6, head_channels=8, classes=32, sample_rate=RATE, mel=mel
+    )
+    return Layout.of(WaveNet(config), 512)
+
+
+def test_shards_hold_the_files_byte_for_byte(folder, made, tmp_path):
+    assert [path.name for path in made.shards] == [f"shard-{n:06}.tar" for n in range(len(made.shards))]
+    assert len(made.shards) >= 2
+    assert (made.files, made.failed) == (10, [])
+    found = {}
+    for path in made.shards:
+        with tarfile.open(path) as archive:
+            for entry in archive:
+                found[entry.name] = archive.extractfile(entry).read()  # type: ignore[union-attr]
+    for path in folder.rglob("*.*"):
+        key = path.relative_to(folder).as_posix().replace(".take", "_take")
+        assert found.pop(key) == path.read_bytes()
+        assert json.loads(found.pop(key.rpartition(".")[0] + ".json")) == {"speaker": path.parent.name}
+    assert found == {}
+    again = shards.write_shards(folder, tmp_path / "again", megabytes=0.02, speakers=True)
+    assert [a.read_bytes() for a in again.shards] == [b.read_bytes() for b in made.shards]
+
+
+def test_webdataset_reads_what_we_write(made):
+    wds = pytest.importorskip("webdataset", reason="the extra webdataset is not installed")
+    names = [str(path) for path in made.shards]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        samples = list(wds.WebDataset(names, shardshuffle=False, empty_check=False))
+        gc.collect()  # it leaves its files open
+    assert len(samples) == 10
+    corpus = open_corpus(str(made.shards[0].parent / "*.tar"), sample_rate=RATE, speakers=True)
+    by_key = {r.name.split(".tar/")[1].rpartition(".")[0]: r for r in corpus.train + corpus.validation}
+    assert by_key.keys() == {sample["__key__"] for sample in samples}
+    for sample in samples:
+        recording = by_key[sample["__key__"]]
+        content = next(sample[ending] for ending in ("wav", "flac") if ending in sample)
+        assert isinstance(recording.path, audio.Member)
+        with open(recording.path.archive, "rb") as file:
+            file.seek(recording.path.offset)
+            assert file.read(recording.path.size) == content
+        assert recording.speaker == json.loads(sample["json"])["speaker"]
+
+
+def test_we_read_what_webdataset_writes(tmp_path):
+    wds = pytest.importorskip("webdataset", reason="the extra webdataset is not installed")
+    with wds.ShardWriter(str(tmp_path / "w-%03d.tar"), maxcount=2, verbose=0) as writer:
+        for number in range(5):
+            sample = {"__key__": f"a/{number}", "wav": wav(1000 + number, number, tmp_path), "txt": "said"}
+            writer.write(sample | {"json": {"speaker": number % 2} | ({"split": "dev"} if number > 2 else {})})
+    corpus = open_corpus(tmp_path / "w-{000..002}.tar", sample_rate=RATE, validation_fraction=0.2)
+    found = {r.name: (r.frames, r.split) for r in corpus.train + corpus.validation}
+    assert found == {f"w-00{n // 2}.tar/a/{n}.wav": (1000 + n, "validation" if n > 2 else None) for n in range(5)}
+
+
+def test_a_member_is_read_as_the_file_it_is(folder, made):
+    """Whole, in part, and at another rate: to the bit."""
+    corpus = open_corpus(str(made.shards[0].parent / "*.tar"), sample_rate=RATE)
+    for recording in corpus.train + corpus.validation:
+        path = folder / recording.name.split(".tar/")[1].replace("_take", ".take")
+        assert recording.frames == audio.info(path).frames
+        assert np.array_equal(read_span(recording, RATE, 0, recording.frames), audio.read(path).numpy())
+        assert np.array_equal(read_span(recording, RATE, 700, 1500), audio.read(path, None, 700, 800).numpy())
+        assert np.array_equal(audio.read(recording.path, 6000, 10, 500), audio.read(path, 6000, 10, 500))
+        assert str(recording.path).endswith(recording.name)
+
+
+@pytest.mark.parametrize("kind", ["ogg", "flac", "wav"])
+def test_a_member_whose_header_lies_is_put_right(tmp_path, kind):
+    """As a file of that kind is: a WAV from a pipe promises 2**32 bytes."""
+    audio.write(tmp_path / f"a.{kind}", noise(6000, 0), RATE)
+    content = bytearray((tmp_path / f"a.{kind}").read_bytes())
+    if kind == "wav":
+        content[40:44] = content[4:8] = b"\xff\xff\xff\xff"
+    if kind == "flac":
+        content[21:26] = bytes([content[21] & 0xF0, 0, 0, 0, 0])
+    (tmp_path / f"a.{kind}").write_bytes(content)
+    tar(tmp_path / "s.tar", {f"b.{kind}": bytes(content), f"a.{kind}": bytes(content)})
+    corpus = open_corpus(tmp_path / "s.tar", sample_rate=RATE)
+    for recording in (*corpus.train, *corpus.validation):
+        assert recording.frames == 6000
+        assert np.array_equal(
+            read_span(recording, RATE, 5000, 6000), audio.read(tmp_path / f"a.{kind}", None, 5000, 1000)
+        )
+
+
+def test_the_order_of_the_data_is_that_of_a_folder(tmp_path, folder):
+    """Item i of shards is item i of their files in a folder of the same names; so all that resume promises holds."""
+    made = shards.write_shards(folder, tmp_path / "s", speakers=True, seed=None)
+    (tmp_path / "f" / "shard-000000.tar").mkdir(parents=True)
+    for path in folder.rglob("*.*"):
+        name = path.relative_to(folder).as_posix().replace(".take", "_take")
+        target = tmp_path / "f" / "shard-000000.tar" / name
+        target.parent.mkdir(exist_ok=True)
+        target.write_bytes(path.read_bytes())
+    assert len(made.shards) == 1
+    one, other = (open_corpus(data, sample_rate=RATE) for data in (str(tmp_path / "s" / "*.tar"), str(tmp_path / "f")))
+    assert [r.name for r in one.validation] == [r.name for r in other.validation]
+    ours, theirs = (Segments(c.train, layout(), seed=3) for c in (one, other))
+    for number in range(30):
+        a, b = ours[number], theirs[number]
+        assert np.array_equal(a["waveform"], b["waveform"])
+        assert (a["source"], a["start"]) == (b["source"], b["start"])
+
+
+def test_shards_are_read_through_once(made, monkeypatch):
+    pattern = str(made.shards[0].parent / "*.tar")
+    first = open_corpus(pattern, sample_rate=RATE)
+    seen = []
+    real = shards.scan
+    monkeypatch.setattr(shards, "scan", lambda path: seen.append(Path(path).name) or real(path))
+    assert open_corpus(pattern, sample_rate=RATE).train == first.train
+    assert seen == []
+    extra = made.shards[0].parent / "zz.tar"
+    tar(
+        extra, {"more.wav": (made.shards[0].parent.parent / "data/speaker0/00.take.wav").read_bytes(), "more.spk": b"c"}
+    )
+    again = open_corpus(pattern, sample_rate=RATE)
+    assert len(again.train) + len(again.validation) == 11
+    assert seen == ["zz.tar"]
+
+
+def test_an_index_of_shards_is_kept_whole(made, monkeypatch):
+    pattern = str(made.shards[0].parent / "*.tar")
+    bad = made.shards[0].parent / "bad.tar"
+    bad.write_bytes(b"no tar at all")
+    report = wavear.index(pattern)
+    assert (report.files, report.new) == (10, 10)
+    assert [name for name, _ in report.bad] == ["bad.tar"]
+    monkeypatch.setattr(shards, "list_shards", None)  # the second time there is nothing to list
+    again = wavear.index(pattern)
+    assert (again.files, again.new, again.bad) == (10, 0, report.bad)
+
+
+def test_held_out_shards_are_a_second_pattern(made):
+    first, *rest = map(str, made.shards)
+    corpus = open_corpus(first, sample_rate=RATE, validation=str(made.shards[1]))
+    assert {r.name.split("/")[0] for r in corpus.train} == {"shard-000000.tar"}
+    assert {r.name.split("/")[0] for r in corpus.validation} == {"shard-000001.tar"}
+    assert rest
+
+
+def truncated(content: bytes) -> bytes:
+    return content[: len(content) // 2]
+
+
+def without_end(content: bytes) -> bytes:
+    return content.rstrip(b"\0")[:-1].ljust(-(-len(content.rstrip(b"\0")) // 512) * 512, b"\1")
+
+
+def broken_inside(content: bytes) -> bytes:
+    at = content.index(b"c.wav")
+    return content[:at] + b"\xff" + content[at + 1 :]
+
+
+@pytest.mark.parametrize(
+    ("damage", "kept", "why"),
+    [
+        (truncated, {"a.wav", "b.wav"}, "truncated inside: the archive ends before it does"),
+        (without_end, {"a.wav", "b.wav", "c.wav"}, "ends without the mark of its end"),
+        (broken_inside, {"a.wav", "b.wav"}, "damaged: no member at byte"),
+        (lambda content: b"", set(), "is no tar archive"),
+    ],
+    ids=["truncated", "without-end", "broken-inside", "empty"],
+)
+def test_a_damaged_shard_is_named_and_what_is_before_the_damage_is_used(tmp_path, damage, kept, why):
+    members = {f"{name}.wav": wav(3000, 1, tmp_path) for name in "abc"}
+    whole = tar(tmp_path / "whole.tar", members)
+    (tmp_path / "x.tar").write_bytes(damage(whole.read_bytes()))
+    corpus = open_corpus(tmp_path / "{whole,x}.tar", sample_rate=RATE)
+    names = {r.name for r in corpus.train + corpus.validation}
+    assert {n.split("/")[1] for n in names if n.startswith("x.")} == kept
+    assert any(name.startswith("x.tar") and why in told for name, told in corpus.bad)
+
+
+def test_what_is_no_sample_is_passed_over(tmp_path):
+    content = wav(3000, 1, tmp_path)
+    members = {
+        "./a.wav": content,
+        "a.txt": b"said",
+        "a.speaker.txt": b"ann\n",
+        "b.mp4": b"film",
+        "._a.wav": b"of another system",
+        "c.WAV": content,
+        "c.json": b'{"speaker": "bob", "text": "x"}',
+        "d.wav": b"no audio",
+        "e.json": b"{",
+    }
+    tar(tmp_path / "s.tar", members)
+    corpus = open_corpus(tmp_path / "s.tar", sample_rate=RATE)
+    assert {(r.name, r.speaker) for r in corpus.train + corpus.validation} == {
+        ("s.tar/a.wav", "ann"),
+        ("s.tar/c.WAV", "bob"),
+    }
+    assert {name for name, _ in corpus.bad} == {"s.tar/d.wav", "s.tar/e.json"}
+
+
+@pytest.mark.parametrize(
+    ("data", "error", "message"),
+    [
+        ("nowhere-{00..03}.tar", FileNotFoundError, r"nowhere-00\.tar: no such shard, nor the 3 others"),
+        ("nowhere/*.tar", FileNotFoundError, r"nowhere/\*\.tar: no such shards"),
+        ("empty.tar", ValueError, r"empty\.tar: no audio files \(wav, .*\) in these 1 shards"),
+        ("pipe:exit 3", OSError, r"pipe:exit 3 cannot be fetched"),
+        ("pipe:true", OSError, r"pipe:true cannot be fetched"),
+    ],
+)
+def test_what_is_not_there_is_refused(tmp_path, monkeypatch, data, error, message):
+    if "{" in data or "pipe" in data:
+        pytest.importorskip("webdataset", reason="the extra webdataset is not installed")
+    monkeypatch.chdir(tmp_path)
+    tar(tmp_path / "empty.tar", {"a.txt": b"nothing to hear"})
+    with pytest.raises(error, match=message):
+        open_corpus(data, sample_rate=RATE)
+    assert not list((tmp_path / "cache").rglob("*.tar"))
+
+
+def test_a_missing_shard_of_several_is_named(made):
+    pytest.importorskip("webdataset", reason="the extra webdataset is not installed")
+    count = len(made.shards)
+    corpus = open_corpus(str(made.shards[0].parent / f"shard-{{000000..{count:06}}}.tar"), sample_rate=RATE)
+    assert [(name.split("/")[-1], why) for name, why in corpus.bad] == [(f"shard-{count:06}.tar", "no such file")]
+    assert len(corpus.train) + len(corpus.validation) == 10
+
+
+def test_a_pipe_is_fetched_once_and_read_like_a_file(made, tmp_path):
+    pytest.importorskip("webdataset", reason="the extra webdataset is not installed")
+    last = len(made.shards) - 1
+    log = tmp_path / "log"
+    pattern = f"pipe:echo >> {log}; cat {made.shards[0].parent}/shard-{{000000..{last:06}}}.tar"
+    local = open_corpus(str(made.shards[0].parent / "*.tar"), sample_rate=RATE)
+    for _ in range(2):
+        fetched = open_corpus(pattern, sample_rate=RATE)
+        assert sorted(r.frames for r in fetched.train + fetched.validation) == sorted(
+            r.frames for r in local.train + local.validation
+        )
+    assert len(log.read_text()) == last + 1
+
+
+def test_shards_are_not_made_over_something(folder, made, tmp_path):
+    before = {path: path.read_bytes() for path in made.shards}
+    with pytest.raises(FileExistsError, match="is there and not empty: choose another folder"):
+        shards.write_shards(folder, made.shards[0].parent)
+    assert {path: path.read_bytes() for path in made.shards[0].parent.iterdir()} == before
+    (tmp_path / "list.csv").write_text("path,start\ndata/speaker1/01.flac,0.1\n")
+    with pytest.raises(ValueError, match=r"list\.csv cuts files .*: shards are made of whole files"):
+        shards.write_shards(tmp_path / "list.csv", tmp_path / "new")
+    for name in ("a.b.wav", "a_b.wav"):
+        audio.write(tmp_path / name, noise(100, 0), RATE)
+    (tmp_path / "list.csv").write_text("path\na.b.wav\na_b.wav\n")
+    with pytest.raises(ValueError, match="two files come to the key a_b"):
+        shards.write_shards(tmp_path / "list.csv", tmp_path / "new")
+
+
+def test_a_run_on_shards_is_resumed_exactly(made, tmp_path):
+    """The states of a run in two parts and of one in one, to the byte; through the command that makes shards."""
+    from wavear.train import TrainConfig, train
+    from wavear.training.states import state_paths
+
+    settings: dict[str, Any] = {
+        "layers": 2, "stacks": 1, "residual_channels": 4, "skip_channels": 4, "head_channels": 4, "classes": 16,
+        "conditioning_channels": 4, "sample_rate": RATE, "mel_bands": 8, "mel_hop_length": 64, "segment": 256,
+        "warmup_steps": 1, "validate_every": 1000, "sample_seconds": 0.0, "progress": False, "device": "cpu",
+        "precision": "32", "max_steps": 4, "checkpoint_every": 2, "workers": 0, "speakers": True,
+    }  # fmt: skip
+    from safetensors.torch import load_file
+
+    def run(out: str, **changed: Any) -> Path:
+        pattern = str(made.shards[0].parent / "*.tar")
+        return train(TrainConfig(data=pattern, out=str(tmp_path / out), **(settings | changed))).last
+
+    straight = run("straight")
+    run("parts")
+    for path in state_paths(tmp_path / "parts")[:1]:
+        path.unlink()  # as if it had been killed after step 2
+    resumed = run("parts", resume=True, workers=1)
+    a, b = (load_file(folder / "model.safetensors") for folder in (straight, resumed))
+    assert all((a[name] == b[name]).all() for name in a)
+    assert wavear.load(straight).config.speakers == 2
+
+
+def test_the_command_makes_shards(folder, tmp_path, capsys):
+    assert cli.main(["shards", str(folder), "--out", str(tmp_path / "made"), "--megabytes", "0.02"]) == 0
+    said = capsys.readouterr().out
+    assert "10 files" in said
+    assert "shard-000000.tar to shard-0000" in said
+    assert cli.main(["index", str(tmp_path / "made" / "*.tar")]) == 0
+    assert "10 files, 10 of them new" in capsys.readouterr().out
+    assert cli.main(["shards", str(folder), "--out", str(tmp_path / "made")]) == 1
+    assert capsys.readouterr().err.startswith("wavear: error: ")

@@ -1,0 +1,410 @@
+"""Transformer: causal self-attention over patches of samples, and a small network that names the samples in a patch.
+
+The line of GPT (Radford et al., 2018), with rotary positions, over a window of positions whose keys and values lie in a
+ring; in training the keys and values of the segment before are seen too, without a gradient (Dai et al., 2019,
+"Transformer-XL", https://arxiv.org/abs/1901.02860).
+
+A position stands for `patch` samples. The sum over samples stays exact: position j sees the samples before the patch,
+and the head gives the law of each sample from the position's output and from the `patch` samples before it, so all
+that lie in the patch already (Mehri et al., 2017, "SampleRNN", https://arxiv.org/abs/1612.07837, divides time so).
+
+    samples    | ... patch j-1 ... | x_t0  x_t0+1 ...  x_t ... |          t0 = j * patch
+                        |                          |
+    positions  ... -> layers -> output j --------> head -> law of x_t
+                        |                          |
+                   keys, values of             the samples t - patch .. t - 1
+                   the window before
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from wavear.mel import MelConfig
+from wavear.models.attention import Block, attend_within, normalised, rotation, rotation_period, turns
+from wavear.models.base import AutoregressiveModel, check_common, check_whole
+from wavear.models.conditioning import make_conditioning
+from wavear.models.inputs import make_input
+
+_PREFILL = 4096  # samples that `prefill` computes at once: its memory does not grow with the past given
+
+
+@dataclass(frozen=True)
+class TransformerConfig:
+    """What a Transformer is made of; saved with its weights."""
+
+    layers: int = 4
+    """Of attention."""
+    channels: int = 256
+    """Of a position; a multiple of 2 * `heads`."""
+    heads: int = 4
+    """Of the attention."""
+    window: int = 128
+    """Positions that a position attends to in each layer, itself among them."""
+    patch: int = 8
+    """Samples that a position stands for."""
+    hidden_channels: int = 0
+    """Between the two matrices of a layer; 0: four times `channels`."""
+    sample_channels: int = 64
+    """Of the vector that a past sample becomes."""
+    head_channels: int = 256
+    """Of the two hidden layers of the head, which runs for every sample."""
+    classes: int = 0
+    """Codes Q, 2 to 65536; 0: 256 mu-law codes of a categorical law, 65536 linear values (16 bits) of the others."""
+    sample_rate: int = 22050
+    """Of the audio, in Hz."""
+    mel: MelConfig | None = None
+    """The mels the model is conditioned on; None: unconditional."""
+    speakers: int = 0
+    """Speakers the model is conditioned on; 0: none."""
+    conditioning_channels: int = 80
+    """Channels of the conditioning, one vector per sample."""
+    conditioning_context: int = 2
+    """Mel frames that the first convolution of the conditioning sees before and after each frame."""
+    law: str = "categorical"
+    """Of the next sample: categorical, logistic_mixture, gaussian or laplace; see `wavear.laws`."""
+    mixtures: int = 10
+    """Components of a mixture of logistics."""
+    coarse_classes: int = 0
+    """For the laws over values: mu-law codes of the embedding beside the value at the input; 0: none."""
+
+    def __post_init__(self):
+        check_whole(self, layers=1, channels=2, heads=1, window=1, patch=1, hidden_channels=0)
+        check_whole(self, sample_channels=1, head_channels=1)
+        check_common(self)
+        if self.channels % (2 * self.heads):
+            raise ValueError(
+                f"{self.channels} channels do not divide into {self.heads} heads of an even number: "
+                f"choose a multiple of {2 * self.heads}"
+            )
+        if self.hidden_channels == 0:
+            object.__setattr__(self, "hidden_channels", 4 * self.channels)
+
+    @property
+    def receptive_field(self) -> int:
+        """Past samples that the law of the next one depends on, at most.
+
+        A layer reaches window - 1 positions back, and the input of a position is the patch before it: so a position
+        that begins at sample t0 sees `layers * (window - 1) + 1` patches before t0. The last sample of its patch is
+        patch - 1 samples later and sees as far; those before it see less far, down to patch - 1 samples less.
+        """
+        return (self.layers * (self.window - 1) + 2) * self.patch - 1
+
+
+class Head(nn.Module):
+    """The law of a sample from its position's output, the `patch` samples before it, and its own conditioning."""
+
+    def __init__(self, config: TransformerConfig, channels: int, conditioned: bool):
+        super().__init__()
+        width = config.head_channels
+        self.position = nn.Linear(config.channels, width, bias=False)
+        self.samples = nn.Linear(config.patch * config.sample_channels, width)
+        self.place = nn.Embedding(config.patch, width) if config.patch > 1 else None
+        self.conditioning = nn.Linear(config.conditioning_channels, width, bias=False) if conditioned else None
+        self.hidden = nn.Linear(width, width)
+        self.out = nn.Linear(width, channels)
+
+    def forward(self, position: Tensor, samples: Tensor, place: Tensor, cond: Tensor | None) -> Tensor:
+        """Parameters of the law (..., P).
+
+        Parameters
+        ----------
+        position : Tensor, shape (..., head channels)
+            `self.position` of the position's output: the same for all samples of a patch, and made once.
+        samples : Tensor, shape (..., patch * sample channels)
+            Those before, the oldest first.
+        place : Tensor of int64, shape (...)
+            Where in its patch the sample lies.
+        cond : Tensor, shape (..., C), or None
+        """
+        x = position + self.samples(samples)
+        if self.place is not None:
+            x = x + self.place(place)
+        if self.conditioning is not None:
+            x = x + self.conditioning(cond)
+        x = F.relu(x)
+        return self.out(F.relu(x + self.hidden(x)))
+
+
+@dataclass
+class TransformerState:
+    """The past of every row, each at its own time: a ring of keys and values, where position n lies at n % window."""
+
+    time: Tensor
+    """Samples stepped, (B,) int64."""
+    codes: Tensor
+    """The last `patch` codes consumed, the oldest first, (B, patch); before the first, silence."""
+    position: Tensor
+    """What the head knows of the position that the last sample lay in, (B, head channels)."""
+    keys: list[Tensor]
+    """Per layer, (B, heads, window + 1, channels / heads), rotated. The last place takes what is not to be kept."""
+    values: list[Tensor]
+    """Likewise."""
+
+
+class Transformer(AutoregressiveModel):
+    """Causal self-attention over a window of patches of samples, conditioned on mels and speakers.
+
+    Conditioning enters twice: a position sees the vector of its first sample, and the head that of each sample.
+
+    Parameters
+    ----------
+    config : TransformerConfig
+
+    Examples
+    --------
+    >>> model = Transformer(TransformerConfig(layers=2, channels=16, heads=2, window=8, patch=4))
+    >>> model.receptive_field  # 2 layers of 7 patches, the patch before, and up to 3 samples of its own
+    63
+    >>> model(torch.zeros(1, 100, dtype=torch.long)).shape
+    torch.Size([1, 256, 100])
+    """
+
+    config: TransformerConfig
+    blocks: Any  # nn.ModuleList of Block
+    turns: Tensor
+
+    def __init__(self, config: TransformerConfig):
+        super().__init__()
+        self.config = config
+        self.embedding = make_input(self.law, config.sample_channels, config.coarse_classes)
+        self.enter = nn.Linear(config.patch * config.sample_channels, config.channels)
+        conditioned = self.conditioned
+        self.enter_conditioning = (
+            nn.Linear(config.conditioning_channels, config.channels, bias=False) if conditioned else None
+        )
+        self.blocks = nn.ModuleList(
+            Block(config.channels, config.heads, config.hidden_channels) for _ in range(config.layers)
+        )
+        self.head = Head(config, self.law.channels, conditioned)
+        self.conditioning = make_conditioning(config)
+        self.register_buffer("turns", turns(config.channels // config.heads, config.window), persistent=False)
+        self.initialise()
+
+    def initialise(self) -> None:
+        """Where training begins: each layer adds little, so that the sum of all has the size of one."""
+        with torch.no_grad():
+            for block in self.blocks:
+                for matrix in (block.qkv, block.up):
+                    matrix.weight.normal_(std=self.config.channels**-0.5)
+                for matrix in (block.out, block.down):
+                    matrix.weight.normal_(std=(matrix.in_features * 2 * self.config.layers) ** -0.5)
+            if self.head.place is not None:
+                self.head.place.weight.zero_()
+            if (bias := self.law.initial_bias()) is not None:
+                self.head.out.bias.copy_(bias)
+
+    @property
+    def receptive_field(self) -> int:
+        """Past samples that the law of the next one depends on, at most; see `TransformerConfig`."""
+        return self.config.receptive_field
+
+    @property
+    def carries(self) -> bool:
+        """The keys and values of the segments before are seen in training."""
+        return True
+
+    @property
+    def multiply_adds(self) -> int:
+        """Per generated sample: the layers' share, once per patch, and the head; a full window, and conditioning."""
+        config = self.config
+        attention = 2 * config.layers * config.window * config.channels
+        return round((self._weights(False) + attention) / config.patch) + self._weights(True)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of float32 weights read per generated sample: the layers' share, once per patch, and the head."""
+        return 4 * (round(self._weights(False) / self.config.patch) + self._weights(True))
+
+    def _weights(self, per_sample: bool) -> int:
+        """Entries of the matrices that are used for every sample, or for every position."""
+        once = [self.enter, self.enter_conditioning, *self.blocks, self.head.position]
+        each = [self.head.samples, self.head.conditioning, self.head.hidden, self.head.out]
+        modules = [module for module in (each if per_sample else once) if module is not None]
+        return sum(p.numel() for module in modules for p in module.parameters() if p.dim() == 2)
+
+    def forward(
+        self,
+        codes: Tensor,
+        cond: Tensor | None = None,
+        state: TransformerState | None = None,
+        previous: Tensor | None = None,
+    ) -> Tensor:
+        """See `AutoregressiveModel.forward`."""
+        past = self.init_state(len(codes)) if state is None else state
+        return self._run(self.shift(codes, previous), cond, past, keep=state is not None).transpose(1, 2)
+
+    def prefill(self, previous: Tensor, state: TransformerState, cond: Tensor | None = None) -> None:
+        """See `AutoregressiveModel.prefill`."""
+        with torch.no_grad():
+            for start in range(0, previous.shape[1], _PREFILL):
+                part = slice(start, start + _PREFILL)
+                given = cond if cond is None or cond.shape[2] == 1 else cond[:, :, part]
+                self._run(previous[:, part], given, state, read=False)
+
+    def _run(
+        self, given: Tensor, cond: Tensor | None, state: TransformerState, keep: bool = True, read: bool = True
+    ) -> Tensor:
+        """Parameters (B, T, P) of the samples after each of `given` (B, T), all in parallel, going on from `state`.
+
+        Every row is at its own time, so its positions begin at its own samples, and it may have one fewer than others.
+
+        Parameters
+        ----------
+        keep : bool
+            Bring the state to where it is after the last of `given`.
+        read : bool
+            Else nothing but the state is wanted, and the result is empty.
+        """
+        patch, window, device = self.config.patch, self.config.window, given.device
+        batch, total = given.shape
+        joined = torch.cat([state.codes, given], dim=1)  # before sample s lie [s + 1, s + 1 + patch) of it
+        vectors = self.embedding(joined)
+        cond = None if cond is None else cond.transpose(1, 2).expand(batch, -1, -1)
+        place = state.time % patch
+        # Where positions begin, in samples from the first of `given`; those at `total` or later are not reached.
+        begins = -state.time[:, None] % patch + patch * torch.arange(-(-total // patch), device=device)
+        reached = (begins < total).sum(dim=1)
+        begins = begins.clamp(max=total - 1)
+        begun = -(-state.time // patch)  # positions so far
+        taps = (begins[..., None] + 1 + torch.arange(patch, device=device)).flatten(1)
+        x = self.enter(_take(vectors, taps).reshape(batch, -1, self.enter.in_features))
+        if self.enter_conditioning is not None:
+            assert cond is not None
+            x = x + self.enter_conditioning(cond if cond.shape[1] == 1 else _take(cond, begins))
+
+        numbers = begun[:, None] + torch.arange(x.shape[1], device=device)
+        by = rotation(numbers[:, None], self.turns, rotation_period(window), x)
+        ring = torch.arange(window, device=device)
+        before = begun[:, None] - window + ring  # the positions in the ring, the oldest first
+        # Afterwards slot s holds the last position that is s modulo the window.
+        last = (begun + reached)[:, None] - 1
+        kept = last - (last - ring) % window - (begun[:, None] - window)
+        for block, keys, values in zip(self.blocks, state.keys, state.values, strict=True):
+
+            def attend(q: Tensor, k: Tensor, v: Tensor, keys: Tensor = keys, values: Tensor = values) -> Tensor:
+                k = torch.cat([_take(keys, before % window, 2).to(k.dtype), k], dim=2)
+                v = torch.cat([_take(values, before % window, 2).to(v.dtype), v], dim=2)
+                if keep:
+                    keys[:, :, :window] = _take(k.detach(), kept, 2)
+                    values[:, :, :window] = _take(v.detach(), kept, 2)
+                return attend_within(q, k, v, before >= 0)
+
+            x = block(x, by, attend)
+        positions = self.head.position(normalised(x))
+        positions = torch.cat([state.position[:, None].to(positions.dtype), positions], dim=1)
+        if keep:
+            state.position.copy_(_take(positions.detach(), reached[:, None])[:, 0])
+            state.codes.copy_(joined[:, total:])
+            state.time += total
+        if not read:
+            return x[:, :0]
+        steps = place[:, None] + torch.arange(total, device=device)
+        samples = torch.cat([vectors[:, k : k + total] for k in range(1, patch + 1)], dim=-1)
+        position = _take(positions, steps // patch + (place == 0)[:, None])
+        return self.head(position, samples, steps % patch, cond)
+
+    def init_state(self, batch: int) -> TransformerState:
+        """See `AutoregressiveModel.init_state`."""
+        config, weight = self.config, self.enter.weight
+        shape = (batch, config.heads, config.window + 1, config.channels // config.heads)
+        return TransformerState(
+            time=torch.zeros(batch, dtype=torch.long, device=weight.device),
+            codes=torch.full((batch, config.patch), self.start_code, device=weight.device),
+            position=weight.new_zeros(batch, config.head_channels),
+            keys=[weight.new_zeros(shape) for _ in range(config.layers)],
+            values=[weight.new_zeros(shape) for _ in range(config.layers)],
+        )
+
+    def step(self, previous: Tensor, state: TransformerState, cond_t: Tensor | None = None) -> Tensor:
+        """See `AutoregressiveModel.step`.
+
+        On the CPU the layers run where a row begins a patch. A captured graph cannot choose: there they run for every
+        sample, and rows that begin none keep what they had.
+        """
+        state.codes.copy_(torch.cat([state.codes[:, 1:], previous[:, None]], dim=1))
+        samples = self.embedding(state.codes).flatten(1)
+        place = state.time % self.config.patch
+        begins = place == 0
+        if samples.device.type != "cpu" or bool(begins.any()):
+            self._begin(samples, begins, state, cond_t)
+        state.time += 1
+        return self.head(state.position, samples, place, cond_t)
+
+    def _begin(self, samples: Tensor, begins: Tensor, state: TransformerState, cond_t: Tensor | None) -> None:
+        """The layers' next position, of the rows that begin one."""
+        window = self.config.window
+        x = self.enter(samples)
+        if self.enter_conditioning is not None:
+            x = x + self.enter_conditioning(cond_t)
+        number = state.time // self.config.patch
+        by = rotation(number[:, None, None], self.turns, rotation_period(window), x)
+        slot = torch.where(begins, number % window, window)[:, None, None, None].expand(-1, *state.keys[0].shape[1:])
+        slot = slot[:, :, :1]
+        unseen = torch.arange(window, device=x.device) > number[:, None]
+        mask = torch.zeros_like(unseen, dtype=x.dtype).masked_fill(unseen, float("-inf"))[:, None, None]
+        x = x[:, None]
+        for block, keys, values in zip(self.blocks, state.keys, state.values, strict=True):
+
+            def attend(q: Tensor, k: Tensor, v: Tensor, keys: Tensor = keys, values: Tensor = values) -> Tensor:
+                keys.scatter_(2, slot, k)
+                values.scatter_(2, slot, v)
+                past = slice(None, window)
+                return F.scaled_dot_product_attention(q, keys[:, :, past], values[:, :, past], attn_mask=mask)
+
+            x = block(x, by, attend)
+        position = self.head.position(normalised(x[:, 0]))
+        state.position.copy_(torch.where(begins[:, None], position, state.position))
+
+    def export_state(self, state: TransformerState) -> dict[str, Tensor]:
+        """See `AutoregressiveModel.export_state`.
+
+        `time` (B,), `codes` (B, patch) and `position` (B, head channels) as in `TransformerState`; `keys.0`,
+        `values.0`..., (B, window, channels) of each layer, one head after the other, the oldest position first; before
+        the first position they are zero. The last one is position (time - 1) // patch; keys are rotated.
+        """
+        window = self.config.window
+        before = -(-state.time[:, None] // self.config.patch) - window + torch.arange(window, device=state.time.device)
+        tensors = {"time": state.time.clone(), "codes": state.codes.clone(), "position": state.position.clone()}
+        for i, rings in enumerate(zip(state.keys, state.values, strict=True)):
+            for name, ring in zip(("keys", "values"), rings, strict=True):
+                tensors[f"{name}.{i}"] = _take(ring, before % window, 2).transpose(1, 2).flatten(2)
+        return tensors
+
+    def import_state(self, tensors: dict[str, Tensor]) -> TransformerState:
+        """See `AutoregressiveModel.import_state`.
+
+        Raises
+        ------
+        ValueError
+            If the times or the codes are none.
+        """
+        time, codes, window = tensors["time"], tensors["codes"], self.config.window
+        if int(time.min()) < 0 or not 0 <= int(codes.min()) <= int(codes.max()) < self.config.classes:
+            raise ValueError("the state is damaged: its time or its codes are out of range")
+        state = self.init_state(len(time))
+        state.time.copy_(time)
+        state.codes.copy_(codes)
+        state.position.copy_(tensors["position"])
+        # Slot s takes the last position that is s modulo the window.
+        last = -(-state.time[:, None] // self.config.patch) - 1
+        order = window - 1 - (last - torch.arange(window, device=state.time.device)) % window
+        for i, rings in enumerate(zip(state.keys, state.values, strict=True)):
+            for name, ring in zip(("keys", "values"), rings, strict=True):
+                past = tensors[f"{name}.{i}"].to(ring).unflatten(2, (self.config.heads, -1)).transpose(1, 2)
+                ring[:, :, :window] = _take(past, order, 2)
+        return state
+
+
+def _take(x: Tensor, index: Tensor, dim: int = 1) -> Tensor:
+    """Of each row of `x` the entries `index` (B, n) along `dim`, which the last axis follows. A copy."""
+    shape = [1] * x.dim()
+    shape[0], shape[dim] = index.shape
+    wide = list(x.shape)
+    wide[dim] = index.shape[1]
+    return x.gather(dim, index.reshape(shape).expand(wide))
