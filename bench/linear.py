@@ -1,9 +1,10 @@
 """What fitting a linear model costs: seconds and memory for a data set, and how near others' coefficients it comes.
 
     python bench/linear.py my/recordings                      # at 22.05 kHz, order 32, with the order chosen, 16 bits
-    python bench/linear.py my/recordings --rate 16000 --orders 32 1024
+    python bench/linear.py my/recordings --rate 16000 --fits order-32 order-1024
 
-Files are read and resampled as `wavear train` does, on two threads; that is most of the time, and is told apart. The
+Besides the seconds by the clock there are those of the processor, which other work on the machine changes little. Files
+are read and resampled as `wavear train` does, on two threads; that is most of the time, and is told apart. The
 memory is the most that this process ever held, less what it held before. Needs statsmodels (extra `dev`).
 """
 
@@ -32,6 +33,12 @@ from wavear.training.linear import add_recordings
 
 _COMPARED = 2**18  # samples of the longest recording that the others are given
 _ORDER = 32
+FITS = {
+    "order-32": (_ORDER, Grid("mulaw", 256), False),
+    "16-bits": (_ORDER, Grid("linear", 65536), False),
+    "bic": (64, Grid("mulaw", 256), True),
+    "order-1024": (1024, Grid("mulaw", 256), False),
+}
 
 
 def peak() -> float:
@@ -47,29 +54,31 @@ class Timed(Fitter):
 
     def push(self, codes: np.ndarray | torch.Tensor) -> None:
         """See `Fitter.push`."""
-        began = time.perf_counter()
+        began = time.thread_time()
         super().push(codes)
-        self.seconds += time.perf_counter() - began
+        self.seconds += time.thread_time() - began
         self.samples += len(codes)
 
 
 def fit(recordings: list[Recording], rate: int, order: int, grid: Grid, criterion: bool) -> tuple[Linear, str]:
     """A model of all recordings, and a row of the table."""
-    before, began = peak(), time.perf_counter()
+    before, began, spent = peak(), time.perf_counter(), time.process_time()
     if criterion:
         fitter = Timed(grid, order="bic", max_order=order, method="silence")
     else:
         fitter = Timed(grid, order=order, method="silence")
     passed = list(add_recordings(fitter, recordings, rate))
-    read = time.perf_counter()
+    read = time.thread_time()
     fitted = fitter.fit(rate)
-    ended = time.perf_counter()
+    scaled = time.thread_time() - read
+    ended, spent = time.perf_counter(), time.process_time() - spent
     model, bits = fitted.model, fitted.nats / np.log(2)
     name = f"BIC up to {order}: {model.config.order}" if criterion else f"{order}"
     print(f"passed over: {passed}" if passed else f"{len(recordings)} recordings", flush=True)
     return model, (
-        f"| {name} | {grid} | {fitter.samples / rate / 60:.1f} | {ended - began:.1f} | {fitter.seconds:.1f} "
-        f"| {ended - read:.1f} | {peak() - before:.0f} | {bits:.3f} | {model.config.law} |"
+        f"| {name} | {grid} | {fitter.samples / rate / 60:.1f} | {ended - began:.1f} | {spent:.1f} "
+        f"| {fitter.seconds:.1f} "
+        f"| {scaled:.1f} | {peak() - before:.0f} | {bits:.3f} | {model.config.law} |"
     )
 
 
@@ -122,17 +131,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Time the fit of linear models.")
     parser.add_argument("data", type=Path, help="folder of recordings, or a manifest")
     parser.add_argument("--rate", type=int, default=22050, help="Hz, of the model (default 22050)")
-    parser.add_argument("--orders", type=int, nargs="*", default=[_ORDER], help="lags (default 32)")
+    parser.add_argument("--fits", nargs="*", default=list(FITS), choices=list(FITS), help="which (default all)")
     arguments = parser.parse_args()
     print(f"{machine()}\n")
     corpus = open_corpus(arguments.data, sample_rate=arguments.rate, validation_fraction=1e-9)
     recordings = corpus.train + corpus.validation
-    plan = [(order, Grid("mulaw", 256), False) for order in arguments.orders]
-    plan += [(64, Grid("mulaw", 256), True), (_ORDER, Grid("linear", 65536), False)]
     print(f"{peak():.0f} MiB before the first file")
-    made = [fit(recordings, arguments.rate, *each) for each in plan]
-    print("\n| order | codes | minutes | s | of it sums | of it scale | MiB more | bits | law |")
-    print("|---|---|---:|---:|---:|---:|---:|---:|---|")
+    made = [fit(recordings, arguments.rate, *FITS[name]) for name in arguments.fits]
+    print("\n| order | codes | minutes | s | processor s | of it sums | of it scale | MiB more | bits | law |")
+    print("|---|---|---:|---:|---:|---:|---:|---:|---:|---|")
     print("\n".join(row for _, row in made))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)

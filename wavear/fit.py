@@ -292,7 +292,7 @@ class _Pieces:
         n = -self.seen % self.stride
         while n < whole:
             self._keep(joined[n * _PIECE : (n + 1) * _PIECE + self.past])
-            n += self.stride - (self.seen + n) % self.stride  # the stride may have doubled
+            n += self.stride  # if it has just doubled, n is a multiple of the new one: `_PIECES` is even
         self.seen += whole
         self._waiting = joined[whole * _PIECE :].copy()
 

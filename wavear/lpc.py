@@ -363,7 +363,7 @@ def reflected(coefficients: np.ndarray) -> np.ndarray:
         for k in range(len(quotient) - 1, -1, -1):
             carried = (carried - polynomial[k + 1]) / pole
             quotient[k] = carried
-        polynomial = np.convolve(quotient / quotient[0], [1, -1 / np.conj(pole)])
+        polynomial = np.convolve(quotient, [1, -1 / np.conj(pole)])
     return -np.real(polynomial)[1:]
 
 
