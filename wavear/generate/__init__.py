@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from wavear.generate import cuda
 from wavear.generate.conditioner import Conditioner
 from wavear.generate.prime import check_prime, doubts, encode_prime, fill
 from wavear.generate.reference import ReferenceEngine
@@ -25,9 +26,10 @@ from wavear.generate.sampling import uniforms
 from wavear.models.base import AutoregressiveModel
 from wavear.mulaw import mulaw_decode, mulaw_encode
 
-ENGINES = ("auto", "reference", "numba")
-WEIGHTS = ("float32", "bfloat16")
+ENGINES = ("auto", "reference", "numba", "cuda-graph", "triton")
+WEIGHTS = ("float32", "bfloat16", "float16")
 _CHUNK = 2048  # samples per call of an engine: a fraction of a second, so that Ctrl-C and the progress bar are prompt
+_FEWER = 3 / 4  # of an engine's streams are left when those that have ended leave it, where it can (`keep`)
 _PARALLEL_CHUNK = 16384  # samples per forward of `score`, besides the receptive field in front of them
 
 _ARGMAX = (
@@ -95,9 +97,11 @@ def make_engine(
     ----------
     engine : str
         "reference": the plain loop over `model.step`, any model, any device; slow, and the definition of correct.
-        "numba": compiled for this CPU, for WaveNet. "auto": numba for a WaveNet on the CPU, else reference.
+        "numba": compiled for this CPU, for WaveNet. "triton": one kernel on a CUDA device, for WaveNet. "cuda-graph":
+        steps of any model on a CUDA device, captured once. "auto": for a WaveNet numba on the CPU and triton on CUDA,
+        for other models cuda-graph on CUDA, else reference.
     weights : str
-        "float32", or "bfloat16": rounded once, half the bytes to read, arithmetic in float32 (numba only).
+        "float32", or rounded once, half the bytes to read: "bfloat16" (numba, triton) or "float16" (triton).
     threads : int, optional
         CPU cores the numba engine may use; all of them by default.
 
@@ -115,17 +119,29 @@ def make_engine(
     if threads is not None and threads < 1:
         raise ValueError(f"threads is {threads}, it must be at least 1")
     if engine == "auto":
-        on_cpu = next(model.parameters()).device.type == "cpu"
-        engine = "numba" if isinstance(model, WaveNet) and on_cpu else "reference"
+        device = next(model.parameters()).device
+        if device.type == "cuda":
+            engine = cuda.pick(model, device)
+        else:
+            engine = "numba" if isinstance(model, WaveNet) and device.type == "cpu" else "reference"
+    if engine in cuda.ENGINES:
+        return engine, cuda.make(model, batch, engine, weights)
     if engine == "reference":
         if weights != "float32":
-            raise ValueError(f"the reference engine runs the model as it is: weights={weights!r} needs engine 'numba'")
+            raise ValueError(f"the reference engine runs the model as it is: weights={weights!r} needs engine {_rounding(weights)}")
         return engine, ReferenceEngine(model, batch)
     if not isinstance(model, WaveNet):
         raise ValueError(f"engine 'numba' serves WaveNet, not {type(model).__name__}: use engine 'reference'")
+    if weights == "float16":
+        raise ValueError(f"engine 'numba' has no weights={weights!r}: it needs engine {_rounding(weights)}")
     from wavear.generate.numba_cpu import NumbaEngine
 
     return engine, NumbaEngine(model, batch, weights=weights, threads=threads)
+
+
+def _rounding(weights: str) -> str:
+    """The engines that have such weights."""
+    return "'numba' or 'triton'" if weights == "bfloat16" else "'triton'"
 
 
 def generate(
@@ -237,7 +253,7 @@ def generate(
         batch *= best_of
         if isinstance(temperatures, np.ndarray):
             temperatures = np.repeat(temperatures, best_of, axis=0)
-    codes = np.empty((batch, total), dtype=np.int64)
+    codes = np.zeros((batch, total), dtype=np.int64)
     scores = np.empty((batch, total)) if return_log_probability or best_of > 1 else None
     truncation: dict[str, Any] = {"top_k": top_k, "top_p": top_p}
     with torch.inference_mode():
@@ -245,15 +261,20 @@ def generate(
         for b, row in enumerate(encode_prime(past, model) if begin else []):
             # Without conditioning there are fewer of them than streams, all alike.
             fill(runner, b, model, row, conditioner.utterances[b % len(conditioner.utterances)])
+        seats = np.arange(batch)  # the streams that the engine runs
         for start, stop in _chunks(total, progress, model.config.sample_rate, batch, name):
-            draws = np.stack([uniforms(s, begin + start, stop - start) for s in seeds])
-            scale = temperatures[:, start:stop] if isinstance(temperatures, np.ndarray) else temperatures
-            part = None if scores is None else np.empty((batch, stop - start))
-            codes[:, start:stop] = runner.generate(
+            staying = np.flatnonzero(np.asarray(lengths)[seats] > start)
+            if hasattr(runner, "keep") and len(staying) <= _FEWER * len(seats):
+                runner, seats = runner.keep(staying.tolist()), seats[staying]  # type: ignore[attr-defined]
+                conditioner.keep(staying.tolist())
+            draws = np.stack([uniforms(seeds[b], begin + start, stop - start) for b in seats])
+            scale = temperatures[seats, start:stop] if isinstance(temperatures, np.ndarray) else temperatures
+            part = None if scores is None else np.empty(draws.shape)
+            codes[seats, start:stop] = runner.generate(
                 draws, conditioner.span(begin + start, begin + stop), scale, log_probability=part, **truncation
             )
             if scores is not None:
-                scores[:, start:stop] = part
+                scores[seats, start:stop] = part
     waveform = mulaw_decode(torch.from_numpy(codes), model.config.classes)
     for b, length in enumerate(lengths):
         waveform[b, length:] = 0
@@ -330,7 +351,7 @@ def score(
     with torch.inference_mode():
         if engine == "parallel":
             if weights != "float32":
-                raise ValueError(f"engine 'parallel' runs the model as it is: weights={weights!r} needs engine 'numba'")
+                raise ValueError(f"engine 'parallel' runs the model as it is: weights={weights!r} needs engine {_rounding(weights)}")
             return _score_parallel(model, codes, conditioner, progress)
         name, runner = make_engine(model, batch, engine, weights=weights, threads=threads)
         scores = np.empty((batch, total))

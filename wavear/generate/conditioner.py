@@ -35,6 +35,12 @@ class Conditioner:
         self.utterances = [utterance for utterance in self.utterances for _ in range(times)]
         self.lengths = None if self.lengths is None else [length for length in self.lengths for _ in range(times)]
 
+    def keep(self, chosen: list[int]) -> None:
+        """These utterances alone; without mels and speakers there is one for any number of streams."""
+        if self.lengths is not None or len(self.utterances) > 1:
+            self.utterances = [self.utterances[b] for b in chosen]
+            self.lengths = None if self.lengths is None else [self.lengths[b] for b in chosen]
+
     def span(self, start: int, stop: int) -> Tensor | None:
         """Conditioning of samples `start` to `stop`: (B, C, stop - start), (B, C, 1) of a speaker alone, or None.
 
