@@ -214,7 +214,7 @@ class CudaGraphEngine:
             for _ in range(run):
                 self._step(varying, *law)
 
-        changed = [*tensors_of(self._state), self._previous, self._codes]
+        changed = [*tensors_of(self._state), self._previous, self._codes, self._scores]
         before = [tensor.clone() for tensor in changed]
         self._clock.zero_()
         replay = self._runner(steps)
