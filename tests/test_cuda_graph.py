@@ -284,7 +284,7 @@ def test_utterances_of_different_lengths(monkeypatch):
     model = WaveNet(
         WaveNetConfig(layers=2, stacks=1, residual_channels=6, skip_channels=6, sample_rate=8000, mel=mel, speakers=2)
     ).eval()
-    monkeypatch.setattr(sys.modules["wavear.generate"], "_CHUNK", 30)
+    monkeypatch.setattr(sys.modules["wavear.generate"]._chunks, "__defaults__", (30,))
     mels = [torch.randn(5, frames) for frames in (2, 9, 4, 1)]
     arguments: dict[str, Any] = {"seed": [1, 2, 3, 4], "speaker": [0, 1, 0, 1], "return_log_probability": True}
     expected, expected_logs = wavear.generate(model, mels, engine="reference", **arguments)
