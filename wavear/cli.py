@@ -44,9 +44,9 @@ class Sampling:
     speaker: int | None = None
     """Number of the speaker, for a model with speakers."""
     engine: str = "auto"
-    """auto, numba (compiled for this CPU) or reference (slow, any device)."""
+    """auto, numba (compiled for this CPU), triton or cuda-graph (on a CUDA device), or reference (slow, any device)."""
     weights: str = "float32"
-    """float32, or bfloat16 (numba only: faster, slightly noisier)."""
+    """float32, or, faster and slightly noisier, bfloat16 (numba, triton) or float16 (triton)."""
     threads: int | None = None
     """CPU cores to use; all by default."""
     device: str = "cpu"
@@ -358,6 +358,7 @@ def _synthesize() -> Callable[..., int]:
         inputs: Annotated[Positional[list[Path]], arg(metavar="INPUT...", help_behavior_hint="(required)")],
         out: Annotated[Path | None, arg(metavar="DIR", help_behavior_hint="(required without --stream)")] = None,
         overwrite: bool = False,
+        resume: bool = False,
         stream: bool = False,
         mel_preset: Annotated[str | None, arg(metavar="NAME")] = None,
         mel_seconds: float | None = None,
@@ -382,6 +383,9 @@ def _synthesize() -> Callable[..., int]:
             device:NAME, for a sound device (needs the package sounddevice).
         overwrite
             Replace files that exist.
+        resume
+            Go on with a run that was cut short: the same command, whose files that exist are done. So it is always
+            under torchrun, where each process makes its share.
         stream
             Follow mel frames as they come; latency and underruns are told on stderr.
         mel_preset
@@ -396,6 +400,7 @@ def _synthesize() -> Callable[..., int]:
         output
             How it is written.
         """
+        from wavear import bulk
         from wavear.synthesize import plan, synthesize
 
         if stream:
@@ -414,22 +419,18 @@ def _synthesize() -> Callable[..., int]:
             raise ValueError("- is stdin, whose frames are followed as they come: pass --stream")
         if out is None:
             return _complain("the following arguments are required: --out (see wavear synthesize --help)", 2)
-        jobs = plan(inputs, out, output.suffix, overwrite=overwrite)
-        model = _load(checkpoint, sampling.device)
-        report = synthesize(
-            model,
-            jobs,
-            mel_source=mel_preset,
-            mel_seconds=mel_seconds,
-            force=force,
-            output=output,
-            progress=sys.stderr.isatty(),
-            say=_say,
-            complain=_complain,
-            warn=_warn,
-            **sampling.settings,
-        )
-        return _summary(report)
+        rank, world = bulk.ranks()
+        resume = resume or world > 1
+        jobs = plan(inputs, out, output.suffix, overwrite=overwrite or resume)
+        model = _load(checkpoint, bulk.own_device(sampling.device))
+        settings: dict[str, Any] = {"mel_source": mel_preset, "mel_seconds": mel_seconds, "force": force}
+        settings |= {"output": output, **sampling.settings}
+        heard: dict[str, Any] = {"say": _say, "complain": _complain, "warn": _warn}
+        if resume:
+            report = bulk.synthesize(model, jobs, out, rank, world, overwrite, settings, **heard)
+        else:
+            report = synthesize(model, jobs, progress=sys.stderr.isatty(), **settings, **heard)
+        return _summary(report) if rank == 0 else int(bool(report.failed))
 
     return synthesize
 
