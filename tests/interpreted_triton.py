@@ -28,8 +28,8 @@ from wavear.generate import triton_cuda
 from wavear.generate.triton_cuda import TritonEngine, interpreted
 
 TOLERANCE = 1e-4  # nats, float32
-# Nats, of the worst of all samples here; measured: 0.034 and 0.0014. These weights are three times those that a network
-# begins with, and what they are multiplied with is rounded as well.
+# Nats, of the worst sample. These weights are twice those that a network begins with, and what they are multiplied with
+# is rounded as well.
 HALF = {"bfloat16": 0.1, "float16": 0.01}
 
 _patched: set[str] = set()
@@ -55,7 +55,7 @@ def make(**config) -> WaveNet:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.startswith(("blocks", "head")):
-                parameter.mul_(3)
+                parameter.mul_(2)
     return model.eval()
 
 
@@ -102,12 +102,13 @@ SHAPES: dict[str, dict[str, Any]] = {
 def test_scores_equal_the_forward_pass(shape, weights):
     assert interpreted()
     model = make(**SHAPES[shape])
-    samples = 9  # beyond the receptive field of most, so that queues come round
+    samples = 7  # so that the queues come round
     codes, _, cond = inputs(model, 3, samples)
     engine = TritonEngine(model, 3, weights=weights)
-    found = [engine.score(codes[:, a:b], piece(cond, a, b)) for a, b in ((0, 4), (4, samples))]
+    found = [engine.score(codes[:, a:b], piece(cond, a, b)) for a, b in ((0, 3), (3, samples))]
     tolerance = TOLERANCE if weights == "float32" else HALF[weights]
     error = np.abs(np.concatenate(found, axis=1) - parallel(model, codes, cond))
+    print(shape, weights, error.max())
     assert error.max() < tolerance
     if weights != "float32":
         assert error.max() > TOLERANCE / 10  # it is rounded

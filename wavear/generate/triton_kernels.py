@@ -6,6 +6,9 @@ of a stream are taken in the same order whatever batch it rides in.
 
 Threads of a program pass values on through global memory (the queues and the scratch, which stay in the first- and
 second-level caches) and meet at `tl.debug_barrier` in between. Programs never wait for each other.
+
+Sums over tiles are taken element by element and reduced after the loop, which is faster; the compiler's pass that would
+do so (Triton 3.8) fails where such a sum is used twice.
 """
 
 from __future__ import annotations
@@ -197,11 +200,11 @@ def _head(
 @triton.jit
 def _largest(logits, Q: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr):
     """Of each row's logits; `logits` points to the rows, (ROWS, 1)."""
-    largest = tl.full((ROWS,), float("-inf"), tl.float32)
+    largest = tl.full((ROWS, TILE), float("-inf"), tl.float32)
     for tile in range(0, Q, TILE):
         q = tile + tl.arange(0, TILE)
-        largest = tl.maximum(largest, tl.max(tl.load(logits + q[None, :]), axis=1))
-    return largest
+        largest = tl.maximum(largest, tl.load(logits + q[None, :]))
+    return tl.max(largest, axis=1)
 
 
 @triton.jit
@@ -226,23 +229,23 @@ def _logit(key):
 @triton.jit
 def _count(logits, key, Q: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr):
     """How many logits of each row have at least this key."""
-    count = tl.zeros((ROWS,), tl.int32)
+    count = tl.zeros((ROWS, TILE), tl.int32)
     for tile in range(0, Q, TILE):
         q = tile + tl.arange(0, TILE)
-        count += tl.sum((_key(tl.load(logits + q[None, :])) >= key[:, None]).to(tl.int32), axis=1)
-    return count
+        count += (_key(tl.load(logits + q[None, :])) >= key[:, None]).to(tl.int32)
+    return tl.sum(count, axis=1)
 
 
 @triton.jit
 def _total(logits, largest, sharpness, key, Q: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr):
     """The weight of the logits of each row that have at least this key."""
-    total = tl.zeros((ROWS,), tl.float64)
+    total = tl.zeros((ROWS, TILE), tl.float64)
     for tile in range(0, Q, TILE):
         q = tile + tl.arange(0, TILE)
         values = tl.load(logits + q[None, :])
         weight = _weight(values, largest[:, None], sharpness[:, None])
-        total += tl.sum(tl.where(_key(values) >= key[:, None], weight, 0.0), axis=1)
-    return total
+        total += tl.where(_key(values) >= key[:, None], weight, 0.0)
+    return tl.sum(total, axis=1)
 
 
 @triton.jit
@@ -304,18 +307,19 @@ def _draw(
     least, ties = everything, everything
     if TOP_K or TOP_P:
         least, ties = _cut(logits, largest, sharpness, top_k, top_p, TOP_K, TOP_P, Q, ROWS, TILE)
-        total = tl.zeros((ROWS,), tl.float64)
+        left = tl.zeros((ROWS, TILE), tl.float64)
         passed = tl.zeros((ROWS,), tl.int32)
         for tile in range(0, Q, TILE):
             q = tile + tl.arange(0, TILE)
             values = tl.load(logits + q[None, :])
             weight, passed = _kept(values, largest, sharpness, least, ties, passed)
-            total += tl.sum(weight, axis=1)
+            left += weight
+        total = tl.sum(left, axis=1)
     threshold = uniform * total
     before = tl.zeros((ROWS,), tl.float64)
     passed = tl.zeros((ROWS,), tl.int32)
-    code = tl.full((ROWS,), _NONE, tl.int32)
-    last = tl.zeros((ROWS,), tl.int32)
+    codes = tl.full((ROWS, TILE), _NONE, tl.int32)
+    lasts = tl.zeros((ROWS, TILE), tl.int32)
     for tile in range(0, Q, TILE):
         q = tile + tl.arange(0, TILE)
         values = tl.load(logits + q[None, :])
@@ -326,10 +330,11 @@ def _draw(
         cumulative = before[:, None] + tl.cumsum(weight, axis=1)
         possible = weight > 0.0
         drawn = possible & (cumulative > threshold[:, None])
-        code = tl.minimum(code, tl.min(tl.where(drawn, q[None, :], _NONE), axis=1))
+        codes = tl.minimum(codes, tl.where(drawn, q[None, :], _NONE))
         # Where rounding leads beyond the sum, the last code that has any probability.
-        last = tl.maximum(last, tl.max(tl.where(possible, q[None, :], 0), axis=1))
+        lasts = tl.maximum(lasts, tl.where(possible, q[None, :], 0))
         before += tl.sum(weight, axis=1)
+    code, last = tl.min(codes, axis=1), tl.max(lasts, axis=1)
     return tl.where(fine, tl.where(code == _NONE, last, code), -1)
 
 
@@ -350,12 +355,12 @@ def _log_probability(logits, code, Q: tl.constexpr, ROWS: tl.constexpr, TILE: tl
     largest = _largest(logits, Q, ROWS, TILE)
     everything = tl.full((ROWS,), _LOWEST, tl.int32)
     total = _total(logits, largest, tl.full((ROWS,), 1.0, tl.float32), everything, Q, ROWS, TILE)
-    chosen = tl.zeros((ROWS,), tl.float32)
+    chosen = tl.zeros((ROWS, TILE), tl.float32)
     for tile in range(0, Q, TILE):
         q = tile + tl.arange(0, TILE)
         values = tl.load(logits + q[None, :])
-        chosen += tl.sum(tl.where(q[None, :] == code[:, None], values, 0.0), axis=1)
-    return chosen.to(tl.float64) - largest.to(tl.float64) - tl.log(total)
+        chosen += tl.where(q[None, :] == code[:, None], values, 0.0)
+    return tl.sum(chosen, axis=1).to(tl.float64) - largest.to(tl.float64) - tl.log(total)
 
 
 @triton.jit(do_not_specialize=["start", "samples", "length", "batch", "top_k", "now", "z_rows", "z_moves"])
