@@ -656,9 +656,10 @@ def _bench() -> Callable[..., int]:
         classes: int = 256,
         sample_rate: int = 22050,
         unconditional: bool = False,
-        engines: tuple[str, ...] = ("numba", "reference"),
-        weights: tuple[str, ...] = ("float32", "bfloat16"),
-        batches: tuple[int, ...] = (1, 24),
+        engines: tuple[str, ...] = (),
+        weights: tuple[str, ...] = (),
+        batches: tuple[int, ...] = (),
+        device: str = "cpu",
         threads: int | None = None,
         seconds: float = 2.0,
     ) -> int:
@@ -691,11 +692,13 @@ def _bench() -> Callable[..., int]:
         unconditional
             Without mels; otherwise 80 bands, a frame per 256 samples.
         engines
-            numba, reference.
+            numba, reference; on CUDA triton, cuda-graph, reference. By default all of the first two.
         weights
-            float32, bfloat16 (numba only).
+            float32, bfloat16 (numba, triton), float16 (triton). By default all that the device has.
         batches
-            Streams at once.
+            Streams at once; by default 1 24, on CUDA 1 16 128 1024 8192.
+        device
+            cpu or cuda.
         threads
             CPU cores; by default 1 for one stream and all for more.
         seconds
@@ -719,6 +722,7 @@ def _bench() -> Callable[..., int]:
         }
         benchmark.run(
             None if checkpoint is None else _load(checkpoint, "cpu"),
+            device=_device(device),
             shape=shape,
             settings=flags,
             unconditional=unconditional,
@@ -749,15 +753,20 @@ COMMANDS: dict[str, tuple[str, Callable[[], Callable[..., int]]]] = {
 
 
 def _load(checkpoint: str, device: str) -> Any:
-    import torch
-
     from wavear.checkpoint import load
+
+    return load(checkpoint, _device(device))
+
+
+def _device(device: str) -> str:
+    """It, if it is there."""
+    import torch
 
     if device.split(":")[0] not in ("cpu", "cuda", "mps"):
         raise ValueError(f"--device is {device!r}, it must be cpu, cuda or mps")
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"--device is {device!r}, and there is no CUDA device here: use cpu")
-    return load(checkpoint, device)
+    return device
 
 
 def _check_file(out: Path, overwrite: bool, suffixes: Sequence[str]) -> None:
