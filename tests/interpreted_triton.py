@@ -108,7 +108,6 @@ def test_scores_equal_the_forward_pass(shape, weights):
     found = [engine.score(codes[:, a:b], piece(cond, a, b)) for a, b in ((0, 3), (3, samples))]
     tolerance = TOLERANCE if weights == "float32" else HALF[weights]
     error = np.abs(np.concatenate(found, axis=1) - parallel(model, codes, cond))
-    print(shape, weights, error.max())
     assert error.max() < tolerance
     if weights != "float32":
         assert error.max() > TOLERANCE / 10  # it is rounded
@@ -227,7 +226,7 @@ def test_streams_that_have_ended_leave_and_others_begin():
 @pytest.mark.parametrize("weights", ["float32", "bfloat16"])
 def test_a_stream_moves_past_a_recording(weights):
     model = make(**SHAPES["kernel 3, speakers"])
-    codes, uniforms, cond = inputs(model, 2, 12)
+    codes, _, cond = inputs(model, 2, 12)
     assert cond is not None
     found, stepped = (TritonEngine(model, 2, weights=weights) for _ in range(2))
     found.fill(1, codes[1, :8], cond[1:, :, :8])

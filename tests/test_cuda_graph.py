@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -71,12 +72,14 @@ class Memory(AutoregressiveModel):
 
 
 def make(family: str) -> tuple[AutoregressiveModel, int]:
-    """A model and its channels of conditioning; in float64, so that no uniform lies on the boundary between two codes."""
+    """A model and its channels of conditioning; in float64, so that no uniform lies on a boundary between codes."""
     torch.manual_seed(0)
     if family == "memory":
         return Memory().double().eval(), 0
     settings: dict[str, Any] = {"speakers": 2, "kernel_size": 3, "classes": 300} if family == "conditioned" else {}
-    model = WaveNet(WaveNetConfig(layers=4, stacks=2, residual_channels=6, skip_channels=8, head_channels=9, **settings))
+    model = WaveNet(
+        WaveNetConfig(layers=4, stacks=2, residual_channels=6, skip_channels=8, head_channels=9, **settings)
+    )
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.startswith(("blocks", "head")):
@@ -141,7 +144,7 @@ def test_the_cuts_between_calls_change_no_bit(family):
     cuts = [0, 1, RUN - 1, RUN, 3 * RUN + 2, CHUNK + 1, samples]
     parts = [
         engine.generate(uniforms[:, a:b], None if cond is None else cond[:, :, a:b], temperature[:, a:b])
-        for a, b in zip(cuts, cuts[1:], strict=False)
+        for a, b in pairwise(cuts)
     ]
     np.testing.assert_array_equal(np.concatenate(parts, axis=1), whole)
 

@@ -48,6 +48,10 @@ SHAPES: dict[str, tuple[str, WaveNetConfig]] = {
         "r9y9/wavenet_vocoder's usual vocoder: 24 layers, 4 stacks, kernel 3, 128 residual, 128 skip",
         replace(_A, layers=24, stacks=4, kernel_size=3, residual_channels=128),
     ),
+    "wide": (
+        "30 layers, 3 stacks, kernel 3, 128 residual, 128 skip",
+        replace(_A, layers=30, stacks=3, kernel_size=3, residual_channels=128),
+    ),
     "ibab": (
         "ibab/tensorflow-wavenet: 50 layers, 5 stacks, 32 residual, 512 skip, 16 kHz, no conditioning",
         replace(

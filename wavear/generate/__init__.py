@@ -128,7 +128,9 @@ def make_engine(
         return engine, cuda.make(model, batch, engine, weights)
     if engine == "reference":
         if weights != "float32":
-            raise ValueError(f"the reference engine runs the model as it is: weights={weights!r} needs engine {_rounding(weights)}")
+            raise ValueError(
+                f"the reference engine runs the model as it is: weights={weights!r} needs engine {_rounding(weights)}"
+            )
         return engine, ReferenceEngine(model, batch)
     if not isinstance(model, WaveNet):
         raise ValueError(f"engine 'numba' serves WaveNet, not {type(model).__name__}: use engine 'reference'")
@@ -351,7 +353,9 @@ def score(
     with torch.inference_mode():
         if engine == "parallel":
             if weights != "float32":
-                raise ValueError(f"engine 'parallel' runs the model as it is: weights={weights!r} needs engine {_rounding(weights)}")
+                raise ValueError(
+                    f"engine 'parallel' runs the model as it is: weights={weights!r} needs engine {_rounding(weights)}"
+                )
             return _score_parallel(model, codes, conditioner, progress)
         name, runner = make_engine(model, batch, engine, weights=weights, threads=threads)
         scores = np.empty((batch, total))

@@ -21,7 +21,9 @@ def _condition(model: AutoregressiveModel, windows: list[Tensor], speakers: list
     for at in range(0, len(windows), size):
         chosen = [min(at + i, len(windows) - 1) for i in range(size)]  # the last one fills up
         voices = [speaker for i in chosen if (speaker := speakers[i]) is not None]
-        rows = model.condition(torch.cat([windows[i] for i in chosen]), torch.cat(voices) if voices else None, padded=True)
+        rows = model.condition(
+            torch.cat([windows[i] for i in chosen]), torch.cat(voices) if voices else None, padded=True
+        )
         found += rows[: len(windows) - at].split(1)
     return found
 

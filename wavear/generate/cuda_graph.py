@@ -179,7 +179,9 @@ class CudaGraphEngine:
         if len(shape) != 2 or shape[0] != self.batch:
             raise ValueError(f"shape {shape} for {self.batch} streams: expected ({self.batch}, n)")
         if (cond is not None) != self.model.conditioned:
-            raise ValueError("the model is conditioned, and cond is None" if cond is None else "the model takes no cond")
+            raise ValueError(
+                "the model is conditioned, and cond is None" if cond is None else "the model takes no cond"
+            )
         if cond is not None and (cond.dim() != 3 or len(cond) != self.batch or cond.shape[2] not in (1, shape[1])):
             raise ValueError(f"cond has shape {tuple(cond.shape)}, expected ({self.batch}, C, {shape[1]} or 1)")
         for start in range(0, shape[1], CHUNK):

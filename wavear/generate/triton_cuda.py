@@ -18,6 +18,7 @@ from wavear.generate.reference import ReferenceEngine
 from wavear.generate.triton_packing import ROWS, TYPES, pack, padded, rounded, shapes
 from wavear.models.wavenet import WaveNet
 
+kernels: Any = triton_kernels  # what `triton.jit` makes of functions has no types
 WARPS = 8
 _PROJECTED = 256 * 2**20  # bytes of conditioning projected ahead, at most: a launch covers as many samples
 _WRAP = 2**30  # samples after which the queues are turned to begin at 0 again: the kernel counts in 32 bits
@@ -26,7 +27,7 @@ _PROJECTION = {"ROWS": 64, "STEP": 16}
 
 def interpreted() -> bool:
     """Whether the kernels run in Triton's interpreter, on CPU tensors (TRITON_INTERPRET=1 when Triton is imported)."""
-    return type(triton_kernels.run).__name__ == "InterpretedFunction"
+    return type(kernels.run).__name__ == "InterpretedFunction"
 
 
 class TritonEngine:
@@ -110,7 +111,9 @@ class TritonEngine:
         codes = torch.empty(uniforms.shape, dtype=torch.int32, device=self.device)
         scores = None if log_probability is None else torch.empty_like(draws)
         classes = self.model.config.classes
-        self._run(codes, cond, draws, sharpness.to(self.device), scores, top_k=min(top_k or classes, classes), top_p=top_p)
+        self._run(
+            codes, cond, draws, sharpness.to(self.device), scores, top_k=min(top_k or classes, classes), top_p=top_p
+        )
         made = codes.cpu().numpy().astype(np.int64)
         self._refuse(made < 0)
         if log_probability is not None and scores is not None:
@@ -174,7 +177,7 @@ class TritonEngine:
     def _turn(self) -> None:
         """Let the queues begin at 0 again."""
         before = self._slots()
-        self._now %= _WRAP
+        self._now = 0
         queues = torch.zeros_like(self._queues)
         for old, new in zip(before, self._slots(), strict=True):
             queues[:, new] = self._queues[:, old]
@@ -222,8 +225,8 @@ class TritonEngine:
                 samples = min(span, total - start)
                 if self._now + samples > _WRAP:
                     self._turn()
-                z, z_rows = self._project(cond, start, samples)
-                triton_kernels.run[(self._programs,)](
+                z, z_rows = (self._packed["bias"], 0) if cond is None else self._project(cond, start, samples)
+                kernels.run[(self._programs,)](
                     start=start,
                     samples=samples,
                     queues=self._queues,
@@ -239,11 +242,9 @@ class TritonEngine:
                 )  # fmt: skip
                 self._now += samples
 
-    def _project(self, cond: Tensor | None, start: int, samples: int) -> tuple[Tensor, int]:
-        """What the gates' inputs start with, and how many rows of it each stream has (0: all share one)."""
+    def _project(self, cond: Tensor, start: int, samples: int) -> tuple[Tensor, int]:
+        """What the gates' inputs start with, and how many rows of it each stream has."""
         bias = self._packed["bias"]
-        if cond is None:
-            return bias, 0
         samples = min(samples, cond.shape[2])
         outputs, channels = bias.numel(), cond.shape[1]
         rows = self.batch * samples
@@ -252,7 +253,7 @@ class TritonEngine:
         z = torch.empty(rows, outputs, device=self.device)
         tile = min(2 * self._shapes["R"], 128)
         grid = (-(-rows // _PROJECTION["ROWS"]), outputs // tile)
-        triton_kernels.project[grid](
+        kernels.project[grid](
             cond, *cond.stride(), self._packed["conditioning"], bias, z, samples, rows, channels,
             CHANNELS=padded(channels, 64)[0], OUTPUTS=outputs, TILE=tile,
             UPCAST=interpreted() and self.weights != "float32", **_PROJECTION,

@@ -129,14 +129,14 @@ def _layers_in_tiles(
     TILE: tl.constexpr, STEP: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """All layers where the registers cannot hold one: a tile of outputs at a time, the signal in memory (ROWS, R)."""
-    for layer in range(0, LAYERS):
+    for layer in range(LAYERS):
         dilation, length, first, slot = _queue(layer, now, KERNEL, DEPTH)
         for tile in range(0, R, TILE):
             r = tile + tl.arange(0, TILE)
             a = tl.load(z + layer * 2 * R + r[None, :], mask=there, other=0.0)
             b = tl.load(z + (layer * 2 + 1) * R + r[None, :], mask=there, other=0.0)
             w = dilated + layer * KERNEL * 2 * R * R + r[None, :] * R
-            for tap in range(0, KERNEL - 1):
+            for tap in range(KERNEL - 1):
                 old = (slot + length - (KERNEL - 1 - tap) * dilation) % length
                 a, b = _add_tap(
                     a, b, queues + (first + old) * R, there, w + 2 * tap * R * R, R, TILE, STEP, UPCAST
@@ -262,7 +262,7 @@ def _cut(
     if TOP_K:
         low = tl.full((ROWS,), _LOWEST, tl.int64)
         high = tl.full((ROWS,), _NONE, tl.int64)
-        for _ in range(0, 32):
+        for _ in range(32):
             middle = (low + high + 1) >> 1
             enough = _count(logits, middle.to(tl.int32), Q, ROWS, TILE) >= top_k
             low = tl.where(enough, middle, low)
@@ -278,7 +278,7 @@ def _cut(
         share = top_p * (_total(logits, largest, sharpness, above_least, Q, ROWS, TILE) + tied)
         low = least.to(tl.int64)
         high = tl.full((ROWS,), _NONE, tl.int64)
-        for _ in range(0, 32):
+        for _ in range(32):
             middle = (low + high + 1) >> 1
             enough = _total(logits, largest, sharpness, middle.to(tl.int32), Q, ROWS, TILE) >= share
             low = tl.where(enough, middle, low)

@@ -1,4 +1,4 @@
-"""A WaveNet's weights as the Triton kernels read them: matrices padded with zeros to whole tiles, one after the other."""
+"""A WaveNet's weights as the Triton kernels read them: matrices padded with zeros to whole tiles."""
 
 from __future__ import annotations
 
@@ -115,7 +115,9 @@ def pack(model: WaveNet, weights: str) -> dict[str, Tensor]:
         "head2_bias": made((q,), model.head[3].bias, fill=float("-inf")),
     }
     if inner:
-        packed["residual"][:-1] = made((layers - 1, r, r), torch.stack([block.residual.weight for block in inner]), kind)
+        packed["residual"][:-1] = made(
+            (layers - 1, r, r), torch.stack([block.residual.weight for block in inner]), kind
+        )
         packed["residual_bias"][:-1] = made((layers - 1, r), torch.stack([block.residual.bias for block in inner]))
     if model.conditioned:
         channels = padded(config.conditioning_channels, _INPUTS)[0]
