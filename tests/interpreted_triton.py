@@ -135,8 +135,9 @@ def test_free_running_codes_equal_the_reference(shape):
 def test_truncated_draws_equal_the_reference(settings, classes):
     model = make(layers=1, stacks=1, classes=classes)
     with torch.no_grad():  # equal logits, which the lower code wins, beside others
-        model.head[3].bias.zero_()
-        model.head[3].weight[: classes // 2] = model.head[3].weight[0]  # type: ignore[index]
+        weights = model.state_dict()
+        weights["head.3.bias"].zero_()
+        weights["head.3.weight"][: classes // 2] = weights["head.3.weight"][0]
     _, uniforms, _ = inputs(model, 16, 3)
     found = TritonEngine(model, 16).generate(uniforms, None, **settings)
     expected = ReferenceEngine(model, 16).generate(uniforms, None, **settings)
@@ -150,7 +151,7 @@ def test_codes_without_probability_are_never_drawn():
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.zero_()
-        model.head[3].bias.copy_(torch.from_numpy(logits))  # type: ignore[operator]
+        model.state_dict()["head.3.bias"].copy_(torch.from_numpy(logits))
     ends = np.array([[0.0, 2.0**-53, 0.5 - 2.0**-53, 0.5, 1 - 2.0**-53]])
     assert TritonEngine(model, 1).generate(ends, None).tolist() == [[2, 2, 2, 4, 4]]
 

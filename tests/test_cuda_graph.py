@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import wavear
 from wavear import WaveNet, WaveNetConfig
@@ -193,7 +194,7 @@ def test_nothing_moves_and_the_host_is_not_asked():
     engine.fill(1, np.arange(5), torch.randn(1, channels, 5, dtype=torch.float64))
     assert addresses() == before
 
-    class Asked(torch.utils._python_dispatch.TorchDispatchMode):
+    class Asked(TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
             assert "_local_scalar_dense" not in str(function)  # what .item(), int() and bool() call
             return function(*args, **(kwargs or {}))
@@ -208,7 +209,7 @@ def test_states_go_to_other_engines_and_come_back(family):
     model, channels = make(family)
     uniforms, cond = draws(3, 30, channels)
 
-    def part(a, b, rows=slice(None)):
+    def part(a: int, b: int, rows: Any = slice(None)):
         return uniforms[rows, a:b], None if cond is None else cond[rows, :, a:b]
 
     expected = ReferenceEngine(model, 3).generate(uniforms, cond)
@@ -272,7 +273,7 @@ def test_weights_changed_in_place_are_used_at_once():
     engine = CudaGraphEngine(model, 1)
     engine.generate(draws(1, RUN)[0], None)
     with torch.no_grad():
-        model.head[3].bias[7] += 1000  # type: ignore[index]
+        model.state_dict()["head.3.bias"][7] += 1000
     assert (engine.generate(draws(1, RUN)[0], None) == 7).all()
 
 
@@ -334,6 +335,7 @@ def test_what_cannot_be_run_is_refused():
     with pytest.raises(ValueError, match="batch is 0"):
         CudaGraphEngine(model, 0)
     uniforms, cond = draws(2, 5, channels)
+    assert cond is not None
     for arguments, message in (
         ((uniforms[:1], cond), r"shape \(1, 5\) for 2 streams"),
         ((uniforms, None), "the model is conditioned"),
@@ -351,7 +353,7 @@ def test_logits_that_are_no_numbers_are_an_error():
     engine = CudaGraphEngine(model, 2)
     engine.generate(draws(2, 3)[0], None)
     with torch.no_grad():
-        model.head[3].bias[3] = torch.nan  # type: ignore[index]
+        model.state_dict()["head.3.bias"][3] = torch.nan
     with pytest.raises(ValueError, match="sample 0 of this call are infinite or NaN"):
         engine.generate(draws(2, 3)[0], None)
     with pytest.raises(ValueError, match="infinite or NaN"):

@@ -345,6 +345,7 @@ def synthesize(
     report = Report(engine=make_engine(model, 1, engine, weights=weights, threads=threads)[0])
     began = time.perf_counter()
     resampled: set[int] = set()
+    limits: list[Any]
     window, *limits = _CUDA.values() if report.engine in CUDA_ENGINES else (_WINDOW, _BATCH, _BATCH_SAMPLES, _SPREAD)
     for at in range(0, len(jobs), window):
         mels: list[tuple[Job, torch.Tensor]] = []

@@ -11,6 +11,10 @@ Sums over tiles are taken element by element and reduced after the loop, which i
 do so (Triton 3.8) fails where such a sum is used twice.
 """
 
+# What is inside a kernel is Triton's language: its types are not Python's.
+# pyright: reportOperatorIssue=false, reportGeneralTypeIssues=false, reportCallIssue=false, reportArgumentType=false
+# pyright: reportAttributeAccessIssue=false, reportIndexIssue=false
+
 from __future__ import annotations
 
 import triton

@@ -89,6 +89,7 @@ def pack(model: WaveNet, weights: str) -> dict[str, Tensor]:
     r, s, a, q = (sizes[name] for name in "RSAQ")
     kind = TYPES[weights]
     blocks: list[Any] = list(model.blocks)
+    head: Any = model.head
 
     def made(shape: tuple[int, ...], value: Tensor, dtype: torch.dtype = torch.float32, fill: float = 0.0) -> Tensor:
         out = torch.full(shape, fill, dtype=dtype, device=value.device)
@@ -109,10 +110,10 @@ def pack(model: WaveNet, weights: str) -> dict[str, Tensor]:
         "residual_bias": torch.zeros(layers, r, device=dilated.device),
         "skip": made((s, sizes["GATES"]), skip.flatten(1), kind),
         "skip_bias": made((s,), torch.stack([block.skip.bias for block in blocks]).detach().float().sum(dim=0)),
-        "head1": made((a, s), model.head[1].weight, kind),
-        "head1_bias": made((a,), model.head[1].bias),
-        "head2": made((q, a), model.head[3].weight, kind),
-        "head2_bias": made((q,), model.head[3].bias, fill=float("-inf")),
+        "head1": made((a, s), head[1].weight, kind),
+        "head1_bias": made((a,), head[1].bias),
+        "head2": made((q, a), head[3].weight, kind),
+        "head2_bias": made((q,), head[3].bias, fill=float("-inf")),
     }
     if inner:
         packed["residual"][:-1] = made(
