@@ -138,7 +138,7 @@ def test_truncated_draws_equal_the_reference(settings, classes):
         weights = model.state_dict()
         weights["head.3.bias"].zero_()
         weights["head.3.weight"][: classes // 2] = weights["head.3.weight"][0]
-    _, uniforms, _ = inputs(model, 16, 3)
+    _, uniforms, _ = inputs(model, 16, 2)
     found = TritonEngine(model, 16).generate(uniforms, None, **settings)
     expected = ReferenceEngine(model, 16).generate(uniforms, None, **settings)
     np.testing.assert_array_equal(found, expected)
@@ -156,17 +156,19 @@ def test_codes_without_probability_are_never_drawn():
     assert TritonEngine(model, 1).generate(ends, None).tolist() == [[2, 2, 2, 4, 4]]
 
 
-@pytest.mark.parametrize("weights", ["float32", "bfloat16"])
-@pytest.mark.parametrize("shape", ["kernel 3, speakers", "tiles of channels"])
+@pytest.mark.parametrize(
+    ("shape", "weights"),
+    [("kernel 3, speakers", "float32"), ("kernel 3, speakers", "bfloat16"), ("tiles of channels", "float32")],
+)
 def test_a_stream_has_the_same_bits_in_every_batch_and_cut(shape, weights, monkeypatch):
     model = make(**SHAPES[shape])
-    most, samples = 35, 7
+    most, samples = 18, 5
     codes, uniforms, cond = inputs(model, most, samples)
     drawn, scored = {}, {}
-    for number, (batch, cuts) in enumerate([(1, [0, 7]), (2, [0, 1, 7]), (17, [0, 3, 7]), (35, [0, 7])]):
+    for number, (batch, cuts) in enumerate([(1, [0, 5]), (2, [0, 1, 5]), (18, [0, 3, 5])]):
         # In another place each time, in a full and in a last group; and with conditioning in several launches.
         monkeypatch.setattr(triton_cuda, "_PROJECTED", 2**28 if number else 1)
-        chosen = (np.arange(batch) * 3 + number) % most
+        chosen = (np.arange(batch) * 5 + number) % most
         rows = None if cond is None else cond[chosen]
         runner, scorer = (TritonEngine(model, batch, weights=weights) for _ in range(2))
         found, scores = [], []

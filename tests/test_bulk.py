@@ -106,7 +106,7 @@ def test_several_processes_make_what_one_makes(here):
 
 def test_a_run_whose_process_died_is_completed_by_running_it_again(here):
     whole = expected()
-    process = under_torchrun(2, "--best-of", "40")  # long enough to be killed within
+    process = under_torchrun(2, "--best-of", "10")  # long enough to be killed within
     while len(contents("out")) < 2 and process.poll() is None:
         time.sleep(0.01)
     victims = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
@@ -115,7 +115,7 @@ def test_a_run_whose_process_died_is_completed_by_running_it_again(here):
     assert process.returncode != 0
     done = contents("out")
     assert len(done) < len(whole)
-    again = under_torchrun(3, "--best-of", "40")  # and not by as many as before
+    again = under_torchrun(3, "--best-of", "10")  # and not by as many as before
     said = again.communicate(timeout=240)[0]
     assert again.returncode == 0, said
     made = contents("out")
