@@ -61,6 +61,24 @@ def compiled(config: WaveNetConfig, weights: str, capability: int, **flags: bool
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": WARPS})
 
 
+@pytest.mark.parametrize("kind", ["fp32", "bf16", "fp16"])
+def test_the_projection_compiles_without_a_card(kind):
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from wavear.generate import triton_kernels
+    from wavear.generate.triton_cuda import PROJECTION
+
+    kernel = triton_kernels.project
+    constants = {"CHANNELS": 128, "OUTPUTS": 2560, "TILE": 128, "UPCAST": False, **PROJECTION}
+    pointers = {"cond": "*fp32", "weights": f"*{kind}", "bias": "*fp32", "out": "*fp32"}
+    names = kernel.arg_names
+    signature = {name: pointers.get(name, "constexpr" if name in constants else "i32") for name in names}
+    made = triton.compile(ASTSource(kernel, signature, constants), target=GPUTarget("cuda", 80, 32))
+    assert made.metadata.shared <= SHARED
+    assert "mma.sync" in made.asm["ptx"]
+
+
 @pytest.mark.parametrize(
     ("config", "weights", "capability", "flags"),
     [

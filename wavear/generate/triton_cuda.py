@@ -22,7 +22,7 @@ kernels: Any = triton_kernels  # what `triton.jit` makes of functions has no typ
 WARPS = 8
 _PROJECTED = 256 * 2**20  # bytes of conditioning projected ahead, at most: a launch covers as many samples
 _WRAP = 2**30  # samples after which the queues are turned to begin at 0 again: the kernel counts in 32 bits
-_PROJECTION = {"ROWS": 64, "STEP": 16}
+PROJECTION = {"ROWS": 64, "STEP": 16}
 
 
 def interpreted() -> bool:
@@ -252,11 +252,11 @@ class TritonEngine:
         cond = cond[:, :, start : start + samples] if cond.shape[2] > 1 else cond
         z = torch.empty(rows, outputs, device=self.device)
         tile = min(2 * self._shapes["R"], 128)
-        grid = (-(-rows // _PROJECTION["ROWS"]), outputs // tile)
+        grid = (-(-rows // PROJECTION["ROWS"]), outputs // tile)
         kernels.project[grid](
             cond, *cond.stride(), self._packed["conditioning"], bias, z, samples, rows, channels,
             CHANNELS=padded(channels, 64)[0], OUTPUTS=outputs, TILE=tile,
-            UPCAST=interpreted() and self.weights != "float32", **_PROJECTION,
+            UPCAST=interpreted() and self.weights != "float32", **PROJECTION,
         )  # fmt: skip
         return z, samples
 
