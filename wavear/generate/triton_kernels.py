@@ -46,6 +46,12 @@ def _sigmoid(x):
 
 
 @triton.jit
+def _relu(x):
+    """NaN stays NaN, which `tl.maximum` would make 0."""
+    return tl.where(x < 0.0, 0.0, x)
+
+
+@triton.jit
 def project(
     cond, stride_stream, stride_channel, stride_time, weights, bias, out, samples, rows, channels,
     CHANNELS: tl.constexpr, OUTPUTS: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, STEP: tl.constexpr,
@@ -187,12 +193,12 @@ def _head(
     for tile in range(0, S, S_TILE):
         n = tile + tl.arange(0, S_TILE)
         acc = _outputs(gates, skip, skip_bias, n, GATES, ROWS, S_TILE, G_STEP, STAGES, UPCAST)
-        tl.store(skips + row * S + n[None, :], tl.maximum(acc, 0.0).to(skips.dtype.element_ty))
+        tl.store(skips + row * S + n[None, :], _relu(acc).to(skips.dtype.element_ty))
     tl.debug_barrier()
     for tile in range(0, A, A_TILE):
         n = tile + tl.arange(0, A_TILE)
         acc = _outputs(skips + row * S, head1, head1_bias, n, S, ROWS, A_TILE, S_STEP, STAGES, UPCAST)
-        tl.store(hidden + row * A + n[None, :], tl.maximum(acc, 0.0).to(hidden.dtype.element_ty))
+        tl.store(hidden + row * A + n[None, :], _relu(acc).to(hidden.dtype.element_ty))
     tl.debug_barrier()
     for tile in range(0, Q, Q_TILE):
         n = tile + tl.arange(0, Q_TILE)
