@@ -299,7 +299,7 @@ def test_utterances_of_different_lengths(monkeypatch):
     found, logs = wavear.generate(model, mels, engine="cuda-graph", **arguments)
     assert torch.equal(found, expected)
     torch.testing.assert_close(logs, expected_logs, rtol=0, atol=TOLERANCE)
-    assert sizes == [2, 1]
+    assert sizes == [3, 2, 1]
 
 
 def test_streams_and_primes(monkeypatch):
