@@ -10,7 +10,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench-training lint format clean
+.PHONY: help demo test test-cuda bench-cuda bench-training lint format clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "%-14s %s\n", $$1, $$2 }'
@@ -24,6 +24,14 @@ test: $(VENV)/.installed-dev  ## run the tests and the examples in the docstring
 bench-training: $(VENV)/.installed  ## how fast it trains here, into docs/benchmarks.md (ARGS="--device cuda")
 	$(BIN)/python bench/training.py $(ARGS)
 	$(BIN)/python bench/forms.py $(filter --device cpu cuda,$(ARGS))
+
+test-cuda: $(VENV)/.installed-dev  ## run the tests of the CUDA engines, those that need a card among them
+	$(BIN)/python -c 'import sys, torch; sys.exit(0 if torch.cuda.is_available() else "no CUDA device here")'
+	$(BIN)/python -m pytest tests/test_triton.py tests/test_cuda_graph.py $(ARGS)
+	$(BIN)/python -m pytest -m cuda $(ARGS)
+
+bench-cuda: $(VENV)/.installed  ## measure the CUDA engines, and write docs/benchmarks_cuda.md
+	$(BIN)/python bench/generation.py --device cuda $(ARGS)
 
 lint: $(VENV)/.installed-dev  ## check style, format and types
 	$(BIN)/python -m ruff check

@@ -10,7 +10,8 @@ import torch
 
 import wavear
 from wavear import MelConfig, WaveNet, WaveNetConfig, mulaw_decode, mulaw_encode
-from wavear.generate import Conditioner
+from wavear.generate import Conditioner, conditioner
+from wavear.generate.conditioner import UtteranceConditioner
 from wavear.sampling import uniforms
 
 MEL = MelConfig(sample_rate=8000, n_fft=64, window_length=64, hop_length=20, bands=5, fmax=4000.0)
@@ -209,3 +210,32 @@ def test_what_does_not_fit_is_refused(settings, arguments, message):
 def test_score_refuses_a_mel_that_is_too_short():
     with pytest.raises(ValueError, match="the mel covers 40 samples and the waveform has 41"):
         wavear.score(make(mel=MEL), torch.zeros(1, 41), torch.zeros(1, 5, 2))
+
+
+def test_conditioning_of_many_in_batches_of_one_size(monkeypatch):
+    """As on a card: always as many blocks at once, so that an utterance's conditioning has the same bits in any batch,
+    and as it arrives."""
+    model, frames = make(mel=MEL, speakers=2), [mels(1, n)[0] for n in (9, 4, 25)]
+    single = [Conditioner(model, [mel], [b % 2]).span(0, 80) for b, mel in enumerate(frames)]
+    monkeypatch.setitem(conditioner._TOGETHER, "cpu", 4)
+    sizes = set()
+    condition = WaveNet.condition
+
+    def spy(self, mel, *rest, **named):
+        sizes.add(len(mel))
+        return condition(self, mel, *rest, **named)
+
+    monkeypatch.setattr(WaveNet, "condition", spy)
+    together: Any = Conditioner(model, frames, [0, 1, 0])
+    found = torch.cat([together.span(0, 33), together.span(33, 80)], dim=2)
+    assert sizes == {4}
+    torch.testing.assert_close(found, torch.cat(single), rtol=0, atol=1e-5)
+    for b, mel in enumerate(frames):
+        alone: Any = Conditioner(model, [mel], [b % 2])
+        assert torch.equal(alone.span(0, 80), found[b : b + 1])
+        growing: Any = UtteranceConditioner(model, b % 2)
+        growing.push(mel)
+        growing.close()
+        assert torch.equal(growing.span(0, 80), found[b : b + 1])
+    together.keep([2, 0])
+    assert torch.equal(together.span(0, 80), found[[2, 0]])

@@ -270,7 +270,8 @@ def test_hidden_frames_are_the_mean_and_no_others(tones: Path, tmp_path: Path):
     assert not (clean == mean[:, None]).any()
     noise = torch.Generator().manual_seed(0)
     assert torch.equal(crop_loss(model, batch, layout, None, noise, dropout=0.0)[0], crop_loss(model, batch, layout)[0])
-    a, b, c = (crop_loss(model, batch, layout, None, torch.Generator().manual_seed(s), dropout=0.3)[0] for s in (1, 1, 2))
+    generators = [torch.Generator().manual_seed(seed) for seed in (1, 1, 2)]
+    a, b, c = (crop_loss(model, batch, layout, None, generator, dropout=0.3)[0] for generator in generators)
     assert torch.equal(a, b)
     assert not torch.equal(a, c)
 

@@ -16,6 +16,8 @@ import numpy as np
 import torch
 
 from wavear.generate import WEIGHTS, Conditioner, make_engine
+from wavear.generate.card import card
+from wavear.generate.card import limit as card_limit
 from wavear.generate.ceiling import Ceiling, cost
 from wavear.generate.ceiling import measure as measure_ceiling
 from wavear.generate.numba_cpu import available_cores
@@ -29,10 +31,15 @@ from wavear.sampling import uniforms
 
 _CHUNK = 2048  # samples per call of the numba engine, as `wavear.generate` calls it
 _REFERENCE_CHUNK = 64  # of the reference engine, which takes a thousandth of a second for each
+_MOST = 2**22  # samples per call of an engine on a card: of 8192 streams 512 each
+_DISTINCT = 1024  # streams whose conditioning is computed; more repeat it
 _LENGTH = 16384  # samples of the mels, which are repeated
 _SCORED_STREAMS, _SCORED = 4, 1024  # streams and samples whose log-probabilities are compared
 
 _SHOWN = (0.25, 1, 1.5, 2, 2.5, 4, 64)  # MiB
+
+BATCHES = {"cpu": (1, 24), "cuda": (1, 16, 128, 1024, 8192)}
+"""Streams at once that are measured by default, by device."""
 
 _A = WaveNetConfig(layers=20, stacks=2, residual_channels=64, skip_channels=128, mel=MelConfig())
 
@@ -46,6 +53,10 @@ SHAPES: dict[str, tuple[str, Config]] = {
     "r9y9": (
         "r9y9/wavenet_vocoder's usual vocoder: 24 layers, 4 stacks, kernel 3, 128 residual, 128 skip",
         replace(_A, layers=24, stacks=4, kernel_size=3, residual_channels=128),
+    ),
+    "wide": (
+        "30 layers, 3 stacks, kernel 3, 128 residual, 128 skip",
+        replace(_A, layers=30, stacks=3, kernel_size=3, residual_channels=128),
     ),
     "ibab": (
         "ibab/tensorflow-wavenet: 50 layers, 5 stacks, 32 residual, 512 skip, 16 kHz, no conditioning",
@@ -92,6 +103,7 @@ class Measurement:
     """Largest difference of a log-probability from `forward` in float64, teacher-forced, in nats."""
     cost: float
     """Bits per sample that the engine's law loses against float64, on audio drawn from the model."""
+    device: str = "cpu"
 
 
 def limit(ceiling: Ceiling, config: Config, weights: str, batch: int, threads: int) -> float:
@@ -144,7 +156,11 @@ def measure(
     share = None
     if engine == "numba" and ceiling is not None:
         share = best / limit(ceiling, model.config, weights, batch, threads)
-    return Measurement(engine, weights, batch, threads, best, best / model.config.sample_rate, share, error, lost)
+    device = next(model.parameters()).device
+    if device.type == "cuda" and engine == "triton":
+        share = best / card_limit(card(device), model.config, weights, batch)
+    rate = model.config.sample_rate
+    return Measurement(engine, weights, batch, threads, best, best / rate, share, error, lost, device.type)
 
 
 def _conditioner(model: AutoregressiveModel, batch: int) -> Conditioner:
@@ -161,27 +177,28 @@ def _conditioner(model: AutoregressiveModel, batch: int) -> Conditioner:
 def _calls(model: AutoregressiveModel, engine: str, weights: str, batch: int, threads: int) -> Iterator[int]:
     """Samples made by each call of the engine, without end."""
     _, runner = make_engine(model, batch, engine, weights=weights, threads=threads)
-    conditioner = _conditioner(model, batch)
-    chunk = _CHUNK if engine == "numba" else _REFERENCE_CHUNK
+    conditioner = _conditioner(model, min(batch, _DISTINCT))
+    chunk = _REFERENCE_CHUNK if engine == "reference" else max(16, min(_CHUNK, _MOST // batch))
     for turn in itertools.count():
         start = turn * chunk % (_LENGTH - chunk)
         draws = np.stack([uniforms(b, turn * chunk, chunk) for b in range(batch)])
-        runner.generate(draws, conditioner.span(start, start + chunk))
+        cond = conditioner.span(start, start + chunk)
+        runner.generate(draws, cond if cond is None else cond[torch.arange(batch) % len(cond)])
         yield chunk * batch
 
 
 def _compare(model: AutoregressiveModel, engine: str, weights: str, threads: int) -> tuple[float, float]:
     """(largest difference of a log-probability, mean loss in bits) against `forward` in float64."""
-    batch, samples = (_SCORED_STREAMS, _SCORED) if engine == "numba" else (1, _REFERENCE_CHUNK)
+    batch, samples = (1, _REFERENCE_CHUNK) if engine == "reference" else (_SCORED_STREAMS, _SCORED)
     cond = _conditioner(model, batch).span(0, samples)
     draws = np.stack([uniforms(b, 0, samples) for b in range(batch)])
     _, exact = make_engine(model, batch, engine, threads=threads)
     codes = exact.generate(draws, cond)
     _, scoring = make_engine(model, batch, engine, weights=weights, threads=threads)
     scores = scoring.score(codes, cond)
-    given = torch.from_numpy(codes)
+    given = torch.from_numpy(codes).to(next(model.parameters()).device)
     parameters = copy.deepcopy(model).double()(given, None if cond is None else cond.double())
-    expected = model.law.log_prob(parameters, given).numpy()
+    expected = model.law.log_prob(parameters, given).cpu().numpy()
     return float(np.abs(scores - expected).max()), float((expected - scores).mean() / np.log(2))
 
 
@@ -191,9 +208,10 @@ def run(
     shape: str | None = None,
     settings: dict[str, Any] | None = None,
     unconditional: bool = False,
-    engines: Sequence[str] = ("numba", "reference"),
-    weights: Sequence[str] = ("float32", "bfloat16", "int8"),
-    batches: Sequence[int] = (1, 24),
+    engines: Sequence[str] | None = None,
+    weights: Sequence[str] | None = None,
+    batches: Sequence[int] | None = None,
+    device: str = "cpu",
     threads: int | None = None,
     seconds: float = 2.0,
     say: Callable[[str], None] = print,
@@ -207,7 +225,10 @@ def run(
     settings : dict, optional
         Fields of `WaveNetConfig`; mels of 80 bands are added unless `unconditional`.
     engines, weights, batches
-        What to combine; the reference engine runs float32 and one stream only.
+        What to combine, by default what the device is for; the reference engine runs float32 and one stream only, the
+        CUDA graph float32 only.
+    device : str
+        "cpu", or a CUDA device.
     threads : int, optional
         Cores; by default 1 for one stream and all for more.
     seconds : float
@@ -222,7 +243,11 @@ def run(
     ValueError
         If a name or number is not one that can be measured.
     """
-    for name, given, known in (("engine", engines, ("numba", "reference")), ("weights", weights, WEIGHTS)):
+    kind = torch.device(device).type
+    of_device = ("triton", "cuda-graph", "reference") if kind == "cuda" else ("numba", "reference")
+    engines, batches = engines or of_device[: 2 if kind == "cuda" else None], batches or BATCHES[kind]
+    weights = weights or ("float32", "bfloat16", "float16" if kind == "cuda" else "int8")
+    for name, given, known in (("engine", engines, of_device), ("weights", weights, WEIGHTS)):
         if unknown := [value for value in given if value not in known]:
             raise ValueError(f"{name} is {unknown[0]!r}, expected {' or '.join(known)}")
     if wrong := [value for value in (*batches, *([] if threads is None else [threads])) if value < 1]:
@@ -234,11 +259,16 @@ def run(
         model = next(cls for cls, own in FAMILIES.values() if type(config) is own)(config).eval()
     elif shape is not None:
         raise ValueError(f"shape is {shape!r}, and a checkpoint has a shape of its own: give one of them")
+    model = model.to(device)
     config = model.config
     say(machine())
-    ceiling = measure_ceiling()
-    rates = ", ".join(f"{ceiling.read_rate(size * 2**20) / 1e9:.0f} GB/s from {size:g} MiB" for size in _SHOWN)
-    say(f"one core: {ceiling.multiply_adds / 1e9:.0f} G multiply-adds/s in float32; reads {rates}")
+    ceiling = None
+    if kind == "cuda":
+        say(str(card(torch.device(device))))
+    else:
+        ceiling = measure_ceiling()
+        rates = ", ".join(f"{ceiling.read_rate(size * 2**20) / 1e9:.0f} GB/s from {size:g} MiB" for size in _SHOWN)
+        say(f"one core: {ceiling.multiply_adds / 1e9:.0f} G multiply-adds/s in float32; reads {rates}")
     mel = "no mel" if config.mel is None else f"{config.mel.bands} mels, hop {config.mel.hop_length}"
     say(f"{_layers(config)}, {config.head_channels} head, {config.classes} classes, {mel}, {config.sample_rate} Hz")
     for precision in weights:
@@ -249,9 +279,9 @@ def run(
         )
     rows = []
     for engine, precision, batch in itertools.product(engines, weights, batches):
-        if engine == "reference" and (precision != "float32" or batch > 1):
+        if (engine == "reference" and batch > 1) or (engine in ("reference", "cuda-graph") and precision != "float32"):
             continue
-        cores = threads or (1 if batch == 1 else available_cores())
+        cores = threads or (1 if batch == 1 or kind == "cuda" else available_cores())
         rows.append(
             measure(model, engine, weights=precision, batch=batch, threads=cores, seconds=seconds, ceiling=ceiling)
         )

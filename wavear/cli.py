@@ -44,9 +44,10 @@ class Sampling:
     speaker: int | None = None
     """Number of the speaker, for a model with speakers."""
     engine: str = "auto"
-    """auto, numba (compiled for this CPU) or reference (slow, any device)."""
+    """auto, numba (compiled for this CPU), triton or cuda-graph (on a CUDA device), or reference (slow, any device)."""
     weights: str = "float32"
-    """float32; bfloat16 or int8: rounded (numba only: faster, slightly noisier; `wavear bench` measures the cost)."""
+    """float32, or, faster and slightly noisier, bfloat16 (numba, triton), int8 (numba) or float16 (triton): rounded;
+    `wavear bench` measures the cost."""
     threads: int | None = None
     """CPU cores to use; all by default."""
     device: str = "cpu"
@@ -367,6 +368,7 @@ def _synthesize() -> Callable[..., int]:
         inputs: Annotated[Positional[list[Path]], arg(metavar="INPUT...", help_behavior_hint="(required)")],
         out: Annotated[Path | None, arg(metavar="DIR", help_behavior_hint="(required without --stream)")] = None,
         overwrite: bool = False,
+        resume: bool = False,
         stream: bool = False,
         mel_preset: Annotated[str | None, arg(metavar="NAME")] = None,
         mel_seconds: float | None = None,
@@ -391,6 +393,9 @@ def _synthesize() -> Callable[..., int]:
             device:NAME, for a sound device (needs the package sounddevice).
         overwrite
             Replace files that exist.
+        resume
+            Go on with a run that was cut short: the same command, whose files that exist are done. So it is always
+            under torchrun, where each process makes its share.
         stream
             Follow mel frames as they come; latency and underruns are told on stderr.
         mel_preset
@@ -405,6 +410,7 @@ def _synthesize() -> Callable[..., int]:
         output
             How it is written.
         """
+        from wavear import bulk
         from wavear.synthesize import plan, synthesize
 
         if stream:
@@ -423,22 +429,18 @@ def _synthesize() -> Callable[..., int]:
             raise ValueError("- is stdin, whose frames are followed as they come: pass --stream")
         if out is None:
             return _complain("the following arguments are required: --out (see wavear synthesize --help)", 2)
-        jobs = plan(inputs, out, output.suffix, overwrite=overwrite)
-        model = _load(checkpoint, sampling.device)
-        report = synthesize(
-            model,
-            jobs,
-            mel_source=mel_preset,
-            mel_seconds=mel_seconds,
-            force=force,
-            output=output,
-            progress=sys.stderr.isatty(),
-            say=_say,
-            complain=_complain,
-            warn=_warn,
-            **sampling.settings,
-        )
-        return _summary(report)
+        rank, world = bulk.ranks()
+        resume = resume or world > 1
+        jobs = plan(inputs, out, output.suffix, overwrite=overwrite or resume)
+        model = _load(checkpoint, bulk.own_device(sampling.device))
+        settings: dict[str, Any] = {"mel_source": mel_preset, "mel_seconds": mel_seconds, "force": force}
+        settings |= {"output": output, **sampling.settings}
+        heard: dict[str, Any] = {"say": _say, "complain": _complain, "warn": _warn}
+        if resume:
+            report = bulk.synthesize(model, jobs, out, rank, world, overwrite, settings, **heard)
+        else:
+            report = synthesize(model, jobs, progress=sys.stderr.isatty(), **settings, **heard)
+        return _summary(report) if rank == 0 else int(bool(report.failed))
 
     return synthesize
 
@@ -756,9 +758,10 @@ def _bench() -> Callable[..., int]:
         classes: int = 256,
         sample_rate: int = 22050,
         unconditional: bool = False,
-        engines: tuple[str, ...] = ("numba", "reference"),
-        weights: tuple[str, ...] = ("float32", "bfloat16", "int8"),
-        batches: tuple[int, ...] = (1, 24),
+        engines: tuple[str, ...] = (),
+        weights: tuple[str, ...] = (),
+        batches: tuple[int, ...] = (),
+        device: str = "cpu",
         threads: int | None = None,
         seconds: float = 2.0,
     ) -> int:
@@ -791,11 +794,13 @@ def _bench() -> Callable[..., int]:
         unconditional
             Without mels; otherwise 80 bands, a frame per 256 samples.
         engines
-            numba, reference.
+            numba, reference; on CUDA triton, cuda-graph, reference. By default all of the first two.
         weights
-            float32, bfloat16, int8 (the last two numba only).
+            float32, bfloat16 (numba, triton), int8 (numba), float16 (triton). By default all that the device has.
         batches
-            Streams at once.
+            Streams at once; by default 1 24, on CUDA 1 16 128 1024 8192.
+        device
+            cpu or cuda.
         threads
             CPU cores; by default 1 for one stream and all for more.
         seconds
@@ -819,6 +824,7 @@ def _bench() -> Callable[..., int]:
         }
         benchmark.run(
             None if checkpoint is None else _load(checkpoint, "cpu"),
+            device=_device(device),
             shape=shape,
             settings=flags,
             unconditional=unconditional,
@@ -851,15 +857,20 @@ COMMANDS: dict[str, tuple[str, Callable[[], Callable[..., int]]]] = {
 
 
 def _load(checkpoint: str, device: str) -> Any:
-    import torch
-
     from wavear.checkpoint import load
+
+    return load(checkpoint, _device(device))
+
+
+def _device(device: str) -> str:
+    """It, if it is there."""
+    import torch
 
     if device.split(":")[0] not in ("cpu", "cuda", "mps"):
         raise ValueError(f"--device is {device!r}, it must be cpu, cuda or mps")
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"--device is {device!r}, and there is no CUDA device here: use cpu")
-    return load(checkpoint, device)
+    return device
 
 
 def _check_file(out: Path, overwrite: bool, suffixes: Sequence[str]) -> None:

@@ -96,6 +96,13 @@ class Grid:
         x = waveform.detach().to(torch.promote_types(waveform.dtype, torch.float32)).clamp(-1, 1)
         return (torch.floor(x * half + 0.5).to(torch.int64) + half).clamp(max=self.classes - 1)  # halves up, as mu-law
 
+    def nearest(self, values: torch.Tensor) -> torch.Tensor:
+        """The codes of any values, as `encode` has them, without a look at the values: a CUDA graph can capture it."""
+        if self.kind == "linear":
+            half = self.classes // 2
+            return (torch.floor(values * half + 0.5).clamp(-half, half - 1) + half).to(torch.int64)
+        return torch.bucketize(values, _inner_edges(self, values.device, values.dtype), right=True)
+
     @overload
     def decode(self, codes: torch.Tensor) -> torch.Tensor: ...
     @overload
@@ -157,3 +164,8 @@ def _edges(grid: Grid) -> np.ndarray:
     found = np.concatenate([[-np.inf], inner, [np.inf]])
     found.flags.writeable = False
     return found
+
+
+@functools.lru_cache(maxsize=8)
+def _inner_edges(grid: Grid, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    return torch.from_numpy(grid.edges()[1:-1].copy()).to(device, dtype)

@@ -158,7 +158,7 @@ class LogisticMixture:
         below = F.pad(above[:, :-1], (1, 0)).gather(1, which)
         left = ((threshold - below) / weights.gather(1, which)).clamp(0, _BELOW_ONE)
         spread = _scale(self.grid, log_scales.gather(1, which)) * heat
-        return self.grid.encode((means.gather(1, which) + spread * (left.log() - (-left).log1p()))[:, 0])
+        return self.grid.nearest((means.gather(1, which) + spread * (left.log() - (-left).log1p()))[:, 0])
 
 
 @dataclass(frozen=True)
@@ -194,7 +194,7 @@ class Gaussian:
         """See `Law.sample`."""
         _refuse_truncation("gaussian", top_k, top_p)
         mean, log_scale = parameters.double().unbind(1)
-        return self.grid.encode(mean + _scale(self.grid, log_scale) * temperature * torch.special.ndtri(uniform))
+        return self.grid.nearest(mean + _scale(self.grid, log_scale) * temperature * torch.special.ndtri(uniform))
 
 
 @dataclass(frozen=True)
@@ -232,7 +232,7 @@ class Laplace:
         mean, log_scale = parameters.double().unbind(1)
         tail = torch.minimum(uniform, 1 - uniform)
         away = torch.where(uniform < 0.5, 1.0, -1.0) * (2 * tail).log()
-        return self.grid.encode(mean + _scale(self.grid, log_scale) * temperature * away)
+        return self.grid.nearest(mean + _scale(self.grid, log_scale) * temperature * away)
 
 
 LAWS = ("categorical", "logistic_mixture", "gaussian", "laplace")

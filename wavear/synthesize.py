@@ -23,6 +23,7 @@ import torch
 from wavear import audio
 from wavear.files import replace_file
 from wavear.generate import generate, make_engine, name_of_engine
+from wavear.generate.cuda import ENGINES as CUDA_ENGINES
 from wavear.generate.prime import check_prime, doubts
 from wavear.judge import Expectation, adapt_mel, describe_source
 from wavear.mel import MelConfig, log_mel
@@ -35,6 +36,7 @@ _WINDOW = 96  # inputs read ahead, among which those of similar length are batch
 _BATCH = 24  # utterances per batch: what the engines were tuned for
 _BATCH_SAMPLES = 2**25  # of a batch at most: 8 bytes each
 _LONGEST_SECONDS = 86400.0  # a WAV file ends at 4 GiB, 27 hours at 22050 Hz
+_CUDA = {"window": 4096, "most": 2048, "samples": 2**27, "spread": 2.0}  # on a card, which those that end leave
 _SPREAD = 1.25  # longest over shortest of a batch: what is made beyond an utterance's end is thrown away
 
 
@@ -344,9 +346,11 @@ def synthesize(
     report = Report(engine=name_of_engine(name, weights))
     began = time.perf_counter()
     resampled: set[int] = set()
-    for at in range(0, len(jobs), _WINDOW):
+    limits: list[Any]
+    window, *limits = _CUDA.values() if name in CUDA_ENGINES else (_WINDOW, _BATCH, _BATCH_SAMPLES, _SPREAD)
+    for at in range(0, len(jobs), window):
         mels: list[tuple[Job, torch.Tensor]] = []
-        for job in jobs[at : at + _WINDOW]:
+        for job in jobs[at : at + window]:
             try:
                 if job.source.suffix.lower() in MEL_SUFFIXES:
                     settings: dict[str, Any] = {"source": mel_source, "seconds": mel_seconds, "force": force}
@@ -356,7 +360,7 @@ def synthesize(
                 mels.append((job, mel))
             except (ValueError, OSError) as error:
                 _pass_over(report, job.source, error, complain)
-        for batch in _batches(mels, config.hop_length):
+        for batch in _batches(mels, config.hop_length, *limits):
             made = generate(
                 model,
                 [mel for _, mel in batch],
@@ -592,15 +596,21 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def _batches(mels: list[tuple[Job, torch.Tensor]], hop: int) -> list[list[tuple[Job, torch.Tensor]]]:
+def _batches(
+    mels: list[tuple[Job, torch.Tensor]],
+    hop: int,
+    most: int = _BATCH,
+    samples: int = _BATCH_SAMPLES,
+    spread: float = _SPREAD,
+) -> list[list[tuple[Job, torch.Tensor]]]:
     """Groups of similar length, longest first."""
     groups: list[list[tuple[Job, torch.Tensor]]] = []
     for item in sorted(mels, key=lambda item: -item[1].shape[1]):
         frames = item[1].shape[1]
         group = groups[-1] if groups else []
         longest = group[0][1].shape[1] if group else 0
-        fits = len(group) < _BATCH and (len(group) + 1) * longest * hop <= _BATCH_SAMPLES
-        if group and fits and longest <= frames * _SPREAD:
+        fits = len(group) < most and (len(group) + 1) * longest * hop <= samples
+        if group and fits and longest <= frames * spread:
             group.append(item)
         else:
             groups.append([item])

@@ -19,15 +19,17 @@ import torch
 from torch import Tensor
 
 from wavear.emphasis import coefficient, emphasised
+from wavear.generate import cuda
 from wavear.generate.conditioner import Conditioner
 from wavear.generate.prime import check_prime, deemphasis_after, doubts, encode_prime, fill
 from wavear.generate.reference import ReferenceEngine
 from wavear.models.base import AutoregressiveModel
 from wavear.sampling import uniforms
 
-ENGINES = ("auto", "reference", "numba")
-WEIGHTS = ("float32", "bfloat16", "int8")
+ENGINES = ("auto", "reference", "numba", "cuda-graph", "triton")
+WEIGHTS = ("float32", "bfloat16", "int8", "float16")
 _CHUNK = 2048  # samples per call of an engine: a fraction of a second, so that Ctrl-C and the progress bar are prompt
+_FEWER = 3 / 4  # of an engine's streams are left when those that have ended leave it, where it can (`keep`)
 _PARALLEL_CHUNK = 16384  # samples per forward of `score`, besides the receptive field in front of them
 
 _ARGMAX = (
@@ -95,12 +97,13 @@ def make_engine(
     ----------
     engine : str
         "reference": the plain loop over `model.step`, any model, any device; slow, and the definition of correct.
-        "numba": compiled for this CPU, for the families and laws that have a kernel. "auto": numba on the CPU where it
-        serves the model, else reference.
+        "numba": compiled for this CPU, for the families and laws that have a kernel. "triton": one kernel on a CUDA
+        device, for a WaveNet of mu-law codes. "cuda-graph": steps of any model on a CUDA device, captured once. "auto":
+        numba on the CPU where it serves the model, on CUDA triton where it does, else cuda-graph; else reference.
     weights : str
-        "float32"; "bfloat16": rounded once, half the bytes to read; "int8": rounded to 255 steps for each output of a
-        matrix, a quarter of the bytes. The last two are for numba only, compute in float32, and cost some likelihood:
-        `wavear bench CHECKPOINT` measures how much.
+        "float32"; "bfloat16" (numba, triton) or "float16" (triton): rounded once, half the bytes to read; "int8"
+        (numba): rounded to 255 steps for each output of a matrix, a quarter of the bytes. All but the first cost some
+        likelihood: `wavear bench CHECKPOINT` measures how much.
     threads : int, optional
         CPU cores the numba engine may use; all of them by default.
 
@@ -116,15 +119,25 @@ def make_engine(
     if threads is not None and threads < 1:
         raise ValueError(f"threads is {threads}, it must be at least 1")
     if engine == "auto":
-        on_cpu = next(model.parameters()).device.type == "cpu"
-        engine = "numba" if on_cpu and _compiled_engine(model) is not None else "reference"
+        device = next(model.parameters()).device
+        if device.type == "cuda":
+            engine = cuda.pick(model, device)
+        else:
+            serves = device.type == "cpu" and _compiled_engine(model) is not None
+            engine = "numba" if serves else "reference"
+    if engine in cuda.ENGINES:
+        return engine, cuda.make(model, batch, engine, weights)
     if engine == "reference":
         if weights != "float32":
-            raise ValueError(f"the reference engine runs the model as it is: weights={weights!r} needs engine 'numba'")
+            raise ValueError(
+                f"the reference engine runs the model as it is: weights={weights!r} needs engine {_rounding(weights)}"
+            )
         return engine, ReferenceEngine(model, batch)
     compiled = _compiled_engine(model)
     if compiled is None:
         raise ValueError(f"engine 'numba' has no kernel for {type(model).__name__}: use engine 'reference'")
+    if weights == "float16":
+        raise ValueError(f"engine 'numba' has no weights={weights!r}: it needs engine {_rounding(weights)}")
     return engine, compiled(model, batch, weights=weights, threads=threads)
 
 
@@ -163,6 +176,11 @@ def name_of_engine(engine: str, weights: str) -> str:
     'numba with int8 weights'
     """
     return engine if weights == "float32" else f"{engine} with {weights} weights"
+
+
+def _rounding(weights: str) -> str:
+    """The engines that have such weights."""
+    return {"bfloat16": "'numba' or 'triton'", "int8": "'numba'", "float16": "'triton'"}[weights]
 
 
 def generate(
@@ -274,7 +292,7 @@ def generate(
         batch *= best_of
         if isinstance(temperatures, np.ndarray):
             temperatures = np.repeat(temperatures, best_of, axis=0)
-    codes = np.empty((batch, total), dtype=np.int64)
+    codes = np.zeros((batch, total), dtype=np.int64)
     scores = np.empty((batch, total)) if return_log_probability or best_of > 1 else None
     truncation: dict[str, Any] = {"top_k": top_k, "top_p": top_p}
     with torch.inference_mode():
@@ -282,15 +300,20 @@ def generate(
         for b, row in enumerate(encode_prime(past, model) if begin else []):
             # Without conditioning there are fewer of them than streams, all alike.
             fill(runner, b, model, row, conditioner.utterances[b % len(conditioner.utterances)])
+        seats = np.arange(batch)  # the streams that the engine runs
         for start, stop in _chunks(total, progress, model.config.sample_rate, batch, name):
-            draws = np.stack([uniforms(s, begin + start, stop - start) for s in seeds])
-            scale = temperatures[:, start:stop] if isinstance(temperatures, np.ndarray) else temperatures
-            part = None if scores is None else np.empty((batch, stop - start))
-            codes[:, start:stop] = runner.generate(
+            staying = np.flatnonzero(np.asarray(lengths)[seats] > start)
+            if hasattr(runner, "keep") and len(staying) <= _FEWER * len(seats):
+                runner, seats = runner.keep(staying.tolist()), seats[staying]  # type: ignore[attr-defined]
+                conditioner.keep(staying.tolist())
+            draws = np.stack([uniforms(seeds[b], begin + start, stop - start) for b in seats])
+            scale = temperatures[seats, start:stop] if isinstance(temperatures, np.ndarray) else temperatures
+            part = None if scores is None else np.empty(draws.shape)
+            codes[seats, start:stop] = runner.generate(
                 draws, conditioner.span(begin + start, begin + stop), scale, log_probability=part, **truncation
             )
             if scores is not None:
-                scores[:, start:stop] = part
+                scores[seats, start:stop] = part
     waveform = model.grid.decode(torch.from_numpy(codes))
     for b, length in enumerate(lengths):
         waveform[b] = deemphasis_after(past[b], model)(waveform[b])
@@ -368,7 +391,9 @@ def score(
     with torch.inference_mode():
         if engine == "parallel":
             if weights != "float32":
-                raise ValueError(f"engine 'parallel' runs the model as it is: weights={weights!r} needs engine 'numba'")
+                raise ValueError(
+                    f"engine 'parallel' runs the model as it is: weights={weights!r} needs engine {_rounding(weights)}"
+                )
             return _score_parallel(model, codes, conditioner, progress)
         name, runner = make_engine(model, batch, engine, weights=weights, threads=threads)
         scores = np.empty((batch, total))

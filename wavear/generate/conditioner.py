@@ -10,6 +10,22 @@ from wavear.models.base import AutoregressiveModel
 # Samples that a block covers, as nearly as whole frames allow. A block is known once all its frames and the look-ahead
 # are: fewer samples would save a stream less than 6 ms of latency, and cost a call of the model more often.
 _BLOCK = 128
+# Windows that a device conditions at once, always so many: a card that gets one at a time waits for its orders.
+_TOGETHER = {"cuda": 64}
+
+
+def _condition(model: AutoregressiveModel, windows: list[Tensor], speakers: list[Tensor | None]) -> list[Tensor]:
+    """(1, C, n) of each window (1, M, frames) of as many frames, in batches of one size."""
+    size = _TOGETHER.get(windows[0].device.type, 1) if windows else 1
+    found: list[Tensor] = []
+    for at in range(0, len(windows), size):
+        chosen = [min(at + i, len(windows) - 1) for i in range(size)]  # the last one fills up
+        voices = [speaker for i in chosen if (speaker := speakers[i]) is not None]
+        rows = model.condition(
+            torch.cat([windows[i] for i in chosen]), torch.cat(voices) if voices else None, padded=True
+        )
+        found += rows[: len(windows) - at].split(1)
+    return found
 
 
 class Conditioner:
@@ -35,11 +51,23 @@ class Conditioner:
         self.utterances = [utterance for utterance in self.utterances for _ in range(times)]
         self.lengths = None if self.lengths is None else [length for length in self.lengths for _ in range(times)]
 
+    def keep(self, chosen: list[int]) -> None:
+        """These utterances alone; without mels and speakers there is one for any number of streams."""
+        if self.lengths is not None or len(self.utterances) > 1:
+            self.utterances = [self.utterances[b] for b in chosen]
+            self.lengths = None if self.lengths is None else [self.lengths[b] for b in chosen]
+
     def span(self, start: int, stop: int) -> Tensor | None:
         """Conditioning of samples `start` to `stop`: (B, C, stop - start), (B, C, 1) of a speaker alone, or None.
 
         Beyond the end of a shorter utterance its last frame goes on.
         """
+        missing = [(u, k) for u in self.utterances if u.has_mel for k in u.missing(start, stop)]
+        made = _condition(
+            self.utterances[0].model, [u.window(k) for u, k in missing], [u.speaker for u, _ in missing]
+        )  # fmt: skip
+        for (utterance, k), block in zip(missing, made, strict=True):
+            utterance.blocks[k] = block
         rows = [row for utterance in self.utterances if (row := utterance.span(start, stop)) is not None]
         return torch.cat(rows) if rows else None
 
@@ -71,7 +99,8 @@ class UtteranceConditioner:
         """Whether the last frame is known to be the last."""
         self._first = 0  # of the frames still held
         self._held: list[Tensor] = []
-        self._blocks: dict[int, Tensor] = {}  # of the last span: the next may begin inside its last block
+        self.blocks: dict[int, Tensor] = {}
+        """Conditioning of blocks by their number: the next span may begin inside the last one's last block."""
 
     def push(self, mel: Tensor) -> None:
         """More frames, (M, n)."""
@@ -123,14 +152,22 @@ class UtteranceConditioner:
             return None if self.speaker is None else self.model.condition(None, self.speaker)
         size = self.block * self.hop
         first, last = start // size, -(-stop // size)
-        blocks = {k: self._blocks[k] if k in self._blocks else self._condition(k) for k in range(first, last)}
-        self._blocks = {k: block for k, block in blocks.items() if k == last - 1}
-        return torch.cat(list(blocks.values()), dim=2)[:, :, start - first * size : stop - first * size]
+        missing = self.missing(start, stop)
+        made = _condition(self.model, [self.window(k) for k in missing], [self.speaker] * len(missing))
+        self.blocks.update(zip(missing, made, strict=True))
+        blocks = [self.blocks[k] for k in range(first, last)]
+        self.blocks = {last - 1: blocks[-1]}
+        return torch.cat(blocks, dim=2)[:, :, start - first * size : stop - first * size]
 
-    def _condition(self, k: int) -> Tensor:
+    def missing(self, start: int, stop: int) -> list[int]:
+        """The blocks of samples `start` to `stop` that are not in `blocks`."""
+        size = self.block * self.hop
+        return [k for k in range(start // size, -(-stop // size)) if k not in self.blocks]
+
+    def window(self, k: int) -> Tensor:
+        """The frames (1, M, n) that block k depends on, the ends repeated."""
         lookahead = self.model.lookahead
         first = k * self.block - lookahead
         assert min(max(first, 0), self.frames - 1) >= self._first, "the frames of this block are forgotten"
         frames = torch.arange(first, first + self.block + 2 * lookahead, device=self.device)
-        window = self.held[None, :, frames.clamp(0, self.frames - 1) - self._first]
-        return self.model.condition(window, self.speaker, padded=True)
+        return self.held[None, :, frames.clamp(0, self.frames - 1) - self._first]

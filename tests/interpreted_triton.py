@@ -1,0 +1,269 @@
+"""The Triton engine in Triton's CPU interpreter; run by tests/test_triton.py in a process of its own.
+
+The interpreter runs a kernel's operations one by one with NumPy, a program after the other. What it cannot show (what
+the compiler makes of it, the order of threads) tests/test_triton.py compiles, and runs where there is a card.
+"""
+
+from __future__ import annotations
+
+import os
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from wavear.generate.numba_cpu import NumbaEngine
+from wavear.generate.reference import ReferenceEngine
+from wavear.models.wavenet import WaveNet, WaveNetConfig
+
+if os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("needs TRITON_INTERPRET=1 from the start", allow_module_level=True)
+
+from triton.runtime import interpreter
+
+from wavear.generate import triton_cuda
+from wavear.generate.triton_cuda import TritonEngine, interpreted
+
+TOLERANCE = 1e-4  # nats, float32
+# Nats, of the worst sample. These weights are twice those that a network begins with, and what they are multiplied with
+# is rounded as well.
+HALF = {"bfloat16": 0.1, "float16": 0.01}
+
+_patched: set[str] = set()
+
+
+def _call(self, *arguments, **named):
+    """A kernel calls a function. The interpreter patches the language again for each call, which takes most of its
+    time: once for each module is enough."""
+    if self.fn.__module__.startswith("triton") and self.fn.__module__ not in _patched:
+        _patched.add(self.fn.__module__)
+        interpreter._patch_lang(self.fn)
+    return self.rewrite()(*arguments, **named)
+
+
+interpreter.InterpretedFunction.__call__ = _call
+interpreter.interpreter_builder.options = interpreter.InterpreterOptions(sanitize_overflow=False)
+
+
+def make(**config) -> WaveNet:
+    torch.manual_seed(0)
+    tiny = {"layers": 4, "stacks": 2, "residual_channels": 6, "skip_channels": 8, "head_channels": 10, "classes": 32}
+    model = WaveNet(WaveNetConfig(**{**tiny, **config}))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.startswith(("blocks", "head")):
+                parameter.mul_(2)
+    return model.eval()
+
+
+def inputs(model: WaveNet, batch: int, samples: int) -> tuple[np.ndarray, np.ndarray, Tensor | None]:
+    """Codes, uniforms, conditioning."""
+    generator = np.random.default_rng(0)
+    cond = torch.randn(batch, model.config.conditioning_channels, samples) if model.conditioned else None
+    shape = (batch, samples)
+    return generator.integers(0, model.config.classes, shape), generator.random(shape), cond
+
+
+def piece(cond: Tensor | None, start: int, stop: int) -> Tensor | None:
+    return cond if cond is None or cond.shape[2] == 1 else cond[:, :, start:stop]
+
+
+@torch.inference_mode()
+def parallel(model: WaveNet, codes: np.ndarray, cond: Tensor | None) -> np.ndarray:
+    """Log-probabilities (B, T) of codes by the model's forward pass."""
+    given = torch.from_numpy(codes)
+    logs = torch.log_softmax(model(given, cond).double(), dim=1)
+    return logs.gather(1, given[:, None])[:, 0].numpy()
+
+
+@pytest.fixture(autouse=True)
+def _inference():
+    with torch.inference_mode():
+        yield
+
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "unconditional": {},
+    "kernel 3, speakers": {"kernel_size": 3, "speakers": 2, "conditioning_channels": 5},
+    "kernel 4, one layer": {"layers": 1, "stacks": 1, "kernel_size": 4, "residual_channels": 17},
+    "odd channels": {"residual_channels": 33, "skip_channels": 37, "head_channels": 41, "classes": 50, "speakers": 1},
+    "two classes": {"classes": 2, "layers": 2, "stacks": 2},
+    "many classes": {"classes": 1000, "layers": 2, "stacks": 1, "head_channels": 130},
+    "tiles of channels": {"residual_channels": 70, "skip_channels": 130, "kernel_size": 3, "layers": 2, "stacks": 1},
+    "tiles of conditioning": {"speakers": 2, "conditioning_channels": 81, "layers": 3, "stacks": 1},
+}
+
+
+@pytest.mark.parametrize("weights", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_scores_equal_the_forward_pass(shape, weights):
+    assert interpreted()
+    model = make(**SHAPES[shape])
+    samples = 7  # so that the queues come round
+    codes, _, cond = inputs(model, 3, samples)
+    engine = TritonEngine(model, 3, weights=weights)
+    found = [engine.score(codes[:, a:b], piece(cond, a, b)) for a, b in ((0, 3), (3, samples))]
+    tolerance = TOLERANCE if weights == "float32" else HALF[weights]
+    error = np.abs(np.concatenate(found, axis=1) - parallel(model, codes, cond))
+    assert error.max() < tolerance
+    if weights != "float32":
+        assert error.max() > TOLERANCE / 10  # it is rounded
+
+
+@pytest.mark.parametrize("shape", ["unconditional", "kernel 3, speakers", "many classes", "tiles of channels"])
+def test_free_running_codes_equal_the_reference(shape):
+    model = make(**SHAPES[shape])
+    _, uniforms, cond = inputs(model, 5, 12)
+    logs, expected_logs = np.empty_like(uniforms), np.empty_like(uniforms)
+    temperature = np.random.default_rng(1).uniform(0.5, 1.5, uniforms.shape)
+    found = TritonEngine(model, 5).generate(uniforms, cond, temperature, log_probability=logs)
+    expected = ReferenceEngine(model, 5).generate(uniforms, cond, temperature, log_probability=expected_logs)
+    np.testing.assert_array_equal(found, expected)
+    np.testing.assert_allclose(logs, expected_logs, atol=TOLERANCE)
+    assert len(np.unique(found)) > 10
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"top_k": 1}, {"top_k": 5}, {"top_p": 0.5}, {"top_p": 1.0}, {"top_k": 6, "top_p": 0.8, "temperature": 0.7}],
+    ids=str,
+)
+@pytest.mark.parametrize("classes", [32, 200], ids=["one tile", "tiles"])
+def test_truncated_draws_equal_the_reference(settings, classes):
+    model = make(layers=1, stacks=1, classes=classes)
+    with torch.no_grad():  # equal logits, which the lower code wins, beside others
+        weights = model.state_dict()
+        weights["head.3.bias"].zero_()
+        weights["head.3.weight"][: classes // 2] = weights["head.3.weight"][0]
+    _, uniforms, _ = inputs(model, 16, 2)
+    found = TritonEngine(model, 16).generate(uniforms, None, **settings)
+    expected = ReferenceEngine(model, 16).generate(uniforms, None, **settings)
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_codes_without_probability_are_never_drawn():
+    model = make(layers=1, stacks=1, classes=7)
+    logits = np.full(7, -np.inf)
+    logits[[2, 4]] = 0.0
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+        model.state_dict()["head.3.bias"].copy_(torch.from_numpy(logits))
+    ends = np.array([[0.0, 2.0**-53, 0.5 - 2.0**-53, 0.5, 1 - 2.0**-53]])
+    assert TritonEngine(model, 1).generate(ends, None).tolist() == [[2, 2, 2, 4, 4]]
+
+
+@pytest.mark.parametrize(
+    ("shape", "weights"),
+    [("kernel 3, speakers", "float32"), ("kernel 3, speakers", "bfloat16"), ("tiles of channels", "float32")],
+)
+def test_a_stream_has_the_same_bits_in_every_batch_and_cut(shape, weights, monkeypatch):
+    model = make(**SHAPES[shape])
+    most, samples = 18, 5
+    codes, uniforms, cond = inputs(model, most, samples)
+    drawn, scored = {}, {}
+    for number, (batch, cuts) in enumerate([(1, [0, 5]), (2, [0, 1, 5]), (18, [0, 3, 5])]):
+        # In another place each time, in a full and in a last group; and with conditioning in several launches.
+        monkeypatch.setattr(triton_cuda, "_PROJECTED", 2**28 if number else 1)
+        chosen = (np.arange(batch) * 5 + number) % most
+        rows = None if cond is None else cond[chosen]
+        runner, scorer = (TritonEngine(model, batch, weights=weights) for _ in range(2))
+        found, scores = [], []
+        for a, b in pairwise(cuts):
+            logs = np.empty((batch, b - a))
+            found.append(runner.generate(uniforms[chosen, a:b], piece(rows, a, b), log_probability=logs))
+            scores.append(scorer.score(codes[chosen, a:b], piece(rows, a, b)))
+        for place, stream in enumerate(chosen):
+            drawn.setdefault(stream, set()).add(np.concatenate(found, axis=1)[place].tobytes())
+            scored.setdefault(stream, set()).add(np.concatenate(scores, axis=1)[place].tobytes())
+    assert len(scored) == most
+    assert all(len(bits) == 1 for bits in (*drawn.values(), *scored.values()))
+
+
+def test_constant_conditioning_has_the_bits_of_the_same_for_every_sample():
+    model = make(**SHAPES["kernel 3, speakers"])
+    codes, _, _ = inputs(model, 2, 5)
+    cond = torch.randn(2, 5, 1)
+    repeated = TritonEngine(model, 2).score(codes, cond.expand(-1, -1, 5))
+    np.testing.assert_array_equal(TritonEngine(model, 2).score(codes, cond), repeated)
+
+
+@pytest.mark.parametrize("other", [ReferenceEngine, NumbaEngine])
+@pytest.mark.parametrize("shape", ["unconditional", "tiles of channels"])
+def test_states_go_to_other_engines_and_come_back(shape, other, monkeypatch):
+    model = make(**SHAPES[shape])
+    _, uniforms, _ = inputs(model, 3, 15)
+    expected = ReferenceEngine(model, 3).generate(uniforms, None)
+    engine = TritonEngine(model, 3)
+    engine.generate(uniforms[:, :6], None)
+    elsewhere = other(model, 1)
+    elsewhere.load_state(0, engine.state(1))
+    np.testing.assert_array_equal(elsewhere.generate(uniforms[1:2, 6:10], None), expected[1:2, 6:10])
+    engine.generate(uniforms[:, :4], None)  # its queues stand elsewhere, for streams that go on otherwise
+    monkeypatch.setattr(triton_cuda, "_WRAP", 12)  # and turn within the call
+    engine.load_state(2, elsewhere.state(0))
+    np.testing.assert_array_equal(engine.generate(uniforms[:, 10:][[0, 0, 1]], None)[2], expected[1, 10:])
+    assert engine._now < 12
+
+
+def test_streams_that_have_ended_leave_and_others_begin():
+    model = make(**SHAPES["kernel 3, speakers"])
+    _, uniforms, cond = inputs(model, 4, 9)
+    assert cond is not None
+    expected = ReferenceEngine(model, 4).generate(uniforms, cond)
+    engine = TritonEngine(model, 4)
+    beginning = engine.state(0)
+    engine.generate(uniforms[:, :5], cond[:, :, :5])
+    rest = engine.keep([3, 1])
+    rest.load_state(1, beginning)
+    mixed, given = uniforms[[3, 1], 5:].copy(), cond[[3, 1], :, 5:].clone()
+    mixed[1], given[1] = uniforms[1, :4], cond[1, :, :4]
+    found = rest.generate(mixed, given)
+    np.testing.assert_array_equal(found[0], expected[3, 5:])
+    np.testing.assert_array_equal(found[1], expected[1, :4])
+
+
+@pytest.mark.parametrize("weights", ["float32", "bfloat16"])
+def test_a_stream_moves_past_a_recording(weights):
+    model = make(**SHAPES["kernel 3, speakers"])
+    codes, _, cond = inputs(model, 2, 12)
+    assert cond is not None
+    found, stepped = (TritonEngine(model, 2, weights=weights) for _ in range(2))
+    found.fill(1, codes[1, :8], cond[1:, :, :8])
+    stepped.score(codes[:, :8], cond[:, :, :8])
+    scores = [engine.score(codes[:, 8:], cond[:, :, 8:])[1] for engine in (found, stepped)]
+    # The past is computed with the rounded weights, but what they are multiplied with is not rounded.
+    np.testing.assert_allclose(*scores, atol=TOLERANCE if weights == "float32" else HALF[weights])
+
+
+def test_what_cannot_be_run_is_refused():
+    model = make(**SHAPES["kernel 3, speakers"])
+    codes, _, cond = inputs(model, 2, 5)
+    assert cond is not None
+    for batch, given, weights, message in (
+        (2, cond, "int4", "int4"),
+        (0, cond, "float32", "batch is 0"),
+        (3, cond, "float32", "for 3 streams"),
+        (2, None, "float32", "conditioned"),
+        (2, cond[:, :-1], "float32", r"expected \(2, 5, 5\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            TritonEngine(model, batch, weights=weights).score(codes, given)
+    with pytest.raises(ValueError, match="expected 0 to 31"):
+        TritonEngine(model, 2).score(codes + 32, cond)
+    with pytest.raises(ValueError, match="serves WaveNet"):
+        TritonEngine(torch.nn.Linear(1, 1), 1)  # type: ignore[arg-type]
+
+
+def test_logits_that_are_no_numbers_are_an_error():
+    model = make()
+    codes, uniforms, _ = inputs(model, 2, 3)
+    with torch.no_grad():
+        model.blocks[1].dilated.bias[3] = torch.nan
+    with pytest.raises(ValueError, match="sample 0 of this call are infinite or NaN"):
+        TritonEngine(model, 2).generate(uniforms, None)
+    with pytest.raises(ValueError, match="infinite or NaN"):
+        TritonEngine(model, 2).score(codes, None)

@@ -1,0 +1,142 @@
+"""Audio of many inputs by several processes: complete and without duplicates, also after one of them dies."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import wavear
+from wavear import MelConfig, WaveNet, WaveNetConfig, bulk, cli
+from wavear.synthesize import Job, plan
+
+MEL = MelConfig(sample_rate=8000, n_fft=64, window_length=64, hop_length=20, bands=5, fmax=4000.0)
+OPTIONS = ["--engine", "reference", "--force"]
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A checkpoint `model` and a folder `in` of mels of several lengths."""
+    monkeypatch.chdir(tmp_path)
+    model = WaveNet(
+        WaveNetConfig(layers=2, stacks=1, residual_channels=4, skip_channels=4, sample_rate=8000, mel=MEL, classes=32)
+    )
+    model.save(tmp_path / "model")
+    (tmp_path / "in").mkdir()
+    for number in range(9):
+        np.save(tmp_path / "in" / f"{number}.npy", torch.randn(5, 2 + number % 4).numpy())
+    return tmp_path
+
+
+def contents(folder: str) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in Path(folder).glob("*.wav")}
+
+
+def expected() -> dict[str, bytes]:
+    assert cli.main(["synthesize", "model", "in", "--out", "whole", *OPTIONS]) == 0
+    return contents("whole")
+
+
+def under_torchrun(processes: int, *arguments: str, **options: Any) -> subprocess.Popen:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    command += ["-m", "wavear", "synthesize", "model", "in", "--out", "out", *OPTIONS, *arguments]
+    environment = {**os.environ, "PYTHONPATH": str(Path(wavear.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment)
+
+
+def test_shares_are_disjoint_and_complete_and_about_as_large(here):
+    jobs = plan(["in"], "out", ".wav")
+    for world in (1, 2, 4, 20):
+        shares = [bulk.share(jobs, rank, world) for rank in range(world)]
+        assert sorted(job.target for share in shares for job in share) == sorted(job.target for job in jobs)
+        again = [bulk.share(jobs[::-1], rank, world) for rank in range(world)]
+        assert shares == again  # whatever order the inputs are listed in
+        sizes = [sum(job.source.stat().st_size for job in share) for share in shares]
+        assert max(sizes) - min(sizes) <= max(job.source.stat().st_size for job in jobs)
+
+
+def test_the_same_command_goes_on_and_another_is_refused(here, capsys):
+    whole = expected()
+    command = ["synthesize", "model", "in", "--out", "out", "--resume", *OPTIONS]
+    assert cli.main(command) == 0
+    assert contents("out") == whole
+    kept = {name: os.stat(here / "out" / name).st_mtime_ns for name in whole}
+    for name in ("3.wav", "7.wav"):
+        (here / "out" / name).unlink()
+    capsys.readouterr()
+    assert cli.main(command) == 0
+    said = capsys.readouterr().out
+    assert "7 of 9 files are there" in said
+    assert said.count(" -> ") == 2
+    assert contents("out") == whole
+    stays = [name for name in whole if name not in ("3.wav", "7.wav")]
+    assert all(os.stat(here / "out" / name).st_mtime_ns == kept[name] for name in stays)
+    assert cli.main([*command, "--seed", "5"]) == 1
+    assert "audio of another run, with another seed: choose another folder" in capsys.readouterr().err
+    assert cli.main([*command, "--threads", "2"]) == 0  # which changes no sample
+    assert cli.main([*command, "--seed", "5", "--overwrite"]) == 0
+    assert contents("out").keys() == whole.keys()
+    assert contents("out") != whole
+    assert cli.main(command) == 1  # now it is the other's
+    (here / "out" / bulk.RECORD).unlink()
+    assert cli.main(command) == 1
+    assert "does not say what made it" in capsys.readouterr().err
+
+
+def test_several_processes_make_what_one_makes(here):
+    whole = expected()
+    (here / "in" / "bad.npy").write_bytes(b"no array")
+    process = under_torchrun(2)
+    said = process.communicate(timeout=240)[0]
+    assert process.returncode == 1, said  # an input was passed over, and that kept nobody from the end
+    assert contents("out") == whole, said
+    assert said.count(" -> ") == 9, said  # each made once
+    assert "9 files" in said, said
+    assert "1 of 10 inputs could not be used" in said, said
+
+
+def test_a_run_whose_process_died_is_completed_by_running_it_again(here):
+    whole = expected()
+    process = under_torchrun(2, "--best-of", "10")  # long enough to be killed within
+    while len(contents("out")) < 2 and process.poll() is None:
+        time.sleep(0.01)
+    victims = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+    os.kill(int(victims[0]), signal.SIGKILL)
+    process.communicate(timeout=120)
+    assert process.returncode != 0
+    done = contents("out")
+    assert len(done) < len(whole)
+    again = under_torchrun(3, "--best-of", "10")  # and not by as many as before
+    said = again.communicate(timeout=240)[0]
+    assert again.returncode == 0, said
+    made = contents("out")
+    assert made.keys() == whole.keys(), said
+    assert {name: made[name] for name in done} == done
+    assert said.count(" -> ") == len(whole) - len(done), said
+    assert not list(Path("out").glob("*.tmp"))
+
+
+def test_each_process_of_a_machine_has_its_card(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert bulk.own_device("cuda") == "cuda"
+    assert bulk.ranks() == (0, 1)
+    for rank, device in enumerate(["cuda:0", "cuda:1", "cuda:0"]):
+        monkeypatch.setenv("LOCAL_RANK", str(rank))
+        assert bulk.own_device("cuda") == device
+        assert bulk.own_device("cpu") == "cpu"
+        assert bulk.own_device("cuda:1") == "cuda:1"
+
+
+def test_a_damaged_record_is_refused(tmp_path):
+    (tmp_path / bulk.RECORD).write_text(json.dumps({"seed": 0})[:5])
+    with pytest.raises(FileExistsError, match="is damaged"):
+        bulk.claim(tmp_path, [Job(Path("a"), Path("b"))], {"seed": 0})

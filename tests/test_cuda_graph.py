@@ -1,0 +1,383 @@
+"""The CUDA graph engine, replayed by a stand-in: same steps, same memory, no capture; and on a card where there is one.
+
+The stand-in calls the captured steps again on the same buffers. So these tests hold all but the capture itself: fixed
+addresses, the counter on the device, several samples per replay, streams that leave, states in and out.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import wavear
+from wavear import WaveNet, WaveNetConfig
+from wavear.generate import cuda, cuda_graph, make_engine
+from wavear.generate.cuda_graph import CudaGraphEngine, plain_runner, tensors_of
+from wavear.generate.numba_cpu import NumbaEngine
+from wavear.generate.reference import ReferenceEngine
+from wavear.models.base import AutoregressiveModel
+
+TOLERANCE = 1e-4  # nats, for models in float32: the sums of a batch round otherwise than those of one stream
+CHUNK, RUN = 40, 8  # shorter than the engine's own, so that there are several of each in a short test
+
+
+@pytest.fixture(autouse=True)
+def _short(monkeypatch) -> None:
+    monkeypatch.setattr(cuda_graph, "CHUNK", CHUNK)
+    monkeypatch.setattr(cuda_graph, "RUN", RUN)
+
+
+@dataclass(frozen=True)
+class MemoryConfig:
+    """Of a model that is no WaveNet."""
+
+    classes: int = 16
+    sample_rate: int = 8000
+    mel: Any = None
+    speakers: int = 0
+
+
+class Memory(AutoregressiveModel):
+    """A model with an unbounded memory: h = tanh(W h + E[previous])."""
+
+    config: MemoryConfig
+
+    def __init__(self):
+        super().__init__()
+        self.config = MemoryConfig()
+        self.embedding = nn.Embedding(16, 12)
+        self.recurrent, self.out = nn.Linear(12, 12), nn.Linear(12, 16)
+        with torch.no_grad():
+            self.out.weight.mul_(8)
+
+    def init_state(self, batch: int) -> dict[str, Tensor]:
+        return {"h": self.out.weight.new_zeros(batch, 12)}
+
+    def step(self, previous: Tensor, state: Any, cond_t: Tensor | None = None) -> Tensor:
+        state["h"].copy_(torch.tanh(self.recurrent(state["h"]) + self.embedding(previous)))
+        return self.out(state["h"])
+
+    def export_state(self, state: Any) -> dict[str, Tensor]:
+        return {"h": state["h"].clone()}
+
+    def import_state(self, tensors: dict[str, Tensor]) -> Any:
+        return {"h": tensors["h"].to(self.out.weight, copy=True)}
+
+
+def make(family: str) -> tuple[AutoregressiveModel, int]:
+    """A model and its channels of conditioning; in float64, so that no uniform lies on a boundary between codes."""
+    torch.manual_seed(0)
+    if family == "memory":
+        return Memory().double().eval(), 0
+    settings: dict[str, Any] = {"speakers": 2, "kernel_size": 3, "classes": 300} if family == "conditioned" else {}
+    model = WaveNet(
+        WaveNetConfig(layers=4, stacks=2, residual_channels=6, skip_channels=8, head_channels=9, **settings)
+    )
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.startswith(("blocks", "head")):
+                parameter.mul_(3)
+    return model.double().eval(), 80 if settings else 0
+
+
+FAMILIES = ["memory", "wavenet", "conditioned"]
+
+
+class Counting:
+    """The stand-in, which also counts its captures and replays."""
+
+    def __init__(self):
+        self.captures = self.replays = 0
+
+    def __call__(self, steps):
+        self.captures += 1
+        replay = plain_runner(steps)
+
+        def counted():
+            self.replays += 1
+            replay()
+
+        return counted
+
+
+def draws(batch: int, samples: int, channels: int = 0) -> tuple[np.ndarray, Tensor | None]:
+    uniforms = np.random.default_rng(0).random((batch, samples))
+    return uniforms, torch.randn(batch, channels, samples, dtype=torch.float64) if channels else None
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"top_k": 3}, {"top_p": 0.6}, {"temperature": 0.5}, {"top_k": 5, "top_p": 0.7, "temperature": 1.5}],
+    ids=str,
+)
+@torch.inference_mode()
+def test_codes_and_log_probabilities_equal_the_reference(family, settings):
+    model, channels = make(family)
+    samples = 2 * RUN + 5
+    uniforms, cond = draws(3, samples, channels)
+    logs, expected_logs = np.empty((3, samples)), np.empty((3, samples))
+    found = CudaGraphEngine(model, 3).generate(uniforms, cond, log_probability=logs, **settings)
+    expected = ReferenceEngine(model, 3).generate(uniforms, cond, log_probability=expected_logs, **settings)
+    np.testing.assert_array_equal(found, expected)
+    np.testing.assert_allclose(logs, expected_logs, atol=TOLERANCE)
+    scores = CudaGraphEngine(model, 3).score(expected, cond)
+    np.testing.assert_allclose(scores, expected_logs, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.inference_mode()
+def test_the_cuts_between_calls_change_no_bit(family):
+    model, channels = make(family)
+    samples = CHUNK + RUN + 3
+    uniforms, cond = draws(2, samples, channels)
+    temperature = np.random.default_rng(1).uniform(0.5, 1.5, (2, samples))
+    whole = CudaGraphEngine(model, 2).generate(uniforms, cond, temperature)
+    engine = CudaGraphEngine(model, 2)
+    cuts = [0, 1, RUN - 1, RUN, 3 * RUN + 2, CHUNK + 1, samples]
+    parts = [
+        engine.generate(uniforms[:, a:b], None if cond is None else cond[:, :, a:b], temperature[:, a:b])
+        for a, b in pairwise(cuts)
+    ]
+    np.testing.assert_array_equal(np.concatenate(parts, axis=1), whole)
+
+
+@torch.inference_mode()
+def test_constant_conditioning():
+    model, channels = make("conditioned")
+    uniforms, _ = draws(2, RUN + 1)
+    cond = torch.randn(2, channels, 1, dtype=torch.float64)
+    engine = CudaGraphEngine(model, 2)
+    expected = ReferenceEngine(model, 2)
+    for part in (cond, cond.flip(0)):  # what was captured follows the conditioning of each call
+        np.testing.assert_array_equal(engine.generate(uniforms, part), expected.generate(uniforms, part))
+
+
+@torch.inference_mode()
+def test_a_run_of_samples_is_one_replay_and_captured_once():
+    model, _ = make("wavenet")
+    runner = Counting()
+    engine = CudaGraphEngine(model, 2, runner=runner)
+    engine.generate(draws(2, 3 * RUN)[0], None)
+    assert (runner.captures, runner.replays) == (1, 3)
+    engine.generate(draws(2, 2 * RUN + 4)[0], None, 0.7)  # another temperature is no other graph
+    assert (runner.captures, runner.replays) == (2, 3 + 2 + 4)
+    engine.generate(draws(2, RUN)[0], None, top_k=2)
+    assert runner.captures == 3
+    engine.resized(1).generate(draws(1, RUN)[0], None)
+    assert runner.captures == 4
+
+
+@torch.inference_mode()
+def test_nothing_moves_and_the_host_is_not_asked():
+    """Replays find the same memory, and no step reads a value back: what a captured graph would not survive."""
+    model, channels = make("conditioned")
+    engine = CudaGraphEngine(model, 2)
+    uniforms, cond = draws(2, RUN, channels)
+    engine.generate(uniforms, cond)
+
+    def addresses() -> list[int]:
+        buffers = [engine._uniforms, engine._temperatures, engine._codes, engine._scores, engine._previous]
+        return [t.data_ptr() for t in (*buffers, engine._clock, engine._cond[True], *tensors_of(engine._state))]
+
+    before = addresses()
+    engine.generate(uniforms, cond)
+    engine.load_state(0, engine.state(1))
+    engine.fill(1, np.arange(5), torch.randn(1, channels, 5, dtype=torch.float64))
+    assert addresses() == before
+
+    class Asked(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            assert "_local_scalar_dense" not in str(function)  # what .item(), int() and bool() call
+            return function(*args, **(kwargs or {}))
+
+    with Asked():
+        engine._step(True, False, 3, 0.9, True)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.inference_mode()
+def test_states_go_to_other_engines_and_come_back(family):
+    model, channels = make(family)
+    uniforms, cond = draws(3, 30, channels)
+
+    def part(a: int, b: int, rows: Any = slice(None)):
+        return uniforms[rows, a:b], None if cond is None else cond[rows, :, a:b]
+
+    expected = ReferenceEngine(model, 3).generate(uniforms, cond)
+    engine = CudaGraphEngine(model, 3)
+    np.testing.assert_array_equal(engine.generate(*part(0, 11)), expected[:, :11])
+    others: list[Any] = [ReferenceEngine(model, 1), *([NumbaEngine(model, 1)] if isinstance(model, WaveNet) else [])]
+    for other in others:
+        other.load_state(0, engine.state(1))
+        np.testing.assert_array_equal(other.generate(*part(11, 20, slice(1, 2))), expected[1:2, 11:20])
+        back = CudaGraphEngine(model, 2)  # in another place, beside a stream that begins
+        back.load_state(1, other.state(0))
+        rows = [0, 1]
+        np.testing.assert_array_equal(back.generate(*part(20, 30, rows))[1], expected[1, 20:])
+
+
+@torch.inference_mode()
+def test_loading_a_stream_leaves_the_others_alone():
+    model, _ = make("wavenet")
+    uniforms, _ = draws(3, 30)
+    expected = ReferenceEngine(model, 3).generate(uniforms, None)
+    engine = CudaGraphEngine(model, 3)
+    beginning = engine.state(0)
+    engine.generate(uniforms[:, :17], None)
+    engine.load_state(1, beginning)
+    mixed = uniforms[:, 17:].copy()
+    mixed[1] = uniforms[1, :13]
+    found = engine.generate(mixed, None)
+    np.testing.assert_array_equal(found[[0, 2]], expected[[0, 2], 17:])
+    np.testing.assert_array_equal(found[1], expected[1, :13])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.inference_mode()
+def test_streams_that_have_ended_leave(family):
+    model, channels = make(family)
+    uniforms, cond = draws(4, 40, channels)
+    expected = ReferenceEngine(model, 4).generate(uniforms, cond)
+    engine = CudaGraphEngine(model, 4)
+    engine.generate(uniforms[:, :25], None if cond is None else cond[:, :, :25])
+    rest = engine.keep([3, 1])
+    found = rest.generate(uniforms[[3, 1], 25:], None if cond is None else cond[[3, 1], :, 25:])
+    np.testing.assert_array_equal(found, expected[[3, 1], 25:])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.inference_mode()
+def test_a_stream_moves_past_a_recording(family):
+    model, channels = make(family)
+    codes = np.random.default_rng(0).integers(0, model.config.classes, 70)
+    uniforms, cond = draws(2, 20, channels)
+    given = torch.randn(1, channels, 70, dtype=torch.float64) if channels else None
+    found, expected = CudaGraphEngine(model, 2), ReferenceEngine(model, 2)
+    for engine in (found, expected):
+        engine.fill(1, codes, given)
+    np.testing.assert_array_equal(found.generate(uniforms, cond), expected.generate(uniforms, cond))
+
+
+@torch.inference_mode()
+def test_weights_changed_in_place_are_used_at_once():
+    model, _ = make("wavenet")
+    engine = CudaGraphEngine(model, 1)
+    engine.generate(draws(1, RUN)[0], None)
+    with torch.no_grad():
+        model.state_dict()["head.3.bias"][7] += 1000
+    assert (engine.generate(draws(1, RUN)[0], None) == 7).all()
+
+
+def on_stand_in(monkeypatch) -> None:
+    """Let `wavear.generate` and streams run the engine here, where its device is refused."""
+    monkeypatch.setattr(cuda, "make", lambda model, batch, engine, weights: CudaGraphEngine(model, batch))
+
+
+def test_utterances_of_different_lengths(monkeypatch):
+    """Through `wavear.generate`: shorter ones leave the batch, and all become what they become on the reference."""
+    mel = wavear.MelConfig(sample_rate=8000, n_fft=64, window_length=64, hop_length=20, bands=5, fmax=4000.0)
+    model = WaveNet(
+        WaveNetConfig(layers=2, stacks=1, residual_channels=6, skip_channels=6, sample_rate=8000, mel=mel, speakers=2)
+    ).eval()
+    monkeypatch.setattr(sys.modules["wavear.generate"]._chunks, "__defaults__", (30,))
+    mels = [torch.randn(5, frames) for frames in (2, 9, 4, 1)]
+    arguments: dict[str, Any] = {"seed": [1, 2, 3, 4], "speaker": [0, 1, 0, 1], "return_log_probability": True}
+    expected, expected_logs = wavear.generate(model, mels, engine="reference", **arguments)
+    on_stand_in(monkeypatch)
+    sizes = []
+    keep = CudaGraphEngine.keep
+    monkeypatch.setattr(CudaGraphEngine, "keep", lambda self, s: sizes.append(len(s)) or keep(self, s))
+    found, logs = wavear.generate(model, mels, engine="cuda-graph", **arguments)
+    assert torch.equal(found, expected)
+    torch.testing.assert_close(logs, expected_logs, rtol=0, atol=TOLERANCE)
+    assert sizes == [3, 2, 1]
+
+
+def test_streams_and_primes(monkeypatch):
+    model, _ = make("wavenet")
+    prime = torch.rand(40) * 2 - 1
+    expected = wavear.generate(model, samples=30, prime=prime, best_of=2, engine="reference")
+    streamed = wavear.Stream(model, seed=3, engine="reference").pull(50)
+    on_stand_in(monkeypatch)
+    found = wavear.generate(model, samples=30, prime=prime, best_of=2, engine="cuda-graph")
+    assert torch.equal(found, expected)
+    batch = wavear.StreamBatch(model, engine="cuda-graph")
+    first = batch.add(seed=3)
+    batch.pull(first, 20)
+    made = [batch.step()[first]]
+    other = batch.add(seed=4)
+    batch.pull(first, 30)
+    batch.pull(other, 12)
+    made.append(batch.step()[first])
+    assert torch.equal(torch.cat(made), streamed)
+
+
+@torch.inference_mode()
+def test_what_cannot_be_run_is_refused():
+    model, channels = make("conditioned")
+    with pytest.raises(ValueError, match="needs a model on a CUDA device, this one is on cpu"):
+        make_engine(model, 1, "cuda-graph")
+    with pytest.raises(ValueError, match="engine 'triton' cannot run: the model is on cpu"):
+        make_engine(model, 1, "triton")
+    with pytest.raises(ValueError, match="serves WaveNet, not Memory: use engine 'cuda-graph'"):
+        make_engine(Memory(), 1, "triton")
+    with pytest.raises(ValueError, match="weights='float16' needs engine 'triton'"):
+        make_engine(model, 1, "cuda-graph", weights="float16")
+    with pytest.raises(ValueError, match="batch is 0"):
+        CudaGraphEngine(model, 0)
+    uniforms, cond = draws(2, 5, channels)
+    assert cond is not None
+    for arguments, message in (
+        ((uniforms[:1], cond), r"shape \(1, 5\) for 2 streams"),
+        ((uniforms, None), "the model is conditioned"),
+        ((uniforms, cond[:, :, :4]), "cond has shape"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            CudaGraphEngine(model, 2).generate(*arguments)
+    with pytest.raises(TypeError, match="cannot hold 3"):
+        tensors_of({"time": 3})
+
+
+@torch.inference_mode()
+def test_logits_that_are_no_numbers_are_an_error():
+    model, _ = make("wavenet")
+    engine = CudaGraphEngine(model, 2)
+    engine.generate(draws(2, 3)[0], None)
+    with torch.no_grad():
+        model.state_dict()["head.3.bias"][3] = torch.nan
+    with pytest.raises(ValueError, match="sample 0 of this call are infinite or NaN"):
+        engine.generate(draws(2, 3)[0], None)
+    with pytest.raises(ValueError, match="infinite or NaN"):
+        engine.score(np.zeros((2, 3), np.int64), None)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.inference_mode()
+def test_on_a_card_codes_equal_the_reference(family):
+    model, channels = make(family)
+    model = model.float().cuda()
+    samples = CHUNK + RUN + 5
+    uniforms, cond = draws(3, samples, channels)
+    cond = None if cond is None else cond.float().cuda()
+    for settings in ({}, {"top_k": 5, "top_p": 0.7, "temperature": 1.5}):
+        found = CudaGraphEngine(model, 3).generate(uniforms, cond, **settings)
+        expected = ReferenceEngine(model, 3).generate(uniforms, cond, **settings)
+        assert (found == expected).mean() > 0.5  # a uniform on the boundary between two codes parts them for good
+    logs = ReferenceEngine(model, 3).score(expected, cond)
+    np.testing.assert_allclose(CudaGraphEngine(model, 3).score(expected, cond), logs, atol=TOLERANCE)
+    engine = CudaGraphEngine(model, 3)
+    first = engine.generate(uniforms[:, :40], None if cond is None else cond[:, :, :40])
+    kept = engine.keep([2]).generate(uniforms[2:, 40:80], None if cond is None else cond[2:, :, 40:80])
+    again = CudaGraphEngine(model, 3).generate(uniforms[:, :80], None if cond is None else cond[:, :, :80])
+    np.testing.assert_array_equal(again[:, :40], first)
+    np.testing.assert_array_equal(kept[0], again[2, 40:])
