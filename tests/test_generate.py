@@ -216,7 +216,7 @@ def test_conditioning_of_many_in_batches_of_one_size(monkeypatch):
     """As on a card: always as many blocks at once, so that an utterance's conditioning has the same bits in any batch,
     and as it arrives."""
     model, frames = make(mel=MEL, speakers=2), [mels(1, n)[0] for n in (9, 4, 25)]
-    single = [Conditioner(model, [mel], [b % 2]).span(0, 80) for b, mel in enumerate(frames)]
+    single: list[Any] = [Conditioner(model, [mel], [b % 2]).span(0, 80) for b, mel in enumerate(frames)]
     monkeypatch.setitem(conditioner._TOGETHER, "cpu", 4)
     sizes = set()
     condition = WaveNet.condition
@@ -227,7 +227,8 @@ def test_conditioning_of_many_in_batches_of_one_size(monkeypatch):
 
     monkeypatch.setattr(WaveNet, "condition", spy)
     together: Any = Conditioner(model, frames, [0, 1, 0])
-    found = torch.cat([together.span(0, 33), together.span(33, 80)], dim=2)
+    parts: list[Any] = [together.span(0, 33), together.span(33, 80)]
+    found: Any = torch.cat(parts, dim=2)
     assert sizes == {4}
     torch.testing.assert_close(found, torch.cat(single), rtol=0, atol=1e-5)
     for b, mel in enumerate(frames):

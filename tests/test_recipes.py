@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import subprocess
 import sys
@@ -35,7 +36,7 @@ def module(path: Path) -> ModuleType:
 
 def test_there_are_recipes():
     published = {"cmu_arctic", "digits", "libritts", "ljspeech", "tts", "vctk", "yesno"}
-    assert set(NAMES) == published | {"demo", "folder", "music"}
+    assert set(NAMES) == published | {"demo", "families", "folder", "music"}
     assert set(MINIATURES) == published
 
 
@@ -46,7 +47,7 @@ def test_readme_says_what_is_needed(name: str):
         assert word in text
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "families"])
 def test_values_are_flags(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     """What is trained with is the recipe's values, except for those given as flags."""
     monkeypatch.chdir(tmp_path)
@@ -110,6 +111,43 @@ def test_recipe_trains_on_its_corpus(
     assert trained.config.sample_rate == recipe.VALUES.sample_rate
     assert trained.config.speakers == {"vctk": 4, "digits": 2}.get(name, 0)
     assert (tmp_path / "runs" / f"{name}.csv").is_file()
+
+
+def test_families_recipe_trains_what_is_missing_and_writes_a_table(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    t = np.arange(6000) / 8000
+    (tmp_path / "data").mkdir()
+    for number in range(4):
+        audio.write(tmp_path / "data" / f"{number}.wav", 0.3 * np.sin(2 * np.pi * 100 * (number + 2) * t), 8000)
+    recipe = module(RECIPES / "families" / "train.py")
+    small = dict.fromkeys(("residual_channels", "skip_channels", "head_channels", "conditioning_channels"), 4)
+    models = {
+        "linear": {"family": "linear", "order": 4},
+        "wavenet": {"family": "wavenet", "layers": 2, "stacks": 1, **small},
+        "gru": {"family": "gru", "channels": 8, "head_channels": 4, "segment": 128},
+    }
+    monkeypatch.setattr(recipe, "MODELS", models)
+    monkeypatch.chdir(tmp_path)
+    begin = ["train.py", "--data", "data", "--sample-rate", "8000", "--minutes", "0.01", "--device", "cpu"]
+    monkeypatch.setattr(sys, "argv", [*begin, "--clips", "1", "--seconds", "0.2", "--models", *models])
+    for turn in range(2):
+        with pytest.raises(SystemExit) as stop:
+            cli.recipe(recipe.VALUES, recipe.__doc__, run=recipe.run)
+        printed = capsys.readouterr()
+        assert stop.value.code == 0, printed.err
+        assert ("gru: runs/families/gru is there already" in printed.out) == (turn == 1)
+    record = json.loads((tmp_path / "runs" / "families" / "table" / "models.json").read_text(encoding="utf-8"))
+    assert [row["family"] for row in record["models"]] == ["linear", "wavenet", "gru"]
+    assert all(row["common_bits"] for row in record["models"])
+    held_out = (tmp_path / "runs" / "families" / "held-out.jsonl").read_text(encoding="utf-8").splitlines()
+    trained = json.loads((tmp_path / "runs" / "families" / "gru" / "train.json").read_text(encoding="utf-8"))
+    assert len(held_out) == trained["data"]["validation"]["recordings"]
+    monkeypatch.setattr(sys, "argv", ["train.py", "--models", "rnn"])
+    with pytest.raises(SystemExit) as stop:
+        cli.recipe(recipe.VALUES, recipe.__doc__, run=recipe.run)
+    assert stop.value.code == 2
+    assert "wavenet-16-bit" in capsys.readouterr().err
 
 
 def test_music_recipe_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):

@@ -290,7 +290,7 @@ def run_training(config: Any) -> int:
 
 
 def recipe(
-    config: Any, description: str | None = None, corpus: Any = None, run: Callable[[Any], int] = run_training
+    config: Any, description: str | None = None, corpus: Any = None, run: Callable[[Any], int] | None = None
 ) -> None:
     """The main program of a recipe: its values, each of which a flag overrides, are trained with.
 
@@ -304,13 +304,13 @@ def recipe(
         What `config.data` is the folder of: it is listed in a manifest beside the run. Its fields become flags too, and
         --download gets it.
     run : callable
-        What is done with the values; it gives the exit status.
+        What is done with the values, if not a training; it gives the exit status.
     """
     if corpus is not None:
         sys.exit(_guarded(lambda: _parse(_on_corpus(config, corpus, description), sys.argv[1:], _script())()))
 
     def main(config: Any = config) -> int:
-        return run(config)
+        return (run or run_training)(config)
 
     main.__annotations__["config"] = type(config)  # so that its fields become flags
     main.__doc__ = description

@@ -6,6 +6,7 @@ Runs that are there already are kept, and those that were cut short go on: the s
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
 
 from wavear import EvaluateConfig, TrainConfig, compare_models, train
 from wavear.cli import recipe
@@ -16,7 +17,8 @@ MIXTURE = {"law": "logistic_mixture", "mixtures": 10, "coarse_classes": 256}
 # A recurrent model takes its samples one after the other: many short segments keep the processor busier.
 GRU = {"family": "gru", "channels": 352, "segment": 1024, "batch_size": 16, "learning_rate": 1e-3}
 TRANSFORMER = {"family": "transformer", "learning_rate": 1e-3}
-MODELS = {
+Name = Literal["linear", "wavenet", "wavenet-16-bit", "gru", "transformer"]
+MODELS: dict[Name, dict[str, Any]] = {
     "linear": {"family": "linear", "order": 32},
     "wavenet": WAVENET,
     "wavenet-16-bit": WAVENET | MIXTURE,
@@ -35,8 +37,8 @@ class Families:
     """Directory: a run for each model, and table/ with models.html."""
     validation: str | None = None
     """A second folder or manifest, all of it held out; None: a part of `data` is."""
-    models: tuple[str, ...] = tuple(MODELS)
-    """Which of linear, wavenet, wavenet-16-bit, gru, transformer."""
+    models: tuple[Name, ...] = ("linear", "wavenet", "wavenet-16-bit", "gru", "transformer")
+    """Which."""
     minutes: float = 30.0
     """Of training, for each but the linear one."""
     sample_rate: int = 22050
@@ -62,8 +64,6 @@ VALUES = Families()
 
 def run(config: Families) -> int:
     """Train what is not there yet, and write the table."""
-    if unknown := [name for name in config.models if name not in MODELS]:
-        raise ValueError(f"models has {unknown[0]!r}, expected some of {', '.join(MODELS)}")
     say = print if config.progress else lambda line: None
     best = [train_one(name, config, say) for name in config.models]
     settings = EvaluateConfig(
@@ -77,7 +77,7 @@ def run(config: Families) -> int:
     return 0
 
 
-def train_one(name: str, config: Families, say) -> Path:
+def train_one(name: Name, config: Families, say) -> Path:
     """The best checkpoint of a model's run, which is begun, gone on with, or there."""
     out = Path(config.out) / name
     record = out / "train.json"
