@@ -12,7 +12,8 @@ from torch import Tensor
 from wavear.generate import numba_laws
 from wavear.generate import numba_transformer_loop as loop
 from wavear.generate._simd import BLOCK, FLOAT32, LANES, VECTOR_BYTES, WIDEST
-from wavear.generate.numba_products import M_ADDRESS, M_FIELDS, products, put_matrix
+from wavear.generate.numba_plan import put_matrix
+from wavear.generate.numba_products import M_ADDRESS, M_FIELDS, products
 from wavear.generate.packing import Region, as_packed, to_numpy, vectors_of
 from wavear.models.attention import rotation, rotation_period
 from wavear.models.transformer import Transformer
