@@ -12,7 +12,14 @@ from wavear import EvaluateConfig, TrainConfig, compare_models, train
 from wavear.cli import recipe
 
 # Shapes of about 0.7 million multiply-adds per sample: what one CPU core plays live.
-WAVENET = {"family": "wavenet", "layers": 20, "stacks": 2, "residual_channels": 64, "skip_channels": 128}
+WAVENET = {
+    "family": "wavenet",
+    "layers": 20,
+    "stacks": 2,
+    "residual_channels": 64,
+    "skip_channels": 128,
+    "batch_size": 1,
+}
 MIXTURE = {"law": "logistic_mixture", "mixtures": 10, "coarse_classes": 256}
 # A recurrent model takes its samples one after the other: many short segments keep the processor busier.
 GRU = {"family": "gru", "channels": 352, "segment": 1024, "batch_size": 16, "learning_rate": 1e-3}
@@ -49,8 +56,8 @@ class Families:
     """Held-out clips to synthesize from their mels and measure."""
     seconds: float = 5.0
     """Of each, at most."""
-    precision: str = "32"
-    """auto, 32 or bf16: the same for all, so that minutes are."""
+    precision: str = "auto"
+    """auto: each as fast as the device trains it, bf16 for models of codes where it has that in hardware; or 32."""
     device: str = "auto"
     """Of the training."""
     seed: int = 0
