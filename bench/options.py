@@ -26,10 +26,11 @@ from pages import write_section
 
 from wavear import TrainConfig, generate, load, log_mel, score, train
 from wavear.data import open_corpus
-from wavear.evaluation.bounds import mulaw_round_trip
+from wavear.evaluation.bounds import grid_round_trip
 from wavear.evaluation.metrics import NotMeasured, mel_cepstral_distortion, noise_floor, stft_distance
 from wavear.evaluation.statistics import Interval, bootstrap
 from wavear.files import replace_file
+from wavear.grid import Grid
 from wavear.segments import read_span
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "training.md"
@@ -137,7 +138,7 @@ def bounds(config: TrainConfig, count: int, seconds: float) -> dict[str, Any]:
     found: dict[str, Any] = {"recording": {}, "mulaw": {}}
     for name, x, _ in clips_of(config, count, seconds):
         found["recording"][name] = against(x, x, config.sample_rate)
-        back = mulaw_round_trip(torch.from_numpy(x), config.classes).numpy()
+        back = grid_round_trip(torch.from_numpy(x), Grid("mulaw", config.classes or 256)).numpy()
         found["mulaw"][name] = against(x, back, config.sample_rate)
     return found
 

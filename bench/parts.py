@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
-from wavear import WaveNet, bench
+from wavear import WaveNet, WaveNetConfig, bench
 from wavear.generate import _simd, ceiling, numba_products
 from wavear.generate.numba_cpu import NumbaEngine
 from wavear.sampling import uniforms
@@ -101,7 +101,10 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=5.0, help="for each precision, at least (default 5)")
     arguments = parser.parse_args()
     torch.manual_seed(0)
-    model = WaveNet(bench.SHAPES[arguments.shape][1]).eval()
+    config = bench.SHAPES[arguments.shape][1]
+    if not isinstance(config, WaveNetConfig):
+        parser.error(f"{arguments.shape} is no WaveNet: its engine is not taken apart")
+    model = WaveNet(config).eval()
     print(bench.machine())
     core = ceiling.measure()
     for weights in arguments.weights:

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import test_families
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -24,6 +25,7 @@ from wavear.generate.cuda_graph import CudaGraphEngine, plain_runner, tensors_of
 from wavear.generate.numba_cpu import NumbaEngine
 from wavear.generate.reference import ReferenceEngine
 from wavear.models.base import AutoregressiveModel
+from wavear.sampling import uniforms
 
 TOLERANCE = 1e-4  # nats, for models in float32: the sums of a batch round otherwise than those of one stream
 CHUNK, RUN = 40, 8  # shorter than the engine's own, so that there are several of each in a short test
@@ -40,6 +42,7 @@ class MemoryConfig:
     """Of a model that is no WaveNet."""
 
     classes: int = 16
+    law: str = "categorical"
     sample_rate: int = 8000
     mel: Any = None
     speakers: int = 0
@@ -53,6 +56,7 @@ class Memory(AutoregressiveModel):
     def __init__(self):
         super().__init__()
         self.config = MemoryConfig()
+        self.conditioning = None
         self.embedding = nn.Embedding(16, 12)
         self.recurrent, self.out = nn.Linear(12, 12), nn.Linear(12, 16)
         with torch.no_grad():
@@ -89,6 +93,23 @@ def make(family: str) -> tuple[AutoregressiveModel, int]:
 
 
 FAMILIES = ["memory", "wavenet", "conditioned"]
+every_family = pytest.mark.parametrize("config", test_families.EVERY.values(), ids=test_families.EVERY.keys())
+
+
+@every_family
+def test_every_family_and_law_is_served(config):
+    """Draws, log-probabilities and states in float64 are the reference engine's."""
+    model = test_families.make(config)
+    cond = test_families.conditioning(model, 2, 61)
+    draws = np.stack([uniforms(seed, 0, 61) for seed in (1, 2)])
+    found, expected = np.empty((2, 61)), np.empty((2, 61))
+    engine, reference = CudaGraphEngine(model, 2), ReferenceEngine(model, 2)
+    codes = engine.generate(draws, cond, log_probability=found)
+    assert (codes == reference.generate(draws, cond, log_probability=expected)).all()
+    np.testing.assert_allclose(found, expected, rtol=1e-8, atol=1e-8)
+    for name, tensor in reference.state(1).items():
+        torch.testing.assert_close(engine.state(1)[name], tensor, rtol=1e-9, atol=1e-10)
+    np.testing.assert_allclose(CudaGraphEngine(model, 2).score(codes, cond), expected, rtol=1e-8, atol=1e-8)
 
 
 class Counting:

@@ -111,7 +111,7 @@ def test_bits_are_of_the_emphasised_codes_by_every_way(recording: Recording, mel
         np.concatenate([nats for _, nats in blocks]), -logs.numpy(), atol=1e-9 if mel is None else 1e-5
     )
     monkeypatch.setattr(training, "_READ_SECONDS", 0.05)
-    counted = list(training.code_blocks(recording, dataclasses.replace(Layout.of(model, 1), hop=1), 256))
+    counted = list(training.code_blocks(recording, dataclasses.replace(Layout.of(model, 1), hop=1), model.grid))
     assert np.array_equal(np.concatenate(counted), codes.numpy())
 
 
@@ -200,12 +200,13 @@ def test_it_is_saved_and_checkpoints_without_it_are_of_plain_audio(tmp_path: Pat
 
 
 def test_its_best_possible_is_the_round_trip_of_these_codes():
-    from wavear.evaluation.bounds import mulaw_round_trip
+    from wavear.evaluation.bounds import grid_round_trip
+    from wavear.grid import Grid
 
     x = torch.from_numpy(speech_like(4000))
-    found = mulaw_round_trip(x, 256, A)
+    found = grid_round_trip(x, Grid("mulaw", 256), A)
     np.testing.assert_allclose(found.numpy(), decoded(codes_of(x.numpy())), atol=1e-6)
-    high = [np.abs(np.fft.rfft((y - x).numpy()))[1500:].mean() for y in (found, mulaw_round_trip(x, 256))]
+    high = [np.abs(np.fft.rfft((y - x).numpy()))[1500:].mean() for y in (found, grid_round_trip(x, Grid("mulaw", 256)))]
     assert high[0] < high[1] / 1.5  # what it is for: less noise above 3 kHz
 
 

@@ -192,7 +192,7 @@ def _cost(models: Sequence[dict[str, Any]]) -> str:
     head = ["<th>Model</th>"]
     head += [
         f'<th class="n">{title}</th>'
-        for title in ("parameters", "multiply-adds a sample", "weights read a sample", "past seen", "state")
+        for title in ("parameters", "multiply-adds a sample", "weights read a sample", "past seen, samples", "state")
     ]
     head += [f'<th class="n">samples/s, {engine}</th>' for engine in engines]
     rows = []
@@ -202,12 +202,13 @@ def _cost(models: Sequence[dict[str, Any]]) -> str:
             f"{entry['parameters']:,}",
             "" if entry["multiply_adds"] is None else f"{entry['multiply_adds']:,}",
             "" if entry["weight_bytes"] is None else f"{entry['weight_bytes'] / 1024:,.0f} KiB",
-            "unbounded" if field is None else f"{field:,} samples, {1000 * field / rate:,.1f} ms",
+            "unbounded" if field is None else f"{field:,}<span class='range'>{1000 * field / rate:,.1f} ms</span>",
             "" if entry["state_bytes"] is None else f"{entry['state_bytes'] / 1024:,.0f} KiB",
         ]
         for engine in engines:
             value = entry["speed"].get(engine)
-            cells.append("" if value is None else f"{value:,.0f} ({value / rate:.2f} x real time)")
+            pace = "" if value is None else f"<span class='range'>{value / rate:.2f} x real time</span>"
+            cells.append("" if value is None else f"{value:,.0f}{pace}")
         inside = "".join(cell(inside, "n") for inside in cells)
         rows.append(f"<tr>{cell(text(entry['name']), tag='th')}{inside}</tr>")
     says = "Speeds are of one stream on one core of this machine, the best of some seconds."
