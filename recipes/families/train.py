@@ -23,7 +23,7 @@ WAVENET = {
 MIXTURE = {"law": "logistic_mixture", "mixtures": 10, "coarse_classes": 256}
 # A recurrent model takes its samples one after the other: many short segments keep the processor busier.
 GRU = {"family": "gru", "channels": 352, "segment": 1024, "batch_size": 16, "learning_rate": 8e-3}
-TRANSFORMER = {"family": "transformer", "segment": 2048, "batch_size": 8, "learning_rate": 1e-3}
+TRANSFORMER = {"family": "transformer", "segment": 2048, "batch_size": 4, "learning_rate": 5e-3}
 Name = Literal["linear", "wavenet", "wavenet-16-bit", "gru", "transformer"]
 MODELS: dict[Name, dict[str, Any]] = {
     "linear": {"family": "linear", "order": 32},
