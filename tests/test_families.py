@@ -69,7 +69,16 @@ TRAINED: dict[str, dict[str, Any]] = {
     "wavenet": {"layers": 3, "stacks": 1, "residual_channels": 8, "skip_channels": 8, "head_channels": 8},
     # Without mels: those of three tones it learns by heart, and a fourth is none of them.
     "gru": {"layers": 1, "channels": 16, "head_channels": 16, "unconditional": True, "mel_hop_length": None},
-    "transformer": {"layers": 2, "channels": 16, "heads": 2, "window": 8, "patch": 4, "learning_rate": 3e-3},
+    "transformer": {
+        "layers": 2,
+        "channels": 16,
+        "heads": 2,
+        "window": 8,
+        "patch": 4,
+        "learning_rate": 3e-3,
+        "unconditional": True,
+        "mel_hop_length": None,
+    },
     "linear": {"order": 8},
 }
 ENGINES = ["reference", "numba"]

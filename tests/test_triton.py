@@ -44,14 +44,13 @@ def compiled(config: WaveNetConfig, weights: str, capability: int, **flags: bool
     from wavear.generate.triton_packing import shapes
 
     half = {"float32": "*fp32", "bfloat16": "*bf16", "float16": "*fp16"}[weights]
-    kinds = {
-        "*fp64": "uniforms scores top_p",
-        "*i32": "codes previous",
-        half: "dilated residual skip head1 head2 gates",
-    }
-    kinds["*fp32"] = "sharpness queues z embedding residual_bias skip_bias head1_bias head2_bias signal logits"
-    kinds[half] += " skips hidden"
-    pointers = {name: kind for kind, names in kinds.items() for name in names.split()}
+    kinds = (  # pairs: in float32 two of them are of one kind
+        ("*fp64", "uniforms scores top_p"),
+        ("*i32", "codes previous"),
+        ("*fp32", "sharpness queues z embedding residual_bias skip_bias head1_bias head2_bias signal logits"),
+        (half, "dilated residual skip head1 head2 gates skips hidden"),
+    )
+    pointers = {name: kind for kind, names in kinds for name in names.split()}
     none = dict.fromkeys(("UPCAST", "SCORING", "SCORED", "TOP_K", "TOP_P"), False)
     constants = {**shapes(config, weights), **none, **flags}
     names = triton_kernels.run.arg_names

@@ -17,7 +17,7 @@ from wavear.models.linear import Linear, LinearConfig
 from wavear.models.transformer import Transformer, TransformerConfig
 from wavear.models.wavenet import WaveNet, WaveNetConfig
 from wavear.mulaw import mulaw_decode, mulaw_encode
-from wavear.train import TrainConfig, TrainResult, train
+from wavear.train import TrainConfig, TrainResult, train, write_held_out
 from wavear.watch import watch
 
 __version__ = "0.1.0"
@@ -60,4 +60,5 @@ __all__ = [
     "score",
     "train",
     "watch",
+    "write_held_out",
 ]

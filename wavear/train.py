@@ -19,6 +19,7 @@ import torch
 
 from wavear.checkpoint import LATER
 from wavear.data import Corpus, Normalise, Recording, open_corpus
+from wavear.files import replace_file
 from wavear.mel import MelConfig
 from wavear.models.families import FAMILIES
 from wavear.recordings import fingerprint, frames_of
@@ -477,6 +478,43 @@ def _describe(corpus: Corpus, speakers: list[str], rate: int, say: Any) -> None:
 
 def _extent(recordings: Sequence[Recording], rate: int) -> dict[str, Any]:
     return {"recordings": len(recordings), "seconds": round(int(frames_of(recordings).sum()) / rate, 2)}
+
+
+def write_held_out(run: str | os.PathLike[str], manifest: str | os.PathLike[str]) -> Path:
+    """Write a manifest of the recordings that a run holds out, to evaluate models on; over one that is there.
+
+    The choice goes by the names of the files: runs on the same data hold out the same.
+
+    Parameters
+    ----------
+    run : str or Path
+        Directory that `train` wrote.
+    manifest : str or Path
+        JSON lines to write.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no such run, or its data are gone.
+    """
+    record = Path(run) / "train.json"
+    if not record.is_file():
+        raise FileNotFoundError(f"{run} holds no run (no train.json)")
+    config = json.loads(record.read_text(encoding="utf-8"))["config"]
+    rate = config["sample_rate"]
+    corpus = open_corpus(
+        config["data"],
+        sample_rate=rate,
+        validation=config["validation"],
+        validation_fraction=config["validation_fraction"],
+    )
+    spans = [
+        {"path": str(Path(str(r.path)).resolve()), "start": r.start / rate, "duration": r.frames / rate}
+        for r in corpus.validation
+    ]
+    text = "".join(json.dumps(span) + "\n" for span in spans)
+    replace_file(Path(manifest), lambda path: path.write_text(text, encoding="utf-8"))
+    return Path(manifest)
 
 
 def _silence(*_: Any) -> None:

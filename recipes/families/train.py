@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from wavear import EvaluateConfig, TrainConfig, compare_models, train
+from wavear import EvaluateConfig, TrainConfig, compare_models, train, write_held_out
 from wavear.cli import recipe
 
 # Shapes of about 0.7 million multiply-adds per sample: what one CPU core plays live.
@@ -77,7 +77,7 @@ def run(config: Families) -> int:
         clips=config.clips, seconds=config.seconds, seed=config.seed, shown=4, overwrite=True, device="cpu"
     )
     table = Path(config.out) / "table"
-    held_out = config.validation or write_held_out(best[0].parent, Path(config.out))
+    held_out = config.validation or write_held_out(best[0].parent, Path(config.out) / "held-out.jsonl")
     found = compare_models(best, table, held_out, settings, say=say, complain=say)
     for line in found.summary():
         say(line)
@@ -111,23 +111,6 @@ def train_one(name: Name, config: Families, say) -> Path:
     if result.stopped_by == "interrupt":
         raise KeyboardInterrupt
     return result.best
-
-
-def write_held_out(run: Path, out: Path) -> str:
-    """A manifest of what every run has held out: the choice goes by the names of the files, the same for all."""
-    from wavear.data import open_corpus
-
-    config = json.loads((run / "train.json").read_text(encoding="utf-8"))["config"]
-    corpus = open_corpus(
-        config["data"], sample_rate=config["sample_rate"], validation_fraction=config["validation_fraction"]
-    )
-    manifest = out / "held-out.jsonl"
-    rate = config["sample_rate"]
-    spans = [
-        {"path": str(r.path.resolve()), "start": r.start / rate, "duration": r.frames / rate} for r in corpus.validation
-    ]
-    manifest.write_text("".join(json.dumps(span) + "\n" for span in spans), encoding="utf-8")
-    return str(manifest)
 
 
 if __name__ == "__main__":

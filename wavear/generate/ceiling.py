@@ -63,7 +63,7 @@ def cost(config: WaveNetConfig | GRUConfig | TransformerConfig, weights: str = "
         matrices = _of_transformer(config)
     else:
         matrices = _of_gru(config) if isinstance(config, GRUConfig) else _of_wavenet(config)
-    size = {"float32": 4, "bfloat16": 2, "int8": 1}[weights]
+    size = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}[weights]
     scale = 4 if weights == "int8" else 0
 
     def nbytes(outputs: int, inputs: int) -> int:
