@@ -215,7 +215,7 @@ def main() -> int:
     parser.add_argument("--page", type=Path, default=PAGE)
     for name in VALUES:
         value = TrainConfig.__dataclass_fields__[name].default
-        parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value)
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int if value is None else type(value), default=value)
     arguments = parser.parse_args()
     if (arguments.steps is None) == (arguments.minutes is None):
         parser.error("give --steps or --minutes")
@@ -249,8 +249,9 @@ def main() -> int:
             content = json.dumps({"asked": asked, "clips": found[name]}, indent=1)
             replace_file(path, lambda temporary, content=content: temporary.write_text(content, encoding="utf-8"))
     if "plain" in found:
+        made = base.model_config()
         shape = (
-            f"{base.layers} layers, {base.stacks} stacks, {base.residual_channels} residual, {base.skip_channels} skip"
+            f"{made.layers} layers, {made.stacks} stacks, {made.residual_channels} residual, {made.skip_channels} skip"
         )
         about = (
             f"{arguments.about or Path(arguments.data).name}; {shape}, batches of {base.batch_size} x {base.segment}"
