@@ -69,6 +69,10 @@ class Memory(AutoregressiveModel):
         state["h"].copy_(torch.tanh(self.recurrent(state["h"]) + self.embedding(previous)))
         return self.out(state["h"])
 
+    def prefill(self, previous: Tensor, state: Any, cond: Tensor | None = None) -> None:
+        for t in range(previous.shape[1]):
+            self.step(previous[:, t], state)
+
     def export_state(self, state: Any) -> dict[str, Tensor]:
         return {"h": state["h"].clone()}
 
