@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import sys
 import warnings
 from typing import Any
 
@@ -27,6 +28,7 @@ from wavear.cli import main
 from wavear.generate import make_engine
 from wavear.models.families import FAMILIES, family_of
 from wavear.training.lanes import VISIT, Carried, Lanes
+from wavear.training.state import load_state
 
 MEL = MelConfig(sample_rate=8000, n_fft=64, window_length=64, hop_length=12, bands=5, fmax=4000.0)
 COMMON: dict[str, Any] = {"sample_rate": 8000, "conditioning_channels": 5}
@@ -243,6 +245,18 @@ def test_engines_score_like_the_parallel_pass(config, engine):
 
 
 @every
+def test_scores_do_not_depend_on_the_chunks_of_the_parallel_pass(config, monkeypatch):
+    model = make(config)
+    waveform = model.grid.decode(random_codes(model, 2, 150))
+    conditions = given(model, 2, 150)
+    if conditions:
+        conditions["mel"] = conditions["mel"].double()
+    whole = score(model, waveform, **conditions)
+    monkeypatch.setattr(sys.modules["wavear.generate"], "_PARALLEL_CHUNK", 37)
+    torch.testing.assert_close(score(model, waveform, **conditions), whole, rtol=1e-8, atol=1e-8)
+
+
+@every
 @pytest.mark.parametrize("engine", ENGINES)
 def test_the_same_seed_gives_the_same_audio_on_every_engine(config, engine):
     """To the code, but where a uniform lies within rounding of a boundary: then the values are neighbours."""
@@ -378,6 +392,17 @@ def test_a_resumed_run_is_the_run_that_never_stopped(family, recordings, tmp_pat
     train(settings(family, recordings, tmp_path / "cut", max_steps=12, checkpoint_every=6, resume=True))
     for name, tensor in load(tmp_path / "whole" / "last").state_dict().items():
         assert torch.equal(tensor, load(tmp_path / "cut" / "last").state_dict()[name]), name
+
+
+@pytest.mark.parametrize("family", ["gru", "transformer"])
+def test_training_carries_the_state_from_batch_to_batch(family, recordings, tmp_path):
+    train(settings(family, recordings, tmp_path / "run", max_steps=3, checkpoint_every=1))
+    carried = [load_state(path)["carried"] for path in sorted((tmp_path / "run" / "states").glob("*"))]
+    assert len(carried) >= 2
+    for name, before in carried[-2].items():
+        if before.is_floating_point():
+            assert before.abs().sum() > 0, name
+    assert any(not torch.equal(tensor, carried[-1][name]) for name, tensor in carried[-2].items())
 
 
 @pytest.mark.parametrize("family", TRAINED)
