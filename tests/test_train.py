@@ -173,6 +173,26 @@ def test_killed_runs_end_as_one_never_killed():
     assert "differs" not in done.stdout
 
 
+def test_workers_end_with_a_run_that_is_killed_while_they_start():
+    """The loader's own watch begins after the workers have, and would never end: they held the pipe of a CI run."""
+    program = """if True:
+        import os, time, torch
+        from wavear.training.loop import _begin_worker
+        def begin(worker, main=os.getpid()):
+            time.sleep(1)
+            _begin_worker(main, worker)
+        batches = iter(torch.utils.data.DataLoader(range(1000), num_workers=2, worker_init_fn=begin))
+        print("workers started", flush=True)
+        time.sleep(600)
+    """
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as run:
+        assert run.stdout is not None
+        assert run.stdout.readline() == "workers started\n"
+        run.kill()
+        rest, _ = run.communicate(timeout=60)  # the end of the pipe: nobody holds it any more
+    assert rest == ""
+
+
 def test_a_damaged_last_state_is_named_and_the_one_before_it_taken(tones, tmp_path, capsys):
     settings = {"max_steps": 9, "checkpoint_every": 2, "validate_every": 4, "keep_last": 2}
     train(config_of(tones, tmp_path / "straight", **settings))

@@ -5,6 +5,9 @@ from __future__ import annotations
 import math
 import os
 import signal
+import threading
+import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -56,16 +59,27 @@ class _Data(L.LightningDataModule):
             collate_fn=collate,
             num_workers=workers,
             pin_memory=gpu,
-            worker_init_fn=_ignore_interrupts,
+            worker_init_fn=partial(_begin_worker, os.getpid()),
             prefetch_factor=4 if workers else None,
             generator=torch.Generator().manual_seed(self.config.seed),  # else it draws from that of everybody
         )
 
 
-def _ignore_interrupts(worker: int) -> None:
-    """Ctrl-C reaches the whole group of processes: the main one decides when its workers end."""
+def _begin_worker(main: int, worker: int) -> None:
+    """Ctrl-C reaches the whole group of processes: the main one decides when its workers end.
+
+    They also end when the main one, process `main`, is killed. The loader's own watch misses a death that comes before
+    it begins: it takes whoever is the parent by then for the main process, and its worker stays for ever.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
+    threading.Thread(target=_end_with, args=(main,), daemon=True).start()
+
+
+def _end_with(main: int) -> None:
+    while os.getppid() == main:
+        time.sleep(1)
+    os._exit(1)
 
 
 def fit(
