@@ -14,6 +14,7 @@ import argparse
 from pathlib import Path
 
 from wavear import bench
+from wavear.files import replace_file
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 PAGES = {"cpu": DOCS / "benchmarks.md", "cuda": DOCS / "benchmarks_cuda.md"}
@@ -84,8 +85,16 @@ def main() -> None:
     arguments = parser.parse_args()
     page = arguments.out or PAGES[arguments.device]
     lines = on_card(arguments.seconds) if arguments.device == "cuda" else on_cpu(arguments.seconds)
-    page.write_text("\n".join(lines), encoding="utf-8")
+    text = "\n".join([*lines, kept(page)])
+    replace_file(page, lambda path: path.write_text(text, encoding="utf-8"))
     print(f"wrote {page}")
+
+
+def kept(page: Path) -> str:
+    """What a page holds behind the tables of this program: by hand, and by other programs (see `pages`)."""
+    whole = page.read_text(encoding="utf-8") if page.exists() else ""
+    begin = min((at for at in (whole.find(LIMITS), whole.find("<!-- begin ")) if at >= 0), default=len(whole))
+    return whole[begin:]
 
 
 def on_card(seconds: float) -> list[str]:

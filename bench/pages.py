@@ -18,10 +18,3 @@ def write_section(page: Path, name: str, text: str) -> None:
     if found == whole and begin not in whole:
         found = f"{whole.rstrip()}\n\n{section}\n"
     replace_file(page, lambda path: path.write_text(found, encoding="utf-8"))
-
-
-def sections(page: Path) -> str:
-    """All such sections of a page, with their comments."""
-    whole = page.read_text(encoding="utf-8") if page.exists() else ""
-    found = re.finditer(r"<!-- begin ([\w-]+) -->.*?<!-- end \1 -->", whole, flags=re.DOTALL)
-    return "\n\n".join(match[0] for match in found)

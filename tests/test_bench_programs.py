@@ -62,11 +62,22 @@ def test_a_section_is_replaced_and_the_rest_stays(program: Any, tmp_path: Path):
         "# Title\n\nText.\n\n<!-- begin one -->\n\nthird\n\n<!-- end one -->\n\n"
         "<!-- begin two -->\n\nsecond\n\n<!-- end two -->\n"
     )
-    assert pages.sections(page).count("<!--") == 4
-    assert "Text" not in pages.sections(page)
     before = page.read_text()
     pages.write_section(page, "two", "second")  # what is there already is not put there twice
     assert page.read_text() == before
+
+
+def test_tables_of_engines_leave_what_others_and_people_wrote(program: Any, tmp_path: Path):
+    generation = program("generation")
+    page = tmp_path / "page.md"
+    assert generation.kept(page) == ""
+    page.write_text("# Title\n\n| a table |\n")
+    assert generation.kept(page) == ""
+    section = "<!-- begin one -->\n\nfirst\n\n<!-- end one -->\n"
+    page.write_text("# Title\n\n| a table |\n\n" + section)
+    assert generation.kept(page) == section
+    page.write_text(f"# Title\n\n| a table |\n\n{generation.LIMITS}\nBy hand.\n\n{section}")
+    assert generation.kept(page) == f"{generation.LIMITS}\nBy hand.\n\n{section}"
 
 
 def test_options_are_trained_measured_and_not_repeated(tmp_path: Path):

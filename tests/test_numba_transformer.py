@@ -222,5 +222,5 @@ def test_weights_that_are_no_numbers_are_said(config):
     model = make(config)
     with torch.no_grad():
         model.head.hidden.bias[2] = float("nan")
-    with pytest.raises(ValueError, match="infinities or NaN for sample 0"):
+    with pytest.raises(ValueError, match="sample 0 of this call are infinite or NaN"):
         NumbaTransformer(model, 1).generate(np.full((1, 3), 0.5), None)

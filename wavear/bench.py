@@ -20,7 +20,7 @@ from wavear.generate.card import card
 from wavear.generate.card import limit as card_limit
 from wavear.generate.ceiling import Ceiling, cost
 from wavear.generate.ceiling import measure as measure_ceiling
-from wavear.generate.numba_cpu import available_cores
+from wavear.generate.compiled_engine import available_cores
 from wavear.mel import MelConfig
 from wavear.models.base import AutoregressiveModel
 from wavear.models.families import FAMILIES

@@ -162,8 +162,8 @@ class LogisticMixture:
 
 
 @dataclass(frozen=True)
-class Gaussian:
-    """Normal law of the sample's value; parameters: mean, log-deviation. A temperature multiplies the deviation."""
+class _OneLaw:
+    """A law of one mean and one scale; parameters: mean, log-scale. A temperature multiplies the scale."""
 
     grid: Grid
     truncates: ClassVar[bool] = False
@@ -180,7 +180,7 @@ class Gaussian:
     def log_prob(self, parameters: Tensor, codes: Tensor) -> Tensor:
         """See `Law.log_prob`; computed in float64, for it is the small difference of two numbers near one."""
         mean, log_scale = parameters.double().unbind(1)
-        mass = _log_mass_normal(*_interval(self.grid, codes, mean), _scale(self.grid, log_scale))
+        mass = self._log_mass(*_interval(self.grid, codes, mean), _scale(self.grid, log_scale))
         return mass.to(parameters.dtype)
 
     def sample(
@@ -192,47 +192,44 @@ class Gaussian:
         top_p: float | None = None,
     ) -> Tensor:
         """See `Law.sample`."""
-        _refuse_truncation("gaussian", top_k, top_p)
+        _refuse_truncation(type(self).__name__.lower(), top_k, top_p)
         mean, log_scale = parameters.double().unbind(1)
-        return self.grid.nearest(mean + _scale(self.grid, log_scale) * temperature * torch.special.ndtri(uniform))
+        return self.grid.nearest(mean + _scale(self.grid, log_scale) * temperature * self._quantile(uniform))
 
-
-@dataclass(frozen=True)
-class Laplace:
-    """exp(-abs(x - mean) / scale) / (2 scale); parameters: mean, log-scale. A temperature multiplies the scale."""
-
-    grid: Grid
-    truncates: ClassVar[bool] = False
-
-    @property
-    def channels(self) -> int:
-        """See `Law.channels`."""
-        return 2
-
-    def initial_bias(self) -> Tensor:
-        """See `Law.initial_bias`."""
-        return torch.tensor([0.0, -2.0])
-
-    def log_prob(self, parameters: Tensor, codes: Tensor) -> Tensor:
-        """See `Law.log_prob`; computed in float64."""
-        mean, log_scale = parameters.double().unbind(1)
-        mass = _log_mass_laplace(*_interval(self.grid, codes, mean), _scale(self.grid, log_scale))
-        return mass.to(parameters.dtype)
-
-    def sample(
-        self,
-        parameters: Tensor,
-        uniform: Tensor,
-        temperature: Tensor | float = 1.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
+    def _log_mass(
+        self, lower: Tensor, upper: Tensor, width: Tensor, first: Tensor, last: Tensor, scale: Tensor
     ) -> Tensor:
-        """See `Law.sample`."""
-        _refuse_truncation("laplace", top_k, top_p)
-        mean, log_scale = parameters.double().unbind(1)
+        """log(F(upper) - F(lower)) of the law of that scale about 0."""
+        raise NotImplementedError
+
+    def _quantile(self, uniform: Tensor) -> Tensor:
+        """F^-1 of the law of scale 1 about 0."""
+        raise NotImplementedError
+
+
+class Gaussian(_OneLaw):
+    """Normal law of the sample's value; its scale is the deviation."""
+
+    def _log_mass(
+        self, lower: Tensor, upper: Tensor, width: Tensor, first: Tensor, last: Tensor, scale: Tensor
+    ) -> Tensor:
+        return _log_mass_normal(lower, upper, first, last, scale)
+
+    def _quantile(self, uniform: Tensor) -> Tensor:
+        return torch.special.ndtri(uniform)
+
+
+class Laplace(_OneLaw):
+    """exp(-abs(x - mean) / scale) / (2 scale)."""
+
+    def _log_mass(
+        self, lower: Tensor, upper: Tensor, width: Tensor, first: Tensor, last: Tensor, scale: Tensor
+    ) -> Tensor:
+        return _log_mass_laplace(lower, upper, width, first, last, scale)
+
+    def _quantile(self, uniform: Tensor) -> Tensor:
         tail = torch.minimum(uniform, 1 - uniform)
-        away = torch.where(uniform < 0.5, 1.0, -1.0) * (2 * tail).log()
-        return self.grid.nearest(mean + _scale(self.grid, log_scale) * temperature * away)
+        return torch.where(uniform < 0.5, 1.0, -1.0) * (2 * tail).log()
 
 
 LAWS = ("categorical", "logistic_mixture", "gaussian", "laplace")
@@ -289,7 +286,7 @@ def _log_mass_logistic(
     return above + below + torch.where(first | last, zero, (-torch.expm1(-width / scale)).log())
 
 
-def _log_mass_normal(lower: Tensor, upper: Tensor, width: Tensor, first: Tensor, last: Tensor, scale: Tensor) -> Tensor:
+def _log_mass_normal(lower: Tensor, upper: Tensor, first: Tensor, last: Tensor, scale: Tensor) -> Tensor:
     """log(F(upper) - F(lower)) of the normal law, in whichever tail is the smaller one."""
     flip = lower + upper > 0
     a = torch.where(flip, -upper, lower) / scale

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from wavear.data import Recording
+from wavear.emphasis import coefficient
 from wavear.evaluation.linear import bits_of, fit_predictor
 from wavear.evaluation.metrics import frame_levels
 from wavear.generate import score
@@ -41,7 +42,8 @@ class Scores:
     digest: str = ""
     """Of the codes: equal for recordings that are the same to the model."""
     common: float | None = None
-    """Bits of the model on the grid of 16-bit samples, `COMMON`; None where the model's own is finer in places."""
+    """Bits of the model on the grid of 16-bit samples, `COMMON`; None where the model's own is finer in places, or its
+    codes are of pre-emphasised audio."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,7 @@ def score_recording(model: AutoregressiveModel, recording: Recording, speaker: i
     """
     found, digest, rate = Scores(), hashlib.blake2b(digest_size=16), model.config.sample_rate
     total, refined = 0.0, 0.0
-    refinement = model.grid.refinement(COMMON)
+    refinement = None if coefficient(model.config) else model.grid.refinement(COMMON)
     for waveform, nats in scored_blocks(model, recording, speaker):
         bits = nats / math.log(2)
         found.samples += bits.size

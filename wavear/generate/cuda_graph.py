@@ -249,7 +249,7 @@ class CudaGraphEngine:
         if wrong.any():
             first = start + int(np.flatnonzero(wrong.any(axis=0))[0])
             raise ValueError(
-                f"the logits of sample {first} of this call are infinite or NaN: check the model's weights"
+                f"the network's values for sample {first} of this call are infinite or NaN: check the model's weights"
             )
 
 

@@ -16,6 +16,8 @@ from wavear.generate import _simd, numba_laws, numba_sampling
 from wavear.generate._simd import BLOCK, TALLEST, VECTOR_BYTES
 from wavear.generate.compiled import compiled
 from wavear.generate.numba_products import (
+    CONDITION,
+    CONSTANT_CONDITION,
     N_CLASSES,
     N_CONDITION_PANELS,
     N_CONDITION_VECTORS,
@@ -79,8 +81,6 @@ from wavear.generate.numba_products import (
 # Fields of a layer; matrices by their number. PAST is the first of the past taps, the oldest.
 (L_DILATION, L_AHEAD, L_SLOTS, L_RING, L_PAST, L_NOW, L_SKIP, L_RESIDUAL, L_CONDITION, L_BIAS, L_RESIDUAL_BIAS, L_Z,
  L_CONSTANT, L_FIELDS) = range(14)  # fmt: skip
-
-NO_CONDITION, CONSTANT_CONDITION, CONDITION = range(3)
 
 
 @numba.njit

@@ -32,6 +32,8 @@ M_ADDRESS, M_INPUTS, M_BLOCKS, M_VECTORS, M_KIND, M_ROW, M_SIZE, M_STEP, M_FIELD
  N_HEAD_SHARE, N_HEAD_PLACE, N_HEAD_ALL, N_LOGIT_SHARE, N_LOGIT_PLACE, N_LOGIT_ALL, N_MINE, N_THEIRS, N_SEQUENCE,
  N_GIVE_WAY, N_FUSED, N_LAW, N_MIXTURES, N_FIELDS) = range(58)  # fmt: skip
 
+NO_CONDITION, CONSTANT_CONDITION, CONDITION = range(3)  # whether there is one, of one sample for all or of each
+
 KINDS = {"float32": _simd.FLOAT32, "bfloat16": _simd.BFLOAT16, "int8": _simd.INT8}
 
 _TALL2 = HEIGHTS[2]

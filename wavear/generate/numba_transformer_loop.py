@@ -14,7 +14,18 @@ from numba.core import types
 from wavear.generate import _simd, numba_laws, numba_sampling
 from wavear.generate._simd import BLOCK, LANES, VECTOR_BYTES
 from wavear.generate.compiled import compiled
-from wavear.generate.numba_products import M_ADDRESS, M_BLOCKS, M_INPUTS, M_ROW, M_SIZE, M_STEP, M_VECTORS
+from wavear.generate.numba_products import (
+    CONDITION,
+    CONSTANT_CONDITION,
+    M_ADDRESS,
+    M_BLOCKS,
+    M_INPUTS,
+    M_ROW,
+    M_SIZE,
+    M_STEP,
+    M_VECTORS,
+    NO_CONDITION,
+)
 
 _EPSILON = 1e-6  # of `normalised`
 
@@ -22,16 +33,14 @@ _EPSILON = 1e-6  # of `normalised`
 L_QKV, L_OUT, L_UP, L_DOWN, L_KEYS, L_VALUES, L_FIELDS = range(7)
 
 # Fields of the network for one stream. Sizes; addresses of weights; places in the stream's memory, in floats.
-(N_PATCH, N_CHANNELS, N_HEADS, N_WINDOW, N_PERIOD, N_CLASSES, N_TIME, N_X_VECTORS, N_Z_VECTORS, N_LOGIT_VECTORS,
+(N_PATCH, N_CHANNELS, N_HEADS, N_WINDOW, N_PERIOD, N_CLASSES, N_TIME, N_X_VECTORS, N_Z_VECTORS,
  N_KEY_BLOCKS, N_KEY_VECTORS, N_KEY_ROW, N_VALUE_BLOCKS, N_VALUE_VECTORS, N_VALUE_ROW, N_SLOTS, N_CONDITION_VECTORS,
  N_SAMPLE_CHANNELS, N_SAMPLE_VECTORS,
  N_ENTER, N_ENTER_BIAS, N_ENTER_CONDITION, N_ENTER_TABLE, N_POSITION_MATRIX, N_SAMPLES_MATRIX, N_HEAD_CONDITION,
  N_PLACES, N_HEAD_TABLE, N_HIDDEN_MATRIX, N_HIDDEN_BIAS, N_OUT_MATRIX, N_OUT_BIAS, N_ZEROS, N_ANGLES, N_EMBEDDING,
  N_LAW, N_MIXTURES, N_SPARSE,
  N_BASE, N_X, N_Y, N_QKV, N_FOUND, N_SCORES, N_WEIGHTS, N_SUMS, N_MASK, N_UP, N_VALUES, N_OFFSETS, N_POSITION, N_Z,
- N_H, N_LOGITS, N_SAMPLES, N_CONSTANT, N_FIELDS) = range(58)  # fmt: skip
-
-NO_CONDITION, CONSTANT_CONDITION, CONDITION = range(3)
+ N_H, N_LOGITS, N_SAMPLES, N_CONSTANT, N_FIELDS) = range(57)  # fmt: skip
 
 
 def _squares(e, x, blocks):
