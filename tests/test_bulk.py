@@ -92,6 +92,24 @@ def test_the_same_command_goes_on_and_another_is_refused(here, capsys):
     assert "does not say what made it" in capsys.readouterr().err
 
 
+def test_a_run_that_overwrites_and_is_cut_short_leaves_nothing_of_the_old_one(here, monkeypatch):
+    command = ["synthesize", "model", "in", "--out", "out", "--resume", *OPTIONS]
+    assert cli.main(command) == 0
+    real = bulk.synthesize_jobs
+
+    def some(model, jobs, **options):
+        return real(model, jobs[:3], **options)
+
+    monkeypatch.setattr(bulk, "synthesize_jobs", some)
+    assert cli.main([*command, "--seed", "5", "--overwrite"]) == 0
+    assert len(contents("out")) == 3
+    monkeypatch.undo()
+    monkeypatch.chdir(here)
+    assert cli.main([*command, "--seed", "5"]) == 0
+    assert cli.main(["synthesize", "model", "in", "--out", "whole", "--seed", "5", *OPTIONS]) == 0
+    assert contents("out") == contents("whole")
+
+
 def test_several_processes_make_what_one_makes(here):
     whole = expected()
     (here / "in" / "bad.npy").write_bytes(b"no array")

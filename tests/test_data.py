@@ -179,7 +179,10 @@ def test_other_rates_are_resampled_and_said_once(tmp_path):
 
 
 def named(*names: str, **fields) -> list[Recording]:
-    return [Recording(path=None, name=name, frames=1000, **fields) for name in names]  # type: ignore[arg-type]
+    """Of a name as `a.wav#2.5` the recording begins after 2.5 seconds of the file."""
+    spans = [(float(name.partition("#")[2] or 0), None) for name in names]
+    given = zip(names, spans, strict=True)
+    return [Recording(path=None, name=n, frames=1000, span=span, **fields) for n, span in given]  # type: ignore[arg-type]
 
 
 def test_a_file_stays_in_its_split_when_others_come():
@@ -229,6 +232,39 @@ def test_a_second_folder_is_held_out_whole(folder, tmp_path):
     corpus = open_corpus(folder, sample_rate=RATE, validation=tmp_path)
     assert len(corpus.train) == 12
     assert [r.name for r in corpus.validation] == ["v.wav"]
+
+
+def test_what_is_in_the_second_folder_is_not_trained_on(tmp_path):
+    for name in ("dev/a.wav", "dev/b.wav", "c.wav", "d.wav"):
+        write(tmp_path / "all" / name)
+    corpus = open_corpus(tmp_path / "all", sample_rate=RATE, validation=tmp_path / "all" / "dev")
+    assert [r.name for r in corpus.train] == ["c.wav", "d.wav"]
+    assert [r.name for r in corpus.validation] == ["a.wav", "b.wav"]
+    assert any("2 recordings of" in note and "are held out" in note for note in corpus.notes)
+
+
+def test_stretches_of_one_file_are_trained_on_where_they_are_not_held_out(tmp_path):
+    write(tmp_path / "long.wav", 8000)
+    (tmp_path / "train.csv").write_text("path,start,duration\nlong.wav,0,0.5\nlong.wav,0.4,0.2\n")
+    (tmp_path / "dev.csv").write_text("path,start,duration\nlong.wav,0.5,0.5\n")
+    corpus = open_corpus(tmp_path / "train.csv", sample_rate=RATE, validation=tmp_path / "dev.csv")
+    assert [(r.start, r.frames) for r in corpus.train] == [(0, 4000)]
+
+
+def test_a_single_file_is_cut_into_parts_that_can_be_used(tmp_path):
+    path = write(tmp_path / "a.wav", 4000)
+    corpus = open_corpus(path, sample_rate=RATE, validation_fraction=0.02, least_samples=128)
+    assert (corpus.train[0].frames, corpus.validation[0].frames) == (3872, 128)
+    with pytest.raises(ValueError, match=r"a\.wav is the only recording, and too short"):
+        open_corpus(path, sample_rate=RATE, least_samples=2001)
+
+
+@pytest.mark.parametrize("header", ["path, split, speaker", "Path,Split,Speaker", " path ,split,speaker "])
+def test_columns_are_found_by_their_names_however_written(tmp_path, header):
+    write(tmp_path / "a.wav")
+    (tmp_path / "list.csv").write_text(f"{header}\na.wav, test, ann\n")
+    (found,) = find(tmp_path / "list.csv")
+    assert (found.path.name, found.split, found.speaker) == ("a.wav", "test", "ann")
 
 
 # --- levels and silence

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -478,17 +479,29 @@ def test_levels_of_stretches_of_a_file_are_their_own(corpus, monkeypatch):
         assert quiet == pytest.approx(0.9 / 0.03, rel=1e-2)
 
 
-def test_stretches_of_a_file_with_a_hash_sign_in_its_name_are_held_out_as_before(tmp_path):
-    """By what is in front of the sign, as the name of a stretch is: the two files below share it."""
-    for number in range(20):
-        for name in (f"{number}#a.wav", f"{number}#b.wav"):
-            write(tmp_path / name, 500)
-    found = opened(tmp_path, validation_fraction=0.3)
-    held = {r.name.split("#")[0] for r in found.validation}
-    assert held
-    assert not held & {r.name.split("#")[0] for r in found.train}
+def test_files_with_a_hash_sign_in_their_names_are_held_out_one_by_one(tmp_path):
+    """And stretches of such a file together: `take #1.wav#0.02` is of `take #1.wav`."""
+    for number in range(40):
+        write(tmp_path / f"take #{number}.wav", 500)
+    found = opened(tmp_path, validation_fraction=0.2)
+    assert 2 <= len(found.validation) <= 16
     recordings = data.find(tmp_path)
-    assert {r.name for r in data.split(recordings, 0.3)[1]} == {r.name for r in found.validation}
+    assert {r.name for r in data.split(recordings, 0.2)[1]} == {r.name for r in found.validation}
+    rows = [f"take #{number}.wav,{start}" for number in range(40) for start in (0, 0.02, 0.04)]
+    (tmp_path / "list.csv").write_text("\n".join(["path,start", *rows]) + "\n")
+    stretches = opened(tmp_path / "list.csv", validation_fraction=0.2)
+    assert {r.path for r in stretches.validation} == {r.path for r in found.validation}
+    assert len(stretches.validation) == 3 * len(found.validation)
+    cut = data.split(data.find(tmp_path / "list.csv"), 0.2)
+    assert {r.name for r in cut[1]} == {r.name for r in stretches.validation}
+
+
+def test_journals_of_other_settings_are_neither_read_nor_removed(tmp_path):
+    own, other = (tmp_path / f"levels-22050-rms{more}-{uuid.uuid4().hex}.journal" for more in ("", "-40.0"))
+    own.touch()
+    other.touch()
+    assert indexing._journals(tmp_path, "levels-22050-rms") == [own]
+    assert indexing._journals(tmp_path, "levels-22050-rms-40.0") == [other]
 
 
 def test_crops_are_drawn_as_from_a_list(corpus):

@@ -553,6 +553,24 @@ def test_a_run_is_written_like_every_other(recordings, tmp_path):
         torch.testing.assert_close(model.state_dict()[name], tensor, rtol=1e-9, atol=1e-12)
 
 
+def test_a_run_that_overwrites_another_leaves_nothing_of_it(recordings, tmp_path):
+    out = tmp_path / "run"
+    train(settings(recordings, out))
+    for name in ("metrics.csv", "bad-step-00000003.safetensors"):
+        (out / name).touch()
+    (out / "states").mkdir()
+    train(settings(recordings, out, overwrite=True))
+    assert {path.name for path in out.iterdir()} == {"best", "last", "train.json"}
+
+
+def test_several_tasks_of_slurm_are_refused(recordings, tmp_path, monkeypatch):
+    for name, value in {"NTASKS": "4", "NTASKS_PER_NODE": "4", "PROCID": "0", "JOB_NAME": "train"}.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    with pytest.raises(ValueError, match="by one process: run it without torchrun and srun"):
+        train(settings(recordings, tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
 def _trained_on(recordings: Path) -> set[str]:
     from wavear.data import open_corpus
 

@@ -8,6 +8,7 @@ import functools
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -106,7 +107,8 @@ def test_training_learns_and_says_so(tones, tmp_path, capfd, monkeypatch):
     # The compiled engine would take longer to compile than this test takes.
     monkeypatch.setattr(callbacks, "probe", functools.partial(callbacks.probe, engine="reference"))
     settings = {"max_steps": 80, "learning_rate": 2e-2, "validate_every": 40, "batch_size": 4, "sample_seconds": 0.02}
-    result = train(config_of(tones, tmp_path, validation=str(tones), **settings))
+    shutil.copytree(tones, tmp_path / "held")
+    result = train(config_of(tones, tmp_path, validation=str(tmp_path / "held"), **settings))
     assert result.bits_before == pytest.approx(5.0, abs=0.6)  # log2 of 32 classes, more or less
     assert result.bits_best < result.held_out["unigram"] - 1.5 < result.held_out["uniform"] - 2 == 3
     assert result.held_out["model"] == pytest.approx(result.bits_best, abs=1e-6)  # all 3 s of it are on the curve
@@ -191,6 +193,63 @@ def test_workers_end_with_a_run_that_is_killed_while_they_start():
         run.kill()
         rest, _ = run.communicate(timeout=60)  # the end of the pipe: nobody holds it any more
     assert rest == ""
+
+
+@pytest.mark.parametrize("family", ["wavenet", "gru", "linear"])
+def test_a_held_out_file_that_cannot_be_read_is_named_and_stops_nothing(tones, tmp_path, family):
+    held = tmp_path / "held"
+    held.mkdir()
+    for number, name in enumerate(("a", "b", "c")):
+        audio.write(held / f"{name}.wav", np.full(40000, 0.1 * number), RATE, "float32")
+    content = bytearray((held / "b.wav").read_bytes())
+    content[-40000:-39996] = np.float32("nan").tobytes()
+    (held / "b.wav").write_bytes(content)
+    settings = {"family": family, "validation": str(held)}
+    if family == "linear":
+        fixed = {"sample_rate": RATE, "progress": False}
+        result = train(TrainConfig(data=str(tones), out=str(tmp_path / "run"), **settings, **fixed))
+    elif family == "gru":
+        own = dict.fromkeys(("layers", "stacks", "residual_channels", "skip_channels"))
+        result = train(config_of(tones, tmp_path, **settings, **own, channels=8))
+    else:
+        result = train(config_of(tones, tmp_path, **settings))
+    assert list(result.skipped) == ["b.wav"]
+    assert "NaN" in result.skipped["b.wav"]
+    assert math.isfinite(result.held_out["model"])
+    for name in ("a.wav", "c.wav"):
+        (held / name).unlink()
+    (held / "b.wav").write_bytes(content[:-160000] + np.float32("nan").tobytes() * 40000)
+    with pytest.raises(ValueError, match=r"not one held-out sample can be read \(b\.wav: "):
+        train(dataclasses.replace(config_of(tones, tmp_path / "none"), validation=str(held)))
+
+
+def test_speakers_that_nobody_names_are_refused(tones, tmp_path):
+    rows = [f"{path}" for path in sorted(tones.rglob("*.wav"))]
+    (tmp_path / "list.csv").write_text("\n".join(["path", *rows]) + "\n")
+    for settings in ({"speakers": True}, {"normalise": "rms", "normalise_by": "speaker"}):
+        with pytest.raises(ValueError, match=r"list\.csv names no speakers: a manifest does in a column 'speaker'"):
+            train(config_of(tmp_path / "list.csv", tmp_path, **settings))
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_best_is_chosen_by_the_held_out_recordings_of_today(tones, tmp_path, capsys):
+    """Silence is easy to predict: a run that goes on without it would keep its first `best` for ever."""
+    for name, level in (("easy", 0.0), ("hard", 0.3)):
+        noise = np.random.default_rng(0).standard_normal(4000)
+        (tmp_path / name).mkdir()
+        audio.write(tmp_path / name / f"{name}.wav", np.clip(level * noise, -1, 1), RATE)
+    settings = {"max_steps": 6, "validate_every": 2, "learning_rate": 1e-2}
+    with interrupt_at_step(3):
+        train(config_of(tones, tmp_path, validation=str(tmp_path / "easy"), **settings))
+    other = config_of(tones, tmp_path, validation=str(tmp_path / "hard"), resume=True, **settings)
+    result = train(dataclasses.replace(other, progress=True))
+    assert "the held-out recordings are others than before" in capsys.readouterr().out
+    history = json.loads((tmp_path / "run" / "train.json").read_text())["history"]
+    assert len({entry["held_out"] for entry in history}) == 2
+    own = [entry for entry in history if entry["held_out"] == history[-1]["held_out"]]
+    assert result.bits_best == min(entry["bits"] for entry in own) > history[0]["bits"]
+    best = json.loads((tmp_path / "run" / "best" / "config.json").read_text())["training"]
+    assert best["step"] in [entry["step"] for entry in own]
 
 
 def test_a_damaged_last_state_is_named_and_the_one_before_it_taken(tones, tmp_path, capsys):

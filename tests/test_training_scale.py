@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -268,8 +269,9 @@ def slurm_task(rank: int, world: int, port: str) -> dict[str, str]:
 @pytest.mark.parametrize("launcher", ["srun", "torchrun"])
 def test_two_nodes_train_like_one_process(tones: Path, tmp_path: Path, launcher: str):
     """The environment of `srun` with two tasks, and two `torchrun`s, each a node: the global batch is shared."""
-    train(config_of(tones, tmp_path / "one", validation=str(tones)))
-    two, port = config_of(tones, tmp_path / "two", validation=str(tones)), free_port()  # six crops to score, shared
+    held = shutil.copytree(tones, tmp_path / "held")
+    train(config_of(tones, tmp_path / "one", validation=str(held)))
+    two, port = config_of(tones, tmp_path / "two", validation=str(held)), free_port()  # six crops to score, shared
     if launcher == "srun":
         jobs = [start(two, tmp_path / f"{n}.py", slurm_task(n, 2, port)) for n in range(2)]
     else:
@@ -280,7 +282,13 @@ def test_two_nodes_train_like_one_process(tones: Path, tmp_path: Path, launcher:
         _, said = job.communicate(timeout=240)
         assert job.returncode == 0, said[-2000:]
     assert_alike(tmp_path / "one", tmp_path / "two")
-    assert {path.name for path in tmp_path.iterdir()} == {"one", "two", "0.py", "1.py"}  # nothing beside the run
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "held",
+        "one",
+        "two",
+        "0.py",
+        "1.py",
+    }  # nothing beside the run
     records = [json.loads((tmp_path / name / "train.json").read_text()) for name in ("one", "two")]
     assert [record["steps"] for record in records] == [3, 3]
     for one, other in zip(*(record["history"] for record in records), strict=True):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import shutil
 import sys
 import types
 from pathlib import Path
@@ -104,14 +105,15 @@ def test_bits_by_level_are_those_of_evaluate(tones: Path, tmp_path: Path, monkey
 def test_a_run_writes_them_by_level_and_by_speaker(tones: Path, tmp_path: Path):
     from wavear.training.bits import held_out_bits
 
-    config = config_of(tones, tmp_path / "run", validation=str(tones), speakers=True)
+    held = shutil.copytree(tones, tmp_path / "held")
+    config = config_of(tones, tmp_path / "run", validation=str(held), speakers=True)
     train(config)
     rows = rows_of(tmp_path / "run" / "validation.csv")
     assert sorted({int(row["step"]) for row in rows}) == [0, 5, 10]
     last = {(row["measure"], row["group"]): row for row in rows if row["step"] == "10"}
     history = json.loads((tmp_path / "run" / "train.json").read_text())["history"]
     model = wavear.load(tmp_path / "run" / "last")
-    recordings = open_corpus(tones, sample_rate=RATE, validation=tones, speakers=True).validation
+    recordings = open_corpus(tones, sample_rate=RATE, validation=held, speakers=True).validation
     for name in "ab":
         own = [recording for recording in recordings if recording.speaker == name]
         expected = held_out_bits(model, own, ["a", "b"])

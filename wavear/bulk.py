@@ -58,7 +58,8 @@ def claim(out: Path, jobs: Sequence[Job], record: dict[str, Any], overwrite: boo
     Raises
     ------
     FileExistsError
-        If it holds audio that no run has claimed, or another one.
+        If it holds audio that no run has claimed, or another one, and `overwrite` is false. With it such audio is
+        removed, so that what a run that is cut short leaves is its own.
     """
     path = out / RECORD
     if path.exists() and not overwrite:
@@ -77,6 +78,8 @@ def claim(out: Path, jobs: Sequence[Job], record: dict[str, Any], overwrite: boo
             f"{taken} exists, and {out} does not say what made it: choose another folder, or pass --overwrite"
         )
     out.mkdir(parents=True, exist_ok=True)
+    for job in jobs if overwrite else ():
+        job.target.unlink(missing_ok=True)
     replace_file(path, lambda temporary: temporary.write_text(json.dumps(record, indent=1), encoding="utf-8"))
 
 

@@ -144,11 +144,14 @@ def open_corpus(
     good = parts[0]
     splits = good.listing.split[good.rows]
     if validation is None:
-        train, kept = _split(good, splits, validation_fraction)
+        train, kept = _split(good, splits, validation_fraction, least_samples)
     else:
         train, kept = good.take((splits < 0) | (splits == _TRAIN)), parts[1]
         if not len(train):
             raise ValueError(f"{data}: every recording is held out by its 'split', none is left to train on")
+        if (twice := overlapping(train, kept)).any():
+            notes.append(f"{twice.sum()} recordings of {data} are held out, for they are in {validation} too")
+            train = train.take(~twice)
     names = sorted(train.speakers() | kept.speakers())
     if names:
         for part in (train, kept):
@@ -342,11 +345,12 @@ def split(recordings: Sequence[Recording], fraction: float) -> tuple[list[Record
         raise ValueError(f"validation_fraction is {fraction!r}, expected more than 0 and less than 1")
     builder = ListingBuilder(Path())
     for r in recordings:
-        builder.add(r.name.split("#")[0], split=-1 if r.split is None else SPLIT_NAMES.index(r.split))
+        start = f"#{r.span[0]:g}" if r.span[0] else ""
+        builder.add(r.name.removesuffix(start), split=-1 if r.split is None else SPLIT_NAMES.index(r.split))
     listing = builder.done()
     numbers = np.arange(len(recordings))
     rows = Recordings(listing, numbers, numbers, frames_of(recordings), numbers)
-    train, held = _split(rows, listing.split, fraction)
+    train, held = _split(rows, listing.split, fraction, 1)
     if len(train) == len(held) == 1 and train.rows[0] == held.rows[0]:  # a single file, cut
         whole, at = recordings[int(train.rows[0])], int(train.frames[0])
         rest = {"start": whole.start + at, "frames": whole.frames - at}
@@ -356,8 +360,8 @@ def split(recordings: Sequence[Recording], fraction: float) -> tuple[list[Record
     return [recordings[n] for n in train.rows.tolist()], [recordings[n] for n in held.rows.tolist()]
 
 
-def _split(recordings: Recordings, splits: np.ndarray, fraction: float) -> tuple[Recordings, Recordings]:
-    """See `split`; `splits` are the numbers that the column `split` says, -1 where nothing."""
+def _split(recordings: Recordings, splits: np.ndarray, fraction: float, least: int) -> tuple[Recordings, Recordings]:
+    """See `split`; `splits` are the numbers that the column `split` says, -1 where nothing, `least` samples of use."""
     chosen = recordings.take(splits != _TEST)
     splits = splits[splits != _TEST]
     held = splits == _VALIDATION
@@ -366,9 +370,9 @@ def _split(recordings: Recordings, splits: np.ndarray, fraction: float) -> tuple
     if held.any():
         return chosen.take(~held), chosen.take(held)
     if len(chosen) == 1:
-        return _cut(chosen, fraction)
+        return _cut(chosen, fraction, least)
     # Stretches of one file stay together: the file's name is hashed, not the stretch's.
-    groups = chosen.listing.groups()[chosen.rows]
+    groups = chosen.listing.keys[chosen.rows]
     names = np.unique(groups)
     if len(names) == 1:
         count = max(1, min(round(len(chosen) * fraction), len(chosen) - 1))
@@ -380,16 +384,32 @@ def _split(recordings: Recordings, splits: np.ndarray, fraction: float) -> tuple
     return chosen.take(~held), chosen.take(held)
 
 
-def _cut(recordings: Recordings, fraction: float) -> tuple[Recordings, Recordings]:
-    """The beginning of a single file and its end."""
+def _cut(recordings: Recordings, fraction: float, least: int) -> tuple[Recordings, Recordings]:
+    """The beginning of a single file and its end, each of at least so many samples."""
     frames = int(recordings.frames[0])
-    at = round(frames * (1 - fraction))
-    if at == 0 or at == frames:
+    at = min(round(frames * (1 - fraction)), frames - least)
+    if at < least:
         raise ValueError(f"{recordings[0].name} is the only recording, and too short to hold out a part of it")
     begin, end = recordings.take(slice(None)), recordings.take(slice(None))
     begin.frames = np.array([at])
     end.start, end.frames, end.suffix = end.start + at, np.array([frames - at]), "#end"
     return begin, end
+
+
+def overlapping(recordings: Sequence[Recording], others: Sequence[Recording]) -> np.ndarray:
+    """(n,) bool: which recordings share samples of a file with one of the others."""
+    spans: dict[Any, list[tuple[int, int]]] = {}
+    for other in others:
+        spans.setdefault(other.path.resolve(), []).append((other.start, other.start + other.frames))
+    names = {path.name for path in spans}  # few files have to be looked up on the disk
+    return np.array(
+        [
+            r.path.name in names
+            and any(r.start < stop and start < r.start + r.frames for start, stop in spans.get(r.path.resolve(), ()))
+            for r in recordings
+        ],
+        bool,
+    )
 
 
 def reason(error: Exception, recording: Recording) -> str:

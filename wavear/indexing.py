@@ -269,7 +269,7 @@ class Index:
                 note = f"{error}; it is made again"
                 if note not in self.notes:
                     self.notes.append(note)
-            for journal in sorted(folder.glob(f"{name}-*.journal")):
+            for journal in _journals(folder, name):
                 _read_journal(journal).tell(keys, found, missing)
             if not missing.any():
                 return
@@ -327,7 +327,7 @@ class Index:
         """All that is known now of these files; of files that are no longer there nothing is kept."""
         if folder is None:
             return
-        journals = list(folder.glob(f"{name}-*.journal"))
+        journals = _journals(folder, name)
         kept = np.ones(len(keys), bool)
         kept[list(self._passing)] = False
         kept = np.flatnonzero(kept)
@@ -357,6 +357,12 @@ def _read_listing(folder: Path, root: Path, about: str) -> Listing | None:
 def name_of(kind: str) -> str:
     """For a progress bar."""
     return {"header": "headers", "level": "levels"}[kind]
+
+
+def _journals(folder: Path, name: str) -> list[Path]:
+    """Those of this index; `levels-22050-rms-40.0-...` is none of `levels-22050-rms`."""
+    own = re.compile(re.escape(name) + r"-[0-9a-f]{32}\.journal")
+    return sorted(path for path in folder.glob("*.journal") if own.fullmatch(path.name))
 
 
 def _journal_block(keys: np.ndarray, answered: Sequence[Looked]) -> bytes:

@@ -110,9 +110,9 @@ def _rows(path: Path) -> Iterator[tuple[int, tuple[Any, ...], Iterable[str]]]:
                 if content.strip():
                     yield line, (content.rstrip("\r\n").split("|")[0], *[None] * 4), ()
             return
-        reader = csv.reader(file, delimiter=max(",;\t|", key=first.count))
+        reader = csv.reader(file, delimiter=max(",;\t|", key=first.count), skipinitialspace=True)
         try:
-            header = next(reader, [])
+            header = [name.strip().lower() for name in next(reader, [])]
             places = [header.index(name) if name in header else len(header) for name in _COLUMNS]
             for row in reader:
                 if any(row):

@@ -63,7 +63,7 @@ class Listing:
     ends: np.ndarray
     """(n,) int64: where each name ends."""
     keys: np.ndarray
-    """(n,) uint64: hash of each name."""
+    """(n,) uint64: hash of each file's name, the same for all stretches of a file."""
     speaker: np.ndarray
     """(n,) int32: a number in `speakers`, or -1."""
     split: np.ndarray
@@ -111,17 +111,6 @@ class Listing:
         """The path of the file of a row, which is no member of an archive."""
         base = self.base(row)
         return os.path.join(self._folder, os.path.expanduser(base) if base.startswith("~") else base)
-
-    def groups(self) -> np.ndarray:
-        """(n,) uint64: hash of what is held out together: the name up to a `#`."""
-        if not (self.text == ord("#")).any():
-            return self.keys
-        groups = self.keys.copy()
-        first = np.concatenate([[0], self.ends[:-1]])
-        for row in np.unique(np.searchsorted(self.ends, np.flatnonzero(self.text == ord("#")), side="right")):
-            name = self.text[first[row] : self.ends[row]].tobytes()
-            groups[row] = int.from_bytes(name_hash(name.split(b"#")[0]), "big")
-        return groups
 
     def arrays(self) -> dict[str, np.ndarray]:
         """All of it but `root`, for `wavear.arrays`."""

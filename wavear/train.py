@@ -362,6 +362,14 @@ def train(config: TrainConfig) -> TrainResult:
         trim_silence=config.trim_silence,
         progress=_bar if config.progress and writes else None,
     )
+    if not len(corpus.train):
+        raise ValueError(f"{config.data}: every recording is in {config.validation} too, none is left to train on")
+    by_speaker = config.normalise_by == "speaker" and config.normalise != "none"
+    if not corpus.speakers and (config.speakers or by_speaker):
+        raise ValueError(
+            f"{config.data} names no speakers: a manifest does in a column 'speaker', a folder by a folder for each;"
+            " else leave --speakers and --normalise-by away"
+        )
     speakers = corpus.speakers if config.speakers else []
     _tell_changes(record, config, corpus, say)
     _describe(corpus, speakers, config.sample_rate, say)

@@ -83,7 +83,7 @@ _Matrices = list[tuple[int, int, float, float]]
 
 def _of_gru(config: GRUConfig) -> _Matrices:
     h, r, a = config.channels, config.input_channels, config.head_channels
-    channels = config.conditioning_channels if config.mel is not None or config.speakers > 0 else 0
+    channels = config.conditioning_channels if config.conditioned else 0
     line = 0 if config.law == "categorical" else 1
     return [
         (r, line, 1, 0),
@@ -98,7 +98,7 @@ def _of_gru(config: GRUConfig) -> _Matrices:
 
 def _of_transformer(config: TransformerConfig) -> _Matrices:
     d, f, a, share = config.channels, config.hidden_channels, config.head_channels, 1 / config.patch
-    channels = config.conditioning_channels if config.mel is not None or config.speakers > 0 else 0
+    channels = config.conditioning_channels if config.conditioned else 0
     layers, samples = config.layers * share, config.patch * config.sample_channels
     read = 0 if config.law == "categorical" else 1
     return [
@@ -118,7 +118,7 @@ def _of_transformer(config: TransformerConfig) -> _Matrices:
 
 def _of_wavenet(config: WaveNetConfig) -> _Matrices:
     r, s, a, q = config.residual_channels, config.skip_channels, config.head_channels, law_of(config).channels
-    conditioned = config.mel is not None or config.speakers > 0
+    conditioned = config.conditioned
     channels = config.conditioning_channels if conditioned else 0
     layers, past = config.layers, config.kernel_size - 1
     # Past taps of a layer of dilation d are read once for d samples; those of the first layer are in its table.

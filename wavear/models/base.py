@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ from torch import Tensor, nn
 
 from wavear.grid import Grid
 from wavear.laws import LAWS, Law, law_of
+from wavear.mel import MelConfig
 from wavear.models.conditioning import Conditioning
 
 _PREFILL = 4096  # samples that `prefill` computes at once: its memory does not grow with the past given
@@ -27,7 +30,7 @@ class AutoregressiveModel(nn.Module):
     """
 
     config: Any
-    """Frozen dataclass, saved with the weights. Has at least the fields that `check_common` checks."""
+    """Frozen dataclass, saved with the weights: of a network a `CommonConfig`."""
     conditioning: Conditioning | None
     """What a mel and a speaker become: a subclass sets it to `make_conditioning(config)`."""
 
@@ -152,9 +155,7 @@ class AutoregressiveModel(nn.Module):
         state : what `init_state` returned; updated in place
         cond : Tensor, shape (B, C, T), or (B, C, 1) the same for every sample, or None
         """
-        for start in range(0, previous.shape[1], _PREFILL):
-            part = previous[:, start : start + _PREFILL]
-            given = cond if cond is None or cond.shape[2] == 1 else cond[:, :, start : start + part.shape[1]]
+        for part, given in in_parts(previous, cond):
             # The last code that `forward` is given counts for the shape alone: it would be consumed by the next call.
             self.forward(torch.cat([part[:, 1:], part[:, :1]], dim=1), given, state, part[:, 0])
 
@@ -180,47 +181,70 @@ class AutoregressiveModel(nn.Module):
         return save(self, directory, overwrite=overwrite, training=training)
 
 
-def check_common(config: Any) -> None:
-    """Check the fields that the configuration of every family has, and put in `classes` where it is 0.
+def in_parts(previous: Tensor, cond: Tensor | None) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """`previous` (B, T) and `cond` (B, C, T or 1) of `_PREFILL` samples after the other."""
+    for start in range(0, previous.shape[1], _PREFILL):
+        part = slice(start, start + _PREFILL)
+        yield previous[:, part], cond if cond is None or cond.shape[2] == 1 else cond[:, :, part]
 
-    law : str
-        One of `wavear.laws.LAWS`.
-    classes : int
-        Codes Q: of the mu-law grid for a categorical law, by default 256; of the linear grid for the others, by default
-        65536, 16 bits.
-    mixtures : int
-        Components of a mixture of logistics.
-    coarse_classes : int
-        For the laws over values: mu-law codes of the embedding that stands beside the value at the input; 0: none.
-    sample_rate : int
-        Hz.
-    mel : MelConfig or None
-    speakers : int
-    conditioning_channels, conditioning_context : int
+
+@dataclass(frozen=True, kw_only=True)
+class CommonConfig:
+    """What the configuration of every network has beside its own fields.
 
     Raises
     ------
     ValueError
         Naming the field, its value, and what it may be.
     """
-    if config.law not in LAWS:
-        raise ValueError(f"law is {config.law!r}, it must be one of {', '.join(LAWS)}")
-    if config.classes == 0:
-        object.__setattr__(config, "classes", 256 if config.law == "categorical" else 65536)
-    check_whole(config, mixtures=1, coarse_classes=0, speakers=0, conditioning_channels=1, conditioning_context=0)
-    law_of(config)  # it checks `classes`
-    if config.coarse_classes and config.law == "categorical":
-        raise ValueError(
-            f"coarse_classes is {config.coarse_classes}: a categorical law embeds its own codes, leave it 0"
-        )
-    if config.coarse_classes == 1 or config.coarse_classes > 65536:
-        raise ValueError(f"coarse_classes is {config.coarse_classes}, it must be 0, or 2 to 65536")
-    if not isinstance(config.sample_rate, int) or not 1000 <= config.sample_rate <= 384000:
-        raise ValueError(f"sample_rate is {config.sample_rate!r}, it must be 1000 to 384000 Hz")
-    if config.mel is not None and config.mel.sample_rate != config.sample_rate:
-        raise ValueError(
-            f"the mel is of {config.mel.sample_rate} Hz audio and the model of {config.sample_rate} Hz: they must agree"
-        )
+
+    classes: int = 0
+    """Codes Q, 2 to 65536; 0: 256 mu-law codes of a categorical law, 65536 linear values (16 bits) of the others."""
+    sample_rate: int = 22050
+    """Of the audio, in Hz."""
+    mel: MelConfig | None = None
+    """The mels the model is conditioned on; None: unconditional."""
+    speakers: int = 0
+    """Speakers the model is conditioned on; 0: none."""
+    conditioning_channels: int = 80
+    """Channels of the conditioning, one vector per sample."""
+    conditioning_context: int = 2
+    """Mel frames that the first convolution of the conditioning sees before and after each frame."""
+    law: str = "categorical"
+    """Of the next sample: categorical, logistic_mixture, gaussian or laplace; see `wavear.laws`."""
+    mixtures: int = 10
+    """Components of a mixture of logistics."""
+    coarse_classes: int = 0
+    """For the laws over values: mu-law codes of the embedding beside the value at the input; 0: none."""
+    pre_emphasis: float = 0.0
+    """a of x[t] - a x[t-1], which the codes are of; 0: of the audio itself. See `wavear.emphasis`."""
+
+    def __post_init__(self):
+        if self.law not in LAWS:
+            raise ValueError(f"law is {self.law!r}, it must be one of {', '.join(LAWS)}")
+        if self.classes == 0:
+            object.__setattr__(self, "classes", 256 if self.law == "categorical" else 65536)
+        check_whole(self, mixtures=1, coarse_classes=0, speakers=0, conditioning_channels=1, conditioning_context=0)
+        law_of(self)  # it checks `classes`
+        if self.coarse_classes and self.law == "categorical":
+            raise ValueError(
+                f"coarse_classes is {self.coarse_classes}: a categorical law embeds its own codes, leave it 0"
+            )
+        if self.coarse_classes == 1 or self.coarse_classes > 65536:
+            raise ValueError(f"coarse_classes is {self.coarse_classes}, it must be 0, or 2 to 65536")
+        if not isinstance(self.sample_rate, int) or not 1000 <= self.sample_rate <= 384000:
+            raise ValueError(f"sample_rate is {self.sample_rate!r}, it must be 1000 to 384000 Hz")
+        if self.mel is not None and self.mel.sample_rate != self.sample_rate:
+            raise ValueError(
+                f"the mel is of {self.mel.sample_rate} Hz audio and the model of {self.sample_rate} Hz: they must agree"
+            )
+        if not 0 <= self.pre_emphasis < 1:
+            raise ValueError(f"pre_emphasis is {self.pre_emphasis!r}, it must be 0 to less than 1")
+
+    @property
+    def conditioned(self) -> bool:
+        """Whether the model takes conditioning, from a mel or a speaker."""
+        return self.mel is not None or self.speakers > 0
 
 
 def check_whole(config: Any, **least: int) -> None:

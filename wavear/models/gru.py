@@ -10,14 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from wavear.mel import MelConfig
-from wavear.models.base import _PREFILL, AutoregressiveModel, check_common, check_whole
+from wavear.models.base import AutoregressiveModel, CommonConfig, check_whole, in_parts
 from wavear.models.conditioning import make_conditioning
 from wavear.models.inputs import ValueEmbedding, make_input
 
 
 @dataclass(frozen=True)
-class GRUConfig:
+class GRUConfig(CommonConfig):
     """What a GRU is made of; saved with its weights."""
 
     layers: int = 1
@@ -28,28 +27,10 @@ class GRUConfig:
     """Channels in which the sample before and the conditioning are added, before the first layer."""
     head_channels: int = 256
     """Units between the two layers of the head."""
-    classes: int = 0
-    """Codes Q, 2 to 65536; 0: 256 mu-law codes of a categorical law, 65536 linear values (16 bits) of the others."""
-    sample_rate: int = 22050
-    """Of the audio, in Hz."""
-    mel: MelConfig | None = None
-    """The mels the model is conditioned on; None: unconditional."""
-    speakers: int = 0
-    """Speakers the model is conditioned on; 0: none."""
-    conditioning_channels: int = 80
-    """Channels of the conditioning, one vector per sample."""
-    conditioning_context: int = 2
-    """Mel frames that the first convolution of the conditioning sees before and after each frame."""
-    law: str = "categorical"
-    """Of the next sample: categorical, logistic_mixture, gaussian or laplace; see `wavear.laws`."""
-    mixtures: int = 10
-    """Components of a mixture of logistics."""
-    coarse_classes: int = 0
-    """For the laws over values: mu-law codes of the embedding beside the value at the input; 0: none."""
 
     def __post_init__(self):
         check_whole(self, layers=1, channels=1, input_channels=1, head_channels=1)
-        check_common(self)
+        super().__post_init__()
 
 
 class Head(nn.Module):
@@ -57,7 +38,7 @@ class Head(nn.Module):
 
     def __init__(self, config: GRUConfig, outputs: int, bias: Tensor | None):
         super().__init__()
-        conditioned = config.mel is not None or config.speakers > 0
+        conditioned = config.conditioned
         self.first = nn.Linear(config.channels, config.head_channels)
         self.conditioning = (
             nn.Linear(config.conditioning_channels, config.head_channels, False) if conditioned else None
@@ -204,9 +185,8 @@ class GRU(AutoregressiveModel):
 
     def prefill(self, previous: Tensor, state: GRUState, cond: Tensor | None = None) -> None:
         """See `AutoregressiveModel.prefill`: the layers of `forward`, begun with the state."""
-        for start in range(0, previous.shape[1], _PREFILL):
-            part = slice(start, start + _PREFILL)
-            self._advance(previous[:, part], state, cond if cond is None or cond.shape[2] == 1 else cond[:, :, part])
+        for part, given in in_parts(previous, cond):
+            self._advance(part, state, given)
 
     def export_state(self, state: GRUState) -> dict[str, Tensor]:
         """See `AutoregressiveModel.export_state`: `h`, hidden units of each layer (B, layers, H)."""

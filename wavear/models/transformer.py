@@ -25,17 +25,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from wavear.mel import MelConfig
 from wavear.models.attention import Block, attend_within, normalised, rotation, rotation_period, turns
-from wavear.models.base import AutoregressiveModel, check_common, check_whole
+from wavear.models.base import AutoregressiveModel, CommonConfig, check_whole, in_parts
 from wavear.models.conditioning import make_conditioning
 from wavear.models.inputs import make_input
 
-_PREFILL = 4096  # samples that `prefill` computes at once: its memory does not grow with the past given
-
 
 @dataclass(frozen=True)
-class TransformerConfig:
+class TransformerConfig(CommonConfig):
     """What a Transformer is made of; saved with its weights."""
 
     layers: int = 4
@@ -54,29 +51,11 @@ class TransformerConfig:
     """Of the vector that a past sample becomes."""
     head_channels: int = 256
     """Of the two hidden layers of the head, which runs for every sample."""
-    classes: int = 0
-    """Codes Q, 2 to 65536; 0: 256 mu-law codes of a categorical law, 65536 linear values (16 bits) of the others."""
-    sample_rate: int = 22050
-    """Of the audio, in Hz."""
-    mel: MelConfig | None = None
-    """The mels the model is conditioned on; None: unconditional."""
-    speakers: int = 0
-    """Speakers the model is conditioned on; 0: none."""
-    conditioning_channels: int = 80
-    """Channels of the conditioning, one vector per sample."""
-    conditioning_context: int = 2
-    """Mel frames that the first convolution of the conditioning sees before and after each frame."""
-    law: str = "categorical"
-    """Of the next sample: categorical, logistic_mixture, gaussian or laplace; see `wavear.laws`."""
-    mixtures: int = 10
-    """Components of a mixture of logistics."""
-    coarse_classes: int = 0
-    """For the laws over values: mu-law codes of the embedding beside the value at the input; 0: none."""
 
     def __post_init__(self):
         check_whole(self, layers=1, channels=2, heads=1, window=1, patch=1, hidden_channels=0)
         check_whole(self, sample_channels=1, head_channels=1)
-        check_common(self)
+        super().__post_init__()
         if self.channels % (2 * self.heads):
             raise ValueError(
                 f"{self.channels} channels do not divide into {self.heads} heads of an even number: "
@@ -242,10 +221,8 @@ class Transformer(AutoregressiveModel):
     def prefill(self, previous: Tensor, state: TransformerState, cond: Tensor | None = None) -> None:
         """See `AutoregressiveModel.prefill`."""
         with torch.no_grad():
-            for start in range(0, previous.shape[1], _PREFILL):
-                part = slice(start, start + _PREFILL)
-                given = cond if cond is None or cond.shape[2] == 1 else cond[:, :, part]
-                self._run(previous[:, part], given, state, read=False)
+            for part, given in in_parts(previous, cond):
+                self._run(part, given, state, read=False)
 
     def _run(
         self, given: Tensor, cond: Tensor | None, state: TransformerState, keep: bool = True, read: bool = True

@@ -11,15 +11,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from wavear.mel import MelConfig
-from wavear.models.base import _PREFILL, AutoregressiveModel, check_common, check_whole
+from wavear.models.base import AutoregressiveModel, CommonConfig, check_whole, in_parts
 from wavear.models.conditioning import make_conditioning
 from wavear.models.inputs import make_head, make_input
 from wavear.models.memory import recomputed
 
 
 @dataclass(frozen=True)
-class WaveNetConfig:
+class WaveNetConfig(CommonConfig):
     """What a WaveNet is made of; saved with its weights."""
 
     layers: int = 20
@@ -32,40 +31,18 @@ class WaveNetConfig:
     """Channels of the signal that runs through the layers, and of each half of the gate."""
     skip_channels: int = 128
     """Channels of the sum over layers that the head reads."""
-    classes: int = 0
-    """Codes Q, 2 to 65536; 0: 256 mu-law codes of a categorical law, 65536 linear values (16 bits) of the others."""
-    sample_rate: int = 22050
-    """Of the audio, in Hz."""
-    mel: MelConfig | None = None
-    """The mels the model is conditioned on; None: unconditional."""
-    speakers: int = 0
-    """Speakers the model is conditioned on; 0: none."""
     head_channels: int = 256
     """Channels between the two 1x1 convolutions of the head."""
-    conditioning_channels: int = 80
-    """Channels of the conditioning, one vector per sample."""
-    conditioning_context: int = 2
-    """Mel frames that the first convolution of the conditioning sees before and after each frame."""
-    law: str = "categorical"
-    """Of the next sample: categorical, logistic_mixture, gaussian or laplace; see `wavear.laws`."""
-    mixtures: int = 10
-    """Components of a mixture of logistics."""
-    coarse_classes: int = 0
-    """For the laws over values: mu-law codes of the embedding beside the value at the input; 0: none."""
-    pre_emphasis: float = 0.0
-    """a of x[t] - a x[t-1], which the codes are of; 0: of the audio itself. See `wavear.emphasis`."""
 
     def __post_init__(self):
         check_whole(self, layers=1, stacks=1, kernel_size=2, residual_channels=1, skip_channels=1, head_channels=1)
-        check_common(self)
+        super().__post_init__()
         if self.layers % self.stacks:
             raise ValueError(f"{self.layers} layers do not divide into {self.stacks} stacks")
         if self.layers // self.stacks > 24:
             raise ValueError(
                 f"{self.layers} layers in {self.stacks} stacks: the dilation doubles, at most 24 fit a stack"
             )
-        if not 0 <= self.pre_emphasis < 1:
-            raise ValueError(f"pre_emphasis is {self.pre_emphasis!r}, it must be 0 to less than 1")
 
     @property
     def dilations(self) -> tuple[int, ...]:
@@ -88,7 +65,7 @@ class Block(nn.Module):
     def __init__(self, config: WaveNetConfig, last: bool):
         super().__init__()
         r = config.residual_channels
-        conditioned = config.mel is not None or config.speakers > 0
+        conditioned = config.conditioned
         self.dilated = nn.Linear(config.kernel_size * r, 2 * r)
         self.conditioning = nn.Linear(config.conditioning_channels, 2 * r, bias=False) if conditioned else None
         self.skip = nn.Linear(r, config.skip_channels)
@@ -246,10 +223,8 @@ class WaveNet(AutoregressiveModel):
     def prefill(self, previous: Tensor, state: WaveNetState, cond: Tensor | None = None) -> None:
         """See `AutoregressiveModel.prefill`: the layers of `forward`, begun with the past of the state."""
         queues = list(self.export_state(state).values())
-        for start in range(0, previous.shape[1], _PREFILL):
-            part = slice(start, start + _PREFILL)
-            given = cond if cond is None or cond.shape[2] == 1 else cond[:, :, part]
-            for _ in self._layers(previous[:, part], given, queues):
+        for part, given in in_parts(previous, cond):
+            for _ in self._layers(part, given, queues):
                 pass
         self._store(queues, state)
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from wavear.data import Recording
+from wavear.data import Recording, reason
 from wavear.emphasis import emphasised
 from wavear.grid import Grid
 from wavear.models.base import AutoregressiveModel
@@ -32,11 +32,22 @@ class Bits:
     """(recordings,), bits."""
     samples: np.ndarray
     """(recordings,)."""
+    skipped: dict[str, str] = dataclasses.field(default_factory=dict)
+    """Recordings that could not be read, or in part: name and reason. What could be read of them counts."""
 
     @property
     def per_sample(self) -> float:
-        """Mean over all samples."""
-        return float(self.total.sum() / max(self.samples.sum(), 1))
+        """Mean over all samples.
+
+        Raises
+        ------
+        ValueError
+            If there are none.
+        """
+        if not self.samples.sum():
+            why = next((f"{name}: {reason}" for name, reason in self.skipped.items()), "they are too short")
+            raise ValueError(f"not one held-out sample can be read ({why})")
+        return float(self.total.sum() / self.samples.sum())
 
 
 @torch.no_grad()
@@ -65,6 +76,11 @@ def held_out_bits(
         Of `world` processes, this one scores every `world`-th crop; the sums are to be added up.
     note : callable, optional
         Is told the bits of every sample, crop by crop: recording, first sample, bits (n,).
+
+    Returns
+    -------
+    Bits
+        With the names of recordings that could not be read.
     """
     layout = Layout.of(model, min(_EVALUATION_SEGMENT, _longest(recordings)))
     device = next(model.parameters()).device
@@ -72,25 +88,39 @@ def held_out_bits(
     if model.carries:
         return _carried_bits(model, segments, rank, world)
     crops = [(n, *crop) for n, recording in enumerate(recordings) for crop in layout.cover(recording)]
-    total, samples = np.zeros(len(recordings)), np.zeros(len(recordings), dtype=np.int64)
+    found = Bits(np.zeros(len(recordings)), np.zeros(len(recordings), dtype=np.int64))
     size = _EVALUATION_BATCH.get(device.type, 1)
     training = model.training
     model.eval()
     mine = crops[rank::world]
     for at in range(0, len(mine), size):
-        rows = [
-            segments.item(recordings[n], n, start, first, last, read_crop(recordings[n], layout, start))
-            for n, start, first, last in mine[at : at + size]
-        ]
+        rows: list[dict] = []
+        scored: list[tuple[Recording, int, int, int]] = []
+        for n, start, first, last in mine[at : at + size]:
+            waveform = _read(recordings[n], layout, start, found)
+            if waveform is not None:
+                rows.append(segments.item(recordings[n], n, start, first, last, waveform))
+                scored.append((recordings[n], start, first, last))
+        if not rows:
+            continue
         batch = collate(rows).to(device)
         nats, mask = crop_loss(model, batch, layout)
-        np.add.at(total, batch.source.cpu().numpy(), nats.sum(1, dtype=torch.float64).cpu().numpy() / math.log(2))
-        np.add.at(samples, batch.source.cpu().numpy(), mask.sum(1).cpu().numpy())
-        for row, (n, start, first, last) in enumerate(mine[at : at + size] if note is not None else ()):
+        np.add.at(found.total, batch.source.cpu().numpy(), nats.sum(1, dtype=torch.float64).cpu().numpy() / math.log(2))
+        np.add.at(found.samples, batch.source.cpu().numpy(), mask.sum(1).cpu().numpy())
+        for row, (recording, start, first, last) in enumerate(scored if note is not None else ()):
             assert note is not None
-            note(recordings[n], start + first, nats[row, first:last].double().cpu().numpy() / math.log(2))
+            note(recording, start + first, nats[row, first:last].double().cpu().numpy() / math.log(2))
     model.train(training)
-    return Bits(total, samples)
+    return found
+
+
+def _read(recording: Recording, layout: Layout, start: int, found: Bits) -> np.ndarray | None:
+    """A crop; None if it cannot be read, which is noted in `found`."""
+    try:
+        return read_crop(recording, layout, start)
+    except (ValueError, OSError) as error:
+        found.skipped.setdefault(recording.name, reason(error, recording))
+        return None
 
 
 def _carried_bits(model: AutoregressiveModel, segments: Segments, rank: int, world: int) -> Bits:
@@ -111,8 +141,10 @@ def _carried_bits(model: AutoregressiveModel, segments: Segments, rank: int, wor
             for n in lanes:
                 last = max(0, min(layout.segment, lengths[n] - start))  # 0: this recording has ended
                 recording = segments.recordings[n]
-                empty = np.zeros(layout.window + 2 * layout.margin, dtype=np.float32)
-                waveform = read_crop(recording, layout, start) if last else empty
+                waveform = _read(recording, layout, start, found) if last else None
+                if waveform is None:
+                    lengths[n], last = min(lengths[n], start), 0  # what comes behind has no past
+                    waveform = np.zeros(layout.window + 2 * layout.margin, dtype=np.float32)
                 items.append(segments.item(recording, n, start if last else 0, 0, last, waveform))
             batch = collate(items).to(device)
             nats, mask = crop_loss(model, batch, layout, carried=(state, previous))

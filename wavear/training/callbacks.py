@@ -21,6 +21,7 @@ from typing_extensions import override
 
 from wavear.data import Recording
 from wavear.files import replace_file
+from wavear.recordings import fingerprint
 from wavear.training.bits import Bits, held_out_bits
 from wavear.training.faults import Spikes, crops_named, save_batch
 from wavear.training.groups import ByLevel, by_speaker
@@ -102,6 +103,7 @@ class Run(L.Callback):
         self._since, self._counted = 0.0, 0
         self._waited, self._step_ended = 0.0, 0.0
         self.began = False
+        self._heard = 0  # the first held-out recording that can be read
         self._validated_at, self._validation_cost, self._sampling_cost = 0.0, 0.0, 0.0
         self._rate = 0.0
 
@@ -284,15 +286,20 @@ class Run(L.Callback):
             sums = torch.from_numpy(np.concatenate([found.total, found.samples, levels.bits, levels.samples]))
             sums = trainer.strategy.reduce(sums.to(trainer.strategy.root_device), reduce_op="sum").cpu().numpy()  # type: ignore
             n, m = len(found.total), len(levels.bits)
-            found = Bits(sums[:n], sums[n : 2 * n])
+            found = Bits(sums[:n], sums[n : 2 * n], found.skipped)
             levels.bits, levels.samples = sums[2 * n : 2 * n + m], sums[2 * n + m :]
+        for name, why in found.skipped.items():
+            self._skip(trainer, name, why)
         bits, elapsed = found.per_sample, round(module.elapsed, 2)
-        best = not history or bits < min(entry["bits"] for entry in history)
+        best = bits < min((entry["bits"] for entry in self.comparable()), default=math.inf)
+        self._heard = int(np.argmax(found.samples > 0))
         groups = {"level": levels.named(), "speaker": by_speaker(self.validation, found)}
         means = {
             of: {name: round(value, 5) for name, (value, _) in them.items()} for of, them in groups.items() if them
         }
-        history.append({"step": step, "seconds": elapsed, "bits": bits} | means)
+        history.append(
+            {"step": step, "seconds": elapsed, "bits": bits, "held_out": fingerprint(self.validation)} | means
+        )
         self._show(bits=bits)
         if trainer.is_global_zero:
             row = {"step": step, "seconds": elapsed, "validation_bits": round(bits, 5)}
@@ -306,6 +313,11 @@ class Run(L.Callback):
         if step > 0 and self.config.sample_seconds > 0 and trainer.is_global_zero:
             self._sample(trainer, module)
         self._since += time.monotonic() - began  # validation is no training time
+
+    def comparable(self) -> list[dict[str, Any]]:
+        """Points of the curve that are of the held-out recordings of today: a run may be resumed with others."""
+        own = fingerprint(self.validation)
+        return [entry for entry in self.record["history"] if entry.get("held_out", own) == own]
 
     def _described(self, step: int, bits: float | None) -> dict[str, Any]:
         described: dict[str, Any] = {"step": step, "speakers": list(self.speakers)}
@@ -343,7 +355,7 @@ class Run(L.Callback):
 
     def write_record(self) -> None:
         """`train.json`."""
-        text = json.dumps(self.record, indent=2, ensure_ascii=False) + "\n"
+        text = json.dumps(self.record, indent=2) + "\n"  # ASCII: a name that is no Unicode can be written
         replace_file(self.out / "train.json", lambda path: path.write_text(text, encoding="utf-8"))
 
     def _sample(self, trainer: L.Trainer, module: TrainingModule) -> None:
@@ -352,7 +364,7 @@ class Run(L.Callback):
             return
         began = time.monotonic()
         model = copy.deepcopy(module.average).cpu()
-        made = probe(model, self.validation[0], self.config.sample_seconds, self.speakers)
+        made = probe(model, self.validation[self._heard], self.config.sample_seconds, self.speakers)
         rate, step = model.config.sample_rate, trainer.global_step
         for name, waveform in (("sample/original", made.original), ("sample/generated", made.generated)):
             self.log_book.sound(trainer, step, name, waveform, rate)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -22,8 +21,9 @@ from wavear.fit import Fitted, Fitter
 from wavear.grid import Grid
 from wavear.models.linear import Linear
 from wavear.segments import Layout, read_span
-from wavear.train import TrainConfig, TrainResult
+from wavear.train import TrainConfig, TrainResult, make_directory
 from wavear.training.bits import Counts, baselines, held_out_bits, subset
+from wavear.training.processes import Processes
 
 _SECONDS = 30.0  # of a recording that are read at once
 _THREADS = 2  # that read and encode ahead of the sums
@@ -56,8 +56,8 @@ def fit(
     ValueError
         If the run is one of several processes, or has nothing to fit to.
     """
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise ValueError("a linear model is fitted in one pass by one process: run it without torchrun")
+    if Processes.here().world > 1:
+        raise ValueError("a linear model is fitted in one pass by one process: run it without torchrun and srun")
     began, out, wanted = time.monotonic(), Path(config.out), model.config
     fitter = Fitter(
         model.grid,
@@ -78,12 +78,18 @@ def fit(
 
     validation = subset(corpus.validation, config.validation_seconds * config.sample_rate)
     before = held_out_bits(Linear(model.config).eval(), validation).per_sample
-    bits = held_out_bits(model, validation).per_sample
+    scored = held_out_bits(model, validation)
+    bits = scored.per_sample
+    make_directory(config)
     described = {"step": 1, "speakers": [], "validation_bits": round(bits, 5)}
     for name in ("best", "last"):
         model.save(out / name, overwrite=True, training=described)
     recordings = subset(corpus.validation, config.final_seconds * config.sample_rate)
-    held_out = {"model": held_out_bits(load(out / "best"), recordings).per_sample}
+    final = held_out_bits(load(out / "best"), recordings)
+    for name, why in {**scored.skipped, **final.skipped}.items():
+        skipped[name] = why
+        say(f"skipped {name}: {why}")
+    held_out = {"model": final.per_sample}
     held_out |= _baselines(config, corpus, recordings, model)
     record |= {
         "model": dataclasses.asdict(model.config),

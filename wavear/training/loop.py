@@ -126,6 +126,8 @@ def fit(
     )
     run.skipped.update(corpus.bad)
     run.skipped.update(record.get("skipped", {}))
+    if record["history"] and record["history"][-1] not in run.comparable():
+        say("the held-out recordings are others than before: the best is now chosen by these")
     trainer = _trainer(config, kind, run, processes, found)
     ending = [] if config.max_steps is None else [f"{config.max_steps} steps"]
     ending += [] if config.max_minutes is None else [f"{config.max_minutes:g} minutes"]
@@ -257,14 +259,18 @@ def _finish(
         grid = module.model.grid
         counted = Counts.of(subset(corpus.train, config.baseline_seconds * config.sample_rate), layout, grid)
         best = load(out / "best", device=trainer.strategy.root_device)
-        held_out["model"] = held_out_bits(best, recordings, speakers).per_sample
+        scored = held_out_bits(best, recordings, speakers)
+        for name, why in scored.skipped.items():
+            if run.skipped.setdefault(name, why) is why:
+                say(f"skipped {name}: {why}")
+        held_out["model"] = scored.per_sample
         held_out |= baselines(counted, Counts.of(recordings, layout, grid))
-        run.record["held_out"] = held_out
+        run.record |= {"held_out": held_out, "skipped": run.skipped}
         run.write_record()
     seconds = float(run.record.get("seconds", 0.0))
     result = TrainResult(
         bits_before=history[0]["bits"],
-        bits_best=min(entry["bits"] for entry in history),
+        bits_best=min((entry["bits"] for entry in run.comparable()), default=history[-1]["bits"]),
         bits_final=history[-1]["bits"],
         held_out=held_out,
         steps=trainer.global_step,
