@@ -14,7 +14,21 @@ import torch
 from scipy.signal import lfilter
 
 import wavear
-from wavear import MelConfig, Stream, StreamBatch, WaveNet, WaveNetConfig, audio, generate, mulaw_decode, mulaw_encode
+from wavear import (
+    GRU,
+    GRUConfig,
+    MelConfig,
+    Stream,
+    StreamBatch,
+    Transformer,
+    TransformerConfig,
+    WaveNet,
+    WaveNetConfig,
+    audio,
+    generate,
+    mulaw_decode,
+    mulaw_encode,
+)
 from wavear.data import Recording
 from wavear.emphasis import Deemphasis, emphasised
 from wavear.segments import Layout, Segments, collate, crop_loss, inputs
@@ -113,6 +127,43 @@ def test_bits_are_of_the_emphasised_codes_by_every_way(recording: Recording, mel
     monkeypatch.setattr(training, "_READ_SECONDS", 0.05)
     counted = list(training.code_blocks(recording, dataclasses.replace(Layout.of(model, 1), hop=1), model.grid))
     assert np.array_equal(np.concatenate(counted), codes.numpy())
+
+
+CARRYING: dict[str, Any] = {
+    "gru": lambda **common: GRU(GRUConfig(channels=8, input_channels=4, head_channels=8, **common)),
+    "transformer": lambda **common: Transformer(
+        TransformerConfig(layers=2, channels=8, heads=2, window=8, patch=4, head_channels=8, **common)
+    ),
+}
+
+
+@pytest.mark.parametrize("mel", [None, MEL], ids=["free", "mel"])
+@pytest.mark.parametrize("family", CARRYING)
+def test_families_that_carry_their_state_have_it_too(recording: Recording, family: str, mel: Any, monkeypatch):
+    from wavear.evaluation import bits as evaluation
+    from wavear.training import bits as training
+
+    torch.manual_seed(0)
+    model = CARRYING[family](mel=mel, sample_rate=RATE, conditioning_channels=4, pre_emphasis=A).double().eval()
+    x, codes = speech_like(2000), codes_of(speech_like(2000))
+    log_mels = None if mel is None else wavear.log_mel(torch.from_numpy(x)[None].double(), mel)
+    with torch.no_grad():
+        parameters = model(codes[None], None if log_mels is None else model.condition(log_mels))
+        expected = -model.law.log_prob(parameters, codes[None]).sum().item() / math.log(2)
+    assert -wavear.score(model, x).sum().item() / math.log(2) == pytest.approx(expected, rel=1e-6)
+    monkeypatch.setattr(training, "_EVALUATION_SEGMENT", 300)
+    assert training.held_out_bits(model, [recording]).total[0] == pytest.approx(expected, rel=1e-6)
+    blocks = list(evaluation.scored_blocks(model, recording, None, seconds=0.05))
+    assert sum(nats.sum() for _, nats in blocks) / math.log(2) == pytest.approx(expected, rel=1e-6)
+    settings: dict[str, Any] = {"samples": 500} if log_mels is None else {"mel": log_mels[0].float()}
+    model = model.float()
+    with torch.no_grad():  # quiet, so that nothing is clipped
+        (model.head.last if family == "gru" else model.head.out).bias[:] = -0.02 * (torch.arange(256) - 128) ** 2
+    made, logs = generate(model, seed=3, return_log_probability=True, engine="reference", **settings)
+    if mel is None:  # what is heard has the codes that were drawn
+        torch.testing.assert_close(wavear.score(model, made[0])[0], logs[0], atol=1e-5, rtol=0)
+    again = generate(model, seed=3, engine="numba", **settings)
+    assert torch.equal(made, again)
 
 
 def test_the_loss_has_the_gradient_of_these_codes(recording: Recording):
