@@ -265,6 +265,17 @@ def test_levels_are_treated_as_in_training(here: Path, tmp_path: Path):
     assert float(heard.abs().max()) == pytest.approx(0.9, abs=0.1)
 
 
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [({"normalise": "rms"}, "level by rms"), ({"trim_silence": 30.0}, "ends 30 dB down cut")],
+    ids=["level", "ends"],
+)
+def test_levels_and_ends_are_treated_alone(here: Path, tmp_path: Path, settings: dict[str, Any], says: str):
+    checkpoint = run_of(here, tmp_path / "run", data="gone", **settings)
+    found = evaluate(checkpoint, here / "held", tmp_path / "out", dataclasses.replace(FAST, clips=0))
+    assert f"treated as in training: {says}" in found.record["notes"]
+
+
 # ---- other kinds of models and data
 
 

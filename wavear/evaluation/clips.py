@@ -106,8 +106,8 @@ def open_clips(data: str | Path, rate: int, least: int, prepared: Preparation, s
         listed = ", ".join(map(str, rates))
         clips.notes.append(f"{count} of {len(clips.good)} clips are resampled to {rate} Hz (from {listed} Hz)")
     if prepared.does_something:
-        treated = [f"level by {prepared.normalise}"] * (prepared.normalise != "none")
-        treated += [f"ends {prepared.trim_silence:g} dB down cut"] * (prepared.trim_silence is not None)
+        treated = [] if prepared.normalise == "none" else [f"level by {prepared.normalise}"]
+        treated += [] if prepared.trim_silence is None else [f"ends {prepared.trim_silence:g} dB down cut"]
         clips.notes.append(f"treated as in training: {', '.join(treated)}")
     return clips
 
