@@ -75,16 +75,29 @@ def rows_of(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+def _carrying(family: str, mel: wavear.MelConfig | None) -> Any:
+    if family == "gru":
+        return wavear.GRU(wavear.GRUConfig(channels=16, input_channels=8, sample_rate=RATE, mel=mel))
+    return wavear.Transformer(
+        wavear.TransformerConfig(layers=2, channels=8, heads=2, window=4, patch=4, sample_rate=RATE, mel=mel)
+    )
+
+
 @pytest.mark.parametrize("world", [1, 3])
+@pytest.mark.parametrize("family", ["wavenet", "gru", "transformer"])
 @pytest.mark.parametrize("unconditional", [False, True], ids=["mel", "free"])
-def test_bits_by_level_are_those_of_evaluate(tones: Path, tmp_path: Path, monkeypatch, world: int, unconditional: bool):
+def test_bits_by_level_are_those_of_evaluate(
+    tones: Path, tmp_path: Path, monkeypatch, world: int, family: str, unconditional: bool
+):
     from wavear.evaluation.bits import score_recording
     from wavear.training import bits
     from wavear.training.groups import ByLevel
 
     monkeypatch.setattr(bits, "_EVALUATION_SEGMENT", 500)  # crops end within the 20 ms
     torch.manual_seed(0)
-    model = wavear.WaveNet(config_of(tones, tmp_path, unconditional=unconditional).model_config()).double()
+    config = config_of(tones, tmp_path, unconditional=unconditional)
+    wavenet = family == "wavenet"
+    model = (wavear.WaveNet(config.model_config()) if wavenet else _carrying(family, config.mel)).double()
     recordings = open_corpus(tones, sample_rate=RATE).train
     hop = 1 if unconditional else 64
     recordings = [Recording(r.path, r.name, 0, r.frames // hop * hop, RATE) for r in recordings]
