@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 
 from wavear.checkpoint import LATER
@@ -22,7 +23,7 @@ from wavear.data import Corpus, Normalise, Recording, open_corpus
 from wavear.files import replace_file
 from wavear.mel import MelConfig
 from wavear.models.families import FAMILIES
-from wavear.recordings import fingerprint, frames_of
+from wavear.recordings import Recordings, fingerprint, frames_of
 
 
 @dataclass(frozen=True)
@@ -378,6 +379,7 @@ def train(config: TrainConfig) -> TrainResult:
             "fingerprint": fingerprint(corpus.train),
             "bad": dict(corpus.bad),
             "speakers": speakers,
+            "gains": _gains(corpus.validation) | _gains(corpus.train) if config.normalise_by == "speaker" else {},
         },
     }
     with _quiet(), torch.random.fork_rng(devices=[]):
@@ -474,6 +476,15 @@ def _describe(corpus: Corpus, speakers: list[str], rate: int, say: Any) -> None:
     for purpose, recordings in (("training on", corpus.train), ("holding out", corpus.validation)):
         extent = _extent(recordings, rate)
         say(f"{purpose} {extent['recordings']} recordings, {extent['seconds'] / 60:.1f} minutes{told}")
+
+
+def _gains(recordings: Recordings) -> dict[str, float]:
+    """Of each speaker, which has one; empty where levels are as they were."""
+    if recordings.gain is None:
+        return {}
+    numbers, rows = np.unique(recordings.speaker, return_index=True)
+    names = recordings.listing.speakers
+    return {names[n]: float(recordings.gain[row]) for n, row in zip(numbers, rows, strict=True) if n >= 0}
 
 
 def _extent(recordings: Sequence[Recording], rate: int) -> dict[str, Any]:
