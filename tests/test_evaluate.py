@@ -391,7 +391,9 @@ def test_recordings_for_baselines_have_gains_by_speaker(here: Path):
 
 
 def test_clips_of_the_training_are_found_in_shards_and_data_that_are_gone_are_told(here: Path, tmp_path: Path):
-    shards = wavear.shards.write_shards(here / "held", tmp_path / "shards")
+    from wavear.shards import write_shards
+
+    shards = write_shards(here / "held", tmp_path / "shards")
     assert len(shards.shards) == 1
     pattern, config = str(tmp_path / "shards" / "*.tar"), dataclasses.replace(FAST, clips=0)
     checkpoint = run_of(here, tmp_path / "run", data=pattern, validation=str(here / "held"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import shutil
 import sys
 import types
 from pathlib import Path
@@ -312,3 +313,42 @@ def test_a_run_hides_frames_in_training_alone(tones: Path, tmp_path: Path):
 def test_nonsense_is_refused(tones: Path, tmp_path: Path, settings: dict[str, Any], message: str):
     with pytest.raises(ValueError, match=message):
         config_of(tones, tmp_path, **settings)
+
+
+def test_held_out_recordings_are_those_of_the_run_with_their_speakers(tones: Path, tmp_path: Path):
+    """A file too short for a mel frame is none of them; tar shards are refused."""
+    from wavear.shards import write_shards
+    from wavear.train import write_held_out
+
+    data = tmp_path / "data"
+    shutil.copytree(tones, data)
+    for number in range(40):  # short ones, by whose names some would be held out
+        audio.write(data / "a" / f"short-{number}.wav", np.full(20, 0.1), RATE)
+    train(config_of(data, tmp_path / "run", max_steps=1, speakers=True, validation_fraction=0.3))
+    record = json.loads((tmp_path / "run" / "train.json").read_text(encoding="utf-8"))
+    found = write_held_out(tmp_path / "run", tmp_path / "held.jsonl")
+    rows = [json.loads(line) for line in found.read_text(encoding="utf-8").splitlines()]
+    assert len(rows) == record["data"]["validation"]["recordings"]
+    assert all(Path(row["path"]).parent == data / row["speaker"] for row in rows)
+    write_shards(tones, tmp_path / "shards")
+    record["config"]["data"] = str(tmp_path / "shards" / "*.tar")
+    (tmp_path / "run" / "train.json").write_text(json.dumps(record))
+    with pytest.raises(ValueError, match="held out lies in tar shards"):
+        write_held_out(tmp_path / "run", tmp_path / "held.jsonl")
+
+
+def test_a_run_writes_down_the_gains_of_its_speakers(tones: Path, tmp_path: Path):
+    """Which its evaluation takes."""
+    from wavear.evaluation.clips import open_clips, preparation, training_record
+
+    settings: dict[str, Any] = {"max_steps": 1, "normalise": "peak", "normalise_by": "speaker"}
+    train(config_of(tones, tmp_path / "run", **settings))
+    prepared = preparation(training_record(tmp_path / "run" / "last"))
+    peaks = {n: [0.9 / float(audio.read(path).abs().max()) for path in (tones / n).glob("*.wav")] for n in "ab"}
+    assert prepared.gains == pytest.approx({name: min(gains) for name, gains in peaks.items()})
+    alone = tmp_path / "alone" / "a" / "0.wav"
+    alone.parent.mkdir(parents=True)
+    shutil.copy(tones / "a" / "4.wav", alone)
+    found = open_clips(tmp_path / "alone", RATE, 1, prepared, False)
+    assert found.good[0].gain == prepared.gains["a"]
+    assert found.notes[-1].endswith("the speakers' gains are those of the training")
