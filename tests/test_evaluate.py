@@ -700,6 +700,15 @@ def test_a_table_is_of_the_same_clips(here: Path, made: Evaluation):
     assert note.startswith("b (ends 40 dB down cut) and a (untreated) were not evaluated on the same audio")
 
 
+def test_bits_of_pre_emphasised_codes_have_a_column_of_their_own(made: Evaluation):
+    from wavear.evaluation.models import row
+
+    record = json.loads(json.dumps(made.record))
+    record["checkpoint"]["config"]["pre_emphasis"] = 0.85
+    grids = [row("x", evaluation, None)["grid"] for evaluation in (made, Evaluation(record, made.folder))]
+    assert grids == ["256 mu-law codes", "256 mu-law codes, pre-emphasis 0.85"]
+
+
 def test_a_table_of_other_clips_is_refused_before_the_work(here: Path, made: Evaluation, tmp_path: Path, monkeypatch):
     from wavear.evaluate import compare_models
 

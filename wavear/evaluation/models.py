@@ -44,6 +44,12 @@ def name_models(evaluations: Sequence[Evaluation], sources: Sequence[str | Path]
     return [n if names.count(n) == 1 else f"{n} ({i + 1})" for i, n in enumerate(names)]
 
 
+def codes(evaluation: Evaluation) -> str:
+    """What the bits are of, in words: equal for models whose bits compare."""
+    emphasis = evaluation.record["checkpoint"]["config"].get("pre_emphasis", 0.0)
+    return evaluation.grid + (f", pre-emphasis {emphasis:g}" if emphasis else "")
+
+
 def row(name: str, evaluation: Evaluation, model: AutoregressiveModel | None) -> dict[str, Any]:
     """What the table says of one model. Speeds are of this machine, one stream on one core, and need the model."""
     record = evaluation.record
@@ -53,7 +59,7 @@ def row(name: str, evaluation: Evaluation, model: AutoregressiveModel | None) ->
         "source": described["source"],
         "family": described["family"],
         "law": described["config"].get("law", "categorical"),
-        "grid": evaluation.grid,
+        "grid": codes(evaluation),
         "bits": record["bits"]["model"],
         "common_bits": record.get("common_bits"),
         "parameters": described["parameters"],
@@ -116,7 +122,7 @@ class Beginning:
 def find_beginning(data: str | Path, rate: int, hops: Sequence[int]) -> Beginning | str:
     """The loudest two seconds, and of these the first half second; or why there is none.
 
-    Of the longest recording that can be read, where two seconds are long enough.
+    Of the first recording of two seconds or more, or else of the longest; of those that can be read.
 
     Parameters
     ----------
@@ -292,7 +298,7 @@ def check_same_clips(names: Sequence[str], evaluations: Sequence[Evaluation]) ->
         return notes
     clips = [{clip["name"]: clip for clip in e.record["clips"]} for e in evaluations]
     treated = [e.record["data"].get("treated", []) for e in evaluations]
-    codes = [(e.grid, e.record["checkpoint"]["config"].get("pre_emphasis", 0.0)) for e in evaluations]
+    kinds = [codes(evaluation) for evaluation in evaluations]
     for n, (name, own) in enumerate(zip(names, clips, strict=True)):
         shared = [clip for clip in clips[0] if clip in own]
         if not shared:
@@ -300,7 +306,7 @@ def check_same_clips(names: Sequence[str], evaluations: Sequence[Evaluation]) ->
                 f"{names[0]} and {name} were evaluated on other clips ({next(iter(clips[0]))}, {next(iter(own))}...):"
                 " evaluate them on the same"
             )
-        told = ("samples", "digest") if codes[n] == codes[0] else ("samples",)
+        told = ("samples", "digest") if kinds[n] == kinds[0] else ("samples",)
         differ = [clip for clip in shared if any(own[clip][key] != clips[0][clip][key] for key in told)]
         if not differ and treated[n] == treated[0]:
             continue
