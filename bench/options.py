@@ -64,6 +64,16 @@ def run(config: TrainConfig) -> bool:
     return train(dataclasses.replace(config, resume=resume)).stopped_by != "interrupt"
 
 
+def check_runs(out: str, base: TrainConfig) -> None:
+    """End here if the folder holds runs of other data, or of another model: their numbers are not those asked for."""
+    for path in sorted(Path(out).glob("*/train.json")):
+        before = json.loads(path.read_text(encoding="utf-8")).get("config", {})
+        for name in ("data", "validation", *VALUES):
+            if before and before.get(name) != getattr(base, name):
+                now = getattr(base, name)
+                sys.exit(f"{path.parent} is a run with {name} {before.get(name)}, now {now}: choose another --out")
+
+
 def steps_of(arguments: argparse.Namespace, config: TrainConfig) -> int:
     """As asked for, or as fit into the minutes; the same when the program goes on."""
     if arguments.steps is not None:
@@ -232,6 +242,7 @@ def main() -> int:
         progress=sys.stdout.isatty(),
         **{name: getattr(arguments, name) for name in VALUES},
     )
+    check_runs(arguments.out, base)
     steps = steps_of(arguments, base)
     found: dict[str, Any] = {"bounds": bounds(base, arguments.clips, arguments.seconds)}
     asked = {"steps": steps, "clips": arguments.clips, "seconds": arguments.seconds}

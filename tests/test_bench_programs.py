@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import json
 import os
@@ -78,6 +79,27 @@ def test_tables_of_engines_leave_what_others_and_people_wrote(program: Any, tmp_
     assert generation.kept(page) == section
     page.write_text(f"# Title\n\n| a table |\n\n{generation.LIMITS}\nBy hand.\n\n{section}")
     assert generation.kept(page) == f"{generation.LIMITS}\nBy hand.\n\n{section}"
+
+
+def test_options_of_another_shape_are_not_taken_for_those_asked_for(
+    program: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    options, out = program("options"), tmp_path / "runs"
+    config = wavear.TrainConfig(data="data", out=str(out / "plain"), layers=10, learning_rate=1e-3)
+    (out / "plain").mkdir(parents=True)
+    (out / "plain" / "train.json").write_text(json.dumps({"config": dataclasses.asdict(config)}))
+    begin = ["options.py", "--out", str(out), "--steps", "2", "--learning-rate", "0.001"]
+    for words, told in {
+        ("--data", "data", "--layers", "20"): "with layers 10, now 20",
+        ("--data", "more", "--layers", "10"): "with data data, now more",
+        ("--data", "data", "--validation", "dev", "--layers", "10"): "with validation None, now dev",
+    }.items():
+        monkeypatch.setattr(sys, "argv", [*begin, *words])
+        with pytest.raises(SystemExit, match=f"plain is a run {told}: choose another --out"):
+            options.main()
+    monkeypatch.setattr(sys, "argv", [*begin, "--data", "data", "--layers", "10"])
+    with pytest.raises(FileNotFoundError, match="data: no such folder"):
+        options.main()
 
 
 def test_options_are_trained_measured_and_not_repeated(tmp_path: Path):

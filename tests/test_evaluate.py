@@ -265,6 +265,145 @@ def test_levels_are_treated_as_in_training(here: Path, tmp_path: Path):
     assert float(heard.abs().max()) == pytest.approx(0.9, abs=0.1)
 
 
+def test_a_damaged_recording_for_the_baselines_is_passed_over(here: Path, tmp_path: Path):
+    (tmp_path / "train").mkdir()
+    for n in range(3):
+        x = clip(10 + n)
+        x[500] = np.nan if n == 1 else x[500]
+        soundfile.write(tmp_path / "train" / f"{n}.wav", x, RATE, "FLOAT")
+    config = dataclasses.replace(FAST, clips=0, train_data=str(tmp_path / "train"))
+    found = evaluate(here / "runs" / "mel" / "best", here / "held", tmp_path / "out", config).record
+    assert set(found["bits"]) == {"model", "linear", "markov", "unigram", "uniform"}
+    assert any(note.startswith("the baselines pass over 1.wav: ") for note in found["notes"])
+    assert found["baselines"]["seconds"] == pytest.approx((clip(10).size + clip(12).size) / RATE)
+    for n in range(3):
+        (tmp_path / "train" / f"{n}.wav").write_bytes((tmp_path / "train" / "1.wav").read_bytes())
+    with pytest.raises(ValueError, match="none of the recordings for the baselines can be read"):
+        evaluate(here / "runs" / "mel" / "best", here / "held", tmp_path / "none", config)
+    assert not (tmp_path / "none").exists()
+
+
+def test_what_earlier_reports_hold_is_no_clip(here: Path, tmp_path: Path):
+    """Their sound, and the strip of a table of models; folders of these names beside no report are data."""
+    shutil.copytree(here / "held", tmp_path / "audio")
+    config, model = dataclasses.replace(FAST, clips=1), here / "runs" / "mel" / "best"
+    first = evaluate(model, tmp_path, tmp_path / "reports" / "1", config).record
+    (tmp_path / "table" / "strip").mkdir(parents=True)
+    shutil.copy(here / "held" / "0.wav", tmp_path / "table" / "strip")
+    (tmp_path / "table" / "models.json").write_text("{}")
+    second = evaluate(model, tmp_path, tmp_path / "reports" / "2", config).record
+    assert [row["name"] for row in second["clips"]] == [f"audio/{n}.wav" for n in range(3)]
+    assert second["clips"] == first["clips"]
+    assert "5 files are passed over: they are of earlier reports" in second["notes"]
+    shutil.rmtree(tmp_path / "audio")
+    with pytest.raises(ValueError, match="no recordings but those of earlier reports"):
+        evaluate(model, tmp_path, tmp_path / "reports" / "3", config)
+    config = dataclasses.replace(config, clips=0)
+    asked = evaluate(model, tmp_path / "reports" / "1" / "audio", tmp_path / "asked", config).record
+    assert len(asked["clips"]) == 4
+
+
+def test_names_that_are_no_unicode(here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Printed, in the page and, so that they come back, in the record."""
+    name = "caf\udce9.wav"
+    try:
+        shutil.copytree(here / "held", tmp_path / "held")
+        shutil.copy(here / "held" / "0.wav", tmp_path / "held" / name)
+    except OSError:
+        pytest.skip("the file system takes no such names")
+    printed = io.TextIOWrapper(io.BytesIO(), encoding="utf-8", write_through=True)
+    monkeypatch.setattr("sys.stdout", printed)
+    monkeypatch.setattr("sys.stderr", io.TextIOWrapper(io.BytesIO(), encoding="utf-8", errors="backslashreplace"))
+    words = ("evaluate", here / "runs" / "mel" / "best", tmp_path / "held", "--out", tmp_path / "out")
+    assert main([*map(str, words), "--clips", "4", "--seconds", "0.1", "--threads", "1", "--resamples", "200"]) == 0
+    assert name in [row["name"] for row in Evaluation.read(tmp_path / "out").record["clips"]]
+    assert "caf\\udce9.wav" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert "caf\\udce9.wav: no PESQ" in printed.buffer.getvalue().decode("utf-8")  # type: ignore[attr-defined]
+    compare(tmp_path / "out", tmp_path / "out", tmp_path / "c")
+    assert "caf\\udce9.wav" in (tmp_path / "c" / "compare.html").read_text(encoding="utf-8")
+
+
+def test_scoring_keeps_to_the_threads(here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    from wavear.evaluation import run
+
+    before, seen = torch.get_num_threads(), []
+    torch.set_num_threads(2)
+
+    def scored(*given: Any) -> Any:
+        seen.append(torch.get_num_threads())
+        return bits(*given)
+
+    bits = run.score_recording
+    monkeypatch.setattr(run, "score_recording", scored)
+    try:
+        evaluate(here / "runs" / "mel" / "best", here / "held", tmp_path / "out", dataclasses.replace(FAST, clips=0))
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    assert seen == [1, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [({"normalise": "rms"}, "level by rms"), ({"trim_silence": 30.0}, "ends 30 dB down cut")],
+    ids=["level", "ends"],
+)
+def test_levels_and_ends_are_treated_alone(here: Path, tmp_path: Path, settings: dict[str, Any], says: str):
+    checkpoint = run_of(here, tmp_path / "run", data="gone", **settings)
+    found = evaluate(checkpoint, here / "held", tmp_path / "out", dataclasses.replace(FAST, clips=0))
+    assert f"treated as in training: {says}" in found.record["notes"]
+
+
+def test_levels_by_speaker_are_those_of_training(here: Path, tmp_path: Path):
+    """Of the speakers that the run knew; of the others by these clips, and the report says so."""
+    checkpoint = run_of(here, tmp_path / "run", data="gone", normalise="peak", normalise_by="speaker")
+    path = tmp_path / "run" / "train.json"
+    record = json.loads(path.read_text())
+    path.write_text(json.dumps(record | {"data": {"gains": {"ann": 0.25}}}))
+    for data, says in {
+        "by_speaker": "the speakers' gains are those of the training for 1 of 2 and of these clips for the others",
+        "held": "but one gain for all, since no speakers are named",
+    }.items():
+        out = tmp_path / data
+        config = dataclasses.replace(SHORT, clips=3)
+        found = evaluate(checkpoint, here / data, out, config).record
+        assert f"treated as in training: level by peak for each speaker; {says}" in found["notes"]
+        peaks = {n: 0.9 / float(audio.read(here / "held" / f"{n}.wav").abs().max()) for n in range(3)}
+        gains = [0.25, 0.25, peaks[1]] if data == "by_speaker" else [min(peaks.values())] * 3
+        for row, gain in zip(found["clips"], gains, strict=True):
+            x = audio.read(here / data / row["name"])[: row["synthesized_samples"]] * gain
+            assert torch.allclose(audio.read(out / row["audio"]["original"]), x, atol=2 / 32768, rtol=0)
+    path.write_text(json.dumps(record))
+    config = dataclasses.replace(FAST, clips=0, train_data=str(here / "by_speaker"))
+    (tmp_path / "two" / "ann").mkdir(parents=True)
+    audio.write(tmp_path / "two" / "ann" / "0.wav", clip(7), RATE)
+    found = evaluate(checkpoint, tmp_path / "two", tmp_path / "out", config).record
+    assert any("those of the training are not known" in note for note in found["notes"])
+
+
+def test_recordings_for_baselines_have_gains_by_speaker(here: Path):
+    from wavear.evaluation.clips import Preparation, open_clips_for_fitting
+
+    prepared = Preparation("peak", "speaker", gains={"bob": 0.5})
+    found = open_clips_for_fitting(str(here / "by_speaker"), RATE, 1, prepared)
+    assert [r.speaker for r in found] == ["ann", "ann", "bob"]
+    assert found[0].gain == found[1].gain != found[2].gain == 0.5
+
+
+def test_clips_of_the_training_are_found_in_shards_and_data_that_are_gone_are_told(here: Path, tmp_path: Path):
+    from wavear.shards import write_shards
+
+    shards = write_shards(here / "held", tmp_path / "shards")
+    assert len(shards.shards) == 1
+    pattern, config = str(tmp_path / "shards" / "*.tar"), dataclasses.replace(FAST, clips=0)
+    checkpoint = run_of(here, tmp_path / "run", data=pattern, validation=str(here / "held"))
+    found = evaluate(checkpoint, pattern, tmp_path / "a", config).record
+    assert [row["trained_on"] for row in found["clips"]] == [True] * 3
+    checkpoint = run_of(here, tmp_path / "moved", data="data/elsewhere")
+    found = evaluate(checkpoint, here / "held", tmp_path / "b", config).record
+    assert "whether clips were trained on is not known: of its data, data/elsewhere is not here" in found["notes"]
+
+
 # ---- other kinds of models and data
 
 
@@ -524,6 +663,105 @@ def test_models_of_any_quantisation_stand_in_one_table(
     again = tmp_path / "again"
     assert main(["compare", str(out / "1"), str(out / "4"), "--models", "--out", str(again)]) == 0
     assert json.loads((again / "models.json").read_text(encoding="utf-8"))["strip"] is None
+
+
+def test_a_table_is_of_the_same_clips(here: Path, made: Evaluation):
+    from wavear.evaluation.models import check_same_clips
+
+    def changed(change: Any) -> Evaluation:
+        record = json.loads(json.dumps(made.record))
+        change(record)
+        return Evaluation(record, made.folder)
+
+    def renamed(record: dict[str, Any]) -> None:
+        for row in record["clips"]:
+            row["name"] = f"other/{row['name']}"
+
+    def coarse(record: dict[str, Any]) -> None:
+        record["checkpoint"]["grid"] = "64 mu-law codes"
+        record["clips"][0]["digest"] = "0"  # of other codes
+
+    def trimmed(record: dict[str, Any]) -> None:
+        record["data"]["treated"] = ["ends 40 dB down cut"]
+        record["clips"][0]["samples"] -= 100
+
+    assert check_same_clips([], []) == check_same_clips(["a", "b"], [made, made]) == []
+    assert check_same_clips(["a", "b"], [made, changed(coarse)]) == []
+    for words, change in {
+        r"evaluated on other clips \(0\.wav, other/0\.wav": renamed,
+        r"1\.wav is not the same audio in the evaluations of a and b": lambda r: r["clips"][1].update(samples=7),
+        r"2\.wav is not the same audio": lambda r: r["clips"][2].update(digest="0"),
+    }.items():
+        with pytest.raises(ValueError, match=words):
+            check_same_clips(["a", "b"], [made, changed(change)])
+    notes = check_same_clips(["a", "b"], [made, changed(lambda r: r["clips"].pop(0))])
+    assert notes == ["b: its numbers are without 0.wav, which others have"]
+    (note,) = check_same_clips(["a", "b"], [made, changed(trimmed)])
+    assert note.startswith("b (ends 40 dB down cut) and a (untreated) were not evaluated on the same audio")
+
+
+def test_bits_of_pre_emphasised_codes_have_a_column_of_their_own(made: Evaluation):
+    from wavear.evaluation.models import row
+
+    record = json.loads(json.dumps(made.record))
+    record["checkpoint"]["config"]["pre_emphasis"] = 0.85
+    grids = [row("x", evaluation, None)["grid"] for evaluation in (made, Evaluation(record, made.folder))]
+    assert grids == ["256 mu-law codes", "256 mu-law codes, pre-emphasis 0.85"]
+
+
+def test_a_table_of_other_clips_is_refused_before_the_work(here: Path, made: Evaluation, tmp_path: Path, monkeypatch):
+    from wavear.evaluate import compare_models
+
+    monkeypatch.setattr("wavear.evaluation.run.measure_everything", lambda *_, **__: pytest.fail("it began to work"))
+    (tmp_path / "more").mkdir()
+    audio.write(tmp_path / "more" / "9.wav", clip(9), RATE)
+    sources = [made.folder, here / "runs" / "coarse" / "best", here / "runs" / "free" / "best"]
+    with pytest.raises(ValueError, match=r"was evaluated on other clips than .*more holds"):
+        compare_models(sources, tmp_path / "out", tmp_path / "more")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_table_without_a_strip_where_none_can_be_made(here: Path, tmp_path: Path, monkeypatch):
+    """Frames that end together after more than the strip's two seconds; clips below a quarter of a second."""
+    from wavear.evaluate import compare_models
+    from wavear.evaluation.models import Beginning, find_beginning
+
+    assert "mel frames of 256, 275 samples end together after 8.8 s" in str(
+        find_beginning(here / "held", RATE, [275, 256])
+    )
+    found = find_beginning(here / "held", RATE, [64, 40])
+    assert isinstance(found, Beginning)
+    assert found.waveform.numel() % 320 == 0
+    assert found.prime == RATE // 2 or found.prime == found.waveform.numel() // 2
+    monkeypatch.setattr("wavear.evaluation.models._SPEED_SECONDS", 0.05)
+    (tmp_path / "short").mkdir()
+    for n in range(2):
+        audio.write(tmp_path / "short" / f"{n}.wav", clip(n)[RATE // 5 : RATE // 5 + 1500], RATE)
+    sources = [here / "runs" / name / "best" for name in ("mel", "coarse")]
+    config = dataclasses.replace(FAST, clips=0)
+    table = compare_models(sources, tmp_path / "out", tmp_path / "short", config)
+    assert table.record["strip"] is None
+    assert any(note.startswith("nothing was made after the same beginning: ") for note in table.record["notes"])
+    assert "nothing was made after the same beginning" in (tmp_path / "out" / "models.html").read_text("utf-8")
+
+
+def test_a_comparison_is_no_evaluation(here: Path, made: Evaluation, tmp_path: Path, capsys: pytest.CaptureFixture):
+    compare(here / "out", here / "out", tmp_path / "side")
+    said = refused(capsys, "compare", tmp_path / "side" / "compare.json", here / "out", "--out", tmp_path / "c")
+    assert "compare.json is no evaluation of one model" in said
+
+
+def test_clips_that_were_passed_over_show_in_the_status(here: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
+    shutil.copytree(here / "held", tmp_path / "held")
+    (tmp_path / "held" / "words.wav").write_text("no audio")
+    flags = ("--clips", "0", "--threads", "1", "--resamples", "200")
+    a, b = here / "runs" / "mel" / "best", here / "runs" / "other" / "best"
+    words = [str(w) for w in ("evaluate", a, tmp_path / "held", "--out", tmp_path / "a", *flags)]
+    assert main(words) == 1
+    assert "words.wav: " in capsys.readouterr().err
+    words = [str(w) for w in ("compare", a, b, "--data", tmp_path / "held", "--out", tmp_path / "c", *flags)]
+    assert main(words) == 1
+    assert (tmp_path / "c" / "compare.html").is_file()
 
 
 @pytest.mark.parametrize(

@@ -9,16 +9,28 @@ from typing import Any
 
 import numpy as np
 import pytest
+import soundfile
 import torch
 
-from wavear import MelConfig, WaveNet, WaveNetConfig, audio, mulaw_encode, score
+from wavear import (
+    GRU,
+    GRUConfig,
+    MelConfig,
+    Transformer,
+    TransformerConfig,
+    WaveNet,
+    WaveNetConfig,
+    audio,
+    mulaw_encode,
+    score,
+)
 from wavear.data import open_corpus
 from wavear.evaluation import linear
 from wavear.evaluation.bits import LEVELS, Baselines, score_recording, scored_blocks
 from wavear.evaluation.linear import bits_of, fit_predictor
 from wavear.evaluation.statistics import bootstrap
 from wavear.grid import Grid
-from wavear.segments import Layout
+from wavear.segments import Layout, read_span
 from wavear.training import bits as training_bits
 from wavear.training.bits import held_out_bits
 
@@ -84,6 +96,35 @@ def test_blocks_are_scored_as_in_the_whole(recordings, settings, speaker, second
         assert np.array_equal(waveform, audio.read(recording.path).numpy())
 
 
+CARRYING: dict[str, Any] = {
+    "gru": GRU(GRUConfig(channels=16, input_channels=8, sample_rate=RATE, mel=MEL)),
+    "gru, speakers": GRU(GRUConfig(channels=16, input_channels=8, sample_rate=RATE, speakers=3)),
+    "transformer": Transformer(
+        TransformerConfig(layers=2, channels=8, heads=2, window=4, patch=7, sample_rate=RATE, mel=MEL)
+    ),
+}
+
+
+@pytest.mark.parametrize("model", CARRYING.values(), ids=CARRYING.keys())
+def test_blocks_of_models_that_carry_a_state_are_those_of_the_whole(recordings, model, monkeypatch):
+    """And no more than a block, and what its mel sees, is read at once."""
+    model, speaker = model.eval(), 2 if model.config.speakers else None
+    for recording in recordings:
+        whole = -score(model, audio.read(recording.path), speaker=speaker)[0].numpy()
+        read: list[int] = []
+
+        def reads(recording, rate, first, last, read=read):
+            read.append(last - first)
+            return read_span(recording, rate, first, last)
+
+        monkeypatch.setattr("wavear.evaluation.bits.read_span", reads)
+        blocks = list(scored_blocks(model, recording, speaker, seconds=0.1))
+        assert np.abs(np.concatenate([nats for _, nats in blocks]) - whole).max() < 1e-5
+        assert max(read) < 0.2 * RATE
+        waveform = np.concatenate([waveform for waveform, _ in blocks])
+        assert np.array_equal(waveform, audio.read(recording.path).numpy())
+
+
 def test_bits_are_those_of_training(tmp_path: Path):
     """Of whole frames; training leaves out what follows them."""
     audio.write(tmp_path / "a.wav", sounds(0.5), RATE)
@@ -134,6 +175,25 @@ def test_baselines_are_those_of_training_and_cover_every_sample(recordings, monk
     assert whole["uniform"] == 8 * recordings[1].frames
     assert recordings[1].frames % MEL.hop_length
     assert whole["uniform"] > whole["unigram"] > whole["linear"]
+
+
+def test_what_cannot_be_read_is_passed_over_by_the_baselines(tmp_path: Path):
+    """A sample that is no number, and a file that is shorter than its header says."""
+    for n in range(4):
+        x = sounds(0.3, n)
+        x[1000] = math.nan if n == 1 else x[1000]
+        soundfile.write(tmp_path / f"{n}.wav", x, RATE, "FLOAT")
+    data = (tmp_path / "2.wav").read_bytes()
+    recordings = open_corpus(tmp_path, sample_rate=RATE, validation=tmp_path).validation
+    (tmp_path / "2.wav").write_bytes(data[: len(data) // 2])
+    layout, grid = Layout.of(tiny(), 1), Grid("mulaw", 256)
+    found = Baselines.fit(recordings, layout, grid)
+    good = Baselines.fit([recordings[0], recordings[3]], layout, grid)
+    assert list(found.failed) == ["1.wav", "2.wav"]
+    assert "truncated" in found.failed["2.wav"]
+    assert found.bits(recordings[0], layout, grid) == good.bits(recordings[0], layout, grid)
+    with pytest.raises(ValueError, match=r"none of the recordings for the baselines can be read; the first: 1\.wav"):
+        Baselines.fit(recordings[1:3], layout, grid)
 
 
 @pytest.mark.parametrize("law", ["laplace", "gaussian"])

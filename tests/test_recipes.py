@@ -150,6 +150,13 @@ def test_families_recipe_trains_what_is_missing_and_writes_a_table(
     assert "wavenet-16-bit" in capsys.readouterr().err
 
 
+def test_families_recipe_refuses_shards_before_it_trains(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    recipe = module(RECIPES / "families" / "train.py")
+    monkeypatch.setattr(recipe, "train_one", lambda *_: pytest.fail("it trains"))
+    with pytest.raises(ValueError, match=r"s/\{000\.\.012\}\.tar: what is held out lies in tar shards"):
+        recipe.run(recipe.Families(data="s/{000..012}.tar", out=str(tmp_path)))
+
+
 def test_music_recipe_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
     """Stereo at another rate, and a model without mels."""
     noise = np.random.default_rng(0).normal(0, 0.1, (2, 4000)).astype(np.float32)

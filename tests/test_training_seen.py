@@ -76,16 +76,29 @@ def rows_of(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+def _carrying(family: str, mel: wavear.MelConfig | None) -> Any:
+    if family == "gru":
+        return wavear.GRU(wavear.GRUConfig(channels=16, input_channels=8, sample_rate=RATE, mel=mel))
+    return wavear.Transformer(
+        wavear.TransformerConfig(layers=2, channels=8, heads=2, window=4, patch=4, sample_rate=RATE, mel=mel)
+    )
+
+
 @pytest.mark.parametrize("world", [1, 3])
+@pytest.mark.parametrize("family", ["wavenet", "gru", "transformer"])
 @pytest.mark.parametrize("unconditional", [False, True], ids=["mel", "free"])
-def test_bits_by_level_are_those_of_evaluate(tones: Path, tmp_path: Path, monkeypatch, world: int, unconditional: bool):
+def test_bits_by_level_are_those_of_evaluate(
+    tones: Path, tmp_path: Path, monkeypatch, world: int, family: str, unconditional: bool
+):
     from wavear.evaluation.bits import score_recording
     from wavear.training import bits
     from wavear.training.groups import ByLevel
 
     monkeypatch.setattr(bits, "_EVALUATION_SEGMENT", 500)  # crops end within the 20 ms
     torch.manual_seed(0)
-    model = wavear.WaveNet(config_of(tones, tmp_path, unconditional=unconditional).model_config()).double()
+    config = config_of(tones, tmp_path, unconditional=unconditional)
+    wavenet = family == "wavenet"
+    model = (wavear.WaveNet(config.model_config()) if wavenet else _carrying(family, config.mel)).double()
     recordings = open_corpus(tones, sample_rate=RATE).train
     hop = 1 if unconditional else 64
     recordings = [Recording(r.path, r.name, 0, r.frames // hop * hop, RATE) for r in recordings]
@@ -301,3 +314,42 @@ def test_a_run_hides_frames_in_training_alone(tones: Path, tmp_path: Path):
 def test_nonsense_is_refused(tones: Path, tmp_path: Path, settings: dict[str, Any], message: str):
     with pytest.raises(ValueError, match=message):
         config_of(tones, tmp_path, **settings)
+
+
+def test_held_out_recordings_are_those_of_the_run_with_their_speakers(tones: Path, tmp_path: Path):
+    """A file too short for a mel frame is none of them; tar shards are refused."""
+    from wavear.shards import write_shards
+    from wavear.train import write_held_out
+
+    data = tmp_path / "data"
+    shutil.copytree(tones, data)
+    for number in range(40):  # short ones, by whose names some would be held out
+        audio.write(data / "a" / f"short-{number}.wav", np.full(20, 0.1), RATE)
+    train(config_of(data, tmp_path / "run", max_steps=1, speakers=True, validation_fraction=0.3))
+    record = json.loads((tmp_path / "run" / "train.json").read_text(encoding="utf-8"))
+    found = write_held_out(tmp_path / "run", tmp_path / "held.jsonl")
+    rows = [json.loads(line) for line in found.read_text(encoding="utf-8").splitlines()]
+    assert len(rows) == record["data"]["validation"]["recordings"]
+    assert all(Path(row["path"]).parent == data / row["speaker"] for row in rows)
+    write_shards(tones, tmp_path / "shards")
+    record["config"]["data"] = str(tmp_path / "shards" / "*.tar")
+    (tmp_path / "run" / "train.json").write_text(json.dumps(record))
+    with pytest.raises(ValueError, match="held out lies in tar shards"):
+        write_held_out(tmp_path / "run", tmp_path / "held.jsonl")
+
+
+def test_a_run_writes_down_the_gains_of_its_speakers(tones: Path, tmp_path: Path):
+    """Which its evaluation takes."""
+    from wavear.evaluation.clips import open_clips, preparation, training_record
+
+    settings: dict[str, Any] = {"max_steps": 1, "normalise": "peak", "normalise_by": "speaker"}
+    train(config_of(tones, tmp_path / "run", **settings))
+    prepared = preparation(training_record(tmp_path / "run" / "last"))
+    peaks = {n: [0.9 / float(audio.read(path).abs().max()) for path in (tones / n).glob("*.wav")] for n in "ab"}
+    assert prepared.gains == pytest.approx({name: min(gains) for name, gains in peaks.items()})
+    alone = tmp_path / "alone" / "a" / "0.wav"
+    alone.parent.mkdir(parents=True)
+    shutil.copy(tones / "a" / "4.wav", alone)
+    found = open_clips(tmp_path / "alone", RATE, 1, prepared, False)
+    assert found.good[0].gain == prepared.gains["a"]
+    assert found.notes[-1].endswith("the speakers' gains are those of the training")

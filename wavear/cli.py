@@ -203,7 +203,9 @@ def _show_warning(message: Any, category: Any, filename: str, *rest: Any) -> Non
 
 
 def _say(line: str) -> None:
-    print(line, flush=True)
+    """Files may have names that stdout cannot take: these are escaped, as stderr does of itself."""
+    encoding = sys.stdout.encoding or "utf-8"
+    print(line.encode(encoding, "backslashreplace").decode(encoding), flush=True)
 
 
 def _overview() -> str:
@@ -609,7 +611,7 @@ def _evaluate() -> Callable[..., int]:
         result = evaluate(checkpoint, data, out, config, progress=sys.stderr.isatty(), say=_say, complain=_complain)
         for line in result.summary():
             _say(line)
-        return 0
+        return 1 if result.record["failed"] else 0
 
     return evaluate
 
@@ -731,14 +733,20 @@ def _compare() -> Callable[..., int]:
 
         if len(sources) < 2:
             raise ValueError("compare needs two models or more")
-        told: dict[str, Any] = {"progress": sys.stderr.isatty(), "say": _say, "complain": _complain}
+        complaints: list[str] = []
+
+        def complain(line: str) -> None:
+            complaints.append(line)
+            _complain(line)
+
+        told: dict[str, Any] = {"progress": sys.stderr.isatty(), "say": _say, "complain": complain}
         if len(sources) == 2 and not models and same_codes(*sources):
             found = compare(sources[0], sources[1], out, data, config, **told)
         else:
             found = compare_models(sources, out, data, config, **told)
         for line in found.summary():
             _say(line)
-        return 0
+        return 1 if complaints else 0
 
     return compare
 

@@ -143,6 +143,8 @@ class Evaluation:
             raise ValueError(f"{path} is no finished evaluation: run wavear evaluate again with --overwrite")
         if record.get("format") != FORMAT:
             raise ValueError(f"{path} has format {record.get('format')!r}, this version of wavear reads {FORMAT}")
+        if "checkpoint" not in record:
+            raise ValueError(f"{path} is no evaluation of one model: pass the evaluation.json of each, or its folder")
         return cls(record, path.parent)
 
 
@@ -191,7 +193,7 @@ def evaluate(
     """
     from wavear.evaluation import report
     from wavear.evaluation.pictures import curves
-    from wavear.evaluation.run import measure_everything
+    from wavear.evaluation.run import cores, measure_everything
 
     out = Path(out)
     _check_folder(out, config.overwrite)
@@ -200,13 +202,10 @@ def evaluate(
             raise ValueError(f"{source} lies in {out / SOUNDS}, which the evaluation replaces: choose another folder")
     command = shlex.join(["wavear", "evaluate", str(checkpoint), str(data), "--out", str(out), *config.flags()])
     record = {"format": FORMAT, "command": command}
-    record |= measure_everything(
-        checkpoint, data, out, config, begin=lambda: _make_folder(out), progress=progress, say=say, complain=complain
-    )
-    text = json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-    page = report.page(record, out, curves(checkpoint))
-    replace_file(out / PAGE, lambda path: path.write_text(page, encoding="utf-8"))
-    replace_file(out / RECORD, lambda path: path.write_text(text, encoding="utf-8"))
+    told: dict[str, Any] = {"progress": progress, "say": say, "complain": complain}
+    with cores(config.threads):
+        record |= measure_everything(checkpoint, data, out, config, begin=lambda: _make_folder(out), **told)
+    _write(out, RECORD, record, PAGE, report.page(record, out, curves(checkpoint)))
     return Evaluation(record, out)
 
 
@@ -277,10 +276,7 @@ def compare(
     asked = [] if data is None else ["--data", str(data)]
     words = ["wavear", "compare", str(a), str(b), "--out", str(out), *asked, *config.flags()]
     record = {"format": FORMAT, "command": shlex.join(words)} | record
-    text = json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-    page = pairs.page(record, found["a"], found["b"])
-    replace_file(out / pairs.PAGE, lambda path: path.write_text(page, encoding="utf-8"))
-    replace_file(out / pairs.RECORD, lambda path: path.write_text(text, encoding="utf-8"))
+    _write(out, pairs.RECORD, record, pairs.PAGE, pairs.page(record, found["a"], found["b"]))
     return Comparison(record, out)
 
 
@@ -317,11 +313,12 @@ def compare_models(
     FileNotFoundError, FileExistsError
         As `evaluate`.
     ValueError
-        If the models are not of one sample rate, or `data` is missing.
+        If the models are not of one sample rate, or were evaluated on other clips, or `data` is missing.
     """
     from wavear.checkpoint import read_config
     from wavear.evaluation import models as table
     from wavear.evaluation.clips import Preparation, open_clips
+    from wavear.evaluation.run import cores
 
     out = Path(out)
     _check_folder(out, config.overwrite, table.RECORD)
@@ -334,6 +331,16 @@ def compare_models(
     ]
     if len(rates := sorted({c["sample_rate"] for c in configs})) > 1:
         raise ValueError(f"the models are of {' and '.join(map(str, rates))} Hz: their bits cannot be compared")
+    # What would fail, or be in vain, does so before hours of work.
+    given = [(str(source), e) for source, e in zip(sources, found, strict=True) if e is not None]
+    table.check_same_clips([name for name, _ in given], [e for _, e in given])
+    if data is not None and None in found:
+        names = {clip.name for clip in open_clips(data, rates[0], 1, Preparation(), False).good}
+        for source, e in given:
+            if not any(clip["name"] in names for clip in e.record["clips"]):
+                raise ValueError(f"{source} was evaluated on other clips than {data} holds: evaluate all on the same")
+    hops = [c["mel"]["hop_length"] for c in configs if c.get("mel")]
+    beginning = None if data is None else table.find_beginning(data, rates[0], hops)
     out.mkdir(parents=True, exist_ok=True)
     replace_file(out / table.RECORD, lambda path: path.write_text("{}\n", encoding="utf-8"))
     for n, (source, evaluation) in enumerate(zip(sources, found, strict=True)):
@@ -343,16 +350,12 @@ def compare_models(
             place = dataclasses.replace(config, overwrite=True)
             found[n] = evaluate(source, data, out / str(n + 1), place, progress=progress, say=say, complain=complain)
     evaluations = [evaluation for evaluation in found if evaluation is not None]
-    clips = [] if data is None else open_clips(data, rates[0], rates[0] // 4, Preparation(), False).good
-    beginning = max(clips, key=lambda clip: min(clip.frames, 2 * rates[0]), default=None)
-    record = table.side_by_side(evaluations, sources, beginning, out, config.seed, say)
+    with cores(config.threads):
+        record = table.side_by_side(evaluations, sources, beginning, out, config, say)
     asked = [] if data is None else ["--data", str(data)]
     words = ["wavear", "compare", *map(str, sources), "--out", str(out), *asked, *config.flags()]
     record = {"format": FORMAT, "command": shlex.join(words)} | record
-    text = json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-    page = table.page(record, out)
-    replace_file(out / table.PAGE, lambda path: path.write_text(page, encoding="utf-8"))
-    replace_file(out / table.RECORD, lambda path: path.write_text(text, encoding="utf-8"))
+    _write(out, table.RECORD, record, table.PAGE, table.page(record, out))
     return ModelTable(record, out)
 
 
@@ -418,6 +421,13 @@ def _check_folder(out: Path, overwrite: bool, record: str = RECORD) -> None:
         if not (out / record).is_file():
             raise FileExistsError(f"{out} holds nothing of ours (no {record}), nothing in it is overwritten")
     check_writable(out)
+
+
+def _write(out: Path, name: str, record: dict[str, Any], page_name: str, page: str) -> None:
+    """The page, then the record. Files' names that are no Unicode are escaped, in JSON so that they come back."""
+    text = json.dumps(record, indent=1, allow_nan=False) + "\n"
+    replace_file(out / page_name, lambda path: path.write_text(page, encoding="utf-8", errors="backslashreplace"))
+    replace_file(out / name, lambda path: path.write_text(text, encoding="utf-8"))
 
 
 def _make_folder(out: Path) -> None:

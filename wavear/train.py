@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 
 from wavear.checkpoint import LATER
@@ -22,7 +23,8 @@ from wavear.data import Corpus, Normalise, Recording, open_corpus
 from wavear.files import replace_file
 from wavear.mel import MelConfig
 from wavear.models.families import FAMILIES
-from wavear.recordings import fingerprint, frames_of
+from wavear.recordings import Recordings, fingerprint, frames_of
+from wavear.shards import is_shards
 
 
 @dataclass(frozen=True)
@@ -386,6 +388,7 @@ def train(config: TrainConfig) -> TrainResult:
             "fingerprint": fingerprint(corpus.train),
             "bad": dict(corpus.bad),
             "speakers": speakers,
+            "gains": _gains(corpus.validation) | _gains(corpus.train) if config.normalise_by == "speaker" else {},
         },
     }
     with _quiet(), torch.random.fork_rng(devices=[]):
@@ -484,6 +487,15 @@ def _describe(corpus: Corpus, speakers: list[str], rate: int, say: Any) -> None:
         say(f"{purpose} {extent['recordings']} recordings, {extent['seconds'] / 60:.1f} minutes{told}")
 
 
+def _gains(recordings: Recordings) -> dict[str, float]:
+    """Of each speaker, which has one; empty where levels are as they were."""
+    if recordings.gain is None:
+        return {}
+    numbers, rows = np.unique(recordings.speaker, return_index=True)
+    names = recordings.listing.speakers
+    return {names[n]: float(recordings.gain[row]) for n, row in zip(numbers, rows, strict=True) if n >= 0}
+
+
 def _extent(recordings: Sequence[Recording], rate: int) -> dict[str, Any]:
     return {"recordings": len(recordings), "seconds": round(int(frames_of(recordings).sum()) / rate, 2)}
 
@@ -491,7 +503,8 @@ def _extent(recordings: Sequence[Recording], rate: int) -> dict[str, Any]:
 def write_held_out(run: str | os.PathLike[str], manifest: str | os.PathLike[str]) -> Path:
     """Write a manifest of the recordings that a run holds out, to evaluate models on; over one that is there.
 
-    The choice goes by the names of the files: runs on the same data hold out the same.
+    Speakers are named in it where the run tells them apart, or a manifest named them. The choice goes by the names of
+    the files: runs on the same data hold out the same.
 
     Parameters
     ----------
@@ -504,25 +517,48 @@ def write_held_out(run: str | os.PathLike[str], manifest: str | os.PathLike[str]
     ------
     FileNotFoundError
         If there is no such run, or its data are gone.
+    ValueError
+        If what it holds out lies in tar shards, whose members a manifest cannot name.
     """
     record = Path(run) / "train.json"
     if not record.is_file():
         raise FileNotFoundError(f"{run} holds no run (no train.json)")
-    config = json.loads(record.read_text(encoding="utf-8"))["config"]
+    trained = json.loads(record.read_text(encoding="utf-8"))
+    config, mel = trained["config"], trained["model"].get("mel")
+    check_held_out(config["data"], config["validation"])
     rate = config["sample_rate"]
     corpus = open_corpus(
         config["data"],
         sample_rate=rate,
         validation=config["validation"],
         validation_fraction=config["validation_fraction"],
+        speakers=config.get("speakers", False),
+        least_samples=mel["hop_length"] if mel else 2,
     )
-    spans = [
+    rows = [
         {"path": str(Path(str(r.path)).resolve()), "start": r.start / rate, "duration": r.frames / rate}
+        | ({} if r.speaker is None else {"speaker": r.speaker})
         for r in corpus.validation
     ]
-    text = "".join(json.dumps(span) + "\n" for span in spans)
+    text = "".join(json.dumps(row) + "\n" for row in rows)
     replace_file(Path(manifest), lambda path: path.write_text(text, encoding="utf-8"))
     return Path(manifest)
+
+
+def check_held_out(data: str, validation: str | None) -> None:
+    """Refuse data that `write_held_out` could make no manifest of: before hours of training, say.
+
+    Raises
+    ------
+    ValueError
+        If what is held out lies in tar shards.
+    """
+    held = data if validation is None else validation
+    if is_shards(held):
+        raise ValueError(
+            f"{held}: what is held out lies in tar shards, whose members a manifest cannot name: keep it as files, in"
+            " a second folder or manifest (validation)"
+        )
 
 
 def _silence(*_: Any) -> None:

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from wavear import EvaluateConfig, TrainConfig, compare_models, train, write_held_out
 from wavear.cli import recipe
+from wavear.train import check_held_out
 
 # Shapes of about 0.7 million multiply-adds per sample: what one CPU core plays live.
 WAVENET = {
@@ -72,6 +73,8 @@ VALUES = Families()
 def run(config: Families) -> int:
     """Train what is not there yet, and write the table."""
     say = print if config.progress else lambda line: None
+    if config.validation is None:
+        check_held_out(config.data, None)
     best = [train_one(name, config, say) for name in config.models]
     settings = EvaluateConfig(
         clips=config.clips, seconds=config.seconds, seed=config.seed, shown=4, overwrite=True, device="cpu"

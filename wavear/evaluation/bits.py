@@ -11,11 +11,12 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from wavear.data import Recording
-from wavear.emphasis import coefficient
+from wavear.data import Recording, reason
+from wavear.emphasis import coefficient, emphasised
 from wavear.evaluation.linear import bits_of, fit_predictor
 from wavear.evaluation.metrics import frame_levels
-from wavear.generate import score
+from wavear.generate import score, score_parallel
+from wavear.generate.conditioner import Conditioner
 from wavear.grid import Grid
 from wavear.mel import log_mel
 from wavear.models.base import AutoregressiveModel
@@ -52,13 +53,30 @@ class Baselines:
 
     counts: Counts
     linear: Linear
+    failed: dict[str, str] = field(default_factory=dict)
+    """Recordings that cannot be read, and why: they are passed over."""
 
     @classmethod
     def fit(cls, recordings: Sequence[Recording], layout: Layout, grid: Grid) -> Baselines:
-        """To the codes of recordings."""
+        """To the codes of recordings.
+
+        Raises
+        ------
+        ValueError
+            If not one of them can be read.
+        """
         layout = every_sample(layout)
-        rows = [codes_of(recording, layout, grid) for recording in recordings]
-        return cls(Counts.of(recordings, layout, grid), fit_predictor(rows, grid))
+        good, rows, failed = [], [], {}
+        for recording in recordings:
+            try:
+                rows.append(codes_of(recording, layout, grid))
+                good.append(recording)
+            except (ValueError, OSError) as error:
+                failed[recording.name] = reason(error, recording)
+        if failed and not good:
+            name, why = next(iter(failed.items()))
+            raise ValueError(f"none of the recordings for the baselines can be read; the first: {name}: {why}")
+        return cls(Counts.of(good, layout, grid), fit_predictor(rows, grid), failed)
 
     def bits(self, recording: Recording, layout: Layout, grid: Grid) -> dict[str, float]:
         """Sums over a recording."""
@@ -120,32 +138,34 @@ def scored_blocks(
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """A recording block by block: waveform (n,) and -log P of its samples (n,), in nats, as `wavear.score` has them.
 
-    A block is scored with all of the past that the model sees in front of it, and with the mel of the whole: the frames
-    its conditioning looks at, from all samples that their windows see.
+    A block is scored with all of the past that the model sees in front of it, or from the state that it carries, and
+    with the mel of the whole: the frames its conditioning looks at, from all samples that their windows see.
     """
     rate, mel_config, total = model.config.sample_rate, model.config.mel, recording.frames
     hop = 1 if mel_config is None else mel_config.hop_length
     length = math.ceil(seconds * rate / hop) * hop
-    if model.carries or model.receptive_field is None or total <= length:
+    if total <= length or (model.receptive_field is None and not model.carries):
         waveform = read_span(recording, rate, 0, total)
         yield waveform, -score(model, waveform, speaker=speaker)[0].numpy()
         return
+    state, past = (model.init_state(1), 1) if model.carries else (None, model.receptive_field or 0)
     ahead = 0 if mel_config is None else model.lookahead * hop
     margin = 0 if mel_config is None else mel_config.context_samples
     # One more: pre-emphasis takes the sample before the first to be 0.
-    context = math.ceil((model.receptive_field + 1) / hop) * hop + ahead
+    context = math.ceil((past + 1) / hop) * hop + ahead
     padded = math.ceil(total / hop) * hop  # `score` fills up the last frame with zeros
     for start in range(0, total, length):
         stop = min(start + length, total)
         first, last = max(start - context, 0), min(math.ceil(stop / hop) * hop + ahead, padded)
         a, b = max(first - margin, 0), min(last + margin, padded)
-        waveform = np.pad(read_span(recording, rate, a, min(b, total)), (0, max(b - total, 0)))
-        mel = None
+        waveform = torch.from_numpy(np.pad(read_span(recording, rate, a, min(b, total)), (0, max(b - total, 0))))
+        mels = None
         if mel_config is not None:
-            frames = log_mel(torch.from_numpy(waveform)[None], mel_config)
-            mel = frames[..., (first - a) // hop : (last - a) // hop]
-        scores = score(model, waveform[first - a : stop - a], mel, speaker=speaker)[0].numpy()
-        yield waveform[start - a : stop - a], -scores[start - first :]
+            mels = [log_mel(waveform[None], mel_config)[0, :, (first - a) // hop : (last - a) // hop]]
+        conditioner = Conditioner(model, mels, None if speaker is None else [speaker])
+        codes = model.grid.encode(emphasised(waveform[first - a : stop - a], coefficient(model.config)))[None]
+        scores = score_parallel(model, codes, conditioner, first=start - first, state=state)
+        yield waveform[start - a : stop - a].numpy(), -scores[0].numpy()
 
 
 def _add_by_level(scores: Scores, waveform: np.ndarray, bits: np.ndarray, rate: int) -> None:

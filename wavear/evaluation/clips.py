@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import random
 from collections.abc import Sequence
@@ -12,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from wavear.data import Recording, _level_by_speaker, _measured, _open, find, open_corpus, reason
+from wavear.shards import is_remote, is_shards
 from wavear.training.bits import subset
 
 _THREADS = 8  # reading headers waits for the disk
+_REPORTS = {"audio": "evaluation.json", "strip": "models.json"}  # folders of sound, and what lies beside them
 
 
 @dataclass
@@ -34,23 +37,38 @@ class Preparation:
     normalise: Any = "none"
     normalise_by: Any = "file"
     trim_silence: float | None = None
+    gains: dict[str, float] = field(default_factory=dict)
+    """Of the speakers in training, with `normalise_by` "speaker"; empty where the run did not write them down."""
+
+    @property
+    def by_speaker(self) -> bool:
+        """Whether every speaker has one gain."""
+        return self.normalise != "none" and self.normalise_by == "speaker"
+
+    @property
+    def words(self) -> list[str]:
+        """What it does, for a report."""
+        by = " for each speaker" if self.by_speaker else ""
+        found = [] if self.normalise == "none" else [f"level by {self.normalise}{by}"]
+        return found + ([] if self.trim_silence is None else [f"ends {self.trim_silence:g} dB down cut"])
 
     @property
     def does_something(self) -> bool:
         """Whether samples differ from the file's."""
-        return self.normalise != "none" or self.trim_silence is not None
+        return bool(self.words)
 
 
 def training_record(checkpoint: str | Path) -> dict[str, Any]:
-    """The `config` of the train.json of the run that a checkpoint is of; empty without one that can be read."""
+    """The `config` of the train.json of the run that a checkpoint is of, and the `gains` of its speakers where it has
+    some; empty without one that can be read."""
     path = of_run(checkpoint, "train.json")
     if path is None:
         return {}
     try:
-        config = json.loads(path.read_text(encoding="utf-8")).get("config", {})
-    except (ValueError, OSError, AttributeError):
+        record = json.loads(path.read_text(encoding="utf-8"))
+        return record.get("config", {}) | {"gains": record.get("data", {}).get("gains", {})}
+    except (ValueError, OSError, AttributeError, TypeError):
         return {}
-    return config if isinstance(config, dict) else {}
 
 
 def of_run(checkpoint: str | Path, name: str) -> Path | None:
@@ -63,19 +81,21 @@ def of_run(checkpoint: str | Path, name: str) -> Path | None:
 
 def preparation(trained: dict[str, Any]) -> Preparation:
     """As `training_record` says."""
-    return Preparation(**{f.name: trained.get(f.name, f.default) for f in dataclasses.fields(Preparation)})
+    return Preparation(**{f.name: trained[f.name] for f in dataclasses.fields(Preparation) if f.name in trained})
 
 
 def open_clips(data: str | Path, rate: int, least: int, prepared: Preparation, speakers: bool) -> Clips:
     """The recordings of a folder or a manifest, of the latter what is not for training where a column `split` says so.
+
+    What earlier reports below the folder hold is no recording.
 
     Raises
     ------
     FileNotFoundError, ValueError
         As `wavear.data.find`; and if not one can be used.
     """
-    found = find(data, speakers)
     clips = Clips([])
+    found = _found(data, speakers, prepared, clips.notes)
     if held := [r for r in found if r.split in ("validation", "test")]:
         if len(held) < len(found):
             clips.notes.append(f"{len(held)} of {len(found)} recordings: those not for training by their split")
@@ -99,17 +119,55 @@ def open_clips(data: str | Path, rate: int, least: int, prepared: Preparation, s
     if not clips.good:
         name, why = next(iter(clips.failed.items()))
         raise ValueError(f"{data}: none of the clips can be used; the first: {name}: {why}")
-    if prepared.normalise != "none" and prepared.normalise_by == "speaker":
-        clips.good = _level_by_speaker(clips.good)
+    by = ""
+    if prepared.by_speaker:
+        clips.good, by = _speaker_levels(clips.good, prepared.gains)
     if rates := sorted({r.sample_rate for r in clips.good} - {rate}):
         count = sum(r.sample_rate != rate for r in clips.good)
         listed = ", ".join(map(str, rates))
         clips.notes.append(f"{count} of {len(clips.good)} clips are resampled to {rate} Hz (from {listed} Hz)")
     if prepared.does_something:
-        treated = [f"level by {prepared.normalise}"] * (prepared.normalise != "none")
-        treated += [f"ends {prepared.trim_silence:g} dB down cut"] * (prepared.trim_silence is not None)
-        clips.notes.append(f"treated as in training: {', '.join(treated)}")
+        clips.notes.append(f"treated as in training: {', '.join(prepared.words)}{by}")
     return clips
+
+
+def _found(data: str | Path, speakers: bool, prepared: Preparation, notes: list[str]) -> list[Recording]:
+    """As `wavear.data.find`, with speakers where they have gains, and without the sound of earlier reports."""
+    try:
+        found = find(data, speakers or prepared.by_speaker)
+    except ValueError:
+        if speakers or not prepared.by_speaker:
+            raise
+        found = find(data)  # a folder without sub-folders names nobody
+    if not Path(data).is_dir():
+        return found
+    exists = functools.cache(lambda folder, name: (Path(data, folder) / name).is_file())
+
+    def of_report(name: str) -> bool:
+        folders = name.split("/")[:-1]
+        return any(part in _REPORTS and exists("/".join(folders[:n]), _REPORTS[part]) for n, part in enumerate(folders))
+
+    left = [recording for recording in found if not of_report(recording.name)]
+    if not left:
+        raise ValueError(f"{data} holds no recordings but those of earlier reports")
+    if len(left) < len(found):
+        notes.append(f"{len(found) - len(left)} files are passed over: they are of earlier reports")
+    return left
+
+
+def _speaker_levels(recordings: list[Recording], gains: dict[str, float]) -> tuple[list[Recording], str]:
+    """With one gain per speaker, that of the training where it is known, else by these; and what was done, in words."""
+    found = [
+        dataclasses.replace(r, gain=gains[r.speaker]) if r.speaker in gains else r
+        for r in _level_by_speaker(recordings)
+    ]
+    speakers = {r.speaker for r in recordings}
+    if speakers == {None}:
+        return found, "; but one gain for all, since no speakers are named"
+    if known := len(speakers & gains.keys()):
+        rest = "" if known == len(speakers) else f" for {known} of {len(speakers)} and of these clips for the others"
+        return found, f"; the speakers' gains are those of the training{rest}"
+    return found, "; the speakers' gains are of these clips, those of the training are not known"
 
 
 @dataclass
@@ -122,6 +180,8 @@ class Fitting:
     """Where they come from."""
     trained_on: set[str] = field(default_factory=set)
     """Names of clips that the model was trained on."""
+    note: str | None = None
+    """What is to be said where it is not known which these are."""
 
 
 def fitting_data(
@@ -141,8 +201,8 @@ def fitting_data(
         If `train_data` cannot be used, or is nothing but the clips.
     """
     corpus: Sequence[Recording] = []
-    source = trained.get("data")
-    if isinstance(source, str) and Path(source).exists():
+    source, unknown = trained.get("data"), None
+    if isinstance(source, str) and (Path(source).exists() or (is_shards(source) and not is_remote(source))):
         try:
             corpus = open_corpus(
                 source,
@@ -155,8 +215,10 @@ def fitting_data(
                 speakers=bool(trained.get("speakers")) or prepared.normalise_by == "speaker",
                 trim_silence=prepared.trim_silence,
             ).train
-        except (ValueError, OSError):  # it has changed since: then it says nothing
-            corpus = []
+        except (ValueError, OSError) as error:  # it has changed since: then it says nothing
+            unknown = str(error)
+    elif isinstance(source, str):
+        unknown = f"{source} is not here"
     corpus = list(corpus)  # what follows tells them apart by their `id`
     seen = _overlapping(clips, corpus)
     says = f"{source}, that the model was trained on"
@@ -172,12 +234,13 @@ def fitting_data(
     if not chosen:
         says = "the clips themselves, each half for the other"
     names = {clip.name for clip in clips if id(clip) in seen}
-    return Fitting(chosen, says, names)
+    note = None if unknown is None else f"whether clips were trained on is not known: of its data, {unknown}"
+    return Fitting(chosen, says, names, note)
 
 
 def open_clips_for_fitting(data: str, rate: int, least: int, prepared: Preparation) -> list[Recording]:
     """Recordings to fit to: of a manifest with a column `split`, those for training."""
-    found = find(data)
+    found = _found(data, False, prepared, [])
     names = {r.name for r in found if r.split in (None, "train")}
     if not names:
         raise ValueError(f"{data}: every recording is held out by its 'split', none is left to fit to")
@@ -194,7 +257,7 @@ def open_clips_for_fitting(data: str, rate: int, least: int, prepared: Preparati
             continue
     if not good:
         raise ValueError(f"{data}: none of the recordings can be used")
-    return good
+    return _speaker_levels(good, prepared.gains)[0] if prepared.by_speaker else good
 
 
 def _overlapping(recordings: Sequence[Recording], others: Sequence[Recording]) -> set[int]:

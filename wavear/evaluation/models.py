@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from wavear import checkpoint
+from wavear import audio, checkpoint
 from wavear.evaluation.bits import COMMON
+from wavear.evaluation.clips import Preparation, open_clips
 from wavear.evaluation.html import cell, document, interval, number, picture, sound, table, text
 from wavear.evaluation.metrics import MEASURES
 from wavear.evaluation.pictures import costs, spectrogram
@@ -20,10 +23,10 @@ from wavear.generate.conditioner import Conditioner
 from wavear.mel import log_mel
 from wavear.models.base import AutoregressiveModel
 from wavear.sampling import uniforms
+from wavear.segments import read_span
 
 if TYPE_CHECKING:
-    from wavear.data import Recording
-    from wavear.evaluate import Evaluation
+    from wavear.evaluate import EvaluateConfig, Evaluation
 
 RECORD, PAGE = "models.json", "models.html"
 _PRIME_SECONDS, _STRIP_SECONDS = 0.5, 1.5
@@ -41,6 +44,12 @@ def name_models(evaluations: Sequence[Evaluation], sources: Sequence[str | Path]
     return [n if names.count(n) == 1 else f"{n} ({i + 1})" for i, n in enumerate(names)]
 
 
+def codes(evaluation: Evaluation) -> str:
+    """What the bits are of, in words: equal for models whose bits compare."""
+    emphasis = evaluation.record["checkpoint"]["config"].get("pre_emphasis", 0.0)
+    return evaluation.grid + (f", pre-emphasis {emphasis:g}" if emphasis else "")
+
+
 def row(name: str, evaluation: Evaluation, model: AutoregressiveModel | None) -> dict[str, Any]:
     """What the table says of one model. Speeds are of this machine, one stream on one core, and need the model."""
     record = evaluation.record
@@ -50,7 +59,7 @@ def row(name: str, evaluation: Evaluation, model: AutoregressiveModel | None) ->
         "source": described["source"],
         "family": described["family"],
         "law": described["config"].get("law", "categorical"),
-        "grid": evaluation.grid,
+        "grid": codes(evaluation),
         "bits": record["bits"]["model"],
         "common_bits": record.get("common_bits"),
         "parameters": described["parameters"],
@@ -99,25 +108,56 @@ def speed(model: AutoregressiveModel, engine: str, seconds: float = _SPEED_SECON
     return best
 
 
+@dataclass(frozen=True)
+class Beginning:
+    """What every model goes on from, and what the recording goes on with."""
+
+    name: str
+    waveform: torch.Tensor
+    """(n,): whole frames of every model."""
+    prime: int
+    """Samples of it that are given."""
+
+
+def find_beginning(data: str | Path, rate: int, hops: Sequence[int]) -> Beginning | str:
+    """The loudest two seconds, and of these the first half second; or why there is none.
+
+    Of the first recording of two seconds or more, or else of the longest; of those that can be read.
+
+    Parameters
+    ----------
+    hops : sequence of int
+        Samples per mel frame of the models with mels: the stretch is a whole number of frames of each.
+    """
+    wanted, unit = round((_PRIME_SECONDS + _STRIP_SECONDS) * rate), math.lcm(*hops)
+    if unit > wanted:
+        frames = ", ".join(map(str, sorted(set(hops))))
+        return f"mel frames of {frames} samples end together after {unit / rate:.1f} s alone"
+    try:
+        clips = open_clips(data, rate, max(rate // 4, unit), Preparation(), False).good
+    except ValueError as error:
+        return str(error)
+    for clip in sorted(clips, key=lambda clip: -min(clip.frames, wanted)):
+        try:
+            whole = read_span(clip, rate, 0, min(clip.frames, 60 * rate))
+        except (ValueError, OSError):  # the evaluations name it
+            continue
+        length = min(wanted, whole.size) // unit * unit
+        energy = np.concatenate([[0.0], np.cumsum(np.square(whole, dtype=np.float64))])
+        start = int(np.argmax(energy[length:] - energy[: energy.size - length]))
+        target = torch.from_numpy(whole[start : start + length])
+        return Beginning(clip.name, target, min(round(_PRIME_SECONDS * rate), length // 2))
+    return "no recording can be read"
+
+
 def strip(
-    names: Sequence[str], models: Sequence[AutoregressiveModel], recording: Recording, out: Path, seed: int
+    names: Sequence[str], models: Sequence[AutoregressiveModel], beginning: Beginning, out: Path, config: EvaluateConfig
 ) -> dict[str, Any]:
     """What each model makes of the same beginning: WAV files of the recording and of each.
 
-    The beginning is the first half second of the loudest two seconds. Models with mels get those of the recording.
+    Models with mels get those of the recording.
     """
-    from wavear import audio
-    from wavear.segments import read_span
-
-    rate = models[0].config.sample_rate
-    whole = read_span(recording, rate, 0, min(recording.frames, 60 * rate))
-    hops = [model.config.mel.hop_length for model in models if model.config.mel is not None]
-    unit = int(np.lcm.reduce(hops)) if hops else 1
-    length = min(round((_PRIME_SECONDS + _STRIP_SECONDS) * rate), whole.size) // unit * unit
-    prime = min(round(_PRIME_SECONDS * rate), length // 2)
-    energy = np.concatenate([[0.0], np.cumsum(np.square(whole, dtype=np.float64))])
-    start = max(int(np.argmax(energy[length:] - energy[: energy.size - length])), 0)
-    target = torch.from_numpy(whole[start : start + length])
+    rate, target, prime = models[0].config.sample_rate, beginning.waveform, beginning.prime
     files = {"recording": "strip/recording.wav"}
     (out / "strip").mkdir(parents=True, exist_ok=True)
     audio.write(out / files["recording"], target, rate)
@@ -126,15 +166,16 @@ def strip(
         made = generate(
             model,
             mel,
-            samples=length - prime,
+            samples=target.numel() - prime,
             prime=target[:prime],
             include_prime=True,
-            seed=seed,
+            seed=config.seed,
             speaker=0 if model.config.speakers else None,
+            threads=config.threads,
         )
         files[name] = f"strip/{n}.wav"
         audio.write(out / files[name], made[0], rate)
-    return {"recording": recording.name, "prime_seconds": prime / rate, "files": files}
+    return {"recording": beginning.name, "prime_seconds": prime / rate, "files": files}
 
 
 def lines(record: dict[str, Any]) -> list[str]:
@@ -244,12 +285,54 @@ def _strip(found: dict[str, Any], out: Path) -> str:
     return f'<p class="soft">{says}</p><div class="pair three">{"".join(figures)}</div>'
 
 
+def check_same_clips(names: Sequence[str], evaluations: Sequence[Evaluation]) -> list[str]:
+    """What keeps the rows of the table from being of one thing, in words: clips that some lack, other treatment.
+
+    Raises
+    ------
+    ValueError
+        If two have no clip in common, or a clip of one name that is not the same audio though it was treated alike.
+    """
+    notes: list[str] = []
+    if not evaluations:
+        return notes
+    clips = [{clip["name"]: clip for clip in e.record["clips"]} for e in evaluations]
+    treated = [e.record["data"].get("treated", []) for e in evaluations]
+    kinds = [codes(evaluation) for evaluation in evaluations]
+    for n, (name, own) in enumerate(zip(names, clips, strict=True)):
+        shared = [clip for clip in clips[0] if clip in own]
+        if not shared:
+            raise ValueError(
+                f"{names[0]} and {name} were evaluated on other clips ({next(iter(clips[0]))}, {next(iter(own))}...):"
+                " evaluate them on the same"
+            )
+        told = ("samples", "digest") if kinds[n] == kinds[0] else ("samples",)
+        differ = [clip for clip in shared if any(own[clip][key] != clips[0][clip][key] for key in told)]
+        if not differ and treated[n] == treated[0]:
+            continue
+        if not treated[n] and not treated[0]:
+            raise ValueError(
+                f"{differ[0]} is not the same audio in the evaluations of {names[0]} and {name}: evaluate them on the"
+                " same recordings"
+            )
+        first, here = (", ".join(words or ["untreated"]) for words in (treated[0], treated[n]))
+        notes.append(
+            f"{name} ({here}) and {names[0]} ({first}) were not evaluated on the same audio: their bits do not compare"
+        )
+    every = {clip: None for own in clips for clip in own}
+    for name, own in zip(names, clips, strict=True):
+        if missing := [clip for clip in every if clip not in own]:
+            more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+            notes.append(f"{name}: its numbers are without {missing[0]}{more}, which others have")
+    return notes
+
+
 def side_by_side(
     evaluations: Sequence[Evaluation],
     sources: Sequence[str | Path],
-    beginning: Recording | None,
+    beginning: Beginning | str | None,
     out: Path,
-    seed: int,
+    config: EvaluateConfig,
     say: Callable[[str], object],
 ) -> dict[str, Any]:
     """The record: rows, the strip, and what is to be said of them.
@@ -257,12 +340,13 @@ def side_by_side(
     Raises
     ------
     ValueError
-        If they are not of one sample rate.
+        If they are not of one sample rate, or were evaluated on other clips.
     """
     rates = {evaluation.record["checkpoint"]["config"]["sample_rate"] for evaluation in evaluations}
     if len(rates) > 1:
         raise ValueError(f"the models are of {' and '.join(map(str, sorted(rates)))} Hz: their bits cannot be compared")
-    names, notes, models = name_models(evaluations, sources), [], []
+    names, models = name_models(evaluations, sources), []
+    notes = check_same_clips(names, evaluations)
     for name, evaluation in zip(names, evaluations, strict=True):
         source = evaluation.record["checkpoint"]["source"]
         try:
@@ -278,9 +362,11 @@ def side_by_side(
         rows.append(row(name, evaluation, model))
     here = [(name, model) for name, model in zip(names, models, strict=True) if model is not None]
     made = None
-    if here and beginning is not None:
+    if isinstance(beginning, str):
+        notes.append(f"nothing was made after the same beginning: {beginning}")
+    elif here and beginning is not None:
         say(f"making what follows the same beginning, {beginning.name}")
-        made = strip([name for name, _ in here], [model for _, model in here], beginning, out, seed)
+        made = strip([name for name, _ in here], [model for _, model in here], beginning, out, config)
     data = evaluations[0].record["data"]
     said = f"{data['source']}: {data['clips']} clips, {data['seconds'] / 60:.1f} minutes at {data['sample_rate']} Hz"
     return {"data": said, "models": rows, "strip": made, "notes": notes}

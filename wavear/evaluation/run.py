@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import datetime
 import re
@@ -43,6 +44,17 @@ _FREE = 4  # samples of a model that follows no recording
 Say = Callable[[str], object]
 
 
+@contextlib.contextmanager
+def cores(threads: int | None) -> Iterator[None]:
+    """No more of them for torch, while it lasts."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def measure_everything(
     source: str | Path,
     data: str | Path,
@@ -74,12 +86,16 @@ def measure_everything(
         raise ValueError(f"{data}: none of the clips can be used; the first: {next(iter(clips.failed.values()))}")
     fitting = fitting_data(good, rate, least, trained, prepared, config.train_data, config.baseline_seconds)
     notes = list(clips.notes)
+    if fitting.note is not None:
+        notes.append(fitting.note)
     if fitting.trained_on:
         notes.append(
             f"{len(fitting.trained_on)} of {len(good)} clips were trained on: what is said of them is not held-out"
         )
     if emphasis := coefficient(model.config):
         notes.append(f"bits are of pre-emphasised codes (x[t] - {emphasis:g} x[t-1]), not those of plain ones")
+    fitted = Baselines.fit(fitting.recordings, Layout.of(model, 1), model.grid) if fitting.recordings else None
+    notes += [f"the baselines pass over {name}: {why}" for name, why in (fitted.failed if fitted else {}).items()]
     for note in notes:
         say(note)
     begin()
@@ -94,7 +110,7 @@ def measure_everything(
             complain(f"{clip.name}: {clips.failed[clip.name]}")
     if not scores:
         raise ValueError(f"{data}: none of the clips can be read; the first: {next(iter(clips.failed.values()))}")
-    linear = _add_baselines(model, good, scores, fitting.recordings, config.baseline_seconds)
+    linear = _add_baselines(model, good, scores, fitted, config.baseline_seconds)
     if linear is None:
         notes.append("with one clip and no training data there is nothing to fit baselines to: pass --train-data")
     rows = {n: _clip(good[n], scores[n], good[n].name in fitting.trained_on) for n in scores}
@@ -112,9 +128,10 @@ def measure_everything(
             "config": described["config"],
             "training": described.get("training", {}),
         },
-        "data": {"source": str(data), "clips": len(rows), "seconds": seconds, "sample_rate": rate},
+        "data": {"source": str(data), "clips": len(rows), "seconds": seconds, "sample_rate": rate}
+        | {"treated": prepared.words},
         "settings": _settings(config, engine),
-        "baselines": {"fitted_to": fitting.says, "seconds": sum(r.frames for r in fitting.recordings) / rate}
+        "baselines": {"fitted_to": fitting.says, "seconds": fitted.counts.single.sum().item() / rate if fitted else 0.0}
         | (linear or {}),
         "bits": _bits(list(rows.values()), config),
         "common_bits": _common_bits(list(rows.values()), config),
@@ -164,14 +181,17 @@ def _add_baselines(
     model: AutoregressiveModel,
     clips: list[Recording],
     scores: dict[int, Scores],
-    recordings: Sequence[Recording],
+    fitted: Baselines | None,
     seconds: float,
 ) -> dict[str, Any] | None:
-    """Bits of the laws that need no model, into `scores`; what is to be said of the linear predictor."""
+    """Bits of the laws that need no model, into `scores`; what is to be said of the linear predictor.
+
+    Without laws that are `fitted` the clips serve each other by halves.
+    """
     layout, grid = Layout.of(model, 1), model.grid
     numbers = list(scores)
-    if recordings:
-        halves = [(recordings, numbers)]
+    if fitted is not None:
+        halves = [(fitted, numbers)]
     elif len(numbers) < 2:
         for score in scores.values():
             score.bits["uniform"] = score.samples * float(np.log2(grid.classes))
@@ -179,14 +199,14 @@ def _add_baselines(
     else:
         limit = seconds * layout.sample_rate
         even, odd = numbers[::2], numbers[1::2]
-        halves = [(subset([clips[n] for n in a], limit), b) for a, b in ((even, odd), (odd, even))]
-    fitted = None
-    for source, tested in halves:
-        fitted = Baselines.fit(source, layout, grid)
+        halves = [
+            (Baselines.fit(subset([clips[n] for n in a], limit), layout, grid), b)
+            for a, b in ((even, odd), (odd, even))
+        ]
+    for laws, tested in halves:
         for n in tested:
-            scores[n].bits |= fitted.bits(clips[n], layout, grid)
-    assert fitted is not None
-    linear = fitted.linear
+            scores[n].bits |= laws.bits(clips[n], layout, grid)
+    linear = halves[-1][0].linear
     return {
         "linear": {
             "order": linear.config.order,

@@ -394,7 +394,7 @@ def score(
                 raise ValueError(
                     f"engine 'parallel' runs the model as it is: weights={weights!r} needs engine {_rounding(weights)}"
                 )
-            return _score_parallel(model, codes, conditioner, progress)
+            return score_parallel(model, codes, conditioner, progress)
         name, runner = make_engine(model, batch, engine, weights=weights, threads=threads)
         scores = np.empty((batch, total))
         for start, stop in _chunks(total, progress, model.config.sample_rate, batch, name):
@@ -402,21 +402,40 @@ def score(
     return torch.from_numpy(scores)
 
 
-def _score_parallel(model: AutoregressiveModel, codes: Tensor, conditioner: Conditioner, progress: bool) -> Tensor:
-    """`score` by `forward`, in chunks: with the receptive field before them, or from the state of the one before."""
+@torch.inference_mode()
+def score_parallel(
+    model: AutoregressiveModel,
+    codes: Tensor,
+    conditioner: Conditioner,
+    progress: bool = False,
+    first: int = 0,
+    state: Any = None,
+) -> Tensor:
+    """`score` by `forward`, in chunks: with the receptive field before them, or from the state of the one before.
+
+    Parameters
+    ----------
+    codes : Tensor of int64, shape (B, T)
+    first : int
+        The scores are those of codes[:, first:]; the ones before are their past.
+    state : optional
+        Of a model that carries one: where it is at `first`. It goes along, and is then where it is at T.
+    """
     device = next(model.parameters()).device
     batch, total = codes.shape
     carries = model.carries
-    state = model.init_state(batch) if carries else None
-    previous = torch.full((batch,), model.start_code, device=device)
-    scores = torch.empty(batch, total, dtype=torch.float64)
-    for start, stop in _chunks(total, progress, model.config.sample_rate, batch, "parallel", _PARALLEL_CHUNK):
+    if carries and state is None:
+        state = model.init_state(batch)
+    previous = codes[:, first - 1].to(device) if first else torch.full((batch,), model.start_code, device=device)
+    scores = torch.empty(batch, total - first, dtype=torch.float64)
+    for a, b in _chunks(total - first, progress, model.config.sample_rate, batch, "parallel", _PARALLEL_CHUNK):
+        start, stop = first + a, first + b
         context = 0 if carries else min(start, model.receptive_field or 0)
         span = codes[:, start - context : stop].to(device)
         given = conditioner.span(start - context, stop)
         parameters = model(span, given, state, previous) if carries else model(span, given)
         previous = span[:, -1]
-        scores[:, start:stop] = model.law.log_prob(parameters[:, :, context:].double(), span[:, context:]).cpu()
+        scores[:, a:b] = model.law.log_prob(parameters[:, :, context:].double(), span[:, context:]).cpu()
     return scores
 
 

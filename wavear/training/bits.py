@@ -22,6 +22,7 @@ _EVALUATION_LANES = {"cpu": 8, "cuda": 64}  # recordings at once, of models that
 _MARKOV_CLASSES = 1024  # the table of an order-1 Markov chain has the square of the classes
 _READ_SECONDS = 30
 _LEAST_REST = 4096  # samples of a recording that is cut to fit a limit
+_Note = Callable[[Recording, int, np.ndarray], object]
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ def held_out_bits(
     *,
     rank: int = 0,
     world: int = 1,
-    note: Callable[[Recording, int, np.ndarray], object] | None = None,
+    note: _Note | None = None,
 ) -> Bits:
     """Bits of whole recordings under `model`, on the device it is on.
 
@@ -86,7 +87,7 @@ def held_out_bits(
     device = next(model.parameters()).device
     segments = Segments(recordings, layout, speakers)
     if model.carries:
-        return _carried_bits(model, segments, rank, world)
+        return _carried_bits(model, segments, rank, world, note)
     crops = [(n, *crop) for n, recording in enumerate(recordings) for crop in layout.cover(recording)]
     found = Bits(np.zeros(len(recordings)), np.zeros(len(recordings), dtype=np.int64))
     size = _EVALUATION_BATCH.get(device.type, 1)
@@ -123,7 +124,7 @@ def _read(recording: Recording, layout: Layout, start: int, found: Bits) -> np.n
         return None
 
 
-def _carried_bits(model: AutoregressiveModel, segments: Segments, rank: int, world: int) -> Bits:
+def _carried_bits(model: AutoregressiveModel, segments: Segments, rank: int, world: int, note: _Note | None) -> Bits:
     """`held_out_bits` of a model that carries its state along each recording; of several processes each takes some.
 
     Recordings of like length run side by side, since the samples of one wait for each other.
@@ -151,6 +152,10 @@ def _carried_bits(model: AutoregressiveModel, segments: Segments, rank: int, wor
             previous = model.grid.encode(coded(batch, layout)[:, -1])
             found.total[lanes] += nats.sum(1, dtype=torch.float64).cpu().numpy() / math.log(2)
             found.samples[lanes] += mask.sum(1).cpu().numpy()
+            for row, n in enumerate(lanes if note is not None else ()):
+                assert note is not None
+                if last := int(batch.span[row, 1]):
+                    note(segments.recordings[n], start, nats[row, :last].double().cpu().numpy() / math.log(2))
     model.train(training)
     return found
 
