@@ -700,6 +700,17 @@ def test_a_table_is_of_the_same_clips(here: Path, made: Evaluation):
     assert note.startswith("b (ends 40 dB down cut) and a (untreated) were not evaluated on the same audio")
 
 
+def test_a_run_whose_name_is_no_unicode_stands_in_the_plot(made: Evaluation):
+    from wavear.evaluation.models import name_models, row
+    from wavear.evaluation.pictures import costs
+
+    record = json.loads(json.dumps(made.record))
+    record["checkpoint"]["source"] = "runs/caf\udce9/best"
+    names = name_models([made, Evaluation(record, made.folder)], ["mel", "runs/caf\udce9/best"])
+    assert names == ["mel", "caf\\udce9"]
+    assert costs([row(name, made, None) for name in names]) is not None
+
+
 def test_bits_of_pre_emphasised_codes_have_a_column_of_their_own(made: Evaluation):
     from wavear.evaluation.models import row
 

@@ -525,7 +525,11 @@ def write_held_out(run: str | os.PathLike[str], manifest: str | os.PathLike[str]
         raise FileNotFoundError(f"{run} holds no run (no train.json)")
     trained = json.loads(record.read_text(encoding="utf-8"))
     config, mel = trained["config"], trained["model"].get("mel")
-    check_held_out(config["data"], config["validation"])
+    if is_shards(held := config["validation"] or config["data"]):
+        raise ValueError(
+            f"{held}: what is held out lies in tar shards, whose members a manifest cannot name: keep it as files, in"
+            " a second folder or manifest (validation)"
+        )
     rate = config["sample_rate"]
     corpus = open_corpus(
         config["data"],
@@ -543,22 +547,6 @@ def write_held_out(run: str | os.PathLike[str], manifest: str | os.PathLike[str]
     text = "".join(json.dumps(row) + "\n" for row in rows)
     replace_file(Path(manifest), lambda path: path.write_text(text, encoding="utf-8"))
     return Path(manifest)
-
-
-def check_held_out(data: str, validation: str | None) -> None:
-    """Refuse data that `write_held_out` could make no manifest of: before hours of training, say.
-
-    Raises
-    ------
-    ValueError
-        If what is held out lies in tar shards.
-    """
-    held = data if validation is None else validation
-    if is_shards(held):
-        raise ValueError(
-            f"{held}: what is held out lies in tar shards, whose members a manifest cannot name: keep it as files, in"
-            " a second folder or manifest (validation)"
-        )
 
 
 def _silence(*_: Any) -> None:

@@ -40,7 +40,7 @@ def name_models(evaluations: Sequence[Evaluation], sources: Sequence[str | Path]
     for evaluation, source in zip(evaluations, sources, strict=True):
         path = Path(evaluation.record["checkpoint"]["source"])
         own = path.parent.name if path.name in ("best", "last") else path.name
-        names.append(own or str(source))
+        names.append((own or str(source)).encode("utf-8", "backslashreplace").decode("utf-8"))  # it goes into pictures
     return [n if names.count(n) == 1 else f"{n} ({i + 1})" for i, n in enumerate(names)]
 
 
