@@ -837,3 +837,21 @@ def test_a_long_recording_is_validated_in_part():
     assert [r.frames for r in subset(recordings, 101_000)] == [100_000]
     assert subset(recordings, 103_000) == recordings == subset(recordings, 1e9)
     assert subset(recordings[::-1], 10)[0].frames == 3000
+
+
+def test_a_name_that_is_no_unicode_stops_nothing(tones, tmp_path):
+    """A broken file of such a name is skipped in training and in what is held out, said, and written down."""
+    data = tmp_path / "data"
+    shutil.copytree(tones, data)
+    for folder in ("speaker0", "held"):
+        (data / folder).mkdir(exist_ok=True)
+        (data / folder / os.fsdecode(b"caf\xe9.wav")).write_bytes(b"RIFF")
+    audio.write(data / "held" / "a.wav", np.zeros(4000), RATE)
+    config = config_of(data, tmp_path, validation=str(data / "held"))
+    program = f"import json, wavear; wavear.train(wavear.TrainConfig(**json.loads({json.dumps(vars(config))!r})))"
+    environment = os.environ | {"PYTHONPATH": str(Path(wavear.__file__).parents[1]), "PYTHONIOENCODING": "utf-8:strict"}
+    program = program.replace('"progress": false', '"progress": true')
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert rb"caf\udce9.wav" in done.stdout
+    assert any("caf" in name for name in json.loads((tmp_path / "run" / "train.json").read_text())["skipped"])

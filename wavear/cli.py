@@ -19,6 +19,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
+from wavear.files import say
+
 _PACKAGE = str(Path(__file__).parent)
 
 Command = Callable[[], int]  # parsed, to be run: returns the exit status
@@ -202,12 +204,6 @@ def _show_warning(message: Any, category: Any, filename: str, *rest: Any) -> Non
         _python_shows(message, category, filename, *rest)
 
 
-def _say(line: str) -> None:
-    """Files may have names that stdout cannot take: these are escaped, as stderr does of itself."""
-    encoding = sys.stdout.encoding or "utf-8"
-    print(line.encode(encoding, "backslashreplace").decode(encoding), flush=True)
-
-
 def _overview() -> str:
     lines = [
         "usage: wavear COMMAND ...",
@@ -247,7 +243,7 @@ def _demo() -> Callable[..., int]:
         """
         from wavear.demo import run
 
-        result = run(out, minutes=minutes, seed=seed, threads=threads, overwrite=overwrite, say=_say)
+        result = run(out, minutes=minutes, seed=seed, threads=threads, overwrite=overwrite, say=say)
         return 0 if result.in_tune else 1
 
     return demo
@@ -283,11 +279,11 @@ def run_training(config: Any) -> int:
     scores = result.held_out or {"model": result.bits_best}  # an interrupt leaves no time for all of them
     bits = ", ".join(f"{name} {value:.3f}" for name, value in scores.items())
     if result.stopped_by == "fit":
-        _say(f"fitted in {result.seconds:.1f} s")
+        say(f"fitted in {result.seconds:.1f} s")
     else:
-        _say(f"stopped by {result.stopped_by} after {result.steps} steps, {result.seconds / 60:.1f} minutes")
-    _say(f"held-out bits per sample: {bits} (before training {result.bits_before:.3f})")
-    _say(f"checkpoint: {result.best}")
+        say(f"stopped by {result.stopped_by} after {result.steps} steps, {result.seconds / 60:.1f} minutes")
+    say(f"held-out bits per sample: {bits} (before training {result.bits_before:.3f})")
+    say(f"checkpoint: {result.best}")
     return 130 if result.stopped_by == "interrupt" else 0
 
 
@@ -339,7 +335,7 @@ def _on_corpus(config: Any, corpus: Any, description: str | None) -> Callable[..
         if Processes.here().world > 1:
             raise ValueError("--download is for one process: run it once without torchrun or srun, then train")
         for folder in corpus.download(config.data):
-            _say(f"{folder} is there")
+            say(f"{folder} is there")
         return 0
 
     main = run_or_download if corpus.get is None else run
@@ -437,7 +433,7 @@ def _synthesize() -> Callable[..., int]:
         model = _load(checkpoint, bulk.own_device(sampling.device))
         settings: dict[str, Any] = {"mel_source": mel_preset, "mel_seconds": mel_seconds, "force": force}
         settings |= {"output": output, **sampling.settings}
-        heard: dict[str, Any] = {"say": _say, "complain": _complain, "warn": _warn}
+        heard: dict[str, Any] = {"say": say, "complain": _complain, "warn": _warn}
         if resume:
             report = bulk.synthesize(model, jobs, out, rank, world, overwrite, settings, **heard)
         else:
@@ -498,11 +494,11 @@ def _generate() -> Callable[..., int]:
             include_prime=include_prime,
             output=output,
             progress=sys.stderr.isatty(),
-            say=_say,
+            say=say,
             warn=_warn,
             **sampling.settings,
         )
-        _say(f"{out}  {info(out).seconds:.2f} s, {model.config.sample_rate} Hz")
+        say(f"{out}  {info(out).seconds:.2f} s, {model.config.sample_rate} Hz")
         return _summary(report)
 
     return generate
@@ -555,7 +551,7 @@ def _mel() -> Callable[..., int]:
             config = load(checkpoint).config.mel
             if config is None:
                 raise ValueError(f"{checkpoint} is not conditioned on mels: it says nothing about them")
-        return _summary(write_mels(jobs, config, say=_say, complain=_complain))
+        return _summary(write_mels(jobs, config, say=say, complain=_complain))
 
     return mel
 
@@ -576,7 +572,7 @@ def _info() -> Callable[..., int]:
         rows = describe(checkpoint)
         width = max(len(label) for label, _ in rows)
         for label, value in rows:
-            _say(f"{label:<{width}}  {value}")
+            say(f"{label:<{width}}  {value}")
         return 0
 
     return info
@@ -608,9 +604,9 @@ def _evaluate() -> Callable[..., int]:
         """
         from wavear.evaluate import evaluate
 
-        result = evaluate(checkpoint, data, out, config, progress=sys.stderr.isatty(), say=_say, complain=_complain)
+        result = evaluate(checkpoint, data, out, config, progress=sys.stderr.isatty(), say=say, complain=_complain)
         for line in result.summary():
-            _say(line)
+            say(line)
         return 1 if result.record["failed"] else 0
 
     return evaluate
@@ -649,9 +645,9 @@ def _index() -> Callable[..., int]:
         if len(report.bad) > 20:
             _complain(f"... and {len(report.bad) - 20} more")
         rates = ", ".join(map(str, report.rates))
-        _say(f"{report.files} files, {report.new} of them new or changed; {len(report.bad)} cannot be used")
-        _say(f"{report.recordings} recordings, {report.seconds / 3600:.2f} hours of audio, {rates or 'no'} Hz")
-        _say(f"index: {report.folder or 'not kept'}")
+        say(f"{report.files} files, {report.new} of them new or changed; {len(report.bad)} cannot be used")
+        say(f"{report.recordings} recordings, {report.seconds / 3600:.2f} hours of audio, {rates or 'no'} Hz")
+        say(f"index: {report.folder or 'not kept'}")
         return 1 if report.bad else 0
 
     return index
@@ -691,9 +687,7 @@ def _shards() -> Callable[..., int]:
         for name, why in report.failed:
             _complain(f"{name}: {why}")
         first, last = report.shards[0].name, report.shards[-1].name
-        _say(
-            f"{out}  {len(report.shards)} shards, {first} to {last}, {report.files} files, {report.bytes / 1e6:.1f} MB"
-        )
+        say(f"{out}  {len(report.shards)} shards, {first} to {last}, {report.files} files, {report.bytes / 1e6:.1f} MB")
         return 1 if report.failed else 0
 
     return shards
@@ -739,13 +733,13 @@ def _compare() -> Callable[..., int]:
             complaints.append(line)
             _complain(line)
 
-        told: dict[str, Any] = {"progress": sys.stderr.isatty(), "say": _say, "complain": complain}
+        told: dict[str, Any] = {"progress": sys.stderr.isatty(), "say": say, "complain": complain}
         if len(sources) == 2 and not models and same_codes(*sources):
             found = compare(sources[0], sources[1], out, data, config, **told)
         else:
             found = compare_models(sources, out, data, config, **told)
         for line in found.summary():
-            _say(line)
+            say(line)
         return 1 if complaints else 0
 
     return compare
@@ -818,7 +812,7 @@ def _bench() -> Callable[..., int]:
 
         if shape == "list":
             for name, (text, _) in benchmark.SHAPES.items():
-                _say(f"{name:<16}{text}")
+                say(f"{name:<16}{text}")
             return 0
         flags = {
             "layers": layers,
@@ -841,7 +835,7 @@ def _bench() -> Callable[..., int]:
             batches=batches,
             threads=threads,
             seconds=seconds,
-            say=_say,
+            say=say,
         )
         return 0
 
@@ -893,7 +887,7 @@ def _check_file(out: Path, overwrite: bool, suffixes: Sequence[str]) -> None:
 def _summary(report: Any) -> int:
     """Print what was done; what was not has been said where it happened."""
     if report.files:
-        _say(str(report))
+        say(str(report))
     total = report.files + len(report.failed)
     if report.failed and total > 1:
         _complain(f"{len(report.failed)} of {total} inputs could not be used, they are named above")

@@ -1,13 +1,25 @@
-"""Files that appear whole or not at all."""
+"""Files that appear whole or not at all, and lines that name them."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import stat
+import sys
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
+
+
+def printable(line: str) -> str:
+    """A line with what stdout cannot take escaped, as stderr does of itself: names of files that are no Unicode."""
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    return line.encode(encoding, "backslashreplace").decode(encoding)
+
+
+def say(line: str) -> None:
+    """Print such a line at once."""
+    print(printable(line), flush=True)
 
 
 def replace_file(path: str | Path, write: Callable[[Path], object]) -> None:

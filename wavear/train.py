@@ -21,6 +21,7 @@ import torch
 from wavear.checkpoint import LATER
 from wavear.data import Corpus, Normalise, Recording, open_corpus
 from wavear.files import replace_file
+from wavear.files import say as say_line
 from wavear.mel import MelConfig
 from wavear.models.families import FAMILIES
 from wavear.recordings import Recordings, fingerprint, frames_of
@@ -350,7 +351,7 @@ def train(config: TrainConfig) -> TrainResult:
     from wavear.training.processes import Processes
 
     writes = Processes.here().rank == 0
-    say = print if config.progress and writes else _silence
+    say = say_line if config.progress and writes else _silence
     record = _open_directory(config, writes)
     corpus = open_corpus(
         config.data,

@@ -20,7 +20,7 @@ from lightning.pytorch.callbacks import TQDMProgressBar
 from typing_extensions import override
 
 from wavear.data import Recording
-from wavear.files import replace_file
+from wavear.files import printable, replace_file, say
 from wavear.recordings import fingerprint
 from wavear.training.bits import Bits, held_out_bits
 from wavear.training.faults import Spikes, crops_named, save_batch
@@ -240,9 +240,9 @@ class Run(L.Callback):
             return
         bar = trainer.progress_bar_callback
         if bar is not None and isinstance(bar, TQDMProgressBar) and bar._train_progress_bar is not None:
-            bar.train_progress_bar.write(text)
+            bar.train_progress_bar.write(printable(text))
         else:
-            print(text, flush=True)
+            say(text)
 
     # --- numbers
 
