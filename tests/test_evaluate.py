@@ -207,7 +207,8 @@ def run_of(here: Path, folder: Path, **settings: Any) -> Path:
 
 
 def test_clips_that_were_trained_on_are_told(here: Path, tmp_path: Path):
-    checkpoint = run_of(here, tmp_path / "run", data=str(here / "held"), validation=str(here / "held"))
+    other = shutil.copytree(here / "held", tmp_path / "other")
+    checkpoint = run_of(here, tmp_path / "run", data=str(here / "held"), validation=str(other))
     said: list[str] = []
     config = dataclasses.replace(FAST, clips=0)
     found = evaluate(checkpoint, here / "held", tmp_path / "out", config, say=said.append)
