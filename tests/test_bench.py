@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from wavear import MelConfig, WaveNet, WaveNetConfig, bench
+from wavear import Linear, LinearConfig, MelConfig, WaveNet, WaveNetConfig, bench
 from wavear.generate.ceiling import Ceiling, cost
 
 SMALL: dict[str, Any] = {"residual_channels": 8, "skip_channels": 8, "head_channels": 8, "conditioning_channels": 4}
@@ -58,8 +58,20 @@ def test_a_measurement():
         ({"batches": (0,)}, "are 0, expected 1 or more"),
         ({"seconds": -1.0}, "seconds is -1"),
         ({"settings": {"layers": 7}}, "7 layers do not divide into 2 stacks"),
+        ({"weights": ("float32", "float16")}, "nothing to measure with weights='float16': numba and reference"),
+        ({"engines": ("reference",), "weights": ("bfloat16",)}, "nothing to measure with weights='bfloat16'"),
+        ({"engines": ("reference",), "batches": (24,)}, "nothing to measure with weights='float32'"),
     ],
 )
 def test_what_cannot_be_measured_is_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         bench.run(**arguments)
+
+
+def test_a_linear_model_is_measured_too():
+    model = Linear(LinearConfig(order=4)).eval()
+    said: list[str] = []
+    rows = bench.run(model, batches=(1,), seconds=0.01, say=said.append)
+    assert [(row.engine, row.weights) for row in rows] == [("numba", "float32"), ("reference", "float32")]
+    assert rows[0].error < 1e-6
+    assert any("linear, order 4" in line for line in said)

@@ -97,6 +97,8 @@ DAMAGE = {
     "foreign": (lambda d: (d / "config.json").write_text('{"model_type": "bert"}'), "not of a wavear checkpoint"),
     "newer": (lambda d: edit(d, lambda c: c.update(format=99)), "format 99.*reads format 1"),
     "family": (lambda d: edit(d, lambda c: c.update(family="lstm")), "family 'lstm', known are wavenet"),
+    "no family": (lambda d: edit(d, lambda c: c.update(family=[])), r"family \[\], known are wavenet"),
+    "no training": (lambda d: edit(d, lambda c: c.update(training=3)), "no 'training' that could be one"),
     "key missing": (lambda d: edit(d, lambda c: c["config"].pop("layers")), "layers missing"),
     "key unknown": (lambda d: edit(d, lambda c: c["config"].update(depth=3)), "depth unknown"),
     "mel key": (lambda d: edit(d, lambda c: c["config"]["mel"].pop("fmin")), "fmin|not of one model"),

@@ -240,3 +240,21 @@ def test_conditioning_of_many_in_batches_of_one_size(monkeypatch):
         assert torch.equal(growing.span(0, 80), found[b : b + 1])
     together.keep([2, 0])
     assert torch.equal(together.span(0, 80), found[[2, 0]])
+
+
+def test_candidates_share_their_conditioning(monkeypatch):
+    """best_of draws of one mel: it is conditioned on once."""
+    torch.manual_seed(0)
+    mel = MelConfig(sample_rate=8000, n_fft=64, window_length=64, hop_length=20, bands=5, fmax=4000.0)
+    model = WaveNet(
+        WaveNetConfig(layers=2, stacks=1, residual_channels=4, skip_channels=4, sample_rate=8000, mel=mel, classes=16)
+    ).eval()
+    calls = []
+    real = model.condition
+    monkeypatch.setattr(model, "condition", lambda *a, **k: calls.append(1) or real(*a, **k))
+    counts = []
+    for best_of in (1, 4):
+        calls.clear()
+        wavear.generate(model, torch.randn(5, 130), best_of=best_of, engine="reference")
+        counts.append(len(calls))
+    assert counts[0] == counts[1] > 10

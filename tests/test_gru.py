@@ -167,7 +167,7 @@ def test_forward_in_pieces_is_the_whole(config, cuts):
 
 @shapes
 def test_prefill_is_as_many_steps(config, monkeypatch):
-    monkeypatch.setattr("wavear.models.gru._PREFILL", 10)
+    monkeypatch.setattr("wavear.models.base._PREFILL", 10)
     model = make(config)
     codes = random_codes(model, 2, 37)
     with torch.no_grad():

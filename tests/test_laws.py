@@ -12,7 +12,7 @@ import torch
 from wavear.generate import numba_laws
 from wavear.grid import Grid
 from wavear.laws import LAWS, Categorical, Gaussian, Laplace, LogisticMixture, law_of
-from wavear.models.wavenet import WaveNetConfig
+from wavear.models.wavenet import WaveNet, WaveNetConfig
 from wavear.sampling import uniforms
 
 GRIDS = [Grid("linear", 64), Grid("linear", 6), Grid("mulaw", 33), Grid("linear", 65536), Grid("mulaw", 256)]
@@ -269,3 +269,11 @@ def test_compiled_laws_tell_parameters_that_are_no_numbers():
 def test_the_normal_quantile_is_scipys():
     u = np.concatenate([uniforms(0, 0, 2000), 2.0 ** -np.arange(1, 1000, 7.0), 1 - 2.0 ** -np.arange(1, 53.0)])
     assert [numba_laws.normal_quantile(x) for x in u] == pytest.approx(scipy.special.ndtri(u), rel=1e-14, abs=1e-15)
+
+
+def test_a_model_that_was_in_half_precision_sees_the_values_as_they_are():
+    model = WaveNet(WaveNetConfig(layers=1, stacks=1, residual_channels=4, skip_channels=4, law="gaussian"))
+    values = model.embedding.values.clone()
+    assert torch.equal(model.half().float().embedding.values, values)
+    assert model.bfloat16().embedding.values.dtype == torch.float32
+    assert len(values.unique()) == 65536

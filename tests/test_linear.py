@@ -239,7 +239,6 @@ def test_a_drifting_process_is_found_by_its_differences():
     a, b = model.coefficients.tolist()
     assert (a, b) == pytest.approx((0.9, -0.5), abs=0.02)
     assert model.taps().tolist() == pytest.approx([1 + a, b - a, -b], abs=1e-12)
-    assert model.taps().tolist() == pytest.approx(lpc.integrated(np.array([a, b]), 1).tolist(), abs=1e-12)
     assert model.receptive_field == 3
 
 

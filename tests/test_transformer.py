@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from wavear import MelConfig, Stream, generate, load, score
-from wavear.models import transformer
+from wavear.models import base
 from wavear.models.attention import attend_within, rotate, rotation, rotation_period, turns
 from wavear.models.transformer import Transformer, TransformerConfig
 
@@ -414,7 +414,7 @@ class _Sizes(TorchDispatchMode):
 
 
 def test_prefill_equals_steps_in_bounded_memory(monkeypatch):
-    monkeypatch.setattr(transformer, "_PREFILL", 24)
+    monkeypatch.setattr(base, "_PREFILL", 24)
     config = SHAPES["speakers"]
     model = make(config)
     cond, found = make_cond(model, 1, 1), []

@@ -21,12 +21,14 @@ from wavear.generate.card import limit as card_limit
 from wavear.generate.ceiling import Ceiling, cost
 from wavear.generate.ceiling import measure as measure_ceiling
 from wavear.generate.compiled_engine import available_cores
+from wavear.laws import Categorical
 from wavear.mel import MelConfig
 from wavear.models.base import AutoregressiveModel
 from wavear.models.families import FAMILIES
 from wavear.models.gru import GRUConfig
+from wavear.models.linear import Linear, LinearConfig
 from wavear.models.transformer import TransformerConfig
-from wavear.models.wavenet import WaveNetConfig
+from wavear.models.wavenet import WaveNet, WaveNetConfig
 from wavear.sampling import uniforms
 
 _CHUNK = 2048  # samples per call of the numba engine, as `wavear.generate` calls it
@@ -38,6 +40,12 @@ _SCORED_STREAMS, _SCORED = 4, 1024  # streams and samples whose log-probabilitie
 
 _SHOWN = (0.25, 1, 1.5, 2, 2.5, 4, 64)  # MiB
 
+PRECISIONS = {
+    "numba": ("float32", "bfloat16", "int8"),
+    "triton": ("float32", "bfloat16", "float16"),
+    "cuda-graph": ("float32",),
+    "reference": ("float32",),
+}
 BATCHES = {"cpu": (1, 24), "cuda": (1, 16, 128, 1024, 8192)}
 """Streams at once that are measured by default, by device."""
 
@@ -154,11 +162,12 @@ def measure(
             runs += 1
         error, lost = _compare(model, engine, weights, threads)
     share = None
-    if engine == "numba" and ceiling is not None:
-        share = best / limit(ceiling, model.config, weights, batch, threads)
+    config: Any = model.config
+    if engine == "numba" and ceiling is not None and not isinstance(model, Linear):
+        share = best / limit(ceiling, config, weights, batch, threads)
     device = next(model.parameters()).device
     if device.type == "cuda" and engine == "triton":
-        share = best / card_limit(card(device), model.config, weights, batch)
+        share = best / card_limit(card(device), config, weights, batch)
     rate = model.config.sample_rate
     return Measurement(engine, weights, batch, threads, best, best / rate, share, error, lost, device.type)
 
@@ -168,7 +177,7 @@ def _conditioner(model: AutoregressiveModel, batch: int) -> Conditioner:
     generator = torch.Generator().manual_seed(0)
     mels = None
     if config.mel is not None:
-        mean, deviation = model.conditioning.mel_mean[:, None], model.conditioning.mel_deviation[:, None]  # type: ignore
+        mean, deviation = model.conditioning.mel_mean[:, None].cpu(), model.conditioning.mel_deviation[:, None].cpu()  # type: ignore
         frames = -(-_LENGTH // config.mel.hop_length)
         mels = [mean + deviation * torch.randn(len(mean), frames, generator=generator) for _ in range(batch)]
     return Conditioner(model, mels, [0] * batch if config.speakers else None)
@@ -245,10 +254,9 @@ def run(
     """
     kind = torch.device(device).type
     of_device = ("triton", "cuda-graph", "reference") if kind == "cuda" else ("numba", "reference")
-    engines, batches = engines or of_device[: 2 if kind == "cuda" else None], batches or BATCHES[kind]
-    weights = weights or ("float32", "bfloat16", "float16" if kind == "cuda" else "int8")
+    batches = batches or BATCHES[kind]
     for name, given, known in (("engine", engines, of_device), ("weights", weights, WEIGHTS)):
-        if unknown := [value for value in given if value not in known]:
+        if unknown := [value for value in given or () if value not in known]:
             raise ValueError(f"{name} is {unknown[0]!r}, expected {' or '.join(known)}")
     if wrong := [value for value in (*batches, *([] if threads is None else [threads])) if value < 1]:
         raise ValueError(f"batches and threads are {wrong[0]}, expected 1 or more")
@@ -261,6 +269,22 @@ def run(
         raise ValueError(f"shape is {shape!r}, and a checkpoint has a shape of its own: give one of them")
     model = model.to(device)
     config = model.config
+    linear = isinstance(config, LinearConfig)
+    if engines is None:
+        compiled = isinstance(model, WaveNet) and isinstance(model.law, Categorical)  # what triton serves
+        engines = of_device if kind == "cpu" else of_device[:2] if compiled else of_device[1:2]
+    if weights is None:
+        weights = ("float32",) if linear else ("float32", "bfloat16", "float16" if kind == "cuda" else "int8")
+    plan = [
+        (engine, precision, batch)
+        for engine, precision, batch in itertools.product(engines, weights, batches)
+        if precision in PRECISIONS[engine][: 1 if linear else None] and (engine != "reference" or batch == 1)
+    ]
+    if lacking := [precision for precision in weights if precision not in {row[1] for row in plan}]:
+        raise ValueError(
+            f"there is nothing to measure with weights={lacking[0]!r}: {' and '.join(engines)} cannot have them here"
+            " (or runs one stream only)"
+        )
     say(machine())
     ceiling = None
     if kind == "cuda":
@@ -270,17 +294,16 @@ def run(
         rates = ", ".join(f"{ceiling.read_rate(size * 2**20) / 1e9:.0f} GB/s from {size:g} MiB" for size in _SHOWN)
         say(f"one core: {ceiling.multiply_adds / 1e9:.0f} G multiply-adds/s in float32; reads {rates}")
     mel = "no mel" if config.mel is None else f"{config.mel.bands} mels, hop {config.mel.hop_length}"
-    say(f"{_layers(config)}, {config.head_channels} head, {config.classes} classes, {mel}, {config.sample_rate} Hz")
-    for precision in weights:
+    head = "" if linear else f"{config.head_channels} head, "
+    say(f"{_layers(config)}, {head}{config.classes} classes, {mel}, {config.sample_rate} Hz")
+    for precision in () if linear else weights:
         asked = cost(config, precision)
         say(
             f"{precision}: {asked.multiply_adds:,} multiply-adds per sample, {asked.weight_bytes:,} bytes of weights, "
             f"of which {asked.hot_bytes:,} are read for every sample"
         )
     rows = []
-    for engine, precision, batch in itertools.product(engines, weights, batches):
-        if (engine == "reference" and batch > 1) or (engine in ("reference", "cuda-graph") and precision != "float32"):
-            continue
+    for engine, precision, batch in plan:
         cores = threads or (1 if batch == 1 or kind == "cuda" else available_cores())
         rows.append(
             measure(model, engine, weights=precision, batch=batch, threads=cores, seconds=seconds, ceiling=ceiling)
@@ -291,6 +314,8 @@ def run(
 
 
 def _layers(config: Config) -> str:
+    if isinstance(config, LinearConfig):
+        return f"linear, order {config.order}, differencing {config.differencing}"
     if isinstance(config, TransformerConfig):
         return (
             f"transformer, {config.layers} layers of {config.channels}, {config.heads} heads, window {config.window}, "

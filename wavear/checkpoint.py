@@ -150,10 +150,11 @@ def _parse(text: bytes, path: Path) -> dict:
         raise CheckpointError(
             f"{path} has format {described['format']!r}, this version of wavear reads format {FORMAT}"
         )
-    if described["family"] not in FAMILIES:
+    if not isinstance(described["family"], str) or described["family"] not in FAMILIES:
         raise CheckpointError(f"{path} has family {described['family']!r}, known are {', '.join(FAMILIES)}")
-    if not isinstance(described.get("config"), dict):
-        raise CheckpointError(f"{path} has no 'config'")
+    for name in ("config", "training"):
+        if not isinstance(described.get(name, {} if name == "training" else None), dict):
+            raise CheckpointError(f"{path} has no {name!r} that could be one")
     return described
 
 
@@ -176,7 +177,7 @@ def _build(described: dict, path: Path) -> AutoregressiveModel:
         if settings["mel"] is not None:
             settings["mel"] = MelConfig.from_dict(settings["mel"])
         return family(config_class(**settings))
-    except (AttributeError, TypeError, ValueError) as error:
+    except (AttributeError, TypeError, ValueError, RuntimeError, MemoryError) as error:
         raise CheckpointError(f"{path}: {error}") from None
 
 

@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import difflib
 import functools
+import inspect
 import io
 import os
 import re
@@ -53,7 +54,7 @@ class Sampling:
     threads: int | None = None
     """CPU cores to use; all by default."""
     device: str = "cpu"
-    """cpu, cuda or mps."""
+    """cpu, cuda, or one card: cuda:1."""
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -416,10 +417,10 @@ def _synthesize() -> Callable[..., int]:
 
             if inputs != [Path("-")]:
                 raise ValueError("--stream follows the frames on stdin: its one input is -")
-            if output != Output() or overwrite or force or mel_seconds is not None:
+            if output != Output() or overwrite or resume or force or mel_seconds is not None:
                 raise ValueError(
                     "--stream makes raw 16-bit PCM of frames whose end is not known: leave --format, --normalize,"
-                    " --fade, --overwrite, --mel-seconds and --force away"
+                    " --fade, --overwrite, --resume, --mel-seconds and --force away"
                 )
             settings = sampling.stream_settings
             return live.run(_load(checkpoint, sampling.device), str(out or "-"), mel_source=mel_preset, **settings)
@@ -824,6 +825,11 @@ def _bench() -> Callable[..., int]:
             "classes": classes,
             "sample_rate": sample_rate,
         }
+        defaults = inspect.signature(bench).parameters
+        changed = [name for name, value in flags.items() if value != defaults[name].default]
+        changed += ["unconditional"] * (unconditional and checkpoint is not None)
+        if changed and (given := checkpoint or shape):
+            raise ValueError(f"{given} says what the network is: leave --{changed[0].replace('_', '-')} away")
         benchmark.run(
             None if checkpoint is None else _load(checkpoint, "cpu"),
             device=_device(device),
@@ -868,8 +874,8 @@ def _device(device: str) -> str:
     """It, if it is there."""
     import torch
 
-    if device.split(":")[0] not in ("cpu", "cuda", "mps"):
-        raise ValueError(f"--device is {device!r}, it must be cpu, cuda or mps")
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
+        raise ValueError(f"--device is {device!r}, it must be cpu, cuda, or one card as cuda:1")
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"--device is {device!r}, and there is no CUDA device here: use cpu")
     return device

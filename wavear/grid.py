@@ -166,6 +166,6 @@ def _edges(grid: Grid) -> np.ndarray:
     return found
 
 
-@functools.lru_cache(maxsize=8)
+@functools.cache  # captured graphs read them by address
 def _inner_edges(grid: Grid, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
     return torch.from_numpy(grid.edges()[1:-1].copy()).to(device, dtype)

@@ -31,22 +31,15 @@ def multiply_adds(model: AutoregressiveModel) -> tuple[int, float]:
     667648
     """
     conditioning = getattr(model, "conditioning", None)
-    network = sum(
-        weight.numel()
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear | nn.RNNBase) and not name.startswith("conditioning.")
-        for weight in module.parameters()
-        if weight.dim() == 2
-    )
     if conditioning is None:
-        return network, 0.0
+        return model.multiply_adds, 0.0
     ahead = sum(module.weight.numel() for module in conditioning.modules() if isinstance(module, nn.Conv1d))
     cost, rate = ahead / conditioning.hop, 1 / conditioning.hop
     for stage in (module for module in conditioning.modules() if isinstance(module, Interpolation)):
         channels, _, scale = stage.weight.shape
         rate *= scale
         cost += 3 * channels * rate
-    return network, cost
+    return model.multiply_adds, cost
 
 
 def describe(source: str | Path) -> list[tuple[str, str]]:
@@ -84,7 +77,7 @@ def describe(source: str | Path) -> list[tuple[str, str]]:
         rows.append(("mel", f"{config.mel.bands} bands, a frame per {hop} samples ({1000 * hop / rate:.1f} ms)"))
         rows += [(f"mel {name}", _value(value)) for name, value in config.mel.to_dict().items()]
         rows.append(("mel look-ahead", f"{model.lookahead} frames ({1000 * model.lookahead * hop / rate:.0f} ms)"))
-    rows += [(f"training {name}", _value(value)) for name, value in described.get("training", {}).items()]
+    rows += [(f"training {name}", _value(value)) for name, value in dict(described.get("training", {})).items()]
     return rows
 
 

@@ -259,7 +259,7 @@ def _scale(grid: Grid, log_scale: Tensor) -> Tensor:
     return log_scale.clamp(least, _LARGEST_LOG_SCALE).exp()
 
 
-@functools.lru_cache(maxsize=8)
+@functools.cache  # captured graphs read them by address
 def _table(grid: Grid, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Lower and upper end of each code's interval, (Q,); where they are infinite any finite number."""
     edges = torch.from_numpy(grid.edges().copy()).nan_to_num(posinf=2.0, neginf=-2.0)

@@ -345,7 +345,7 @@ class _Buffered:
 
     def __init__(self, source: io.BufferedReader):
         self.source = source
-        self.held = b""
+        self.held = bytearray()
 
     def _more(self) -> bool:
         data = self.source.read1(1 << 16)
@@ -355,12 +355,12 @@ class _Buffered:
     def peek(self, count: int) -> bytes:
         while len(self.held) < count and self._more():
             pass
-        return self.held[:count]
+        return bytes(self.held[:count])
 
     def take(self, count: int) -> bytes:
         """`count` bytes, fewer only at the end."""
         data = self.peek(count)
-        self.held = self.held[count:]
+        del self.held[:count]
         return data
 
     def some(self, unit: int, most: int | None) -> bytes:

@@ -325,7 +325,7 @@ def burg(signal: np.ndarray, order: int) -> tuple[np.ndarray, np.ndarray]:
         coefficients = np.concatenate([coefficients - reflection * coefficients[::-1], [reflection]])
         forward, backward = forward - reflection * backward, backward - reflection * forward
         energies.append(energies[-1] * max(1 - reflection**2, 0.0))
-    return coefficients, np.array(energies)
+    return coefficients, np.maximum(energies, 1e-30)
 
 
 def poles(coefficients: np.ndarray) -> np.ndarray:
@@ -365,19 +365,3 @@ def reflected(coefficients: np.ndarray) -> np.ndarray:
             quotient[k] = carried
         polynomial = np.convolve(quotient, [1, -1 / np.conj(pole)])
     return -np.real(polynomial)[1:]
-
-
-def integrated(coefficients: np.ndarray, differencing: int) -> np.ndarray:
-    """What predicts the signal where `coefficients` predict its differences of that order; as many more.
-
-    1 - sum over k of taps[k] / z^k = (1 - sum over k of coefficients[k] / z^k) * (1 - 1 / z)^differencing
-
-    Examples
-    --------
-    >>> integrated(np.array([0.5]), 1).tolist()
-    [1.5, -0.5]
-    """
-    polynomial = np.concatenate([[1.0], -np.asarray(coefficients, dtype=np.float64)])
-    for _ in range(differencing):
-        polynomial = np.convolve(polynomial, [1.0, -1.0])
-    return -polynomial[1:]

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -28,6 +28,7 @@ from wavear.sampling import uniforms
 
 ENGINES = ("auto", "reference", "numba", "cuda-graph", "triton")
 WEIGHTS = ("float32", "bfloat16", "int8", "float16")
+COLDEST = 1e-6  # the least temperature: every engine can divide by it and by what it makes of the logits
 _CHUNK = 2048  # samples per call of an engine: a fraction of a second, so that Ctrl-C and the progress bar are prompt
 _FEWER = 3 / 4  # of an engine's streams are left when those that have ended leave it, where it can (`keep`)
 _PARALLEL_CHUNK = 16384  # samples per forward of `score`, besides the receptive field in front of them
@@ -464,7 +465,7 @@ def _chunks(total: int, progress: bool, rate: int, batch: int, name: str, length
 
 
 def _check_seeds(seed: int | Sequence[int]) -> list[int]:
-    seeds = [seed] if isinstance(seed, int | np.integer) else list(seed)
+    seeds = list(seed) if isinstance(seed, Iterable) else [seed]
     for value in seeds:
         if isinstance(value, bool) or not isinstance(value, int | np.integer) or not 0 <= value < 2**64:
             raise ValueError(f"seed is {value!r}, it must be a whole number from 0 to 2**64 - 1")
@@ -516,10 +517,10 @@ def _check_samples(lengths: list[int] | None, samples: int | None, batch: int, b
 
 
 def _check_temperature(temperature: float | Tensor | np.ndarray, batch: int, total: int) -> float | np.ndarray:
-    values = temperature.detach().cpu().numpy() if isinstance(temperature, Tensor) else np.asarray(temperature)
-    values = values.astype(np.float64)
-    if not (np.isfinite(values).all() and (values > 0).all()):
-        raise ValueError(f"temperature is {temperature!r}, it must be above 0 and finite")
+    given = temperature.detach().cpu().double().numpy() if isinstance(temperature, Tensor) else temperature
+    values = np.asarray(given).astype(np.float64)
+    if not ((values >= COLDEST).all() and (values <= 1 / COLDEST).all()):
+        raise ValueError(f"temperature is {temperature!r}, it must be {COLDEST:g} to {1 / COLDEST:g}")
     if values.ndim == 0:
         return float(values)
     if values.shape not in ((total,), (batch, total), (batch, 1)):
@@ -583,7 +584,10 @@ def _check_speaker(speaker: int | Sequence[int] | Tensor | None, speakers: int) 
         return None
     if speaker is None:
         raise ValueError(f"the model needs a speaker, 0 to {speakers - 1}")
-    values = torch.as_tensor(speaker)
+    try:
+        values = torch.as_tensor(speaker)
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(f"speaker is {speaker!r}, expected a whole number, or one per utterance") from None
     if values.dtype.is_floating_point or values.dtype == torch.bool or values.dim() > 1 or values.numel() == 0:
         raise ValueError(f"speaker is {speaker!r}, expected a whole number, or one per utterance")
     numbers = [int(value) for value in values.reshape(-1)]

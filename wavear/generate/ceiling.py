@@ -148,10 +148,6 @@ class Ceiling:
         sizes = sorted(self.bandwidth)
         return float(np.interp(nbytes, sizes, [self.bandwidth[size] for size in sizes]))
 
-    def samples_per_second(self, cost: Cost) -> float:
-        """The most that one stream on one core can reach: the slower of reading and of multiplying."""
-        return min(1 / cost.seconds(self.read_rate), self.multiply_adds / cost.multiply_adds)
-
 
 SIZES = tuple(int(mebibytes * 2**20) for mebibytes in (0.02, 0.25, 0.5, 1, 1.5, 1.75, 2, 2.25, 2.5, 3, 4, 6, 16, 64))
 

@@ -62,14 +62,16 @@ class Conditioner:
 
         Beyond the end of a shorter utterance its last frame goes on.
         """
-        missing = [(u, k) for u in self.utterances if u.has_mel for k in u.missing(start, stop)]
+        utterances = list(dict.fromkeys(self.utterances))  # several streams may have one
+        missing = [(u, k) for u in utterances if u.has_mel for k in u.missing(start, stop)]
         made = _condition(
             self.utterances[0].model, [u.window(k) for u, k in missing], [u.speaker for u, _ in missing]
         )  # fmt: skip
         for (utterance, k), block in zip(missing, made, strict=True):
             utterance.blocks[k] = block
-        rows = [row for utterance in self.utterances if (row := utterance.span(start, stop)) is not None]
-        return torch.cat(rows) if rows else None
+        rows = {utterance: utterance.span(start, stop) for utterance in utterances}
+        found = [row for utterance in self.utterances if (row := rows[utterance]) is not None]
+        return torch.cat(found) if found else None
 
 
 class UtteranceConditioner:

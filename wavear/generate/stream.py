@@ -520,9 +520,11 @@ def _checked(state: StreamState, pattern: dict[str, Tensor], model: Autoregressi
     """The engine's part of a state, whose names and shapes are those of `pattern`."""
     tensors = {name: tensor for name, tensor in state.tensors.items() if name not in ("mel", "prime")}
     shapes = [{name: tuple(tensor.shape) for name, tensor in each.items()} for each in (tensors, pattern)]
-    codes = [tensors.get("previous", torch.tensor([-1])), state.tensors.get("prime", torch.tensor([0]))]
+    codes = [tensors.get("previous", torch.tensor([-1]))]
+    codes += [state.tensors[name] for name in ("prime", "codes", "past") if name in state.tensors]
     mel = state.tensors.get("mel")
-    sound = shapes[0] == shapes[1] and all(0 <= int(c.min()) <= int(c.max()) < model.config.classes for c in codes)
+    sound = shapes[0] == shapes[1] and int(tensors.get("time", torch.tensor([0])).min()) >= 0
+    sound = sound and all(0 <= int(c.min()) <= int(c.max()) < model.config.classes for c in codes)
     if not sound or (mel is not None and (mel.dim() != 2 or len(mel) != model.config.mel.bands or not mel.numel())):
         raise ValueError("the state is damaged: its tensors are not those of a stream of this model")
     return tensors

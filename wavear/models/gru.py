@@ -113,11 +113,6 @@ class GRU(AutoregressiveModel):
         layers = 3 * c.channels * (c.input_channels + c.channels + (c.layers - 1) * 2 * c.channels)
         return line + condition + layers + c.head_channels * (c.channels + self.law.channels)
 
-    @property
-    def weight_bytes(self) -> int:
-        """Bytes of these weights in float32."""
-        return 4 * self.multiply_adds
-
     def forward(
         self,
         codes: Tensor,

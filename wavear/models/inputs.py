@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -44,6 +46,7 @@ class ValueEmbedding(nn.Module):
 
     def __init__(self, grid: Grid, channels: int, coarse_classes: int = 0):
         super().__init__()
+        self.grid = grid
         self.line = nn.Linear(1, channels)
         self.coarse = CodeEmbedding(Grid("mulaw", coarse_classes), channels) if coarse_classes else None
         values = torch.from_numpy(grid.values().copy())
@@ -51,6 +54,12 @@ class ValueEmbedding(nn.Module):
         if self.coarse is not None:
             codes = Grid("mulaw", coarse_classes).encode(values.float())
             self.register_buffer("coarse_codes", codes, persistent=False)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> ValueEmbedding:
+        """The values stay in float32, whatever the weights become: 16 bits would round them, for good."""
+        super()._apply(fn, recurse)
+        self.values = torch.from_numpy(self.grid.values().copy()).to(self.values.device, torch.float32)
+        return self
 
     def forward(self, codes: Tensor) -> Tensor:
         """Codes (...) -> (..., R)."""
