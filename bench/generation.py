@@ -88,16 +88,16 @@ def main() -> None:
     arguments = parser.parse_args()
     page = arguments.out or PAGES[arguments.device]
     lines = on_card(arguments.seconds) if arguments.device == "cuda" else on_cpu(arguments.seconds, arguments.rounds)
-    text = "\n".join([*lines, kept(page)])
-    replace_file(page, lambda path: path.write_text(text, encoding="utf-8"))
+    write(page, lines)
     print(f"wrote {page}")
 
 
-def kept(page: Path) -> str:
-    """What a page holds behind the tables of this program: by hand, and by other programs (see `pages`)."""
+def write(page: Path, lines: Sequence[str]) -> None:
+    """Put the tables into a page; what stands behind them, by hand and by other programs (see `pages`), stays."""
     whole = page.read_text(encoding="utf-8") if page.exists() else ""
     begin = min((at for at in (whole.find(LIMITS), whole.find("<!-- begin ")) if at >= 0), default=len(whole))
-    return whole[begin:]
+    text = "\n".join([*lines, whole[begin:]]).rstrip() + "\n"
+    replace_file(page, lambda path: path.write_text(text, encoding="utf-8"))
 
 
 def on_card(seconds: float) -> list[str]:

@@ -71,14 +71,13 @@ def test_a_section_is_replaced_and_the_rest_stays(program: Any, tmp_path: Path):
 def test_tables_of_engines_leave_what_others_and_people_wrote(program: Any, tmp_path: Path):
     generation = program("generation")
     page = tmp_path / "page.md"
-    assert generation.kept(page) == ""
-    page.write_text("# Title\n\n| a table |\n")
-    assert generation.kept(page) == ""
+    generation.write(page, ["# Title", "", "| a table |", ""])
+    assert page.read_text() == "# Title\n\n| a table |\n"
     section = "<!-- begin one -->\n\nfirst\n\n<!-- end one -->\n"
-    page.write_text("# Title\n\n| a table |\n\n" + section)
-    assert generation.kept(page) == section
-    page.write_text(f"# Title\n\n| a table |\n\n{generation.LIMITS}\nBy hand.\n\n{section}")
-    assert generation.kept(page) == f"{generation.LIMITS}\nBy hand.\n\n{section}"
+    for behind in (section, f"{generation.LIMITS}\nBy hand.\n\n{section}"):
+        page.write_text("# Title\n\n| a table |\n\n" + behind)
+        generation.write(page, ["# Title", "", "| another |", ""])
+        assert page.read_text() == "# Title\n\n| another |\n\n" + behind
 
 
 def test_options_of_another_shape_are_not_taken_for_those_asked_for(

@@ -166,6 +166,14 @@ def test_families_that_carry_their_state_have_it_too(recording: Recording, famil
     assert torch.equal(made, again)
 
 
+def test_there_are_no_common_bits_of_emphasised_codes(recording: Recording):
+    """The grid of 16-bit samples is that of the audio itself."""
+    from wavear.evaluation.bits import score_recording
+
+    assert score_recording(network(), recording, None).common is None
+    assert score_recording(network(a=0.0), recording, None).common is not None
+
+
 def test_the_loss_has_the_gradient_of_these_codes(recording: Recording):
     """A law of no past learns how often codes are: those of the emphasised audio."""
     model, layout = network(), Layout.of(network(), 1500)

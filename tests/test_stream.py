@@ -462,6 +462,17 @@ def test_files_that_are_no_states_are_refused(tmp_path):
             Stream.load(model, StreamState(tensors, state.about))
 
 
+def test_states_whose_numbers_no_model_has_are_refused():
+    linear = wavear.Linear(wavear.LinearConfig(order=3, sample_rate=8000)).eval()
+    config = wavear.TransformerConfig(layers=1, channels=8, heads=2, window=4, patch=2, classes=16)
+    transformer = wavear.Transformer(config).eval()
+    for model, name, value in ((linear, "past", 9999), (transformer, "codes", -1), (transformer, "time", -5)):
+        state = Stream(model, engine="reference").state()
+        tensors = {**state.tensors, name: torch.full_like(state.tensors[name], value)}
+        with pytest.raises(ValueError, match="damaged"):
+            Stream.load(model, StreamState(tensors, state.about), engine="reference")
+
+
 # ---- a batch whose members come and go
 
 
