@@ -114,8 +114,8 @@ class LogisticMixture:
     --------
     >>> law = LogisticMixture(Grid("linear", 256), mixtures=2)
     >>> every_code = torch.arange(256)[None]
-    >>> law.log_prob(torch.randn(1, 6, 1).expand(-1, -1, 256), every_code).exp().sum()
-    tensor(1.0000)
+    >>> round(law.log_prob(torch.randn(1, 6, 1).expand(-1, -1, 256), every_code).exp().sum().item(), 3)
+    1.0
     """
 
     grid: Grid
