@@ -21,14 +21,14 @@ from wavear.generate.card import limit as card_limit
 from wavear.generate.ceiling import Ceiling, cost
 from wavear.generate.ceiling import measure as measure_ceiling
 from wavear.generate.compiled_engine import available_cores
-from wavear.laws import Categorical
+from wavear.generate.cuda import pick
 from wavear.mel import MelConfig
 from wavear.models.base import AutoregressiveModel
 from wavear.models.families import FAMILIES
 from wavear.models.gru import GRUConfig
-from wavear.models.linear import Linear, LinearConfig
+from wavear.models.linear import LinearConfig
 from wavear.models.transformer import TransformerConfig
-from wavear.models.wavenet import WaveNet, WaveNetConfig
+from wavear.models.wavenet import WaveNetConfig
 from wavear.sampling import uniforms
 
 _CHUNK = 2048  # samples per call of the numba engine, as `wavear.generate` calls it
@@ -163,7 +163,7 @@ def measure(
         error, lost = _compare(model, engine, weights, threads)
     share = None
     config: Any = model.config
-    if engine == "numba" and ceiling is not None and not isinstance(model, Linear):
+    if engine == "numba" and ceiling is not None:
         share = best / limit(ceiling, config, weights, batch, threads)
     device = next(model.parameters()).device
     if device.type == "cuda" and engine == "triton":
@@ -271,8 +271,8 @@ def run(
     config = model.config
     linear = isinstance(config, LinearConfig)
     if engines is None:
-        compiled = isinstance(model, WaveNet) and isinstance(model.law, Categorical)  # what triton serves
-        engines = of_device if kind == "cpu" else of_device[:2] if compiled else of_device[1:2]
+        fastest = kind == "cpu" or pick(model, torch.device(device)) == "triton"
+        engines = of_device[:2] if fastest else of_device[1:2]
     if weights is None:
         weights = ("float32",) if linear else ("float32", "bfloat16", "float16" if kind == "cuda" else "int8")
     plan = [
@@ -289,7 +289,7 @@ def run(
     ceiling = None
     if kind == "cuda":
         say(str(card(torch.device(device))))
-    else:
+    elif not linear:  # it reads and multiplies next to nothing
         ceiling = measure_ceiling()
         rates = ", ".join(f"{ceiling.read_rate(size * 2**20) / 1e9:.0f} GB/s from {size:g} MiB" for size in _SHOWN)
         say(f"one core: {ceiling.multiply_adds / 1e9:.0f} G multiply-adds/s in float32; reads {rates}")

@@ -152,9 +152,10 @@ def _parse(text: bytes, path: Path) -> dict:
         )
     if not isinstance(described["family"], str) or described["family"] not in FAMILIES:
         raise CheckpointError(f"{path} has family {described['family']!r}, known are {', '.join(FAMILIES)}")
-    for name in ("config", "training"):
-        if not isinstance(described.get(name, {} if name == "training" else None), dict):
-            raise CheckpointError(f"{path} has no {name!r} that could be one")
+    if not isinstance(described.get("config"), dict):
+        raise CheckpointError(f"{path} has no 'config'")
+    if not isinstance(described.get("training", {}), dict):
+        raise CheckpointError(f"{path} has no 'training' that could be one")
     return described
 
 

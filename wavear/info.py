@@ -77,7 +77,7 @@ def describe(source: str | Path) -> list[tuple[str, str]]:
         rows.append(("mel", f"{config.mel.bands} bands, a frame per {hop} samples ({1000 * hop / rate:.1f} ms)"))
         rows += [(f"mel {name}", _value(value)) for name, value in config.mel.to_dict().items()]
         rows.append(("mel look-ahead", f"{model.lookahead} frames ({1000 * model.lookahead * hop / rate:.0f} ms)"))
-    rows += [(f"training {name}", _value(value)) for name, value in dict(described.get("training", {})).items()]
+    rows += [(f"training {name}", _value(value)) for name, value in described.get("training", {}).items()]
     return rows
 
 

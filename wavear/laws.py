@@ -148,7 +148,7 @@ class LogisticMixture:
         top_p: float | None = None,
     ) -> Tensor:
         """See `Law.sample`."""
-        _refuse_truncation("logistic_mixture", top_k, top_p)
+        refuse_truncation("logistic_mixture", top_k, top_p)
         logits, means, log_scales = parameters.double().unflatten(1, (3, self.mixtures)).unbind(1)
         heat = temperature[:, None] if isinstance(temperature, Tensor) else temperature
         weights = torch.softmax(logits / heat, dim=1)
@@ -192,7 +192,7 @@ class _OneLaw:
         top_p: float | None = None,
     ) -> Tensor:
         """See `Law.sample`."""
-        _refuse_truncation(type(self).__name__.lower(), top_k, top_p)
+        refuse_truncation(type(self).__name__.lower(), top_k, top_p)
         mean, log_scale = parameters.double().unbind(1)
         return self.grid.nearest(mean + _scale(self.grid, log_scale) * temperature * self._quantile(uniform))
 
@@ -246,7 +246,8 @@ def law_of(config: Any) -> Law:
     return Gaussian(grid) if config.law == "gaussian" else Laplace(grid)
 
 
-def _refuse_truncation(law: str, top_k: int | None, top_p: float | None) -> None:
+def refuse_truncation(law: str, top_k: int | None, top_p: float | None) -> None:
+    """Of a law over values, which has no likeliest codes to choose among."""
     if top_k is not None or top_p is not None:
         raise ValueError(
             f"top_k, top_p and argmax choose among the codes of a categorical law, this is {law}: use temperature"

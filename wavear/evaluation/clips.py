@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from wavear.data import Recording, _level_by_speaker, _measured, _open, find, open_corpus, reason
+from wavear.data import Recording, _level_by_speaker, _measured, _open, find, open_corpus, overlapping, reason
 from wavear.shards import is_remote, is_shards
 from wavear.training.bits import subset
 
@@ -219,21 +219,20 @@ def fitting_data(
             unknown = str(error)
     elif isinstance(source, str):
         unknown = f"{source} is not here"
-    corpus = list(corpus)  # what follows tells them apart by their `id`
-    seen = _overlapping(clips, corpus)
+    seen = overlapping(clips, corpus)
     says = f"{source}, that the model was trained on"
     if train_data is not None:
         corpus = open_clips_for_fitting(train_data, rate, least, prepared)
         says = train_data
-    twice = _overlapping(corpus, clips)
-    left = [r for r in corpus if id(r) not in twice]
+    twice = overlapping(corpus, clips)
+    left = [r for r, held_out in zip(corpus, twice, strict=True) if not held_out]
     if train_data is not None and not left:
         raise ValueError(f"{train_data} holds nothing but the evaluated clips: baselines need other recordings")
     random.Random(0).shuffle(left)
     chosen = subset(left, seconds * rate) if left else []
     if not chosen:
         says = "the clips themselves, each half for the other"
-    names = {clip.name for clip in clips if id(clip) in seen}
+    names = {clip.name for clip, known in zip(clips, seen, strict=True) if known}
     note = None if unknown is None else f"whether clips were trained on is not known: of its data, {unknown}"
     return Fitting(chosen, says, names, note)
 
@@ -258,15 +257,3 @@ def open_clips_for_fitting(data: str, rate: int, least: int, prepared: Preparati
     if not good:
         raise ValueError(f"{data}: none of the recordings can be used")
     return _speaker_levels(good, prepared.gains)[0] if prepared.by_speaker else good
-
-
-def _overlapping(recordings: Sequence[Recording], others: Sequence[Recording]) -> set[int]:
-    """`id` of the recordings that share samples of a file with one of the others."""
-    spans: dict[Any, list[tuple[int, int]]] = {}
-    for other in others:
-        spans.setdefault(other.path.resolve(), []).append((other.start, other.start + other.frames))
-    return {
-        id(r)
-        for r in recordings
-        if any(r.start < stop and start < r.start + r.frames for start, stop in spans.get(r.path.resolve(), ()))
-    }

@@ -54,9 +54,26 @@ class Engine(Protocol):
         top_p: float | None = None,
         log_probability: np.ndarray | None = None,
     ) -> np.ndarray:
-        """Codes (B, n) from uniforms (B, n) and conditioning (B, C, n), (B, C, 1) or None.
+        """The next samples of every stream.
 
-        `log_probability` (B, n) is filled with that of each code by the model's own law, in nats.
+        Parameters
+        ----------
+        uniforms : ndarray of float64 in [0, 1), shape (B, n)
+        cond : Tensor, shape (B, C, n) or (B, C, 1), or None
+        temperature : float, or ndarray of shape (B, n)
+        top_k, top_p : optional
+            See `wavear.sampling`; for a categorical law.
+        log_probability : ndarray of float64, shape (B, n), optional
+            Filled with that of each code, in nats, by the model's own law: without temperature and truncation.
+
+        Returns
+        -------
+        ndarray of int64, shape (B, n): codes
+
+        Raises
+        ------
+        ValueError
+            If a shape does not fit, or the network's values become infinite or NaN.
         """
         ...
 

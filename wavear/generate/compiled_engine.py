@@ -17,6 +17,7 @@ from wavear.generate._simd import LANES
 from wavear.generate.numba_plan import GROUP, SIZES
 from wavear.generate.numba_products import CONDITION, CONSTANT_CONDITION, KINDS, NO_CONDITION
 from wavear.generate.reference import ReferenceEngine
+from wavear.laws import refuse_truncation
 from wavear.models.base import AutoregressiveModel
 
 
@@ -98,29 +99,9 @@ class CompiledEngine:
         top_p: float | None = None,
         log_probability: np.ndarray | None = None,
     ) -> np.ndarray:
-        """The next samples of every stream.
-
-        Parameters
-        ----------
-        uniforms : ndarray of float64 in [0, 1), shape (B, n)
-        cond : Tensor, shape (B, C, n) or (B, C, 1), or None
-        temperature : float, or ndarray of shape (B, n)
-        top_k, top_p : optional
-            See `wavear.sampling`; for a categorical law.
-        log_probability : ndarray of float64, shape (B, n), optional
-            Filled with that of each code, in nats, by the model's own law: without temperature and truncation.
-
-        Returns
-        -------
-        ndarray of int64, shape (B, n): codes
-
-        Raises
-        ------
-        ValueError
-            If a shape does not fit, or the network's values become infinite or NaN.
-        """
-        if not self.model.law.truncates and (top_k is not None or top_p is not None):
-            raise ValueError(f"top_k and top_p choose among the codes of a categorical law: {self.model.config.law}")
+        """See `Engine.generate`."""
+        if not self.model.law.truncates:
+            refuse_truncation(self.model.config.law, top_k, top_p)
         uniforms = np.require(uniforms, np.float64, ["C", "W"])
         temperatures = np.require(np.broadcast_to(temperature, uniforms.shape), np.float64, ["C", "W"])
         codes = np.empty(uniforms.shape, np.int64)
@@ -133,7 +114,7 @@ class CompiledEngine:
         return codes
 
     def score(self, codes: np.ndarray, cond: Tensor | None) -> np.ndarray:
-        """Log-probabilities, in nats, of the next samples of every stream being `codes`; float64, shape (B, n)."""
+        """See `Engine.score`."""
         codes = np.require(codes, np.int64, ["C", "W"])
         if codes.size and not 0 <= codes.min() <= codes.max() < self.classes:
             raise ValueError(f"codes reach from {codes.min()} to {codes.max()}, expected 0 to {self.classes - 1}")

@@ -94,13 +94,7 @@ class CudaGraphEngine:
         top_p: float | None = None,
         log_probability: np.ndarray | None = None,
     ) -> np.ndarray:
-        """The next samples of every stream; see `Engine.generate`.
-
-        Raises
-        ------
-        ValueError
-            If a shape does not fit, or the logits become infinite or NaN.
-        """
+        """See `Engine.generate`."""
         draws = torch.from_numpy(np.ascontiguousarray(uniforms))
         temperatures = torch.from_numpy(np.broadcast_to(temperature, uniforms.shape).astype(np.float64))
         codes = np.empty(uniforms.shape, dtype=np.int64)

@@ -32,22 +32,7 @@ class ReferenceEngine:
         top_p: float | None = None,
         log_probability: np.ndarray | None = None,
     ) -> np.ndarray:
-        """The next samples of every stream.
-
-        Parameters
-        ----------
-        uniforms : ndarray of float64, shape (B, n)
-        cond : Tensor, shape (B, C, n) or (B, C, 1), or None
-        temperature : float, or ndarray of shape (B, n)
-        top_k, top_p : optional
-            See `wavear.sampling`.
-        log_probability : ndarray of float64, shape (B, n), optional
-            Filled with that of each code, in nats, by the model's own law: without temperature and truncation.
-
-        Returns
-        -------
-        ndarray of int64, shape (B, n): codes
-        """
+        """See `Engine.generate`."""
         codes = np.empty(uniforms.shape, dtype=np.int64)
         draws = torch.from_numpy(uniforms).to(self.device)
         temperatures = np.broadcast_to(np.asarray(temperature, dtype=np.float64), uniforms.shape)

@@ -85,27 +85,7 @@ class TritonEngine:
         top_p: float | None = None,
         log_probability: np.ndarray | None = None,
     ) -> np.ndarray:
-        """The next samples of every stream.
-
-        Parameters
-        ----------
-        uniforms : ndarray of float64 in [0, 1), shape (B, n)
-        cond : Tensor, shape (B, C, n) or (B, C, 1), or None
-        temperature : float, or ndarray of shape (B, n)
-        top_k, top_p : optional
-            See `wavear.sampling`.
-        log_probability : ndarray of float64, shape (B, n), optional
-            Filled with that of each code, in nats, by the model's own law: without temperature and truncation.
-
-        Returns
-        -------
-        ndarray of int64, shape (B, n): codes
-
-        Raises
-        ------
-        ValueError
-            If a shape does not fit, or the logits become infinite or NaN.
-        """
+        """See `Engine.generate`."""
         draws = torch.from_numpy(np.ascontiguousarray(uniforms)).to(self.device)
         sharpness = torch.from_numpy(np.broadcast_to(1.0 / np.asarray(temperature), uniforms.shape).astype(np.float32))
         codes = torch.empty(uniforms.shape, dtype=torch.int32, device=self.device)
