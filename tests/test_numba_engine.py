@@ -24,7 +24,7 @@ from torch import Tensor
 
 import wavear
 from wavear.generate import compiled as compiled_module
-from wavear.generate.compiled import compiled, source_key
+from wavear.compiled import compiled, source_key
 from wavear.generate.numba_cpu import NumbaEngine
 from wavear.generate.reference import ReferenceEngine
 from wavear.models.wavenet import WaveNet, WaveNetConfig
@@ -421,7 +421,7 @@ def test_a_change_in_a_file_that_a_kernel_calls_recompiles_and_another_does_not(
     shutil.copytree(Path(wavear.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__"))
     inner = package / "generate" / "part_of_a_test.py"
     (package / "generate" / "kernel_of_a_test.py").write_text(
-        "from wavear.generate.compiled import compiled\n"
+        "from wavear.compiled import compiled\n"
         "from wavear.generate.part_of_a_test import inner\n"
         "def _outer(x):\n    return inner(x)\n"
         "outer = compiled(_outer, 'int64(int64)')\n"
@@ -440,7 +440,7 @@ def test_a_change_in_a_file_that_a_kernel_calls_recompiles_and_another_does_not(
 def test_another_processor_compiles_anew(cache, tmp_path):
     program = tmp_path / "program.py"
     program.write_text(
-        "from wavear.generate.compiled import compiled\n"
+        "from wavear.compiled import compiled\n"
         "def double(x):\n    return 2 * x\n"
         "assert compiled(double, 'int64(int64)')(4) == 8\n"
     )

@@ -14,6 +14,7 @@ from wavear.mel import MelConfig, log_mel
 from wavear.models.base import AutoregressiveModel
 from wavear.models.gru import GRU, GRUConfig
 from wavear.models.linear import Linear, LinearConfig
+from wavear.models.predictive import PredictiveWaveNet, PredictiveWaveNetConfig
 from wavear.models.transformer import Transformer, TransformerConfig
 from wavear.models.wavenet import WaveNet, WaveNetConfig
 from wavear.mulaw import mulaw_decode, mulaw_encode
@@ -33,6 +34,8 @@ __all__ = [
     "Linear",
     "LinearConfig",
     "MelConfig",
+    "PredictiveWaveNet",
+    "PredictiveWaveNetConfig",
     "Stream",
     "StreamBatch",
     "StreamState",

@@ -49,7 +49,9 @@ class Layout:
     hop: int
     """Samples per mel frame; 1 without a mel."""
     lookahead: int
-    """Mel frames around a crop that its conditioning needs."""
+    """Mel frames behind a crop that its conditioning needs."""
+    lookback: int
+    """Mel frames in front of a crop that its conditioning needs."""
     mel: MelConfig | None
     sample_rate: int
     pre_emphasis: float = 0.0
@@ -67,6 +69,7 @@ class Layout:
             receptive_field=field,
             hop=hop,
             lookahead=0 if mel is None else model.lookahead,
+            lookback=0 if mel is None else model.lookback,
             mel=mel,
             sample_rate=model.config.sample_rate,
             pre_emphasis=coefficient(model.config),
@@ -80,7 +83,12 @@ class Layout:
     @property
     def margin(self) -> int:
         """Samples read on both sides of the window for the mel's sake, and that of pre-emphasis."""
-        return int(self.pre_emphasis > 0) if self.mel is None else (self.lookahead + self.mel.context_frames) * self.hop
+        return int(self.pre_emphasis > 0) if self.mel is None else (self.around + self.mel.context_frames) * self.hop
+
+    @property
+    def around(self) -> int:
+        """Mel frames that a crop is read with on each side."""
+        return max(self.lookback, self.lookahead)
 
     def length(self, recording: Recording) -> int:
         """Samples of a recording that can carry loss: whole frames."""
@@ -109,7 +117,7 @@ class Batch:
     waveform: torch.Tensor
     """(B, margin + window + margin), float32 in [-1, 1]."""
     frames: torch.Tensor
-    """(B, window // hop + 2 * lookahead), int64: which frames of the waveform's own mel to condition on."""
+    """(B, lookback + window // hop + lookahead), int64: which frames of the waveform's own mel to condition on."""
     span: torch.Tensor
     """(B, 2), int64: the window positions [first, last) that carry loss."""
     speaker: torch.Tensor
@@ -178,9 +186,10 @@ def frame_indices(recording: Recording, layout: Layout, start: int) -> np.ndarra
     """Which frames of the crop's own mel stand for the frames the model is conditioned on; shape (n,), int64."""
     if layout.mel is None:
         return np.zeros(0, dtype=np.int64)
-    first = start // layout.hop - layout.lookahead
-    wanted = first + np.arange(layout.window // layout.hop + 2 * layout.lookahead)
-    return np.clip(wanted, 0, layout.length(recording) // layout.hop - 1) - first + layout.mel.context_frames
+    frame = start // layout.hop
+    wanted = np.arange(frame - layout.lookback, frame + layout.window // layout.hop + layout.lookahead)
+    first = frame - layout.around - layout.mel.context_frames  # of the crop's own mel
+    return np.clip(wanted, 0, layout.length(recording) // layout.hop - 1) - first
 
 
 class Segments(torch.utils.data.Dataset):
@@ -304,13 +313,13 @@ def inputs(
     layout: Layout,
     noise: torch.Generator | None = None,
     dropout: float = 0.0,
-) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+) -> tuple[torch.Tensor, Any, torch.Tensor]:
     """What `forward` needs, computed on the device of `batch`.
 
     Returns
     -------
     codes : (B, window) int64
-    cond : (B, C, window), (B, C, 1) or None
+    cond : (B, C, window), (B, C, 1), a FrameConditioning or None
     mask : (B, window) bool, where loss is carried
     """
     codes = model.grid.encode(coded(batch, layout))
@@ -335,7 +344,7 @@ def crop_loss(
     layout: Layout,
     dtype: torch.dtype | None = None,
     noise: torch.Generator | None = None,
-    noise_codes: float = 0.0,
+    input_noise: float = 0.0,
     carried: tuple[Any, torch.Tensor] | None = None,
     dropout: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -345,22 +354,23 @@ def crop_loss(
     in their own type. (Autocast leaves the additions between the layers in float32, whose traffic costs a third of the
     time on a CPU.) The conditioning and the loss stay in float32.
 
-    With `noise` the past that the model sees is off by a normal number of codes of deviation `noise_codes`, and what it
-    has to predict is not: so it learns to see through its own errors, and to look at the conditioning. And so many mel
-    frames as `dropout` says (a share) are the mean of the training data instead.
+    With `noise` the past that the model sees is off by noise of the amount `input_noise` (`model.input_noise`), and
+    what it has to predict is not: so it learns to see through its own errors, and to look at the conditioning. And so
+    many mel frames as `dropout` says (a share) are the mean of the training data instead.
 
     With a state and the code before the window, `carried`, the window goes on from there, and the state with it.
     """
     codes, cond, mask = inputs(model, batch, layout, noise, dropout)
-    past = codes
-    if noise is not None and noise_codes > 0:
-        off = torch.randn(codes.shape, generator=noise, device=codes.device) * noise_codes
-        past = (codes + off.round().long()).clamp(0, model.grid.classes - 1)
+    given: dict[str, Any] = {"codes": codes}
+    if noise is not None and input_noise > 0:
+        given = model.input_noise(codes, input_noise, noise)
+    if carried is not None:
+        given["state"], given["previous"] = carried
     if dtype is None:
-        parameters = model(past, cond, *(carried or ()))
+        parameters = model(cond=cond, **given)
     else:
         weights = {name: p.to(dtype) for name, p in model.named_parameters() if not name.startswith("conditioning.")}
-        given = (past, None if cond is None else cond.to(dtype), *(carried or ()))
-        parameters = torch.func.functional_call(model, weights, given)
+        given["cond"] = None if cond is None else cond.to(dtype)
+        parameters = torch.func.functional_call(model, weights, (), given)
     parameters = parameters.to(torch.promote_types(parameters.dtype, torch.float32))  # bf16 would round the loss
     return -model.law.log_prob(parameters, codes) * mask, mask

@@ -163,6 +163,7 @@ def _compiled_engine(model: AutoregressiveModel) -> Any | None:
     """The class of the compiled engine that serves a model, if there is one."""
     from wavear.models.gru import GRU
     from wavear.models.linear import Linear
+    from wavear.models.predictive import PredictiveWaveNet
     from wavear.models.transformer import Transformer
     from wavear.models.wavenet import WaveNet
 
@@ -170,6 +171,10 @@ def _compiled_engine(model: AutoregressiveModel) -> Any | None:
         from wavear.generate.numba_cpu import NumbaEngine
 
         return NumbaEngine
+    if isinstance(model, PredictiveWaveNet):
+        from wavear.generate.numba_predictive import NumbaPredictiveEngine
+
+        return NumbaPredictiveEngine
     if isinstance(model, GRU):
         from wavear.generate.numba_gru import NumbaGRUEngine
 

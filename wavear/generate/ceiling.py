@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from wavear.compiled import compiled
 from wavear.generate import _simd
 from wavear.generate._simd import LANES, VECTOR_BYTES
-from wavear.generate.compiled import compiled
 from wavear.generate.packing import Region
 from wavear.laws import law_of
 from wavear.models.gru import GRUConfig

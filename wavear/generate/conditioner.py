@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from wavear.models.base import AutoregressiveModel
+from wavear.models.frames import joined, stacked
 
 # Samples that a block covers, as nearly as whole frames allow. A block is known once all its frames and the look-ahead
 # are: fewer samples would save a stream less than 6 ms of latency, and cost a call of the model more often.
@@ -14,17 +17,17 @@ _BLOCK = 128
 _TOGETHER = {"cuda": 64}
 
 
-def _condition(model: AutoregressiveModel, windows: list[Tensor], speakers: list[Tensor | None]) -> list[Tensor]:
+def _condition(model: AutoregressiveModel, windows: list[Tensor], speakers: list[Tensor | None]) -> list[Any]:
     """(1, C, n) of each window (1, M, frames) of as many frames, in batches of one size."""
     size = _TOGETHER.get(windows[0].device.type, 1) if windows else 1
-    found: list[Tensor] = []
+    found: list[Any] = []
     for at in range(0, len(windows), size):
         chosen = [min(at + i, len(windows) - 1) for i in range(size)]  # the last one fills up
         voices = [speaker for i in chosen if (speaker := speakers[i]) is not None]
         rows = model.condition(
             torch.cat([windows[i] for i in chosen]), torch.cat(voices) if voices else None, padded=True
         )
-        found += rows[: len(windows) - at].split(1)
+        found += [rows[i : i + 1, :, :] for i in range(min(size, len(windows) - at))]
     return found
 
 
@@ -57,12 +60,14 @@ class Conditioner:
             self.utterances = [self.utterances[b] for b in chosen]
             self.lengths = None if self.lengths is None else [self.lengths[b] for b in chosen]
 
-    def span(self, start: int, stop: int) -> Tensor | None:
+    def span(self, start: int, stop: int) -> Any:
         """Conditioning of samples `start` to `stop`: (B, C, stop - start), (B, C, 1) of a speaker alone, or None.
 
         Beyond the end of a shorter utterance its last frame goes on.
         """
         utterances = list(dict.fromkeys(self.utterances))  # several streams may have one
+        if self.utterances[0].model.frames_are_exact:
+            return stacked([utterance.span(start, stop) for utterance in self.utterances])
         missing = [(u, k) for u in utterances if u.has_mel for k in u.missing(start, stop)]
         made = _condition(
             self.utterances[0].model, [u.window(k) for u, k in missing], [u.speaker for u, _ in missing]
@@ -71,7 +76,7 @@ class Conditioner:
             utterance.blocks[k] = block
         rows = {utterance: utterance.span(start, stop) for utterance in utterances}
         found = [row for utterance in self.utterances if (row := rows[utterance]) is not None]
-        return torch.cat(found) if found else None
+        return stacked(found) if found else None
 
 
 class UtteranceConditioner:
@@ -101,7 +106,7 @@ class UtteranceConditioner:
         """Whether the last frame is known to be the last."""
         self._first = 0  # of the frames still held
         self._held: list[Tensor] = []
-        self.blocks: dict[int, Tensor] = {}
+        self.blocks: dict[int, Any] = {}
         """Conditioning of blocks by their number: the next span may begin inside the last one's last block."""
 
     def push(self, mel: Tensor) -> None:
@@ -143,33 +148,40 @@ class UtteranceConditioner:
         if not self._held:
             return
         block = sample // (self.block * self.hop)
-        first = max(0, min(block * self.block - self.model.lookahead, self.frames - 1))
+        first = max(0, min(block * self.block - self.model.lookback, self.frames - 1))
         if first > self._first:
             self._held = [self.held[:, first - self._first :].clone()]
             self._first = first
 
-    def span(self, start: int, stop: int) -> Tensor | None:
+    def span(self, start: int, stop: int) -> Any:
         """Conditioning of samples `start` to `stop`: (1, C, stop - start), (1, C, 1) of a speaker alone, or None."""
         if not self.has_mel:
             return None if self.speaker is None else self.model.condition(None, self.speaker)
         size = self.block * self.hop
         first, last = start // size, -(-stop // size)
         missing = self.missing(start, stop)
-        made = _condition(self.model, [self.window(k) for k in missing], [self.speaker] * len(missing))
-        self.blocks.update(zip(missing, made, strict=True))
+        self.blocks.update(zip(missing, self._made(missing), strict=True))
         blocks = [self.blocks[k] for k in range(first, last)]
         self.blocks = {last - 1: blocks[-1]}
-        return torch.cat(blocks, dim=2)[:, :, start - first * size : stop - first * size]
+        return joined(blocks)[:, :, start - first * size : stop - first * size]
+
+    def _made(self, blocks: list[int]) -> list[Any]:
+        """Conditioning of blocks that follow each other."""
+        if blocks and self.model.frames_are_exact and self.device.type == "cpu":
+            size = self.block * self.hop
+            whole = self.model.condition(self.window(blocks[0], blocks[-1]), self.speaker, padded=True)
+            return [whole[:, :, i * size : (i + 1) * size] for i in range(len(blocks))]
+        return _condition(self.model, [self.window(k) for k in blocks], [self.speaker] * len(blocks))
 
     def missing(self, start: int, stop: int) -> list[int]:
         """The blocks of samples `start` to `stop` that are not in `blocks`."""
         size = self.block * self.hop
         return [k for k in range(start // size, -(-stop // size)) if k not in self.blocks]
 
-    def window(self, k: int) -> Tensor:
-        """The frames (1, M, n) that block k depends on, the ends repeated."""
-        lookahead = self.model.lookahead
-        first = k * self.block - lookahead
+    def window(self, k: int, last: int | None = None) -> Tensor:
+        """The frames (1, M, n) that block k depends on, or the blocks k to `last`, the ends repeated."""
+        last = k if last is None else last
+        first = k * self.block - self.model.lookback
         assert min(max(first, 0), self.frames - 1) >= self._first, "the frames of this block are forgotten"
-        frames = torch.arange(first, first + self.block + 2 * lookahead, device=self.device)
+        frames = torch.arange(first, (last + 1) * self.block + self.model.lookahead, device=self.device)
         return self.held[None, :, frames.clamp(0, self.frames - 1) - self._first]

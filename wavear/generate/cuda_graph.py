@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from wavear.models.base import AutoregressiveModel
+from wavear.models.frames import dense
 
 CHUNK = 512  # samples fed at once
 RUN = 32  # samples per replay, where so many are left
@@ -184,10 +185,10 @@ class CudaGraphEngine:
         """Feed the conditioning of a chunk, and replay until its samples are made."""
         varying = cond is not None and cond.shape[2] > 1
         if cond is not None:
+            given = dense(cond[:, :, part] if varying else cond)
             if varying not in self._cond:
                 length = CHUNK if varying else 1
-                self._cond[varying] = torch.zeros(length, *cond.shape[:2], dtype=cond.dtype, device=self.device)
-            given = cond[:, :, part] if varying else cond
+                self._cond[varying] = torch.zeros(length, *given.shape[:2], dtype=given.dtype, device=self.device)
             self._cond[varying][: given.shape[2]] = given.permute(2, 0, 1)
         whole, rest = divmod(samples, RUN)
         self._replay(RUN if whole else 1, varying, law, whole or rest)

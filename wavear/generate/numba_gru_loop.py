@@ -9,9 +9,9 @@ import functools
 
 import numba
 
+from wavear.compiled import compiled
 from wavear.generate import _simd, numba_sampling
 from wavear.generate._simd import VECTOR_BYTES
-from wavear.generate.compiled import compiled
 from wavear.generate.numba_laws import CATEGORICAL, draw_value
 from wavear.generate.numba_loop import (
     CONDITION,

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from wavear.generate.compiled import compiled
+from wavear.compiled import compiled
 from wavear.generate.compiled_engine import available_cores
 from wavear.generate.numba_laws import GAUSSIAN, LAPLACE, _log_tail, laplace_quantile, normal_quantile
 from wavear.models.linear import Linear

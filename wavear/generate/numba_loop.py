@@ -12,9 +12,9 @@ from typing import Any
 import numba
 import numpy as np
 
+from wavear.compiled import compiled
 from wavear.generate import _simd, numba_laws, numba_sampling
 from wavear.generate._simd import BLOCK, TALLEST, VECTOR_BYTES
-from wavear.generate.compiled import compiled
 from wavear.generate.numba_products import (
     CONDITION,
     CONSTANT_CONDITION,

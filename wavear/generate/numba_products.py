@@ -15,9 +15,9 @@ from typing import Any
 
 import numba
 
+from wavear.compiled import compiled
 from wavear.generate import _simd
 from wavear.generate._simd import HEIGHTS, TALLEST, VECTOR_BYTES
-from wavear.generate.compiled import compiled
 
 # Fields of a matrix: address of the packed weights, inputs, blocks, vectors in a block, kind of the weights, address of
 # the kernel for one row, bytes of a block, bytes of the weights of one input in a block.

@@ -11,9 +11,9 @@ import numpy as np
 from llvmlite import ir
 from numba.core import types
 
+from wavear.compiled import compiled
 from wavear.generate import _simd, numba_laws, numba_sampling
 from wavear.generate._simd import BLOCK, LANES, VECTOR_BYTES
-from wavear.generate.compiled import compiled
 from wavear.generate.numba_products import (
     CONDITION,
     CONSTANT_CONDITION,

@@ -31,6 +31,7 @@ from wavear.generate.conditioner import UtteranceConditioner
 from wavear.generate.prime import check_prime, context, deemphasis_after, encode_prime, fill
 from wavear.generate.state import FORMAT, StreamState, check_model, describe
 from wavear.models.base import AutoregressiveModel
+from wavear.models.frames import stacked
 from wavear.sampling import uniforms
 
 
@@ -447,7 +448,7 @@ class _Utterance:
         fill(engine, place, self.model, self.prime, self.conditioner)
         self.prime = None
 
-    def inputs(self, samples: int) -> tuple[np.ndarray, Tensor | None]:
+    def inputs(self, samples: int) -> tuple[np.ndarray, Any]:
         """Uniforms (n,) and conditioning (1, C, n), (1, C, 1) or None of the next samples."""
         cond = self.conditioner.span(self.position, self.position + samples)
         return uniforms(self.seed, self.position, samples), cond
@@ -501,7 +502,7 @@ class _Utterance:
 def _advance(engine: Any, utterances: list[_Utterance], samples: int) -> list[Tensor]:
     """The next samples (n,) of each; the engine holds exactly these."""
     draws, rows = zip(*(utterance.inputs(samples) for utterance in utterances), strict=True)
-    cond = None if rows[0] is None else torch.cat(rows)
+    cond = None if rows[0] is None else stacked(rows)
     temperatures = np.repeat([[utterance.temperature] for utterance in utterances], samples, axis=1)
     top_k, top_p = utterances[0].truncation
     codes = engine.generate(np.stack(draws), cond, temperatures, top_k=top_k, top_p=top_p)

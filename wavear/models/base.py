@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from wavear.grid import Grid
 from wavear.laws import LAWS, Law, law_of
 from wavear.mel import MelConfig
-from wavear.models.conditioning import Conditioning
 
 _PREFILL = 4096  # samples that `prefill` computes at once: its memory does not grow with the past given
 
@@ -31,9 +30,11 @@ class AutoregressiveModel(nn.Module):
 
     config: Any
     """Frozen dataclass, saved with the weights: of a network a `CommonConfig`."""
-    conditioning: Conditioning | None
-    """What a mel and a speaker become: a subclass sets it to `make_conditioning(config)`."""
+    conditioning: Any
+    """What a mel and a speaker become, a module with `lookahead`: often `make_conditioning(config)`; None without."""
 
+    frames_are_exact: bool = False
+    """Whether `condition` makes a frame's values to the bit alike on the CPU, however many frames it makes at once."""
     activation_checkpointing: bool | None = None
     """Whether `forward` keeps only the inputs of its layers for the backward pass; None: the family cannot."""
 
@@ -78,8 +79,13 @@ class AutoregressiveModel(nn.Module):
 
     @property
     def lookahead(self) -> int:
-        """How many mel frames after frame f the samples of frame f depend on (and as many before it)."""
+        """How many mel frames after frame f the samples of frame f depend on."""
         return self.conditioning.lookahead if self.conditioning is not None else 0
+
+    @property
+    def lookback(self) -> int:
+        """How many mel frames before frame f the samples of frame f depend on."""
+        return self.lookahead
 
     @property
     def conditioned(self) -> bool:
@@ -93,7 +99,7 @@ class AutoregressiveModel(nn.Module):
             return torch.nn.functional.pad(codes[:, :-1], (1, 0), value=self.start_code)
         return torch.cat([previous[:, None], codes[:, :-1]], dim=1)
 
-    def condition(self, mel: Tensor | None, speaker: Tensor | None = None, *, padded: bool = False) -> Tensor:
+    def condition(self, mel: Tensor | None, speaker: Tensor | None = None, *, padded: bool = False) -> Any:
         """One vector per sample from a mel and a speaker.
 
         Parameters
@@ -101,12 +107,13 @@ class AutoregressiveModel(nn.Module):
         mel : Tensor, shape (B, M, F), or None for a model without mel conditioning
         speaker : Tensor of int64, shape (B,), or None for a model without speakers
         padded : bool
-            `mel` has shape (B, M, F + 2 * lookahead): it carries its own context on both sides, as a crop does.
+            `mel` has shape (B, M, lookback + F + lookahead): it carries its own context on both sides, as a crop does.
             Otherwise the first and the last frame are repeated.
 
         Returns
         -------
-        Tensor, shape (B, C, F * hop); of a speaker alone (B, C, 1), the same for every sample
+        Tensor, shape (B, C, F * hop), or a `FrameConditioning` that stands for one; of a speaker alone (B, C, 1), the
+        same for every sample
         """
         if self.conditioning is None:
             raise ValueError("the model is unconditional: it takes neither a mel nor a speaker")
@@ -121,6 +128,7 @@ class AutoregressiveModel(nn.Module):
         ----------
         codes : Tensor of int64, shape (B, T)
         cond : Tensor, shape (B, C, T), or (B, C, 1) the same for every sample, or None
+            Of a family that conditions at the frame rate, the `FrameConditioning` that stands for it.
         state : what `init_state` returned, optional
             The codes go on from it, and it is brought to where `step` would be after as many calls. Gradients do not
             reach into it. Without one the codes are the beginning of the audio.
@@ -128,6 +136,14 @@ class AutoregressiveModel(nn.Module):
             With a state: the code before codes[:, 0].
         """
         raise NotImplementedError
+
+    def input_noise(self, codes: Tensor, amount: float, generator: torch.Generator) -> dict[str, Tensor]:
+        """Return what `forward` is given in training for `codes` (B, T), with noise on the past that it sees.
+
+        Here the codes are off by a normal number of deviation `amount`; what is to be predicted stays clean.
+        """
+        off = torch.randn(codes.shape, generator=generator, device=codes.device) * amount
+        return {"codes": (codes + off.round().long()).clamp(0, self.grid.classes - 1)}
 
     def init_state(self, batch: int) -> Any:
         """State of `batch` streams before their first sample, preallocated, batch first."""

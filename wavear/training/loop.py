@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import signal
 import threading
@@ -18,7 +17,6 @@ from typing_extensions import override
 from wavear.checkpoint import load
 from wavear.data import Corpus
 from wavear.laws import Categorical
-from wavear.mel import log_mel
 from wavear.models.base import AutoregressiveModel
 from wavear.segments import Layout, Order, Segments, collate
 from wavear.train import TrainConfig, TrainResult, make_directory
@@ -28,11 +26,10 @@ from wavear.training.groups import turn_about
 from wavear.training.lanes import Lanes
 from wavear.training.log import finish, loggers, tell
 from wavear.training.module import TrainingModule
+from wavear.training.prepare import prepare
 from wavear.training.processes import Processes
 from wavear.training.state import StateIO
 from wavear.training.states import Found, last_good_state, sweep
-
-_STATISTICS_CROPS = 64  # random crops whose mels give each band's mean and deviation
 
 
 class _Data(L.LightningDataModule):
@@ -108,7 +105,7 @@ def fit(
         raise ValueError(f"a batch of {config.batch_size} crops cannot be shared by {parts}: choose a multiple")
     found = _resume(config, record, say) if config.resume else None
     if found is None:
-        fit_mel_statistics(model, segments)
+        prepare(model, segments, config.seed, say)
     kind = _device_kind(config.device)
     coarse = isinstance(model.law, Categorical)
     if config.precision == "bf16" and not coarse:
@@ -218,25 +215,6 @@ def has_bf16(kind: str) -> bool:
         return torch.cuda.is_bf16_supported(including_emulation=False)
     # AMX tiles; AVX-512 alone has bf16 products that cost as much as float32's.
     return kind == "cpu" and torch.cpu._is_amx_tile_supported()
-
-
-@torch.no_grad()
-def fit_mel_statistics(model: AutoregressiveModel, segments: Segments) -> None:
-    """Set what the model subtracts from each mel band and divides it by: mean and deviation over random crops."""
-    layout = segments.layout
-    conditioning: Any = getattr(model, "conditioning", None)
-    if layout.mel is None or conditioning is None:
-        return
-    frames = []
-    for index in range(_STATISTICS_CROPS):
-        batch = collate([segments[index]])
-        own = log_mel(batch.waveform, layout.mel)
-        count = math.ceil((batch.span[0, 1] // layout.hop).item())
-        wanted = batch.frames[0, layout.lookahead : layout.lookahead + count]
-        frames.append(own[0][:, wanted])
-    mels = torch.cat(frames, dim=1).double()
-    conditioning.mel_mean.copy_(mels.mean(1))
-    conditioning.mel_deviation.copy_(mels.std(1).clamp(min=0.1))
 
 
 def _finish(

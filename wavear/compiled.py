@@ -49,7 +49,7 @@ def source_key(path: Path) -> str:
 
 def _sources(path: Path) -> set[Path]:
     """A file, and the files of this package that it imports at its top, and so on."""
-    root = Path(__file__).resolve().parents[1]
+    root = Path(__file__).resolve().parent
     found, waiting = set(), [path.resolve()]
     while waiting:
         source = waiting.pop()
@@ -62,20 +62,21 @@ def _sources(path: Path) -> set[Path]:
     return found
 
 
-def compiled(function, signature: str, callback: bool = False) -> Any:
+def compiled(function, signature: str, callback: bool = False, **options: Any) -> Any:
     """`function` compiled for one signature, from the cache if it is there.
 
     Called from Python it releases the GIL; as a `callback` it is called by its `address` from other compiled code.
+    `options` are Numba's, such as `error_model`.
     """
     with _lock:
         try:
             directory = cache_directory() / f"kernels-{source_key(Path(function.__code__.co_filename))}"
             directory.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=directory).close()
-            return _compile(function, signature, callback, directory)
+            return _compile(function, signature, callback, directory, options)
         except Exception as error:  # whatever is wrong with a cache, the engine works without
             _warn_once(error)
-            return _compile(function, signature, callback, None)
+            return _compile(function, signature, callback, None, options)
 
 
 _warned = False
@@ -92,11 +93,11 @@ def _warn_once(error: Exception) -> None:
         )
 
 
-def _compile(function, signature: str, callback: bool, directory: Path | None):
+def _compile(function, signature: str, callback: bool, directory: Path | None, options: dict[str, Any]):
     import numba
 
-    compiler = numba.cfunc(signature, cache=bool(directory)) if callback else None
-    compiler = compiler or numba.njit(signature, nogil=True, cache=bool(directory))
+    compiler = numba.cfunc(signature, cache=bool(directory), **options) if callback else None
+    compiler = compiler or numba.njit(signature, nogil=True, cache=bool(directory), **options)
     # Where to cache is read when the cache of a function is made, and is no argument.
     before = numba.config.CACHE_DIR
     if directory:

@@ -1,0 +1,242 @@
+"""Training steps of a predictive WaveNet on the CPU: the gated layers in bfloat16, with compiled code between products.
+
+torch makes a pass over memory for each operation between two matrix products, and gathers a row at a time. Here a gate
+is one pass forward and one back, and so is gathering the taps of a layer: with it a step takes two fifths of the time.
+The arithmetic inside a pass is float32, rounded to bfloat16 where torch rounds its results.
+"""
+
+# Numba's settings have no types.
+# pyright: reportPrivateImportUsage=false, reportAttributeAccessIssue=false, reportCallIssue=false
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numba
+import numpy as np
+import torch
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+from torch import Tensor
+from torch.nn import functional as F
+
+if TYPE_CHECKING:
+    from wavear.models.frames import FrameConditioning
+    from wavear.models.predictive import PredictiveWaveNet
+
+
+@intrinsic
+def _as_float(context, bits):
+    return types.float32(types.uint32), lambda c, builder, s, args: builder.bitcast(args[0], ir.FloatType())
+
+
+@intrinsic
+def _as_bits(context, value):
+    return types.uint32(types.float32), lambda c, builder, s, args: builder.bitcast(args[0], ir.IntType(32))
+
+
+@numba.njit(inline="always")
+def _load(half):
+    """Return the float32 of a bfloat16."""
+    return _as_float(np.uint32(np.uint32(half) << np.uint32(16)))
+
+
+@numba.njit(inline="always")
+def _store(value):
+    """The bfloat16 of a float32, rounded to nearest, ties to even."""
+    bits = _as_bits(np.float32(value))
+    return np.uint16((bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16))
+
+
+@numba.njit(inline="always")
+def _tanh_ratio(x):
+    """Numerator and denominator of tanh(x): the rational approximation of `wavear.generate._simd`."""
+    x = min(max(x, np.float32(-7.9)), np.float32(7.9))
+    y = x * x
+    p = np.float32(-2.76076847742355e-16) * y + np.float32(2.00018790482477e-13)
+    p = p * y + np.float32(-8.60467152213735e-11)
+    p = p * y + np.float32(5.12229709037114e-08)
+    p = p * y + np.float32(1.48572235717979e-05)
+    p = p * y + np.float32(6.37261928875436e-04)
+    p = p * y + np.float32(4.89352455891786e-03)
+    q = np.float32(1.19825839466702e-06) * y + np.float32(1.18534705686654e-04)
+    q = q * y + np.float32(2.26843463243900e-03)
+    q = q * y + np.float32(4.89352518554385e-03)
+    return x * p, q
+
+
+def _gate_forward(z, units, kept):
+    """units (N, R) = tanh * sigmoid of z (N, 2 R); both factors are kept (N, 2 R)."""
+    n, r = units.shape
+    half, one = np.float32(0.5), np.float32(1)
+    for i in range(n):
+        filters, gates, out = z[i, :r], z[i, r:], units[i]
+        kept_tanh, kept_sigmoid = kept[i, :r], kept[i, r:]
+        for j in range(r):
+            n1, d1 = _tanh_ratio(_load(filters[j]))
+            n2, d2 = _tanh_ratio(half * _load(gates[j]))  # sigmoid(x) = (1 + tanh(x / 2)) / 2
+            inverse = one / (d1 * d2)
+            tanh, sigmoid = n1 * d2 * inverse, half * (d2 + n2) * d1 * inverse
+            out[j] = _store(tanh * sigmoid)
+            kept_tanh[j] = _store(tanh)
+            kept_sigmoid[j] = _store(sigmoid)
+
+
+def _gate_backward(kept, gradient, out):
+    """Gradient of z (N, 2 R) from that of the units (N, R)."""
+    n, r = gradient.shape
+    one = np.float32(1)
+    for i in range(n):
+        tanhs, sigmoids, given = kept[i, :r], kept[i, r:], gradient[i]
+        filters, gates = out[i, :r], out[i, r:]
+        for j in range(r):
+            tanh, sigmoid = _load(tanhs[j]), _load(sigmoids[j])
+            d = _load(given[j]) * sigmoid
+            filters[j] = _store(d * (one - tanh * tanh))
+            gates[j] = _store(d * tanh * (one - sigmoid))
+
+
+def _taps_forward(x, rows, out):
+    """out (N, (K + 1) R): of each row of x (N, R) the rows (K, N) before it, -1 for zeros, and itself."""
+    k_taps, n = rows.shape
+    r = x.shape[1]
+    for i in range(n):
+        for k in range(k_taps):
+            row = rows[k, i]
+            part = out[i, k * r : (k + 1) * r]
+            if row >= 0:
+                part[:] = x[row]
+            else:
+                part[:] = np.uint16(0)
+        out[i, k_taps * r :] = x[i]
+
+
+def _taps_backward(gradient, rows, sums, out):
+    """Gradient of x (N, R): from the end, where every row that looks back has been seen before the row it sees."""
+    k_taps, n = rows.shape
+    r = out.shape[1]
+    for i in range(n - 1, -1, -1):
+        own, total, result = gradient[i, k_taps * r :], sums[i], out[i]
+        for j in range(r):
+            result[j] = _store(total[j] + _load(own[j]))
+        for k in range(k_taps):
+            row = rows[k, i]
+            if row >= 0:
+                part, total = gradient[i, k * r : (k + 1) * r], sums[row]
+                for j in range(r):
+                    total[j] += _load(part[j])
+
+
+class _Kernels(NamedTuple):
+    gate_forward: Any
+    gate_backward: Any
+    taps_forward: Any
+    taps_backward: Any
+
+
+@functools.cache
+def _kernels() -> _Kernels:
+    from wavear.compiled import compiled
+
+    half, rows, sums = "uint16[:, ::1]", "int32[:, ::1]", "float32[:, ::1]"
+    return _Kernels(
+        compiled(_gate_forward, f"void({half}, {half}, {half})", error_model="numpy", fastmath=True),
+        compiled(_gate_backward, f"void({half}, {half}, {half})", fastmath=True),
+        compiled(_taps_forward, f"void({half}, {rows}, {half})"),
+        compiled(_taps_backward, f"void({half}, {rows}, {sums}, {half})"),
+    )
+
+
+def _bits(tensor: Tensor) -> np.ndarray:
+    return tensor.detach().view(torch.uint16).numpy()
+
+
+class _Gate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, z: Tensor) -> Tensor:  # type: ignore[override]
+        units, kept = z.new_empty(z.shape[0], z.shape[1] // 2), torch.empty_like(z)
+        _kernels().gate_forward(_bits(z), _bits(units), _bits(kept))
+        ctx.save_for_backward(kept)
+        return units
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+        (kept,) = ctx.saved_tensors
+        out = torch.empty_like(kept)
+        _kernels().gate_backward(_bits(kept), _bits(gradient.contiguous()), _bits(out))
+        return out
+
+
+class _Taps(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, rows: np.ndarray) -> Tensor:  # type: ignore[override]
+        ctx.rows = rows
+        out = x.new_empty(x.shape[0], x.shape[1] * (len(rows) + 1))
+        _kernels().taps_forward(_bits(x), rows, _bits(out))
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        shape = (gradient.shape[0], gradient.shape[1] // (len(ctx.rows) + 1))
+        out = gradient.new_empty(shape)
+        _kernels().taps_backward(_bits(gradient.contiguous()), ctx.rows, np.zeros(shape, np.float32), _bits(out))
+        return out, None
+
+
+def usable(h: Tensor, cond: FrameConditioning) -> bool:
+    """Whether the fused layers can run: bfloat16 on the CPU, whole frames, and a gradient asked for."""
+    whole = cond.samples == cond.gates.shape[1] * cond.hop  # then the offset is 0
+    return h.dtype == torch.bfloat16 and h.device.type == "cpu" and whole and torch.is_grad_enabled()
+
+
+def gated_layers(model: PredictiveWaveNet, h: Tensor, cond: FrameConditioning, whole: Tensor) -> list[Tensor]:
+    """Run the gated layers from the beginning of B crops.
+
+    Parameters
+    ----------
+    h : Tensor, shape (B, T, R), bfloat16
+        The first layer's input.
+    cond : FrameConditioning
+        Of T = F * hop samples.
+    whole : Tensor of int64, shape (B, T)
+        Whole lags.
+
+    Returns
+    -------
+    list of Tensor, shape (B, T, R): the gated units of each layer
+    """
+    batch, total, r = h.shape
+    x = h.reshape(batch * total, r)
+    found = []
+    for i, (block, dilation) in enumerate(zip(model.blocks, model.config.dilations, strict=True)):
+        first, last = model.gate_span(i)
+        taps = _Taps.apply(x, _rows(dilation, whole, model.config.kernel_size - 1))
+        z = interpolated_onto(F.linear(taps, block.taps.weight).view(batch, total, -1), cond, first, last)
+        units = _Gate.apply(z.view(batch * total, -1))
+        found.append(units.view(batch, total, r))
+        if block.residual is not None:
+            x = x + block.residual(units)
+    return found
+
+
+def interpolated_onto(z: Tensor, cond: FrameConditioning, first: int, last: int) -> Tensor:
+    """Add the gate biases [first, last), interpolated, to z (B, T, last - first): one product per frame."""
+    frames, hop = cond.gates.shape[1], cond.hop
+    width = last - first
+    biases = cond.gates[:, :, first:last].transpose(2, 3).reshape(len(z) * frames, 3, width).to(z.dtype)
+    weights = cond.weights.T.to(z.dtype).expand(len(biases), hop, 3)
+    return torch.baddbmm(z.view(-1, hop, width), weights, biases).view(z.shape)
+
+
+def _rows(dilation: int, whole: Tensor, taps: int) -> np.ndarray:
+    """Which row of (B T, R) each tap reads, the oldest first, (taps, B T), int32; -1 before the beginning."""
+    batch, total = whole.shape
+    at = torch.arange(total).expand(batch, -1)
+    begin = torch.arange(batch)[:, None] * total
+    found: list[Tensor] = []
+    for _ in range(taps):
+        at = at - (dilation or whole.gather(1, at.clamp(min=0)))
+        found.insert(0, torch.where(at >= 0, at + begin, -1).flatten())
+    return torch.stack(found).to(torch.int32).numpy()
