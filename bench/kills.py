@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 SETTINGS: dict[str, Any] = {
+    "family": "wavenet",
     "layers": 4,
     "stacks": 2,
     "residual_channels": 8,

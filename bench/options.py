@@ -231,6 +231,7 @@ def main() -> int:
         parser.error("give --steps or --minutes")
     Path(arguments.out).mkdir(parents=True, exist_ok=True)
     base = TrainConfig(
+        family="wavenet",
         data=arguments.data,
         validation=arguments.validation,
         out=os.path.join(arguments.out, "plain"),

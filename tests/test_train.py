@@ -31,6 +31,7 @@ from wavear.training.bits import held_out_bits
 RATE = 8000
 TIMES = ("seconds", "samples_per_second", "data_wait")
 TINY: dict[str, Any] = {
+    "family": "wavenet",
     "layers": 4,
     "stacks": 2,
     "residual_channels": 8,

@@ -23,6 +23,7 @@ from wavear.train import TrainConfig, train
 
 RATE = 8000
 TINY: dict[str, Any] = {
+    "family": "wavenet",
     "layers": 4,
     "stacks": 2,
     "residual_channels": 8,

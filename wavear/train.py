@@ -27,6 +27,34 @@ from wavear.models.families import FAMILIES
 from wavear.recordings import Recordings, fingerprint, frames_of
 from wavear.shards import is_shards
 
+OPTIMIZERS = ("adamw", "muon")
+
+_CLASSIC: dict[str, Any] = {
+    "optimizer": "adamw",
+    "learning_rate": 2e-3,
+    "weight_decay": 0.01,
+    "hold": 0.0,
+    "segment": 8192,
+    "batch_size": 2,
+    "input_noise": 0.0,
+    "ema_decay": 0.999,
+}
+TRAINING_DEFAULTS: dict[str, dict[str, Any]] = {
+    # Tuned for minutes on one core: docs/quality.md. The rates fall to almost nothing, so a long average adds nothing.
+    "predictive": {
+        "optimizer": "muon",
+        "learning_rate": 4e-3,
+        "weight_decay": 0.0,
+        "hold": 0.3,
+        "segment": 8192,
+        "batch_size": 3,
+        "input_noise": 0.5,
+        "ema_decay": 0.9,
+    },
+    **dict.fromkeys(("wavenet", "gru", "transformer", "linear"), _CLASSIC),
+}
+"""Of each family, the values of the settings of training that are None."""
+
 
 @dataclass(frozen=True)
 class TrainConfig:
@@ -49,19 +77,33 @@ class TrainConfig:
     """Share of the files to hold out, chosen by the hash of their names; at least one file."""
 
     # The model
-    family: str = "wavenet"
-    """wavenet, gru, transformer or linear; see docs/families.md. The settings up to `coarse_classes` are of the model:
-    None is the family's own default, and one that the family does not have is refused."""
+    family: str | None = None
+    """predictive, wavenet, gru, transformer or linear; see docs/families.md. None: predictive with mels, wavenet
+    without. The settings up to `coarse_classes` are of the model: None is the family's own default, and one that the
+    family does not have is refused."""
     layers: int | None = None
-    """wavenet: dilated convolutions (20), a multiple of `stacks`. gru: recurrent layers (1). transformer: layers."""
+    """predictive: layers of fixed dilation (4). wavenet: dilated convolutions (20), a multiple of `stacks`. gru:
+    recurrent layers (1). transformer: layers."""
+    period_layers: int | None = None
+    """predictive: layers whose dilation is the period (1)."""
     stacks: int | None = None
     """wavenet: the dilation doubles from layer to layer and restarts at 1 in each stack (2)."""
     kernel_size: int | None = None
-    """wavenet: taps of each dilated convolution (2)."""
+    """wavenet: taps of each dilated convolution (2). predictive: of each layer (3)."""
     residual_channels: int | None = None
-    """wavenet: channels of the signal that runs through the layers (64)."""
+    """wavenet, predictive: channels of the signal that runs through the layers (64, 48)."""
     skip_channels: int | None = None
-    """wavenet: channels of the sum over layers that the head reads (128)."""
+    """wavenet, predictive: channels of the sum over layers that the head reads (128, 64)."""
+    prediction_order: int | None = None
+    """predictive: past samples of the linear prediction (32 at 22.05 kHz, in proportion to the rate)."""
+    sub_frames: int | None = None
+    """predictive: predictors per mel frame (one per 2.9 ms)."""
+    shortest_period: int | None = None
+    """predictive: least period, in samples (that of 550 Hz)."""
+    longest_period: int | None = None
+    """predictive: largest period, in samples (that of 50 Hz)."""
+    causal: bool | None = None
+    """predictive: condition a frame on itself and those before it, without look-ahead (False)."""
     channels: int | None = None
     """gru: hidden units of each layer (352). transformer: channels of a position (256), a multiple of 2 * `heads`."""
     input_channels: int | None = None
@@ -77,15 +119,15 @@ class TrainConfig:
     sample_channels: int | None = None
     """transformer: channels of the vector that a past sample becomes (64)."""
     head_channels: int | None = None
-    """Channels between the two layers of the head (256)."""
+    """Channels between the two layers of the head (256; predictive: 64)."""
     conditioning_channels: int | None = None
-    """Channels of the conditioning (80)."""
+    """Channels of the conditioning (80; predictive: 96)."""
     classes: int | None = None
     """Codes: 256 of mu-law for a categorical law (2 to 65536), 65536 even ones, 16 bits, for the others."""
     law: str | None = None
     """Of the next sample: categorical, logistic_mixture, gaussian, laplace; see docs/laws.md."""
     mixtures: int | None = None
-    """Components of a mixture of logistics (10)."""
+    """Components of a mixture of logistics (10; predictive: 5)."""
     order: int | None = None
     """linear: lags (32); with a `criterion` the most of them."""
     differencing: int | None = None
@@ -137,27 +179,33 @@ class TrainConfig:
     conditioning_dropout: float = 0.0
     """Share of the mel frames, each by chance, that the model does not see in training (0.1, say): their place takes
     the mean of each band. Held-out bits are without."""
-    input_noise: float = 0.0
-    """Deviation, in codes, of noise on the past that the model sees in training (2, say); what it predicts stays
-    clean. It then sees through its own errors when it generates, and heeds the conditioning. Held-out bits are without.
-    """
+    input_noise: float | None = None
+    """Noise on the past that the model sees in training; what it predicts stays clean. It then sees through its own
+    errors when it generates, and heeds the conditioning. Held-out bits are without. wavenet, gru, transformer: its
+    deviation in codes (2, say). predictive: the largest deviation, in units of the residual's scale."""
 
-    # The steps
-    segment: int = 8192
+    # The steps: what is None here is the family's own default, see TRAINING_DEFAULTS.
+    segment: int | None = None
     """Samples of loss per crop, rounded up to mel frames; the receptive field comes on top."""
-    batch_size: int = 2
+    batch_size: int | None = None
     """Crops per step, over all processes and all parts of `accumulate`."""
     accumulate: int = 1
     """Parts that a process divides its share of a batch into, one after the other, to save memory."""
-    learning_rate: float = 2e-3
-    """At its highest. A rule of thumb for other batches: with the square root of `batch_size`."""
+    optimizer: str | None = None
+    """adamw, or muon: Muon for the matrices inside the network and AdamW for the rest."""
+    learning_rate: float | None = None
+    """AdamW's, at its highest. A rule of thumb for other batches: with the square root of `batch_size`."""
+    muon_learning_rate: float = 1e-2
+    """Muon's, at its highest."""
     warmup_steps: int = 100
-    """Steps over which the learning rate rises from 0."""
-    weight_decay: float = 0.01
-    """Of AdamW, on matrices."""
+    """Steps over which the learning rates rise from 0."""
+    hold: float | None = None
+    """Share of the run during which the learning rates stay at their highest, before they fall along a cosine."""
+    weight_decay: float | None = None
+    """On matrices."""
     gradient_clip: float = 1.0
     """Largest norm of the gradient; 0: no limit."""
-    ema_decay: float = 0.999
+    ema_decay: float | None = None
     """Of the moving average of the weights that is validated, sampled and saved; less in the first steps."""
     max_steps: int | None = 200_000
     """Steps of the run, resumed parts included; the learning rate falls along a cosine until then."""
@@ -204,6 +252,13 @@ class TrainConfig:
     """Show a progress bar and say what is done."""
 
     def __post_init__(self) -> None:
+        if self.family is None:
+            object.__setattr__(self, "family", "wavenet" if self.unconditional else "predictive")
+        if self.family == "predictive" and self.unconditional:
+            raise ValueError("a predictive model takes its prediction from mels: drop --unconditional or --family")
+        for name, value in TRAINING_DEFAULTS.get(self.family or "", TRAINING_DEFAULTS["wavenet"]).items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
         object.__setattr__(self, "data", os.fspath(self.data))
         object.__setattr__(self, "out", os.fspath(self.out))
         if self.validation is not None:
@@ -212,27 +267,37 @@ class TrainConfig:
             ("segment", "batch_size", "accumulate", "checkpoint_every", "keep_last"), 1
         )
         least |= dict.fromkeys(
-            ("warmup_steps", "weight_decay", "gradient_clip", "ema_decay", "sample_seconds", "input_noise"), 0
+            ("warmup_steps", "weight_decay", "gradient_clip", "ema_decay", "sample_seconds", "input_noise", "hold"), 0
         )
         least |= {"workers": 0, "seed": 0, "validate_every": 1, "max_steps": 1}
         for name, bound in least.items():
             value = getattr(self, name)
             if value is not None and not bound <= value < float("inf"):
                 raise ValueError(f"{name} is {value!r}, expected {bound:g} or more")
-        positive = ("learning_rate", "max_minutes", "validate_seconds", "validation_seconds", "final_seconds")
+        positive = (
+            "learning_rate",
+            "muon_learning_rate",
+            "max_minutes",
+            "validate_seconds",
+            "validation_seconds",
+            "final_seconds",
+        )
         for name in (*positive, "baseline_seconds"):
             value = getattr(self, name)
             if value is not None and not 0 < value < float("inf"):
                 raise ValueError(f"{name} is {value!r}, expected more than 0")
-        if not self.ema_decay < 1:
-            raise ValueError(f"ema_decay is {self.ema_decay!r}, expected 0 to less than 1")
+        for name in ("ema_decay", "hold"):
+            if not getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)!r}, expected 0 to less than 1")
+        if self.optimizer not in OPTIMIZERS:
+            raise ValueError(f"optimizer is {self.optimizer!r}, expected {' or '.join(OPTIMIZERS)}")
         if not 0 <= self.conditioning_dropout < 1:
             raise ValueError(f"conditioning_dropout is {self.conditioning_dropout!r}, expected 0 to less than 1")
         if self.conditioning_dropout and self.unconditional:
             raise ValueError("conditioning_dropout hides mel frames, and the model is unconditional: choose one")
         if not 0 < self.validation_fraction < 1:
             raise ValueError(f"validation_fraction is {self.validation_fraction!r}, expected between 0 and 1")
-        if self.batch_size % self.accumulate:
+        if (self.batch_size or 0) % self.accumulate:
             raise ValueError(f"a batch of {self.batch_size} does not divide into {self.accumulate} parts")
         if self.max_steps is None and self.max_minutes is None:
             raise ValueError("the run needs an end: max_steps, max_minutes, or both")
@@ -288,7 +353,9 @@ class TrainConfig:
             given["pre_emphasis"] = self.pre_emphasis
         if foreign := [name for name in given if name not in own]:
             has = ", ".join(name for name in _MODEL_FIELDS if name in own)
-            raise ValueError(f"{foreign[0]} is not of the family {self.family}: it has {has}")
+            others = [name for name, (_, c) in FAMILIES.items() if foreign[0] in c.__dataclass_fields__]
+            hint = f"; --family {' or '.join(others)} has {foreign[0]}" if others else ""
+            raise ValueError(f"{foreign[0]} is not of the family {self.family}: it has {has}{hint}")
         return config_class(**given, sample_rate=self.sample_rate, mel=self.mel, speakers=speakers)
 
 
@@ -378,7 +445,7 @@ def train(config: TrainConfig) -> TrainResult:
     _describe(corpus, speakers, config.sample_rate, say)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        model = FAMILIES[config.family][0](config.model_config(len(speakers)))
+        model = FAMILIES[str(config.family)][0](config.model_config(len(speakers)))
     _check_same_model(record, config, model.config)
     record |= {
         "config": dataclasses.asdict(config),

@@ -180,6 +180,11 @@ class PredictiveConditioning(nn.Module):
         return 0 if self.config.causal else self.context // 2 + 1
 
     @property
+    def bf16(self) -> bool:
+        """See `AutoregressiveModel.bf16`: features, prediction and loss have their own precision."""
+        return True
+
+    @property
     def lookback(self) -> int:
         """Frames before its own that a sample depends on."""
         return self.context + 1 if self.config.causal else self.lookahead
@@ -321,8 +326,6 @@ class PredictiveWaveNet(AutoregressiveModel):
     conditioning: PredictiveConditioning
     blocks: Any  # nn.ModuleList of PredictiveBlock
     frames_are_exact = True
-    default_optimizer = "muon"
-    bf16 = True
 
     def __init__(self, config: PredictiveWaveNetConfig):
         super().__init__()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
 import threading
@@ -16,7 +17,6 @@ from typing_extensions import override
 
 from wavear.checkpoint import load
 from wavear.data import Corpus
-from wavear.laws import Categorical
 from wavear.models.base import AutoregressiveModel
 from wavear.segments import Layout, Order, Segments, collate
 from wavear.train import TrainConfig, TrainResult, make_directory
@@ -31,11 +31,13 @@ from wavear.training.processes import Processes
 from wavear.training.state import StateIO
 from wavear.training.states import Found, last_good_state, sweep
 
+_LEAST_GAIN = 1.1  # of bf16 over float32, below which its rounding is not worth while
+
 
 class _Data(L.LightningDataModule):
     """Builds the loader when the step to begin with is known: after a resumed state has been read."""
 
-    def __init__(self, segments: Segments, config: TrainConfig):
+    def __init__(self, segments: Segments, config: Any):
         super().__init__()
         self.segments = segments
         self.config = config
@@ -80,7 +82,7 @@ def _end_with(main: int) -> None:
 
 
 def fit(
-    config: TrainConfig,
+    config: Any,
     corpus: Corpus,
     speakers: list[str],
     model: AutoregressiveModel,
@@ -107,11 +109,12 @@ def fit(
     if found is None:
         prepare(model, segments, config.seed, say)
     kind = _device_kind(config.device)
-    coarse = isinstance(model.law, Categorical)
-    if config.precision == "bf16" and not coarse:
+    if config.precision == "bf16" and not model.bf16:
         raise ValueError(f"bf16 has 8 bits, too few for the values of the law {config.law}: use precision 32")
-    auto = config.precision == "auto" and coarse
-    bf16 = config.precision == "bf16" or (auto and has_bf16(kind))
+    bf16 = config.precision == "bf16"
+    if config.precision == "auto":  # a resumed run keeps what it was begun with
+        bf16 = model.bf16 and (record["bf16"] if found and "bf16" in record else has_bf16(kind))
+    record["bf16"] = bf16
     module = TrainingModule(model, layout, config, torch.bfloat16 if bf16 else None)
     run = Run(
         config,
@@ -133,6 +136,8 @@ def fit(
         f"{type(model).__name__} of {parameters:,} parameters, receptive field {model.receptive_field} samples,"
         f" on {trainer.strategy.root_device} in {'bf16' if bf16 else 'float32'}, until {' or '.join(ending)}"
     )
+    muon = f"muon {config.muon_learning_rate:g} and " if config.optimizer == "muon" else ""
+    say(f"learning rates: {muon}adamw {config.learning_rate:g}; {config.batch_size} crops of {layout.segment} samples")
     if trainer.is_global_zero:
         make_directory(config)
         run.write_record()
@@ -210,11 +215,26 @@ def _trainer(config: TrainConfig, kind: str, run: Run, processes: Processes, fou
 
 
 def has_bf16(kind: str) -> bool:
-    """Whether a device multiplies bf16 in hardware, and faster than float32."""
+    """Whether a device multiplies bf16 in hardware, and faster than float32; on a CPU that is measured."""
     if kind == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    # AMX tiles; AVX-512 alone has bf16 products that cost as much as float32's.
-    return kind == "cpu" and torch.cpu._is_amx_tile_supported()
+    return kind == "cpu" and bf16_gain() > _LEAST_GAIN
+
+
+@functools.cache
+def bf16_gain() -> float:
+    """Measure how many times faster the products of a training step are in bf16 than in float32, on this CPU."""
+    times = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        x, weight = torch.randn(6144, 144, dtype=dtype), torch.randn(144, 96, dtype=dtype)
+        spent = []
+        for _ in range(5):
+            began = time.perf_counter()
+            y = x @ weight
+            _ = (y @ weight.T, x.T @ y)
+            spent.append(time.perf_counter() - began)
+        times[dtype] = min(spent)
+    return times[torch.float32] / times[torch.bfloat16]
 
 
 def _finish(

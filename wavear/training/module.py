@@ -15,20 +15,26 @@ from wavear.models.base import AutoregressiveModel
 from wavear.models.memory import check_compiler
 from wavear.segments import Batch, Layout, coded, crop_loss
 from wavear.training.lanes import Carried
+from wavear.training.optimizers import make_optimizer
 
 _LAST_RATE = 0.02  # of the peak: where the cosine ends
 _AVERAGE_WARMUP = 10  # steps: the average's memory grows with the steps: decay (1 + n) / (10 + n), up to `ema_decay`
 
 
-def learning_rate(step: int, progress: float, peak: float, warmup: int) -> float:
+def learning_rate(step: int, progress: float, peak: float, warmup: int, hold: float = 0.0) -> float:
     """Linear warm-up over `warmup` steps, times half a cosine that falls to 2 % of `peak` as `progress` goes to 1.
+
+    The cosine begins when `progress` reaches `hold`.
 
     Examples
     --------
     >>> [round(learning_rate(step, step / 100, 1.0, 10), 3) for step in (0, 9, 50, 100)]
     [0.1, 0.981, 0.51, 0.02]
+    >>> [round(learning_rate(step, step / 100, 1.0, 10, hold=0.5), 3) for step in (9, 50, 75)]
+    [1.0, 1.0, 0.51]
     """
-    cosine = 0.5 * (1 + math.cos(math.pi * min(max(progress, 0.0), 1.0)))
+    falling = (min(max(progress, 0.0), 1.0) - hold) / (1 - hold)
+    cosine = 0.5 * (1 + math.cos(math.pi * max(falling, 0.0)))
     return peak * min(1.0, (step + 1) / max(warmup, 1)) * (_LAST_RATE + (1 - _LAST_RATE) * cosine)
 
 
@@ -85,20 +91,15 @@ class TrainingModule(L.LightningModule):
 
     @override
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        config = self.settings
-        # Weight decay pulls on matrices, not on biases.
-        matrices = [p for p in self.model.parameters() if p.dim() > 1]
-        others = [p for p in self.model.parameters() if p.dim() <= 1]
-        groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
-        return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.99), fused=self.device.type == "cuda")
+        return make_optimizer(self.model, self.settings, fused=self.device.type == "cuda")
 
     @override
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         config = self.settings
         optimizer: Any = self.optimizers()
-        rate = learning_rate(self.global_step, self.progress, config.learning_rate, config.warmup_steps)
+        share = learning_rate(self.global_step, self.progress, 1.0, config.warmup_steps, config.hold)
         for group in optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = group["peak"] * share
         crops: list[torch.Tensor] = []
         samples = torch.zeros((), dtype=torch.int64, device=self.device)
         # All that is random in a step is a function of seed, step and process, so that a resumed run has the noise of
@@ -147,7 +148,7 @@ class TrainingModule(L.LightningModule):
             "nats": nats,
             "samples": int(count),
             "crop_nats": crop_nats,
-            "learning_rate": rate,
+            "learning_rate": config.learning_rate * share,
             "gradient_norm": length,
         }
 
