@@ -236,8 +236,9 @@ class TrainConfig:
     """Seconds of held-out audio for the scores at the end."""
     baseline_seconds: float = 600.0
     """Seconds of training audio that the baselines are fitted to."""
-    sample_seconds: float = 1.0
-    """Seconds of free-running audio to hear and to measure, at some validations (3 % of the time at most); 0: none."""
+    sample_seconds: float = 2.0
+    """Seconds of free-running audio to hear and to measure. With mels: of each of four held-out recordings, at every
+    validation; it chooses the best model, and its clips lie in samples/. 0: none, the bits choose."""
     wandb: str | None = None
     """Project at Weights & Biases to log to as well (which needs `pip install wandb`)."""
     checkpoint_every: int = 1000
@@ -370,7 +371,7 @@ class TrainResult:
     bits_before: float
     """Of the model at its first step."""
     bits_best: float
-    """The least on the curve: that of `best`."""
+    """The least on the curve."""
     bits_final: float
     """The last on the curve."""
     held_out: dict[str, float]
@@ -495,7 +496,7 @@ def make_directory(config: TrainConfig) -> None:
     if config.resume:
         return
     if out.is_dir():
-        for name in ("best", "last", "states", "tensorboard", "wandb"):
+        for name in ("best", "last", "states", "tensorboard", "wandb", "samples"):
             shutil.rmtree(out / name, ignore_errors=True)
         for name in ("resume.safetensors", "metrics.csv", "validation.csv"):
             (out / name).unlink(missing_ok=True)
