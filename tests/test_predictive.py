@@ -49,6 +49,8 @@ AUTOMATIC = dict.fromkeys(("prediction_order", "sub_frames", "shortest_period", 
 CONFIGS = {
     "kernel 3": small(),
     "kernel 2": small(kernel_size=2),
+    "kernel 4": small(kernel_size=4),
+    "kernel 5, two periods": small(kernel_size=5, period_layers=2),
     "no period": small(period_layers=0),
     "two periods": small(period_layers=2, layers=1),
     "causal": small(causal=True),
@@ -184,7 +186,7 @@ def written_out(model: Any, codes: np.ndarray, cond: FrameConditioning, noise: n
 
 
 @pytest.mark.parametrize("noisy", [False, True], ids=["", "noise"])
-@pytest.mark.parametrize("name", ["kernel 3", "causal, kernel 2, two periods", "speakers"])
+@pytest.mark.parametrize("name", ["kernel 3", "kernel 5, two periods", "causal, kernel 2, two periods", "speakers"])
 @torch.no_grad()
 def test_forward_is_the_equations_written_out(name, noisy):
     model = make(CONFIGS[name])
@@ -318,7 +320,7 @@ def test_noise_leaves_prediction_and_target_alone():
     assert 0.45 < many.max() < 0.6  # deviations from 0 to the amount, a row each
 
 
-@pytest.mark.parametrize("name", ["kernel 3", "no period", "two periods", "causal", "16 kHz"])
+@pytest.mark.parametrize("name", ["kernel 3", "kernel 4", "no period", "two periods", "causal", "16 kHz"])
 @torch.no_grad()
 def test_a_crop_behind_the_receptive_field_equals_the_whole(name):
     """And a sample further back changes nothing, while the samples inside the field do."""
