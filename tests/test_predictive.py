@@ -268,6 +268,17 @@ def test_prefill_equals_steps():
         torch.testing.assert_close(tensor, expected[name], rtol=0, atol=1e-12)
 
 
+def test_no_gradient_reaches_into_a_state():
+    model = make(CONFIGS["kernel 3"])
+    cond = model.condition(random_mel(model, 2, 4))
+    codes = random_codes(model, 2, cond.samples)
+    state = model.init_state(2)
+    first = model(codes[:, :40], cond[:, :, :40], state, start(model, 2))
+    assert all(not tensor.requires_grad for tensor in model.export_state(state).values())
+    model(codes[:, 40:], cond[:, :, 40:], state, codes[:, 39]).sum().backward(retain_graph=True)
+    first.sum().backward()
+
+
 # ---- causality and reach
 
 

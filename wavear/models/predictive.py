@@ -602,6 +602,7 @@ class PredictiveWaveNet(AutoregressiveModel):
             **{name: mine[name] for name in dtypes},
         )
 
+    @torch.no_grad()
     def _store(self, tensors: dict[str, Tensor], state: PredictiveState) -> None:
         for i, queue in enumerate(state.queues):
             queue.copy_(tensors[f"queue.{i}"])
