@@ -419,7 +419,9 @@ def test_every_parameter_but_those_of_the_period_learns():
     assert without == {name for name, _ in model.named_parameters() if name.startswith("conditioning.period.")}
     muon = {id(p) for p in model.muon_parameters()}
     named = {name for name, p in model.named_parameters() if id(p) in muon}
-    layers = [f"blocks.{i}.{part}.weight" for i in range(3) for part in ("taps", "residual") if (i, part) != (2, "residual")]
+    layers = [
+        f"blocks.{i}.{part}.weight" for i in range(3) for part in ("taps", "residual") if (i, part) != (2, "residual")
+    ]
     assert named == {*layers, "skip.weight", "hidden.weight"}
 
 
