@@ -29,6 +29,38 @@ from wavear.shards import is_shards
 
 
 @dataclass(frozen=True)
+class TrainingDefaults:
+    """Values of the fields of `TrainConfig` that are None: those whose defaults differ between families."""
+
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    learning_rate: float = 2e-3
+    hold: float = 0.0
+    weight_decay: float = 0.01
+    ema_decay: float = 0.999
+    segment: int | None = 8192
+    segment_frames: int = 0
+    """Instead of `segment`, where it is None: mel frames."""
+    batch_size: int = 2
+    input_noise: float = 0.0
+
+
+TRAINING_DEFAULTS: dict[str, TrainingDefaults] = {
+    "predictive": TrainingDefaults(
+        optimizer="muon",
+        learning_rate=4e-3,
+        hold=0.3,
+        weight_decay=0.0,
+        ema_decay=0.99,
+        segment=None,
+        segment_frames=16,  # 4096 samples at 22.05 kHz
+        batch_size=6,
+        input_noise=0.5,
+    ),
+}
+"""By family; the families that are not here have those of the class."""
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """A training run. Times are in the unit the name or the text says; rates are in Hz.
 
@@ -137,27 +169,33 @@ class TrainConfig:
     conditioning_dropout: float = 0.0
     """Share of the mel frames, each by chance, that the model does not see in training (0.1, say): their place takes
     the mean of each band. Held-out bits are without."""
-    input_noise: float = 0.0
+    input_noise: float | None = None
     """Deviation, in codes, of noise on the past that the model sees in training (2, say); what it predicts stays
     clean. It then sees through its own errors when it generates, and heeds the conditioning. Held-out bits are without.
     """
 
-    # The steps
-    segment: int = 8192
+    # The steps. Where the default is None it is the family's (`TRAINING_DEFAULTS`).
+    segment: int | None = None
     """Samples of loss per crop, rounded up to mel frames; the receptive field comes on top."""
-    batch_size: int = 2
+    batch_size: int | None = None
     """Crops per step, over all processes and all parts of `accumulate`."""
     accumulate: int = 1
     """Parts that a process divides its share of a batch into, one after the other, to save memory."""
-    learning_rate: float = 2e-3
-    """At its highest. A rule of thumb for other batches: with the square root of `batch_size`."""
+    optimizer: Literal["adamw", "muon"] | None = None
+    """adamw for all weights, or muon for the matrices inside the network and adamw for the rest."""
+    learning_rate: float | None = None
+    """AdamW's at its highest. A rule of thumb for other batches: with the square root of `batch_size`."""
+    muon_learning_rate: float = 1e-2
+    """Muon's at its highest, where `optimizer` is muon."""
     warmup_steps: int = 100
     """Steps over which the learning rate rises from 0."""
-    weight_decay: float = 0.01
-    """Of AdamW, on matrices."""
+    hold: float | None = None
+    """Share of the run before the learning rate begins to fall along its cosine, 0 to less than 1."""
+    weight_decay: float | None = None
+    """Of both optimizers, on matrices."""
     gradient_clip: float = 1.0
     """Largest norm of the gradient; 0: no limit."""
-    ema_decay: float = 0.999
+    ema_decay: float | None = None
     """Of the moving average of the weights that is validated, sampled and saved; less in the first steps."""
     max_steps: int | None = 200_000
     """Steps of the run, resumed parts included; the learning rate falls along a cosine until then."""
@@ -212,28 +250,28 @@ class TrainConfig:
             ("segment", "batch_size", "accumulate", "checkpoint_every", "keep_last"), 1
         )
         least |= dict.fromkeys(
-            ("warmup_steps", "weight_decay", "gradient_clip", "ema_decay", "sample_seconds", "input_noise"), 0
+            ("warmup_steps", "weight_decay", "gradient_clip", "ema_decay", "hold", "sample_seconds", "input_noise"), 0
         )
         least |= {"workers": 0, "seed": 0, "validate_every": 1, "max_steps": 1}
         for name, bound in least.items():
             value = getattr(self, name)
             if value is not None and not bound <= value < float("inf"):
                 raise ValueError(f"{name} is {value!r}, expected {bound:g} or more")
-        positive = ("learning_rate", "max_minutes", "validate_seconds", "validation_seconds", "final_seconds")
-        for name in (*positive, "baseline_seconds"):
+        positive = ("learning_rate", "muon_learning_rate", "max_minutes", "validate_seconds", "validation_seconds")
+        for name in (*positive, "final_seconds", "baseline_seconds"):
             value = getattr(self, name)
             if value is not None and not 0 < value < float("inf"):
                 raise ValueError(f"{name} is {value!r}, expected more than 0")
-        if not self.ema_decay < 1:
-            raise ValueError(f"ema_decay is {self.ema_decay!r}, expected 0 to less than 1")
-        if not 0 <= self.conditioning_dropout < 1:
-            raise ValueError(f"conditioning_dropout is {self.conditioning_dropout!r}, expected 0 to less than 1")
+        for name in ("ema_decay", "hold", "conditioning_dropout"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < 1:
+                raise ValueError(f"{name} is {value!r}, expected 0 to less than 1")
         if self.conditioning_dropout and self.unconditional:
             raise ValueError("conditioning_dropout hides mel frames, and the model is unconditional: choose one")
         if not 0 < self.validation_fraction < 1:
             raise ValueError(f"validation_fraction is {self.validation_fraction!r}, expected between 0 and 1")
-        if self.batch_size % self.accumulate:
-            raise ValueError(f"a batch of {self.batch_size} does not divide into {self.accumulate} parts")
+        if self.optimizer not in (None, "adamw", "muon"):
+            raise ValueError(f"optimizer is {self.optimizer!r}, expected adamw or muon")
         if self.max_steps is None and self.max_minutes is None:
             raise ValueError("the run needs an end: max_steps, max_minutes, or both")
         if self.resume and self.overwrite:
@@ -254,7 +292,25 @@ class TrainConfig:
         own = [f for f in dataclasses.fields(self) if f.name.startswith("mel_") and f.name != "mel_preset"]
         if self.mel_preset is not None and (given := [f.name for f in own if getattr(self, f.name) != f.default]):
             raise ValueError(f"mel_preset is {self.mel_preset!r} and says what the mels are: leave {given[0]} away")
+        batch = self.defaults.batch_size if self.batch_size is None else self.batch_size
+        if batch % self.accumulate:
+            raise ValueError(f"a batch of {batch} does not divide into {self.accumulate} parts")
         self.model_config()
+
+    @property
+    def defaults(self) -> TrainingDefaults:
+        """What the family's training takes where a field is None."""
+        return TRAINING_DEFAULTS.get(self.family, TrainingDefaults())
+
+    def resolved(self) -> TrainConfig:
+        """Return the configuration with `defaults` in place of None; None of the model's fields stays."""
+        defaults = dataclasses.asdict(self.defaults)
+        frames = defaults.pop("segment_frames")
+        if defaults["segment"] is None:
+            hop = self.mel.hop_length if self.mel else round(256 * self.sample_rate / 22050)
+            defaults["segment"] = frames * hop
+        missing = {name: value for name, value in defaults.items() if getattr(self, name) is None}
+        return dataclasses.replace(self, **missing) if missing else self
 
     @property
     def mel(self) -> MelConfig | None:
@@ -344,6 +400,7 @@ def train(config: TrainConfig) -> TrainResult:
     ValueError
         If no file can be used, or `resume` meets a run of another model.
     """
+    config = config.resolved()
     if config.family == "linear":
         from wavear.training.linear import fit
     else:
@@ -454,6 +511,11 @@ def _check_same_model(record: dict[str, Any], config: TrainConfig, model: Any) -
         f"{name} {before.get(name)!r}, now {now[name]!r}" for name in now if before.get(name) != now[name]
     ]:
         raise ValueError(f"{config.out} is a run of another model: {'; '.join(different)}")
+    if (optimizer := record["config"].get("optimizer", "adamw")) != config.optimizer:
+        raise ValueError(
+            f"{config.out} is a run with the optimizer {optimizer}, now {config.optimizer}: resume with --optimizer"
+            f" {optimizer}"
+        )
     if (seed := record["config"].get("seed")) != config.seed:
         raise ValueError(f"{config.out} is a run with seed {seed}, now {config.seed}: resume with the same")
 

@@ -28,6 +28,7 @@ from wavear.training.groups import turn_about
 from wavear.training.lanes import Lanes
 from wavear.training.log import finish, loggers, tell
 from wavear.training.module import TrainingModule
+from wavear.training.optimizers import described
 from wavear.training.processes import Processes
 from wavear.training.state import StateIO
 from wavear.training.states import Found, last_good_state, sweep
@@ -38,17 +39,16 @@ _STATISTICS_CROPS = 64  # random crops whose mels give each band's mean and devi
 class _Data(L.LightningDataModule):
     """Builds the loader when the step to begin with is known: after a resumed state has been read."""
 
-    def __init__(self, segments: Segments, config: TrainConfig):
+    def __init__(self, segments: Segments, batch_size: int, config: TrainConfig):
         super().__init__()
         self.segments = segments
+        self.batch_size = batch_size
         self.config = config
 
     @override
     def train_dataloader(self) -> torch.utils.data.DataLoader:
         assert self.trainer is not None
-        order = Order(
-            self.config.batch_size, self.trainer.global_step, self.trainer.global_rank, self.trainer.world_size
-        )
+        order = Order(self.batch_size, self.trainer.global_step, self.trainer.global_rank, self.trainer.world_size)
         gpu = self.trainer.strategy.root_device.type == "cuda"
         workers = self.config.workers
         if workers is None:
@@ -90,7 +90,9 @@ def fit(
     record: dict[str, Any],
     say: Any,
 ) -> TrainResult:
-    """Train `model`; see `wavear.train`."""
+    """Train `model`; see `wavear.train`. `config` is resolved: the family's defaults stand where None was."""
+    assert config.segment is not None
+    assert config.batch_size is not None
     layout = Layout.of(model, config.segment)
     if model.carries:
         if config.redraw_below is not None:
@@ -136,6 +138,7 @@ def fit(
         f"{type(model).__name__} of {parameters:,} parameters, receptive field {model.receptive_field} samples,"
         f" on {trainer.strategy.root_device} in {'bf16' if bf16 else 'float32'}, until {' or '.join(ending)}"
     )
+    say(described(model, config))
     if trainer.is_global_zero:
         make_directory(config)
         run.write_record()
@@ -144,7 +147,9 @@ def fit(
         path = found.path if found else None
         devices = [trainer.strategy.root_device] if kind == "cuda" else []
         with torch.random.fork_rng(devices=devices):
-            trainer.fit(module, datamodule=_Data(segments, config), ckpt_path=path, weights_only=False)
+            trainer.fit(
+                module, datamodule=_Data(segments, config.batch_size, config), ckpt_path=path, weights_only=False
+            )
         if not run.began:  # all steps had been taken already
             run.save_last(trainer, module)
     finally:
