@@ -202,7 +202,8 @@ class TrainConfig:
     max_minutes: float | None = None
     """Minutes of the run, resumed parts and validations included (the last scoring comes on top); likewise."""
     precision: Literal["auto", "32", "bf16"] = "auto"
-    """Arithmetic of the steps; auto: bf16 where the device has it in hardware. Weights are float32 always."""
+    """Arithmetic of the steps; auto: bf16 where a GPU has it in hardware, or a CPU is measured to gain by it; a resumed
+    run keeps what it took. Weights are float32 always."""
     compile: bool = False
     """Let torch.compile (which needs a C++ compiler) make the layers' kernels: see docs/benchmarks.md for where it
     pays."""

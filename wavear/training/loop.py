@@ -17,7 +17,6 @@ from typing_extensions import override
 
 from wavear.checkpoint import load
 from wavear.data import Corpus
-from wavear.laws import Categorical
 from wavear.mel import log_mel
 from wavear.models.base import AutoregressiveModel
 from wavear.segments import Layout, Order, Segments, collate
@@ -29,6 +28,7 @@ from wavear.training.lanes import Lanes
 from wavear.training.log import finish, loggers, tell
 from wavear.training.module import TrainingModule
 from wavear.training.optimizers import described
+from wavear.training.precision import choose
 from wavear.training.processes import Processes
 from wavear.training.state import StateIO
 from wavear.training.states import Found, last_good_state, sweep
@@ -112,11 +112,8 @@ def fit(
     if found is None:
         fit_mel_statistics(model, segments)
     kind = _device_kind(config.device)
-    coarse = isinstance(model.law, Categorical)
-    if config.precision == "bf16" and not coarse:
-        raise ValueError(f"bf16 has 8 bits, too few for the values of the law {config.law}: use precision 32")
-    auto = config.precision == "auto" and coarse
-    bf16 = config.precision == "bf16" or (auto and has_bf16(kind))
+    record["precision"], why = choose(config, model, kind, record.get("precision") if config.resume else None)
+    bf16 = record["precision"] == "bf16"
     module = TrainingModule(model, layout, config, torch.bfloat16 if bf16 else None)
     run = Run(
         config,
@@ -136,9 +133,9 @@ def fit(
     parameters = sum(p.numel() for p in model.parameters())
     say(
         f"{type(model).__name__} of {parameters:,} parameters, receptive field {model.receptive_field} samples,"
-        f" on {trainer.strategy.root_device} in {'bf16' if bf16 else 'float32'}, until {' or '.join(ending)}"
+        f" on {trainer.strategy.root_device}, until {' or '.join(ending)}"
     )
-    say(described(model, config))
+    say(f"{described(model, config)}; {'bf16' if bf16 else 'float32'} ({why})")
     if trainer.is_global_zero:
         make_directory(config)
         run.write_record()
@@ -215,14 +212,6 @@ def _trainer(config: TrainConfig, kind: str, run: Run, processes: Processes, fou
         enable_model_summary=False,
         use_distributed_sampler=False,
     )
-
-
-def has_bf16(kind: str) -> bool:
-    """Whether a device multiplies bf16 in hardware, and faster than float32."""
-    if kind == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    # AMX tiles; AVX-512 alone has bf16 products that cost as much as float32's.
-    return kind == "cpu" and torch.cpu._is_amx_tile_supported()
 
 
 @torch.no_grad()

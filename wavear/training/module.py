@@ -103,6 +103,11 @@ class TrainingModule(L.LightningModule):
         return float(self.trainer.strategy.reduce(torch.tensor(value, device=self.device), reduce_op="max"))
 
     @override
+    def setup(self, stage: str) -> None:
+        """Take the precision of the first process, which recorded its own: each of them has measured for itself."""
+        self.compute_dtype = self.trainer.strategy.broadcast(self.compute_dtype)
+
+    @override
     def configure_optimizers(self) -> torch.optim.Optimizer:
         optimizer, self.peaks = make_optimizer(self.model, self.settings)
         return optimizer
