@@ -13,10 +13,9 @@ import pytest
 import torch
 from torch import nn
 
-import wavear
-from wavear import audio
+from wavear import audio, cli
 from wavear.models.families import FAMILIES
-from wavear.train import TRAINING_DEFAULTS, TrainConfig, TrainingDefaults, train
+from wavear.train import TRAINING_DEFAULTS, TrainConfig, TrainingDefaults, family_defaults, train
 from wavear.training.module import learning_rate
 from wavear.training.optimizers import Both, body_matrices, make_optimizer
 from wavear.training.state import load_state
@@ -236,4 +235,14 @@ def test_defaults_of_families_are_of_families_and_of_fields_that_are_none():
     for field in dataclasses.fields(TrainingDefaults):
         assert field.name == "segment_frames" or fields[field.name] is None
     assert set(TRAINING_DEFAULTS) <= {*FAMILIES, "predictive"}
-    assert wavear.TrainConfig is TrainConfig
+
+
+def test_help_and_docs_state_the_defaults_of_the_families(capsys: pytest.CaptureFixture):
+    with pytest.raises(SystemExit):
+        cli.main(["train", "--help"])
+    shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    page = (Path(__file__).parents[1] / "docs" / "training.md").read_text(encoding="utf-8")
+    for name, text in family_defaults().items():
+        assert f"(default: {text})" in shown
+        classic, predictive = text.split("; predictive: ")
+        assert f"| `--{name.replace('_', '-')}` | {classic} | {predictive} |" in page

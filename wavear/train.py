@@ -60,6 +60,24 @@ TRAINING_DEFAULTS: dict[str, TrainingDefaults] = {
 """By family; the families that are not here have those of the class."""
 
 
+def family_defaults() -> dict[str, str]:
+    """Return the text of each field's defaults, for the help.
+
+    Examples
+    --------
+    >>> family_defaults()["batch_size"], family_defaults()["segment"]
+    ('2; predictive: 3', '8192; predictive: 32 frames')
+    """
+
+    def text(values: TrainingDefaults, name: str) -> str:
+        value = getattr(values, name)
+        return f"{values.segment_frames} frames" if value is None else f"{value:g}" if name != "optimizer" else value
+
+    names = [f.name for f in dataclasses.fields(TrainingDefaults) if f.name != "segment_frames"]
+    told = {"": TrainingDefaults(), **{f"{family}: ": values for family, values in TRAINING_DEFAULTS.items()}}
+    return {name: "; ".join(family + text(values, name) for family, values in told.items()) for name in names}
+
+
 @dataclass(frozen=True)
 class TrainConfig:
     """A training run. Times are in the unit the name or the text says; rates are in Hz.
