@@ -93,7 +93,7 @@ class NumbaPredictiveEngine(CompiledEngine):
         self._times = np.zeros(batch, np.int64)
         self._samples = np.zeros((batch, config.history + 1), np.float32)  # the last one is that of `previous`
         self._residuals = np.zeros((batch, config.history + 1), np.float32)
-        self._lags = np.zeros((batch, config.longest_period + 1), np.int64)
+        self._lags = np.zeros((batch, config.lag_history), np.int64)
         self._pending = np.tile(np.array([0.0, 1.0]), (batch, 1))
         self._previous = np.full(batch, model.start_code, np.int64)
         bounds = [batch * part // self.threads for part in range(self.threads + 1)]

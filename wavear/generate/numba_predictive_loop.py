@@ -81,7 +81,7 @@ def _run(first, last, sizes, matrices, biases, dilations, rings, ring_rows, time
     rings, ring_rows : (B, L) addresses of the past inputs of each layer, and their rows less one
     times : (B,) samples made so far; moved on
     xs, es : (B, history + 1 + n) samples and residuals, of which the last n are filled
-    whole : (B, longest period + 1 + n) whole lags
+    whole : (B, lag history + n) whole lags
     pending : (B, 2) prediction and scale of the last sample
     gates : (B, F, 3, padded G); weights : (3, hop); the rest as in `FrameConditioning`, coefficients oldest first
 

@@ -109,7 +109,8 @@ class FrameConditioning:
             start, stop, step = times.indices(self.samples)
             assert step == 1
             return chosen._cut(start, stop)
-        return chosen._cut(times, times + 1).dense()[:, :, 0]
+        at = range(self.samples)[times]  # counted from the end, if below 0
+        return chosen._cut(at, at + 1).dense()[:, :, 0]
 
     def to(self, target: torch.dtype | torch.device | str) -> FrameConditioning:
         """Move to a device, or cast the gate biases; all else keeps its precision."""
@@ -139,10 +140,11 @@ class FrameConditioning:
         return coefficients, self.scale.gather(1, sub), self._aligned(self.lag), self._aligned(self.voicing)
 
     def dense(self) -> Tensor:
-        """Return the tensor (B, C, samples)."""
+        """Return the tensor (B, C, samples), float32 or float64: of a cast the gate biases alone are rounded."""
         coefficients, *rest = self.per_sample()
         gates = self.gates_at(0, self.gates.shape[2])
-        rows = [gates, coefficients.to(gates.dtype), *(each[:, :, None].to(gates.dtype) for each in rest)]
+        dtype = torch.promote_types(gates.dtype, torch.float32)
+        rows = [gates.to(dtype), coefficients.to(dtype), *(each[:, :, None].to(dtype) for each in rest)]
         return torch.cat(rows, dim=2).transpose(1, 2)
 
     def _aligned(self, at_samples: Tensor) -> Tensor:

@@ -154,7 +154,7 @@ def predictor(autocorrelation: Tensor, gain: float | Tensor = 1.0) -> tuple[Tens
     Tensor, shape (B, F, P), float32: a[1] to a[P]
     Tensor, shape (B, F), float32: the scale s of the residual, at least `LEAST_SCALE`
     """
-    r = autocorrelation.transpose(1, 2).contiguous()
+    r = autocorrelation.transpose(1, 2).clone(memory_format=torch.contiguous_format)
     r[..., 0] = r[..., 0] * (1 + WHITE_NOISE) + _ROUNDING_POWER
     a, error = levinson(r)
     return a[..., 1:].float(), (error.sqrt() * gain).clamp(min=LEAST_SCALE).float()

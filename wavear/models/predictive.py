@@ -121,6 +121,11 @@ class PredictiveWaveNetConfig(CommonConfig):
         return max(self.prediction_order, self.recent_residuals, reach)
 
     @property
+    def lag_history(self) -> int:
+        """Whole lags that are kept: a period layer steps back by the lag at each of its taps but the oldest."""
+        return max(self.kernel_size - 2, 1) * self.longest_period + 1
+
+    @property
     def features(self) -> int:
         """Numbers at the input for each sample."""
         return self.recent_residuals + 3 + 2 * self.period_residuals + 1 + 2
@@ -283,7 +288,7 @@ class PredictiveState:
     residuals: Tensor
     """(B, H), float32: at t the residual of the sample before t."""
     lags: Tensor
-    """(B, longest period + 1), int64: whole lags."""
+    """(B, lag history), int64: whole lags."""
     queues: list[Tensor]
     """Per layer, (B, queue length, R): its inputs."""
     pending: Tensor
@@ -476,11 +481,11 @@ class PredictiveWaveNet(AutoregressiveModel):
         before = self.config.kernel_size - 1
         if dilation:
             return [full[:, k * dilation : k * dilation + total] for k in range(before)]
-        longest = self.config.longest_period
+        lags = self.config.lag_history
         at = torch.arange(total, device=full.device).expand(len(full), -1)
         taps = []
-        for _ in range(before):  # `whole` begins longest + 1 samples before the codes, a queue `kept`
-            at = at - whole.gather(1, at + longest + 1)
+        for _ in range(before):  # `whole` begins so many samples before the codes, a queue `kept`
+            at = at - whole.gather(1, at + lags)
             rows = (at + kept)[:, :, None].expand(-1, -1, full.shape[2])
             taps.insert(0, full.gather(1, rows))
         return taps
@@ -516,7 +521,7 @@ class PredictiveWaveNet(AutoregressiveModel):
         found = {
             "samples": zeros(batch, config.history),
             "residuals": zeros(batch, config.history),
-            "lags": zeros(batch, config.longest_period + 1, dtype=torch.long),
+            "lags": zeros(batch, config.lag_history, dtype=torch.long),
             "pending": pending,
         }
         queues = {f"queue.{i}": weight.new_zeros(batch, n, config.residual_channels)
@@ -552,7 +557,7 @@ class PredictiveWaveNet(AutoregressiveModel):
             state.samples.gather(1, back[:, None] % config.history)[:, 0].double(),
         )
         whole = lag.round().long()
-        ring = config.longest_period + 1
+        ring = config.lag_history
         state.lags.index_copy_(1, (time % ring)[None], whole[:, None])
         h = self.input(_features(past, p, s, lag, voicing).to(self.input.weight.dtype))
         gates = []
@@ -576,7 +581,7 @@ class PredictiveWaveNet(AutoregressiveModel):
     def export_state(self, state: PredictiveState) -> dict[str, Tensor]:
         """See `AutoregressiveModel.export_state`: every ring with the oldest first.
 
-        `samples` and `residuals` (B, H) end with those before the last code; `lags` (B, longest period + 1) and
+        `samples` and `residuals` (B, H) end with those before the last code; `lags` (B, lag history) and
         `queue.0`, `queue.1`... (B, queue length, R) end with the last code's; `pending` (B, 2) are the prediction and
         the scale of the last code.
         """
@@ -600,6 +605,7 @@ class PredictiveWaveNet(AutoregressiveModel):
             **{name: mine[name] for name in dtypes},
         )
 
+    @torch.no_grad()
     def _store(self, tensors: dict[str, Tensor], state: PredictiveState) -> None:
         for i, queue in enumerate(state.queues):
             queue.copy_(tensors[f"queue.{i}"])

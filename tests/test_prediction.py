@@ -1,0 +1,308 @@
+"""Linear prediction from a mel: the envelope written out, scipy's Toeplitz solver, a process whose answer is known."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import scipy.linalg
+import scipy.signal
+import test_predictive
+import torch
+
+from wavear import MelConfig, log_mel
+from wavear.mel import mel_filter_bank
+from wavear.mel_presets import PRESETS
+from wavear.models.prediction import LEAST_SCALE, Envelope, levinson, predictor
+from wavear.period import measure_period
+
+MELS = {
+    **{name: MelConfig.preset(name) for name in PRESETS},
+    "16 kHz, powers": MelConfig(
+        sample_rate=16000, hop_length=200, n_fft=512, window_length=400, bands=40, power=2.0, floor=1e-10
+    ),
+    "44.1 kHz, htk": MelConfig(
+        sample_rate=44100, n_fft=2048, window_length=2048, hop_length=512, mel_scale="htk", norm=None, fmax=None
+    ),
+    "no logarithm": MelConfig(log_base="none", floor=0.0, scale=3.0, shift=0.5, bands=60),
+    "no logarithm of powers": MelConfig(log_base="none", floor=1e-6, power=2.0, window="hamming", bands=60),
+    "floor added, base 2": MelConfig(floor_mode="add", floor=1e-4, scale=1 / np.log(2), shift=-3.0),
+    "odd transform, short window": MelConfig(n_fft=1023, window_length=701, bands=40, fmin=50.0, window="blackman"),
+    "one band": MelConfig(bands=1, fmin=20.0),
+}
+mels = pytest.mark.parametrize("config", MELS.values(), ids=MELS.keys())
+
+
+def colour() -> np.ndarray:
+    """Coefficients of an all-pole filter: two resonances and a fall."""
+    poles = [0.5]
+    for angle, radius in ((0.2, 0.7), (0.8, 0.6)):
+        poles += [radius * np.exp(1j * angle), radius * np.exp(-1j * angle)]
+    return np.poly(poles).real
+
+
+def process(samples: int, level: float = 0.002, seed: int = 0) -> np.ndarray:
+    """Noise of deviation `level` through that filter."""
+    noise = level * np.random.default_rng(seed).normal(size=samples)
+    return scipy.signal.lfilter([1.0], colour(), noise)
+
+
+def written_out(mel: np.ndarray, config: MelConfig, order: int) -> np.ndarray:
+    """(M, F) -> autocorrelation (order + 1, F) by numpy.interp and numpy.fft.irfft."""
+    value = (mel - config.shift) / config.scale
+    if config.log_base == "none":
+        value = np.log(np.maximum(value, max(config.floor, 1e-10)))
+    elif config.log_base == "10":
+        value = value * np.log(10)
+    elif config.log_base == "db":
+        value = value * np.log(10) / (20 / config.power)
+    filters = mel_filter_bank(config).numpy()
+    bins = np.arange(config.n_fft // 2 + 1)
+    centres = (filters * bins).sum(1) / filters.sum(1)
+    amplitude = (value - np.log(filters.sum(1))[:, None]) / config.power  # of the mean magnitude, or the mean power
+    envelope = np.stack([np.interp(bins, centres, column) for column in amplitude.T], 1)
+    top = int(centres[-1])
+    envelope[top:] -= 2.0 * ((bins[top:] - top) / (bins[-1] - top))[:, None]
+    window = scipy.signal.get_window(
+        "boxcar" if config.window == "rectangular" else config.window, config.window_length
+    )
+    power = np.exp(2 * envelope) / (window**2).sum()
+    lags = np.arange(order + 1)
+    r = np.fft.irfft(power, config.n_fft, axis=0)[: order + 1]
+    return r * np.exp(-0.5 * (2 * np.pi * 40 * lags / config.sample_rate) ** 2)[:, None]
+
+
+@mels
+def test_the_autocorrelation_is_the_formula(config):
+    mel = log_mel(torch.from_numpy(process(16 * config.hop_length))[None], config)
+    found = Envelope(config, 20).autocorrelation(mel)[0].numpy()
+    expected = written_out(mel[0].numpy(), config, 20)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-9 * np.abs(expected).max())
+
+
+def test_the_autocorrelation_of_each_row_of_a_batch_is_its_own():
+    config = MelConfig()
+    mel = torch.randn(3, 80, 5, dtype=torch.float64) - 4
+    together = Envelope(config, 8).autocorrelation(mel)
+    for row in range(3):
+        torch.testing.assert_close(Envelope(config, 8).autocorrelation(mel[row : row + 1])[0], together[row])
+
+
+def test_levinson_equals_scipys_toeplitz_solver():
+    """Of sums of decaying cosines, as envelopes give: well conditioned, so 1e-9 of the coefficients."""
+    random = np.random.default_rng(0)
+    for order in (1, 2, 7, 32, 64):
+        lags = np.arange(order + 1)
+        rows = []
+        for _ in range(4):
+            decay, pitch = random.uniform(0.8, 0.99, 5), random.uniform(0, np.pi, 5)
+            r = (random.uniform(0.1, 1, 5)[:, None] * decay[:, None] ** lags * np.cos(pitch[:, None] * lags)).sum(0)
+            r[0] *= 1 + 1e-3
+            rows.append(r)
+        r = np.stack(rows).reshape(2, 2, -1)
+        a, error = levinson(torch.from_numpy(r.copy()))
+        assert (a.shape, error.shape) == ((2, 2, order + 1), (2, 2))
+        for i in np.ndindex(2, 2):
+            expected = -scipy.linalg.solve_toeplitz(r[i][:-1], r[i][1:])
+            np.testing.assert_allclose(a[i][1:].numpy(), expected, rtol=1e-9, atol=1e-9)
+            assert a[i][0] == 1
+            np.testing.assert_allclose(error[i], r[i][0] + expected @ r[i][1:], rtol=1e-9)
+
+
+@pytest.mark.cuda
+def test_levinson_on_a_card_equals_the_compiled_one():
+    r = Envelope(MelConfig(), 32).autocorrelation(torch.randn(2, 80, 9) - 4).transpose(1, 2).contiguous()
+    r[..., 0] *= 1 + 1e-4
+    for found, expected in zip(levinson(r.cuda()), levinson(r), strict=True):
+        torch.testing.assert_close(found.cpu(), expected, rtol=1e-7, atol=1e-9)
+
+
+def test_rows_solved_together_have_the_bits_of_each_alone():
+    r = Envelope(MelConfig(), 32).autocorrelation(torch.randn(2, 80, 9) - 4)
+    coefficients, scale = predictor(r, 0.3)
+    for b, f in np.ndindex(2, 9):
+        one = predictor(r[b : b + 1, :, f : f + 1], 0.3)
+        assert torch.equal(one[0][0, 0], coefficients[b, f])
+        assert torch.equal(one[1][0, 0], scale[b, f])
+
+
+def test_predictor_leaves_its_argument_alone():
+    """A single frame, too, whose transpose is no copy."""
+    for frames in (1, 3):
+        r = Envelope(MelConfig(), 4).autocorrelation(torch.randn(1, 80, frames) - 4)
+        before = r.clone()
+        predictor(r)
+        assert torch.equal(r, before)
+
+
+@mels
+def test_a_process_is_whitened_to_unit_scale_whatever_the_mel(config):
+    """The scale is in physical units, so that one gain fits all contracts.
+
+    The mel of magnitudes is their mean, not their root mean square: 1.13 times less. A single band fixes a level only.
+    """
+    rate, level = config.sample_rate, 0.003
+    x = process(rate, level)
+    mel = log_mel(torch.from_numpy(x)[None], config)
+    frames = mel.shape[2]
+    coefficients, scale = predictor(Envelope(config, 32).autocorrelation(mel))
+    a, s = coefficients[0].double().numpy(), scale[0].double().numpy()
+    residual = []
+    for t in range(1000, frames * config.hop_length):
+        f = t // config.hop_length
+        residual.append((x[t] + a[f] @ x[t - 1 : t - 33 : -1]) / s[f])
+    residual = np.array(residual)
+    if config.bands == 1:
+        assert 0.1 < residual.std() < 3
+        return
+    assert 0.9 < residual.std() < 1.15
+    # All that the filter added is taken away again: what is left is as loud as the noise, and as white.
+    assert (residual * np.repeat(s, config.hop_length)[1000:]).std() < 1.05 * level
+    assert abs(np.corrcoef(residual[1:], residual[:-1])[0, 1]) < 0.2
+    assert np.corrcoef(x[1:], x[:-1])[0, 1] > 0.9
+
+
+def test_the_scale_follows_the_level_down_to_a_step_of_the_grid():
+    config = MelConfig()
+    wave = torch.from_numpy(process(4096, 0.001))[None]
+    envelope = Envelope(config, 32)
+    scale, louder = (predictor(envelope.autocorrelation(log_mel(gain * wave, config)))[1] for gain in (1.0, 8.0))
+    torch.testing.assert_close(louder / scale, torch.full_like(scale, 8.0), rtol=0.02, atol=0)
+    half = predictor(envelope.autocorrelation(log_mel(wave, config)), 0.5)[1]
+    torch.testing.assert_close(half, scale / 2)
+    assert (predictor(envelope.autocorrelation(log_mel(1e-4 * wave, config)), 1e-3)[1] == LEAST_SCALE).all()
+
+
+@mels
+def test_digital_silence_has_a_finite_predictor(config):
+    mel = log_mel(torch.zeros(1, 8 * config.hop_length), config)
+    coefficients, scale = predictor(Envelope(config, 32).autocorrelation(mel))
+    assert torch.isfinite(coefficients).all()
+    assert (scale >= LEAST_SCALE).all()
+    assert (scale < 0.1).all()
+    # And so has a mel that no sound has.
+    coefficients, scale = predictor(Envelope(config, 32).autocorrelation(torch.full_like(mel, -1e4)))
+    assert torch.isfinite(coefficients).all()
+    assert (scale >= LEAST_SCALE).all()
+
+
+@pytest.mark.filterwarnings("ignore:mel bands")
+def test_a_band_without_a_bin_is_refused():
+    config = MelConfig(n_fft=256, window_length=256, bands=80)
+    with pytest.raises(ValueError, match=r"mel band \d+ of 80 holds no bin of an n_fft of 256.*larger n_fft or fewer"):
+        Envelope(config, 8)
+    from wavear import PredictiveWaveNet, PredictiveWaveNetConfig
+
+    with pytest.raises(ValueError, match="holds no bin"):
+        PredictiveWaveNet(PredictiveWaveNetConfig(mel=config))
+
+
+@pytest.mark.parametrize(
+    "name", ["kernel 3", "hop that sub-frames do not divide", "a sub-frame for each sample", "causal"]
+)
+@torch.no_grad()
+def test_residuals_equal_a_loop_over_samples(name):
+    """p[t] = -sum of a[k] x[t - k], with the coefficients of the sub-frame, interpolated between frame centres."""
+    config = test_predictive.CONFIGS[name]
+    model = test_predictive.make(config)
+    mel = test_predictive.random_mel(model, 1, 7)
+    cond = model.condition(mel)
+    codes = test_predictive.random_codes(model, 1, cond.samples)
+    residual, scale = model.residuals(codes, cond)
+    x = (codes[0].numpy() - 32768) / 32768
+    hop, subs, order = config.mel.hop_length, config.sub_frames, config.prediction_order  # type: ignore[union-attr]
+    r = written_out(mel[0].numpy(), config.mel, order)  # type: ignore[arg-type]
+    centres = np.arange(7) + (1.0 if config.causal else 0.5)  # in frames; a causal frame is known at its end
+    at = (np.arange(7 * subs) + 0.5) / subs
+    r = np.stack([np.interp(at, centres, row) for row in r])
+    r[0] = r[0] * (1 + 1e-4) + 2.0**-30 / 12
+    for t in range(cond.samples):
+        sub = t // hop * subs + t % hop * subs // hop
+        a = -scipy.linalg.solve_toeplitz(r[:-1, sub], r[1:, sub])
+        error = r[0, sub] + a @ r[1:, sub]
+        s = max(0.7 * np.sqrt(error), 2.0**-15)  # 0.7 is the gain of these models
+        p = -sum(a[k] * x[t - 1 - k] for k in range(order) if t - 1 - k >= 0)
+        assert abs(scale[0, t] - s) < 1e-6 * s
+        assert abs(residual[0, t] - (x[t] - p) / s) < 1e-5  # coefficients are float32
+
+
+# ---- the period of a waveform
+
+
+def slow_period(x: np.ndarray, shortest: int, longest: int, block: int, window: int) -> Any:
+    lags, correlation = np.full(len(x) // block, float(shortest)), np.zeros(len(x) // block)
+    for b in range(len(x) // block):
+        begin = b * block + block // 2 - window // 2
+        if begin < longest + 1 or begin + window > len(x):
+            continue
+        own = x[begin : begin + window]
+        values = []
+        for lag in range(shortest, longest + 2):
+            other = x[begin - lag : begin - lag + window]
+            energy = np.sqrt(((own**2).sum() + 1e-9) * max((other**2).sum() + 1e-9, 1e-9))
+            values.append((own * other).sum() / energy)
+        at, best = 0, -1.0
+        for k in range(len(values) - 1):
+            if values[k] > best + 0.02:
+                at, best = k, values[k]
+        while at < len(values) - 2 and values[at + 1] > values[at]:
+            at += 1
+        lags[b] = shortest + at
+        if 0 < at < len(values) - 2:
+            left, middle, right = values[at - 1 : at + 2]
+            if left - 2 * middle + right < -1e-9:
+                lags[b] += np.clip((left - right) / (left - 2 * middle + right) / 2, -0.5, 0.5)
+        correlation[b] = np.clip(values[at], 0, 1)
+    return lags, correlation
+
+
+@pytest.mark.parametrize(
+    ("block", "window", "shortest", "longest"), [(64, 200, 20, 150), (33, 101, 9, 60), (7, 64, 1, 9)]
+)
+def test_measured_periods_equal_a_slow_loop(block, window, shortest, longest):
+    """A gliding sawtooth, noise, and silence. In float32, so a lag is off by some thousandths."""
+    random = np.random.default_rng(0)
+    glide = np.cumsum(1 / np.linspace(0.2 * longest, 1.2 * longest, 3000)) % 1 - 0.5
+    x = np.concatenate(
+        [glide, 0.1 * random.normal(size=500), np.zeros(500), glide[:700] + 0.2 * random.normal(size=700)]
+    )
+    x = x.astype(np.float32)
+    lags, correlation = measure_period(x, shortest, longest, block, window)
+    expected, values = slow_period(x.astype(np.float64), shortest, longest, block, window)
+    assert lags.dtype == correlation.dtype == np.float32
+    np.testing.assert_allclose(correlation, values, atol=1e-4)
+    # Where rounding decides between two maxima, or there is no sound, the lag is arbitrary.
+    sure = values > 0.5
+    assert sure.mean() > 0.4
+    assert (np.abs(lags - expected)[sure] < 0.01).mean() > 0.99
+    assert len(np.unique(lags[sure])) > 5
+
+
+def test_the_period_of_a_voice_and_not_twice_it():
+    for period in (45.3, 100.0, 203.7, 438.2):
+        x = sum(np.sin(2 * np.pi * n * np.arange(8000) / period) / n for n in range(1, 9))
+        lags, correlation = measure_period(x, 40, 440, 64, 512)
+        inside = slice(20, -10)
+        np.testing.assert_allclose(lags[inside], period, atol=0.1)
+        assert correlation[inside].min() > 0.97
+
+
+def test_silence_noise_and_a_short_waveform_have_no_period():
+    for samples in (0, 1, 63, 64, 700):  # shorter than the longest lag and the window: no block can be measured
+        lags, correlation = measure_period(np.ones(samples), 40, 440, 64, 512)
+        assert lags.shape == correlation.shape == (samples // 64,)
+        assert (lags == 40).all()
+        assert not correlation.any()
+    lags, correlation = measure_period(np.zeros(5000), 40, 440, 64, 512)
+    assert np.isfinite(lags).all()
+    assert not correlation.any()
+    _, correlation = measure_period(np.random.default_rng(0).normal(size=20000), 40, 440, 64, 512)
+    assert 0 < np.median(correlation) < 0.3
+
+
+def test_the_ends_of_a_waveform_are_not_measured():
+    x = np.sin(2 * np.pi * np.arange(4000) / 100)
+    _, correlation = measure_period(x, 40, 440, 64, 512)
+    begins = np.arange(4000 // 64) * 64 + 32 - 256
+    np.testing.assert_array_equal(correlation > 0.9, (begins >= 441) & (begins + 512 <= 4000))
