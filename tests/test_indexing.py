@@ -374,18 +374,21 @@ def test_processes_find_what_threads_find(corpus, monkeypatch):
 
 
 def test_a_file_that_kills_its_process_is_named_and_the_others_are_read(corpus, monkeypatch, tmp_path):
-    """A decoder's fault, say: here a module of that name which ends the process at one file."""
-    fake = tmp_path / "fake" / "sitecustomize.py"
+    """A decoder's fault, say: here a module before soundfile which ends the process at one file."""
+    fake = tmp_path / "fake" / "soundfile.py"
     fake.parent.mkdir()
     fake.write_text(
-        "import os, sys, soundfile\n"
+        "import os, sys\n"
+        "sys.path.remove(os.path.dirname(__file__))\n"
+        "del sys.modules['soundfile']\n"
+        "import soundfile\n"
         "real = soundfile.SoundFile\n"
         "def deadly(source, *rest, **more):\n"
         "    if '17.wav' in str(source): os._exit(139)\n"
         "    return real(source, *rest, **more)\n"
-        "if 'serve()' in ' '.join(getattr(sys, 'orig_argv', [])): soundfile.SoundFile = deadly\n"
+        "soundfile.SoundFile = deadly\n"
     )
-    monkeypatch.setenv("PYTHONPATH", str(fake.parent))
+    monkeypatch.syspath_prepend(fake.parent)  # processes import from where this one does
     monkeypatch.setattr(indexing, "_PROCESSES_FROM", {"header": 1, "level": 1})
     monkeypatch.setattr(indexing, "_BLOCK", {"header": 2, "level": 2})
     report = wavear.index(corpus, processes=1)

@@ -46,6 +46,8 @@ def map_arrays(path: str | Path, about: str) -> dict[str, np.ndarray]:
         If it is damaged, or holds something else.
     """
     path = Path(path)
+    if not path.is_file():  # a pipe would block
+        raise FileNotFoundError(f"{path}: no such file")
     try:
         size = os.path.getsize(path)
         with open(path, "rb") as file:

@@ -96,6 +96,7 @@ def _guarded(run: Command) -> int:
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
+            _refuse_settings()
             status = run()
         sys.stdout.flush()
         return status
@@ -112,6 +113,18 @@ def _guarded(run: Command) -> int:
 
         _drop_unwritten()
         return _complain(one_line(error), 1)
+
+
+def _refuse_settings() -> None:
+    """Refuse to run where Numba would take settings from the current directory, often the data's.
+
+    They can name a folder of compiled code, which is unpickled.
+    """
+    if os.path.exists(".numba_config.yaml"):
+        raise ValueError(
+            ".numba_config.yaml in the current directory would set up the compiler: run wavear from another directory,"
+            " and set the NUMBA_* environment variables instead"
+        )
 
 
 def _drop_unwritten() -> None:

@@ -7,11 +7,14 @@ a run reads. torchaudio's items decode audio; what is used of it here is its lis
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import dataclasses
 import io
 import os
 import shutil
+import sys
+import tarfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +33,24 @@ class Clip:
     """ "train", "validation" or "test"."""
     speaker: str = ""
     """Empty where the corpus has one speaker."""
+
+
+@contextlib.contextmanager
+def _unpacked_inside() -> Iterator[None]:
+    """Let tar archives be unpacked only below their folder: torchaudio checks those it downloads, not one it finds."""
+    if not hasattr(tarfile, "data_filter"):
+        raise OSError(
+            f"Python {sys.version.split()[0]} unpacks tar archives unsafely: update it to its last patch release"
+        )
+    before = tarfile.TarFile.__dict__.get("extraction_filter")
+    tarfile.TarFile.extraction_filter = staticmethod(tarfile.data_filter)
+    try:
+        yield
+    finally:
+        if before is None:
+            del tarfile.TarFile.extraction_filter
+        else:
+            tarfile.TarFile.extraction_filter = before
 
 
 class PublishedCorpus:
@@ -127,11 +148,12 @@ class PublishedCorpus:
         data.mkdir(parents=True, exist_ok=True)
         for part in self.missing(data):
             try:
-                self.dataset(data, part, download=True)
+                with _unpacked_inside():
+                    self.dataset(data, part, download=True)
             except BaseException as error:
                 # It was not there before, and torchaudio would take what is there now for all of it. The archive stays.
                 shutil.rmtree(data / self.folder(part), ignore_errors=True)
-                if isinstance(error, (OSError, RuntimeError, EOFError)):
+                if isinstance(error, (OSError, RuntimeError, EOFError, tarfile.TarError)):
                     raise OSError(f"{self.title} cannot be downloaded to {data}: {error}") from error
                 raise
         return [data / self.folder(part) for part in self.parts()]

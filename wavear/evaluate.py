@@ -145,6 +145,10 @@ class Evaluation:
             raise ValueError(f"{path} has format {record.get('format')!r}, this version of wavear reads {FORMAT}")
         if "checkpoint" not in record:
             raise ValueError(f"{path} is no evaluation of one model: pass the evaluation.json of each, or its folder")
+        for row in record.get("clips", []):
+            for name in row.get("audio", {}).values():
+                if not (path.parent / name).resolve().is_relative_to(path.parent.resolve()):
+                    raise ValueError(f"{path} names {name}, which lies outside its folder: evaluate again")
         return cls(record, path.parent)
 
 

@@ -70,7 +70,7 @@ def locked(path: str | Path, wait: Callable[[], object] = lambda: None) -> Itera
     except ImportError:  # Windows
         yield
         return
-    with open(path, "ab") as file:
+    with open(path, "a+b", buffering=0) as file:  # to read and write: so a pipe of that name does not block
         with contextlib.suppress(OSError):
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -362,7 +362,7 @@ def name_of(kind: str) -> str:
 def _journals(folder: Path, name: str) -> list[Path]:
     """Those of this index; `levels-22050-rms-40.0-...` is none of `levels-22050-rms`."""
     own = re.compile(re.escape(name) + r"-[0-9a-f]{32}\.journal")
-    return sorted(path for path in folder.glob("*.journal") if own.fullmatch(path.name))
+    return sorted(path for path in folder.glob("*.journal") if own.fullmatch(path.name) and path.is_file())
 
 
 def _journal_block(keys: np.ndarray, answered: Sequence[Looked]) -> bytes:

@@ -98,6 +98,13 @@ def look_here(kind: str, items: Iterable[Sequence[Any]]) -> Iterator[Looked]:
         yield from pool.map(lambda item: look(kind, item), items)
 
 
+def _import_path() -> list[str]:
+    """Return where this process imports from, less the current directory, unless that holds this package."""
+    package, here = str(Path(__file__).parents[1]), os.path.realpath(os.curdir)
+    paths = [p for p in sys.path if os.path.isabs(p) and (p == package or os.path.realpath(p) != here)]
+    return paths if package in paths else [package, *paths]
+
+
 class _Process:
     """A process that looks into files, made when it is first needed, and again when a file has killed it."""
 
@@ -122,13 +129,13 @@ class _Process:
 
     def _started(self) -> subprocess.Popen[str]:
         if self.child is None:
-            package = str(Path(__file__).parents[1])
-            inherited = os.environ.get("PYTHONPATH")
-            paths = os.pathsep.join([package, inherited] if inherited else [package])
+            # Isolated (-I): the current directory, often the data's, is no place to import from. What else this process
+            # imports from (PYTHONPATH, an editable install) is handed over.
+            program = f"import sys; sys.path[:] = {_import_path()!a}; from wavear.looking import serve; serve()"
             # A process that reads headers needs no thread of torch's.
-            environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+            environment = os.environ | {"OMP_NUM_THREADS": "1"}
             self.child = subprocess.Popen(
-                [sys.executable, "-c", "from wavear.looking import serve; serve()"],
+                [sys.executable, "-I", "-c", program],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 text=True,

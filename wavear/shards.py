@@ -57,7 +57,7 @@ def is_shards(data: str | Path) -> bool:
 
 
 def is_remote(data: str | Path) -> bool:
-    """Whether shards have to be fetched first: a URL, or the output of a program."""
+    """Whether a name stands for shards to fetch: a URL, or `pipe:` and a shell command."""
     text = os.fspath(data)
     return text.startswith("pipe:") or re.match(r"[a-z][a-z0-9+.-]+://", text) is not None
 
@@ -74,7 +74,7 @@ def expand(data: str | Path) -> list[str]:
     """
     text = os.fspath(data)
     names = [text]
-    if _NUMBERS.search(text):
+    if _NUMBERS.search(text) and not os.path.exists(text):
         try:
             from braceexpand import braceexpand
         except ImportError:
@@ -85,14 +85,37 @@ def expand(data: str | Path) -> list[str]:
             raise ValueError(f"{text}: {error}") from None
     found = []
     for name in names:
-        if not is_remote(name) and glob.has_magic(name) and not os.path.exists(name):
-            matching = sorted(glob.glob(name))
-            if not matching:
+        matching = [name]
+        if not os.path.exists(name):
+            if is_remote(name):
+                found.append(name)
+                continue
+            if glob.has_magic(name) and not (matching := sorted(glob.glob(name))):
                 raise FileNotFoundError(f"{name}: no such shards")
-            found += matching
-        else:
-            found.append(name)
+        # A file on the disk can be named like a command, "pipe:rm x.tar". As a path it is none.
+        found += [os.path.join(os.curdir, path) if is_remote(path) else path for path in matching]
     return found
+
+
+def refuse_remote(data: str | Path, where: str | Path) -> None:
+    """Refuse shards that a file names and that would have to be fetched: only a user may name a command or a URL.
+
+    Parameters
+    ----------
+    data : str or Path
+        As the file names them.
+    where : str or Path
+        The file, for the message.
+
+    Raises
+    ------
+    ValueError
+        If a name in the pattern `data` is a URL or a pipe.
+    """
+    if is_remote(data) or (is_shards(data) and any(map(is_remote, expand(data)))):
+        raise ValueError(
+            f"{where} names {data}, a command or a URL, which is not followed: pass it yourself (--train-data)"
+        )
 
 
 def local_shards(
@@ -100,8 +123,9 @@ def local_shards(
 ) -> list[str]:
     """The shards of a pattern as files, in its order; those that are elsewhere are fetched into the cache first.
 
-    Fetching is webdataset's: http(s), pipe:, s3, gs and what else it knows. A shard is fetched once; that it changes
-    where it comes from is not noticed. Local shards that are missing are left in the list.
+    Fetching is webdataset's: http(s), pipe: (a shell command), s3, gs and what else it knows. So `data` must come from
+    the user; what a file names goes through `refuse_remote` first. A shard is fetched once; that it changes where it
+    comes from is not noticed. Local shards that are missing are left in the list.
 
     Raises
     ------
@@ -314,7 +338,7 @@ class ShardReport:
     files: int
     bytes: int
     failed: list[tuple[str, str]]
-    """Files that cannot be read: name and reason."""
+    """Files that were skipped: name and reason."""
 
 
 def write_shards(
@@ -328,7 +352,8 @@ def write_shards(
 ) -> ShardReport:
     """Put the files of a folder or a manifest into tar shards, `OUT/shard-000000.tar` and so on, byte for byte.
 
-    A sample is KEY.wav (or .flac...) and, where a speaker or a split is known, KEY.json with these; KEY is the file's
+    Only regular files inside the folder, or inside that of the manifest, are packed; a link has to lead to one. A
+    sample is KEY.wav (or .flac...) and, where a speaker or a split is known, KEY.json with these; KEY is the file's
     name with underscores for dots. The same data give the same shards to the byte. Each shard appears whole.
 
     Parameters
@@ -374,11 +399,15 @@ def write_shards(
     failed = list(listing.bad)
     keys: set[bytes] = set()
     rows, written, total = iter(rows), 0, 0
+    folder = os.path.realpath(listing.root)
     waiting: list[tuple[str, bytes]] | None = None
     while True:
         members: list[tuple[str, bytes]] = waiting or []
         waiting, size = None, sum(len(content) for _, content in members)
         for row in rows:
+            if (why := _unfit(listing.file(row), folder)) is not None:
+                failed.append((listing.base(row), why))
+                continue
             try:
                 sample = _sample(listing, row, keys)
             except OSError as error:
@@ -402,6 +431,16 @@ def write_shards(
     if not shards:
         raise ValueError(f"{data}: none of the files can be read; the first: {': '.join(failed[0])}")
     return ShardReport(shards, written, total, failed)
+
+
+def _unfit(path: str, folder: str) -> str | None:
+    """Return why a file is not packed, or None: data made by others must not pack files of the user's."""
+    real = os.path.realpath(path)
+    if not Path(real).is_relative_to(folder):
+        return f"lies outside {folder}: copy it into that folder to pack it"
+    if os.path.exists(real) and not os.path.isfile(real):
+        return "is not a regular file"
+    return None
 
 
 def _sample(listing: Listing, row: int, keys: set[bytes]) -> list[tuple[str, bytes]]:

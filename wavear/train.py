@@ -25,7 +25,7 @@ from wavear.files import say as say_line
 from wavear.mel import MelConfig
 from wavear.models.families import FAMILIES
 from wavear.recordings import Recordings, fingerprint, frames_of
-from wavear.shards import is_shards
+from wavear.shards import is_shards, refuse_remote
 
 
 @dataclass(frozen=True)
@@ -621,13 +621,17 @@ def write_held_out(run: str | os.PathLike[str], manifest: str | os.PathLike[str]
     FileNotFoundError
         If there is no such run, or its data are gone.
     ValueError
-        If what it holds out lies in tar shards, whose members a manifest cannot name.
+        If what it holds out lies in tar shards, whose members a manifest cannot name, or its train.json names data
+        that would have to be fetched.
     """
     record = Path(run) / "train.json"
     if not record.is_file():
         raise FileNotFoundError(f"{run} holds no run (no train.json)")
     trained = json.loads(record.read_text(encoding="utf-8"))
     config, mel = trained["config"], trained["model"].get("mel")
+    for name in ("data", "validation"):
+        if config[name] is not None:
+            refuse_remote(config[name], record)
     if is_shards(held := config["validation"] or config["data"]):
         raise ValueError(
             f"{held}: what is held out lies in tar shards, whose members a manifest cannot name: keep it as files, in"
@@ -672,6 +676,7 @@ def _quiet() -> Iterator[None]:
     with warnings.catch_warnings():
         for known in (
             "The '.*' does not have many workers",  # few readers are enough, see docs
+            "Consider setting `persistent_workers",  # where they are not forked; there is one epoch
             ".*`isinstance\\(treespec, LeafSpec\\)` is deprecated.*",  # lightning 2.6 with torch 2.14
             "Starting from v1.9.0, `tensorboardX`",
             ".*srun.*command is available",

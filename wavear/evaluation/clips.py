@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from wavear.data import Recording, _level_by_speaker, _measured, _open, find, open_corpus, overlapping, reason
-from wavear.shards import is_remote, is_shards
+from wavear.shards import is_shards, refuse_remote
 from wavear.training.bits import subset
 
 _THREADS = 8  # reading headers waits for the disk
@@ -202,12 +202,15 @@ def fitting_data(
     """
     corpus: Sequence[Recording] = []
     source, unknown = trained.get("data"), None
-    if isinstance(source, str) and (Path(source).exists() or (is_shards(source) and not is_remote(source))):
+    held = trained.get("validation")
+    if isinstance(source, str) and (Path(source).exists() or is_shards(source)):
         try:
+            for data in (source, *([] if held is None else [held])):
+                refuse_remote(data, "its train.json")
             corpus = open_corpus(
                 source,
                 sample_rate=rate,
-                validation=trained.get("validation"),
+                validation=held,
                 validation_fraction=trained.get("validation_fraction", 0.05),
                 least_samples=least,
                 normalise=prepared.normalise,

@@ -350,6 +350,8 @@ def side_by_side(
     for name, evaluation in zip(names, evaluations, strict=True):
         source = evaluation.record["checkpoint"]["source"]
         try:
+            if source not in map(str, sources) and not Path(source).is_dir():  # the record's word, not the user's
+                raise FileNotFoundError(f"{source}: no such directory")
             models.append(checkpoint.load(source))
         except (FileNotFoundError, ValueError) as error:
             notes.append(f"{name}: its checkpoint is not to be had ({error}), so its speed is not measured")

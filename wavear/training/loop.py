@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import threading
 import time
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -60,6 +62,23 @@ class _Data(L.LightningDataModule):
             prefetch_factor=4 if workers else None,
             generator=torch.Generator().manual_seed(self.config.seed),  # else it draws from that of everybody
         )
+
+
+@contextlib.contextmanager
+def _safe_path() -> Iterator[None]:
+    """Keep the current directory, often the data's, off the import path of what is started: from Python 3.11 on.
+
+    Workers that are not forked, and the compilers of `torch.compile`, are new Python processes.
+    """
+    before = os.environ.get("PYTHONSAFEPATH")
+    os.environ["PYTHONSAFEPATH"] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["PYTHONSAFEPATH"]
+        else:
+            os.environ["PYTHONSAFEPATH"] = before
 
 
 def _begin_worker(main: int, worker: int) -> None:
@@ -140,10 +159,9 @@ def fit(
     try:
         path = found.path if found else None
         devices = [trainer.strategy.root_device] if kind == "cuda" else []
-        with torch.random.fork_rng(devices=devices):
-            trainer.fit(
-                module, datamodule=_Data(segments, config.batch_size, config), ckpt_path=path, weights_only=False
-            )
+        data = _Data(segments, config.batch_size, config)
+        with torch.random.fork_rng(devices=devices), _safe_path():
+            trainer.fit(module, datamodule=data, ckpt_path=path, weights_only=False)
         if not run.began:  # all steps had been taken already
             run.save_last(trainer, module)
     finally:
