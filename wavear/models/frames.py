@@ -99,7 +99,7 @@ class FrameConditioning:
     def __len__(self) -> int:
         return len(self.gates)
 
-    def __getitem__(self, index: tuple[slice, slice, slice | int]) -> Any:
+    def __getitem__(self, index: tuple[Any, slice, slice | int]) -> Any:
         """Index streams and samples: [rows, :, a:b] is a FrameConditioning, [rows, :, t] a tensor (B, C)."""
         rows, channels, times = index
         assert channels == slice(None), "all channels go together"
