@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 SETTINGS: dict[str, Any] = {
+    "family": "wavenet",
     "layers": 4,
     "stacks": 2,
     "residual_channels": 8,
@@ -41,6 +42,7 @@ SETTINGS: dict[str, Any] = {
     "baseline_seconds": 0.2,
     "progress": False,
     "device": "cpu",
+    "precision": "32",
 }
 TIMES = ("seconds", "samples_per_second", "data_wait")
 

@@ -76,6 +76,7 @@ def measure(data: str, out: str, shape: str, variant: str, device: str, steps: i
     callbacks.LOG_EVERY = 1
     settings = SHAPES[shape][1] | VARIANTS[variant]
     config = TrainConfig(
+        family="wavenet",
         data=data,
         out=out,
         batch_size=BATCH[device],

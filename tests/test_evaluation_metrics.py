@@ -16,14 +16,19 @@ from wavear import MelConfig, audio, log_mel
 from wavear.evaluation import metrics
 from wavear.evaluation.bounds import _uncompressed, grid_round_trip, griffin_lim
 from wavear.evaluation.metrics import (
+    HNR_BANDS,
     MEASURES,
+    NEAR,
     RESOLUTIONS,
     NotMeasured,
     frame_levels,
+    harmonic_to_noise_ratio,
+    log_mel_distance,
     measure,
     mel_cepstral_distortion,
     mel_cepstrum,
     noise_floor,
+    period_error,
     pitch_error,
     stft_distance,
 )
@@ -48,7 +53,8 @@ def vowel(frequency: float = 200.0, seconds: float = 1.0, rate: int = RATE) -> n
 def test_a_recording_is_no_distance_from_itself():
     x = np.concatenate([vowel(), np.zeros(RATE // 2)]) + noise(RATE * 3 // 2, 1e-4)
     values, missing = measure(x, x.copy(), RATE)
-    zero = {name: values[name] for name in ("stft_distance", "mcd", "f0_rmse", "voicing_error")}
+    names = ("log_mel", "stft_distance", "mcd", "f0_rmse", "voicing_error", "period_error", "gross_period_error")
+    zero = {name: values[name] for name in names}
     assert zero == dict.fromkeys(zero, 0.0)
     assert values["noise_floor"] == pytest.approx(-80, abs=0.2)
     assert set(values) | set(missing) == set(MEASURES)
@@ -123,6 +129,104 @@ def test_voicing_error_is_the_share_of_frames_that_lost_their_voice():
     rmse, voicing = pitch_error(x, y, RATE)
     assert voicing == pytest.approx(25, abs=6)
     assert rmse < 15
+
+
+# ---- log-mel distance
+
+
+@pytest.mark.parametrize("gain", [0.25, 2.0])
+def test_log_mel_distance_of_a_gain_is_its_logarithm(gain):
+    x = noise(8000)
+    assert log_mel_distance(x, gain * x, RATE) == pytest.approx(abs(math.log(gain)), rel=1e-6)
+
+
+def test_log_mel_distance_is_that_of_librosas_mels():
+    """At 22.05 kHz the mel is HiFi-GAN's: 1024, 256, 80 bands to 8 kHz, natural logarithm, at least 1e-5."""
+    x, y = noise(8192), noise(8192, 0.3, seed=1)
+    filters = librosa.filters.mel(sr=22050, n_fft=1024, n_mels=80, fmin=0, fmax=8000)
+    mels = []
+    for each in (x, y):
+        padded = np.pad(each, 384, mode="reflect")
+        magnitude = np.sqrt(np.abs(librosa.stft(padded, n_fft=1024, hop_length=256, center=False)) ** 2 + 1e-9)
+        mels.append(np.log(np.maximum(filters @ magnitude, 1e-5)))
+    assert log_mel_distance(x, y, 22050) == pytest.approx(np.abs(mels[0] - mels[1]).mean(), rel=1e-4)
+
+
+# ---- period and harmonicity
+
+
+def pulses(period: float, samples: int = 44100, noise_power: float = 1e-6, seed: int = 0) -> np.ndarray:
+    """Pulses of unit energy every `period` samples, whose spectrum is flat, and white noise of a power per sample.
+
+    The harmonic-to-noise ratio of every band is then 1 / (period * noise_power).
+    """
+    x = np.random.default_rng(seed).normal(size=samples) * math.sqrt(noise_power)
+    x[np.round(np.arange(0, samples - 1, period)).astype(int)] += 1
+    return 0.3 * x
+
+
+@pytest.mark.parametrize("period", [100, 147])
+@pytest.mark.parametrize("decibels", [5.0, 10.0, 15.0])
+def test_harmonic_to_noise_ratio_is_that_of_pulses_in_noise(period, decibels):
+    """In every band. The best of many lags is a little too good where there is much noise: 0.8 dB at 5 dB."""
+    clean, noisy = pulses(period), pulses(period, noise_power=10 ** (-decibels / 10) / period)
+    for band in HNR_BANDS.values():
+        assert harmonic_to_noise_ratio(clean, noisy, 22050, band) == pytest.approx(decibels, abs=0.9)
+        assert harmonic_to_noise_ratio(clean, clean, 22050, band) > 25
+
+
+def test_harmonic_to_noise_ratio_is_of_the_band_alone():
+    from scipy.signal import butter, sosfilt
+
+    clean, ratios = pulses(100), {}
+    for kind, edge in (("low", 400), ("high", 5500)):
+        added = sosfilt(butter(8, edge, kind, fs=22050, output="sos"), noise(clean.size, 0.1))
+        ratios[kind] = [harmonic_to_noise_ratio(clean, clean + added, 22050, band) for band in HNR_BANDS.values()]
+    assert ratios["low"][0] < 3
+    assert min(ratios["low"][1:]) > 15
+    assert min(ratios["high"][:2]) > 20
+    assert ratios["high"][2] < 0
+
+
+def test_harmonic_to_noise_ratio_is_of_blocks_voiced_in_the_recording():
+    """Noise where the recording has none of its voice is not counted, noise where it has is."""
+    x = np.concatenate([pulses(100), noise(44100, 0.02)])
+    calm, hoarse = x.copy(), x.copy()
+    calm[46000:] = noise(42200, 0.1, seed=1)
+    hoarse[20000:40000] = noise(20000, 0.1, seed=1)
+    true, calm, hoarse = (harmonic_to_noise_ratio(x, y, 22050, HNR_BANDS["hnr_low"]) for y in (x, calm, hoarse))
+    assert calm == pytest.approx(true, abs=0.2)
+    assert hoarse < true - 5
+
+
+def test_bands_beyond_half_of_the_rate_are_left_out():
+    _, missing = measure(pulses(40), pulses(40), 4000, names=HNR_BANDS)
+    assert missing == {"hnr_high": "the band from 3000 Hz is beyond half of the rate"}
+    _, missing = measure(noise(8000), pulses(40, 8000), 22050, names=HNR_BANDS)
+    assert missing == dict.fromkeys(HNR_BANDS, "no block is voiced")
+
+
+def test_measures_to_come_near_are_those_a_recording_has_itself():
+    assert (*HNR_BANDS, "noise_floor") == NEAR
+
+
+@pytest.mark.parametrize("period", [98.0, 104.0])
+def test_period_error_is_the_difference_in_cents(period):
+    median, gross = period_error(pulses(100), pulses(period), 22050)
+    assert median == pytest.approx(abs(1200 * math.log2(period / 100)), abs=0.5)
+    assert gross == 0
+
+
+def test_gross_errors_are_periods_off_by_more_than_five_per_cent():
+    """Of blocks voiced in both: half of the signal is off by 6 %, a part has no voice and does not count."""
+    x = pulses(100, 66150)
+    y = np.concatenate([pulses(100, 22050), pulses(106, 22050), noise(22050, 0.05)])
+    _, gross = period_error(x, y, 22050)
+    assert gross == pytest.approx(50, abs=3)
+    near = np.concatenate([pulses(100, 22050), pulses(104, 22050), noise(22050, 0.05)])
+    assert period_error(x, near, 22050)[1] < 1
+    with pytest.raises(NotMeasured, match="no block is voiced in both"):
+        period_error(x, noise(x.size), 22050)
 
 
 # ---- noise floor

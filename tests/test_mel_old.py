@@ -47,6 +47,7 @@ def test_an_added_floor_is_added():
 
 def settings(tmp_path: Path, **more: Any) -> TrainConfig:
     small: dict[str, Any] = {"layers": 2, "stacks": 1, "segment": 512, "batch_size": 1, "device": "cpu", **SIZES}
+    small["family"] = "wavenet"
     small |= {"sample_seconds": 0.0, "progress": False, "data": str(tmp_path / "data"), "out": str(tmp_path / "run")}
     return TrainConfig(**{**small, **more})
 

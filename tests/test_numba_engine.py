@@ -23,7 +23,7 @@ from scipy.stats import chi2
 from torch import Tensor
 
 import wavear
-from wavear.generate import compiled as compiled_module
+from wavear import compiled as compiled_module
 from wavear.compiled import compiled, source_key
 from wavear.generate.numba_cpu import NumbaEngine
 from wavear.generate.reference import ReferenceEngine

@@ -53,15 +53,17 @@ def test_values_are_flags(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: 
     monkeypatch.chdir(tmp_path)
     trained: list[TrainConfig] = []
     monkeypatch.setattr(cli, "run_training", lambda config: trained.append(config) or 0)
-    monkeypatch.setattr(sys, "argv", ["train.py", "--data", "elsewhere", "--layers", "6", "--stacks", "3"])
     recipe = module(RECIPES / name / "train.py")
+    size = {"wavenet": ["--stacks", "3"], "predictive": ["--period-layers", "2"]}[recipe.VALUES.family]
+    monkeypatch.setattr(sys, "argv", ["train.py", "--data", "elsewhere", "--layers", "6", *size])
     Path("elsewhere").write_text("path\nsome.wav\n")  # a manifest, which every recipe takes
     corpus = getattr(recipe, "CORPUS", None)
     with pytest.raises(SystemExit) as stop:
         cli.recipe(recipe.VALUES, recipe.__doc__, corpus)
     assert stop.value.code == 0
     (config,) = trained
-    assert (config.data, config.layers, config.stacks) == ("elsewhere", 6, 3)
+    assert (config.data, config.layers, config.family) == ("elsewhere", 6, recipe.VALUES.family)
+    assert (config.stacks, config.period_layers) in ((3, None), (None, 2))
     assert config.sample_rate == recipe.VALUES.sample_rate
     assert config.segment == recipe.VALUES.segment
     monkeypatch.setattr(sys, "argv", ["train.py", "--kernel-size", "1"])
@@ -78,7 +80,7 @@ def test_folder_recipe_trains(tmp_path: Path):
         audio.write(tmp_path / "data" / f"{number}.wav", noise, 8000)
     sizes = ("residual", "skip", "head", "conditioning")
     small = [part for size in sizes for part in (f"--{size}-channels", "4")]
-    small += ["--layers", "2", "--stacks", "1", "--sample-rate", "8000", "--segment", "256", "--max-steps", "2"]
+    small += ["--layers", "2", "--sample-rate", "8000", "--segment", "256", "--max-steps", "2"]
     command = [sys.executable, str(RECIPES / "folder" / "train.py"), *small, "--sample-seconds", "0", "--device", "cpu"]
     done = subprocess.run(
         command, cwd=tmp_path, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}

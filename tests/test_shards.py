@@ -327,6 +327,7 @@ def test_a_run_on_shards_is_resumed_exactly(made, tmp_path):
         "conditioning_channels": 4, "sample_rate": RATE, "mel_bands": 8, "mel_hop_length": 64, "segment": 256,
         "warmup_steps": 1, "validate_every": 1000, "sample_seconds": 0.0, "progress": False, "device": "cpu",
         "precision": "32", "max_steps": 4, "checkpoint_every": 2, "workers": 0, "speakers": True,
+        "family": "wavenet",
     }  # fmt: skip
     from safetensors.torch import load_file
 

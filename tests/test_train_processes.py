@@ -20,8 +20,9 @@ from wavear.training.states import state_paths
 
 RATE = 8000
 SETTINGS: dict[str, Any] = {
-    "layers": 2, "stacks": 1, "residual_channels": 4, "skip_channels": 4, "head_channels": 4, "classes": 16,
-    "conditioning_channels": 4, "sample_rate": RATE, "mel_bands": 8, "mel_hop_length": 64, "segment": 256,
+    "family": "wavenet", "layers": 2, "stacks": 1, "residual_channels": 4, "skip_channels": 4, "head_channels": 4,
+    "classes": 16, "conditioning_channels": 4, "sample_rate": RATE, "mel_bands": 8, "mel_hop_length": 64,
+    "segment": 256,
     "warmup_steps": 1, "validate_every": 1000, "sample_seconds": 0.0, "progress": False, "device": "cpu",
     "precision": "32", "max_steps": 5, "workers": 0, "batch_size": 4,
 }  # fmt: skip

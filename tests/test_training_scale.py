@@ -27,6 +27,7 @@ from wavear.training.processes import Processes
 
 RATE = 8000
 TINY: dict[str, Any] = {
+    "family": "wavenet",
     "layers": 4,
     "stacks": 2,
     "kernel_size": 3,

@@ -18,7 +18,7 @@ import torch
 from wavear.generate import WEIGHTS, Conditioner, make_engine
 from wavear.generate.card import card
 from wavear.generate.card import limit as card_limit
-from wavear.generate.ceiling import Ceiling, cost
+from wavear.generate.ceiling import Ceiling, Config, cost
 from wavear.generate.ceiling import measure as measure_ceiling
 from wavear.generate.compiled_engine import available_cores
 from wavear.generate.cuda import pick
@@ -27,6 +27,7 @@ from wavear.models.base import AutoregressiveModel
 from wavear.models.families import FAMILIES
 from wavear.models.gru import GRUConfig
 from wavear.models.linear import LinearConfig
+from wavear.models.predictive import PredictiveWaveNetConfig
 from wavear.models.transformer import TransformerConfig
 from wavear.models.wavenet import WaveNetConfig
 from wavear.sampling import uniforms
@@ -52,9 +53,8 @@ BATCHES = {"cpu": (1, 24), "cuda": (1, 16, 128, 1024, 8192)}
 _A = WaveNetConfig(layers=20, stacks=2, residual_channels=64, skip_channels=128, mel=MelConfig())
 
 # The networks that the field publishes and measures; all of them here with 256 mu-law codes and 80 mels.
-Config = WaveNetConfig | GRUConfig | TransformerConfig
-
 SHAPES: dict[str, tuple[str, Config]] = {
+    "predictive": ("the predictive WaveNet that wavear train makes", PredictiveWaveNetConfig(mel=MelConfig())),
     "nv-wavenet": ("the shape that nv-wavenet (2018) is measured with: 20 layers, 64 residual, 128 skip", _A),
     "nv-wavenet-free": ("the same without conditioning", replace(_A, mel=None)),
     "small": ("20 layers, 32 residual, 128 skip, no conditioning", replace(_A, residual_channels=32, mel=None)),
@@ -192,7 +192,7 @@ def _calls(model: AutoregressiveModel, engine: str, weights: str, batch: int, th
         start = turn * chunk % (_LENGTH - chunk)
         draws = np.stack([uniforms(b, turn * chunk, chunk) for b in range(batch)])
         cond = conditioner.span(start, start + chunk)
-        runner.generate(draws, cond if cond is None else cond[torch.arange(batch) % len(cond)])
+        runner.generate(draws, cond if cond is None else cond[torch.arange(batch) % len(cond), :, :])
         yield chunk * batch
 
 
@@ -206,7 +206,7 @@ def _compare(model: AutoregressiveModel, engine: str, weights: str, threads: int
     _, scoring = make_engine(model, batch, engine, weights=weights, threads=threads)
     scores = scoring.score(codes, cond)
     given = torch.from_numpy(codes).to(next(model.parameters()).device)
-    parameters = copy.deepcopy(model).double()(given, None if cond is None else cond.double())
+    parameters = copy.deepcopy(model).double()(given, None if cond is None else cond.to(torch.float64))
     expected = model.law.log_prob(parameters, given).cpu().numpy()
     return float(np.abs(scores - expected).max()), float((expected - scores).mean() / np.log(2))
 
@@ -270,10 +270,10 @@ def run(
     model = model.to(device)
     config = model.config
     linear = isinstance(config, LinearConfig)
-    if engines is None:
+    if not engines:  # None, or none named on the command line
         fastest = kind == "cpu" or pick(model, torch.device(device)) == "triton"
         engines = of_device[:2] if fastest else of_device[1:2]
-    if weights is None:
+    if not weights:
         weights = ("float32",) if linear else ("float32", "bfloat16", "float16" if kind == "cuda" else "int8")
     plan = [
         (engine, precision, batch)
@@ -323,6 +323,12 @@ def _layers(config: Config) -> str:
         )
     if isinstance(config, GRUConfig):
         return f"GRU, {config.layers} x {config.channels} units"
+    if isinstance(config, PredictiveWaveNetConfig):
+        return (
+            f"{config.layers} layers and {config.period_layers} of the period, kernel {config.kernel_size}, "
+            f"{config.residual_channels} residual, {config.skip_channels} skip, prediction of order "
+            f"{config.prediction_order}"
+        )
     return (
         f"{config.layers} layers, {config.stacks} stacks, kernel {config.kernel_size}, "
         f"{config.residual_channels} residual, {config.skip_channels} skip"

@@ -33,6 +33,7 @@ _RECORD = "demo.json"
 # note: with more of it, so short a training learns to go on with whatever pitch it hears, and not to heed the mel.
 # Noise on the past helps in the same way. The mel's windows are long: its pitch is all that the network knows of one.
 VALUES = TrainConfig(
+    family="wavenet",
     data="sounds",
     out="run",
     validation="held_out",

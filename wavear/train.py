@@ -29,6 +29,56 @@ from wavear.shards import is_shards
 
 
 @dataclass(frozen=True)
+class TrainingDefaults:
+    """Values of the fields of `TrainConfig` that are None: those whose defaults differ between families."""
+
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    learning_rate: float = 2e-3
+    hold: float = 0.0
+    weight_decay: float = 0.01
+    ema_decay: float = 0.999
+    segment: int | None = 8192
+    segment_frames: int = 0
+    """Instead of `segment`, where it is None: mel frames."""
+    batch_size: int = 2
+    input_noise: float = 0.0
+
+
+TRAINING_DEFAULTS: dict[str, TrainingDefaults] = {
+    "predictive": TrainingDefaults(
+        optimizer="muon",
+        learning_rate=4e-3,
+        hold=0.3,
+        weight_decay=0.0,
+        ema_decay=0.9,  # the rates fall to almost nothing: a long average adds nothing
+        segment=None,
+        segment_frames=32,  # 8192 samples at 22.05 kHz
+        batch_size=3,
+        input_noise=0.5,
+    ),
+}
+"""By family; the families that are not here have those of the class."""
+
+
+def family_defaults() -> dict[str, str]:
+    """Return the text of each field's defaults, for the help.
+
+    Examples
+    --------
+    >>> family_defaults()["batch_size"], family_defaults()["segment"]
+    ('2; predictive: 3', '8192; predictive: 32 frames')
+    """
+
+    def text(values: TrainingDefaults, name: str) -> str:
+        value = getattr(values, name)
+        return f"{values.segment_frames} frames" if value is None else f"{value:g}" if name != "optimizer" else value
+
+    names = [f.name for f in dataclasses.fields(TrainingDefaults) if f.name != "segment_frames"]
+    told = {"": TrainingDefaults(), **{f"{family}: ": values for family, values in TRAINING_DEFAULTS.items()}}
+    return {name: "; ".join(family + text(values, name) for family, values in told.items()) for name in names}
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """A training run. Times are in the unit the name or the text says; rates are in Hz.
 
@@ -49,19 +99,33 @@ class TrainConfig:
     """Share of the files to hold out, chosen by the hash of their names; at least one file."""
 
     # The model
-    family: str = "wavenet"
-    """wavenet, gru, transformer or linear; see docs/families.md. The settings up to `coarse_classes` are of the model:
-    None is the family's own default, and one that the family does not have is refused."""
+    family: str | None = None
+    """predictive, wavenet, gru, transformer or linear; see docs/families.md. None: predictive with mels, wavenet
+    without. The settings up to `coarse_classes` are of the model: None is the family's own default, and one that the
+    family does not have is refused."""
     layers: int | None = None
-    """wavenet: dilated convolutions (20), a multiple of `stacks`. gru: recurrent layers (1). transformer: layers."""
+    """predictive: layers of fixed dilation (4). wavenet: dilated convolutions (20), a multiple of `stacks`. gru:
+    recurrent layers (1). transformer: layers."""
+    period_layers: int | None = None
+    """predictive: layers whose dilation is the period (1)."""
     stacks: int | None = None
     """wavenet: the dilation doubles from layer to layer and restarts at 1 in each stack (2)."""
     kernel_size: int | None = None
-    """wavenet: taps of each dilated convolution (2)."""
+    """wavenet: taps of each dilated convolution (2). predictive: of each layer (3)."""
     residual_channels: int | None = None
-    """wavenet: channels of the signal that runs through the layers (64)."""
+    """wavenet, predictive: channels of the signal that runs through the layers (64, 48)."""
     skip_channels: int | None = None
-    """wavenet: channels of the sum over layers that the head reads (128)."""
+    """wavenet, predictive: channels of the sum over layers that the head reads (128, 64)."""
+    prediction_order: int | None = None
+    """predictive: past samples of the linear prediction (32 at 22.05 kHz, in proportion to the rate)."""
+    sub_frames: int | None = None
+    """predictive: predictors per mel frame (one per 2.9 ms)."""
+    shortest_period: int | None = None
+    """predictive: least period, in samples (that of 550 Hz)."""
+    longest_period: int | None = None
+    """predictive: largest period, in samples (that of 50 Hz)."""
+    causal: bool | None = None
+    """predictive: condition a frame on itself and those before it, without look-ahead (False)."""
     channels: int | None = None
     """gru: hidden units of each layer (352). transformer: channels of a position (256), a multiple of 2 * `heads`."""
     input_channels: int | None = None
@@ -77,15 +141,15 @@ class TrainConfig:
     sample_channels: int | None = None
     """transformer: channels of the vector that a past sample becomes (64)."""
     head_channels: int | None = None
-    """Channels between the two layers of the head (256)."""
+    """Channels between the two layers of the head (256; predictive: 64)."""
     conditioning_channels: int | None = None
-    """Channels of the conditioning (80)."""
+    """Channels of the conditioning (80; predictive: 96)."""
     classes: int | None = None
     """Codes: 256 of mu-law for a categorical law (2 to 65536), 65536 even ones, 16 bits, for the others."""
     law: str | None = None
     """Of the next sample: categorical, logistic_mixture, gaussian, laplace; see docs/laws.md."""
     mixtures: int | None = None
-    """Components of a mixture of logistics (10)."""
+    """Components of a mixture of logistics (10; predictive: 5)."""
     order: int | None = None
     """linear: lags (32); with a `criterion` the most of them."""
     differencing: int | None = None
@@ -137,34 +201,41 @@ class TrainConfig:
     conditioning_dropout: float = 0.0
     """Share of the mel frames, each by chance, that the model does not see in training (0.1, say): their place takes
     the mean of each band. Held-out bits are without."""
-    input_noise: float = 0.0
-    """Deviation, in codes, of noise on the past that the model sees in training (2, say); what it predicts stays
-    clean. It then sees through its own errors when it generates, and heeds the conditioning. Held-out bits are without.
-    """
+    input_noise: float | None = None
+    """Noise on the past that the model sees in training; what it predicts stays clean. It then sees through its own
+    errors when it generates, and heeds the conditioning. Held-out bits are without. wavenet, gru, transformer: its
+    deviation in codes (2, say). predictive: the largest deviation, in units of the residual's scale."""
 
-    # The steps
-    segment: int = 8192
+    # The steps. Where the default is None it is the family's (`TRAINING_DEFAULTS`).
+    segment: int | None = None
     """Samples of loss per crop, rounded up to mel frames; the receptive field comes on top."""
-    batch_size: int = 2
+    batch_size: int | None = None
     """Crops per step, over all processes and all parts of `accumulate`."""
     accumulate: int = 1
     """Parts that a process divides its share of a batch into, one after the other, to save memory."""
-    learning_rate: float = 2e-3
-    """At its highest. A rule of thumb for other batches: with the square root of `batch_size`."""
+    optimizer: Literal["adamw", "muon"] | None = None
+    """adamw for all weights, or muon for the matrices inside the network and adamw for the rest."""
+    learning_rate: float | None = None
+    """AdamW's at its highest. A rule of thumb for other batches: with the square root of `batch_size`."""
+    muon_learning_rate: float = 1e-2
+    """Muon's at its highest, where `optimizer` is muon."""
     warmup_steps: int = 100
     """Steps over which the learning rate rises from 0."""
-    weight_decay: float = 0.01
-    """Of AdamW, on matrices."""
+    hold: float | None = None
+    """Share of the run before the learning rate begins to fall along its cosine, 0 to less than 1."""
+    weight_decay: float | None = None
+    """Of both optimizers, on matrices."""
     gradient_clip: float = 1.0
     """Largest norm of the gradient; 0: no limit."""
-    ema_decay: float = 0.999
+    ema_decay: float | None = None
     """Of the moving average of the weights that is validated, sampled and saved; less in the first steps."""
     max_steps: int | None = 200_000
     """Steps of the run, resumed parts included; the learning rate falls along a cosine until then."""
     max_minutes: float | None = None
     """Minutes of the run, resumed parts and validations included (the last scoring comes on top); likewise."""
     precision: Literal["auto", "32", "bf16"] = "auto"
-    """Arithmetic of the steps; auto: bf16 where the device has it in hardware. Weights are float32 always."""
+    """Arithmetic of the steps; auto: bf16 where a GPU has it in hardware, or a CPU is measured to gain by it; a resumed
+    run keeps what it took. Weights are float32 always."""
     compile: bool = False
     """Let torch.compile (which needs a C++ compiler) make the layers' kernels: see docs/benchmarks.md for where it
     pays."""
@@ -188,8 +259,9 @@ class TrainConfig:
     """Seconds of held-out audio for the scores at the end."""
     baseline_seconds: float = 600.0
     """Seconds of training audio that the baselines are fitted to."""
-    sample_seconds: float = 1.0
-    """Seconds of free-running audio to hear and to measure, at some validations (3 % of the time at most); 0: none."""
+    sample_seconds: float = 2.0
+    """Seconds of free-running audio to hear and to measure. With mels: of each of four held-out recordings, at every
+    validation; it chooses the best model, and its clips lie in samples/. 0: none, the bits choose."""
     wandb: str | None = None
     """Project at Weights & Biases to log to as well (which needs `pip install wandb`)."""
     checkpoint_every: int = 1000
@@ -204,6 +276,10 @@ class TrainConfig:
     """Show a progress bar and say what is done."""
 
     def __post_init__(self) -> None:
+        if self.family is None:
+            object.__setattr__(self, "family", "wavenet" if self.unconditional else "predictive")
+        if self.family == "predictive" and self.unconditional:
+            raise ValueError("a predictive model takes its prediction from mels: drop --unconditional or --family")
         object.__setattr__(self, "data", os.fspath(self.data))
         object.__setattr__(self, "out", os.fspath(self.out))
         if self.validation is not None:
@@ -212,28 +288,28 @@ class TrainConfig:
             ("segment", "batch_size", "accumulate", "checkpoint_every", "keep_last"), 1
         )
         least |= dict.fromkeys(
-            ("warmup_steps", "weight_decay", "gradient_clip", "ema_decay", "sample_seconds", "input_noise"), 0
+            ("warmup_steps", "weight_decay", "gradient_clip", "ema_decay", "hold", "sample_seconds", "input_noise"), 0
         )
         least |= {"workers": 0, "seed": 0, "validate_every": 1, "max_steps": 1}
         for name, bound in least.items():
             value = getattr(self, name)
             if value is not None and not bound <= value < float("inf"):
                 raise ValueError(f"{name} is {value!r}, expected {bound:g} or more")
-        positive = ("learning_rate", "max_minutes", "validate_seconds", "validation_seconds", "final_seconds")
-        for name in (*positive, "baseline_seconds"):
+        positive = ("learning_rate", "muon_learning_rate", "max_minutes", "validate_seconds", "validation_seconds")
+        for name in (*positive, "final_seconds", "baseline_seconds"):
             value = getattr(self, name)
             if value is not None and not 0 < value < float("inf"):
                 raise ValueError(f"{name} is {value!r}, expected more than 0")
-        if not self.ema_decay < 1:
-            raise ValueError(f"ema_decay is {self.ema_decay!r}, expected 0 to less than 1")
-        if not 0 <= self.conditioning_dropout < 1:
-            raise ValueError(f"conditioning_dropout is {self.conditioning_dropout!r}, expected 0 to less than 1")
+        for name in ("ema_decay", "hold", "conditioning_dropout"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < 1:
+                raise ValueError(f"{name} is {value!r}, expected 0 to less than 1")
         if self.conditioning_dropout and self.unconditional:
             raise ValueError("conditioning_dropout hides mel frames, and the model is unconditional: choose one")
         if not 0 < self.validation_fraction < 1:
             raise ValueError(f"validation_fraction is {self.validation_fraction!r}, expected between 0 and 1")
-        if self.batch_size % self.accumulate:
-            raise ValueError(f"a batch of {self.batch_size} does not divide into {self.accumulate} parts")
+        if self.optimizer not in (None, "adamw", "muon"):
+            raise ValueError(f"optimizer is {self.optimizer!r}, expected adamw or muon")
         if self.max_steps is None and self.max_minutes is None:
             raise ValueError("the run needs an end: max_steps, max_minutes, or both")
         if self.resume and self.overwrite:
@@ -254,7 +330,25 @@ class TrainConfig:
         own = [f for f in dataclasses.fields(self) if f.name.startswith("mel_") and f.name != "mel_preset"]
         if self.mel_preset is not None and (given := [f.name for f in own if getattr(self, f.name) != f.default]):
             raise ValueError(f"mel_preset is {self.mel_preset!r} and says what the mels are: leave {given[0]} away")
+        batch = self.defaults.batch_size if self.batch_size is None else self.batch_size
+        if batch % self.accumulate:
+            raise ValueError(f"a batch of {batch} does not divide into {self.accumulate} parts")
         self.model_config()
+
+    @property
+    def defaults(self) -> TrainingDefaults:
+        """What the family's training takes where a field is None."""
+        return TRAINING_DEFAULTS.get(self.family, TrainingDefaults())
+
+    def resolved(self) -> TrainConfig:
+        """Return the configuration with `defaults` in place of None; None of the model's fields stays."""
+        defaults = dataclasses.asdict(self.defaults)
+        frames = defaults.pop("segment_frames")
+        if defaults["segment"] is None:
+            hop = self.mel.hop_length if self.mel else round(256 * self.sample_rate / 22050)
+            defaults["segment"] = frames * hop
+        missing = {name: value for name, value in defaults.items() if getattr(self, name) is None}
+        return dataclasses.replace(self, **missing) if missing else self
 
     @property
     def mel(self) -> MelConfig | None:
@@ -288,7 +382,9 @@ class TrainConfig:
             given["pre_emphasis"] = self.pre_emphasis
         if foreign := [name for name in given if name not in own]:
             has = ", ".join(name for name in _MODEL_FIELDS if name in own)
-            raise ValueError(f"{foreign[0]} is not of the family {self.family}: it has {has}")
+            others = [name for name, (_, c) in FAMILIES.items() if foreign[0] in c.__dataclass_fields__]
+            hint = f"; --family {' or '.join(others)} has {foreign[0]}" if others else ""
+            raise ValueError(f"{foreign[0]} is not of the family {self.family}: it has {has}{hint}")
         return config_class(**given, sample_rate=self.sample_rate, mel=self.mel, speakers=speakers)
 
 
@@ -303,7 +399,7 @@ class TrainResult:
     bits_before: float
     """Of the model at its first step."""
     bits_best: float
-    """The least on the curve: that of `best`."""
+    """The least on the curve."""
     bits_final: float
     """The last on the curve."""
     held_out: dict[str, float]
@@ -344,6 +440,7 @@ def train(config: TrainConfig) -> TrainResult:
     ValueError
         If no file can be used, or `resume` meets a run of another model.
     """
+    config = config.resolved()
     if config.family == "linear":
         from wavear.training.linear import fit
     else:
@@ -378,7 +475,7 @@ def train(config: TrainConfig) -> TrainResult:
     _describe(corpus, speakers, config.sample_rate, say)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        model = FAMILIES[config.family][0](config.model_config(len(speakers)))
+        model = FAMILIES[str(config.family)][0](config.model_config(len(speakers)))
     _check_same_model(record, config, model.config)
     record |= {
         "config": dataclasses.asdict(config),
@@ -428,7 +525,7 @@ def make_directory(config: TrainConfig) -> None:
     if config.resume:
         return
     if out.is_dir():
-        for name in ("best", "last", "states", "tensorboard", "wandb"):
+        for name in ("best", "last", "states", "tensorboard", "wandb", "samples"):
             shutil.rmtree(out / name, ignore_errors=True)
         for name in ("resume.safetensors", "metrics.csv", "validation.csv"):
             (out / name).unlink(missing_ok=True)
@@ -454,6 +551,11 @@ def _check_same_model(record: dict[str, Any], config: TrainConfig, model: Any) -
         f"{name} {before.get(name)!r}, now {now[name]!r}" for name in now if before.get(name) != now[name]
     ]:
         raise ValueError(f"{config.out} is a run of another model: {'; '.join(different)}")
+    if (optimizer := record["config"].get("optimizer", "adamw")) != config.optimizer:
+        raise ValueError(
+            f"{config.out} is a run with the optimizer {optimizer}, now {config.optimizer}: resume with --optimizer"
+            f" {optimizer}"
+        )
     if (seed := record["config"].get("seed")) != config.seed:
         raise ValueError(f"{config.out} is a run with seed {seed}, now {config.seed}: resume with the same")
 

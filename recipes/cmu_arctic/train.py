@@ -9,6 +9,7 @@ CORPUS = corpora.CMUArctic(
 )
 
 VALUES = TrainConfig(
+    family="wavenet",
     data="data",
     out="runs/cmu_arctic",
     # The rate of the recordings. The mel is that of 16 kHz: a frame per 256 samples would be 16 ms, as here.

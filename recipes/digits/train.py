@@ -6,6 +6,7 @@ from wavear.cli import recipe
 CORPUS = corpora.Digits()
 
 VALUES = TrainConfig(
+    family="wavenet",
     data="data/free-spoken-digit-dataset",
     out="runs/digits",
     speakers=True,

@@ -8,11 +8,6 @@ VALUES = TrainConfig(
     out="runs/folder",
     # Rates of 16000 to 24000 Hz suit speech. Recordings of another rate are resampled as they are read.
     sample_rate=22050,
-    # Two stacks of ten layers see 93 ms of past at 22050 Hz. Runs in real time on one core of a desktop.
-    layers=20,
-    stacks=2,
-    residual_channels=64,
-    skip_channels=128,
     # Recordings of one speaker at very different levels, or of several: --normalise rms.
     normalise="none",
     # Crops quieter than this are drawn again, so that pauses do not fill the batches.

@@ -9,6 +9,7 @@ CORPUS = corpora.LibriTTS(
 )
 
 VALUES = TrainConfig(
+    family="wavenet",
     data="data",
     out="runs/libritts",
     # The rate of the recordings. The readers of dev-clean are no readers of the training subsets, so speakers are not

@@ -6,6 +6,7 @@ from wavear.cli import recipe
 CORPUS = corpora.LJSpeech()
 
 VALUES = TrainConfig(
+    family="wavenet",
     data="data",
     out="runs/ljspeech",
     # HiFi-GAN's mels (80 bands, a frame per 256 samples, natural logarithm), so that text-to-speech models that were

@@ -4,6 +4,7 @@ from wavear import TrainConfig
 from wavear.cli import recipe
 
 VALUES = TrainConfig(
+    family="wavenet",
     data="data/music",
     out="runs/music",
     unconditional=True,

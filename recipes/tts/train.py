@@ -6,6 +6,7 @@ from wavear.cli import recipe
 CORPUS = corpora.LJSpeech()
 
 VALUES = TrainConfig(
+    family="wavenet",
     data="data",  # with LJSpeech-1.1: the voice that Tacotron 2 was trained on
     out="runs/tts",
     # The mels that Tacotron 2 predicts, all of it: these are what the vocoder hears and nothing else.

@@ -8,6 +8,7 @@ CORPUS = corpora.VCTK(
 )
 
 VALUES = TrainConfig(
+    family="wavenet",
     data="data",
     out="runs/vctk",
     # The model learns a vector for each speaker; --no-speakers makes a vocoder that is told by the mel alone.

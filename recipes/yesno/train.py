@@ -6,6 +6,7 @@ from wavear.cli import recipe
 CORPUS = corpora.YesNo()
 
 VALUES = TrainConfig(
+    family="wavenet",
     data="data",
     out="runs/yesno",
     sample_rate=8000,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +17,7 @@ import torch
 
 from wavear import audio
 from wavear.mel import MelConfig, log_mel
+from wavear.period import measure_period
 
 # (n_fft, hop, window) in samples: Yamamoto, Song and Kim, "Parallel WaveGAN" (2020), table 1, there at 24 kHz.
 RESOLUTIONS = ((1024, 120, 600), (2048, 240, 1200), (512, 50, 240))
@@ -45,20 +46,39 @@ class Measure:
 
 
 MEASURES = {
+    "log_mel": Measure("Log-mel distance", "", "lower", 3),
     "stft_distance": Measure("STFT distance", "", "lower", 3),
     "mcd": Measure("Mel-cepstral distortion", "dB", "lower", 2),
     "f0_rmse": Measure("Log-F0 RMSE", "cents", "lower", 0),
     "voicing_error": Measure("Voicing error", "%", "lower", 1),
+    "period_error": Measure("Period error, median", "cents", "lower", 1),
+    "gross_period_error": Measure("Gross period errors", "%", "lower", 1),
+    "hnr_low": Measure("Harmonic-to-noise ratio, 50-1000 Hz", "dB", "near", 1),
+    "hnr_middle": Measure("Harmonic-to-noise ratio, 1-3 kHz", "dB", "near", 1),
+    "hnr_high": Measure("Harmonic-to-noise ratio, 3-8 kHz", "dB", "near", 1),
     "pesq": Measure("PESQ", "MOS-LQO", "higher", 2),
     "stoi": Measure("STOI", "", "higher", 3),
     "noise_floor": Measure("Noise floor in silence", "dBFS", "near", 1),
 }
 
 
+HNR_BANDS = {"hnr_low": (50.0, 1000.0), "hnr_middle": (1000.0, 3000.0), "hnr_high": (3000.0, 8000.0)}  # Hz
+NEAR = tuple(name for name, about in MEASURES.items() if about.better == "near")
+"""Measures of a recording too: a signal is to come near its value."""
+VOICED = 0.75  # correlation one period apart above which a block counts as voiced
+GROSS = 0.05  # a period that is off by more than this share counts as a gross error
+_PERIOD_RANGE = (50.0, 550.0)  # Hz
+_BLOCK_SECONDS, _WINDOW_SECONDS = 64 / 22050, 512 / 22050
+
+
 def measure(
-    reference: np.ndarray, signal: np.ndarray, rate: int, reference_pitch: np.ndarray | None = None
+    reference: np.ndarray,
+    signal: np.ndarray,
+    rate: int,
+    reference_pitch: np.ndarray | None = None,
+    names: Collection[str] = tuple(MEASURES),
 ) -> tuple[dict[str, float], dict[str, str]]:
-    """Every measure of `signal` against `reference`.
+    """Take measures of `signal` against `reference`.
 
     Parameters
     ----------
@@ -67,6 +87,8 @@ def measure(
         Hz.
     reference_pitch : array, optional
         `pitch` of the reference, where it is known: it takes longer than all else.
+    names : collection of str
+        Which measures.
 
     Returns
     -------
@@ -84,18 +106,32 @@ def measure(
             raise NotMeasured("no frame is voiced in both")
         return pitches[0][which]
 
+    periods: list[tuple[float, float]] = []
+
+    def of_period(which: int) -> float:
+        if not periods:
+            periods.append(period_error(reference, signal, rate))
+        return periods[0][which]
+
     ways: dict[str, Callable[[], float]] = {
+        "log_mel": lambda: log_mel_distance(reference, signal, rate),
         "stft_distance": lambda: stft_distance(reference, signal),
         "mcd": lambda: mel_cepstral_distortion(reference, signal, rate),
         "f0_rmse": lambda: of_pitch(0),
         "voicing_error": lambda: of_pitch(1),
+        "period_error": lambda: of_period(0),
+        "gross_period_error": lambda: of_period(1),
+        **{
+            name: lambda band=band: harmonic_to_noise_ratio(reference, signal, rate, band)
+            for name, band in HNR_BANDS.items()
+        },
         "pesq": lambda: pesq(reference, signal, rate),
         "stoi": lambda: stoi(reference, signal, rate),
         "noise_floor": lambda: noise_floor(reference, signal, rate),
     }
-    for name, way in ways.items():
+    for name in names:
         try:
-            value = way()
+            value = ways[name]()
             if not math.isfinite(value):
                 raise NotMeasured(f"it is {value}")
             values[name] = value
@@ -164,6 +200,15 @@ def mel_cepstrum(waveform: np.ndarray, rate: int, order: int = CEPSTRUM_ORDER) -
     """
     from scipy.fft import dct
 
+    mel = _log_mel(waveform, rate)
+    # scipy's type 2 is 2 sum x[m] cos(pi n (m + 1/2) / M); the series' coefficients are 2 / M of the sum (1 / M for 0).
+    cepstrum = np.asarray(dct(mel, type=2, axis=0))[: order + 1] / len(mel)
+    cepstrum[0] /= 2
+    return cepstrum
+
+
+def _log_mel(waveform: np.ndarray, rate: int) -> np.ndarray:
+    """Natural-log mel magnitudes (bands, frames) of 46 ms windows, HiFi-GAN's at 22.05 kHz; see `mel_cepstrum`."""
     n_fft = 2 ** math.ceil(math.log2(0.046 * rate))
     config = MelConfig(
         sample_rate=rate,
@@ -175,11 +220,81 @@ def mel_cepstrum(waveform: np.ndarray, rate: int, order: int = CEPSTRUM_ORDER) -
     )
     if waveform.size < n_fft:
         raise NotMeasured(f"{waveform.size} samples are too short: {n_fft} are needed")
-    mel = log_mel(torch.from_numpy(np.asarray(waveform, np.float64))[None], config)[0].numpy()
-    # scipy's type 2 is 2 sum x[m] cos(pi n (m + 1/2) / M); the series' coefficients are 2 / M of the sum (1 / M for 0).
-    cepstrum = np.asarray(dct(mel, type=2, axis=0))[: order + 1] / config.bands
-    cepstrum[0] /= 2
-    return cepstrum
+    return log_mel(torch.from_numpy(np.asarray(waveform, np.float64))[None], config)[0].numpy()
+
+
+def log_mel_distance(reference: np.ndarray, signal: np.ndarray, rate: int) -> float:
+    """Return the mean absolute difference of two log-mel spectrograms, in nats, over all bands and frames.
+
+    The mel is that of `mel_cepstrum`; its magnitudes are at least 1e-5, and silence counts.
+
+    Raises
+    ------
+    NotMeasured
+        If there are fewer samples than one window.
+    """
+    x, y = _pair(reference, signal)
+    return float(np.abs(_log_mel(x, rate) - _log_mel(y, rate)).mean())
+
+
+def _periods(waveform: np.ndarray, rate: int) -> tuple[np.ndarray, np.ndarray]:
+    """Period in samples and correlation at it, of every block of 2.9 ms; see `wavear.period`."""
+    low, high = _PERIOD_RANGE
+    block, window = max(round(_BLOCK_SECONDS * rate), 1), round(_WINDOW_SECONDS * rate)
+    lags, correlation = measure_period(waveform, max(round(rate / high), 2), round(rate / low), block, window)
+    if not lags.size:
+        raise NotMeasured(f"{waveform.size} samples are too short to have a period")
+    return lags, correlation
+
+
+def period_error(reference: np.ndarray, signal: np.ndarray, rate: int) -> tuple[float, float]:
+    """Compare the periods of blocks of 2.9 ms that are voiced in both: correlated by 0.75 or more, one period apart.
+
+    Returns
+    -------
+    float
+        The median of the difference, in cents.
+    float
+        Per cent of the blocks whose period is off by more than 5 % (85 cents).
+
+    Raises
+    ------
+    NotMeasured
+        If no block is voiced in both.
+    """
+    x, y = _pair(reference, signal)
+    (true, voiced), (found, also) = _periods(x, rate), _periods(y, rate)
+    both = (voiced > VOICED) & (also > VOICED)
+    if not both.any():
+        raise NotMeasured("no block is voiced in both")
+    off = np.abs(np.log2(found[both] / true[both]))
+    return float(1200 * np.median(off)), float(100 * (off > math.log2(1 + GROSS)).mean())
+
+
+def harmonic_to_noise_ratio(reference: np.ndarray, signal: np.ndarray, rate: int, band: tuple[float, float]) -> float:
+    """Return the mean harmonic-to-noise ratio of a band of `signal`, in dB, over the blocks voiced in `reference`.
+
+    With c the largest normalised correlation of the band with itself one lag of 50 to 550 Hz before, the ratio of a
+    block is 10 log10(c / (1 - c)) (Boersma, 1993), c within 0.01 and 0.999. The band is cut out by a Butterworth filter
+    of order 4.
+
+    Raises
+    ------
+    NotMeasured
+        If no block is voiced, or the band lies beyond half of the rate.
+    """
+    from scipy.signal import butter, sosfilt
+
+    x, y = _pair(reference, signal)
+    low, high = band[0], min(band[1], 0.49 * rate)
+    if high <= 1.2 * low:
+        raise NotMeasured(f"the band from {low:g} Hz is beyond half of the rate")
+    voiced = _periods(x, rate)[1] > VOICED
+    if not voiced.any():
+        raise NotMeasured("no block is voiced")
+    filtered = sosfilt(butter(4, [low, high], "band", fs=rate, output="sos"), y)
+    c = np.clip(_periods(np.asarray(filtered), rate)[1][voiced], 0.01, 0.999).astype(np.float64)
+    return float((10 * np.log10(c / (1 - c))).mean())
 
 
 def mel_cepstral_distortion(reference: np.ndarray, signal: np.ndarray, rate: int, order: int = CEPSTRUM_ORDER) -> float:

@@ -10,7 +10,7 @@ import soundfile
 
 from wavear.evaluation.bits import COMMON
 from wavear.evaluation.html import MINUS, bar, cell, document, interval, number, picture, sound, table, text
-from wavear.evaluation.metrics import MEASURES
+from wavear.evaluation.metrics import MEASURES, NEAR
 from wavear.evaluation.pictures import spectrogram
 from wavear.evaluation.run import SYSTEMS
 
@@ -206,7 +206,7 @@ def _copy_synthesis(record: dict[str, Any]) -> str:
             continue
         unit = f", {about.unit}" if about.unit else ""
         hint = f"<span class='hint'>{_BETTER[about.better]}</span>"
-        if name == "noise_floor":
+        if name in NEAR:
             hint = f"<span class='hint'>recordings: {number(measures[name]['original']['mean'], 1)}</span>"
         row = cell(f"{about.title}{unit}{hint}", tag="th")
         for system in ("model", "mulaw", "griffin_lim"):

@@ -20,7 +20,7 @@ from wavear.emphasis import coefficient
 from wavear.evaluation.bits import LEVELS, Baselines, Scores, score_recording
 from wavear.evaluation.bounds import grid_round_trip, griffin_lim
 from wavear.evaluation.clips import fitting_data, open_clips, preparation, training_record
-from wavear.evaluation.metrics import MEASURES, NotMeasured, measure, noise_floor, pitch
+from wavear.evaluation.metrics import MEASURES, NEAR, NotMeasured, measure, pitch
 from wavear.evaluation.statistics import bootstrap
 from wavear.generate import generate, make_engine, name_of_engine
 from wavear.mel import log_mel
@@ -300,16 +300,15 @@ def _file_name(name: str) -> str:
 def _measure(systems: dict[str, np.ndarray], rate: int) -> tuple[dict[str, Any], dict[str, Any]]:
     """Values, and reasons for those that are missing, by system and measure."""
     x = systems["original"]
-    values: dict[str, Any] = {"original": {}}
+    values: dict[str, Any] = {}
     missing: dict[str, Any] = {}
     try:
         true = pitch(x, rate)
     except NotMeasured:
         true = None
-    try:
-        values["original"]["noise_floor"] = noise_floor(x, x, rate)
-    except NotMeasured as why:
-        missing["original"] = {"noise_floor": str(why)}
+    values["original"], reasons = measure(x, x, rate, names=NEAR)
+    if reasons:
+        missing["original"] = reasons
     for system in ("mulaw", "model", "griffin_lim"):
         values[system], reasons = measure(x, systems[system], rate, true)
         if reasons:
@@ -387,7 +386,7 @@ def _measures(rows: list[dict[str, Any]], config: EvaluateConfig) -> dict[str, A
     rows = [row for row in rows if "measures" in row]
     found: dict[str, Any] = {}
     for name in MEASURES:
-        systems = SYSTEMS if name == "noise_floor" else [system for system in SYSTEMS if system != "original"]
+        systems = SYSTEMS if name in NEAR else [system for system in SYSTEMS if system != "original"]
         kept = [row for row in rows if all(name in row["measures"][system] for system in systems)]
         if kept:
             found[name] = {

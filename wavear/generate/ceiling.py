@@ -15,6 +15,7 @@ from wavear.generate._simd import LANES, VECTOR_BYTES
 from wavear.generate.packing import Region
 from wavear.laws import law_of
 from wavear.models.gru import GRUConfig
+from wavear.models.predictive import PredictiveWaveNetConfig
 from wavear.models.transformer import TransformerConfig
 from wavear.models.wavenet import WaveNetConfig
 
@@ -38,12 +39,15 @@ class Cost:
         return self.hot_bytes / read_rate(self.hot_bytes * self.patch)
 
 
-def cost(config: WaveNetConfig | GRUConfig | TransformerConfig, weights: str = "float32") -> Cost:
+Config = WaveNetConfig | GRUConfig | TransformerConfig | PredictiveWaveNetConfig
+
+
+def cost(config: Config, weights: str = "float32") -> Cost:
     """What one sample costs.
 
     Parameters
     ----------
-    config : WaveNetConfig, GRUConfig or TransformerConfig
+    config : WaveNetConfig, GRUConfig, TransformerConfig or PredictiveWaveNetConfig
     weights : str
         "float32", "bfloat16" or "int8".
 
@@ -61,6 +65,8 @@ def cost(config: WaveNetConfig | GRUConfig | TransformerConfig, weights: str = "
         patch = config.patch
         attention = 2 * config.layers * config.window * config.channels / patch
         matrices = _of_transformer(config)
+    elif isinstance(config, PredictiveWaveNetConfig):
+        matrices = _of_predictive(config)
     else:
         matrices = _of_gru(config) if isinstance(config, GRUConfig) else _of_wavenet(config)
     size = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}[weights]
@@ -113,6 +119,18 @@ def _of_transformer(config: TransformerConfig) -> _Matrices:
         (a, channels, 1, 1),
         (a, a, 1, 1),
         (law_of(config).channels, a, 1, 1),
+    ]
+
+
+def _of_predictive(config: PredictiveWaveNetConfig) -> _Matrices:
+    r, s, a, layers = config.residual_channels, config.skip_channels, config.head_channels, len(config.dilations)
+    return [
+        (r, config.features, 1, 1),
+        (2 * r, config.kernel_size * r, layers, layers),
+        (r, r, layers - 1, layers - 1),
+        (s, r * layers, 1, 1),
+        (a, s, 1, 1),
+        (3 * config.mixtures, a, 1, 1),
     ]
 
 

@@ -137,6 +137,11 @@ class AutoregressiveModel(nn.Module):
         """
         raise NotImplementedError
 
+    @property
+    def bf16(self) -> bool:
+        """Whether the layers can be trained in bfloat16: by default of a categorical law, whose input is a look-up."""
+        return self.law.truncates
+
     def input_noise(self, codes: Tensor, amount: float, generator: torch.Generator) -> dict[str, Tensor]:
         """Return what `forward` is given in training for `codes` (B, T), with noise on the past that it sees.
 

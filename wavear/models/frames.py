@@ -99,11 +99,12 @@ class FrameConditioning:
     def __len__(self) -> int:
         return len(self.gates)
 
-    def __getitem__(self, index: tuple[Any, slice, slice | int]) -> Any:
+    def __getitem__(self, index: tuple[slice | Tensor, slice, slice | int]) -> Any:
         """Index streams and samples: [rows, :, a:b] is a FrameConditioning, [rows, :, t] a tensor (B, C)."""
         rows, channels, times = index
         assert channels == slice(None), "all channels go together"
-        chosen = self if rows == slice(None) else self._map(lambda x: x[rows])
+        everything = isinstance(rows, slice) and rows == slice(None)
+        chosen = self if everything else self._map(lambda x: x[rows])
         if isinstance(times, slice):
             start, stop, step = times.indices(self.samples)
             assert step == 1

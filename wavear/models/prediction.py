@@ -83,7 +83,7 @@ class Envelope:
 
     @property
     def compiled(self) -> tuple[Any, ...]:
-        """What `wavear.models.frame_kernel` takes: bands below and above, weights, logarithm, offset, cosines, floor."""
+        """What `wavear.models.frame_kernel` takes: both bands, weights, logarithm, offset, cosines, floor."""
         low = self._low.numpy()
         high = np.minimum(low + 1, self.config.bands - 1)
         return (

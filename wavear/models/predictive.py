@@ -326,8 +326,6 @@ class PredictiveWaveNet(AutoregressiveModel):
     conditioning: PredictiveConditioning
     blocks: Any  # nn.ModuleList of PredictiveBlock
     frames_are_exact = True
-    default_optimizer = "muon"
-    bf16 = True
 
     def __init__(self, config: PredictiveWaveNetConfig):
         super().__init__()
@@ -350,6 +348,11 @@ class PredictiveWaveNet(AutoregressiveModel):
     def receptive_field(self) -> int:
         """Past samples that the law of the next one depends on."""
         return self.config.receptive_field
+
+    @property
+    def bf16(self) -> bool:
+        """See `AutoregressiveModel.bf16`: features, prediction and loss have their own precision."""
+        return True
 
     @property
     def lookback(self) -> int:

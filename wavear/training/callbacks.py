@@ -19,11 +19,13 @@ import torch
 from lightning.pytorch.callbacks import TQDMProgressBar
 from typing_extensions import override
 
+from wavear import audio
 from wavear.data import Recording
 from wavear.files import printable, replace_file, say
 from wavear.recordings import fingerprint
 from wavear.training.bits import Bits, held_out_bits
 from wavear.training.faults import Spikes, crops_named, save_batch
+from wavear.training.free_run import FreeRun, free_run
 from wavear.training.groups import ByLevel, by_speaker
 from wavear.training.log import Log
 from wavear.training.module import TrainingModule
@@ -36,6 +38,9 @@ _VALIDATION_SHARE = 0.05  # of the time, at most, for validations that are due b
 _SAMPLING_SHARE = 0.03  # of the time, at most, for free-running samples
 _NAMED = 8  # crops of a batch that a message names
 _SPIKES = 100  # kept in train.json
+SAMPLES = "samples"
+_SAMPLES_KEPT = 5  # validations whose clips stay in the folder
+_TOLD = ("score", "log_mel", "hnr_low", "hnr_low_recorded", "pesq", "stoi")  # of the free run, on the console
 
 
 class ProgressBar(TQDMProgressBar):
@@ -291,17 +296,25 @@ class Run(L.Callback):
         for name, why in found.skipped.items():
             self._skip(trainer, name, why)
         bits, elapsed = found.per_sample, round(module.elapsed, 2)
-        best = bits < min((entry["bits"] for entry in self.comparable()), default=math.inf)
         self._heard = int(np.argmax(found.samples > 0))
         groups = {"level": levels.named(), "speaker": by_speaker(self.validation, found)}
         means = {
             of: {name: round(value, 5) for name, (value, _) in them.items()} for of, them in groups.items() if them
         }
-        history.append(
-            {"step": step, "seconds": elapsed, "bits": bits, "held_out": fingerprint(self.validation)} | means
-        )
+        entry = {"step": step, "seconds": elapsed, "bits": bits, "held_out": fingerprint(self.validation)} | means
+        heard = self._free_run(module) if trainer.is_global_zero and step > 0 else None
+        if heard is not None:
+            entry["free_run"] = {name: round(value, 5) for name, value in heard.measures.items()}
+        best = self._is_best(entry)
+        history.append(entry)
         self._show(bits=bits)
         if trainer.is_global_zero:
+            if heard is not None:
+                self._keep_samples(step, heard)
+                free = ", ".join(f"{name} {value:.3f}" for name, value in heard.measures.items() if name in _TOLD)
+                self.say(trainer, f"step {step}: {bits:.3f} bits; free run: {free}{' (best so far)' if best else ''}")
+                rows = [("free run", name, value, None) for name, value in heard.measures.items()]
+                self.log_book.validation(trainer, step, rows)
             row = {"step": step, "seconds": elapsed, "validation_bits": round(bits, 5)}
             self.log_book.metrics(trainer, step, row)
             rows = [(f"bits by {of}", name, *pair) for of, them in groups.items() for name, pair in them.items()]
@@ -313,6 +326,33 @@ class Run(L.Callback):
         if step > 0 and self.config.sample_seconds > 0 and trainer.is_global_zero:
             self._sample(trainer, module)
         self._since += time.monotonic() - began  # validation is no training time
+
+    def _free_run(self, module: TrainingModule) -> FreeRun | None:
+        """The free run of a model that is conditioned on mels; None of others, or without seconds for samples."""
+        if module.layout.mel is None or self.config.sample_seconds == 0:
+            return None
+        model = copy.deepcopy(module.average).cpu()
+        return free_run(model, self.validation, self.config.sample_seconds, self.speakers)
+
+    def _is_best(self, entry: dict[str, Any]) -> bool:
+        """Whether a point of the curve is the best so far: by its free run, or where there are none by its bits."""
+        earlier = self.comparable()
+        scores = [e["free_run"]["score"] for e in earlier if "free_run" in e]
+        if "free_run" in entry:
+            return entry["free_run"]["score"] < min(scores, default=math.inf)
+        return not scores and entry["bits"] < min((e["bits"] for e in earlier), default=math.inf)
+
+    def _keep_samples(self, step: int, heard: FreeRun) -> None:
+        """Write the clips of a free run to `samples/`, and drop those of all but the newest steps."""
+        folder, rate = self.out / SAMPLES, self.config.sample_rate
+        folder.mkdir(exist_ok=True)
+        for number, (recorded, generated) in enumerate(heard.clips):
+            if not (path := folder / f"recorded-{number}.wav").exists():
+                audio.write(path, recorded, rate)
+            audio.write(folder / f"step-{step:08}-{number}.wav", generated, rate)
+        steps = sorted({path.name[:13] for path in folder.glob("step-*.wav")})
+        for path in (path for old in steps[:-_SAMPLES_KEPT] for path in folder.glob(f"{old}-*.wav")):
+            path.unlink()
 
     def comparable(self) -> list[dict[str, Any]]:
         """Points of the curve that are of the held-out recordings of today: a run may be resumed with others."""

@@ -16,7 +16,6 @@ from typing_extensions import override
 
 from wavear.checkpoint import load
 from wavear.data import Corpus
-from wavear.laws import Categorical
 from wavear.models.base import AutoregressiveModel
 from wavear.segments import Layout, Order, Segments, collate
 from wavear.train import TrainConfig, TrainResult, make_directory
@@ -26,6 +25,8 @@ from wavear.training.groups import turn_about
 from wavear.training.lanes import Lanes
 from wavear.training.log import finish, loggers, tell
 from wavear.training.module import TrainingModule
+from wavear.training.optimizers import described
+from wavear.training.precision import choose
 from wavear.training.prepare import prepare
 from wavear.training.processes import Processes
 from wavear.training.state import StateIO
@@ -35,17 +36,16 @@ from wavear.training.states import Found, last_good_state, sweep
 class _Data(L.LightningDataModule):
     """Builds the loader when the step to begin with is known: after a resumed state has been read."""
 
-    def __init__(self, segments: Segments, config: TrainConfig):
+    def __init__(self, segments: Segments, batch_size: int, config: TrainConfig):
         super().__init__()
         self.segments = segments
+        self.batch_size = batch_size
         self.config = config
 
     @override
     def train_dataloader(self) -> torch.utils.data.DataLoader:
         assert self.trainer is not None
-        order = Order(
-            self.config.batch_size, self.trainer.global_step, self.trainer.global_rank, self.trainer.world_size
-        )
+        order = Order(self.batch_size, self.trainer.global_step, self.trainer.global_rank, self.trainer.world_size)
         gpu = self.trainer.strategy.root_device.type == "cuda"
         workers = self.config.workers
         if workers is None:
@@ -80,14 +80,16 @@ def _end_with(main: int) -> None:
 
 
 def fit(
-    config: TrainConfig,
+    config: Any,
     corpus: Corpus,
     speakers: list[str],
     model: AutoregressiveModel,
     record: dict[str, Any],
     say: Any,
 ) -> TrainResult:
-    """Train `model`; see `wavear.train`."""
+    """Train `model`; see `wavear.train`. `config` is resolved: the family's defaults stand where None was."""
+    assert config.segment is not None
+    assert config.batch_size is not None
     layout = Layout.of(model, config.segment)
     if model.carries:
         if config.redraw_below is not None:
@@ -107,11 +109,8 @@ def fit(
     if found is None:
         prepare(model, segments, config.seed, say)
     kind = _device_kind(config.device)
-    coarse = isinstance(model.law, Categorical)
-    if config.precision == "bf16" and not coarse:
-        raise ValueError(f"bf16 has 8 bits, too few for the values of the law {config.law}: use precision 32")
-    auto = config.precision == "auto" and coarse
-    bf16 = config.precision == "bf16" or (auto and has_bf16(kind))
+    record["precision"], why = choose(config, model, kind, record.get("precision") if config.resume else None)
+    bf16 = record["precision"] == "bf16"
     module = TrainingModule(model, layout, config, torch.bfloat16 if bf16 else None)
     run = Run(
         config,
@@ -131,8 +130,9 @@ def fit(
     parameters = sum(p.numel() for p in model.parameters())
     say(
         f"{type(model).__name__} of {parameters:,} parameters, receptive field {model.receptive_field} samples,"
-        f" on {trainer.strategy.root_device} in {'bf16' if bf16 else 'float32'}, until {' or '.join(ending)}"
+        f" on {trainer.strategy.root_device}, until {' or '.join(ending)}"
     )
+    say(f"{described(model, config)}; {'bf16' if bf16 else 'float32'} ({why})")
     if trainer.is_global_zero:
         make_directory(config)
         run.write_record()
@@ -141,7 +141,9 @@ def fit(
         path = found.path if found else None
         devices = [trainer.strategy.root_device] if kind == "cuda" else []
         with torch.random.fork_rng(devices=devices):
-            trainer.fit(module, datamodule=_Data(segments, config), ckpt_path=path, weights_only=False)
+            trainer.fit(
+                module, datamodule=_Data(segments, config.batch_size, config), ckpt_path=path, weights_only=False
+            )
         if not run.began:  # all steps had been taken already
             run.save_last(trainer, module)
     finally:
@@ -207,14 +209,6 @@ def _trainer(config: TrainConfig, kind: str, run: Run, processes: Processes, fou
         enable_model_summary=False,
         use_distributed_sampler=False,
     )
-
-
-def has_bf16(kind: str) -> bool:
-    """Whether a device multiplies bf16 in hardware, and faster than float32."""
-    if kind == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    # AMX tiles; AVX-512 alone has bf16 products that cost as much as float32's.
-    return kind == "cpu" and torch.cpu._is_amx_tile_supported()
 
 
 def _finish(

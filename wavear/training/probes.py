@@ -53,8 +53,8 @@ def probe(
 
     layout, rate = Layout.of(model, 1), model.config.sample_rate
     whole = read_span(recording, rate, 0, min(layout.length(recording), _SEARCHED_SECONDS * rate))
-    loud = _stretch(whole, seconds * rate, layout.hop, loudest=True)
-    quiet = _stretch(whole, min(seconds, _QUIET_SECONDS) * rate, layout.hop, loudest=False)
+    loud = stretch(whole, seconds * rate, layout.hop, loudest=True)
+    quiet = stretch(whole, min(seconds, _QUIET_SECONDS) * rate, layout.hop, loudest=False)
     speaker = list(speakers).index(recording.speaker or "") if model.config.speakers else None
     if layout.mel is None:
         made = generate(model, samples=loud.size, speaker=speaker, seed=0, engine=engine)[0]
@@ -69,8 +69,8 @@ def probe(
     return Probe(torch.from_numpy(loud), made, measures)
 
 
-def _stretch(whole: np.ndarray, samples: float, hop: int, loudest: bool) -> np.ndarray:
-    """So many samples, whole frames of them, where the energy is greatest or least."""
+def stretch(whole: np.ndarray, samples: float, hop: int, loudest: bool) -> np.ndarray:
+    """Return so many samples, whole frames of them, where the energy is greatest or least."""
     length = min(math.ceil(samples / hop) * hop, whole.size)
     energy = np.concatenate([[0.0], np.cumsum(np.square(whole, dtype=np.float64))])
     found = energy[length:] - energy[: energy.size - length]
