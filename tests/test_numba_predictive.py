@@ -188,7 +188,7 @@ def test_a_stream_has_the_same_bits_in_every_batch_chunking_and_thread(config, w
             part = rows[:, :, a:b]
             found.append(runner.generate(u[chosen, a:b], part, temperatures[chosen, a:b]))
             scores.append(scorer.score(codes[chosen, a:b], part))
-        for place, stream in enumerate(chosen):
+        for place, stream in enumerate(chosen.tolist()):
             generated.setdefault(stream, set()).add(np.concatenate(found, axis=1)[place].tobytes())
             scored.setdefault(stream, set()).add(np.concatenate(scores, axis=1)[place].tobytes())
     assert len(generated) == 9

@@ -45,7 +45,7 @@ def colour() -> np.ndarray:
 def process(samples: int, level: float = 0.002, seed: int = 0) -> np.ndarray:
     """Noise of deviation `level` through that filter."""
     noise = level * np.random.default_rng(seed).normal(size=samples)
-    return scipy.signal.lfilter([1.0], colour(), noise)
+    return np.asarray(scipy.signal.lfilter([1.0], colour(), noise))
 
 
 def written_out(mel: np.ndarray, config: MelConfig, order: int) -> np.ndarray:
@@ -67,7 +67,7 @@ def written_out(mel: np.ndarray, config: MelConfig, order: int) -> np.ndarray:
     window = scipy.signal.get_window(
         "boxcar" if config.window == "rectangular" else config.window, config.window_length
     )
-    power = np.exp(2 * envelope) / (window**2).sum()
+    power = np.exp(2 * envelope) / np.square(np.asarray(window)).sum()
     lags = np.arange(order + 1)
     r = np.fft.irfft(power, config.n_fft, axis=0)[: order + 1]
     return r * np.exp(-0.5 * (2 * np.pi * 40 * lags / config.sample_rate) ** 2)[:, None]
@@ -281,7 +281,8 @@ def test_measured_periods_equal_a_slow_loop(block, window, shortest, longest):
 
 def test_the_period_of_a_voice_and_not_twice_it():
     for period in (45.3, 100.0, 203.7, 438.2):
-        x = sum(np.sin(2 * np.pi * n * np.arange(8000) / period) / n for n in range(1, 9))
+        n = np.arange(1, 9)[:, None]
+        x = (np.sin(2 * np.pi * n * np.arange(8000) / period) / n).sum(0)
         lags, correlation = measure_period(x, 40, 440, 64, 512)
         inside = slice(20, -10)
         np.testing.assert_allclose(lags[inside], period, atol=0.1)

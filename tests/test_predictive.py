@@ -167,7 +167,7 @@ def written_out(model: Any, codes: np.ndarray, cond: FrameConditioning, noise: n
             cubic = b + w * (c - a) / 2 + w**2 * (a - 2.5 * b + 2 * c - d / 2) + w**3 * (d - a + 3 * (b - c)) / 2
             seen.append(cubic * voicing[t])
         seen += [0.3 * math.asinh(x.get(t - back, 0.0) / s), 2 * voicing[t] - 1]
-        h = weights["input.weight"] @ np.float32(seen).astype(np.float64) + weights["input.bias"]
+        h = weights["input.weight"] @ np.array(seen, np.float32).astype(np.float64) + weights["input.bias"]
         units = []
         for i, dilation in enumerate(config.dilations):
             inputs[i][t] = h
