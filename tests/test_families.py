@@ -435,7 +435,9 @@ def test_lanes_play_recordings_in_order_and_every_second_as_often(recordings):
     from wavear.segments import Layout
 
     corpus = open_corpus(str(recordings), sample_rate=8000, validation_fraction=0.01)
-    layout = Layout(segment=100, context=0, receptive_field=0, hop=1, lookahead=0, mel=None, sample_rate=8000)
+    layout = Layout(
+        segment=100, context=0, receptive_field=0, hop=1, lookahead=0, lookback=0, mel=None, sample_rate=8000
+    )
     lanes = Lanes(corpus.train, layout, batch_size=3, seed=1)
     counts = [np.zeros(r.frames, dtype=int) for r in corpus.train]
     for visit in range(400):
@@ -466,7 +468,9 @@ def test_a_lane_rests_where_a_file_cannot_be_read(recordings, tmp_path):
     for path in recordings.glob("*.wav"):
         (tmp_path / path.name).write_bytes(path.read_bytes())
     corpus = open_corpus(str(tmp_path), sample_rate=8000, validation_fraction=0.01)
-    layout = Layout(segment=100, context=0, receptive_field=0, hop=1, lookahead=0, mel=None, sample_rate=8000)
+    layout = Layout(
+        segment=100, context=0, receptive_field=0, hop=1, lookahead=0, lookback=0, mel=None, sample_rate=8000
+    )
     lanes = Lanes(corpus.train, layout, batch_size=1)
     source = lanes.visit(0, 0)[0][0]
     (tmp_path / corpus.train[source].name).write_bytes(b"gone")

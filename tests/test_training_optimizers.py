@@ -32,7 +32,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "gru": {"channels": 8, "input_channels": 8},
     "transformer": {"layers": 1, "channels": 8, "heads": 2, "window": 8, "patch": 4, "sample_channels": 4},
 }
-WAVENET = SHARED | SMALL["wavenet"] | {"family": "wavenet"}
+WAVENET: dict[str, Any] = SHARED | SMALL["wavenet"] | {"family": "wavenet"}
 
 
 @pytest.fixture(autouse=True)

@@ -338,7 +338,7 @@ class TrainConfig:
     @property
     def defaults(self) -> TrainingDefaults:
         """What the family's training takes where a field is None."""
-        return TRAINING_DEFAULTS.get(self.family, TrainingDefaults())
+        return TRAINING_DEFAULTS.get(str(self.family), TrainingDefaults())
 
     def resolved(self) -> TrainConfig:
         """Return the configuration with `defaults` in place of None; None of the model's fields stays."""
