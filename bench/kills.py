@@ -42,6 +42,7 @@ SETTINGS: dict[str, Any] = {
     "baseline_seconds": 0.2,
     "progress": False,
     "device": "cpu",
+    "precision": "32",
 }
 TIMES = ("seconds", "samples_per_second", "data_wait")
 

@@ -223,8 +223,9 @@ def main() -> int:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--about", help="what the data are, for the page")
     parser.add_argument("--page", type=Path, default=PAGE)
+    defaults = TrainConfig(data="", out="", family="wavenet").resolved()
     for name in VALUES:
-        value = TrainConfig.__dataclass_fields__[name].default
+        value = getattr(defaults, name)
         parser.add_argument(f"--{name.replace('_', '-')}", type=int if value is None else type(value), default=value)
     arguments = parser.parse_args()
     if (arguments.steps is None) == (arguments.minutes is None):

@@ -52,7 +52,7 @@ def test_a_measurement():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"shape": "huge"}, "shape is 'huge', expected one of nv-wavenet"),
+        ({"shape": "huge"}, "shape is 'huge', expected one of predictive, nv-wavenet"),
         ({"engines": ("warp",)}, "engine is 'warp', expected numba or reference"),
         ({"weights": ("int3",)}, "weights is 'int3'"),
         ({"batches": (0,)}, "are 0, expected 1 or more"),

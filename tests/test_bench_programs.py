@@ -84,7 +84,9 @@ def test_options_of_another_shape_are_not_taken_for_those_asked_for(
     program: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     options, out = program("options"), tmp_path / "runs"
-    config = wavear.TrainConfig(data="data", out=str(out / "plain"), family="wavenet", layers=10, learning_rate=1e-3)
+    config = wavear.TrainConfig(
+        data="data", out=str(out / "plain"), family="wavenet", layers=10, learning_rate=1e-3
+    ).resolved()
     (out / "plain").mkdir(parents=True)
     (out / "plain" / "train.json").write_text(json.dumps({"config": dataclasses.asdict(config)}))
     begin = ["options.py", "--out", str(out), "--steps", "2", "--learning-rate", "0.001"]

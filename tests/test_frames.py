@@ -3,7 +3,7 @@ however it is cut."""
 
 from __future__ import annotations
 
-import itertools
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -225,7 +225,7 @@ def test_spans_of_a_conditioner_are_the_whole(cuts, speakers, causal):
         together = Conditioner(model, [mel[0], mel[1]], speaker)
         growing = UtteranceConditioner(model, 1 if speakers else None)
         pushed = 0
-        for a, b in itertools.pairwise(bounds):
+        for a, b in pairwise(bounds):
             span = together.span(a, b)
             assert torch.equal(span.dense(), torch.cat(rows)[:, :, a:b])
             while growing.certain < b:

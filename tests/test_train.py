@@ -93,11 +93,14 @@ def assert_same_state(a: dict, b: dict) -> None:
     assert a["state_dict"].keys() == b["state_dict"].keys()
     for name, tensor in a["state_dict"].items():
         assert torch.equal(tensor, b["state_dict"][name]), name
-    moments, others = (s["optimizer_states"][0]["state"] for s in (a, b))
-    assert moments.keys() == others.keys()
-    for key in moments:
-        for name in moments[key]:
-            assert torch.equal(moments[key][name], others[key][name]), (key, name)
+    both = (s["optimizer_states"][0] for s in (a, b))
+    for part, other in zip(*(o.get("parts", [o]) for o in both), strict=True):
+        moments, others = part["state"], other["state"]
+        assert moments.keys() == others.keys()
+        for key in moments:
+            assert moments[key].keys() == others[key].keys()
+            for name in moments[key]:
+                assert torch.equal(moments[key][name], others[key][name]), (key, name)
 
 
 # --- a run
@@ -139,9 +142,10 @@ def test_the_same_run_twice_is_the_same(tones, tmp_path):
     assert_same_state(state_of(tmp_path / "a" / "run"), state_of(tmp_path / "b" / "run"))
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
-def test_a_resumed_run_equals_one_never_stopped(tones, tmp_path, accumulate):
+@pytest.mark.parametrize(("accumulate", "optimizer"), [(1, "adamw"), (2, "adamw"), (1, "muon")])
+def test_a_resumed_run_equals_one_never_stopped(tones, tmp_path, accumulate, optimizer):
     settings = {"batch_size": 4, "accumulate": accumulate, "max_steps": 6, "unconditional": accumulate == 2}
+    settings["optimizer"] = optimizer
     train(config_of(tones, tmp_path / "straight", **settings))
     # The learning rate looks at max_steps, so the first part is interrupted rather than shorter.
     with interrupt_at_step(3):
@@ -420,6 +424,10 @@ def test_a_directory_with_something_in_it_is_refused(tones, tmp_path):
         ({"batch_size": 3, "accumulate": 2}, "a batch of 3 does not divide into 2 parts"),
         ({"resume": True, "overwrite": True}, "choose one"),
         ({"ema_decay": 1.0}, "ema_decay is 1.0"),
+        ({"hold": 1.0}, "hold is 1.0, expected 0 to less than 1"),
+        ({"optimizer": "sgd"}, "optimizer is 'sgd', expected adamw or muon"),
+        ({"muon_learning_rate": 0.0}, "muon_learning_rate is 0.0, expected more than 0"),
+        ({"accumulate": 3}, "a batch of 2 does not divide into 3 parts"),
         ({"validation_fraction": 1.5}, "validation_fraction is 1.5"),
         ({"layers": 5}, "5 layers do not divide into 2 stacks"),
         ({"segment": float("nan")}, "segment is nan"),
@@ -633,9 +641,13 @@ def test_bf16_trains_on_the_same_gradient_but_for_its_rounding(tones, tmp_path):
     assert wavear.load(result.best).embedding.weight.dtype == torch.float32
 
 
-def test_two_processes_train_like_one(tones, tmp_path):
-    """Lightning DDP over gloo, as torchrun starts it: the weights of one process, but for the order of float32 sums."""
-    settings = {"max_steps": 3, "batch_size": 4, "validate_every": 2}
+@pytest.mark.parametrize(("optimizer", "tolerance"), [("adamw", 1e-5), ("muon", 1e-3)])
+def test_two_processes_train_like_one(tones, tmp_path, optimizer, tolerance):
+    """Lightning DDP over gloo, as torchrun starts it: the weights of one process, but for the order of float32 sums.
+
+    Muon rounds the gradient to bfloat16, so that a last bit of it can become one of 256 parts of an update.
+    """
+    settings = {"max_steps": 3, "batch_size": 4, "validate_every": 2, "optimizer": optimizer}
     train(config_of(tones, tmp_path / "one", **settings))
     two = dataclasses.asdict(config_of(tones, tmp_path / "two", **settings))
     program = "import sys, json; from wavear.train import *; train(TrainConfig(**json.loads(sys.argv[1])))"
@@ -649,10 +661,10 @@ def test_two_processes_train_like_one(tones, tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     a, b = (state_of(tmp_path / name / "run")["state_dict"] for name in ("one", "two"))
     for name in a:
-        torch.testing.assert_close(a[name], b[name], atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(a[name], b[name], atol=tolerance, rtol=1e-4)
     records = [json.loads((tmp_path / name / "run" / "train.json").read_text()) for name in ("one", "two")]
     for one, other in zip(*(record["history"] for record in records), strict=True):
-        assert one["bits"] == pytest.approx(other["bits"], abs=1e-4)
+        assert one["bits"] == pytest.approx(other["bits"], abs=10 * tolerance)
 
 
 # --- bits

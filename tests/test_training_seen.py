@@ -255,7 +255,7 @@ def test_weights_and_biases_is_told_what_tensorboard_is(tones: Path, tmp_path: P
     assert sounds[0][0][2] == {"sample_rate": RATE}
     assert [kind for kind, _ in wandb_told][-1] == "finish"
     (settings,) = [values for kind, values in wandb_told if kind == "config"]
-    assert settings["learning_rate"] == config.learning_rate
+    assert settings["learning_rate"] == config.resolved().learning_rate
     wandb_told.clear()
     train(config_of(tones, tmp_path / "run", wandb="voices", max_steps=12, resume=True))
     (again,) = [values for kind, values in wandb_told if kind == "init"]

@@ -18,7 +18,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_type_hints
 
 from wavear.files import say
 
@@ -253,11 +253,15 @@ def _demo() -> Callable[..., int]:
 def _train() -> Callable[..., int]:
     from tyro.conf import Positional, arg
 
-    from wavear.train import TrainConfig
+    from wavear.train import TrainConfig, family_defaults
 
     @dataclasses.dataclass(frozen=True)
     class Flags(TrainConfig):
         data: Annotated[Positional[str], arg(metavar="DATA")]
+
+    types = get_type_hints(TrainConfig)
+    for name, text in family_defaults().items():  # in place of "(default: None)"
+        Flags.__annotations__[name] = Annotated[types[name], arg(help_behavior_hint=f"(default: {text})")]
 
     def train(config: Flags) -> int:
         """Train a model on a folder of recordings, or a manifest.

@@ -27,33 +27,55 @@ from wavear.models.families import FAMILIES
 from wavear.recordings import Recordings, fingerprint, frames_of
 from wavear.shards import is_shards
 
-OPTIMIZERS = ("adamw", "muon")
 
-_CLASSIC: dict[str, Any] = {
-    "optimizer": "adamw",
-    "learning_rate": 2e-3,
-    "weight_decay": 0.01,
-    "hold": 0.0,
-    "segment": 8192,
-    "batch_size": 2,
-    "input_noise": 0.0,
-    "ema_decay": 0.999,
+@dataclass(frozen=True)
+class TrainingDefaults:
+    """Values of the fields of `TrainConfig` that are None: those whose defaults differ between families."""
+
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    learning_rate: float = 2e-3
+    hold: float = 0.0
+    weight_decay: float = 0.01
+    ema_decay: float = 0.999
+    segment: int | None = 8192
+    segment_frames: int = 0
+    """Instead of `segment`, where it is None: mel frames."""
+    batch_size: int = 2
+    input_noise: float = 0.0
+
+
+TRAINING_DEFAULTS: dict[str, TrainingDefaults] = {
+    "predictive": TrainingDefaults(
+        optimizer="muon",
+        learning_rate=4e-3,
+        hold=0.3,
+        weight_decay=0.0,
+        ema_decay=0.9,  # the rates fall to almost nothing: a long average adds nothing
+        segment=None,
+        segment_frames=32,  # 8192 samples at 22.05 kHz
+        batch_size=3,
+        input_noise=0.5,
+    ),
 }
-TRAINING_DEFAULTS: dict[str, dict[str, Any]] = {
-    # Tuned for minutes on one core: docs/quality.md. The rates fall to almost nothing, so a long average adds nothing.
-    "predictive": {
-        "optimizer": "muon",
-        "learning_rate": 4e-3,
-        "weight_decay": 0.0,
-        "hold": 0.3,
-        "segment": 8192,
-        "batch_size": 3,
-        "input_noise": 0.5,
-        "ema_decay": 0.9,
-    },
-    **dict.fromkeys(("wavenet", "gru", "transformer", "linear"), _CLASSIC),
-}
-"""Of each family, the values of the settings of training that are None."""
+"""By family; the families that are not here have those of the class."""
+
+
+def family_defaults() -> dict[str, str]:
+    """Return the text of each field's defaults, for the help.
+
+    Examples
+    --------
+    >>> family_defaults()["batch_size"], family_defaults()["segment"]
+    ('2; predictive: 3', '8192; predictive: 32 frames')
+    """
+
+    def text(values: TrainingDefaults, name: str) -> str:
+        value = getattr(values, name)
+        return f"{values.segment_frames} frames" if value is None else f"{value:g}" if name != "optimizer" else value
+
+    names = [f.name for f in dataclasses.fields(TrainingDefaults) if f.name != "segment_frames"]
+    told = {"": TrainingDefaults(), **{f"{family}: ": values for family, values in TRAINING_DEFAULTS.items()}}
+    return {name: "; ".join(family + text(values, name) for family, values in told.items()) for name in names}
 
 
 @dataclass(frozen=True)
@@ -184,25 +206,25 @@ class TrainConfig:
     errors when it generates, and heeds the conditioning. Held-out bits are without. wavenet, gru, transformer: its
     deviation in codes (2, say). predictive: the largest deviation, in units of the residual's scale."""
 
-    # The steps: what is None here is the family's own default, see TRAINING_DEFAULTS.
+    # The steps. Where the default is None it is the family's (`TRAINING_DEFAULTS`).
     segment: int | None = None
     """Samples of loss per crop, rounded up to mel frames; the receptive field comes on top."""
     batch_size: int | None = None
     """Crops per step, over all processes and all parts of `accumulate`."""
     accumulate: int = 1
     """Parts that a process divides its share of a batch into, one after the other, to save memory."""
-    optimizer: str | None = None
-    """adamw, or muon: Muon for the matrices inside the network and AdamW for the rest."""
+    optimizer: Literal["adamw", "muon"] | None = None
+    """adamw for all weights, or muon for the matrices inside the network and adamw for the rest."""
     learning_rate: float | None = None
-    """AdamW's, at its highest. A rule of thumb for other batches: with the square root of `batch_size`."""
+    """AdamW's at its highest. A rule of thumb for other batches: with the square root of `batch_size`."""
     muon_learning_rate: float = 1e-2
-    """Muon's, at its highest."""
+    """Muon's at its highest, where `optimizer` is muon."""
     warmup_steps: int = 100
-    """Steps over which the learning rates rise from 0."""
+    """Steps over which the learning rate rises from 0."""
     hold: float | None = None
-    """Share of the run during which the learning rates stay at their highest, before they fall along a cosine."""
+    """Share of the run before the learning rate begins to fall along its cosine, 0 to less than 1."""
     weight_decay: float | None = None
-    """On matrices."""
+    """Of both optimizers, on matrices."""
     gradient_clip: float = 1.0
     """Largest norm of the gradient; 0: no limit."""
     ema_decay: float | None = None
@@ -212,7 +234,8 @@ class TrainConfig:
     max_minutes: float | None = None
     """Minutes of the run, resumed parts and validations included (the last scoring comes on top); likewise."""
     precision: Literal["auto", "32", "bf16"] = "auto"
-    """Arithmetic of the steps; auto: bf16 where the device has it in hardware. Weights are float32 always."""
+    """Arithmetic of the steps; auto: bf16 where a GPU has it in hardware, or a CPU is measured to gain by it; a resumed
+    run keeps what it took. Weights are float32 always."""
     compile: bool = False
     """Let torch.compile (which needs a C++ compiler) make the layers' kernels: see docs/benchmarks.md for where it
     pays."""
@@ -257,9 +280,6 @@ class TrainConfig:
             object.__setattr__(self, "family", "wavenet" if self.unconditional else "predictive")
         if self.family == "predictive" and self.unconditional:
             raise ValueError("a predictive model takes its prediction from mels: drop --unconditional or --family")
-        for name, value in TRAINING_DEFAULTS.get(self.family or "", TRAINING_DEFAULTS["wavenet"]).items():
-            if getattr(self, name) is None:
-                object.__setattr__(self, name, value)
         object.__setattr__(self, "data", os.fspath(self.data))
         object.__setattr__(self, "out", os.fspath(self.out))
         if self.validation is not None:
@@ -268,38 +288,28 @@ class TrainConfig:
             ("segment", "batch_size", "accumulate", "checkpoint_every", "keep_last"), 1
         )
         least |= dict.fromkeys(
-            ("warmup_steps", "weight_decay", "gradient_clip", "ema_decay", "sample_seconds", "input_noise", "hold"), 0
+            ("warmup_steps", "weight_decay", "gradient_clip", "ema_decay", "hold", "sample_seconds", "input_noise"), 0
         )
         least |= {"workers": 0, "seed": 0, "validate_every": 1, "max_steps": 1}
         for name, bound in least.items():
             value = getattr(self, name)
             if value is not None and not bound <= value < float("inf"):
                 raise ValueError(f"{name} is {value!r}, expected {bound:g} or more")
-        positive = (
-            "learning_rate",
-            "muon_learning_rate",
-            "max_minutes",
-            "validate_seconds",
-            "validation_seconds",
-            "final_seconds",
-        )
-        for name in (*positive, "baseline_seconds"):
+        positive = ("learning_rate", "muon_learning_rate", "max_minutes", "validate_seconds", "validation_seconds")
+        for name in (*positive, "final_seconds", "baseline_seconds"):
             value = getattr(self, name)
             if value is not None and not 0 < value < float("inf"):
                 raise ValueError(f"{name} is {value!r}, expected more than 0")
-        for name in ("ema_decay", "hold"):
-            if not getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)!r}, expected 0 to less than 1")
-        if self.optimizer not in OPTIMIZERS:
-            raise ValueError(f"optimizer is {self.optimizer!r}, expected {' or '.join(OPTIMIZERS)}")
-        if not 0 <= self.conditioning_dropout < 1:
-            raise ValueError(f"conditioning_dropout is {self.conditioning_dropout!r}, expected 0 to less than 1")
+        for name in ("ema_decay", "hold", "conditioning_dropout"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < 1:
+                raise ValueError(f"{name} is {value!r}, expected 0 to less than 1")
         if self.conditioning_dropout and self.unconditional:
             raise ValueError("conditioning_dropout hides mel frames, and the model is unconditional: choose one")
         if not 0 < self.validation_fraction < 1:
             raise ValueError(f"validation_fraction is {self.validation_fraction!r}, expected between 0 and 1")
-        if (self.batch_size or 0) % self.accumulate:
-            raise ValueError(f"a batch of {self.batch_size} does not divide into {self.accumulate} parts")
+        if self.optimizer not in (None, "adamw", "muon"):
+            raise ValueError(f"optimizer is {self.optimizer!r}, expected adamw or muon")
         if self.max_steps is None and self.max_minutes is None:
             raise ValueError("the run needs an end: max_steps, max_minutes, or both")
         if self.resume and self.overwrite:
@@ -320,7 +330,25 @@ class TrainConfig:
         own = [f for f in dataclasses.fields(self) if f.name.startswith("mel_") and f.name != "mel_preset"]
         if self.mel_preset is not None and (given := [f.name for f in own if getattr(self, f.name) != f.default]):
             raise ValueError(f"mel_preset is {self.mel_preset!r} and says what the mels are: leave {given[0]} away")
+        batch = self.defaults.batch_size if self.batch_size is None else self.batch_size
+        if batch % self.accumulate:
+            raise ValueError(f"a batch of {batch} does not divide into {self.accumulate} parts")
         self.model_config()
+
+    @property
+    def defaults(self) -> TrainingDefaults:
+        """What the family's training takes where a field is None."""
+        return TRAINING_DEFAULTS.get(self.family, TrainingDefaults())
+
+    def resolved(self) -> TrainConfig:
+        """Return the configuration with `defaults` in place of None; None of the model's fields stays."""
+        defaults = dataclasses.asdict(self.defaults)
+        frames = defaults.pop("segment_frames")
+        if defaults["segment"] is None:
+            hop = self.mel.hop_length if self.mel else round(256 * self.sample_rate / 22050)
+            defaults["segment"] = frames * hop
+        missing = {name: value for name, value in defaults.items() if getattr(self, name) is None}
+        return dataclasses.replace(self, **missing) if missing else self
 
     @property
     def mel(self) -> MelConfig | None:
@@ -412,6 +440,7 @@ def train(config: TrainConfig) -> TrainResult:
     ValueError
         If no file can be used, or `resume` meets a run of another model.
     """
+    config = config.resolved()
     if config.family == "linear":
         from wavear.training.linear import fit
     else:
@@ -522,6 +551,11 @@ def _check_same_model(record: dict[str, Any], config: TrainConfig, model: Any) -
         f"{name} {before.get(name)!r}, now {now[name]!r}" for name in now if before.get(name) != now[name]
     ]:
         raise ValueError(f"{config.out} is a run of another model: {'; '.join(different)}")
+    if (optimizer := record["config"].get("optimizer", "adamw")) != config.optimizer:
+        raise ValueError(
+            f"{config.out} is a run with the optimizer {optimizer}, now {config.optimizer}: resume with --optimizer"
+            f" {optimizer}"
+        )
     if (seed := record["config"].get("seed")) != config.seed:
         raise ValueError(f"{config.out} is a run with seed {seed}, now {config.seed}: resume with the same")
 

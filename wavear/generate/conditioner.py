@@ -166,11 +166,12 @@ class UtteranceConditioner:
         return joined(blocks)[:, :, start - first * size : stop - first * size]
 
     def _made(self, blocks: list[int]) -> list[Any]:
-        """Conditioning of blocks that follow each other."""
+        """Conditioning of blocks in rising order."""
         if blocks and self.model.frames_are_exact and self.device.type == "cpu":
             size = self.block * self.hop
             whole = self.model.condition(self.window(blocks[0], blocks[-1]), self.speaker, padded=True)
-            return [whole[:, :, i * size : (i + 1) * size] for i in range(len(blocks))]
+            # One between them may be there already.
+            return [whole[:, :, (k - blocks[0]) * size : (k - blocks[0] + 1) * size] for k in blocks]
         return _condition(self.model, [self.window(k) for k in blocks], [self.speaker] * len(blocks))
 
     def missing(self, start: int, stop: int) -> list[int]:

@@ -126,6 +126,8 @@ def _run(first, last, sizes, matrices, biases, dilations, rings, ring_rows, time
             for k in range(order):
                 p -= np.float64(coefficients[stream, sub, k]) * np.float64(x[now - order + k])
             lag = lags[stream, place]
+            if not lag >= 1:  # NaN would lead outside of the arrays
+                return t
             ceiling = math.ceil(lag)
             _features(seen, x, e, now, now - np.int64(ceiling), np.float64(np.float32(ceiling) - lag),
                       np.float64(voicings[stream, place]), p, s, log_s, recent, near)  # fmt: skip

@@ -142,13 +142,6 @@ class AutoregressiveModel(nn.Module):
         """Whether the layers can be trained in bfloat16: by default of a categorical law, whose input is a look-up."""
         return self.law.truncates
 
-    def muon_parameters(self) -> list[torch.nn.Parameter]:
-        """Return the matrices that Muon trains: those inside the network, neither its input nor its output."""
-        linear: list[Any] = [(name, m) for name, m in self.named_modules() if isinstance(m, torch.nn.Linear)]
-        last = [m for name, m in linear if name.startswith("head")][-1:]
-        outside = ("conditioning", "embedding", "input")
-        return [m.weight for name, m in linear if not name.startswith(outside) and m not in last]
-
     def input_noise(self, codes: Tensor, amount: float, generator: torch.Generator) -> dict[str, Tensor]:
         """Return what `forward` is given in training for `codes` (B, T), with noise on the past that it sees.
 

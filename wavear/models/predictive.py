@@ -185,11 +185,6 @@ class PredictiveConditioning(nn.Module):
         return 0 if self.config.causal else self.context // 2 + 1
 
     @property
-    def bf16(self) -> bool:
-        """See `AutoregressiveModel.bf16`: features, prediction and loss have their own precision."""
-        return True
-
-    @property
     def lookback(self) -> int:
         """Frames before its own that a sample depends on."""
         return self.context + 1 if self.config.causal else self.lookahead
@@ -353,6 +348,11 @@ class PredictiveWaveNet(AutoregressiveModel):
     def receptive_field(self) -> int:
         """Past samples that the law of the next one depends on."""
         return self.config.receptive_field
+
+    @property
+    def bf16(self) -> bool:
+        """See `AutoregressiveModel.bf16`: features, prediction and loss have their own precision."""
+        return True
 
     @property
     def lookback(self) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import signal
 import threading
@@ -26,28 +25,27 @@ from wavear.training.groups import turn_about
 from wavear.training.lanes import Lanes
 from wavear.training.log import finish, loggers, tell
 from wavear.training.module import TrainingModule
+from wavear.training.optimizers import described
+from wavear.training.precision import choose
 from wavear.training.prepare import prepare
 from wavear.training.processes import Processes
 from wavear.training.state import StateIO
 from wavear.training.states import Found, last_good_state, sweep
 
-_LEAST_GAIN = 1.1  # of bf16 over float32, below which its rounding is not worth while
-
 
 class _Data(L.LightningDataModule):
     """Builds the loader when the step to begin with is known: after a resumed state has been read."""
 
-    def __init__(self, segments: Segments, config: Any):
+    def __init__(self, segments: Segments, batch_size: int, config: TrainConfig):
         super().__init__()
         self.segments = segments
+        self.batch_size = batch_size
         self.config = config
 
     @override
     def train_dataloader(self) -> torch.utils.data.DataLoader:
         assert self.trainer is not None
-        order = Order(
-            self.config.batch_size, self.trainer.global_step, self.trainer.global_rank, self.trainer.world_size
-        )
+        order = Order(self.batch_size, self.trainer.global_step, self.trainer.global_rank, self.trainer.world_size)
         gpu = self.trainer.strategy.root_device.type == "cuda"
         workers = self.config.workers
         if workers is None:
@@ -89,7 +87,9 @@ def fit(
     record: dict[str, Any],
     say: Any,
 ) -> TrainResult:
-    """Train `model`; see `wavear.train`."""
+    """Train `model`; see `wavear.train`. `config` is resolved: the family's defaults stand where None was."""
+    assert config.segment is not None
+    assert config.batch_size is not None
     layout = Layout.of(model, config.segment)
     if model.carries:
         if config.redraw_below is not None:
@@ -109,12 +109,8 @@ def fit(
     if found is None:
         prepare(model, segments, config.seed, say)
     kind = _device_kind(config.device)
-    if config.precision == "bf16" and not model.bf16:
-        raise ValueError(f"bf16 has 8 bits, too few for the values of the law {config.law}: use precision 32")
-    bf16 = config.precision == "bf16"
-    if config.precision == "auto":  # a resumed run keeps what it was begun with
-        bf16 = model.bf16 and (record["bf16"] if found and "bf16" in record else has_bf16(kind))
-    record["bf16"] = bf16
+    record["precision"], why = choose(config, model, kind, record.get("precision") if config.resume else None)
+    bf16 = record["precision"] == "bf16"
     module = TrainingModule(model, layout, config, torch.bfloat16 if bf16 else None)
     run = Run(
         config,
@@ -134,10 +130,9 @@ def fit(
     parameters = sum(p.numel() for p in model.parameters())
     say(
         f"{type(model).__name__} of {parameters:,} parameters, receptive field {model.receptive_field} samples,"
-        f" on {trainer.strategy.root_device} in {'bf16' if bf16 else 'float32'}, until {' or '.join(ending)}"
+        f" on {trainer.strategy.root_device}, until {' or '.join(ending)}"
     )
-    muon = f"muon {config.muon_learning_rate:g} and " if config.optimizer == "muon" else ""
-    say(f"learning rates: {muon}adamw {config.learning_rate:g}; {config.batch_size} crops of {layout.segment} samples")
+    say(f"{described(model, config)}; {'bf16' if bf16 else 'float32'} ({why})")
     if trainer.is_global_zero:
         make_directory(config)
         run.write_record()
@@ -146,7 +141,9 @@ def fit(
         path = found.path if found else None
         devices = [trainer.strategy.root_device] if kind == "cuda" else []
         with torch.random.fork_rng(devices=devices):
-            trainer.fit(module, datamodule=_Data(segments, config), ckpt_path=path, weights_only=False)
+            trainer.fit(
+                module, datamodule=_Data(segments, config.batch_size, config), ckpt_path=path, weights_only=False
+            )
         if not run.began:  # all steps had been taken already
             run.save_last(trainer, module)
     finally:
@@ -212,29 +209,6 @@ def _trainer(config: TrainConfig, kind: str, run: Run, processes: Processes, fou
         enable_model_summary=False,
         use_distributed_sampler=False,
     )
-
-
-def has_bf16(kind: str) -> bool:
-    """Whether a device multiplies bf16 in hardware, and faster than float32; on a CPU that is measured."""
-    if kind == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return kind == "cpu" and bf16_gain() > _LEAST_GAIN
-
-
-@functools.cache
-def bf16_gain() -> float:
-    """Measure how many times faster the products of a training step are in bf16 than in float32, on this CPU."""
-    times = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        x, weight = torch.randn(6144, 144, dtype=dtype), torch.randn(144, 96, dtype=dtype)
-        spent = []
-        for _ in range(5):
-            began = time.perf_counter()
-            y = x @ weight
-            _ = (y @ weight.T, x.T @ y)
-            spent.append(time.perf_counter() - began)
-        times[dtype] = min(spent)
-    return times[torch.float32] / times[torch.bfloat16]
 
 
 def _finish(

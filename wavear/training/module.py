@@ -22,7 +22,20 @@ _AVERAGE_WARMUP = 10  # steps: the average's memory grows with the steps: decay 
 
 
 def learning_rate(step: int, progress: float, peak: float, warmup: int, hold: float = 0.0) -> float:
-    """Linear warm-up over `warmup` steps, times half a cosine that falls to 2 % of `peak` as `progress` goes to 1.
+    """Return the learning rate of a step: a linear warm-up, `peak`, and half a cosine down to 2 % of it.
+
+    Parameters
+    ----------
+    step : int
+        Steps taken before this one.
+    progress : float
+        How far the run is, 0 to 1.
+    peak : float
+        The highest learning rate.
+    warmup : int
+        Steps of the linear rise from 0.
+    hold : float
+        Share of the run, its beginning, before the cosine: 0 to less than 1.
 
     The cosine begins when `progress` reaches `hold`.
 
@@ -30,11 +43,11 @@ def learning_rate(step: int, progress: float, peak: float, warmup: int, hold: fl
     --------
     >>> [round(learning_rate(step, step / 100, 1.0, 10), 3) for step in (0, 9, 50, 100)]
     [0.1, 0.981, 0.51, 0.02]
-    >>> [round(learning_rate(step, step / 100, 1.0, 10, hold=0.5), 3) for step in (9, 50, 75)]
-    [1.0, 1.0, 0.51]
+    >>> [round(learning_rate(step, step / 100, 1.0, 10, hold=0.3), 3) for step in (0, 9, 30, 65, 100)]
+    [0.1, 1.0, 1.0, 0.51, 0.02]
     """
-    falling = (min(max(progress, 0.0), 1.0) - hold) / (1 - hold)
-    cosine = 0.5 * (1 + math.cos(math.pi * max(falling, 0.0)))
+    falling = (progress - hold) / (1 - hold)
+    cosine = 0.5 * (1 + math.cos(math.pi * min(max(falling, 0.0), 1.0)))
     return peak * min(1.0, (step + 1) / max(warmup, 1)) * (_LAST_RATE + (1 - _LAST_RATE) * cosine)
 
 
@@ -64,6 +77,8 @@ class TrainingModule(L.LightningModule):
         self.seconds_before = 0.0  # spent by the runs that this one resumes
         self.began = time.monotonic()
         self.last: dict[str, Any] = {}
+        self.peaks: list[float] = []
+        """The highest learning rate of each group of the optimizer."""
         self.carried: Carried | None = None
         """Of models that carry their state from batch to batch."""
 
@@ -90,16 +105,22 @@ class TrainingModule(L.LightningModule):
         return float(self.trainer.strategy.reduce(torch.tensor(value, device=self.device), reduce_op="max"))
 
     @override
+    def setup(self, stage: str) -> None:
+        """Take the precision of the first process, which recorded its own: each of them has measured for itself."""
+        self.compute_dtype = self.trainer.strategy.broadcast(self.compute_dtype)
+
+    @override
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return make_optimizer(self.model, self.settings, fused=self.device.type == "cuda")
+        optimizer, self.peaks = make_optimizer(self.model, self.settings)
+        return optimizer
 
     @override
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         config = self.settings
         optimizer: Any = self.optimizers()
-        share = learning_rate(self.global_step, self.progress, 1.0, config.warmup_steps, config.hold)
-        for group in optimizer.param_groups:
-            group["lr"] = group["peak"] * share
+        progress = self.progress
+        for group, peak in zip(optimizer.param_groups, self.peaks, strict=True):
+            group["lr"] = learning_rate(self.global_step, progress, peak, config.warmup_steps, config.hold)
         crops: list[torch.Tensor] = []
         samples = torch.zeros((), dtype=torch.int64, device=self.device)
         # All that is random in a step is a function of seed, step and process, so that a resumed run has the noise of
@@ -148,7 +169,7 @@ class TrainingModule(L.LightningModule):
             "nats": nats,
             "samples": int(count),
             "crop_nats": crop_nats,
-            "learning_rate": config.learning_rate * share,
+            "learning_rate": optimizer.param_groups[-1]["lr"],  # AdamW's
             "gradient_norm": length,
         }
 

@@ -1,4 +1,4 @@
-"""Optimizers: AdamW, or Muon for the matrices inside a network with AdamW for the rest."""
+"""The optimizers: AdamW for everything, or Muon for the matrices of a network's body and AdamW for the rest."""
 
 from __future__ import annotations
 
@@ -6,71 +6,136 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import nn
+from typing_extensions import override
 
 from wavear.models.base import AutoregressiveModel
+from wavear.models.inputs import CodeEmbedding, ValueEmbedding
 
-_BETAS = (0.9, 0.99)
-_MOMENTUM = 0.95
+BETAS = (0.9, 0.99)  # of AdamW
+MOMENTUM = 0.95  # of Muon
 
 
-class MuonWithAdamW(torch.optim.Optimizer):
-    """Muon for some parameters and AdamW for the others, as one optimizer: a step of both is one step.
+class Both(torch.optim.Optimizer):
+    """Steps several optimizers, each with parameters of its own, as one.
 
-    Muon orthogonalises the momentum of a matrix (Jordan et al., 2024, https://kellerjordan.github.io/posts/muon).
+    Lightning counts the steps of every optimizer in `global_step`, and a run counts its steps by that: so a run has one
+    optimizer. `param_groups` are the groups of all parts, in order; changes to a group reach its part.
 
     Parameters
     ----------
-    muon, adamw : Optimizer
-        Of parameters that are not the other's.
+    parts : torch.optim.Optimizer
+
+    Examples
+    --------
+    >>> a, b = (torch.nn.Parameter(torch.ones(2)) for _ in range(2))
+    >>> both = Both(torch.optim.SGD([a], lr=0.5), torch.optim.SGD([b], lr=0.25))
+    >>> (a.sum() + b.sum()).backward()
+    >>> both.step()
+    >>> a.tolist(), b.tolist()
+    ([0.5, 0.5], [0.75, 0.75])
     """
 
-    def __init__(self, muon: torch.optim.Optimizer, adamw: torch.optim.Optimizer):
-        self.parts = (muon, adamw)
-        super().__init__([group for part in self.parts for group in part.param_groups], {})
+    def __init__(self, *parts: torch.optim.Optimizer):
+        self.parts = parts
+        super().__init__([group for part in parts for group in part.param_groups], {})
+        self._gather()
 
+    def _gather(self) -> None:
+        """Show the groups and the state of the parts as one's own: the same objects, not copies."""
+        self.param_groups = [group for part in self.parts for group in part.param_groups]
+        self.state.clear()
+        for part in self.parts:
+            self.state.update(part.state)
+
+    @override
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
-        """Take a step of both."""
-        loss = None if closure is None else closure()
+        """Take a step with each part; return what `closure` returns."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
         for part in self.parts:
             part.step()
         return loss
 
+    @override
     def state_dict(self) -> dict[str, Any]:
-        """Return the states of both, in order."""
+        """Return {"parts": [state of each part]}."""
         return {"parts": [part.state_dict() for part in self.parts]}
 
+    @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Read what `state_dict` returned."""
-        for part, state in zip(self.parts, state_dict["parts"], strict=True):
+        """Restore what `state_dict` returned.
+
+        Raises
+        ------
+        ValueError
+            If the state is of other optimizers, or of other parameters.
+        """
+        if len(states := state_dict.get("parts", [])) != len(self.parts):
+            raise ValueError(f"the state is of {len(states) or 'one'} and not of {len(self.parts)} optimizers")
+        for part, state in zip(self.parts, states, strict=True):
             part.load_state_dict(state)
-        self.param_groups = [group for part in self.parts for group in part.param_groups]
+        self._gather()
 
 
-def make_optimizer(model: AutoregressiveModel, config: Any, fused: bool) -> torch.optim.Optimizer:
-    """Return the optimizer that `config.optimizer` names; each group's "peak" is its highest learning rate.
+def body_matrices(model: AutoregressiveModel) -> list[torch.Tensor]:
+    """Return the weights that Muon steps: matrices from hidden channels to hidden channels.
 
-    Weight decay pulls on matrices, not on biases.
+    A model may name them itself, in a method `muon_parameters()`. By default they are the weights of all `nn.Linear`
+    but those of the input (`CodeEmbedding`, `ValueEmbedding`), of the conditioning network (`model.conditioning`) and
+    of the output (the last `nn.Linear`). Muon gives an update the same size in all directions, which suits a product
+    of matrices; rows of an embedding and logits, which are used one by one, are better served by AdamW.
     """
-    trained = [p for p in model.parameters() if p.requires_grad]
-    inside = model.muon_parameters() if config.optimizer == "muon" else []
-    chosen = {id(p) for p in inside}
-    rest = [p for p in trained if id(p) not in chosen]
+    if (own := getattr(model, "muon_parameters", None)) is not None:
+        return list(own())
+    ends = [model.conditioning, *(m for m in model.modules() if isinstance(m, CodeEmbedding | ValueEmbedding))]
+    excluded = {module for end in ends if end is not None for module in end.modules()}
+    linear = [m for m in model.modules() if isinstance(m, nn.Linear) and m not in excluded]
+    return [module.weight for module in linear[:-1]]
+
+
+def make_optimizer(model: AutoregressiveModel, config: Any) -> tuple[torch.optim.Optimizer, list[float]]:
+    """Return the optimizer of a run and the highest learning rate of each of its `param_groups`.
+
+    Parameters
+    ----------
+    model : AutoregressiveModel
+    config : TrainConfig, resolved
+        Of which `optimizer`, `learning_rate`, `muon_learning_rate` and `weight_decay` are read.
+    """
+    body = body_matrices(model) if config.optimizer == "muon" else []
+    ids = {id(p) for p in body}
+    rest = [p for p in model.parameters() if id(p) not in ids]
+    # Weight decay pulls on matrices, not on biases.
     groups = [
         {"params": [p for p in rest if p.dim() > 1], "weight_decay": config.weight_decay},
         {"params": [p for p in rest if p.dim() <= 1], "weight_decay": 0.0},
     ]
-    made: torch.optim.Optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, betas=_BETAS, fused=fused)
-    for group in made.param_groups:
-        group["peak"] = config.learning_rate
-    if inside:
-        muon = torch.optim.Muon(
-            inside,
-            lr=config.muon_learning_rate,
-            weight_decay=config.weight_decay,
-            momentum=_MOMENTUM,
-            adjust_lr_fn="match_rms_adamw",  # so that its learning rate means what AdamW's does
-        )
-        for group in muon.param_groups:
-            group["peak"] = config.muon_learning_rate
-        made = MuonWithAdamW(muon, made)
-    return made
+    fused = rest[0].device.type == "cuda"
+    adamw = torch.optim.AdamW(groups, lr=config.learning_rate, betas=BETAS, fused=fused)
+    peaks = [config.learning_rate] * len(groups)
+    if not body:
+        return adamw, peaks
+    # Scaled to the size of AdamW's updates (Liu et al., 2025, arXiv:2502.16982): so weight decay is of the same use.
+    muon = torch.optim.Muon(
+        body,
+        lr=config.muon_learning_rate,
+        weight_decay=config.weight_decay,
+        momentum=MOMENTUM,
+        adjust_lr_fn="match_rms_adamw",
+    )
+    return Both(muon, adamw), [config.muon_learning_rate, *peaks]
+
+
+def described(model: AutoregressiveModel, config: Any) -> str:
+    """Return the line that a run prints about its optimizer."""
+    if config.optimizer == "adamw":
+        return f"AdamW, learning rate {config.learning_rate:g}"
+    body = body_matrices(model)
+    share = sum(p.numel() for p in body) / sum(p.numel() for p in model.parameters())
+    return (
+        f"Muon for {len(body)} matrices ({share:.0%} of the weights), learning rate {config.muon_learning_rate:g};"
+        f" AdamW for the rest, {config.learning_rate:g}"
+    )

@@ -1,0 +1,576 @@
+"""The predictive WaveNet on the CPU engine: against forward, the reference loop, its own rounding, and to the bit."""
+
+from __future__ import annotations
+
+import sys
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pytest
+import test_predictive
+import torch
+from hypothesis import Phase, example, given, settings
+from hypothesis import strategies as st
+from test_predictive import random_codes, random_mel, small
+
+import wavear
+from wavear import Stream, StreamBatch, generate, score
+from wavear.generate import candidate_seeds, cuda, cuda_graph, make_engine
+from wavear.generate.cuda_graph import CudaGraphEngine
+from wavear.generate.numba_predictive import NumbaPredictiveEngine
+from wavear.generate.reference import ReferenceEngine
+from wavear.sampling import uniforms
+
+# Nats. Sums of some ten float32 products round to about 1e-7 of their size.
+TOLERANCE = 1e-5
+HOP = 24
+WIDE = {"residual_channels": 20, "skip_channels": 33, "head_channels": 18, "mixtures": 6, "layers": 3}
+
+CONFIGS = {
+    "kernel 3": small(),
+    "kernel 2, wider than a vector": small(kernel_size=2, **WIDE),
+    "kernel 5, two periods": small(kernel_size=5, period_layers=2),
+    "no period": small(period_layers=0, residual_channels=16),
+    "causal, speakers": small(causal=True, speakers=3, **WIDE),
+    "hop that sub-frames do not divide": small(hop=25, sub_frames=4),
+    "44.1 kHz": small(44100, 110, **test_predictive.AUTOMATIC),
+}
+configs = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
+few = settings(max_examples=12, deadline=None, derandomize=True, phases=[Phase.explicit, Phase.generate])
+ROUNDED = ["float32", "bfloat16", "int8"]
+ENGINES = [("reference", "float32"), *(("numba", weights) for weights in ROUNDED)]
+
+
+def make(config: Any = CONFIGS["kernel 3"], dtype: torch.dtype = torch.float32) -> Any:
+    return test_predictive.make(config, dtype)
+
+
+def conditioning(model: Any, batch: int, samples: int) -> Any:
+    frames = -(-samples // model.config.mel.hop_length)
+    return test_predictive.conditioning(model, batch, frames)[:, :, :samples]
+
+
+def codes_of(model: Any, batch: int, samples: int) -> np.ndarray:
+    codes = random_codes(model, batch, samples).numpy()
+    codes[:, samples // 2] = 0, 65535, 32768, 1000, 60000  # clipped residuals, and the ends of the grid
+    return codes
+
+
+def draws(batch: int, samples: int) -> np.ndarray:
+    return np.stack([uniforms(seed, 0, samples) for seed in range(batch)])
+
+
+@torch.inference_mode()
+def parallel(model: Any, codes: np.ndarray, cond: Any) -> np.ndarray:
+    given = torch.from_numpy(codes)
+    return model.law.log_prob(model(given, cond).double(), given).numpy()
+
+
+# ---- against the reference
+
+
+@configs
+@pytest.mark.parametrize("cuts", [[0, 311], [0, 1, 2, 100, 311]], ids=str)
+def test_scores_equal_forward(config, cuts):
+    model = make(config)
+    codes, cond = codes_of(model, 5, 311), conditioning(model, 5, 311)
+    engine = NumbaPredictiveEngine(model, 5, threads=1)
+    found = [engine.score(codes[:, a:b], cond[:, :, a:b]) for a, b in pairwise(cuts)]
+    # Far from the law, nats are many: 1e-6 of them.
+    np.testing.assert_allclose(np.concatenate(found, axis=1), parallel(model, codes, cond), atol=TOLERANCE, rtol=1e-6)
+
+
+@configs
+def test_the_same_uniforms_give_the_codes_of_the_reference(config):
+    """And every code is the one that its uniform selects from the law of forward, to a step of the grid."""
+    model = make(config)
+    with torch.inference_mode():
+        u, cond = draws(1, 600), conditioning(model, 1, 600)
+        temperature = np.where(np.arange(600) < 300, 0.7, 1.0)[None]
+        nats = np.empty((2, 1, 600))
+        found = NumbaPredictiveEngine(model, 1).generate(u, cond, temperature, log_probability=nats[0])
+        expected = ReferenceEngine(model, 1).generate(u, cond, temperature, log_probability=nats[1])
+        parameters = model(torch.from_numpy(found), cond).double()
+        law = [
+            model.law.sample(parameters[:, :, t], torch.from_numpy(u[:, t]), torch.from_numpy(temperature[:, t]))
+            for t in range(600)
+        ]
+    off = np.abs(found - torch.stack(law, dim=1).numpy())
+    assert off.max() <= 1
+    assert (off == 0).mean() > 0.98
+    # float32 moves a mean by about 1e-7 of full scale: a uniform lies so near to an edge of a code once in some hundred
+    # samples. From the first on the pasts differ by a step of the grid.
+    same = (found == expected).cumprod(axis=1)
+    assert same.mean() > 0.3
+    np.testing.assert_allclose(nats[0][same == 1], nats[1][same == 1], atol=1e-4)
+    np.testing.assert_allclose(nats[0], parallel(model, found, cond), atol=TOLERANCE, rtol=1e-6)
+    assert len(np.unique(found)) > 200
+
+
+@configs
+@pytest.mark.parametrize("weights", ["bfloat16", "int8"])
+def test_rounded_weights_are_those_of_the_rounded_network(config, weights):
+    model = make(config)
+    codes, cond = codes_of(model, 5, 120), conditioning(model, 5, 120)
+    engine = NumbaPredictiveEngine(model, 5, weights=weights)
+    rounded: Any = engine._as_run()
+    found = engine.score(codes, cond)
+    # A scale multiplies an int8's sum, instead of each weight.
+    np.testing.assert_allclose(found, parallel(rounded, codes, cond), atol=TOLERANCE, rtol=1e-6)
+    assert np.abs(found - parallel(model, codes, cond)).max() > 1e-4
+    for name, parameter in model.named_parameters():
+        same = torch.equal(parameter, rounded.get_parameter(name))
+        assert same == (name.startswith("conditioning.") or name.endswith("bias")), name
+
+
+@pytest.mark.parametrize("precision", [torch.float64, torch.bfloat16, torch.float16])
+def test_a_model_of_another_precision(precision):
+    model = make(CONFIGS["causal, speakers"]).to(precision)
+    codes, cond = codes_of(model, 5, 100), conditioning(model, 5, 100)
+    found = NumbaPredictiveEngine(model, 5).score(codes, cond)
+    wide = cond.to(torch.float32)
+    np.testing.assert_allclose(found, parallel(model.float(), codes, wide), atol=2e-5, rtol=1e-6)
+
+
+def test_scores_of_the_public_function_do_not_depend_on_the_engine():
+    model = make(CONFIGS["causal, speakers"])
+    waveform = model.grid.decode(random_codes(model, 2, 500))
+    mel = random_mel(model, 2, 21)
+    expected = score(model, waveform, mel, speaker=[2, 0])
+    for engine in ("numba", "reference"):
+        found = score(model, waveform, mel, speaker=[2, 0], engine=engine)
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=TOLERANCE)
+    rounded = score(model, waveform, mel, speaker=[2, 0], engine="numba", weights="int8")
+    assert 1e-4 < (rounded - expected).abs().max() < 1
+
+
+def test_scores_do_not_depend_on_the_chunks_of_the_parallel_pass(monkeypatch):
+    model = make(CONFIGS["kernel 3"], torch.float64)
+    waveform, mel = model.grid.decode(random_codes(model, 1, 700)), random_mel(model, 1, 30)
+    whole = score(model, waveform, mel)
+    monkeypatch.setattr(sys.modules["wavear.generate"], "_PARALLEL_CHUNK", 61)
+    torch.testing.assert_close(score(model, waveform, mel), whole, rtol=1e-9, atol=1e-9)
+
+
+def test_silence_for_a_mel_makes_finite_quiet_audio():
+    """Of digital silence: the scale is a step of the grid, and nothing divides by zero."""
+    model = make()
+    mel = wavear.log_mel(torch.zeros(1, 40 * HOP), model.config.mel)
+    for engine in ("numba", "reference"):
+        audio = generate(model, mel, engine=engine)
+        assert torch.isfinite(audio).all()
+        assert audio.abs().max() < 0.02
+
+
+# ---- to the bit
+
+GROUPINGS = [(1, 1), (2, 1), (3, 2), (7, 1), (9, 2)]
+
+
+@pytest.mark.parametrize("weights", ROUNDED)
+@configs
+def test_a_stream_has_the_same_bits_in_every_batch_chunking_and_thread(config, weights):
+    model, samples = make(config), 130
+    u, codes = draws(9, samples), random_codes(model, 9, samples).numpy()
+    with torch.inference_mode():
+        cond = conditioning(model, 9, samples)
+    temperatures = np.random.default_rng(1).uniform(0.5, 1.5, (9, samples))
+    generated: dict[int, set[bytes]] = {}
+    scored: dict[int, set[bytes]] = {}
+    for number, (batch, threads) in enumerate(GROUPINGS):
+        chosen = (np.arange(batch) * 4 + number) % 9
+        cuts = sorted({0, 1, 17 + number, 64, 64 + 3 * number, samples})
+        rows = cond[torch.from_numpy(chosen), :, :]
+        runner, scorer = (NumbaPredictiveEngine(model, batch, weights=weights, threads=threads) for _ in range(2))
+        found, scores = [], []
+        for a, b in pairwise(cuts):
+            part = rows[:, :, a:b]
+            found.append(runner.generate(u[chosen, a:b], part, temperatures[chosen, a:b]))
+            scores.append(scorer.score(codes[chosen, a:b], part))
+        for place, stream in enumerate(chosen):
+            generated.setdefault(stream, set()).add(np.concatenate(found, axis=1)[place].tobytes())
+            scored.setdefault(stream, set()).add(np.concatenate(scores, axis=1)[place].tobytes())
+    assert len(generated) == 9
+    assert all(len(found) == 1 for found in generated.values())
+    assert all(len(found) == 1 for found in scored.values())
+    assert len({row for found in generated.values() for row in found}) == 9
+
+
+@few
+@given(
+    cuts=st.lists(st.integers(0, 30), max_size=6),
+    causal=st.booleans(),
+    speakers=st.booleans(),
+    seed=st.integers(0, 2**64 - 1),
+    engine=st.sampled_from(ENGINES),
+)
+@example([1, 2, 3, 4, 5, 6, 7], True, False, 1, ("numba", "float32"))
+@example([0, 0, 13, 30], False, True, 2, ("numba", "int8"))
+@example([5, 6], False, False, 3, ("reference", "float32"))
+def test_the_parts_of_a_stream_are_the_whole(cuts, causal, speakers, seed, engine):
+    model = make(small(causal=causal, speakers=2 if speakers else 0))
+    frames = 7 if engine[0] == "reference" else 30
+    mel = random_mel(model, 1, frames)[0]
+    given: dict[str, Any] = {"seed": seed, "speaker": 1 if speakers else None, "temperature": 0.9}
+    given |= {"engine": engine[0], "weights": engine[1]}
+    whole = generate(model, mel, **given)[0]
+    stream = Stream(model, **given)
+    bounds = [0, *sorted(min(cut, frames) for cut in cuts), frames]
+    parts = [stream.push(mel[:, a:b]) for a, b in pairwise(bounds)]
+    assert torch.equal(torch.cat([*parts, stream.flush()]), whole)
+    assert len(whole.unique()) > 50
+
+
+def test_a_causal_model_needs_no_frame_to_come():
+    model = make(small(causal=True))
+    stream = Stream(model)
+    block = stream.latency
+    assert block == 5  # frames of 24 samples: the block that is made at once, and no look-ahead
+    mel = random_mel(model, 1, 20)[0]
+    assert [len(stream.push(mel[:, f])) for f in range(10)] == [0, 0, 0, 0, 120] * 2
+
+
+@few
+@given(
+    events=st.lists(
+        st.tuples(st.sampled_from(["add", "push", "push", "flush", "step", "move"]), st.integers(0, 99)), max_size=25
+    ),
+    weights=st.sampled_from(ROUNDED),
+    threads=st.sampled_from([1, 2]),
+)
+@example([("add", 0), ("push", 8), ("add", 0), ("step", 0), ("push", 4), ("push", 5), ("step", 0)], "float32", 1)
+@example([("add", 0), ("push", 11), ("step", 0), ("add", 0), ("push", 13), ("push", 10), ("move", 0)], "int8", 2)
+def test_members_of_a_batch_are_to_the_bit_what_they_are_alone(events, weights, threads):
+    """At different places of their frames, side by side, coming and going."""
+    model, frames = make(small(speakers=3)), 26
+    batch = StreamBatch(model, engine="numba", weights=weights, threads=threads)
+    found: dict[int, list[torch.Tensor]] = {}
+    who: dict[int, int] = {}
+    at: dict[int, int] = {}
+    ended: set[int] = set()
+
+    def collect() -> None:
+        for member, audio in batch.step().items():
+            found[who[member]].append(audio)
+
+    for what, number in [*events, ("step", 0)]:
+        members = [member for member, utterance in who.items() if utterance not in ended]
+        if what == "add" or not members:
+            utterance = len(at)
+            who[batch.add(seed=utterance, speaker=utterance % 3)] = utterance
+            at[utterance], found[utterance] = 0, []
+            continue
+        member = members[number % len(members)]
+        utterance = who[member]
+        if what == "push":
+            part = random_mel(model, 1, frames, utterance)[0, :, at[utterance] : at[utterance] + number % 14]
+            batch.push(member, part)
+            at[utterance] += part.shape[1]
+        elif what == "flush":
+            batch.flush(member)
+            ended.add(utterance)
+        elif what == "move":
+            state = batch.state(member)
+            batch.remove(member)
+            del who[member]
+            who[batch.add(state=state)] = utterance
+        else:
+            collect()
+    for member, utterance in who.items():
+        if utterance not in ended:
+            batch.flush(member)
+    collect()
+    for utterance, parts in found.items():
+        assert sum(len(part) for part in parts) == at[utterance] * HOP
+        if at[utterance]:
+            mel = random_mel(model, 1, frames, utterance)[0, :, : at[utterance]]
+            given: dict[str, Any] = {"seed": utterance, "speaker": utterance % 3, "engine": "numba"}
+            assert torch.equal(torch.cat(parts), generate(model, mel, weights=weights, **given)[0])
+
+
+def test_members_at_different_places_of_a_frame_share_an_engine():
+    """Primes of lengths that no frame divides."""
+    model = make(small(speakers=3))
+    primes = [model.grid.decode(random_codes(model, 1, n, seed=n))[0] for n in (1, 37, 250)]
+    mels = [random_mel(model, 1, 20, seed=n)[0] for n in range(3)]
+    batch = StreamBatch(model, engine="numba")
+    members = [batch.add(seed=n, speaker=n, prime=prime) for n, prime in enumerate(primes)]
+    for member, mel in zip(members, mels, strict=True):
+        batch.push(member, mel)
+    made = batch.step()
+    for n, member in enumerate(members):
+        alone = generate(model, mels[n], seed=n, speaker=n, prime=primes[n], engine="numba")[0]
+        assert torch.equal(made[member], alone[: len(made[member])])
+        assert len(made[member]) > 100
+
+
+# ---- states
+
+
+@pytest.mark.parametrize("name", ["kernel 3", "kernel 5, two periods", "causal, speakers"])
+def test_the_state_goes_on_on_any_engine(name, monkeypatch):
+    monkeypatch.setattr(cuda_graph, "CHUNK", 40)
+    monkeypatch.setattr(cuda_graph, "RUN", 8)
+    model = make(CONFIGS[name])
+    codes, cond = codes_of(model, 5, 170)[:3], conditioning(model, 5, 170)[:3, :, :]
+    kinds: list[Any] = [NumbaPredictiveEngine, ReferenceEngine, CudaGraphEngine]
+    with torch.inference_mode():
+        expected = parallel(model, codes, cond)
+        begun = [kind(model, 3) for kind in kinds]
+        for engine in begun:
+            engine.score(codes[:, :120], cond[:, :, :120])
+        states = [engine.state(1) for engine in begun]
+        for name, tensor in states[1].items():
+            for state in (states[0], states[2]):
+                assert (state[name].shape, state[name].dtype) == (tensor.shape, tensor.dtype)
+                torch.testing.assert_close(state[name], tensor, rtol=1e-5, atol=1e-5)
+        for source in begun:
+            for kind in kinds:
+                goal = kind(model, 2)
+                goal.score(codes[:2, :9], cond[:2, :, :9])  # it was elsewhere before
+                goal.load_state(1, source.state(2))
+                rows = [0, 2]
+                found = goal.score(codes[rows, 120:], cond[torch.tensor(rows), :, 120:])
+                np.testing.assert_allclose(found[1], expected[2, 120:], atol=2 * TOLERANCE, rtol=1e-6)
+                if kind is type(source):
+                    again = kind(model, 2)
+                    again.load_state(1, goal.state(1))
+                    assert all(torch.equal(again.state(1)[name], tensor) for name, tensor in goal.state(1).items())
+
+
+def test_going_on_from_its_own_state_changes_no_bit():
+    model = make()
+    u, cond = draws(3, 200), conditioning(model, 3, 200)
+    whole = NumbaPredictiveEngine(model, 3).generate(u, cond)
+    first = NumbaPredictiveEngine(model, 3)
+    first.generate(u[:, :77], cond[:, :, :77])
+    order = [2, 0, 1]
+    for other in (NumbaPredictiveEngine(model, 3, threads=1), first.resized(3)):
+        for place, stream in enumerate(order):
+            other.load_state(place, first.state(stream))
+        rest = other.generate(u[order, 77:], cond[torch.tensor(order), :, 77:])
+        np.testing.assert_array_equal(rest, whole[order, 77:])
+    state = first.state(0)
+    kept = {name: tensor.clone() for name, tensor in state.items()}
+    first.generate(u[:, 77:], cond[:, :, 77:])
+    assert all(torch.equal(state[name], kept[name]) for name in kept)
+    assert not torch.equal(first.state(0)["queue.0"], kept["queue.0"])
+
+
+@pytest.mark.parametrize("weights", ROUNDED)
+def test_filling_is_scoring(weights):
+    model = make(CONFIGS["causal, speakers"])
+    codes, cond = codes_of(model, 5, 300)[:2], conditioning(model, 2, 300)
+    with torch.inference_mode():
+        filled, scored = (NumbaPredictiveEngine(model, 2, weights=weights) for _ in range(2))
+        for stream in range(2):
+            filled.fill(stream, codes[stream, :200], cond[stream : stream + 1, :, :200])
+        scored.score(codes[:, :200], cond[:, :, :200])
+        for name, tensor in scored.state(1).items():
+            torch.testing.assert_close(filled.state(1)[name], tensor, rtol=1e-5, atol=1e-5)
+        rest = [engine.score(codes[:, 200:], cond[:, :, 200:]) for engine in (filled, scored)]
+    np.testing.assert_allclose(rest[0], rest[1], atol=TOLERANCE, rtol=1e-6)
+
+
+@pytest.mark.parametrize("cut", [0, 1, 9, 20, 33])
+@pytest.mark.parametrize("causal", [False, True])
+def test_a_saved_stream_is_one_that_never_stopped(tmp_path, cut, causal):
+    model = make(small(speakers=2, causal=causal))
+    mel = random_mel(model, 1, 33)[0]
+    whole = generate(model, mel, seed=7, speaker=1)[0]
+    stream = Stream(model, seed=7, speaker=1)
+    begin = stream.push(mel[:, :cut])
+    path = stream.save(tmp_path / "state.safetensors")
+    later, fork, other = Stream.load(model, path), stream.fork(), stream.fork(seed=8)
+    for each in (later, fork, stream):
+        assert torch.equal(torch.cat([begin, each.push(mel[:, cut:]), each.flush()]), whole)
+    rest = torch.cat([other.push(mel[:, cut:]), other.flush()])
+    assert cut == 33 or not torch.equal(rest, whole[len(begin) :])
+    if cut == 20:  # on the reference engine, up to rounding
+        reference = Stream.load(model, path, engine="reference")
+        found = torch.cat([begin, reference.push(mel[:, cut:]), reference.flush()])
+        assert (found - whole).abs().mean() < 1e-3
+
+
+@pytest.mark.parametrize(("engine", "weights"), ENGINES)
+def test_a_prime_goes_on_as_the_recording_did(engine, weights):
+    """What was made with a seed and is given back as a prime; its state is filled in by the parallel pass."""
+    model = make(small(speakers=2))
+    mel = random_mel(model, 1, 13)
+    given: dict[str, Any] = {"seed": 5, "speaker": 1, "engine": engine, "weights": weights}
+    whole = generate(model, mel, **given)
+    for length in (1, 200):
+        rest = generate(model, mel, prime=whole[:, :length], **given)
+        # The queues differ by rounding, 1e-7; where a uniform lies that near to an edge, by a step of the grid.
+        same = (rest == whole[:, length:]).long().cumprod(1)
+        assert same.float().mean() > 0.3
+        assert same[0, 0]
+        stream = Stream(model, prime=whole[0, :length], **given)
+        parts = [stream.push(mel[0, :, :6]), stream.push(mel[0, :, 6:]), stream.flush()]
+        assert torch.equal(torch.cat(parts), rest[0])
+
+
+# ---- generation
+
+
+def test_utterances_of_a_batch_are_what_they_are_alone():
+    """Of different lengths, with candidates, log-probabilities and temperatures."""
+    model = make(small(speakers=3))
+    mels = [random_mel(model, 1, frames, seed=frames)[0] for frames in (9, 21, 14)]
+    given: dict[str, Any] = {"return_log_probability": True, "best_of": 3, "temperature": 1.1}
+    audio, nats = generate(model, mels, seed=[1, 2, 3], speaker=[2, 0, 1], **given)
+    chosen = []
+    for b, mel in enumerate(mels):
+        length = mel.shape[1] * HOP
+        alone, own = generate(model, mel, seed=b + 1, speaker=[2, 0, 1][b], **given)
+        assert torch.equal(audio[b, :length], alone[0])
+        assert torch.equal(nats[b, :length], own[0])
+        assert not audio[b, length:].any()
+        assert not nats[b, length:].any()
+        candidates = [
+            generate(model, mel, seed=s, speaker=[2, 0, 1][b], **{**given, "best_of": 1})
+            for s in candidate_seeds(b + 1, 3)
+        ]
+        totals = [float(log.sum()) for _, log in candidates]
+        chosen.append(int(np.argmax(totals)))
+        assert torch.equal(candidates[chosen[-1]][0], alone)
+        scores = score(model, alone, mel, speaker=[2, 0, 1][b])
+        torch.testing.assert_close(own, scores, rtol=1e-6, atol=TOLERANCE)
+    assert any(chosen)  # so that another than the first candidate is kept
+
+
+def test_a_lower_temperature_is_nearer_to_the_prediction():
+    model, mel = make(), random_mel(make(), 1, 30)
+    cold, warm, hot = (generate(model, mel, temperature=t, return_log_probability=True)[1].mean() for t in (0.3, 1, 2))
+    assert cold > warm > hot
+    ramp = np.linspace(0.5, 1.5, 30 * HOP)
+    found = generate(model, mel, temperature=ramp)
+    with torch.inference_mode():
+        cond = model.condition(mel)
+        expected = NumbaPredictiveEngine(model, 1).generate(uniforms(0, 0, 30 * HOP)[None], cond, ramp[None])
+    assert torch.equal(found, model.grid.decode(torch.from_numpy(expected)))
+
+
+def test_auto_takes_the_engine_on_the_cpu():
+    model = make()
+    assert make_engine(model, 1)[0] == "numba"
+    assert isinstance(make_engine(model, 2, weights="int8")[1], NumbaPredictiveEngine)
+
+
+def test_weights_changed_in_place_are_the_ones_of_the_next_engine():
+    model = make()
+    codes, cond = random_codes(model, 1, 60).numpy(), conditioning(model, 1, 60)
+    before = NumbaPredictiveEngine(model, 1).score(codes, cond)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.1)
+    after = NumbaPredictiveEngine(model, 1).score(codes, cond)
+    assert np.abs(after - before).max() > 1e-3
+    np.testing.assert_allclose(after, parallel(model, codes, cond), atol=TOLERANCE, rtol=1e-6)
+
+
+# ---- on a CUDA graph
+
+
+@pytest.mark.parametrize("name", ["kernel 3", "causal, speakers", "kernel 5, two periods"])
+@torch.inference_mode()
+def test_the_graph_engine_equals_the_reference(name, monkeypatch):
+    """By the stand-in, in float64, so that no uniform lies on an edge between codes."""
+    monkeypatch.setattr(cuda_graph, "CHUNK", 40)
+    monkeypatch.setattr(cuda_graph, "RUN", 8)
+    model = make(CONFIGS[name], torch.float64)
+    u, cond = draws(3, 107), conditioning(model, 3, 107)
+    nats = np.empty((2, 3, 107))
+    expected = ReferenceEngine(model, 3).generate(u, cond, 0.8, log_probability=nats[0])
+    engine = CudaGraphEngine(model, 3)
+    parts = [engine.generate(u[:, a:b], cond[:, :, a:b], 0.8, log_probability=nats[1, :, a:b])
+             for a, b in pairwise([0, 1, 53, 107])]  # fmt: skip
+    np.testing.assert_array_equal(np.concatenate(parts, axis=1), expected)
+    np.testing.assert_allclose(nats[1], nats[0], rtol=0, atol=1e-9)
+    for name_, tensor in ReferenceEngine(model, 3).state(0).items():
+        assert CudaGraphEngine(model, 3).state(0)[name_].shape == tensor.shape
+    filled, by_steps = CudaGraphEngine(model, 3), CudaGraphEngine(model, 3)
+    by_steps.score(expected[:, :60], cond[:, :, :60])
+    for stream in range(3):
+        filled.fill(stream, expected[stream, :60], cond[stream : stream + 1, :, :60])
+    found = filled.keep([2, 0]).generate(u[[2, 0], 60:], cond[torch.tensor([2, 0]), :, 60:], 0.8)
+    np.testing.assert_array_equal(found, expected[[2, 0], 60:])
+    np.testing.assert_array_equal(by_steps.generate(u[:, 60:], cond[:, :, 60:], 0.8), expected[:, 60:])
+
+
+def test_generate_and_streams_run_on_the_graph_engine(monkeypatch):
+    model = make(small(speakers=2), torch.float64)
+    mels = [random_mel(model, 1, frames)[0] for frames in (4, 9)]
+    expected = generate(model, mels, seed=[1, 2], speaker=[0, 1], engine="reference")
+    monkeypatch.setattr(cuda, "make", lambda model, batch, engine, weights: CudaGraphEngine(model, batch))
+    monkeypatch.setattr(sys.modules["wavear.generate"]._chunks, "__defaults__", (30,))
+    assert torch.equal(generate(model, mels, seed=[1, 2], speaker=[0, 1], engine="cuda-graph"), expected)
+    stream = Stream(model, seed=2, speaker=1, engine="cuda-graph")
+    assert torch.equal(
+        torch.cat([stream.push(mels[1][:, :6]), stream.push(mels[1][:, 6:]), stream.flush()]), expected[1]
+    )
+
+
+# ---- what cannot be
+
+
+@pytest.mark.parametrize("engine", ["numba", "reference"])
+@pytest.mark.parametrize("choice", [{"argmax": True}, {"top_k": 3}, {"top_p": 0.5}], ids=str)
+def test_choosing_among_codes_is_refused_in_one_line(engine, choice):
+    model = make()
+    with pytest.raises(ValueError, match=r"this model's law is logistic_mixture: use temperature$"):
+        generate(model, random_mel(model, 1, 3), engine=engine, **choice)
+    if "argmax" not in choice:
+        with pytest.raises(ValueError, match="use temperature"):
+            NumbaPredictiveEngine(model, 1).generate(np.zeros((1, 5)), conditioning(model, 1, 5), **choice)
+
+
+def test_triton_refuses_the_family_in_one_line():
+    with pytest.raises(ValueError, match=r"'triton' serves WaveNet, not PredictiveWaveNet: use engine 'cuda-graph'$"):
+        make_engine(make(), 1, "triton")
+    with pytest.raises(ValueError, match="engine 'cuda-graph' needs a model on a CUDA device"):
+        make_engine(make(), 1, "cuda-graph")
+    with pytest.raises(ValueError, match="weights='float16'"):
+        make_engine(make(), 1, "numba", weights="float16")
+
+
+def test_what_cannot_be_run_is_refused_by_name():
+    model = make()
+    cond = conditioning(model, 2, 10)
+    for batch, condition, weights, message in (
+        (2, cond, "int4", "int4"),
+        (0, cond, "float32", "batch is 0"),
+        (3, cond, "float32", "for 3 streams"),
+        (2, None, "float32", "cond is None, expected the conditioning of 2 streams of 10 samples"),
+        (2, cond.dense(), "float32", r"cond is \(2, 45, 10\)"),
+        (2, cond[:, :, :9], "float32", r"cond is \(2, 45, 9\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            NumbaPredictiveEngine(model, batch, weights=weights).generate(np.zeros((2, 10)), condition)
+    with pytest.raises(ValueError, match="expected 0 to 65535"):
+        NumbaPredictiveEngine(model, 2).score(np.full((2, 10), 65536), cond)
+    with pytest.raises(ValueError, match="serves a PredictiveWaveNet, not Linear: use engine 'reference'"):
+        NumbaPredictiveEngine(torch.nn.Linear(1, 1), 1)  # type: ignore[arg-type]
+    assert NumbaPredictiveEngine(model, 2).generate(np.zeros((2, 0)), cond[:, :, :0]).shape == (2, 0)
+
+
+NAMED = ["blocks.0.taps.weight", "output.bias", "conditioning.gain", "conditioning.first.weight"]
+NAMED += ["conditioning.period.voicing.bias", "conditioning.period.lag.weight"]
+
+
+@pytest.mark.parametrize("part", NAMED)
+def test_weights_that_are_no_numbers_are_an_error(part):
+    model = make()
+    model.state_dict()[part].fill_(torch.nan)
+    with pytest.raises(ValueError, match="sample 0 of this call are infinite or NaN: check the model's weights"):
+        generate(model, random_mel(model, 1, 3), engine="numba")
+
+
+def test_a_lag_that_is_no_number_is_an_error_where_it_is_scored():
+    """It would be an address outside of the arrays."""
+    model = make()
+    cond = conditioning(model, 2, 60)
+    cond.lag[1, 33] = torch.nan
+    with pytest.raises(ValueError, match="sample 33 of this call"):
+        NumbaPredictiveEngine(model, 2).score(random_codes(model, 2, 60).numpy(), cond)

@@ -1,0 +1,81 @@
+"""The arithmetic of a run: float32, or bf16 where the device gains by it."""
+
+from __future__ import annotations
+
+import functools
+import time
+from typing import Any
+
+import torch
+
+from wavear.models.base import AutoregressiveModel
+
+_ROWS, _INPUTS, _OUTPUTS = 6144, 144, 96  # a layer of 48 channels and three taps over a quarter of a second
+_REPEATS = 5  # the fastest counts: another program can only slow a product down
+_LEAST_SPEEDUP = 1.3  # of the products: the rest of a step gains less, and the copies of the weights cost
+
+
+def choose(config: Any, model: AutoregressiveModel, kind: str, recorded: str | None = None) -> tuple[str, str]:
+    """Return "32" or "bf16", and the reason to print.
+
+    A model decides by its attribute `bf16` whether its layers may run in bf16: by default if its law is categorical,
+    as a law over values needs more than the 8 bits that bf16 has.
+
+    Parameters
+    ----------
+    config : TrainConfig
+        Of which `precision` and `law` are read.
+    model : AutoregressiveModel
+    kind : str
+        cpu, cuda or mps.
+    recorded : str, optional
+        What the run that is resumed has chosen. "auto" keeps it: a second measurement might come out otherwise, and
+        the run would no longer be the one never interrupted.
+
+    Raises
+    ------
+    ValueError
+        If bf16 is asked for and the model does not allow it.
+    """
+    allowed = model.bf16
+    if config.precision == "bf16" and not allowed:
+        raise ValueError(f"bf16 has 8 bits, too few for the values of the law {config.law}: use precision 32")
+    if config.precision != "auto":
+        return config.precision, "as asked for"
+    if recorded is not None:
+        return recorded, "as the run began"
+    if not allowed:
+        return "32", "bf16 is too coarse for this model"
+    if kind == "cuda":
+        has = torch.cuda.is_bf16_supported(including_emulation=False)
+        return ("bf16", "which the GPU has in hardware") if has else ("32", "the GPU has no bf16 in hardware")
+    if kind != "cpu":
+        return "32", f"bf16 is not tried on {kind}"
+    speedup = bf16_speedup(torch.get_num_threads())
+    return "bf16" if speedup >= _LEAST_SPEEDUP else "32", f"bf16 products are {speedup:.1f} times as fast here"
+
+
+@functools.cache
+def bf16_speedup(threads: int) -> float:
+    """Return how many times as fast the CPU multiplies in bf16 as in float32, forward and backward.
+
+    It is measured once per process and number of threads, in a tenth of a second: the instructions that a CPU has do
+    not settle it. AVX-512 has bf16 products that are 2.5 times as fast on one CPU, and no faster on another.
+
+    Parameters
+    ----------
+    threads : int
+        That torch uses now, `torch.get_num_threads()`: the key of the cache.
+    """
+    fastest = {torch.float32: float("inf"), torch.bfloat16: float("inf")}
+    for repeat in range(_REPEATS + 1):
+        for dtype in fastest:  # in turn: whatever else the machine does slows both
+            x = torch.ones(_ROWS, _INPUTS, dtype=dtype, requires_grad=True)
+            weight = torch.ones(_OUTPUTS, _INPUTS, dtype=dtype, requires_grad=True)
+            gradient = torch.ones(_ROWS, _OUTPUTS, dtype=dtype)
+            began = time.perf_counter()
+            with torch.enable_grad():
+                torch.nn.functional.linear(x, weight).backward(gradient)
+            if repeat:  # the first product of a shape is slower: kernels are chosen
+                fastest[dtype] = min(fastest[dtype], time.perf_counter() - began)
+    return fastest[torch.float32] / fastest[torch.bfloat16]
