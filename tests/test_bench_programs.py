@@ -6,6 +6,7 @@ import dataclasses
 import importlib
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -135,3 +136,89 @@ def test_options_are_trained_measured_and_not_repeated(tmp_path: Path):
     again = run()
     assert "steps" not in again
     assert page.read_text() == text
+
+
+def test_quality_is_one_table_of_any_families(program: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
+    quality = program("quality")
+    generator = np.random.default_rng(0)
+    (tmp_path / "held" / "ann").mkdir(parents=True)
+    for number in range(2):
+        noise: Any = lfilter([0.05], [1, -0.9], generator.standard_normal(6400))
+        audio.write(tmp_path / "held" / "ann" / f"{number}.wav", noise, RATE)
+    mel = MelConfig(sample_rate=RATE, n_fft=128, window_length=128, hop_length=40, bands=10, fmax=4000.0)
+    sizes = dict.fromkeys(("residual_channels", "skip_channels", "head_channels", "conditioning_channels"), 4)
+    common: Any = {"layers": 2, "stacks": 1, "sample_rate": RATE, "mel": mel, **sizes}
+    wavenet = WaveNet(WaveNetConfig(**common))
+    wavenet.save(tmp_path / "runs" / "wavenet" / "best", training={"step": 1234})
+    history = {"history": [{"step": 0, "seconds": 0.0}, {"step": 1234, "seconds": 150.0}]}
+    (tmp_path / "runs" / "wavenet" / "train.json").write_text(json.dumps(history))
+    emphasised = WaveNet(WaveNetConfig(**common, speakers=2, pre_emphasis=0.5))
+    emphasised.save(tmp_path / "runs" / "emphasis" / "last", training={"speakers": ["bob", "ann"]})
+    page = tmp_path / "page.md"
+    page.write_text("# Page\n")
+    runs, pictures = tmp_path / "runs", tmp_path / "pictures"
+    words = [str(runs / "wavenet" / "best"), str(runs / "emphasis" / "last"), "--data", str(tmp_path / "held")]
+    monkeypatch.setattr(sys, "argv", ["quality.py", *words, "--out", str(page), "--pictures", str(pictures)])
+    asked: list[int] = []
+    generate = wavear.generate
+    monkeypatch.setattr(wavear, "generate", lambda *a, **k: asked.append(k["speaker"]) or generate(*a, **k))
+    quality.main()
+    printed = capsys.readouterr().out
+    assert f"<!-- begin quality -->\n\n{printed}" in page.read_text()
+    assert page.read_text().startswith("# Page\n")
+    assert quality.machine() in printed
+    head, _, first, second = [line.strip("| ").split(" | ") for line in printed.splitlines() if line[0:1] == "|"]
+    rows = [dict(zip(head, line, strict=True)) for line in (first, second)]
+    assert rows[0]["run"] == "wavenet"
+    assert rows[0]["minutes"] == "2.5"
+    assert rows[0]["steps"] == "1,234"
+    waveforms = [audio.read(path) for path in sorted((tmp_path / "held" / "ann").glob("*.wav"))]
+    bits = [-float(wavear.score(wavenet.eval(), x, grid="linear").mean()) / np.log(2) for x in waveforms]
+    assert rows[0]["bits, 16-bit grid"].split(" (")[0] == f"{np.mean(bits):.3f}"
+    assert rows[1]["run"] == "emphasis"
+    assert rows[1]["bits, 16-bit grid"] == ""  # of pre-emphasised codes
+    assert float(rows[1]["log-mel L1"].split(" ")[0]) > 0
+    assert float(rows[1]["x real time"]) > 0
+    assert asked == [None] * 3 + [1] * 3  # ann, by the folder
+    assert sorted(path.name for path in pictures.iterdir()) == [
+        *(f"{run}-{number}.png" for run in ("emphasis", "wavenet") for number in range(2))
+    ]
+
+
+def test_quality_trains_with_the_command_it_prints(
+    program: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+):
+    quality = program("quality")
+    called: list[Any] = []
+    monkeypatch.setattr(quality.subprocess, "run", lambda command, **more: called.append((command, more)))
+    options = quality.argparse.Namespace(
+        runs=tmp_path, name="minutes-", data_train=tmp_path / "my data", flags=["--seed", "3"]
+    )
+    assert quality.train(4.0, options) == tmp_path / "minutes-4" / "best"
+    ((command, more),) = called
+    printed = capsys.readouterr().out.strip()
+    assert printed.startswith("$ OMP_NUM_THREADS=1 wavear train ")
+    assert shlex.split(printed)[3:] == command[3:]
+    assert command[:3] == [sys.executable, "-m", "wavear"]
+    assert more["env"]["OMP_NUM_THREADS"] == "1"
+    (tmp_path / "minutes-4" / "best").mkdir(parents=True)
+    quality.train(4.0, options)
+    assert len(called) == 1  # it is there
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ([], "there is nothing to measure"),
+        (["--train", "4,25"], "--train needs --data-train"),
+        (["free"], "free is not conditioned on mels"),
+    ],
+)
+def test_quality_refuses_what_it_cannot_measure(program: Any, tmp_path: Path, monkeypatch, words, told):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "held").mkdir()
+    audio.write(tmp_path / "held" / "0.wav", np.zeros(800), RATE)
+    WaveNet(WaveNetConfig(layers=2, stacks=1, residual_channels=4, skip_channels=4, sample_rate=RATE)).save("free")
+    monkeypatch.setattr(sys, "argv", ["quality.py", *words, "--data", "held"])
+    with pytest.raises(SystemExit, match=told):
+        program("quality").main()

@@ -644,6 +644,10 @@ def test_models_of_any_quantisation_stand_in_one_table(
     assert list(rows) == ["mel", "mixture", "coarse", "free"]
     assert rows["mixture"]["grid"] == "16-bit linear"
     assert rows["mixture"]["common_bits"] == rows["mixture"]["bits"]
+    assert rows["mel"]["mulaw_bits"] == rows["mel"]["bits"]
+    assert rows["mixture"]["mulaw_bits"]["mean"] < rows["mixture"]["bits"]["mean"] - 2
+    finer = rows["coarse"]["mulaw_bits"]["mean"] - rows["coarse"]["bits"]["mean"]
+    assert 1 < finer < np.log2(10)  # 2 to 10 of the 256 codes lie in one of the 64
     assert rows["mel"]["common_bits"]["mean"] > rows["mel"]["bits"]["mean"] + 2
     assert rows["free"]["multiply_adds"] == wavear.load(sources[3]).multiply_adds
     assert all(row["speed"]["reference"] > 0 and row["speed"]["numba"] > 0 for row in rows.values())
@@ -651,7 +655,13 @@ def test_models_of_any_quantisation_stand_in_one_table(
     assert re.findall(r'(?:src|href)="(?!data:)[^"]*"', page) == []
     head = re.search(r"<thead>(.*?)</thead>", page).group(1)  # type: ignore[union-attr]
     titles = re.findall(r"<th[^>]*>(.*?)</th>", head)
-    assert titles[2:] == ["256 mu-law codes", "16-bit linear", "64 mu-law codes", "on 16-bit samples"]
+    assert titles[2:] == [
+        "256 mu-law codes",
+        "16-bit linear",
+        "64 mu-law codes",
+        "on 16-bit samples",
+        "on 256 mu-law codes",
+    ]
     assert "mixture: " in printed
     whole = audio.read(out / "strip" / "recording.wav")
     for n in range(4):

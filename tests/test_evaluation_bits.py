@@ -29,7 +29,7 @@ from wavear.evaluation import linear
 from wavear.evaluation.bits import LEVELS, Baselines, score_recording, scored_blocks
 from wavear.evaluation.linear import bits_of, fit_predictor
 from wavear.evaluation.statistics import bootstrap
-from wavear.grid import Grid
+from wavear.grid import COMMON_GRIDS, Grid
 from wavear.segments import Layout, read_span
 from wavear.training import bits as training_bits
 from wavear.training.bits import held_out_bits
@@ -76,6 +76,54 @@ def test_bits_are_those_of_score_to_the_last_sample(recordings, settings, speake
         found = score_recording(model, recording, speaker)
         assert found.samples == nats.numel() == recording.frames
         assert found.bits["model"] == pytest.approx(float(nats.sum()) / math.log(2), rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"law": "logistic_mixture"}, {"law": "gaussian"}], ids=["own", "mix", "gauss"]
+)
+def test_bits_on_common_grids_are_those_of_score(recordings, settings):
+    """In blocks too; one of the two is the model's own."""
+    model = tiny(mel=MEL, **settings)
+    recording = recordings[0]
+    x = audio.read(recording.path)
+    found = score_recording(model, recording, None)
+    per_grid = {name: -float(score(model, x, grid=name).sum()) / math.log(2) for name in ("linear", "mulaw")}
+    assert found.common == pytest.approx(per_grid, rel=1e-9)
+    assert found.bits["model"] == found.common["linear" if settings else "mulaw"]
+    assert per_grid["linear"] > per_grid["mulaw"]
+    rows = np.concatenate(
+        [nats for _, nats in scored_blocks(model, recording, None, seconds=0.1, grids=list(COMMON_GRIDS.values()))], 1
+    )
+    assert rows.sum(1) / math.log(2) == pytest.approx(list(per_grid.values()), rel=1e-6)
+
+
+def test_score_on_mulaw_codes_sums_what_becomes_each_code():
+    """P(code | past), one by one: of 16-bit values with that code, under the law that `forward` gives."""
+    model = tiny(law="logistic_mixture")
+    x = torch.from_numpy(sounds(0.01))
+    x = model.grid.decode(model.grid.encode(x))
+    found = score(model, x, grid="mulaw")[0]
+    with torch.inference_mode():
+        parameters = model(model.grid.encode(x)[None]).double()
+    code_of = mulaw_encode(torch.from_numpy(model.grid.values().copy()))
+    for t in range(0, x.numel(), 13):
+        values = torch.nonzero(code_of == mulaw_encode(x[t])).T
+        each = model.law.log_prob(parameters[:, :, t : t + 1].expand(-1, -1, values.shape[1]), values)
+        assert float(found[t]) == pytest.approx(float(torch.logsumexp(each[0], 0)), abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("settings", "arguments", "words"),
+    [
+        ({}, {"grid": "16"}, "grid is '16', it must be linear or mulaw"),
+        ({}, {"grid": "linear", "engine": "reference"}, "needs engine 'parallel'"),
+        ({"pre_emphasis": 0.5}, {"grid": "linear"}, "pre-emphasised"),
+        ({"law": "gaussian", "classes": 256}, {"grid": "mulaw"}, "each finer"),
+    ],
+)
+def test_grids_without_bits_are_refused(settings, arguments, words):
+    with pytest.raises(ValueError, match=words):
+        score(tiny(**settings), sounds(0.01), **arguments)
 
 
 @pytest.mark.parametrize("seconds", [0.02, 0.1, 0.333])

@@ -11,7 +11,7 @@ import torch
 
 from wavear.generate import numba_laws
 from wavear.grid import Grid
-from wavear.laws import LAWS, Categorical, Gaussian, Laplace, LogisticMixture, law_of
+from wavear.laws import LAWS, Categorical, Gaussian, Laplace, LogisticMixture, converts, law_of, log_prob_on
 from wavear.models.wavenet import WaveNet, WaveNetConfig
 from wavear.sampling import uniforms
 
@@ -277,3 +277,62 @@ def test_a_model_that_was_in_half_precision_sees_the_values_as_they_are():
     assert torch.equal(model.half().float().embedding.values, values)
     assert model.bfloat16().embedding.values.dtype == torch.float32
     assert len(values.unique()) == 65536
+
+
+# ---- the same law on another grid
+
+
+PAIRS = [
+    (Grid("linear", 65536), Grid("mulaw", 256)),
+    (Grid("linear", 1024), Grid("linear", 64)),
+    (Grid("mulaw", 256), Grid("mulaw", 33)),
+]
+
+
+@pytest.mark.parametrize(("own", "coarser"), PAIRS, ids=str)
+@pytest.mark.parametrize("make", [Categorical, *VALUES], ids=["categorical", *NAMES])
+@pytest.mark.parametrize("log_scale", [-10.0, -5.0, -1.0])
+def test_probabilities_on_a_coarser_grid_are_the_sums_over_the_codes_that_become_each(own, coarser, make, log_scale):
+    """To float64: against summation one by one; and they sum to one."""
+    if make is Categorical and own.classes > 1024:
+        own = Grid("mulaw", 1024)
+    law = make(own)
+    given = parameters(law, None if make is Categorical else log_scale)
+    becomes = coarser.encode(own.values().copy())
+    summed = np.zeros(coarser.classes)
+    np.add.at(summed, becomes, every(law, given).exp().numpy())
+    one_each = torch.from_numpy(np.unique(becomes, return_index=True)[1])[None]
+    assert one_each.shape == (1, coarser.classes)
+    found = log_prob_on(law, given.expand(-1, -1, coarser.classes), one_each, coarser)[0].exp().numpy()
+    assert found.sum() == pytest.approx(1, abs=1e-9)
+    np.testing.assert_allclose(found, summed, rtol=1e-9, atol=1e-13)
+
+
+def test_every_code_counts_for_the_coarser_code_that_encode_gives_its_sample():
+    own, coarser = Grid("linear", 65536), Grid("mulaw", 256)
+    law = Gaussian(own)
+    codes = torch.arange(30000, 35000)[None]
+    given = parameters(law, -6.0).expand(-1, -1, codes.shape[1])
+    found = log_prob_on(law, given, codes, coarser)[0]
+    became = coarser.encode(own.decode(codes))[0]
+    assert len(set(zip(became.tolist(), found.tolist(), strict=True))) == len(set(became.tolist())) > 50
+
+
+def test_probabilities_on_a_finer_grid_are_spread_evenly_and_sum_to_one():
+    own, finer = Grid("mulaw", 256), Grid("linear", 65536)
+    law = Categorical(own)
+    given = parameters(law)
+    codes = own.encode(torch.from_numpy(finer.values().copy()))[None]
+    found = log_prob_on(law, given.expand(-1, -1, 65536), codes, finer)[0].exp()
+    assert found.sum().item() == pytest.approx(1, abs=1e-9)
+    per_code = np.bincount(codes[0].numpy(), found.numpy())
+    np.testing.assert_allclose(per_code, every(law, given).exp().numpy(), rtol=1e-9)
+    assert found[codes[0] == 128].unique().numel() == 1
+
+
+def test_grids_that_are_each_finer_in_places_do_not_convert():
+    law = Gaussian(Grid("linear", 256))
+    assert not converts(law.grid, Grid("mulaw", 256))
+    assert converts(law.grid, Grid("linear", 65536))
+    with pytest.raises(ValueError, match="8-bit linear and 256 mu-law codes are each finer"):
+        log_prob_on(law, parameters(law), torch.tensor([[3]]), Grid("mulaw", 256))

@@ -111,6 +111,8 @@ class Evaluation:
         lines = [f"bits per sample ({self.grid}): {bits}"]
         if common := self.record.get("common_bits"):
             lines.append(f"on the grid of 16-bit samples: model {common['mean']:.3f}")
+        if mulaw := self.record.get("mulaw_bits"):
+            lines.append(f"on the grid of 256 mu-law codes: model {mulaw['mean']:.3f}")
         for name, found in self.record["measures"].items():
             about = MEASURES[name]
             values = {system: f"{entry['mean']:.{about.decimals}f}" for system, entry in found.items()}

@@ -72,6 +72,20 @@ class Grid:
         counts = np.bincount(self.encode(torch.from_numpy(finer.values().copy())).numpy(), minlength=self.classes)
         return np.log2(counts) if (counts > 0).all() else None
 
+    def spans(self, coarser: Grid) -> np.ndarray | None:
+        """Which codes become each code of a coarser grid: the first and the last, (2, coarser Q), int64.
+
+        A code becomes that which its sample value is rounded to. As both grids rise with the sample, the codes that
+        become one lie side by side: their probability is F(upper end of the last) - F(lower end of the first). None if
+        nothing becomes one of the coarser codes, so that the other grid is finer there.
+
+        Examples
+        --------
+        >>> Grid("linear", 65536).spans(Grid("mulaw", 256))[:, 128]  # silence: 16-bit values from 0 to 5
+        array([32768, 32773])
+        """
+        return _spans(self, coarser)
+
     @overload
     def encode(self, waveform: torch.Tensor) -> torch.Tensor: ...
     @overload
@@ -143,6 +157,10 @@ class Grid:
         return _edges(self)
 
 
+COMMON_GRIDS = {"linear": Grid("linear", 65536), "mulaw": Grid("mulaw", 256)}
+"""Grids that models of different codes are compared on: 16-bit samples, and 256 mu-law codes."""
+
+
 @functools.lru_cache(maxsize=8)
 def _values(grid: Grid) -> np.ndarray:
     half = grid.classes // 2
@@ -150,6 +168,15 @@ def _values(grid: Grid) -> np.ndarray:
     found = mulaw_decode(codes, grid.classes).astype(np.float64) if grid.kind == "mulaw" else (codes - half) / half
     found.flags.writeable = False
     return found
+
+
+@functools.lru_cache(maxsize=8)
+def _spans(grid: Grid, coarser: Grid) -> np.ndarray | None:
+    found = coarser.encode(grid.values().copy())
+    every = np.arange(coarser.classes)
+    spans = np.stack([np.searchsorted(found, every), np.searchsorted(found, every, side="right") - 1])
+    spans.flags.writeable = False
+    return spans if (spans[0] <= spans[1]).all() else None
 
 
 @functools.lru_cache(maxsize=8)

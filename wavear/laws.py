@@ -54,6 +54,10 @@ class Law(Protocol):
         """log P(code), (B, T) in nats, from parameters (B, P, T) and codes (B, T); in the precision of `parameters`."""
         ...
 
+    def log_prob_between(self, parameters: Tensor, first: Tensor, last: Tensor) -> Tensor:
+        """log P(first <= code <= last), (B, T) in nats, from parameters (B, P, T) and codes (B, T)."""
+        ...
+
     def sample(
         self,
         parameters: Tensor,
@@ -90,6 +94,13 @@ class Categorical:
     def log_prob(self, parameters: Tensor, codes: Tensor) -> Tensor:
         """See `Law.log_prob`."""
         return -F.cross_entropy(parameters, codes, reduction="none")
+
+    def log_prob_between(self, parameters: Tensor, first: Tensor, last: Tensor) -> Tensor:
+        """See `Law.log_prob_between`."""
+        every = torch.arange(self.grid.classes, device=parameters.device)[:, None]
+        inside = (every >= first[:, None]) & (every <= last[:, None])
+        chosen = parameters.masked_fill(~inside, -math.inf)
+        return torch.logsumexp(chosen, dim=1) - torch.logsumexp(parameters, dim=1)
 
     def sample(
         self,
@@ -135,8 +146,13 @@ class LogisticMixture:
 
     def log_prob(self, parameters: Tensor, codes: Tensor) -> Tensor:
         """See `Law.log_prob`."""
+        return self.log_prob_between(parameters, codes, codes)
+
+    def log_prob_between(self, parameters: Tensor, first: Tensor, last: Tensor) -> Tensor:
+        """See `Law.log_prob_between`."""
         logits, means, log_scales = parameters.unflatten(1, (3, self.mixtures)).unbind(1)
-        inside = _log_mass_logistic(*_interval(self.grid, codes[:, None], means), _scale(self.grid, log_scales))
+        ends = _interval(self.grid, first[:, None], last[:, None], means)
+        inside = _log_mass_logistic(*ends, _scale(self.grid, log_scales))
         return torch.logsumexp(torch.log_softmax(logits, dim=1) + inside, dim=1)
 
     def sample(
@@ -179,8 +195,12 @@ class _OneLaw:
 
     def log_prob(self, parameters: Tensor, codes: Tensor) -> Tensor:
         """See `Law.log_prob`; computed in float64, for it is the small difference of two numbers near one."""
+        return self.log_prob_between(parameters, codes, codes)
+
+    def log_prob_between(self, parameters: Tensor, first: Tensor, last: Tensor) -> Tensor:
+        """See `Law.log_prob_between`."""
         mean, log_scale = parameters.double().unbind(1)
-        mass = self._log_mass(*_interval(self.grid, codes, mean), _scale(self.grid, log_scale))
+        mass = self._log_mass(*_interval(self.grid, first, last, mean), _scale(self.grid, log_scale))
         return mass.to(parameters.dtype)
 
     def sample(
@@ -246,6 +266,56 @@ def law_of(config: Any) -> Law:
     return Gaussian(grid) if config.law == "gaussian" else Laplace(grid)
 
 
+def log_prob_on(law: Law, parameters: Tensor, codes: Tensor, grid: Grid) -> Tensor:
+    """Return the log-probability of samples on another grid than the law's own, so that laws compare on one scale.
+
+    On a coarser grid, the exact probability of all codes that become the coarser one (`Grid.spans`). On a finer one,
+    each of the finer codes in a code's interval is as likely as another (`Grid.refinement`).
+
+    Parameters
+    ----------
+    law : Law
+    parameters : Tensor, shape (B, P, T)
+    codes : Tensor of int64, shape (B, T)
+        On the law's own grid.
+    grid : Grid
+
+    Returns
+    -------
+    Tensor, shape (B, T), in nats
+
+    Raises
+    ------
+    ValueError
+        If each of the two grids is the finer one in places.
+
+    Examples
+    --------
+    >>> law = LogisticMixture(Grid("linear", 65536), mixtures=1)
+    >>> silent = torch.tensor([[[0.0], [0.0], [-9.0]]])
+    >>> on_mulaw = log_prob_on(law, silent, torch.tensor([[32768]]), Grid("mulaw", 256))
+    >>> round(on_mulaw.exp().item(), 3), round(law.log_prob(silent, torch.tensor([[32768]])).exp().item(), 3)
+    (0.327, 0.062)
+    """
+    own = law.grid
+    if grid == own:
+        return law.log_prob(parameters, codes)
+    if (spans := own.spans(grid)) is not None:
+        first, last = torch.from_numpy(spans.copy()).to(codes.device)
+        # The codes rise with the samples: the one coarser code that begins at or below a code is that which it becomes.
+        coarse = torch.searchsorted(first, codes.contiguous(), right=True) - 1
+        return law.log_prob_between(parameters, first[coarse], last[coarse])
+    if (refinement := own.refinement(grid)) is not None:
+        finer = torch.from_numpy(refinement).to(codes.device, parameters.dtype)
+        return law.log_prob(parameters, codes) - math.log(2) * finer[codes]
+    raise ValueError(f"{own} and {grid} are each finer than the other in places: bits on one say nothing of the other")
+
+
+def converts(own: Grid, grid: Grid) -> bool:
+    """Return whether `log_prob_on` can give the probabilities of a law over `own` on `grid`."""
+    return grid == own or own.spans(grid) is not None or own.refinement(grid) is not None
+
+
 def refuse_truncation(law: str, top_k: int | None, top_p: float | None) -> None:
     """Of a law over values, which has no likeliest codes to choose among."""
     if top_k is not None or top_p is not None:
@@ -267,11 +337,12 @@ def _table(grid: Grid, device: torch.device, dtype: torch.dtype) -> tuple[Tensor
     return edges[:-1].to(device, dtype), edges[1:].to(device, dtype)
 
 
-def _interval(grid: Grid, codes: Tensor, mean: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(lower - mean, upper - mean, upper - lower) of each code; and where it is the first code, and the last."""
+def _interval(grid: Grid, first: Tensor, last: Tensor, mean: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(lower - mean, upper - mean, upper - lower) of the codes from `first` to `last`; and where these reach the first
+    code of the grid, and the last."""
     low, high = _table(grid, mean.device, mean.dtype)
-    lower, upper = low[codes], high[codes]
-    return lower - mean, upper - mean, upper - lower, codes == 0, codes == grid.classes - 1
+    lower, upper = low[first], high[last]
+    return lower - mean, upper - mean, upper - lower, first == 0, last == grid.classes - 1
 
 
 def _log_mass_logistic(

@@ -15,9 +15,10 @@ from wavear.data import Recording, reason
 from wavear.emphasis import coefficient, emphasised
 from wavear.evaluation.linear import bits_of, fit_predictor
 from wavear.evaluation.metrics import frame_levels
-from wavear.generate import score, score_parallel
+from wavear.generate import score_parallel
 from wavear.generate.conditioner import Conditioner
-from wavear.grid import Grid
+from wavear.grid import COMMON_GRIDS, Grid
+from wavear.laws import converts
 from wavear.mel import log_mel
 from wavear.models.base import AutoregressiveModel
 from wavear.models.linear import Linear
@@ -25,7 +26,6 @@ from wavear.segments import Layout, read_span
 from wavear.training.bits import Counts, baselines, code_blocks
 
 BLOCK_SECONDS = 60.0  # of a recording at once
-COMMON = Grid("linear", 65536)
 LEVELS = (-math.inf, -70.0, -60.0, -50.0, -40.0, -30.0, -20.0, math.inf)  # dB of full scale, RMS of 20 ms
 
 
@@ -42,9 +42,9 @@ class Scores:
     """Bits of the model, likewise."""
     digest: str = ""
     """Of the codes: equal for recordings that are the same to the model."""
-    common: float | None = None
-    """Bits of the model on the grid of 16-bit samples, `COMMON`; None where the model's own is finer in places, or its
-    codes are of pre-emphasised audio."""
+    common: dict[str, float] = field(default_factory=dict)
+    """Bits of the model on `COMMON_GRIDS`, "linear" and "mulaw"; without those that are finer than the model's own grid
+    in places and coarser in others, and none where the codes are of pre-emphasised audio."""
 
 
 @dataclass(frozen=True)
@@ -117,26 +117,34 @@ def score_recording(model: AutoregressiveModel, recording: Recording, speaker: i
         For a model with speakers.
     """
     found, digest, rate = Scores(), hashlib.blake2b(digest_size=16), model.config.sample_rate
-    total, refined = 0.0, 0.0
-    refinement = None if coefficient(model.config) else model.grid.refinement(COMMON)
-    for waveform, nats in scored_blocks(model, recording, speaker):
-        bits = nats / math.log(2)
+    total = 0.0
+    grids = {} if coefficient(model.config) else COMMON_GRIDS
+    grids = {name: grid for name, grid in grids.items() if converts(model.grid, grid)}
+    found.common = dict.fromkeys(grids, 0.0)
+    for waveform, rows in scored_blocks(model, recording, speaker, grids=[model.grid, *grids.values()]):
+        bits = rows[0] / math.log(2)
         found.samples += bits.size
         total += float(bits.sum())
+        for name, row in zip(grids, rows[1:], strict=True):
+            found.common[name] += float((row / math.log(2)).sum())
         codes = model.grid.encode(torch.from_numpy(waveform)).numpy()
         digest.update(codes.astype("<u2").tobytes())
-        refined += 0.0 if refinement is None else float(refinement[codes].sum())
         _add_by_level(found, waveform, bits, rate)
     found.bits["model"] = total
-    found.common = None if refinement is None else total + refined
     found.digest = digest.hexdigest()
     return found
 
 
 def scored_blocks(
-    model: AutoregressiveModel, recording: Recording, speaker: int | None, seconds: float = BLOCK_SECONDS
+    model: AutoregressiveModel,
+    recording: Recording,
+    speaker: int | None,
+    seconds: float = BLOCK_SECONDS,
+    grids: Sequence[Grid] | None = None,
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """A recording block by block: waveform (n,) and -log P of its samples (n,), in nats, as `wavear.score` has them.
+
+    With `grids`, -log P on each of them, (len(grids), n).
 
     A block is scored with all of the past that the model sees in front of it, or from the state that it carries, and
     with the mel of the whole: the frames its conditioning looks at, from all samples that their windows see.
@@ -145,9 +153,7 @@ def scored_blocks(
     hop = 1 if mel_config is None else mel_config.hop_length
     length = math.ceil(seconds * rate / hop) * hop
     if total <= length or (model.receptive_field is None and not model.carries):
-        waveform = read_span(recording, rate, 0, total)
-        yield waveform, -score(model, waveform, speaker=speaker)[0].numpy()
-        return
+        length = math.ceil(total / hop) * hop  # one block
     state, past = (model.init_state(1), 1) if model.carries else (None, model.receptive_field or 0)
     ahead = 0 if mel_config is None else model.lookahead * hop
     margin = 0 if mel_config is None else mel_config.context_samples
@@ -164,8 +170,8 @@ def scored_blocks(
             mels = [log_mel(waveform[None], mel_config)[0, :, (first - a) // hop : (last - a) // hop]]
         conditioner = Conditioner(model, mels, None if speaker is None else [speaker])
         codes = model.grid.encode(emphasised(waveform[first - a : stop - a], coefficient(model.config)))[None]
-        scores = score_parallel(model, codes, conditioner, first=start - first, state=state)
-        yield waveform[start - a : stop - a].numpy(), -scores[0].numpy()
+        scores = score_parallel(model, codes, conditioner, first=start - first, state=state, grids=grids)
+        yield waveform[start - a : stop - a].numpy(), -scores[..., 0, :].numpy()
 
 
 def _add_by_level(scores: Scores, waveform: np.ndarray, bits: np.ndarray, rate: int) -> None:

@@ -13,13 +13,13 @@ import numpy as np
 import torch
 
 from wavear import audio, checkpoint
-from wavear.evaluation.bits import COMMON
 from wavear.evaluation.clips import Preparation, open_clips
 from wavear.evaluation.html import cell, document, interval, number, picture, sound, table, text
 from wavear.evaluation.metrics import MEASURES
 from wavear.evaluation.pictures import costs, spectrogram
 from wavear.generate import generate, make_engine
 from wavear.generate.conditioner import Conditioner
+from wavear.grid import COMMON_GRIDS
 from wavear.mel import log_mel
 from wavear.models.base import AutoregressiveModel
 from wavear.sampling import uniforms
@@ -31,6 +31,10 @@ if TYPE_CHECKING:
 RECORD, PAGE = "models.json", "models.html"
 _PRIME_SECONDS, _STRIP_SECONDS = 0.5, 1.5
 _SPEED_SECONDS = 2.0
+_SHARED = {  # columns that all models share: grid and title
+    "common_bits": (str(COMMON_GRIDS["linear"]), "on 16-bit samples"),
+    "mulaw_bits": (str(COMMON_GRIDS["mulaw"]), "on 256 mu-law codes"),
+}
 _QUALITY = ("pesq", "stoi", "mcd", "noise_floor")
 
 
@@ -62,6 +66,7 @@ def row(name: str, evaluation: Evaluation, model: AutoregressiveModel | None) ->
         "grid": codes(evaluation),
         "bits": record["bits"]["model"],
         "common_bits": record.get("common_bits"),
+        "mulaw_bits": record.get("mulaw_bits"),
         "parameters": described["parameters"],
         "multiply_adds": described.get("multiply_adds"),
         "weight_bytes": described.get("weight_bytes"),
@@ -185,6 +190,7 @@ def lines(record: dict[str, Any]) -> list[str]:
         common = entry["common_bits"]
         bits = f"{entry['bits']['mean']:.3f} bits ({entry['grid']})"
         bits += "" if common is None else f", {common['mean']:.3f} on 16-bit samples"
+        bits += "" if (mulaw := entry["mulaw_bits"]) is None else f", {mulaw['mean']:.3f} on 256 mu-law codes"
         speeds = ", ".join(f"{value:,.0f} samples/s {engine}" for engine, value in entry["speed"].items())
         found.append(f"{entry['name']}: {bits}, {entry['parameters']:,} parameters, {speeds or 'speed not measured'}")
     return found
@@ -211,19 +217,23 @@ def _bits(models: Sequence[dict[str, Any]]) -> str:
     """A column for each grid, so that bits of different quantisation never stand in one, and one that all share."""
     grids = list(dict.fromkeys(entry["grid"] for entry in models))
     head = ["<th>Model</th>", "<th>Family, law</th>", *(f'<th class="n">{text(grid)}</th>' for grid in grids)]
-    shared = str(COMMON)
-    extra = any(grid != shared for grid in grids)
-    if extra:
-        head.append('<th class="n model">on 16-bit samples</th>')
+    extra = {
+        name: title
+        for name, (grid, title) in _SHARED.items()
+        if any(own != grid for own in grids) and any(entry[name] for entry in models)
+    }
+    head += [f'<th class="n model">{title}</th>' for title in extra.values()]
     rows = []
     for entry in models:
         inside = cell(text(entry["name"]), tag="th") + cell(f"{text(entry['family'])}, {text(entry['law'])}")
         inside += "".join(cell(interval(entry["bits"], 3) if grid == entry["grid"] else "", "n") for grid in grids)
-        rows.append(f"<tr>{inside}{cell(interval(entry['common_bits'], 3), 'n model') if extra else ''}</tr>")
+        inside += "".join(cell(interval(entry[name], 3), "n model") for name in extra)
+        rows.append(f"<tr>{inside}</tr>")
     says = (
         "Held-out, exact, with 95 % intervals over clips. Bits of different quantisation cannot be compared. On"
-        " 16-bit samples they can: a coarser code leaves each of the 16-bit values in its interval equally likely, so a"
-        " model of it needs log2 of their number more."
+        " one grid they can. On 16-bit samples a coarser code leaves each of the 16-bit values in its interval equally"
+        " likely, so a model of it needs log2 of their number more. On mu-law codes a model of 16-bit values gives each"
+        " code the probability of all its values."
     )
     return f'<p class="soft">{says}</p><div class="fine">{table(head, rows)}</div>'
 

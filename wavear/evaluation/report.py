@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import soundfile
 
-from wavear.evaluation.bits import COMMON
 from wavear.evaluation.html import MINUS, bar, cell, document, interval, number, picture, sound, table, text
 from wavear.evaluation.metrics import MEASURES, NEAR
 from wavear.evaluation.pictures import spectrogram
 from wavear.evaluation.run import SYSTEMS
+from wavear.grid import COMMON_GRIDS
 
 _DOT = " \N{MIDDLE DOT} "
 _SOUND_BYTES = 24 * 2**20  # of sound in a page, as base64
@@ -147,13 +147,12 @@ def _grid(record: dict[str, Any]) -> str:
 
 
 def _common(record: dict[str, Any]) -> str:
-    common = record.get("common_bits")
-    if common is None or _grid(record) == str(COMMON):
-        return ""
-    return (
-        f" On the finer grid of 16-bit samples, where models of any quantisation compare, the model needs"
-        f" {number(common['mean'], 3)}."
-    )
+    found = {
+        "16-bit samples": record.get("common_bits") if _grid(record) != str(COMMON_GRIDS["linear"]) else None,
+        "256 mu-law codes": record.get("mulaw_bits") if _grid(record) != str(COMMON_GRIDS["mulaw"]) else None,
+    }
+    known = [f"{number(bits['mean'], 3)} on {name}" for name, bits in found.items() if bits is not None]
+    return f" Where models of any quantisation compare, the model needs {' and '.join(known)}." if known else ""
 
 
 def _by_level(record: dict[str, Any]) -> str:

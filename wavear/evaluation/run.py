@@ -134,7 +134,8 @@ def measure_everything(
         "baselines": {"fitted_to": fitting.says, "seconds": fitted.counts.single.sum().item() / rate if fitted else 0.0}
         | (linear or {}),
         "bits": _bits(list(rows.values()), config),
-        "common_bits": _common_bits(list(rows.values()), config),
+        "common_bits": _common_bits(list(rows.values()), "common_bits", config),
+        "mulaw_bits": _common_bits(list(rows.values()), "mulaw_bits", config),
         "by_speaker": _by_speaker(list(rows.values()), config),
         "by_level": _by_level(list(scores.values())),
     }
@@ -226,7 +227,8 @@ def _clip(recording: Recording, score: Scores, trained_on: bool) -> dict[str, An
         "digest": score.digest,
         "trained_on": trained_on,
         "bits": {law: score.bits[law] / score.samples for law in LAWS if law in score.bits},
-        "common_bits": None if score.common is None else score.common / score.samples,
+        "common_bits": score.common["linear"] / score.samples if "linear" in score.common else None,
+        "mulaw_bits": score.common["mulaw"] / score.samples if "mulaw" in score.common else None,
         "by_level": [[int(n), float(bits)] for n, bits in zip(score.level_samples, score.level_bits, strict=True)],
     }
 
@@ -354,11 +356,11 @@ def _bits(rows: list[dict[str, Any]], config: EvaluateConfig) -> dict[str, Any]:
     return found
 
 
-def _common_bits(rows: list[dict[str, Any]], config: EvaluateConfig) -> dict[str, Any] | None:
-    """Bits per sample of the model on the grid of `COMMON`, over all samples."""
-    if any(row["common_bits"] is None for row in rows):
+def _common_bits(rows: list[dict[str, Any]], name: str, config: EvaluateConfig) -> dict[str, Any] | None:
+    """Bits per sample of the model on one of `COMMON_GRIDS`, over all samples."""
+    if any(row[name] is None for row in rows):
         return None
-    values, weights = [row["common_bits"] for row in rows], [row["samples"] for row in rows]
+    values, weights = [row[name] for row in rows], [row["samples"] for row in rows]
     return bootstrap(values, weights, resamples=config.resamples, seed=config.seed).to_dict()
 
 

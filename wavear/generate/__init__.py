@@ -23,6 +23,8 @@ from wavear.generate import cuda
 from wavear.generate.conditioner import Conditioner
 from wavear.generate.prime import check_prime, deemphasis_after, doubts, encode_prime, fill
 from wavear.generate.reference import ReferenceEngine
+from wavear.grid import COMMON_GRIDS, Grid
+from wavear.laws import log_prob_on
 from wavear.models.base import AutoregressiveModel
 from wavear.sampling import uniforms
 
@@ -369,6 +371,7 @@ def score(
     mel: Mel | None = None,
     *,
     speaker: int | Sequence[int] | Tensor | None = None,
+    grid: str | None = None,
     engine: str = "parallel",
     weights: str = "float32",
     threads: int | None = None,
@@ -382,6 +385,9 @@ def score(
     waveform : Tensor or array, shape (B, T) or (T,), floating point in [-1, 1], at the model's sample rate
     mel : as in `generate`; with a model that needs one and None given, the waveform's own mel is taken
     speaker : as in `generate`
+    grid : str, optional
+        What the probabilities are of, so that models of different codes compare: "linear", 16-bit samples, or "mulaw",
+        256 mu-law codes (see `wavear.laws.log_prob_on`); None: the model's own codes. Needs engine "parallel".
     engine : str
         "parallel": `model.forward` over long chunks, in memory that does not grow with T. Others: by stepping, as in
         generation.
@@ -410,6 +416,7 @@ def score(
     conditioner, _ = _prepare(model, mel, speaker, {"utterances": batch})
     if conditioner.lengths is not None and min(conditioner.lengths) < total:
         raise ValueError(f"the mel covers {min(conditioner.lengths)} samples and the waveform has {total}")
+    on = _common_grid(model, grid, engine)
     codes = model.grid.encode(emphasised(waveform.cpu(), coefficient(model.config)))
     with torch.inference_mode():
         if engine == "parallel":
@@ -417,7 +424,7 @@ def score(
                 raise ValueError(
                     f"engine 'parallel' runs the model as it is: weights={weights!r} needs engine {_rounding(weights)}"
                 )
-            return score_parallel(model, codes, conditioner, progress)
+            return score_parallel(model, codes, conditioner, progress, grids=[on])[0]
         name, runner = make_engine(model, batch, engine, weights=weights, threads=threads)
         scores = np.empty((batch, total))
         for start, stop in _chunks(total, progress, model.config.sample_rate, batch, name):
@@ -433,6 +440,7 @@ def score_parallel(
     progress: bool = False,
     first: int = 0,
     state: Any = None,
+    grids: Sequence[Grid] | None = None,
 ) -> Tensor:
     """`score` by `forward`, in chunks: with the receptive field before them, or from the state of the one before.
 
@@ -443,6 +451,8 @@ def score_parallel(
         The scores are those of codes[:, first:]; the ones before are their past.
     state : optional
         Of a model that carries one: where it is at `first`. It goes along, and is then where it is at T.
+    grids : sequence of Grid, optional
+        Return the log-probabilities on each of them, (len(grids), B, T - first).
     """
     device = next(model.parameters()).device
     batch, total = codes.shape
@@ -450,7 +460,8 @@ def score_parallel(
     if carries and state is None:
         state = model.init_state(batch)
     previous = codes[:, first - 1].to(device) if first else torch.full((batch,), model.start_code, device=device)
-    scores = torch.empty(batch, total - first, dtype=torch.float64)
+    on = [model.grid] if grids is None else grids
+    scores = torch.empty(len(on), batch, total - first, dtype=torch.float64)
     for a, b in _chunks(total - first, progress, model.config.sample_rate, batch, "parallel", _PARALLEL_CHUNK):
         start, stop = first + a, first + b
         context = 0 if carries else min(start, model.receptive_field or 0)
@@ -458,8 +469,23 @@ def score_parallel(
         given = conditioner.span(start - context, stop)
         parameters = model(span, given, state, previous) if carries else model(span, given)
         previous = span[:, -1]
-        scores[:, a:b] = model.law.log_prob(parameters[:, :, context:].double(), span[:, context:]).cpu()
-    return scores
+        numbers, span = parameters[:, :, context:].double(), span[:, context:]
+        for row, grid in zip(scores, on, strict=True):
+            row[:, a:b] = log_prob_on(model.law, numbers, span, grid).cpu()
+    return scores[0] if grids is None else scores
+
+
+def _common_grid(model: AutoregressiveModel, name: str | None, engine: str) -> Grid:
+    """The grid that `score` names, or the model's own."""
+    if name is None:
+        return model.grid
+    if name not in COMMON_GRIDS:
+        raise ValueError(f"grid is {name!r}, it must be {' or '.join(COMMON_GRIDS)}, or None for the model's own codes")
+    if engine != "parallel":
+        raise ValueError(f"engine {engine!r} scores the model's own codes: grid={name!r} needs engine 'parallel'")
+    if emphasis := coefficient(model.config):
+        raise ValueError(f"the codes are of pre-emphasised audio ({emphasis:g}): they have no bits on another grid")
+    return COMMON_GRIDS[name]
 
 
 def _own_mel(waveform: Tensor, config: Any) -> Tensor:

@@ -128,7 +128,7 @@ class Run(L.Callback):
             self._save(trainer, module)
         else:
             self.save_last(trainer, module)
-            self._show(bits=history[-1]["bits"])
+            self._show(bits=history[-1]["bits"], **_scores(history[-1]))
         self._validated_at = self._since = self._step_ended = time.monotonic()
 
     def _catch_interrupts(self) -> None:
@@ -307,7 +307,7 @@ class Run(L.Callback):
             entry["free_run"] = {name: round(value, 5) for name, value in heard.measures.items()}
         best = self._is_best(entry)
         history.append(entry)
-        self._show(bits=bits)
+        self._show(bits=bits, **_scores(entry))
         if trainer.is_global_zero:
             if heard is not None:
                 self._keep_samples(step, heard)
@@ -316,6 +316,7 @@ class Run(L.Callback):
                 rows = [("free run", name, value, None) for name, value in heard.measures.items()]
                 self.log_book.validation(trainer, step, rows)
             row = {"step": step, "seconds": elapsed, "validation_bits": round(bits, 5)}
+            row |= {f"free_run_{name}": value for name, value in _scores(entry).items()}
             self.log_book.metrics(trainer, step, row)
             rows = [(f"bits by {of}", name, *pair) for of, them in groups.items() for name, pair in them.items()]
             self.log_book.validation(trainer, step, rows)
@@ -410,6 +411,11 @@ class Run(L.Callback):
             self.log_book.sound(trainer, step, name, waveform, rate)
         self.log_book.validation(trainer, step, [("probe", name, value, None) for name, value in made.measures.items()])
         self._sampling_cost += time.monotonic() - began
+
+
+def _scores(entry: dict[str, Any]) -> dict[str, float]:
+    """What chooses the best model, of a point of the curve that has a free run."""
+    return {"score": entry["free_run"]["score"]} if "free_run" in entry else {}
 
 
 def _some(crops: list[str]) -> str:

@@ -22,6 +22,7 @@ COLUMNS = {
         "seconds",
         "train_bits",
         "validation_bits",
+        "free_run_score",
         "learning_rate",
         "gradient_norm",
         "average_distance",
