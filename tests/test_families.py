@@ -423,7 +423,7 @@ def test_the_command_line_makes_a_model_and_sound_of_it(family, recordings, tmp_
 
 
 def test_settings_of_another_family_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="family is 'rnn', it must be one of wavenet"):
+    with pytest.raises(ValueError, match="family is 'rnn', it must be one of predictive, wavenet"):
         TrainConfig(data="x", out="y", family="rnn")
 
 

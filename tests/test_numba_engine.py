@@ -390,10 +390,10 @@ def test_sources_of_the_kernels_and_the_compiler_are_in_the_key_and_others_are_n
     package = tmp_path / "wavear"
     shutil.copytree(Path(wavear.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__"))
     generate = package / "generate"
-    monkeypatch.setattr(compiled_module, "__file__", str(generate / "compiled.py"))
+    monkeypatch.setattr(compiled_module, "__file__", str(package / "compiled.py"))
     loop = generate / "numba_loop.py"
     before = source_key(loop)
-    for name, source in {"_simd.py": True, "compiled.py": True, "numba_loop.py": True, "numba_products.py": True,
+    for name, source in {"_simd.py": True, "../compiled.py": True, "numba_loop.py": True, "numba_products.py": True,
                          "__init__.py": False, "numba_cpu.py": False, "numba_plan.py": False, "packing.py": False,
                          "stream.py": False}.items():  # fmt: skip
         text = (generate / name).read_bytes()

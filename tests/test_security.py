@@ -35,8 +35,9 @@ from wavear.training.state import load_state
 RATE = 8000
 SIZES = dict.fromkeys(("residual_channels", "skip_channels", "head_channels", "conditioning_channels"), 4)
 TRAINING: dict[str, Any] = {
-    "layers": 2, "stacks": 1, **SIZES, "classes": 16, "sample_rate": RATE, "mel_bands": 8, "mel_hop_length": 64,
-    "segment": 256, "warmup_steps": 1, "validate_every": 1000, "sample_seconds": 0.0, "progress": False,
+    "family": "wavenet", "layers": 2, "stacks": 1, **SIZES, "classes": 16, "sample_rate": RATE, "mel_bands": 8,
+    "mel_hop_length": 64, "segment": 256, "warmup_steps": 1, "validate_every": 1000,
+    "sample_seconds": 0.0, "progress": False,
     "device": "cpu", "precision": "32", "max_steps": 1, "batch_size": 2,
 }  # fmt: skip
 FAST = EvaluateConfig(clips=1, seconds=0.1, threads=1, resamples=100, shown=0)
@@ -179,7 +180,7 @@ def test_no_name_in_a_checkpoint_is_imported(here: Path, monkeypatch: pytest.Mon
     monkeypatch.syspath_prepend(here)
     described = json.loads((best / "config.json").read_text()) | {"family": family}
     (best / "config.json").write_text(json.dumps(described))
-    with pytest.raises(ValueError, match=r"has family .*, known are wavenet"):
+    with pytest.raises(ValueError, match=r"has family .*, known are predictive, wavenet"):
         wavear.load(best)
     assert not (here / "ran").exists()
 

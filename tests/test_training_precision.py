@@ -23,8 +23,9 @@ from wavear.training.states import state_paths
 
 RATE = 8000
 SETTINGS: dict[str, Any] = {
-    "layers": 3, "stacks": 1, "residual_channels": 8, "skip_channels": 8, "head_channels": 16, "classes": 32,
-    "conditioning_channels": 6, "sample_rate": RATE, "mel_bands": 8, "mel_hop_length": 64, "segment": 512,
+    "family": "wavenet", "layers": 3, "stacks": 1, "residual_channels": 8, "skip_channels": 8, "head_channels": 16,
+    "classes": 32, "conditioning_channels": 6, "sample_rate": RATE, "mel_bands": 8, "mel_hop_length": 64,
+    "segment": 512,
     "warmup_steps": 2, "validate_every": 1000, "sample_seconds": 0.0, "progress": False, "device": "cpu",
     "workers": 0, "max_steps": 4,
 }  # fmt: skip

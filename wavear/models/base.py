@@ -35,6 +35,8 @@ class AutoregressiveModel(nn.Module):
 
     frames_are_exact: bool = False
     """Whether `condition` makes a frame's values to the bit alike on the CPU, however many frames it makes at once."""
+    bf16: bool | None = None
+    """Whether the layers can be trained in bfloat16; None: if the law is categorical, whose input is a look-up."""
     activation_checkpointing: bool | None = None
     """Whether `forward` keeps only the inputs of its layers for the backward pass; None: the family cannot."""
 
@@ -136,11 +138,6 @@ class AutoregressiveModel(nn.Module):
             With a state: the code before codes[:, 0].
         """
         raise NotImplementedError
-
-    @property
-    def bf16(self) -> bool:
-        """Whether the layers can be trained in bfloat16: by default of a categorical law, whose input is a look-up."""
-        return self.law.truncates
 
     def input_noise(self, codes: Tensor, amount: float, generator: torch.Generator) -> dict[str, Tensor]:
         """Return what `forward` is given in training for `codes` (B, T), with noise on the past that it sees.

@@ -119,6 +119,10 @@ class CompandedLaw:
         """See `Law.log_prob`."""
         return self.inner.log_prob(parameters, codes)
 
+    def log_prob_between(self, parameters: Tensor, first: Tensor, last: Tensor) -> Tensor:
+        """See `Law.log_prob_between`."""
+        return self.inner.log_prob_between(parameters, first, last)
+
     def sample(
         self,
         parameters: Tensor,

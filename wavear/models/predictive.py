@@ -21,7 +21,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from wavear.models import frame_kernel, fused
 from wavear.models.base import AutoregressiveModel, CommonConfig, check_whole
 from wavear.models.frames import FrameConditioning, interpolated, interpolation_weights
 from wavear.models.period import PeriodNetwork
@@ -197,6 +196,8 @@ class PredictiveConditioning(nn.Module):
         frames = mel.shape[2] - self.lookback - self.lookahead
         offset = torch.zeros(len(mel), dtype=torch.long, device=mel.device)
         weights = self.hop_weights.to(mel.device)
+        from wavear.models import frame_kernel  # not before it is needed: Numba takes its time to import
+
         if frame_kernel.usable(self, mel):
             gates, coefficients, scale, lag, voicing = frame_kernel.condition(self, mel, speaker, frames)
             gates = gates.unfold(1, 3, 1)
@@ -326,6 +327,7 @@ class PredictiveWaveNet(AutoregressiveModel):
     conditioning: PredictiveConditioning
     blocks: Any  # nn.ModuleList of PredictiveBlock
     frames_are_exact = True
+    bf16 = True  # features, prediction and loss have a precision of their own
 
     def __init__(self, config: PredictiveWaveNetConfig):
         super().__init__()
@@ -348,11 +350,6 @@ class PredictiveWaveNet(AutoregressiveModel):
     def receptive_field(self) -> int:
         """Past samples that the law of the next one depends on."""
         return self.config.receptive_field
-
-    @property
-    def bf16(self) -> bool:
-        """See `AutoregressiveModel.bf16`: features, prediction and loss have their own precision."""
-        return True
 
     @property
     def lookback(self) -> int:
@@ -414,7 +411,8 @@ class PredictiveWaveNet(AutoregressiveModel):
         whole = torch.cat([tensors["lags"], lag.round().long()], dim=1)
         features = _features(self._past_of(xs, es, lag, now), p, s, lag, voicing)
         h = self.input(features.to(self.input.weight.dtype))
-        if state is None and fused.usable(h, cond):
+        if state is None and h.dtype == torch.bfloat16 and fused_layers().usable(h, cond):
+            fused = fused_layers()
             gates = fused.gated_layers(self, h, cond, lag.round().long())
             skip = self.skip(torch.cat(gates, dim=-1))
             skip = fused.interpolated_onto(skip, cond, *self.gate_span(len(gates)))
@@ -612,6 +610,13 @@ class PredictiveWaveNet(AutoregressiveModel):
         for name in ("samples", "residuals", "lags", "pending"):
             getattr(state, name).copy_(tensors[name])
         state.time.zero_()
+
+
+def fused_layers() -> Any:
+    """Return the module of the fused layers, imported when it is needed: Numba takes its time."""
+    from wavear.models import fused
+
+    return fused
 
 
 def _residual(x: Tensor, p: Tensor, s: Tensor) -> Tensor:

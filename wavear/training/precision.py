@@ -37,7 +37,7 @@ def choose(config: Any, model: AutoregressiveModel, kind: str, recorded: str | N
     ValueError
         If bf16 is asked for and the model does not allow it.
     """
-    allowed = model.bf16
+    allowed = model.law.truncates if model.bf16 is None else model.bf16
     if config.precision == "bf16" and not allowed:
         raise ValueError(f"bf16 has 8 bits, too few for the values of the law {config.law}: use precision 32")
     if config.precision != "auto":
