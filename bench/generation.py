@@ -15,8 +15,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from wavear import bench
-from wavear.files import replace_file
+from wavear.benchmark import speed
+from wavear.common.atomic import replace_file
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 PAGES = {"cpu": DOCS / "benchmarks.md", "cuda": DOCS / "benchmarks_cuda.md"}
@@ -53,8 +53,8 @@ CUDA_HEAD = """# Benchmarks on a CUDA card
 Written by `python bench/generation.py --device cuda`; `wavear bench --device cuda` measures one network likewise.
 
 - **samples/s**: of all streams together, uniforms, conditioning and engine. The fastest of several runs.
-- **of the limit**: samples/s over what the card allows (`wavear/generate/card.py`): every program of the kernel, with
-  up to 16 streams, reads all weights for every sample at 64 bytes a cycle; all programs share what the second-level
+- **of the limit**: samples/s over what the card allows (`wavear/generation/cuda/card.py`): every program of the kernel,
+  with up to 16 streams, reads all weights for every sample at 64 bytes a cycle; all programs share what the second-level
   cache gives, measured in the same run; tensor cores multiply as fast as in a large product, also measured.
 - **error**: the largest difference of a log-probability from `forward` in float64, teacher-forced, over 1,024 samples
   of 4 streams. **cost**: bits per sample lost against float64 on audio drawn from the model.
@@ -109,12 +109,12 @@ def on_card(seconds: float) -> list[str]:
         for engine, weights, batches in engines:
             for batch in batches:
                 arguments = {"shape": name, "engines": (engine,), "weights": weights, "batches": (batch,)}
-                rows += bench.run(**arguments, device="cuda", seconds=seconds, say=said.append)
+                rows += speed.run(**arguments, device="cuda", seconds=seconds, say=said.append)
         if name == CUDA_PLAN[0][0]:
             lines += ["## Machine", "", f"{said[0]}.", "", f"{said[1]}.", ""]
-        text = bench.SHAPES[name][0]
-        lines += [f"## {name}", "", f"{text[0].upper()}{text[1:]}.", "", bench.table(rows), ""]
-        print(f"{name}\n{bench.table(rows)}", flush=True)
+        text = speed.SHAPES[name][0]
+        lines += [f"## {name}", "", f"{text[0].upper()}{text[1:]}.", "", speed.table(rows), ""]
+        print(f"{name}\n{speed.table(rows)}", flush=True)
     return lines
 
 
@@ -126,7 +126,7 @@ def on_cpu(seconds: float, rounds: int) -> list[str]:
         for name, engines, weights, batches in PLAN:
             said[name], found = [], []
             for batch, threads in batches:
-                found += bench.run(
+                found += speed.run(
                     shape=name,
                     engines=engines if batch == 1 else ("numba",),
                     weights=weights,
@@ -136,18 +136,18 @@ def on_cpu(seconds: float, rounds: int) -> list[str]:
                     say=said[name].append,
                 )
             rows[name].append(found)
-            print(f"{name}, round {number + 1} of {rounds}\n{bench.table(found)}", flush=True)
+            print(f"{name}, round {number + 1} of {rounds}\n{speed.table(found)}", flush=True)
     machine, core, *_ = said[PLAN[0][0]]
     lines = [HEAD, "## Machine", "", f"{machine}.", "", f"{core[0].upper()}{core[1:]} (in the last round).", ""]
     for name, _, weights, _ in PLAN:
-        text, _ = bench.SHAPES[name]
+        text, _ = speed.SHAPES[name]
         costs = [line for line in said[name] if "per sample" in line][: len(weights)]
         lines += [f"## {name}", "", f"{text[0].upper()}{text[1:]}.", "", *(f"- {line}" for line in costs), ""]
-        lines += [bench.table([fastest(same) for same in zip(*rows[name], strict=True)]), ""]
+        lines += [speed.table([fastest(same) for same in zip(*rows[name], strict=True)]), ""]
     return lines
 
 
-def fastest(rounds: Sequence[bench.Measurement]) -> bench.Measurement:
+def fastest(rounds: Sequence[speed.Measurement]) -> speed.Measurement:
     """The fastest of measurements of the same, over the highest of the limits measured with them."""
     best = max(rounds, key=lambda row: row.samples_per_second)
     limits = [row.samples_per_second / row.share for row in rounds if row.share is not None]

@@ -15,9 +15,10 @@ import time
 import numpy as np
 import torch
 
-from wavear import GRU, GRUConfig, MelConfig, bench
-from wavear.generate import make_engine
-from wavear.generate.ceiling import cost
+from wavear import GRU, GRUConfig, MelConfig
+from wavear.benchmark import speed
+from wavear.generation.cpu.ceiling import cost
+from wavear.generation.engines import make_engine
 
 RATE = 22050
 SAMPLES = 1024  # per run, some hundredths of a second: short enough to fall between what else the machine does
@@ -36,7 +37,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=1)
     arguments = parser.parse_args()
     torch.manual_seed(0)
-    print(f"{bench.machine()}\n")
+    print(f"{speed.machine()}\n")
     print("| weights | units | parameters | MB read per sample | samples/s | x real time |")
     print("|---|---:|---:|---:|---:|---:|")
     for weights in arguments.weights:

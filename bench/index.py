@@ -71,7 +71,7 @@ def _index(data: str) -> dict[str, float]:
 
 
 def _open(data: str) -> dict[str, float]:
-    from wavear.data import open_corpus
+    from wavear.data.corpus import open_corpus
 
     corpus = open_corpus(data, sample_rate=RATE)
     return {"rows": len(corpus.train) + len(corpus.validation)}
@@ -79,14 +79,15 @@ def _open(data: str) -> dict[str, float]:
 
 def _draw(data: str) -> dict[str, float]:
     import wavear
-    from wavear.data import open_corpus
-    from wavear.segments import Layout, Segments, collate
+    from wavear.data.corpus import open_corpus
+    from wavear.data.crops import Segments, collate
+    from wavear.models.crop_loss import layout_of
 
     corpus = open_corpus(data, sample_rate=RATE)
     config = wavear.WaveNetConfig(
         layers=10, stacks=1, residual_channels=4, skip_channels=4, head_channels=4, sample_rate=RATE
     )
-    segments = Segments(corpus.train, Layout.of(wavear.WaveNet(config), 2048))
+    segments = Segments(corpus.train, layout_of(wavear.WaveNet(config), 2048))
     taken = []
     for step in range(100):
         began = time.perf_counter()
@@ -102,7 +103,7 @@ def _draw(data: str) -> dict[str, float]:
 
 def _objects(data: str) -> dict[str, float]:
     """What a list of objects takes, for comparison."""
-    from wavear.data import open_corpus
+    from wavear.data.corpus import open_corpus
 
     train = open_corpus(data, sample_rate=RATE).train
     before, began = peak(), time.perf_counter()

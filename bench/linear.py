@@ -21,15 +21,15 @@ import numpy as np
 import torch
 
 import wavear
-from wavear import lpc
-from wavear.bench import machine
-from wavear.data import Recording, open_corpus
-from wavear.fit import Fitter
-from wavear.generate.numba_linear import NumbaLinearEngine
-from wavear.grid import Grid
+from wavear.audio.grid import Grid
+from wavear.benchmark.speed import machine
+from wavear.data.corpus import Recording, open_corpus
+from wavear.generation.cpu.linear import NumbaLinearEngine
+from wavear.models import lpc
+from wavear.models.fitting import Fitter
 from wavear.models.linear import Linear
-from wavear.sampling import uniforms
-from wavear.training.linear import add_recordings
+from wavear.models.sampling import uniforms
+from wavear.training.linear_run import add_recordings
 
 _COMPARED = 2**18  # samples of the longest recording that the others are given
 _ORDER = 32

@@ -24,9 +24,10 @@ from pages import write_section
 
 import wavear
 from wavear import audio
-from wavear.data import open_corpus
-from wavear.segments import Batch, Layout, Order, Segments, collate, crop_loss
-from wavear.shards import write_shards
+from wavear.data.corpus import open_corpus
+from wavear.data.crops import Batch, Order, Segments, collate
+from wavear.data.shards import write_shards
+from wavear.models.crop_loss import crop_loss, layout_of
 
 RATE = 22050
 SEGMENT = 8192
@@ -119,7 +120,7 @@ def main() -> None:
     try:
         mel = wavear.MelConfig()
         model = wavear.WaveNet(wavear.WaveNetConfig(mel=mel))
-        layout = Layout.of(model, SEGMENT)
+        layout = layout_of(model, SEGMENT)
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         lines = [
             f"On {cores} cores of {_processor()}, torch {torch.__version__}: crops per second of {layout.segment}"

@@ -25,13 +25,13 @@ import torch
 from pages import write_section
 
 from wavear import TrainConfig, generate, load, log_mel, score, train
-from wavear.data import open_corpus
+from wavear.audio.grid import Grid
+from wavear.common.atomic import replace_file
+from wavear.data.corpus import open_corpus
+from wavear.data.crops import read_span
 from wavear.evaluation.bounds import grid_round_trip
 from wavear.evaluation.metrics import NotMeasured, mel_cepstral_distortion, noise_floor, stft_distance
 from wavear.evaluation.statistics import Interval, bootstrap
-from wavear.files import replace_file
-from wavear.grid import Grid
-from wavear.segments import read_span
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "training.md"
 OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from wavear.files import replace_file
+from wavear.common.atomic import replace_file
 
 
 def write_section(page: Path, name: str, text: str) -> None:

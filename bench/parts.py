@@ -17,10 +17,11 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
-from wavear import WaveNet, WaveNetConfig, bench
-from wavear.generate import _simd, ceiling, numba_products
-from wavear.generate.numba_cpu import NumbaEngine
-from wavear.sampling import uniforms
+from wavear import WaveNet, WaveNetConfig
+from wavear.benchmark import speed
+from wavear.generation.cpu import ceiling, products, simd
+from wavear.generation.cpu.wavenet import NumbaEngine
+from wavear.models.sampling import uniforms
 
 
 def without(engine: NumbaEngine, part: str) -> None:
@@ -36,13 +37,13 @@ def without(engine: NumbaEngine, part: str) -> None:
             "head": [packed.head1, packed.head2],
         }
         if part == "products":
-            packed.table[:, numba_products.M_BLOCKS] = 0
+            packed.table[:, products.M_BLOCKS] = 0
         elif part == "gates":
-            net[numba_products.N_GATE_VECTORS] = 0
+            net[products.N_GATE_VECTORS] = 0
         elif part == "softmax and draw":
-            net[numba_products.N_LOGIT_BLOCKS], net[numba_products.N_CLASSES] = 1, _simd.BLOCK
+            net[products.N_LOGIT_BLOCKS], net[products.N_CLASSES] = 1, simd.BLOCK
         elif part != "nothing":
-            packed.table[[number for number in matrices[part] if number >= 0], numba_products.M_BLOCKS] = 0
+            packed.table[[number for number in matrices[part] if number >= 0], products.M_BLOCKS] = 0
 
 
 PARTS: tuple[str, ...] = (
@@ -93,19 +94,19 @@ def table(rows: Sequence[tuple[str, dict[str, float]]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Where the time of a sample goes in the CPU engine.")
-    parser.add_argument("shape", nargs="?", default="nv-wavenet", choices=list(bench.SHAPES))
-    parser.add_argument("--weights", nargs="+", default=["float32", "bfloat16", "int8"], choices=bench.WEIGHTS)
+    parser.add_argument("shape", nargs="?", default="nv-wavenet", choices=list(speed.SHAPES))
+    parser.add_argument("--weights", nargs="+", default=["float32", "bfloat16", "int8"], choices=speed.WEIGHTS)
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--samples", type=int, default=2048, help="per call; fewer on a busy machine (default 2048)")
     parser.add_argument("--seconds", type=float, default=5.0, help="for each precision, at least (default 5)")
     arguments = parser.parse_args()
     torch.manual_seed(0)
-    config = bench.SHAPES[arguments.shape][1]
+    config = speed.SHAPES[arguments.shape][1]
     if not isinstance(config, WaveNetConfig):
         parser.error(f"{arguments.shape} is no WaveNet: its engine is not taken apart")
     model = WaveNet(config).eval()
-    print(bench.machine())
+    print(speed.machine())
     core = ceiling.measure()
     for weights in arguments.weights:
         cost = ceiling.cost(model.config, weights)

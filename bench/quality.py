@@ -27,15 +27,15 @@ from pages import write_section
 
 import wavear
 from wavear import audio
-from wavear.bench import machine
-from wavear.checkpoint import read_config
-from wavear.emphasis import coefficient
+from wavear.audio.emphasis import coefficient
+from wavear.audio.grid import COMMON_GRIDS
+from wavear.benchmark.speed import machine
+from wavear.data.listing import SUFFIXES
 from wavear.evaluation.clips import of_run
 from wavear.evaluation.metrics import HNR_BANDS, MEASURES, measure
 from wavear.evaluation.statistics import Interval, bootstrap
-from wavear.grid import COMMON_GRIDS
-from wavear.laws import converts
-from wavear.listing import SUFFIXES
+from wavear.models.checkpoint import read_config
+from wavear.models.distributions import converts
 
 COLUMNS = {
     "pesq": "PESQ",

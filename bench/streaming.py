@@ -20,9 +20,9 @@ import torch
 
 import wavear
 from wavear import MelConfig, Stream, StreamBatch, WaveNet, WaveNetConfig
-from wavear.generate import make_engine
-from wavear.generate.conditioner import UtteranceConditioner
-from wavear.generate.prime import encode_prime, fill
+from wavear.generation.conditioner import UtteranceConditioner
+from wavear.generation.engines import make_engine
+from wavear.generation.priming import encode_prime, fill
 
 MEL = MelConfig()  # 22050 Hz, 80 bands, hop 256
 FRAME = MEL.hop_length / MEL.sample_rate

@@ -69,8 +69,9 @@ def measure(data: str, out: str, shape: str, variant: str, device: str, steps: i
     import torch
 
     from wavear import TrainConfig, WaveNet, train
-    from wavear.data import open_corpus
-    from wavear.segments import Layout, Segments, collate
+    from wavear.data.corpus import open_corpus
+    from wavear.data.crops import Segments, collate
+    from wavear.models.crop_loss import layout_of
     from wavear.training import callbacks
 
     callbacks.LOG_EVERY = 1
@@ -91,7 +92,7 @@ def measure(data: str, out: str, shape: str, variant: str, device: str, steps: i
         progress=False,
         **settings,
     )
-    layout = Layout.of(WaveNet(config.model_config()), SEGMENT)
+    layout = layout_of(WaveNet(config.model_config()), SEGMENT)
     segments = Segments(open_corpus(data, sample_rate=RATE).train, layout)
     collate([segments[0]])
     began = time.perf_counter()
@@ -120,7 +121,7 @@ def machine(device: str) -> str:
     """What it was measured on."""
     import torch
 
-    from wavear.bench import machine
+    from wavear.benchmark.speed import machine
 
     told = f"{torch.cuda.get_device_name()}; {machine()}" if device == "cuda" else machine()
     return f"{told}; {torch.get_num_threads()} threads of torch"

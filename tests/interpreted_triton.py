@@ -15,8 +15,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from wavear.generate.numba_cpu import NumbaEngine
-from wavear.generate.reference import ReferenceEngine
+from wavear.generation.cpu.wavenet import NumbaEngine
+from wavear.generation.cuda import triton
+from wavear.generation.reference import ReferenceEngine
 from wavear.models.wavenet import WaveNet, WaveNetConfig
 
 if os.environ.get("TRITON_INTERPRET") != "1":
@@ -24,8 +25,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 
 from triton.runtime import interpreter
 
-from wavear.generate import triton_cuda
-from wavear.generate.triton_cuda import TritonEngine, interpreted
+from wavear.generation.cuda.triton import TritonEngine, interpreted
 
 TOLERANCE = 1e-4  # nats, float32
 # Nats, of the worst sample. These weights are twice those that a network begins with, and what they are multiplied with
@@ -167,7 +167,7 @@ def test_a_stream_has_the_same_bits_in_every_batch_and_cut(shape, weights, monke
     drawn, scored = {}, {}
     for number, (batch, cuts) in enumerate([(1, [0, 5]), (2, [0, 1, 5]), (18, [0, 3, 5])]):
         # In another place each time, in a full and in a last group; and with conditioning in several launches.
-        monkeypatch.setattr(triton_cuda, "_PROJECTED", 2**28 if number else 1)
+        monkeypatch.setattr(triton, "_PROJECTED", 2**28 if number else 1)
         chosen = (np.arange(batch) * 5 + number) % most
         rows = None if cond is None else cond[chosen]
         runner, scorer = (TritonEngine(model, batch, weights=weights) for _ in range(2))
@@ -203,7 +203,7 @@ def test_states_go_to_other_engines_and_come_back(shape, other, monkeypatch):
     elsewhere.load_state(0, engine.state(1))
     np.testing.assert_array_equal(elsewhere.generate(uniforms[1:2, 6:10], None), expected[1:2, 6:10])
     engine.generate(uniforms[:, :4], None)  # its queues stand elsewhere, for streams that go on otherwise
-    monkeypatch.setattr(triton_cuda, "_WRAP", 12)  # and turn within the call
+    monkeypatch.setattr(triton, "_WRAP", 12)  # and turn within the call
     engine.load_state(2, elsewhere.state(0))
     np.testing.assert_array_equal(engine.generate(uniforms[:, 10:][[0, 0, 1]], None)[2], expected[1, 10:])
     assert engine._now < 12

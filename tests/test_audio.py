@@ -16,7 +16,8 @@ import pytest
 import soundfile
 import torch
 
-from wavear import audio, containers
+from wavear import audio
+from wavear.audio import headers, waveforms
 
 RATE = 22050
 KINDS = ["wav", "flac", "ogg", "mp3", "aiff", "opus"]
@@ -247,7 +248,7 @@ def test_a_stream_of_any_length_is_read_to_its_end(tmp_path, kind, samples):
 def test_an_mp3_that_does_not_say_its_length(tmp_path, rate, mode, channels):
     waveform = sound() if channels == 1 else np.stack([sound(seed=1), sound(seed=2)], axis=1)
     tagged = encode(tmp_path / "a.mp3", waveform, rate, bitrate_mode=mode)
-    first = containers._Mp3Frame.parse(tagged.read_bytes()[:4])
+    first = headers._Mp3Frame.parse(tagged.read_bytes()[:4])
     assert first is not None
     path = damage(tagged, lambda data: data[first.length :])
     samples_per_frame = 1152 if rate >= 32000 else 576
@@ -317,17 +318,17 @@ def test_headers_of_flac_frames(tmp_path, samples):
     data = encode(tmp_path / "a.flac", sound(samples)).read_bytes()
     at = data.index(b"\xff\xf8")
     header = data[at : at + 16]
-    assert containers._flac_frame_header(header) == (0, min(samples, 4096))
+    assert headers._flac_frame_header(header) == (0, min(samples, 4096))
     for bit in range(16, 40):  # what follows the synchronisation code, up to the frame's number
         broken = bytearray(header)
         broken[bit // 8] ^= 1 << bit % 8
-        assert containers._flac_frame_header(bytes(broken)) is None
+        assert headers._flac_frame_header(bytes(broken)) is None
 
 
 def test_a_flac_cut_between_frames_is_truncated(tmp_path):
     def change(data: bytearray) -> bytearray:
         sync = data.rindex(b"\xff\xf8")
-        while containers._flac_frame_header(bytes(data[sync : sync + 16])) is None:
+        while headers._flac_frame_header(bytes(data[sync : sync + 16])) is None:
             sync = data.rindex(b"\xff\xf8", 0, sync)
         return data[:sync]
 
@@ -452,7 +453,7 @@ def test_the_decoder_keeps_quiet(tmp_path, capfd):
 
 
 def test_others_are_heard_while_the_decoder_is_kept_quiet(capfd):
-    with audio._decoder_quiet():
+    with waveforms._decoder_quiet():
         os.write(2, b"[src/libmpg123/layer3.c:1] error: nonsense\nsomebody else\n")
     assert capfd.readouterr().err == "somebody else\n"
     os.write(2, b"afterwards\n")

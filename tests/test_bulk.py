@@ -16,8 +16,10 @@ import pytest
 import torch
 
 import wavear
-from wavear import MelConfig, WaveNet, WaveNetConfig, bulk, cli
-from wavear.synthesize import Job, plan
+from wavear import MelConfig, WaveNet, WaveNetConfig
+from wavear.cli import commands
+from wavear.generation import distributed
+from wavear.generation.files import Job, plan
 
 MEL = MelConfig(sample_rate=8000, n_fft=64, window_length=64, hop_length=20, bands=5, fmax=4000.0)
 OPTIONS = ["--engine", "reference", "--force"]
@@ -42,7 +44,7 @@ def contents(folder: str) -> dict[str, bytes]:
 
 
 def expected() -> dict[str, bytes]:
-    assert cli.main(["synthesize", "model", "in", "--out", "whole", *OPTIONS]) == 0
+    assert commands.main(["synthesize", "model", "in", "--out", "whole", *OPTIONS]) == 0
     return contents("whole")
 
 
@@ -56,9 +58,9 @@ def under_torchrun(processes: int, *arguments: str, **options: Any) -> subproces
 def test_shares_are_disjoint_and_complete_and_about_as_large(here):
     jobs = plan(["in"], "out", ".wav")
     for world in (1, 2, 4, 20):
-        shares = [bulk.share(jobs, rank, world) for rank in range(world)]
+        shares = [distributed.share(jobs, rank, world) for rank in range(world)]
         assert sorted(job.target for share in shares for job in share) == sorted(job.target for job in jobs)
-        again = [bulk.share(jobs[::-1], rank, world) for rank in range(world)]
+        again = [distributed.share(jobs[::-1], rank, world) for rank in range(world)]
         assert shares == again  # whatever order the inputs are listed in
         sizes = [sum(job.source.stat().st_size for job in share) for share in shares]
         assert max(sizes) - min(sizes) <= max(job.source.stat().st_size for job in jobs)
@@ -67,46 +69,46 @@ def test_shares_are_disjoint_and_complete_and_about_as_large(here):
 def test_the_same_command_goes_on_and_another_is_refused(here, capsys):
     whole = expected()
     command = ["synthesize", "model", "in", "--out", "out", "--resume", *OPTIONS]
-    assert cli.main(command) == 0
+    assert commands.main(command) == 0
     assert contents("out") == whole
     kept = {name: os.stat(here / "out" / name).st_mtime_ns for name in whole}
     for name in ("3.wav", "7.wav"):
         (here / "out" / name).unlink()
     capsys.readouterr()
-    assert cli.main(command) == 0
+    assert commands.main(command) == 0
     said = capsys.readouterr().out
     assert "7 of 9 files are there" in said
     assert said.count(" -> ") == 2
     assert contents("out") == whole
     stays = [name for name in whole if name not in ("3.wav", "7.wav")]
     assert all(os.stat(here / "out" / name).st_mtime_ns == kept[name] for name in stays)
-    assert cli.main([*command, "--seed", "5"]) == 1
+    assert commands.main([*command, "--seed", "5"]) == 1
     assert "audio of another run, with another seed: choose another folder" in capsys.readouterr().err
-    assert cli.main([*command, "--threads", "2"]) == 0  # which changes no sample
-    assert cli.main([*command, "--seed", "5", "--overwrite"]) == 0
+    assert commands.main([*command, "--threads", "2"]) == 0  # which changes no sample
+    assert commands.main([*command, "--seed", "5", "--overwrite"]) == 0
     assert contents("out").keys() == whole.keys()
     assert contents("out") != whole
-    assert cli.main(command) == 1  # now it is the other's
-    (here / "out" / bulk.RECORD).unlink()
-    assert cli.main(command) == 1
+    assert commands.main(command) == 1  # now it is the other's
+    (here / "out" / distributed.RECORD).unlink()
+    assert commands.main(command) == 1
     assert "does not say what made it" in capsys.readouterr().err
 
 
 def test_a_run_that_overwrites_and_is_cut_short_leaves_nothing_of_the_old_one(here, monkeypatch):
     command = ["synthesize", "model", "in", "--out", "out", "--resume", *OPTIONS]
-    assert cli.main(command) == 0
-    real = bulk.synthesize_jobs
+    assert commands.main(command) == 0
+    real = distributed.synthesize_jobs
 
     def some(model, jobs, **options):
         return real(model, jobs[:3], **options)
 
-    monkeypatch.setattr(bulk, "synthesize_jobs", some)
-    assert cli.main([*command, "--seed", "5", "--overwrite"]) == 0
+    monkeypatch.setattr(distributed, "synthesize_jobs", some)
+    assert commands.main([*command, "--seed", "5", "--overwrite"]) == 0
     assert len(contents("out")) == 3
     monkeypatch.undo()
     monkeypatch.chdir(here)
-    assert cli.main([*command, "--seed", "5"]) == 0
-    assert cli.main(["synthesize", "model", "in", "--out", "whole", "--seed", "5", *OPTIONS]) == 0
+    assert commands.main([*command, "--seed", "5"]) == 0
+    assert commands.main(["synthesize", "model", "in", "--out", "whole", "--seed", "5", *OPTIONS]) == 0
     assert contents("out") == contents("whole")
 
 
@@ -145,16 +147,16 @@ def test_a_run_whose_process_died_is_completed_by_running_it_again(here):
 
 def test_each_process_of_a_machine_has_its_card(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert bulk.own_device("cuda") == "cuda"
-    assert bulk.ranks() == (0, 1)
+    assert distributed.own_device("cuda") == "cuda"
+    assert distributed.ranks() == (0, 1)
     for rank, device in enumerate(["cuda:0", "cuda:1", "cuda:0"]):
         monkeypatch.setenv("LOCAL_RANK", str(rank))
-        assert bulk.own_device("cuda") == device
-        assert bulk.own_device("cpu") == "cpu"
-        assert bulk.own_device("cuda:1") == "cuda:1"
+        assert distributed.own_device("cuda") == device
+        assert distributed.own_device("cpu") == "cpu"
+        assert distributed.own_device("cuda:1") == "cuda:1"
 
 
 def test_a_damaged_record_is_refused(tmp_path):
-    (tmp_path / bulk.RECORD).write_text(json.dumps({"seed": 0})[:5])
+    (tmp_path / distributed.RECORD).write_text(json.dumps({"seed": 0})[:5])
     with pytest.raises(FileExistsError, match="is damaged"):
-        bulk.claim(tmp_path, [Job(Path("a"), Path("b"))], {"seed": 0})
+        distributed.claim(tmp_path, [Job(Path("a"), Path("b"))], {"seed": 0})

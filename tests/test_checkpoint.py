@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 
 import wavear
 from wavear import CheckpointError, MelConfig, WaveNet, WaveNetConfig
-from wavear.checkpoint import read_config
+from wavear.models.checkpoint import read_config
 
 MEL = MelConfig(sample_rate=8000, n_fft=64, window_length=64, hop_length=20, bands=5, fmax=4000.0)
 

@@ -15,8 +15,8 @@ import torch
 
 import wavear
 from wavear import MelConfig, WaveNet, WaveNetConfig, audio
-from wavear.cli import COMMANDS, main
-from wavear.synthesize import _batches, plan, read_mel, synthesize
+from wavear.cli.commands import COMMANDS, main
+from wavear.generation.files import _batches, plan, read_mel, synthesize
 
 MEL = MelConfig(sample_rate=8000, n_fft=128, window_length=128, hop_length=40, bands=10, fmax=4000.0)
 
@@ -386,7 +386,7 @@ def test_write_failure_stops_and_leaves_nothing(here: Path, monkeypatch: pytest.
 def test_unwritable_folder_is_found_out_first(
     here: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("wavear.synthesize.generate", lambda *_, **__: pytest.fail("it began to work"))
+    monkeypatch.setattr("wavear.generation.files.generate", lambda *_, **__: pytest.fail("it began to work"))
     assert "cannot write to /proc" in refused(capsys, "synthesize", "mel", "in", "--out", "/proc/made")
     command = ("generate", "free", "--seconds", "1", "--out", "/proc/made/x.wav", "--engine", "reference")
     assert "cannot write to /proc" in refused(capsys, *command)
@@ -394,7 +394,7 @@ def test_unwritable_folder_is_found_out_first(
 
 def test_bugs_keep_their_traceback(here: Path, monkeypatch: pytest.MonkeyPatch):
     """A ValueError that was not raised by our own code is a bug, not a mistake of the user."""
-    monkeypatch.setattr("wavear.info.describe", lambda source: np.zeros(3).reshape(2, 2))
+    monkeypatch.setattr("wavear.models.info.describe", lambda source: np.zeros(3).reshape(2, 2))
     with pytest.raises(ValueError, match="cannot reshape"):
         main(["info", "mel"])
 
@@ -403,7 +403,7 @@ def test_interrupt(here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     def interrupted(source):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("wavear.info.describe", interrupted)
+    monkeypatch.setattr("wavear.models.info.describe", interrupted)
     status, _, err = run(capsys, "info", "mel")
     assert status == 130
     assert err == "wavear: interrupted\n"

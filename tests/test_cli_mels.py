@@ -13,7 +13,7 @@ import torch
 
 import wavear
 from wavear import MelConfig, WaveNet, WaveNetConfig, audio
-from wavear.cli import main
+from wavear.cli.commands import main
 
 MEL = MelConfig(sample_rate=8000, n_fft=128, window_length=128, hop_length=40, bands=10, fmax=4000.0)
 

@@ -13,7 +13,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from wavear import MelConfig, convert_mel, log_mel
-from wavear.convert import VALUE_FIELDS
+from wavear.mel.conversion import VALUE_FIELDS
 
 SMALL = MelConfig(sample_rate=8000, n_fft=128, window_length=128, hop_length=32, bands=12, fmax=4000.0, floor=1e-4)
 

@@ -8,8 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from wavear import TrainConfig, audio, cli, corpora
-from wavear.data import open_corpus
+from wavear import TrainConfig, audio, corpora
+from wavear.cli import commands
+from wavear.data.corpus import open_corpus
+from wavear.training import corpus_run
 
 
 def clip(path: Path, rate: int, seconds: float = 0.3) -> None:
@@ -114,7 +116,7 @@ def test_a_corpus_is_listed_as_it_is_laid_out(tmp_path: Path, corpus: corpora.Pu
     miniature, held_out, trained_on, speakers = EXPECTED[corpus]
     MINIATURES[miniature](tmp_path / "data")
     before = sorted((tmp_path / "data").rglob("*"))
-    listed = corpora.listed(corpus, config(tmp_path / "data", tmp_path / "runs" / "x"))
+    listed = corpus_run.listed(corpus, config(tmp_path / "data", tmp_path / "runs" / "x"))
     assert listed.data == str(tmp_path / "runs" / "x.csv")
     assert listed.out == str(tmp_path / "runs" / "x")
     opened = open_corpus(listed.data, sample_rate=16000)
@@ -149,7 +151,7 @@ def test_nothing_is_chosen_on_the_test_digits(tmp_path: Path):
 @pytest.mark.parametrize("corpus", EXPECTED, ids=str)
 def test_a_missing_corpus_is_said_with_how_to_get_it(tmp_path: Path, corpus: corpora.PublishedCorpus):
     with pytest.raises(FileNotFoundError) as refusal:
-        corpora.listed(corpus, config(tmp_path / "data", tmp_path / "runs" / "x"))
+        corpus_run.listed(corpus, config(tmp_path / "data", tmp_path / "runs" / "x"))
     said = str(refusal.value)
     assert f"{tmp_path / 'data'} holds no {corpus.folder(corpus.parts()[0])}" in said
     assert corpus.size(corpus.parts()) in said
@@ -200,9 +202,9 @@ def test_unknown_parts_are_refused():
 def test_speakers_that_are_not_trained_on_are_not_told_apart(tmp_path: Path):
     libritts(tmp_path / "data")
     with pytest.raises(ValueError, match=r"\(84, say\)"):
-        corpora.listed(corpora.LibriTTS(), config(tmp_path / "data", tmp_path / "x", speakers=True))
+        corpus_run.listed(corpora.LibriTTS(), config(tmp_path / "data", tmp_path / "x", speakers=True))
     vctk(tmp_path / "data")
-    corpora.listed(corpora.VCTK(), config(tmp_path / "data", tmp_path / "x", speakers=True))
+    corpus_run.listed(corpora.VCTK(), config(tmp_path / "data", tmp_path / "x", speakers=True))
 
 
 def test_a_manifest_is_never_replaced_unasked(tmp_path: Path):
@@ -210,25 +212,25 @@ def test_a_manifest_is_never_replaced_unasked(tmp_path: Path):
     yesno(tmp_path / "data")
     given = config(tmp_path / "data", tmp_path / "x")
     manifest = tmp_path / "x.csv"
-    corpora.listed(corpora.YesNo(), given)
+    corpus_run.listed(corpora.YesNo(), given)
     written = manifest.read_bytes()
     os.utime(manifest, (1, 1))
-    corpora.listed(corpora.YesNo(), given)
+    corpus_run.listed(corpora.YesNo(), given)
     assert manifest.stat().st_mtime == 1
     manifest.write_text("path\nmine.wav\n")
     with pytest.raises(FileExistsError, match=r"x\.csv exists and lists something else"):
-        corpora.listed(corpora.YesNo(), given)
-    resumed = corpora.listed(corpora.YesNo(), config(tmp_path / "data", tmp_path / "x", resume=True))
+        corpus_run.listed(corpora.YesNo(), given)
+    resumed = corpus_run.listed(corpora.YesNo(), config(tmp_path / "data", tmp_path / "x", resume=True))
     assert resumed.data == str(manifest)
     assert manifest.read_text() == "path\nmine.wav\n"
-    corpora.listed(corpora.YesNo(), config(tmp_path / "data", tmp_path / "x", overwrite=True))
+    corpus_run.listed(corpora.YesNo(), config(tmp_path / "data", tmp_path / "x", overwrite=True))
     assert manifest.read_bytes() == written
 
 
 def test_a_manifest_as_data_is_taken_as_it_is(tmp_path: Path):
     (tmp_path / "mine.csv").write_text("path\nmine.wav\n")
     given = config(tmp_path / "mine.csv", tmp_path / "x")
-    assert corpora.listed(corpora.YesNo(), given) == given
+    assert corpus_run.listed(corpora.YesNo(), given) == given
     assert not (tmp_path / "x.csv").exists()
 
 
@@ -238,7 +240,7 @@ def test_a_manifest_finds_its_recordings_through_links(tmp_path: Path):
     (tmp_path / "scratch" / "runs").mkdir(parents=True)
     (tmp_path / "data").symlink_to(tmp_path / "disk" / "a" / "b" / "data")
     (tmp_path / "runs").symlink_to(tmp_path / "scratch" / "runs")
-    listed = corpora.listed(corpora.YesNo(), config(tmp_path / "data", tmp_path / "runs" / "x"))
+    listed = corpus_run.listed(corpora.YesNo(), config(tmp_path / "data", tmp_path / "runs" / "x"))
     assert open_corpus(listed.data, sample_rate=8000).bad == []
     assert not any(line.startswith("/") for line in Path(listed.data).read_text().splitlines())
 
@@ -287,7 +289,7 @@ def test_download_is_a_flag_of_a_recipe(tmp_path: Path, monkeypatch: pytest.Monk
     def status(corpus: corpora.PublishedCorpus, *flags: str) -> int:
         monkeypatch.setattr("sys.argv", ["train.py", *flags])
         with pytest.raises(SystemExit) as stop:
-            cli.recipe(config(tmp_path / "data", tmp_path / "x"), "Train.", corpus)
+            commands.recipe(config(tmp_path / "data", tmp_path / "x"), "Train.", corpus)
         assert isinstance(stop.value.code, int)
         return stop.value.code
 

@@ -20,12 +20,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import wavear
 from wavear import WaveNet, WaveNetConfig
-from wavear.generate import cuda, cuda_graph, make_engine
-from wavear.generate.cuda_graph import CudaGraphEngine, plain_runner, tensors_of
-from wavear.generate.numba_cpu import NumbaEngine
-from wavear.generate.reference import ReferenceEngine
+from wavear.generation.cpu.wavenet import NumbaEngine
+from wavear.generation.cuda import choice, graph
+from wavear.generation.cuda.graph import CudaGraphEngine, plain_runner, tensors_of
+from wavear.generation.engines import make_engine
+from wavear.generation.reference import ReferenceEngine
 from wavear.models.base import AutoregressiveModel
-from wavear.sampling import uniforms
+from wavear.models.sampling import uniforms
 
 TOLERANCE = 1e-4  # nats, for models in float32: the sums of a batch round otherwise than those of one stream
 CHUNK, RUN = 40, 8  # shorter than the engine's own, so that there are several of each in a short test
@@ -33,8 +34,8 @@ CHUNK, RUN = 40, 8  # shorter than the engine's own, so that there are several o
 
 @pytest.fixture(autouse=True)
 def _short(monkeypatch) -> None:
-    monkeypatch.setattr(cuda_graph, "CHUNK", CHUNK)
-    monkeypatch.setattr(cuda_graph, "RUN", RUN)
+    monkeypatch.setattr(graph, "CHUNK", CHUNK)
+    monkeypatch.setattr(graph, "RUN", RUN)
 
 
 @dataclass(frozen=True)
@@ -304,7 +305,7 @@ def test_weights_changed_in_place_are_used_at_once():
 
 def on_stand_in(monkeypatch) -> None:
     """Let `wavear.generate` and streams run the engine here, where its device is refused."""
-    monkeypatch.setattr(cuda, "make", lambda model, batch, engine, weights: CudaGraphEngine(model, batch))
+    monkeypatch.setattr(choice, "make", lambda model, batch, engine, weights: CudaGraphEngine(model, batch))
 
 
 def test_utterances_of_different_lengths(monkeypatch):
@@ -313,7 +314,7 @@ def test_utterances_of_different_lengths(monkeypatch):
     model = WaveNet(
         WaveNetConfig(layers=2, stacks=1, residual_channels=6, skip_channels=6, sample_rate=8000, mel=mel, speakers=2)
     ).eval()
-    monkeypatch.setattr(sys.modules["wavear.generate"]._chunks, "__defaults__", (30,))
+    monkeypatch.setattr(sys.modules["wavear.generation.engines"]._chunks, "__defaults__", (30,))
     mels = [torch.randn(5, frames) for frames in (2, 9, 4, 1)]
     arguments: dict[str, Any] = {"seed": [1, 2, 3, 4], "speaker": [0, 1, 0, 1], "return_log_probability": True}
     expected, expected_logs = wavear.generate(model, mels, engine="reference", **arguments)

@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from wavear import MelConfig, WaveNet, WaveNetConfig, audio, log_mel, mulaw_encode
-from wavear.data import Recording, find, open_corpus, split
-from wavear.segments import Layout, Order, Segments, collate, crop_loss, read_crop, read_span
+from wavear.data.corpus import Recording, find, open_corpus, split
+from wavear.data.crops import Layout, Order, Segments, collate, read_crop, read_span
+from wavear.models.crop_loss import crop_loss, layout_of
 
 RATE = 8000
 
@@ -37,7 +38,7 @@ def folder(tmp_path_factory):
     return root
 
 
-def layout_of(segment: int = 512, **settings) -> tuple[WaveNet, Layout]:
+def make_layout(segment: int = 512, **settings) -> tuple[WaveNet, Layout]:
     torch.manual_seed(0)
     mel = settings.pop(
         "mel", MelConfig(sample_rate=RATE, n_fft=256, window_length=256, hop_length=64, bands=8, fmax=4000)
@@ -52,7 +53,7 @@ def layout_of(segment: int = 512, **settings) -> tuple[WaveNet, Layout]:
     }
     config = WaveNetConfig(**(base | {"conditioning_channels": 5, "sample_rate": RATE, "mel": mel} | settings))
     model = WaveNet(config).double()
-    return model, Layout.of(model, segment)
+    return model, layout_of(model, segment)
 
 
 # --- finding
@@ -308,7 +309,7 @@ def test_quiet_segments_are_drawn_again(tmp_path):
     waveform = np.concatenate([np.zeros(30000), noise(6000)]).astype(np.float32)
     write(tmp_path / "a.wav", waveform=waveform)
     recordings = [Recording(tmp_path / "a.wav", "a.wav", 0, 36000, RATE)]
-    _, layout = layout_of(256)
+    _, layout = make_layout(256)
 
     def silent(redraw_below) -> float:
         stream = Segments(recordings, layout, redraw_below=redraw_below)
@@ -339,7 +340,7 @@ def test_the_loss_of_a_crop_is_the_slice_of_the_loss_of_the_whole(tmp_path, mel,
     if mel != "none":
         base = {"sample_rate": RATE, "n_fft": 256, "window_length": 256, "hop_length": 64, "bands": 8, "fmax": 4000}
         config = MelConfig(**(base | MELS[mel]))
-    model, layout = layout_of(300, mel=config, kernel_size=3, speakers=2)
+    model, layout = make_layout(300, mel=config, kernel_size=3, speakers=2)
     if samples < layout.hop:
         samples = layout.hop + 1
     write(tmp_path / "a.wav", samples)
@@ -371,7 +372,7 @@ def test_the_loss_of_a_crop_is_the_slice_of_the_loss_of_the_whole(tmp_path, mel,
 
 @pytest.mark.parametrize("samples", [64, 500, 831, 832, 833, 2000, 4099])
 def test_the_cover_scores_every_sample_once(samples):
-    _, layout = layout_of(256)
+    _, layout = make_layout(256)
     recording = Recording(None, "a", 0, samples, RATE)  # type: ignore[arg-type]
     scored = np.zeros(samples // 64 * 64, dtype=int)
     for start, first, last in layout.cover(recording):
@@ -386,7 +387,7 @@ def test_a_resampled_crop_is_the_crop_of_the_resampled_whole(tmp_path):
     write(tmp_path / "a.wav", 20000, rate=11025)
     whole = audio.read(tmp_path / "a.wav", RATE).numpy()
     recording = open_corpus(tmp_path / "a.wav", sample_rate=RATE).train[0]
-    _, layout = layout_of(512)
+    _, layout = make_layout(512)
     for start in (0, 64, 6400):
         crop = read_crop(recording, layout, start)[layout.margin : layout.margin + layout.window]
         np.testing.assert_allclose(crop, whole[start : start + layout.window], atol=1e-5)
@@ -398,7 +399,7 @@ def test_only_the_needed_part_of_a_file_is_read(tmp_path, monkeypatch):
     asked = []
     real = audio.read
     monkeypatch.setattr(audio, "read", lambda *a: asked.append(a) or real(*a))
-    _, layout = layout_of(512)
+    _, layout = make_layout(512)
     stream = Segments([recording], layout)
     for index in range(20):
         stream[index]
@@ -415,7 +416,7 @@ def items_equal(a: dict, b: dict) -> bool:
 
 def test_an_item_depends_on_seed_and_number_only(folder):
     recordings = open_corpus(folder, sample_rate=RATE).train
-    _, layout = layout_of(512)
+    _, layout = make_layout(512)
     first = [Segments(recordings, layout, seed=3)[i] for i in range(20)]
     stream = Segments(recordings, layout, seed=3)
     for index in np.random.default_rng(0).permutation(20):
@@ -428,7 +429,7 @@ def test_an_item_depends_on_seed_and_number_only(folder):
 @pytest.mark.parametrize("workers", [0, 1, 2])
 def test_batches_do_not_depend_on_the_workers(folder, workers):
     recordings = open_corpus(folder, sample_rate=RATE).train
-    _, layout = layout_of(512)
+    _, layout = make_layout(512)
     stream = Segments(recordings, layout, seed=1)
     loader = torch.utils.data.DataLoader(
         stream, batch_sampler=Order(4, first_step=7), collate_fn=collate, num_workers=workers
@@ -454,7 +455,7 @@ def test_what_is_drawn_carries_loss_where_its_past_is_known(tmp_path):
     """Everywhere in a crop that begins the file, after the receptive field in any other."""
     write(tmp_path / "a.wav", 5000)
     whole = audio.read(tmp_path / "a.wav").numpy()
-    _, layout = layout_of(256)
+    _, layout = make_layout(256)
     stream = Segments([Recording(tmp_path / "a.wav", "a.wav", 0, 5000, RATE)], layout)
     firsts = set()
     for index in range(200):
@@ -470,7 +471,7 @@ def test_what_is_drawn_carries_loss_where_its_past_is_known(tmp_path):
 def test_files_count_by_their_length_and_samples_alike(folder):
     """Draws against the expected counts, to five deviations."""
     recordings = open_corpus(folder, sample_rate=RATE).train
-    _, layout = layout_of(256)
+    _, layout = make_layout(256)
     stream = Segments(recordings, layout)
     items = [stream[i] for i in range(2000)]
     lengths = np.array([layout.length(r) for r in recordings])
@@ -486,7 +487,7 @@ def test_files_count_by_their_length_and_samples_alike(folder):
 def test_a_file_that_breaks_later_is_skipped_and_reported(folder, tmp_path):
     recordings = open_corpus(folder, sample_rate=RATE).train
     gone = Recording(tmp_path / "gone.wav", "gone.wav", 0, 50000, RATE)
-    _, layout = layout_of(512)
+    _, layout = make_layout(512)
     stream = Segments([*recordings, gone], layout)
     batch = collate([stream[i] for i in range(30)])
     assert {name for name, _ in batch.skipped} == {"gone.wav"}

@@ -9,10 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from wavear import audio, demo
-from wavear.cli import main
-from wavear.demo import CENTS, VALUES, Heard, compare_pitch
-from wavear.sounds import notes, string, voice
+from wavear import audio
+from wavear.cli.commands import main
+from wavear.demo import job
+from wavear.demo.job import CENTS, VALUES, Heard, compare_pitch
+from wavear.demo.sounds import notes, string, voice
 
 RATE = VALUES.sample_rate
 QUICK = dataclasses.replace(
@@ -96,7 +97,7 @@ def test_check_hears_a_note_that_goes_astray():
 def test_demo_leaves_what_it_promises(tmp_path: Path, capsys: pytest.CaptureFixture):
     """All but the training, which is two steps: so the notes are noise, and the demo says so."""
     lines: list[str] = []
-    result = demo.run(tmp_path / "demo", config=QUICK, say=lines.append)
+    result = job.run(tmp_path / "demo", config=QUICK, say=lines.append)
     out = tmp_path / "demo"
     assert len(list((out / "sounds").glob("*.wav"))) == 144
     names = sorted(path.name for path in (out / "held_out").glob("*.wav"))
@@ -117,7 +118,7 @@ def test_demo_leaves_what_it_promises(tmp_path: Path, capsys: pytest.CaptureFixt
     assert "engine" in said
 
     with pytest.raises(FileExistsError, match="--overwrite"):
-        demo.run(out, config=QUICK)
+        job.run(out, config=QUICK)
     assert main(["demo", "--out", str(out)]) == 1
     assert "is not empty" in capsys.readouterr().err
 
@@ -125,7 +126,7 @@ def test_demo_leaves_what_it_promises(tmp_path: Path, capsys: pytest.CaptureFixt
 def test_exit_status_tells_whether_the_pitch_is_right(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     for right in (True, False):
         result = type("Result", (), {"in_tune": right})
-        monkeypatch.setattr(demo, "run", lambda *_, result=result, **__: result)
+        monkeypatch.setattr(job, "run", lambda *_, result=result, **__: result)
         assert main(["demo", "--out", str(tmp_path / "x")]) == (0 if right else 1)
 
 
@@ -134,8 +135,8 @@ def test_overwrite_takes_only_a_demo(tmp_path: Path):
     precious.write_text("mine")
     (tmp_path / "sounds").mkdir()
     with pytest.raises(FileExistsError, match="holds no demo"):
-        demo.run(tmp_path, config=QUICK, overwrite=True)
+        job.run(tmp_path, config=QUICK, overwrite=True)
     (tmp_path / "demo.json").write_text("{}")
-    demo._make_folder(tmp_path, overwrite=True)
+    job._make_folder(tmp_path, overwrite=True)
     assert precious.read_text() == "mine"
     assert not (tmp_path / "sounds").exists()

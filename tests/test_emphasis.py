@@ -29,9 +29,10 @@ from wavear import (
     mulaw_decode,
     mulaw_encode,
 )
-from wavear.data import Recording
-from wavear.emphasis import Deemphasis, emphasised
-from wavear.segments import Layout, Segments, collate, crop_loss, inputs
+from wavear.audio.emphasis import Deemphasis, emphasised
+from wavear.data.corpus import Recording
+from wavear.data.crops import Segments, collate
+from wavear.models.crop_loss import crop_loss, inputs, layout_of
 
 A = 0.85
 RATE = 8000
@@ -93,11 +94,11 @@ def recording(tmp_path: Path) -> Recording:
 @pytest.mark.parametrize("mel", [None, MEL], ids=["free", "mel"])
 def test_crops_have_the_codes_of_the_whole(recording: Recording, mel: MelConfig | None):
     model = network(mel)
-    layout = Layout.of(model, 400)
+    layout = layout_of(model, 400)
     expected = codes_of(speech_like(2000))
     segments = Segments([recording], layout)
     for start, first, last in layout.cover(recording):
-        from wavear.segments import read_crop
+        from wavear.data.crops import read_crop
 
         batch = collate([segments.item(recording, 0, start, first, last, read_crop(recording, layout, start))])
         codes, _, _ = inputs(model, batch, layout)
@@ -107,7 +108,7 @@ def test_crops_have_the_codes_of_the_whole(recording: Recording, mel: MelConfig 
 @pytest.mark.parametrize("mel", [None, MEL], ids=["free", "mel"])
 def test_bits_are_of_the_emphasised_codes_by_every_way(recording: Recording, mel: MelConfig | None, monkeypatch):
     from wavear.evaluation import bits as evaluation
-    from wavear.training import bits as training
+    from wavear.evaluation import held_out as training
 
     model = network(mel).double()
     x = speech_like(2000)
@@ -125,7 +126,7 @@ def test_bits_are_of_the_emphasised_codes_by_every_way(recording: Recording, mel
         np.concatenate([nats for _, nats in blocks]), -logs.numpy(), atol=1e-9 if mel is None else 1e-5
     )
     monkeypatch.setattr(training, "_READ_SECONDS", 0.05)
-    counted = list(training.code_blocks(recording, dataclasses.replace(Layout.of(model, 1), hop=1), model.grid))
+    counted = list(training.code_blocks(recording, dataclasses.replace(layout_of(model, 1), hop=1), model.grid))
     assert np.array_equal(np.concatenate(counted), codes.numpy())
 
 
@@ -141,7 +142,7 @@ CARRYING: dict[str, Any] = {
 @pytest.mark.parametrize("family", CARRYING)
 def test_families_that_carry_their_state_have_it_too(recording: Recording, family: str, mel: Any, monkeypatch):
     from wavear.evaluation import bits as evaluation
-    from wavear.training import bits as training
+    from wavear.evaluation import held_out as training
 
     torch.manual_seed(0)
     model = CARRYING[family](mel=mel, sample_rate=RATE, conditioning_channels=4, pre_emphasis=A).double().eval()
@@ -176,7 +177,7 @@ def test_there_are_no_common_bits_of_emphasised_codes(recording: Recording):
 
 def test_the_loss_has_the_gradient_of_these_codes(recording: Recording):
     """A law of no past learns how often codes are: those of the emphasised audio."""
-    model, layout = network(), Layout.of(network(), 1500)
+    model, layout = network(), layout_of(network(), 1500)
     batch = collate([Segments([recording], layout)[0]])
     losses, mask = crop_loss(model, batch, layout)
     start = int(batch.start[0])
@@ -259,8 +260,8 @@ def test_it_is_saved_and_checkpoints_without_it_are_of_plain_audio(tmp_path: Pat
 
 
 def test_its_best_possible_is_the_round_trip_of_these_codes():
+    from wavear.audio.grid import Grid
     from wavear.evaluation.bounds import grid_round_trip
-    from wavear.grid import Grid
 
     x = torch.from_numpy(speech_like(4000))
     found = grid_round_trip(x, Grid("mulaw", 256), A)
@@ -272,7 +273,7 @@ def test_its_best_possible_is_the_round_trip_of_these_codes():
 def test_what_cannot_be_is_refused():
     with pytest.raises(ValueError, match=r"pre_emphasis is 1\.0, it must be 0 to less than 1"):
         network(a=1.0)
-    from wavear.evaluation.compare import check_codes
+    from wavear.evaluation.comparison import check_codes
 
     one, other = (dataclasses.asdict(network(a=a).config) for a in (A, 0.0))
     with pytest.raises(ValueError, match=r"a has 0\.85 of pre-emphasis and b has 0\.0"):

@@ -19,10 +19,10 @@ import torch
 
 import wavear
 from wavear import EvaluateConfig, Evaluation, MelConfig, WaveNet, WaveNetConfig, audio, compare, evaluate
-from wavear.cli import main
-from wavear.evaluation.compare import paired
+from wavear.cli.commands import main
+from wavear.demo.sounds import string, voice
+from wavear.evaluation.comparison import paired
 from wavear.evaluation.metrics import MEASURES, measure, pitch
-from wavear.sounds import string, voice
 
 RATE = 8000
 MEL = MelConfig(sample_rate=RATE, n_fft=256, window_length=256, hop_length=64, bands=20, fmax=4000.0)
@@ -392,7 +392,7 @@ def test_recordings_for_baselines_have_gains_by_speaker(here: Path):
 
 
 def test_clips_of_the_training_are_found_in_shards_and_data_that_are_gone_are_told(here: Path, tmp_path: Path):
-    from wavear.shards import write_shards
+    from wavear.data.shards import write_shards
 
     shards = write_shards(here / "held", tmp_path / "shards")
     assert len(shards.shards) == 1
@@ -633,7 +633,7 @@ def test_bits_on_the_common_grid_are_those_of_16_bit_samples(here: Path, made: E
 def test_models_of_any_quantisation_stand_in_one_table(
     here: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("wavear.evaluation.models._SPEED_SECONDS", 0.05)
+    monkeypatch.setattr("wavear.evaluation.model_table._SPEED_SECONDS", 0.05)
     out = tmp_path / "table"
     sources = [str(here / "runs" / name / "best") for name in ("mel", "mixture", "coarse", "free")]
     words = ["--clips", "1", "--seconds", "0.3", "--resamples", "200"]
@@ -677,7 +677,7 @@ def test_models_of_any_quantisation_stand_in_one_table(
 
 
 def test_a_table_is_of_the_same_clips(here: Path, made: Evaluation):
-    from wavear.evaluation.models import check_same_clips
+    from wavear.evaluation.model_table import check_same_clips
 
     def changed(change: Any) -> Evaluation:
         record = json.loads(json.dumps(made.record))
@@ -712,7 +712,7 @@ def test_a_table_is_of_the_same_clips(here: Path, made: Evaluation):
 
 
 def test_a_run_whose_name_is_no_unicode_stands_in_the_plot(made: Evaluation):
-    from wavear.evaluation.models import name_models, row
+    from wavear.evaluation.model_table import name_models, row
     from wavear.evaluation.pictures import costs
 
     record = json.loads(json.dumps(made.record))
@@ -723,7 +723,7 @@ def test_a_run_whose_name_is_no_unicode_stands_in_the_plot(made: Evaluation):
 
 
 def test_bits_of_pre_emphasised_codes_have_a_column_of_their_own(made: Evaluation):
-    from wavear.evaluation.models import row
+    from wavear.evaluation.model_table import row
 
     record = json.loads(json.dumps(made.record))
     record["checkpoint"]["config"]["pre_emphasis"] = 0.85
@@ -732,7 +732,7 @@ def test_bits_of_pre_emphasised_codes_have_a_column_of_their_own(made: Evaluatio
 
 
 def test_a_table_of_other_clips_is_refused_before_the_work(here: Path, made: Evaluation, tmp_path: Path, monkeypatch):
-    from wavear.evaluate import compare_models
+    from wavear.evaluation.evaluation import compare_models
 
     monkeypatch.setattr("wavear.evaluation.run.measure_everything", lambda *_, **__: pytest.fail("it began to work"))
     (tmp_path / "more").mkdir()
@@ -745,8 +745,8 @@ def test_a_table_of_other_clips_is_refused_before_the_work(here: Path, made: Eva
 
 def test_a_table_without_a_strip_where_none_can_be_made(here: Path, tmp_path: Path, monkeypatch):
     """Frames that end together after more than the strip's two seconds; clips below a quarter of a second."""
-    from wavear.evaluate import compare_models
-    from wavear.evaluation.models import Beginning, find_beginning
+    from wavear.evaluation.evaluation import compare_models
+    from wavear.evaluation.model_table import Beginning, find_beginning
 
     assert "mel frames of 256, 275 samples end together after 8.8 s" in str(
         find_beginning(here / "held", RATE, [275, 256])
@@ -755,7 +755,7 @@ def test_a_table_without_a_strip_where_none_can_be_made(here: Path, tmp_path: Pa
     assert isinstance(found, Beginning)
     assert found.waveform.numel() % 320 == 0
     assert found.prime == RATE // 2 or found.prime == found.waveform.numel() // 2
-    monkeypatch.setattr("wavear.evaluation.models._SPEED_SECONDS", 0.05)
+    monkeypatch.setattr("wavear.evaluation.model_table._SPEED_SECONDS", 0.05)
     (tmp_path / "short").mkdir()
     for n in range(2):
         audio.write(tmp_path / "short" / f"{n}.wav", clip(n)[RATE // 5 : RATE // 5 + 1500], RATE)

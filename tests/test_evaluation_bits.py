@@ -24,15 +24,16 @@ from wavear import (
     mulaw_encode,
     score,
 )
-from wavear.data import open_corpus
-from wavear.evaluation import linear
+from wavear.audio.grid import COMMON_GRIDS, Grid
+from wavear.data.corpus import open_corpus
+from wavear.data.crops import read_span
+from wavear.evaluation import held_out as training_bits
+from wavear.evaluation import linear_baseline
 from wavear.evaluation.bits import LEVELS, Baselines, score_recording, scored_blocks
-from wavear.evaluation.linear import bits_of, fit_predictor
+from wavear.evaluation.held_out import held_out_bits
+from wavear.evaluation.linear_baseline import bits_of, fit_predictor
 from wavear.evaluation.statistics import bootstrap
-from wavear.grid import COMMON_GRIDS, Grid
-from wavear.segments import Layout, read_span
-from wavear.training import bits as training_bits
-from wavear.training.bits import held_out_bits
+from wavear.models.crop_loss import layout_of
 
 RATE = 8000
 MEL = MelConfig(sample_rate=RATE, n_fft=128, window_length=128, hop_length=40, bands=10, fmax=4000.0)
@@ -213,7 +214,7 @@ def test_digest_tells_recordings_apart_by_their_codes(tmp_path: Path):
 
 def test_baselines_are_those_of_training_and_cover_every_sample(recordings, monkeypatch):
     model = tiny(mel=MEL)
-    layout = Layout.of(model, 1)
+    layout = layout_of(model, 1)
     fitted = Baselines.fit([recordings[0], recordings[2]], layout, Grid("mulaw", 256))
     whole = fitted.bits(recordings[1], layout, Grid("mulaw", 256))
     monkeypatch.setattr(training_bits, "_READ_SECONDS", 0.013)  # blocks much shorter than the recording
@@ -234,7 +235,7 @@ def test_what_cannot_be_read_is_passed_over_by_the_baselines(tmp_path: Path):
     data = (tmp_path / "2.wav").read_bytes()
     recordings = open_corpus(tmp_path, sample_rate=RATE, validation=tmp_path).validation
     (tmp_path / "2.wav").write_bytes(data[: len(data) // 2])
-    layout, grid = Layout.of(tiny(), 1), Grid("mulaw", 256)
+    layout, grid = layout_of(tiny(), 1), Grid("mulaw", 256)
     found = Baselines.fit(recordings, layout, grid)
     good = Baselines.fit([recordings[0], recordings[3]], layout, grid)
     assert list(found.failed) == ["1.wav", "2.wav"]
@@ -271,7 +272,7 @@ def test_predictor_sees_the_past_only_and_blocks_change_nothing(monkeypatch):
     changed = codes.copy()
     changed[2000:] = 255 - changed[2000:]
     assert np.array_equal(bits_of(fitted, changed)[:2000], bits[:2000])
-    monkeypatch.setattr(linear, "_BLOCK", 77)
+    monkeypatch.setattr(linear_baseline, "_BLOCK", 77)
     assert bits_of(fitted, codes) == pytest.approx(bits, rel=1e-12)
 
 

@@ -13,6 +13,8 @@ import pytest
 import torch
 
 from wavear import MelConfig, audio, log_mel
+from wavear.audio.grid import Grid
+from wavear.demo.sounds import voice
 from wavear.evaluation import metrics
 from wavear.evaluation.bounds import _uncompressed, grid_round_trip, griffin_lim
 from wavear.evaluation.metrics import (
@@ -32,8 +34,6 @@ from wavear.evaluation.metrics import (
     pitch_error,
     stft_distance,
 )
-from wavear.grid import Grid
-from wavear.sounds import voice
 
 RATE = 16000
 needs = {

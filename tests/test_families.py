@@ -24,9 +24,9 @@ from wavear import (
     score,
     train,
 )
-from wavear.cli import main
-from wavear.generate import make_engine
-from wavear.models.families import FAMILIES, family_of
+from wavear.cli.commands import main
+from wavear.generation.engines import make_engine
+from wavear.models.families import FAMILIES
 from wavear.training.lanes import VISIT, Carried, Lanes
 from wavear.training.state import load_state
 
@@ -252,7 +252,7 @@ def test_scores_do_not_depend_on_the_chunks_of_the_parallel_pass(config, monkeyp
     if conditions:
         conditions["mel"] = conditions["mel"].double()
     whole = score(model, waveform, **conditions)
-    monkeypatch.setattr(sys.modules["wavear.generate"], "_PARALLEL_CHUNK", 37)
+    monkeypatch.setattr(sys.modules["wavear.generation.engines"], "_PARALLEL_CHUNK", 37)
     torch.testing.assert_close(score(model, waveform, **conditions), whole, rtol=1e-8, atol=1e-8)
 
 
@@ -327,7 +327,7 @@ def test_save_and_load(config, tmp_path):
     model.save(tmp_path / "model")
     again = load(tmp_path / "model")
     assert again.config == model.config
-    assert family_of(again) == family_of(model)
+    assert again.family == model.family
     codes, cond = random_codes(model, 1, 30), conditioning(model, 1, 30)
     with torch.no_grad():
         assert torch.equal(again(codes, cond), model(codes, cond))
@@ -365,7 +365,7 @@ def test_training_learns(family, recordings, tmp_path):
     result = train(settings(family, recordings, tmp_path / "run"))
     assert result.bits_final < result.bits_before - 0.5
     model = load(result.best)
-    assert family_of(model) == family
+    assert model.family == family
     held_out = audio.read(sorted(recordings.glob("*.wav"))[0], 8000)
     bits = -score(model, held_out[:1000]).mean() / math.log(2)
     assert bits < 8
@@ -407,7 +407,7 @@ def test_training_carries_the_state_from_batch_to_batch(family, recordings, tmp_
 
 @pytest.mark.parametrize("family", TRAINED)
 def test_the_command_line_makes_a_model_and_sound_of_it(family, recordings, tmp_path, capsys):
-    from wavear.files import replace_file  # noqa: F401 (imported before warnings are made errors)
+    from wavear.common.atomic import replace_file  # noqa: F401 (imported before warnings are made errors)
 
     config = settings(family, recordings, tmp_path / "run", max_steps=3, unconditional=True, mel_hop_length=None)
     train(config)
@@ -431,8 +431,8 @@ def test_settings_of_another_family_are_refused(tmp_path):
 
 
 def test_lanes_play_recordings_in_order_and_every_second_as_often(recordings):
-    from wavear.data import open_corpus
-    from wavear.segments import Layout
+    from wavear.data.corpus import open_corpus
+    from wavear.data.crops import Layout
 
     corpus = open_corpus(str(recordings), sample_rate=8000, validation_fraction=0.01)
     layout = Layout(
@@ -462,8 +462,8 @@ def test_lanes_play_recordings_in_order_and_every_second_as_often(recordings):
 
 
 def test_a_lane_rests_where_a_file_cannot_be_read(recordings, tmp_path):
-    from wavear.data import open_corpus
-    from wavear.segments import Layout
+    from wavear.data.corpus import open_corpus
+    from wavear.data.crops import Layout
 
     for path in recordings.glob("*.wav"):
         (tmp_path / path.name).write_bytes(path.read_bytes())

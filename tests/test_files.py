@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from wavear.files import replace_file
+from wavear.common.atomic import replace_file
 
 
 def test_a_file_has_the_rights_of_any_other_whatever_its_writer_gave_it(tmp_path: Path):

@@ -14,7 +14,7 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from wavear.generate.conditioner import Conditioner, UtteranceConditioner
+from wavear.generation.conditioner import Conditioner, UtteranceConditioner
 from wavear.models import frame_kernel
 from wavear.models.frames import FrameConditioning, dense, interpolated, interpolation_weights, joined, stacked
 

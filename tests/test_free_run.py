@@ -16,13 +16,13 @@ import torch
 
 import wavear
 from wavear import MelConfig, TrainConfig, WaveNet, WaveNetConfig, audio, train
-from wavear.data import Recording, open_corpus
+from wavear.data.corpus import Recording, open_corpus
 from wavear.evaluation.metrics import HNR_BANDS, harmonic_to_noise_ratio, log_mel_distance
 from wavear.training import callbacks
 from wavear.training.free_run import CLIPS, HNR_WEIGHT, FreeRun, free_run
 
 RATE = 8000
-GENERATION = importlib.import_module("wavear.generate")  # `wavear.generate` is the function
+GENERATION = importlib.import_module("wavear.generation.engines")  # `wavear.generate` is the function
 SECONDS = 128 * 64 / RATE  # whole frames
 MEL = MelConfig(sample_rate=RATE, n_fft=256, window_length=256, hop_length=64, bands=8, fmax=4000.0)
 

@@ -10,9 +10,10 @@ import torch
 
 import wavear
 from wavear import MelConfig, WaveNet, WaveNetConfig, mulaw_decode, mulaw_encode
-from wavear.generate import Conditioner, conditioner
-from wavear.generate.conditioner import UtteranceConditioner
-from wavear.sampling import uniforms
+from wavear.generation import conditioner
+from wavear.generation.conditioner import UtteranceConditioner
+from wavear.generation.engines import Conditioner
+from wavear.models.sampling import uniforms
 
 MEL = MelConfig(sample_rate=8000, n_fft=64, window_length=64, hop_length=20, bands=5, fmax=4000.0)
 SMALL: dict[str, Any] = {
@@ -120,7 +121,7 @@ def test_conditioning_is_always_computed_in_one_shape(monkeypatch):
 
 @pytest.mark.parametrize("settings", [{}, {"mel": MEL, "speakers": 2}, {"kernel_size": 3, "speakers": 2}])
 def test_score_by_stepping_equals_parallel(settings, monkeypatch):
-    monkeypatch.setattr(sys.modules["wavear.generate"], "_PARALLEL_CHUNK", 64)  # several chunks
+    monkeypatch.setattr(sys.modules["wavear.generation.engines"], "_PARALLEL_CHUNK", 64)  # several chunks
     model = make(**settings).double()
     waveform = torch.randn(2, 200, dtype=torch.float64).clamp(-1, 1)
     mel = mels(2, 10).double() if "mel" in settings else None

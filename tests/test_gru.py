@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 import torch
 
-from wavear import GRU, GRUConfig, MelConfig, Stream, audio, bench, generate, load, score
-from wavear.data import open_corpus
-from wavear.generate.ceiling import cost
-from wavear.info import multiply_adds
-from wavear.training import bits
+from wavear import GRU, GRUConfig, MelConfig, Stream, audio, generate, load, score
+from wavear.benchmark import speed
+from wavear.data.corpus import open_corpus
+from wavear.evaluation import held_out
+from wavear.generation.cpu.ceiling import cost
+from wavear.models.info import multiply_adds
 
 MEL = MelConfig(sample_rate=8000, n_fft=64, window_length=64, hop_length=12, bands=5, fmax=4000.0)
 SMALL: dict[str, Any] = {
@@ -353,10 +354,10 @@ def test_the_cost_is_counted_the_same_everywhere(config):
 
 def test_wavear_bench_measures_it():
     model = GRU(GRUConfig(classes=16, speakers=2, **SMALL)).eval()
-    exact = bench.measure(model, "reference", seconds=0.01)
+    exact = speed.measure(model, "reference", seconds=0.01)
     assert exact.samples_per_second > 0
     assert exact.error < 1e-5
-    assert {"gru", "gru-512", "wavernn"} <= set(bench.SHAPES)
+    assert {"gru", "gru-512", "wavernn"} <= set(speed.SHAPES)
 
 
 @pytest.mark.parametrize(
@@ -392,7 +393,9 @@ def test_a_checkpoint_round_trip(name, tmp_path):
 @pytest.mark.parametrize("name", ["one layer", "mixture", "gaussian, coarse"])
 def test_scores_by_forward_and_by_steps_are_one(name, monkeypatch):
     """Over the cuts of `score`, and of what a seed makes."""
-    monkeypatch.setattr(sys.modules["wavear.generate"], "_PARALLEL_CHUNK", 100)  # (`wavear.generate` is the function)
+    monkeypatch.setattr(
+        sys.modules["wavear.generation.engines"], "_PARALLEL_CHUNK", 100
+    )  # (`wavear.generate` is the function)
     model = GRU(SHAPES[name]).eval()
     mel = torch.randn(1, 5, 25) if model.config.mel else None
     speaker = 1 if model.config.speakers else None
@@ -409,15 +412,15 @@ def test_scores_by_forward_and_by_steps_are_one(name, monkeypatch):
 @pytest.mark.parametrize(("lanes", "world"), [(1, 1), (3, 1), (2, 3), (64, 1)])
 def test_held_out_bits_are_those_of_score(lanes, world, tmp_path, monkeypatch):
     """Per recording, whatever others run beside it; the lengths are whole frames, as `score` extends what is not."""
-    monkeypatch.setattr(bits, "_EVALUATION_SEGMENT", 96)
-    monkeypatch.setattr(bits, "_EVALUATION_LANES", {"cpu": lanes})
+    monkeypatch.setattr(held_out, "_EVALUATION_SEGMENT", 96)
+    monkeypatch.setattr(held_out, "_EVALUATION_LANES", {"cpu": lanes})
     model = make(SHAPES["mel"]).eval()
     for n, frames in enumerate((20, 8, 33, 9, 16)):
         noise = np.random.default_rng(n).uniform(-0.5, 0.5, frames * MEL.hop_length)
         audio.write(tmp_path / f"{n}.wav", noise.astype(np.float32), 8000)
     recordings = open_corpus(str(tmp_path), sample_rate=8000, validation_fraction=0.01).train
     assert len(recordings) == 4
-    parts = [bits.held_out_bits(model, recordings, rank=rank, world=world) for rank in range(world)]
+    parts = [held_out.held_out_bits(model, recordings, rank=rank, world=world) for rank in range(world)]
     for n, recording in enumerate(recordings):
         waveform = audio.read(recording.path, 8000)
         assert sum(part.samples[n] for part in parts) == len(waveform) == recording.frames

@@ -16,13 +16,17 @@ import numpy as np
 import pytest
 
 import wavear
-from wavear import audio, cli, data, indexing, looking
-from wavear.arrays import map_arrays, save_arrays
-from wavear.data import open_corpus
-from wavear.indexing import Files, Index
-from wavear.listing import listed
-from wavear.recordings import Recordings
-from wavear.segments import Layout, Segments
+from wavear import audio
+from wavear.cli import commands
+from wavear.data import corpus as corpus_module
+from wavear.data import indexing, levels
+from wavear.data.arrays import map_arrays, save_arrays
+from wavear.data.corpus import open_corpus
+from wavear.data.crops import Segments
+from wavear.data.indexing import Files, Index
+from wavear.data.listing import listed
+from wavear.data.recordings import Recordings
+from wavear.models.crop_loss import layout_of
 
 RATE = 8000
 
@@ -50,21 +54,21 @@ def write(path: Path, samples: int, seed: int = 0) -> None:
 def looks(monkeypatch):
     """Files that are looked into, in this process."""
     seen: list[str] = []
-    real = looking.look
+    real = levels.look
 
     def counting(kind, item):
         seen.append(Path(str(item[0])).name)
         return real(kind, item)
 
-    monkeypatch.setattr(looking, "look", counting)
+    monkeypatch.setattr(levels, "look", counting)
     return seen
 
 
-def lengths(corpus: data.Corpus) -> dict[str, int]:
+def lengths(corpus: corpus_module.Corpus) -> dict[str, int]:
     return {r.name: r.frames for r in corpus.train + corpus.validation}
 
 
-def opened(folder: Path, **settings: Any) -> data.Corpus:
+def opened(folder: Path, **settings: Any) -> corpus_module.Corpus:
     return open_corpus(folder, sample_rate=RATE, **settings)
 
 
@@ -358,7 +362,7 @@ def test_processes_find_what_threads_find(corpus, monkeypatch):
     expected = opened(corpus)
     monkeypatch.setattr(indexing, "_PROCESSES_FROM", {"header": 1, "level": 1})
     monkeypatch.setattr(indexing, "_BLOCK", {"header": 4, "level": 4})
-    monkeypatch.setattr(looking, "default_processes", lambda: 2)
+    monkeypatch.setattr(levels, "default_processes", lambda: 2)
     shown: list[tuple[int, str]] = []
 
     def progress(items, total, text):
@@ -402,12 +406,12 @@ import sys, time
 from wavear import indexing, looking
 import wavear
 indexing._BLOCK = {"header": 5, "level": 5}
-real = looking.look
+real = levels.look
 def slow(kind, item):
     time.sleep(0.05)
     return real(kind, item)
-looking.look = slow
-looking.THREADS = 1
+levels.look = slow
+levels.THREADS = 1
 wavear.index(sys.argv[1])
 """
 
@@ -448,16 +452,16 @@ def test_two_processes_at_once_look_into_each_file_once(corpus):
 
 
 def test_the_command_says_what_it_found(corpus, capsys):
-    assert cli.main(["index", str(corpus)]) == 1
+    assert commands.main(["index", str(corpus)]) == 1
     out, err = capsys.readouterr()
     assert "31 files, 31 of them new or changed; 1 cannot be used" in out
     assert "30 recordings" not in out
     assert f"index: {indexing.cached(corpus)}" in out
     assert "bad.wav: is not audio" in err
     (corpus / "bad.wav").unlink()
-    assert cli.main(["index", str(corpus), "--beside"]) == 0
+    assert commands.main(["index", str(corpus), "--beside"]) == 0
     assert f"index: {corpus / '.wavear-index'}" in capsys.readouterr().out
-    assert cli.main(["index", str(corpus / "nowhere")]) == 1
+    assert commands.main(["index", str(corpus / "nowhere")]) == 1
     assert capsys.readouterr().err.strip() == f"wavear: error: {corpus / 'nowhere'}: no such folder or manifest"
 
 
@@ -488,14 +492,14 @@ def test_files_with_a_hash_sign_in_their_names_are_held_out_one_by_one(tmp_path)
         write(tmp_path / f"take #{number}.wav", 500)
     found = opened(tmp_path, validation_fraction=0.2)
     assert 2 <= len(found.validation) <= 16
-    recordings = data.find(tmp_path)
-    assert {r.name for r in data.split(recordings, 0.2)[1]} == {r.name for r in found.validation}
+    recordings = corpus_module.find(tmp_path)
+    assert {r.name for r in corpus_module.split(recordings, 0.2)[1]} == {r.name for r in found.validation}
     rows = [f"take #{number}.wav,{start}" for number in range(40) for start in (0, 0.02, 0.04)]
     (tmp_path / "list.csv").write_text("\n".join(["path,start", *rows]) + "\n")
     stretches = opened(tmp_path / "list.csv", validation_fraction=0.2)
     assert {r.path for r in stretches.validation} == {r.path for r in found.validation}
     assert len(stretches.validation) == 3 * len(found.validation)
-    cut = data.split(data.find(tmp_path / "list.csv"), 0.2)
+    cut = corpus_module.split(corpus_module.find(tmp_path / "list.csv"), 0.2)
     assert {r.name for r in cut[1]} == {r.name for r in stretches.validation}
 
 
@@ -513,7 +517,7 @@ def test_crops_are_drawn_as_from_a_list(corpus):
         layers=2, stacks=1, residual_channels=4, skip_channels=4, head_channels=4, sample_rate=RATE,
         mel=wavear.MelConfig(sample_rate=RATE, n_fft=256, window_length=256, hop_length=64, bands=8, fmax=4000),
     )  # fmt: skip
-    layout = Layout.of(wavear.WaveNet(config), 256)
+    layout = layout_of(wavear.WaveNet(config), 256)
     train = opened(corpus).train
     rows, objects = Segments(train, layout, seed=5), Segments(list(train), layout, seed=5)
     assert rows.ends.tolist() == np.cumsum([layout.length(r) for r in train]).tolist()

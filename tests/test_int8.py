@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import wavear
-from wavear import WaveNet, WaveNetConfig, bench
-from wavear.generate import make_engine
-from wavear.generate.ceiling import cost
-from wavear.generate.numba_cpu import NumbaEngine
+from wavear import WaveNet, WaveNetConfig
+from wavear.benchmark import speed
+from wavear.generation.cpu.ceiling import cost
+from wavear.generation.cpu.wavenet import NumbaEngine
+from wavear.generation.engines import make_engine
 
 TOLERANCE = 1e-4  # nats: sums of some hundred float32 products round to about 1e-6 of their size
 
@@ -178,9 +179,9 @@ def test_a_byte_for_every_weight_and_a_scale_for_every_output():
 
 def test_bench_measures_its_cost():
     model = make()
-    found = bench.measure(model, "numba", weights="int8", seconds=0.01)
-    rounded = bench.measure(model, "numba", weights="bfloat16", seconds=0.01)
+    found = speed.measure(model, "numba", weights="int8", seconds=0.01)
+    rounded = speed.measure(model, "numba", weights="bfloat16", seconds=0.01)
     assert rounded.error < found.error < 0.2
     # What is lost on audio drawn from the model is the divergence of the laws: zero or more, but for the noise.
     assert -1e-3 < found.cost < 0.01
-    assert f"{found.cost:+.5f}" in bench.table([found])
+    assert f"{found.cost:+.5f}" in speed.table([found])

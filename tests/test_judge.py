@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from wavear import MelConfig, WaveNet, WaveNetConfig, adapt_mel, audio, convert_mel, judge_mel, log_mel
-from wavear.judge import CONVENTIONS
+from wavear.mel.detection import CONVENTIONS
 
 LN = MelConfig()
 

@@ -9,11 +9,20 @@ import scipy.special
 import scipy.stats
 import torch
 
-from wavear.generate import numba_laws
-from wavear.grid import Grid
-from wavear.laws import LAWS, Categorical, Gaussian, Laplace, LogisticMixture, converts, law_of, log_prob_on
+from wavear.audio.grid import Grid
+from wavear.generation.cpu import distributions
+from wavear.models.distributions import (
+    LAWS,
+    Categorical,
+    Gaussian,
+    Laplace,
+    LogisticMixture,
+    converts,
+    law_of,
+    log_prob_on,
+)
+from wavear.models.sampling import uniforms
 from wavear.models.wavenet import WaveNet, WaveNetConfig
-from wavear.sampling import uniforms
 
 GRIDS = [Grid("linear", 64), Grid("linear", 6), Grid("mulaw", 33), Grid("linear", 65536), Grid("mulaw", 256)]
 VALUES = [lambda g: LogisticMixture(g, 3), lambda g: LogisticMixture(g, 1), Gaussian, Laplace]
@@ -245,30 +254,30 @@ def test_wrong_configurations_are_refused(fields, message):
 @pytest.mark.parametrize("log_scale", [-14.0, -6.0, -1.0, 3.0])
 def test_compiled_laws_draw_and_score_alike(make, classes, log_scale):
     law = make(Grid("linear", classes))
-    numbers = numba_laws.numbers(law)
+    numbers = distributions.numbers(law)
     row = np.ascontiguousarray(parameters(law, log_scale, seed=4)[0, :, 0], dtype=np.float32)
     given = torch.from_numpy(row).double()[None]
     codes = torch.cat([torch.tensor([0, classes - 1]), torch.randint(classes, (100,))])
     expected = law.log_prob(given[..., None].expand(-1, -1, 102), codes[None])[0].numpy()
-    found = [numba_laws.log_probability(*numbers, row.ctypes.data, int(code)) for code in codes]
+    found = [distributions.log_probability(*numbers, row.ctypes.data, int(code)) for code in codes]
     assert found == pytest.approx(expected, rel=1e-8, abs=1e-8)
     # (In the last 2**-30 of a mixture's component the value hangs on the last bits of the sum of the weights.)
     draws = np.concatenate([[0.0, 2.0**-53, 1 - 2.0**-30], uniforms(5, 0, 500)])
     for temperature in (1.0, 0.7):
         theirs = law.sample(given.expand(503, -1), torch.from_numpy(draws), temperature).tolist()
-        assert [numba_laws.draw_value(*numbers, row.ctypes.data, u, temperature) for u in draws] == theirs
+        assert [distributions.draw_value(*numbers, row.ctypes.data, u, temperature) for u in draws] == theirs
 
 
 def test_compiled_laws_tell_parameters_that_are_no_numbers():
     for law in (LogisticMixture(GRIDS[0], 2), Gaussian(GRIDS[0])):
         row = np.zeros(law.channels, np.float32)
         row[-1] = np.nan
-        assert numba_laws.draw_value(*numba_laws.numbers(law), row.ctypes.data, 0.5, 1.0) == -1
+        assert distributions.draw_value(*distributions.numbers(law), row.ctypes.data, 0.5, 1.0) == -1
 
 
 def test_the_normal_quantile_is_scipys():
     u = np.concatenate([uniforms(0, 0, 2000), 2.0 ** -np.arange(1, 1000, 7.0), 1 - 2.0 ** -np.arange(1, 53.0)])
-    assert [numba_laws.normal_quantile(x) for x in u] == pytest.approx(scipy.special.ndtri(u), rel=1e-14, abs=1e-15)
+    assert [distributions.normal_quantile(x) for x in u] == pytest.approx(scipy.special.ndtri(u), rel=1e-14, abs=1e-15)
 
 
 def test_a_model_that_was_in_half_precision_sees_the_values_as_they_are():

@@ -26,18 +26,19 @@ from wavear import (
     fit_linear,
     generate,
     load,
-    lpc,
     score,
     train,
 )
-from wavear import fit as fitting
-from wavear.cli import main
-from wavear.generate import make_engine
-from wavear.generate.numba_laws import GAUSSIAN, LAPLACE
-from wavear.generate.numba_linear import NumbaLinearEngine, log_mass
-from wavear.generate.reference import ReferenceEngine
-from wavear.grid import Grid
-from wavear.sampling import uniforms
+from wavear.audio.grid import Grid
+from wavear.cli.commands import main
+from wavear.generation.cpu.distributions import GAUSSIAN, LAPLACE
+from wavear.generation.cpu.linear import NumbaLinearEngine, log_mass
+from wavear.generation.engines import make_engine
+from wavear.generation.reference import ReferenceEngine
+from wavear.models import fitting as fitting
+from wavear.models import lpc
+from wavear.models.sampling import uniforms
+from wavear.training import linear_run
 
 AR4 = np.array([1.9, -1.5, 0.7, -0.2])  # stable: its poles lie at 0.79 and 0.57
 KINDS: dict[str, dict[str, Any]] = {
@@ -571,34 +572,32 @@ def test_several_tasks_of_slurm_are_refused(recordings, tmp_path, monkeypatch):
 
 
 def _trained_on(recordings: Path) -> set[str]:
-    from wavear.data import open_corpus
+    from wavear.data.corpus import open_corpus
 
     return {r.name for r in open_corpus(str(recordings), sample_rate=8000).train}
 
 
 def test_what_is_read_in_blocks_is_what_is_read_at_once(recordings, tmp_path, monkeypatch):
-    from wavear.training import linear
 
     whole = load(train(settings(recordings, tmp_path / "whole")).best)
-    monkeypatch.setattr(linear, "_SECONDS", 0.11)
+    monkeypatch.setattr(linear_run, "_SECONDS", 0.11)
     cut = load(train(settings(recordings, tmp_path / "cut")).best)
     for name, tensor in whole.state_dict().items():
         torch.testing.assert_close(cut.state_dict()[name], tensor, rtol=1e-9, atol=1e-12)
 
 
 def test_a_file_that_ends_too_soon_is_named_and_the_rest_is_fitted(recordings, tmp_path, capsys, monkeypatch):
-    from wavear import segments
-    from wavear.training import linear
+    from wavear.data import crops
 
     broken = sorted(_trained_on(recordings))[1]
-    read = segments.read_span
+    read = crops.read_span
 
     def failing(recording: Any, *rest: Any) -> np.ndarray:
         if recording.name == broken:
             raise ValueError(f"{recording.path}: ends at sample 7")
         return read(recording, *rest)
 
-    monkeypatch.setattr(linear, "read_span", failing)
+    monkeypatch.setattr(linear_run, "read_span", failing)
     result = train(settings(recordings, tmp_path / "run", progress=True))
     assert result.skipped == {broken: "ends at sample 7"}
     assert f"skipped {broken}: ends at sample 7" in capsys.readouterr().out

@@ -12,8 +12,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from wavear import audio, mel
-from wavear.mel import MelConfig, log_mel, mel_filter_bank
+from wavear import audio
+from wavear.mel import spectrogram
+from wavear.mel.spectrogram import MelConfig, log_mel, mel_filter_bank
 
 # Both sides compute in float64; ours is rounded to float32 in the end: half a bit of the largest values (16: 9.5e-7).
 ROUNDING = 2e-6
@@ -251,7 +252,7 @@ def test_a_batch_is_its_members():
 def test_long_recordings_in_blocks(monkeypatch):
     waveform = sound(30_000, batch=2)
     whole = log_mel(waveform, MelConfig())
-    monkeypatch.setattr(mel, "BLOCK_FRAMES", 7)
+    monkeypatch.setattr(spectrogram, "BLOCK_FRAMES", 7)
     torch.testing.assert_close(log_mel(waveform, MelConfig()), whole, rtol=0, atol=ROUNDING)
 
 
@@ -276,10 +277,10 @@ def test_silence_is_the_floor():
 
 def test_filter_bank_is_computed_once():
     config = MelConfig(bands=33)
-    before = mel._filters_and_window.cache_info().misses
+    before = spectrogram._filters_and_window.cache_info().misses
     for _ in range(3):
         log_mel(sound(3000), replace(config))
-    assert mel._filters_and_window.cache_info().misses == before + 1
+    assert spectrogram._filters_and_window.cache_info().misses == before + 1
 
 
 def test_warns_of_bands_without_a_bin():

@@ -15,7 +15,7 @@ import torch
 import torchaudio
 
 from wavear import MelConfig, audio, log_mel
-from wavear.mel_presets import PRESETS
+from wavear.mel.presets import PRESETS
 
 Wave = np.ndarray  # (T,), float64
 

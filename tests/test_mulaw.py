@@ -8,7 +8,7 @@ import torch
 from torchaudio.functional import mu_law_decoding, mu_law_encoding
 
 from wavear import audio
-from wavear.mulaw import mulaw_decode, mulaw_encode, silence_code
+from wavear.audio.mulaw import mulaw_decode, mulaw_encode, silence_code
 
 ODD_AND_EVEN = [2, 3, 7, 255, 256, 1000, 4096, 65535, 65536]
 

@@ -23,10 +23,10 @@ from scipy.stats import chi2
 from torch import Tensor
 
 import wavear
-from wavear import compiled as compiled_module
-from wavear.compiled import compiled, source_key
-from wavear.generate.numba_cpu import NumbaEngine
-from wavear.generate.reference import ReferenceEngine
+from wavear.common import compiled as compiled_module
+from wavear.common.compiled import compiled, source_key
+from wavear.generation.cpu.wavenet import NumbaEngine
+from wavear.generation.reference import ReferenceEngine
 from wavear.models.wavenet import WaveNet, WaveNetConfig
 
 # Nats. Sums of some hundred float32 products round to about 1e-6 of their size.
@@ -389,21 +389,21 @@ def test_a_changed_source_compiles_anew(cache, monkeypatch):
 def test_sources_of_the_kernels_and_the_compiler_are_in_the_key_and_others_are_not(tmp_path, monkeypatch):
     package = tmp_path / "wavear"
     shutil.copytree(Path(wavear.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__"))
-    generate = package / "generate"
-    monkeypatch.setattr(compiled_module, "__file__", str(package / "compiled.py"))
-    loop = generate / "numba_loop.py"
+    engines = package / "generation" / "cpu"
+    monkeypatch.setattr(compiled_module, "__file__", str(package / "common" / "compiled.py"))
+    loop, ceiling = engines / "wavenet_loop.py", engines / "ceiling.py"
     before = source_key(loop)
-    for name, source in {"_simd.py": True, "../compiled.py": True, "numba_loop.py": True, "numba_products.py": True,
-                         "__init__.py": False, "numba_cpu.py": False, "numba_plan.py": False, "packing.py": False,
-                         "stream.py": False}.items():  # fmt: skip
-        text = (generate / name).read_bytes()
-        (generate / name).write_bytes(text + b"# changed\n")
+    for name, source in {"simd.py": True, "../../common/compiled.py": True, "wavenet_loop.py": True, "products.py": True,
+                         "__init__.py": False, "wavenet.py": False, "wavenet_plan.py": False, "packing.py": False,
+                         "../streams.py": False}.items():  # fmt: skip
+        text = (engines / name).read_bytes()
+        (engines / name).write_bytes(text + b"# changed\n")
         assert (source_key(loop) != before) == source, name
-        (generate / name).write_bytes(text)
-    assert source_key(loop) == before != source_key(generate / "ceiling.py")
-    before = source_key(generate / "ceiling.py")
+        (engines / name).write_bytes(text)
+    assert source_key(loop) == before != source_key(ceiling)
+    before = source_key(ceiling)
     (package / "models" / "wavenet.py").write_text("")
-    assert source_key(generate / "ceiling.py") != before  # in other directories too
+    assert source_key(ceiling) != before  # in other directories too
     before = source_key(loop)
     monkeypatch.setattr(numba, "__version__", "0.0.0")
     assert source_key(loop) != before
@@ -411,7 +411,7 @@ def test_sources_of_the_kernels_and_the_compiler_are_in_the_key_and_others_are_n
 
 _CHANGES = """
 import sys
-from wavear.generate import kernel_of_a_test
+from wavear.generation.cpu import kernel_of_a_test
 print(kernel_of_a_test.outer(4), sum(kernel_of_a_test.outer.stats.cache_hits.values()))
 """
 
@@ -419,10 +419,10 @@ print(kernel_of_a_test.outer(4), sum(kernel_of_a_test.outer.stats.cache_hits.val
 def test_a_change_in_a_file_that_a_kernel_calls_recompiles_and_another_does_not(tmp_path):
     package = tmp_path / "wavear"
     shutil.copytree(Path(wavear.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__"))
-    inner = package / "generate" / "part_of_a_test.py"
-    (package / "generate" / "kernel_of_a_test.py").write_text(
-        "from wavear.compiled import compiled\n"
-        "from wavear.generate.part_of_a_test import inner\n"
+    inner = package / "generation" / "cpu" / "part_of_a_test.py"
+    (package / "generation" / "cpu" / "kernel_of_a_test.py").write_text(
+        "from wavear.common.compiled import compiled\n"
+        "from wavear.generation.cpu.part_of_a_test import inner\n"
         "def _outer(x):\n    return inner(x)\n"
         "outer = compiled(_outer, 'int64(int64)')\n"
     )
@@ -430,7 +430,7 @@ def test_a_change_in_a_file_that_a_kernel_calls_recompiles_and_another_does_not(
     found = []
     for factor, comment in ((2, ""), (2, "# another"), (3, "# another")):
         inner.write_text(f"import numba\n@numba.njit\ndef inner(x):\n    return {factor} * x\n")
-        (package / "generate" / "numba_cpu.py").write_text(comment)
+        (package / "generation" / "cpu" / "wavenet.py").write_text(comment)
         result = subprocess.run([sys.executable, "-c", _CHANGES], capture_output=True, text=True, check=True,
                                 env=environment, cwd=tmp_path)  # fmt: skip
         found.append(result.stdout.split())
@@ -440,7 +440,7 @@ def test_a_change_in_a_file_that_a_kernel_calls_recompiles_and_another_does_not(
 def test_another_processor_compiles_anew(cache, tmp_path):
     program = tmp_path / "program.py"
     program.write_text(
-        "from wavear.compiled import compiled\n"
+        "from wavear.common.compiled import compiled\n"
         "def double(x):\n    return 2 * x\n"
         "assert compiled(double, 'int64(int64)')(4) == 8\n"
     )
@@ -472,8 +472,8 @@ _ON_ANOTHER_PROCESSOR = """
 import numpy as np
 import torch
 from wavear.generate import _simd
-from wavear.generate.numba_cpu import NumbaEngine
-from wavear.generate.numba_loop import kernels
+from wavear.generation.cpu.wavenet import NumbaEngine
+from wavear.generation.cpu.wavenet_loop import kernels
 from wavear.models.wavenet import WaveNet, WaveNetConfig
 assert kernels.cache_info().currsize == 0  # importing compiles nothing
 torch.manual_seed(0)
@@ -500,6 +500,6 @@ def test_narrower_vectors_give_the_same_bits():
 
 
 def _features() -> set[str]:
-    from wavear.generate._simd import machine_features
+    from wavear.generation.cpu.simd import machine_features
 
     return {name for name, present in machine_features()[1].items() if present}

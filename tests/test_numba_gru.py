@@ -16,11 +16,12 @@ from hypothesis import Phase, example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from wavear import GRU, GRUConfig, Stream, bench, generate
-from wavear.generate import make_engine
-from wavear.generate.ceiling import Ceiling
-from wavear.generate.numba_gru import NumbaGRUEngine
-from wavear.generate.reference import ReferenceEngine
+from wavear import GRU, GRUConfig, Stream, generate
+from wavear.benchmark import speed
+from wavear.generation.cpu.ceiling import Ceiling
+from wavear.generation.cpu.gru import NumbaGRUEngine
+from wavear.generation.engines import make_engine
+from wavear.generation.reference import ReferenceEngine
 
 # Nats. Sums of some hundred float32 products round to about 1e-6 of their size.
 TOLERANCE = 1e-4
@@ -406,8 +407,8 @@ def test_a_stream_is_the_recording():
 
 def test_wavear_bench_measures_it():
     model = make(speakers=2, layers=1)
-    exact = bench.measure(model, batch=2, seconds=0.01, ceiling=Ceiling(1e9, {1000: 1e9, 10**8: 1e9}))
-    rounded = bench.measure(model, weights="int8", seconds=0.01)
+    exact = speed.measure(model, batch=2, seconds=0.01, ceiling=Ceiling(1e9, {1000: 1e9, 10**8: 1e9}))
+    rounded = speed.measure(model, weights="int8", seconds=0.01)
     assert exact.error < 1e-4 < rounded.error < 1
     assert exact.share is not None
     assert exact.share > 0
@@ -432,8 +433,8 @@ _ON_ANOTHER_PROCESSOR = """
 import numpy as np
 import torch
 from wavear.generate import _simd
-from wavear.generate.numba_gru import NumbaGRUEngine
-from wavear.generate.numba_gru_loop import kernels
+from wavear.generation.cpu.gru import NumbaGRUEngine
+from wavear.generation.cpu.gru_loop import kernels
 from wavear.models.gru import GRU, GRUConfig
 assert kernels.cache_info().currsize == 0  # importing compiles nothing
 torch.manual_seed(0)
@@ -447,7 +448,7 @@ print(_simd.LANES, *(row.tobytes().hex() for row in scores))
 
 def test_narrower_vectors_give_the_same_bits():
     """As on a processor with AVX2 and without AVX-512. (Compiles once, then comes from the cache.)"""
-    from wavear.generate._simd import machine_features
+    from wavear.generation.cpu.simd import machine_features
 
     outputs = []
     narrow = {"NUMBA_CPU_NAME": "haswell", "NUMBA_CPU_FEATURES": "+avx2,+avx,+fma,+sse4.2,+bmi,+bmi2,+popcnt"}

@@ -16,11 +16,12 @@ from test_predictive import random_codes, random_mel, small
 
 import wavear
 from wavear import Stream, StreamBatch, generate, score
-from wavear.generate import candidate_seeds, cuda, cuda_graph, make_engine
-from wavear.generate.cuda_graph import CudaGraphEngine
-from wavear.generate.numba_predictive import NumbaPredictiveEngine
-from wavear.generate.reference import ReferenceEngine
-from wavear.sampling import uniforms
+from wavear.generation.cpu.predictive import NumbaPredictiveEngine
+from wavear.generation.cuda import choice, graph
+from wavear.generation.cuda.graph import CudaGraphEngine
+from wavear.generation.engines import candidate_seeds, make_engine
+from wavear.generation.reference import ReferenceEngine
+from wavear.models.sampling import uniforms
 
 # Nats. Sums of some ten float32 products round to about 1e-7 of their size.
 TOLERANCE = 1e-5
@@ -149,7 +150,7 @@ def test_scores_do_not_depend_on_the_chunks_of_the_parallel_pass(monkeypatch):
     model = make(CONFIGS["kernel 3"], torch.float64)
     waveform, mel = model.grid.decode(random_codes(model, 1, 700)), random_mel(model, 1, 30)
     whole = score(model, waveform, mel)
-    monkeypatch.setattr(sys.modules["wavear.generate"], "_PARALLEL_CHUNK", 61)
+    monkeypatch.setattr(sys.modules["wavear.generation.engines"], "_PARALLEL_CHUNK", 61)
     torch.testing.assert_close(score(model, waveform, mel), whole, rtol=1e-9, atol=1e-9)
 
 
@@ -310,8 +311,8 @@ def test_members_at_different_places_of_a_frame_share_an_engine():
 
 @pytest.mark.parametrize("name", ["kernel 3", "kernel 5, two periods", "causal, speakers"])
 def test_the_state_goes_on_on_any_engine(name, monkeypatch):
-    monkeypatch.setattr(cuda_graph, "CHUNK", 40)
-    monkeypatch.setattr(cuda_graph, "RUN", 8)
+    monkeypatch.setattr(graph, "CHUNK", 40)
+    monkeypatch.setattr(graph, "RUN", 8)
     model = make(CONFIGS[name])
     codes, cond = codes_of(model, 5, 170)[:3], conditioning(model, 5, 170)[:3, :, :]
     kinds: list[Any] = [NumbaPredictiveEngine, ReferenceEngine, CudaGraphEngine]
@@ -477,8 +478,8 @@ def test_weights_changed_in_place_are_the_ones_of_the_next_engine():
 @torch.inference_mode()
 def test_the_graph_engine_equals_the_reference(name, monkeypatch):
     """By the stand-in, in float64, so that no uniform lies on an edge between codes."""
-    monkeypatch.setattr(cuda_graph, "CHUNK", 40)
-    monkeypatch.setattr(cuda_graph, "RUN", 8)
+    monkeypatch.setattr(graph, "CHUNK", 40)
+    monkeypatch.setattr(graph, "RUN", 8)
     model = make(CONFIGS[name], torch.float64)
     u, cond = draws(3, 107), conditioning(model, 3, 107)
     nats = np.empty((2, 3, 107))
@@ -503,8 +504,8 @@ def test_generate_and_streams_run_on_the_graph_engine(monkeypatch):
     model = make(small(speakers=2), torch.float64)
     mels = [random_mel(model, 1, frames)[0] for frames in (4, 9)]
     expected = generate(model, mels, seed=[1, 2], speaker=[0, 1], engine="reference")
-    monkeypatch.setattr(cuda, "make", lambda model, batch, engine, weights: CudaGraphEngine(model, batch))
-    monkeypatch.setattr(sys.modules["wavear.generate"]._chunks, "__defaults__", (30,))
+    monkeypatch.setattr(choice, "make", lambda model, batch, engine, weights: CudaGraphEngine(model, batch))
+    monkeypatch.setattr(sys.modules["wavear.generation.engines"]._chunks, "__defaults__", (30,))
     assert torch.equal(generate(model, mels, seed=[1, 2], speaker=[0, 1], engine="cuda-graph"), expected)
     stream = Stream(model, seed=2, speaker=1, engine="cuda-graph")
     assert torch.equal(

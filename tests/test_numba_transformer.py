@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from wavear import Stream, Transformer, TransformerConfig, WaveNet, WaveNetConfig
-from wavear.generate import make_engine, numba_transformer_plan
-from wavear.generate.numba_transformer import NumbaTransformer
-from wavear.generate.numba_transformer_plan import as_run
-from wavear.generate.reference import ReferenceEngine
+from wavear.generation.cpu import transformer_plan
+from wavear.generation.cpu.transformer import NumbaTransformer
+from wavear.generation.cpu.transformer_plan import as_run
+from wavear.generation.engines import make_engine
+from wavear.generation.reference import ReferenceEngine
 
 # Channels that are no multiple of a vector, windows that are no multiple of a block, and some that are.
 SHAPES = {
@@ -75,7 +76,7 @@ def test_products_are_the_same_with_and_without_tables(config, monkeypatch):
     model = make(config)
     codes, cond = make_codes(config, 1, 60), make_cond(model, 1, 60, False)
     tabled = NumbaTransformer(model, 1).score(codes, cond)
-    monkeypatch.setattr(numba_transformer_plan, "_TABLES", 0)
+    monkeypatch.setattr(transformer_plan, "_TABLES", 0)
     torch.testing.assert_close(NumbaTransformer(model, 1).score(codes, cond), tabled, rtol=0, atol=1e-5)
 
 

@@ -1,4 +1,4 @@
-"""`wavear.period`: the period by cross-correlation."""
+"""`wavear.audio.periods`: the period by cross-correlation."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from wavear.period import measure_period
+from wavear.audio.periods import measure_period
 
 SIZES = (40, 441, 64, 512)
 

@@ -12,10 +12,10 @@ import test_predictive
 import torch
 
 from wavear import MelConfig, log_mel
-from wavear.mel import mel_filter_bank
-from wavear.mel_presets import PRESETS
+from wavear.audio.periods import measure_period
+from wavear.mel.presets import PRESETS
+from wavear.mel.spectrogram import mel_filter_bank
 from wavear.models.prediction import LEAST_SCALE, Envelope, levinson, predictor
-from wavear.period import measure_period
 
 MELS = {
     **{name: MelConfig.preset(name) for name in PRESETS},

@@ -13,8 +13,8 @@ from torch import Tensor
 
 import wavear
 from wavear import MelConfig, PredictiveWaveNet, PredictiveWaveNetConfig
-from wavear.info import describe
 from wavear.models.frames import FrameConditioning
+from wavear.models.info import describe
 
 SMALL: dict[str, Any] = {
     "mixtures": 3,

@@ -14,10 +14,11 @@ from test_predictive import random_codes, random_mel, random_speakers, small
 from torch import Tensor
 
 from wavear import MelConfig, PredictiveWaveNet, PredictiveWaveNetConfig, audio, log_mel
-from wavear.data import open_corpus
+from wavear.data.corpus import open_corpus
+from wavear.data.crops import Segments, collate, read_crop
 from wavear.models import fused
+from wavear.models.crop_loss import crop_loss, inputs, layout_of
 from wavear.models.period import CLASSES, period_loss
-from wavear.segments import Layout, Segments, collate, crop_loss, inputs, read_crop
 from wavear.training import prepare
 
 # ---- fused layers
@@ -198,7 +199,7 @@ def _fast(monkeypatch) -> None:
 def test_prepare_fits_statistics_period_and_gain(recordings, causal):
     model = voiced_model(causal=causal)
     before = {name: p.clone() for name, p in model.named_parameters()}
-    segments = Segments(recordings, Layout.of(model, 16 * HOP))
+    segments = Segments(recordings, layout_of(model, 16 * HOP))
     said: list[str] = []
     prepare.prepare(model, segments, 3, said.append)
     assert len(said) == 1
@@ -237,7 +238,7 @@ def test_prepare_fits_statistics_period_and_gain(recordings, causal):
 @pytest.mark.usefixtures("_fast")
 def test_the_gain_follows_the_residuals_and_not_the_gain_before(recordings):
     model = voiced_model()
-    segments = Segments(recordings, Layout.of(model, 16 * HOP))
+    segments = Segments(recordings, layout_of(model, 16 * HOP))
     prepare.fit_gain(model, segments)
     first = model.conditioning.gain.item()
     assert first != 1
@@ -260,7 +261,7 @@ def test_silence_is_no_reason_to_fail(tmp_path, monkeypatch):
     model = voiced_model()
     said: list[str] = []
     recordings = open_corpus(tmp_path, sample_rate=RATE, validation_fraction=0.01).train
-    prepare.prepare(model, Segments(recordings, Layout.of(model, 16 * HOP)), 0, said.append)
+    prepare.prepare(model, Segments(recordings, layout_of(model, 16 * HOP)), 0, said.append)
     assert "no voiced frame" in said[0]
     assert all(torch.isfinite(tensor).all() for tensor in model.state_dict().values())
     assert model.conditioning.gain == 1
@@ -274,7 +275,7 @@ def test_prepare_depends_on_its_seeds_alone(recordings, monkeypatch):
         model = voiced_model()
         torch.rand(seed)  # what was drawn before does not count
         state = torch.random.get_rng_state()
-        prepare.prepare(model, Segments(recordings, Layout.of(model, 16 * HOP)), seed % 2, lambda line: None)
+        prepare.prepare(model, Segments(recordings, layout_of(model, 16 * HOP)), seed % 2, lambda line: None)
         assert torch.equal(torch.random.get_rng_state(), state)
         return model.state_dict()
 
@@ -304,7 +305,7 @@ def test_the_loss_of_a_period_is_least_where_it_is_measured():
 def test_crop_loss_is_the_slice_of_the_whole(recordings, causal):
     """Crops have the look-back and the look-ahead that the model needs, which differ where it is causal."""
     model = voiced_model(causal=causal).double()
-    layout = Layout.of(model, 10 * HOP)
+    layout = layout_of(model, 10 * HOP)
     assert (layout.lookahead == 0) == causal
     segments = Segments(recordings, layout)
     recording = recordings[0]

@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 
 import wavear
 from wavear import MelConfig, Stream, StreamBatch, WaveNet, WaveNetConfig, audio, mulaw_encode
-from wavear.generate import candidate_seeds, make_engine
-from wavear.generate.conditioner import UtteranceConditioner
-from wavear.generate.prime import fill
-from wavear.sampling import uniforms
+from wavear.generation.conditioner import UtteranceConditioner
+from wavear.generation.engines import candidate_seeds, make_engine
+from wavear.generation.priming import fill
+from wavear.models.sampling import uniforms
 
 ENGINES = [("reference", "float32"), ("numba", "float32"), ("numba", "bfloat16"), ("numba", "int8")]
 # Small random models are loud.
@@ -349,7 +349,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def run(capsys: pytest.CaptureFixture, *arguments: str) -> tuple[int, str, str]:
-    from wavear.cli import main
+    from wavear.cli.commands import main
 
     status = main(["generate", *arguments])
     captured = capsys.readouterr()

@@ -18,8 +18,9 @@ import torch
 from test_corpora import MINIATURES
 
 import wavear
-from wavear import audio, cli
-from wavear.train import TrainConfig
+from wavear import audio
+from wavear.cli import commands
+from wavear.training.config import TrainConfig
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 NAMES = sorted(path.parent.name for path in RECIPES.glob("*/train.py"))
@@ -52,14 +53,14 @@ def test_values_are_flags(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: 
     """What is trained with is the recipe's values, except for those given as flags."""
     monkeypatch.chdir(tmp_path)
     trained: list[TrainConfig] = []
-    monkeypatch.setattr(cli, "run_training", lambda config: trained.append(config) or 0)
+    monkeypatch.setattr(commands, "run_training", lambda config: trained.append(config) or 0)
     recipe = module(RECIPES / name / "train.py")
     size = {"wavenet": ["--stacks", "3"], "predictive": ["--period-layers", "2"]}[recipe.VALUES.family]
     monkeypatch.setattr(sys, "argv", ["train.py", "--data", "elsewhere", "--layers", "6", *size])
     Path("elsewhere").write_text("path\nsome.wav\n")  # a manifest, which every recipe takes
     corpus = getattr(recipe, "CORPUS", None)
     with pytest.raises(SystemExit) as stop:
-        cli.recipe(recipe.VALUES, recipe.__doc__, corpus)
+        commands.recipe(recipe.VALUES, recipe.__doc__, corpus)
     assert stop.value.code == 0
     (config,) = trained
     assert (config.data, config.layers, config.family) == ("elsewhere", 6, recipe.VALUES.family)
@@ -68,7 +69,7 @@ def test_values_are_flags(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: 
     assert config.segment == recipe.VALUES.segment
     monkeypatch.setattr(sys, "argv", ["train.py", "--kernel-size", "1"])
     with pytest.raises(SystemExit) as stop:
-        cli.recipe(recipe.VALUES, recipe.__doc__, corpus)
+        commands.recipe(recipe.VALUES, recipe.__doc__, corpus)
     assert stop.value.code == 2
 
 
@@ -105,7 +106,7 @@ def test_recipe_trains_on_its_corpus(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["train.py", *SMALL])
     with pytest.raises(SystemExit) as stop:
-        cli.recipe(recipe.VALUES, recipe.__doc__, recipe.CORPUS)
+        commands.recipe(recipe.VALUES, recipe.__doc__, recipe.CORPUS)
     printed = capsys.readouterr()
     assert stop.value.code == 0, printed.err
     assert "held-out bits per sample: model" in printed.out
@@ -135,7 +136,7 @@ def test_families_recipe_trains_what_is_missing_and_writes_a_table(
     monkeypatch.setattr(sys, "argv", [*begin, "--clips", "1", "--seconds", "0.2", "--models", *models])
     for turn in range(2):
         with pytest.raises(SystemExit) as stop:
-            cli.recipe(recipe.VALUES, recipe.__doc__, run=recipe.run)
+            commands.recipe(recipe.VALUES, recipe.__doc__, run=recipe.run)
         printed = capsys.readouterr()
         assert stop.value.code == 0, printed.err
         assert ("gru: runs/families/gru is there already" in printed.out) == (turn == 1)
@@ -147,7 +148,7 @@ def test_families_recipe_trains_what_is_missing_and_writes_a_table(
     assert len(held_out) == trained["data"]["validation"]["recordings"]
     monkeypatch.setattr(sys, "argv", ["train.py", "--models", "rnn"])
     with pytest.raises(SystemExit) as stop:
-        cli.recipe(recipe.VALUES, recipe.__doc__, run=recipe.run)
+        commands.recipe(recipe.VALUES, recipe.__doc__, run=recipe.run)
     assert stop.value.code == 2
     assert "wavenet-16-bit" in capsys.readouterr().err
 
@@ -169,7 +170,7 @@ def test_music_recipe_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ca
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["train.py", *SMALL])
     with pytest.raises(SystemExit) as stop:
-        cli.recipe(recipe.VALUES, recipe.__doc__)
+        commands.recipe(recipe.VALUES, recipe.__doc__)
     assert stop.value.code == 0, capsys.readouterr().err
     trained = wavear.load(tmp_path / "runs" / "music" / "best")
     assert trained.config.mel is None

@@ -76,22 +76,6 @@ def test_continuous_integration_can_run():
     assert os.access(ROOT / ".ci" / "run", os.X_OK)
 
 
-@pytest.mark.parametrize("module", ["audio", "containers", "files", "mulaw", "mel", "mel_presets", "lpc"])
-def test_leaves_import_nothing_of_wavear(module):
-    """But for `audio`, which stands on `containers` and `files`, and `mel`, on `mel_presets`: leaves too."""
-    stands_on = {"audio": "containers|files", "mel": "mel_presets"}
-    allowed = re.compile(rf"wavear(\.({stands_on[module]}))?(\.[A-Z]+)?$" if module in stands_on else "$")
-    assert [name for name in imports_of_wavear(ROOT / "wavear" / f"{module}.py") if not allowed.match(name)] == []
-
-
-def test_models_know_nothing_of_what_is_done_with_them():
-    """No generation, no data, no training: a model needs the leaves, and the checkpoint it saves itself to."""
-    allowed = re.compile(r"wavear\.(models|mulaw|mel|grid|laws|sampling|lpc|compiled|checkpoint)\b")
-    models = [path for path in MODULES if path.parent.name == "models"]
-    assert models
-    assert [(relative(p), name) for p in models for name in imports_of_wavear(p) if not allowed.match(name)] == []
-
-
 @pytest.mark.parametrize("recipe", RECIPES, ids=relative)
 def test_recipes_import_only_public_names(recipe):
     public = {"wavear", "wavear.audio", "wavear.cli.recipe"} | {f"wavear.{name}" for name in wavear.__all__}

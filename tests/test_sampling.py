@@ -5,7 +5,7 @@ import pytest
 import torch
 from scipy import stats
 
-from wavear.sampling import sample, uniforms
+from wavear.models.sampling import sample, uniforms
 
 
 def test_uniforms_are_a_function_of_seed_and_time():

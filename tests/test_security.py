@@ -21,15 +21,17 @@ import torch
 from packaging.requirements import Requirement
 
 import wavear
-from wavear import EvaluateConfig, WaveNet, WaveNetConfig, audio, corpora, shards
-from wavear.arrays import map_arrays
-from wavear.cli import main
-from wavear.data import find, open_corpus
-from wavear.evaluate import Evaluation, compare_models, evaluate
-from wavear.generate.state import StreamState
-from wavear.mel import MelConfig
-from wavear.synthesize import read_mel
-from wavear.train import TrainConfig, train, write_held_out
+from wavear import EvaluateConfig, WaveNet, WaveNetConfig, audio, corpora
+from wavear.cli.commands import main
+from wavear.data import shards
+from wavear.data.arrays import map_arrays
+from wavear.data.corpus import find, open_corpus
+from wavear.evaluation.evaluation import Evaluation, compare_models, evaluate
+from wavear.generation.files import read_mel
+from wavear.generation.states import StreamState
+from wavear.mel.spectrogram import MelConfig
+from wavear.training.config import TrainConfig
+from wavear.training.run import train, write_held_out
 from wavear.training.state import load_state
 
 RATE = 8000
@@ -197,13 +199,13 @@ def plant(folder: Path) -> None:
 def test_processes_that_read_headers_do_not_import_from_the_current_directory(
     here: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    from wavear import looking
+    from wavear.data import levels
 
     plant(here)
     monkeypatch.setattr(sys, "path", ["", str(here), *sys.path])
     monkeypatch.setenv("PYTHONPATH", os.pathsep)  # which stands for the current directory, too
     blocks = [(n, [[str(here / "data" / f"{n}.wav")]]) for n in range(4)]
-    found = dict(looking.look_in_processes("header", blocks, 2))
+    found = dict(levels.look_in_processes("header", blocks, 2))
     assert [found[n][0].a for n in range(4)] == [4000] * 4
     assert not (here / "ran").exists()
 
@@ -254,7 +256,7 @@ def test_pipes_among_the_data_are_named_and_block_nothing(here: Path):
     index.mkdir()
     for name in ("listing.safetensors", "headers.safetensors", f"headers-{'0' * 32}.journal", "headers.lock"):
         os.mkfifo(index / name)
-    program = "from wavear.data import index; print(index('data').bad)"
+    program = "from wavear.data.corpus import index; print(index('data').bad)"
     path = os.pathsep.join([str(Path(wavear.__file__).parents[1]), *sys.path])
     done = subprocess.run(
         [sys.executable, "-c", program],

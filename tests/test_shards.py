@@ -14,9 +14,12 @@ import numpy as np
 import pytest
 
 import wavear
-from wavear import MelConfig, WaveNet, WaveNetConfig, audio, cli, shards
-from wavear.data import open_corpus
-from wavear.segments import Layout, Segments, read_span
+from wavear import MelConfig, WaveNet, WaveNetConfig, audio
+from wavear.cli import commands
+from wavear.data import shards
+from wavear.data.corpus import open_corpus
+from wavear.data.crops import Layout, Segments, read_span
+from wavear.models.crop_loss import layout_of
 
 RATE = 8000
 
@@ -65,7 +68,7 @@ def layout() -> Layout:
     config = WaveNetConfig(
         layers=4, stacks=2, residual_channels=6, skip_channels=6, head_channels=8, classes=32, sample_rate=RATE, mel=mel
     )
-    return Layout.of(WaveNet(config), 512)
+    return layout_of(WaveNet(config), 512)
 
 
 def test_shards_hold_the_files_byte_for_byte(folder, made, tmp_path):
@@ -319,7 +322,8 @@ def test_shards_are_not_made_over_something(folder, made, tmp_path):
 
 def test_a_run_on_shards_is_resumed_exactly(made, tmp_path):
     """The states of a run in two parts and of one in one, to the byte; through the command that makes shards."""
-    from wavear.train import TrainConfig, train
+    from wavear.training.config import TrainConfig
+    from wavear.training.run import train
     from wavear.training.states import state_paths
 
     settings: dict[str, Any] = {
@@ -346,11 +350,11 @@ def test_a_run_on_shards_is_resumed_exactly(made, tmp_path):
 
 
 def test_the_command_makes_shards(folder, tmp_path, capsys):
-    assert cli.main(["shards", str(folder), "--out", str(tmp_path / "made"), "--megabytes", "0.02"]) == 0
+    assert commands.main(["shards", str(folder), "--out", str(tmp_path / "made"), "--megabytes", "0.02"]) == 0
     said = capsys.readouterr().out
     assert "10 files" in said
     assert "shard-000000.tar to shard-0000" in said
-    assert cli.main(["index", str(tmp_path / "made" / "*.tar")]) == 0
+    assert commands.main(["index", str(tmp_path / "made" / "*.tar")]) == 0
     assert "10 files, 10 of them new" in capsys.readouterr().out
-    assert cli.main(["shards", str(folder), "--out", str(tmp_path / "made")]) == 1
+    assert commands.main(["shards", str(folder), "--out", str(tmp_path / "made")]) == 1
     assert capsys.readouterr().err.startswith("wavear: error: ")

@@ -11,17 +11,17 @@ import pytest
 from llvmlite import ir
 from numba.core import types
 
-from wavear.generate import _simd
-from wavear.generate.packing import as_packed, pack, quantise, round_to_bfloat16, vectors_of
+from wavear.generation.cpu import simd
+from wavear.generation.cpu.packing import as_packed, pack, quantise, round_to_bfloat16, vectors_of
 
-LANES = _simd.LANES
+LANES = simd.LANES
 
 
 @numba.njit("void(int64,int64,int64,int64)")
 def _functions(x, out, vectors, size):
-    _simd.exp(x, out, vectors)
-    _simd.tanh(x, out + size, vectors)
-    _simd.sigmoid(x, out + 2 * size, vectors)
+    simd.exp(x, out, vectors)
+    simd.tanh(x, out + size, vectors)
+    simd.sigmoid(x, out + 2 * size, vectors)
 
 
 def functions(x: np.ndarray) -> np.ndarray:
@@ -80,12 +80,12 @@ def test_tanh_is_odd_and_neither_leaves_its_range():
 
 @numba.njit("void(int64,int64,int64,int64,int64,int64,int64,int64,int64)")
 def _tile(key, weights, inputs, x, x_block, bias, zeros, out, row):
-    _simd.tile(key, weights, inputs, x, x_block, bias, zeros, 0, 0, out, row, _simd.VECTOR_BYTES)
+    simd.tile(key, weights, inputs, x, x_block, bias, zeros, 0, 0, out, row, simd.VECTOR_BYTES)
 
 
 @numba.njit("void(int64,int64,int64,int64,int64,int64,int64,int64)")
 def _row(vectors, kind, weights, inputs, x, bias, init, out):
-    _simd.call6(_simd.row_address(vectors, kind), weights, inputs, x, bias, init, out)
+    simd.call6(simd.row_address(vectors, kind), weights, inputs, x, bias, init, out)
 
 
 @pytest.mark.parametrize("inputs", [1, 3, LANES, 2 * LANES + 5])
@@ -93,20 +93,20 @@ def _row(vectors, kind, weights, inputs, x, bias, init, out):
 def test_an_output_has_the_same_bits_in_every_kernel(inputs, weights):
     """In every tile of rows by vectors, and alone."""
     draw = np.random.default_rng(inputs)
-    kind, zeros = ["float32", "bfloat16", "int8"].index(weights), np.zeros(_simd.WIDEST * LANES, np.float32)
-    even = kind == _simd.BFLOAT16
-    matrix = as_packed(draw.standard_normal((_simd.WIDEST * LANES, inputs)).astype(np.float32), weights)
-    rows = draw.standard_normal((_simd.TALLEST, inputs)).astype(np.float32)
-    panel = np.zeros((-(-inputs // LANES), _simd.TALLEST, LANES), np.float32)
+    kind, zeros = ["float32", "bfloat16", "int8"].index(weights), np.zeros(simd.WIDEST * LANES, np.float32)
+    even = kind == simd.BFLOAT16
+    matrix = as_packed(draw.standard_normal((simd.WIDEST * LANES, inputs)).astype(np.float32), weights)
+    rows = draw.standard_normal((simd.TALLEST, inputs)).astype(np.float32)
+    panel = np.zeros((-(-inputs // LANES), simd.TALLEST, LANES), np.float32)
     for k in range(inputs):
         panel[k // LANES, :, k % LANES] = rows[:, k]
-    bias = draw.standard_normal(_simd.WIDEST * LANES).astype(np.float32)
+    bias = draw.standard_normal(simd.WIDEST * LANES).astype(np.float32)
     expected = rows.astype(np.float64) @ matrix.astype(np.float64).T + bias
-    alone = [(1, vectors, False) for vectors in range(1 + even, _simd.WIDEST + 1, 1 + even)]
-    tiles = [(height, vectors, True) for vectors, heights in _simd.HEIGHTS.items() for height in heights]
+    alone = [(1, vectors, False) for vectors in range(1 + even, simd.WIDEST + 1, 1 + even)]
+    tiles = [(height, vectors, True) for vectors, heights in simd.HEIGHTS.items() for height in heights]
     results: dict[tuple[int, int], set[bytes]] = {}
     for height, vectors, panelled in alone + tiles:
-        width = vectors if panelled else _simd.WIDEST
+        width = vectors if panelled else simd.WIDEST
         packed, blocks, each = pack(matrix[: vectors * LANES], LANES, width, weights)
         assert (blocks, each) == (1, vectors)
         out = np.empty((height, vectors * LANES), np.float32)
@@ -124,8 +124,8 @@ def test_an_output_has_the_same_bits_in_every_kernel(inputs, weights):
 
 @numba.njit("int64(int64,int64,int64,int64,int64,int64,int64,int64,int64)")
 def _sparse(key, weights, x, inputs, row, values, offsets, init, out):
-    count = _simd.entries(x, inputs, row, values, offsets)
-    _simd.sparse(key, weights, count, values, offsets, init, out)
+    count = simd.entries(x, inputs, row, values, offsets)
+    simd.sparse(key, weights, count, values, offsets, init, out)
     return count
 
 
@@ -134,18 +134,18 @@ def _sparse(key, weights, x, inputs, row, values, offsets, init, out):
 def test_leaving_zeros_out_changes_no_bit(inputs, weights):
     draw = np.random.default_rng(inputs)
     kind = ["float32", "bfloat16", "int8"].index(weights)
-    for vectors in _simd.SPARSE:
+    for vectors in simd.SPARSE:
         matrix = draw.standard_normal((vectors * LANES, inputs)).astype(np.float32)
         x = draw.standard_normal(inputs).astype(np.float32)
         packed, blocks, width = pack(matrix, LANES, 0, weights)
         assert (blocks, width) == (1, vectors)
         init = draw.standard_normal(vectors * LANES).astype(np.float32)
         found, values, offsets = np.empty_like(init), np.empty(inputs + 1, np.float32), np.empty(inputs + 1, np.int64)
-        row = vectors * LANES * _simd.WEIGHT_BYTES[kind]
+        row = vectors * LANES * simd.WEIGHT_BYTES[kind]
         count = _sparse(vectors + 256 * kind, packed.ctypes.data, x.ctypes.data, inputs, row, values.ctypes.data,
                         offsets.ctypes.data, init.ctypes.data, found.ctypes.data)  # fmt: skip
         assert count == (x > 0).sum()
-        packed, _, _ = pack(matrix, LANES, _simd.WIDEST, weights)
+        packed, _, _ = pack(matrix, LANES, simd.WIDEST, weights)
         rectified, zeros, dense = np.maximum(x, 0), np.zeros_like(init), np.empty_like(init)
         _row(vectors, kind, packed.ctypes.data, inputs, rectified.ctypes.data, zeros.ctypes.data, init.ctypes.data,
              dense.ctypes.data)  # fmt: skip
@@ -191,7 +191,7 @@ def test_the_same_source_becomes_vector_code_elsewhere(triple, processor, lanes,
         pytest.skip(f"this LLVM has no such target: {error}")
     module = ir.Module()
     module.triple = triple
-    function = _simd.emitted(module, "tile", lanes, types.void, [types.int64] * 11, _simd._tile(rows, 2, _simd.FLOAT32))
+    function = simd.emitted(module, "tile", lanes, types.void, [types.int64] * 11, simd._tile(rows, 2, simd.FLOAT32))
     function.linkage = "external"
     machine = target.create_target_machine(cpu=processor, opt=3)
     parsed = llvm.parse_assembly(str(module))
@@ -206,10 +206,10 @@ def test_the_same_source_becomes_vector_code_elsewhere(triple, processor, lanes,
 def test_every_block_that_packing_makes_has_a_kernel():
     for outputs in range(1, 3000, 7):
         for even in (False, True):
-            assert 1 <= vectors_of(outputs, LANES, _simd.WIDEST, even)[1] <= _simd.WIDEST
+            assert 1 <= vectors_of(outputs, LANES, simd.WIDEST, even)[1] <= simd.WIDEST
             for width in (2, 4):
-                assert vectors_of(outputs, LANES, width, even)[1] in _simd.HEIGHTS
-        assert vectors_of(outputs, LANES, 0, False)[1] in _simd.SPARSE
+                assert vectors_of(outputs, LANES, width, even)[1] in simd.HEIGHTS
+        assert vectors_of(outputs, LANES, 0, False)[1] in simd.SPARSE
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (7, 1), (5, 40), (3, 4, 9)])

@@ -22,10 +22,11 @@ from hypothesis import Phase, example, given, settings
 from hypothesis import strategies as st
 
 import wavear
-from wavear import MelConfig, Stream, StreamBatch, StreamState, WaveNet, WaveNetConfig, live
-from wavear.generate import make_engine
-from wavear.generate.conditioner import UtteranceConditioner
-from wavear.live import pcm16, read_frames
+from wavear import MelConfig, Stream, StreamBatch, StreamState, WaveNet, WaveNetConfig
+from wavear.generation import pipes
+from wavear.generation.conditioner import UtteranceConditioner
+from wavear.generation.engines import make_engine
+from wavear.generation.pipes import pcm16, read_frames
 
 BANDS = 5
 ENGINES = [("reference", "float32"), ("numba", "float32"), ("numba", "bfloat16"), ("numba", "int8")]
@@ -160,7 +161,7 @@ def test_the_parts_of_a_truncated_stream_are_the_whole(truncation, cuts, seed, e
 
 
 def test_long_pushes_are_cut_and_short_ones_are_not_lost(monkeypatch):
-    monkeypatch.setattr(sys.modules["wavear.generate.stream"], "_CHUNK", 7)
+    monkeypatch.setattr(sys.modules["wavear.generation.streams"], "_CHUNK", 7)
     model = make(5)
     mel = random_mel(80)
     stream = Stream(model, seed=1)
@@ -702,7 +703,7 @@ def test_serving_tells_latency_and_underruns():
     for _ in range(5):  # by the clock: a machine that is busy for some milliseconds adds a gap of its own
         sink, said = Kept(), []
         source: Any = Slow(*data, pause=0.4, before=3)
-        report = live.serve(model, source, sink, say=said.append, seed=5)
+        report = pipes.serve(model, source, sink, say=said.append, seed=5)
         assert b"".join(sink.written) == pcm16(wavear.generate(model, mel, seed=5)[0].numpy())
         if report.underruns == 1:
             break
@@ -727,7 +728,7 @@ def test_a_slow_computer_is_told_from_a_slow_mel(monkeypatch):
     monkeypatch.setattr(Stream, "push", slow)
     said: list[str] = []
     source: Any = Slow(mel.numpy().T.astype("<f4").tobytes())
-    report = live.serve(model, source, Kept(), say=said.append)
+    report = pipes.serve(model, source, Kept(), say=said.append)
     assert report.gaps_computing > 5 * report.gaps_waiting
     assert "computed at 0." in said[2]
 
@@ -736,7 +737,7 @@ def test_sound_begins_before_a_long_mel_is_done():
     model, mel = make(20), random_mel(400)
     sink = Kept()
     source: Any = Slow(npy(mel.numpy()))
-    live.serve(model, source, sink, say=lambda line: None)
+    pipes.serve(model, source, sink, say=lambda line: None)
     assert len(sink.written) > 40
     assert max(map(len, sink.written)) <= 2 * 20 * (8 + 2 * 9)
 
@@ -746,7 +747,7 @@ def test_frames_of_another_convention_are_converted_as_they_come():
     common = mel / np.log(10)
     source: Any = Slow(*cut(common.numpy().T.astype("<f4").tobytes(), 60))
     sink = Kept()
-    live.serve(model, source, sink, say=lambda line: None, mel_source="log10", engine="reference")
+    pipes.serve(model, source, sink, say=lambda line: None, mel_source="log10", engine="reference")
     known = wavear.adapt_mel(common, model, "log10")
     assert not torch.equal(known, common)
     assert b"".join(sink.written) == pcm16(wavear.generate(model, known, engine="reference")[0].numpy())
@@ -757,12 +758,12 @@ def test_frames_that_cannot_be_right_are_told_once(frames, monkeypatch):
     """Sound has begun by then, and goes on; nothing is said of frames as the model expects them."""
     model, mel = make(20), random_mel(frames) - 5.0
     judged = []
-    monkeypatch.setattr(live, "judge_mel", lambda mel, model: judged.append(mel) or wavear.judge_mel(mel, model))
+    monkeypatch.setattr(pipes, "judge_mel", lambda mel, model: judged.append(mel) or wavear.judge_mel(mel, model))
     for values, wrong in ((mel, False), (mel * 20 / np.log(10), True)):
         said: list[str] = []
         sink = Kept()
         source: Any = Slow(*cut(values.numpy().T.astype("<f4").tobytes(), 4000))
-        live.serve(model, source, sink, say=said.append)
+        pipes.serve(model, source, sink, say=said.append)
         assert sum("this looks like" in line or "cannot be right" in line for line in said) == wrong
         assert sum(map(len, sink.written)) == 2 * frames * 20
     assert len(judged) == 2
@@ -779,7 +780,7 @@ def test_a_stream_of_the_likeliest_code_warns():
 def test_a_closed_stdin_is_named(monkeypatch):
     monkeypatch.setattr(sys, "stdin", None)
     with pytest.raises(ValueError, match="stdin or stdout is closed"):
-        live.run(make(100), "-")
+        pipes.run(make(100), "-")
 
 
 # ---- the command, in real pipes
@@ -894,14 +895,14 @@ def test_a_sound_device_is_played_to(checkpoint, tmp_path, monkeypatch):
         monkeypatch.syspath_prepend(tmp_path)
         monkeypatch.delitem(sys.modules, "sounddevice", raising=False)
         with pytest.raises(ValueError, match="cannot open the sound device broken"):
-            live.Device(8000, "broken")
+            pipes.Device(8000, "broken")
         sys.modules.pop("sounddevice", None)
 
 
 def test_without_the_package_a_device_is_refused(monkeypatch):
     monkeypatch.setitem(sys.modules, "sounddevice", None)
     with pytest.raises(ValueError, match="pip install sounddevice"):
-        live.Device(8000)
+        pipes.Device(8000)
 
 
 @pytest.mark.parametrize(
@@ -953,6 +954,6 @@ def test_flags_of_sampling_reach_the_stream(checkpoint, flags, given, monkeypatc
 
 
 def wavear_main(arguments: tuple[str, ...]) -> int:
-    from wavear.cli import main
+    from wavear.cli.commands import main
 
     return main(arguments)

@@ -23,10 +23,12 @@ from safetensors import safe_open
 
 import wavear
 from wavear import audio
-from wavear.data import Recording, open_corpus
-from wavear.segments import Layout, Order, Segments, collate
-from wavear.train import TrainConfig, train
-from wavear.training.bits import held_out_bits
+from wavear.data.corpus import Recording, open_corpus
+from wavear.data.crops import Order, Segments, collate
+from wavear.evaluation.held_out import held_out_bits
+from wavear.models.crop_loss import layout_of
+from wavear.training.config import TrainConfig
+from wavear.training.run import train
 
 RATE = 8000
 TIMES = ("seconds", "samples_per_second", "data_wait")
@@ -580,12 +582,12 @@ def test_the_learning_rate_rises_and_falls():
 
 def gradients(tones, accumulate: int, world: int) -> list[torch.Tensor]:
     """Of the first batch, as `training_step` sums it up over parts, averaged over processes as DDP does."""
-    from wavear.segments import crop_loss
+    from wavear.models.crop_loss import crop_loss, layout_of
 
     config = TrainConfig(data=str(tones), out="-", max_steps=1, batch_size=4, **TINY)
     torch.manual_seed(0)
     model = wavear.WaveNet(config.model_config()).double()
-    layout = Layout.of(model, 512)
+    layout = layout_of(model, 512)
     stream = Segments(open_corpus(tones, sample_rate=RATE).train, layout)
     found = []
     for rank in range(world):
@@ -618,12 +620,12 @@ def test_parts_do_not_change_the_run(tones, tmp_path):
 
 
 def test_bf16_trains_on_the_same_gradient_but_for_its_rounding(tones, tmp_path):
-    from wavear.segments import crop_loss
+    from wavear.models.crop_loss import crop_loss, layout_of
 
     config = config_of(tones, tmp_path)
     torch.manual_seed(0)
     model = wavear.WaveNet(config.model_config())
-    layout = Layout.of(model, 512)
+    layout = layout_of(model, 512)
     batch = collate([Segments(open_corpus(tones, sample_rate=RATE).train, layout)[i] for i in range(4)])
     parameters = [p for p in model.parameters() if p.dim() > 1]
     found = []
@@ -674,15 +676,15 @@ def test_two_processes_train_like_one(tones, tmp_path, optimizer, tolerance):
 @pytest.mark.parametrize("world", [1, 3])
 def test_held_out_bits_are_those_of_score(tones, monkeypatch, chunk, world):
     """Per recording; the lengths are whole frames, as `score` extends what is not. To 1e-4 of a sum of thousands."""
-    from wavear.training import bits
+    from wavear.evaluation import held_out
 
-    monkeypatch.setattr(bits, "_EVALUATION_SEGMENT", chunk)
+    monkeypatch.setattr(held_out, "_EVALUATION_SEGMENT", chunk)
     torch.manual_seed(0)
     model = wavear.WaveNet(TrainConfig(data="-", out="-", max_steps=1, **TINY).model_config()).double()
     recordings = [
         dataclasses.replace(r, frames=r.frames // 64 * 64) for r in open_corpus(tones, sample_rate=RATE).train
     ]
-    found = [bits.held_out_bits(model, recordings, rank=rank, world=world) for rank in range(world)]
+    found = [held_out.held_out_bits(model, recordings, rank=rank, world=world) for rank in range(world)]
     total, samples = np.sum([f.total for f in found], axis=0), np.sum([f.samples for f in found], axis=0)
     for number, recording in enumerate(recordings):
         waveform = audio.read(recording.path, frames=recording.frames)
@@ -694,7 +696,7 @@ def test_held_out_bits_are_those_of_score(tones, monkeypatch, chunk, world):
 
 def test_baselines_of_a_known_chain():
     """Codes from a Markov chain: the unigram comes to the entropy of its law, order 1 to the chain's entropy rate."""
-    from wavear.training.bits import Counts, baselines
+    from wavear.evaluation.held_out import Counts, baselines
 
     generator = np.random.default_rng(0)
     chain = np.array([[0.9, 0.1, 0.0, 0.0], [0.2, 0.5, 0.3, 0.0], [0.0, 0.3, 0.4, 0.3], [0.0, 0.0, 0.6, 0.4]])
@@ -720,12 +722,12 @@ def test_baselines_of_a_known_chain():
 
 def test_counts_are_of_the_codes(tones, monkeypatch):
     from wavear import mulaw_encode
-    from wavear.training import bits
+    from wavear.evaluation import held_out
 
-    monkeypatch.setattr(bits, "_READ_SECONDS", 0.05)  # so that a recording is read in several blocks
+    monkeypatch.setattr(held_out, "_READ_SECONDS", 0.05)  # so that a recording is read in several blocks
     recordings = open_corpus(tones, sample_rate=RATE).train
     model = wavear.WaveNet(TrainConfig(data="-", out="-", max_steps=1, **TINY).model_config())
-    counted = bits.Counts.of(recordings, Layout.of(model, 64), model.grid)
+    counted = held_out.Counts.of(recordings, layout_of(model, 64), model.grid)
     single, pairs = np.zeros(32, dtype=int), np.zeros((32, 32), dtype=int)
     for recording in recordings:
         codes = mulaw_encode(audio.read(recording.path), 32).numpy()[: recording.frames // 64 * 64]
@@ -738,7 +740,7 @@ def test_counts_are_of_the_codes(tones, monkeypatch):
 
 
 def test_baselines_of_codes_never_seen_are_finite():
-    from wavear.training.bits import Counts, baselines
+    from wavear.evaluation.held_out import Counts, baselines
 
     train_counts = Counts(np.array([5, 0, 0]), np.array([[5, 0, 0], [0, 0, 0], [0, 0, 0]]))
     held_out = Counts(np.array([1, 1, 1]), np.array([[0, 1, 0], [0, 0, 1], [1, 0, 0]]))
@@ -825,12 +827,12 @@ def test_a_probe_is_of_the_loudest_part_and_of_the_quietest(tmp_path):
 
 def test_input_noise_is_on_the_past_alone(tones):
     """A model that hears nothing of the past has the loss it has without noise; one that does hears the noise."""
-    from wavear.segments import crop_loss
+    from wavear.models.crop_loss import crop_loss, layout_of
 
     config = TrainConfig(data=str(tones), out="-", max_steps=1, **TINY)
     torch.manual_seed(0)
     model = wavear.WaveNet(config.model_config())
-    layout = Layout.of(model, 512)
+    layout = layout_of(model, 512)
     batch = collate([Segments(open_corpus(tones, sample_rate=RATE).train, layout)[0]])
 
     def loss(seed: int | None, codes: float = 3.0) -> torch.Tensor:
@@ -849,7 +851,7 @@ def test_input_noise_is_on_the_past_alone(tones):
 
 def test_a_long_recording_is_validated_in_part():
     """A file of an hour would otherwise be scored whole at every validation."""
-    from wavear.training.bits import subset
+    from wavear.evaluation.held_out import subset
 
     recordings = [Recording(Path(name), name, 7, frames, RATE) for name, frames in (("a", 100_000), ("b", 3000))]
     assert [(r.name, r.start, r.frames) for r in subset(recordings, 50_000)] == [("a", 7, 50_000)]

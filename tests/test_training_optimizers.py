@@ -13,11 +13,13 @@ import pytest
 import torch
 from torch import nn
 
-from wavear import audio, cli
+from wavear import audio
+from wavear.cli import commands
 from wavear.models.families import FAMILIES
-from wavear.train import TRAINING_DEFAULTS, TrainConfig, TrainingDefaults, family_defaults, train
+from wavear.training.config import TRAINING_DEFAULTS, TrainConfig, TrainingDefaults, family_defaults
 from wavear.training.module import learning_rate
 from wavear.training.optimizers import Both, body_matrices, make_optimizer
+from wavear.training.run import train
 from wavear.training.state import load_state
 from wavear.training.states import state_paths
 
@@ -239,7 +241,7 @@ def test_defaults_of_families_are_of_families_and_of_fields_that_are_none():
 
 def test_help_and_docs_state_the_defaults_of_the_families(capsys: pytest.CaptureFixture):
     with pytest.raises(SystemExit):
-        cli.main(["train", "--help"])
+        commands.main(["train", "--help"])
     shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
     page = (Path(__file__).parents[1] / "docs" / "training.md").read_text(encoding="utf-8")
     for name, text in family_defaults().items():

@@ -14,10 +14,11 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 
 import wavear
 from wavear import audio
-from wavear.train import TrainConfig, train
 from wavear.training import precision
+from wavear.training.config import TrainConfig
 from wavear.training.module import TrainingModule
 from wavear.training.precision import bf16_speedup, choose
+from wavear.training.run import train
 from wavear.training.state import encode, load_state
 from wavear.training.states import state_paths
 

@@ -20,10 +20,12 @@ import torch
 
 import wavear
 from wavear import audio
-from wavear.data import open_corpus
-from wavear.segments import Layout, Segments, collate, crop_loss
-from wavear.train import TrainConfig, train
+from wavear.data.corpus import open_corpus
+from wavear.data.crops import Segments, collate
+from wavear.models.crop_loss import crop_loss, layout_of
+from wavear.training.config import TrainConfig
 from wavear.training.processes import Processes
+from wavear.training.run import train
 
 RATE = 8000
 TINY: dict[str, Any] = {
@@ -84,7 +86,7 @@ def weights_of(out: Path) -> dict[str, torch.Tensor]:
 
 def gradients(tones: Path, model: wavear.WaveNet, dtype: torch.dtype | None = None) -> tuple[torch.Tensor, int]:
     """Of one batch, and the bytes that were kept for the backward pass."""
-    layout = Layout.of(model, 512)
+    layout = layout_of(model, 512)
     batch = collate([Segments(open_corpus(tones, sample_rate=RATE).train, layout)[i] for i in range(2)])
     kept: dict[int, int] = {}
 

@@ -17,9 +17,11 @@ import torch
 
 import wavear
 from wavear import audio
-from wavear.data import Recording, open_corpus
-from wavear.segments import Layout, Segments, collate, crop_loss, inputs
-from wavear.train import TrainConfig, train
+from wavear.data.corpus import Recording, open_corpus
+from wavear.data.crops import Segments, collate
+from wavear.models.crop_loss import crop_loss, inputs, layout_of
+from wavear.training.config import TrainConfig
+from wavear.training.run import train
 
 RATE = 8000
 TINY: dict[str, Any] = {
@@ -91,11 +93,11 @@ def _carrying(family: str, mel: wavear.MelConfig | None) -> Any:
 def test_bits_by_level_are_those_of_evaluate(
     tones: Path, tmp_path: Path, monkeypatch, world: int, family: str, unconditional: bool
 ):
+    from wavear.evaluation import held_out
     from wavear.evaluation.bits import score_recording
-    from wavear.training import bits
     from wavear.training.groups import ByLevel
 
-    monkeypatch.setattr(bits, "_EVALUATION_SEGMENT", 500)  # crops end within the 20 ms
+    monkeypatch.setattr(held_out, "_EVALUATION_SEGMENT", 500)  # crops end within the 20 ms
     torch.manual_seed(0)
     config = config_of(tones, tmp_path, unconditional=unconditional)
     wavenet = family == "wavenet"
@@ -105,7 +107,7 @@ def test_bits_by_level_are_those_of_evaluate(
     recordings = [Recording(r.path, r.name, 0, r.frames // hop * hop, RATE) for r in recordings]
     levels = ByLevel(RATE)
     for rank in range(world):
-        bits.held_out_bits(model, recordings, rank=rank, world=world, note=levels.add)
+        held_out.held_out_bits(model, recordings, rank=rank, world=world, note=levels.add)
     expected = [score_recording(model, recording, None) for recording in recordings]
     np.testing.assert_array_equal(levels.samples, np.sum([s.level_samples for s in expected], axis=0))
     np.testing.assert_allclose(levels.bits, np.sum([s.level_bits for s in expected], axis=0), rtol=1e-6)
@@ -117,7 +119,7 @@ def test_bits_by_level_are_those_of_evaluate(
 
 
 def test_a_run_writes_them_by_level_and_by_speaker(tones: Path, tmp_path: Path):
-    from wavear.training.bits import held_out_bits
+    from wavear.evaluation.held_out import held_out_bits
 
     held = shutil.copytree(tones, tmp_path / "held")
     config = config_of(tones, tmp_path / "run", validation=str(held), speakers=True)
@@ -270,7 +272,7 @@ def test_hidden_frames_are_the_mean_and_no_others(tones: Path, tmp_path: Path):
     model = wavear.WaveNet(config.model_config())
     assert model.conditioning is not None
     mean = model.conditioning.mel_mean
-    layout = Layout.of(model, 4096)
+    layout = layout_of(model, 4096)
     segments = Segments(open_corpus(tones, sample_rate=RATE).train, layout)
     batch = collate([segments[i] for i in range(6)])
     seen: list[torch.Tensor] = []
@@ -319,8 +321,8 @@ def test_nonsense_is_refused(tones: Path, tmp_path: Path, settings: dict[str, An
 
 def test_held_out_recordings_are_those_of_the_run_with_their_speakers(tones: Path, tmp_path: Path):
     """A file too short for a mel frame is none of them; tar shards are refused."""
-    from wavear.shards import write_shards
-    from wavear.train import write_held_out
+    from wavear.data.shards import write_shards
+    from wavear.training.run import write_held_out
 
     data = tmp_path / "data"
     shutil.copytree(tones, data)

@@ -523,7 +523,7 @@ def test_cost_is_that_of_the_matrices():
     attention = config.layers * 2 * config.window * config.channels
     assert abs(model.multiply_adds - (counted + attention) / config.patch) <= 1
     assert abs(model.weight_bytes - 4 * counted / config.patch) <= 4
-    from wavear.generate.ceiling import cost
+    from wavear.generation.cpu.ceiling import cost
 
     assert abs(cost(config).multiply_adds - model.multiply_adds) <= 1
     assert abs(cost(config).weight_bytes - model.weight_bytes) <= 4
@@ -620,7 +620,7 @@ def test_a_prime_goes_on_as_it_would_have(config, engine, length):
 @publics
 def test_scores_agree(config, engine, monkeypatch):
     """By steps and by `forward` in chunks with the state carried: within float32 rounding."""
-    monkeypatch.setattr(sys.modules["wavear.generate"], "_PARALLEL_CHUNK", 23)
+    monkeypatch.setattr(sys.modules["wavear.generation.engines"], "_PARALLEL_CHUNK", 23)
     model = make_sounding(config)
     given = given_to(config)
     waveform, nats = generate(model, **given, seed=[1], samples=108, engine=engine, return_log_probability=True)

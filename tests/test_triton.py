@@ -15,8 +15,8 @@ import pytest
 import torch
 
 from wavear import MelConfig, WaveNet, WaveNetConfig
-from wavear.generate import cuda
-from wavear.generate.reference import ReferenceEngine
+from wavear.generation.cuda import choice
+from wavear.generation.reference import ReferenceEngine
 
 triton = pytest.importorskip("triton")
 
@@ -39,9 +39,9 @@ def compiled(config: WaveNetConfig, weights: str, capability: int, **flags: bool
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from wavear.generate import triton_kernels
-    from wavear.generate.triton_cuda import WARPS
-    from wavear.generate.triton_packing import shapes
+    from wavear.generation.cuda import triton_kernels
+    from wavear.generation.cuda.triton import WARPS
+    from wavear.generation.cuda.triton_packing import shapes
 
     half = {"float32": "*fp32", "bfloat16": "*bf16", "float16": "*fp16"}[weights]
     kinds = (  # pairs: in float32 two of them are of one kind
@@ -65,8 +65,8 @@ def test_the_projection_compiles_without_a_card(kind):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from wavear.generate import triton_kernels
-    from wavear.generate.triton_cuda import PROJECTION
+    from wavear.generation.cuda import triton_kernels
+    from wavear.generation.cuda.triton import PROJECTION
 
     kernel = triton_kernels.project
     constants = {"CHANNELS": 128, "OUTPUTS": 2560, "TILE": 128, "UPCAST": False, **PROJECTION}
@@ -113,18 +113,18 @@ def test_auto_on_a_card(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Old Card")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(shutil, "which", lambda name: "/usr/bin/cc")
-    assert cuda.pick(wavenet, device) == "triton"
-    assert cuda.pick(other, device) == "cuda-graph"  # type: ignore[arg-type]
+    assert choice.pick(wavenet, device) == "triton"
+    assert choice.pick(other, device) == "cuda-graph"  # type: ignore[arg-type]
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     with pytest.warns(UserWarning, match="Old Card has compute capability 7.5.*'cuda-graph' is taken"):
-        assert cuda.pick(wavenet, device) == "cuda-graph"
+        assert choice.pick(wavenet, device) == "cuda-graph"
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     monkeypatch.setattr(shutil, "which", lambda name: None)
     with pytest.warns(UserWarning, match="no C compiler"):
-        assert cuda.pick(wavenet, device) == "cuda-graph"
+        assert choice.pick(wavenet, device) == "cuda-graph"
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.warns(UserWarning, match="Triton is not installed"):
-        assert cuda.pick(wavenet, device) == "cuda-graph"
+        assert choice.pick(wavenet, device) == "cuda-graph"
 
 
 # On a card. Nats of the worst sample: see tests/interpreted_triton.py.
@@ -157,7 +157,7 @@ CARD: dict[str, WaveNetConfig] = {
 @pytest.mark.parametrize("name", CARD)
 @torch.inference_mode()
 def test_on_a_card_scores_equal_the_forward_pass(name, weights):
-    from wavear.generate.triton_cuda import TritonEngine
+    from wavear.generation.cuda.triton import TritonEngine
 
     model, batch, samples = make(CARD[name]), 19, 2500
     codes = np.random.default_rng(0).integers(0, model.config.classes, (batch, samples))
@@ -173,7 +173,7 @@ def test_on_a_card_scores_equal_the_forward_pass(name, weights):
 @pytest.mark.parametrize("weights", ["float32", "bfloat16", "float16"])
 @torch.inference_mode()
 def test_on_a_card_a_stream_has_the_same_bits_in_every_batch_and_cut(weights):
-    from wavear.generate.triton_cuda import TritonEngine
+    from wavear.generation.cuda.triton import TritonEngine
 
     model, most, samples = make(SHAPE_A), 400, 600
     uniforms = np.random.default_rng(0).random((most, samples))
@@ -191,7 +191,7 @@ def test_on_a_card_a_stream_has_the_same_bits_in_every_batch_and_cut(weights):
 @pytest.mark.parametrize("settings", [{}, {"top_k": 9}, {"top_p": 0.8}, {"top_k": 20, "top_p": 0.9}], ids=str)
 @torch.inference_mode()
 def test_on_a_card_free_running_codes_equal_the_reference(settings):
-    from wavear.generate.triton_cuda import TritonEngine
+    from wavear.generation.cuda.triton import TritonEngine
 
     model = make(CARD["odd"])
     uniforms = np.random.default_rng(0).random((2, 300))

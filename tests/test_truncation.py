@@ -10,10 +10,10 @@ import torch
 
 import wavear
 from wavear import MelConfig, WaveNet, WaveNetConfig, mulaw_encode
-from wavear.generate import candidate_seeds
-from wavear.generate.numba_cpu import NumbaEngine
-from wavear.generate.reference import ReferenceEngine
-from wavear.sampling import sample, uniforms
+from wavear.generation.cpu.wavenet import NumbaEngine
+from wavear.generation.engines import candidate_seeds
+from wavear.generation.reference import ReferenceEngine
+from wavear.models.sampling import sample, uniforms
 
 MEL = MelConfig(sample_rate=8000, n_fft=64, window_length=64, hop_length=20, bands=5, fmax=4000.0)
 ENGINES = pytest.mark.parametrize("engine", ["reference", "numba"])

@@ -1,25 +1,27 @@
 """wavear: autoregressive waveform models, WaveNet first."""
 
-from wavear import audio, corpora
-from wavear.checkpoint import CheckpointError, load
-from wavear.convert import convert_mel
-from wavear.data import IndexReport, index
-from wavear.evaluate import EvaluateConfig, Evaluation, compare, compare_models, evaluate
-from wavear.fit import fit_linear
-from wavear.generate import generate, score
-from wavear.generate.state import StreamState
-from wavear.generate.stream import Stream, StreamBatch
-from wavear.judge import adapt_mel, judge_mel
-from wavear.mel import MelConfig, log_mel
+from wavear import audio
+from wavear.audio.mulaw import mulaw_decode, mulaw_encode
+from wavear.data import corpora
+from wavear.data.corpus import IndexReport, index
+from wavear.evaluation.evaluation import EvaluateConfig, Evaluation, compare, compare_models, evaluate
+from wavear.generation.defects import watch
+from wavear.generation.engines import generate, score
+from wavear.generation.states import StreamState
+from wavear.generation.streams import Stream, StreamBatch
+from wavear.mel.conversion import convert_mel
+from wavear.mel.detection import adapt_mel, judge_mel
+from wavear.mel.spectrogram import MelConfig, log_mel
 from wavear.models.base import AutoregressiveModel
+from wavear.models.checkpoint import CheckpointError, load
+from wavear.models.fitting import fit_linear
 from wavear.models.gru import GRU, GRUConfig
 from wavear.models.linear import Linear, LinearConfig
 from wavear.models.predictive import PredictiveWaveNet, PredictiveWaveNetConfig
 from wavear.models.transformer import Transformer, TransformerConfig
 from wavear.models.wavenet import WaveNet, WaveNetConfig
-from wavear.mulaw import mulaw_decode, mulaw_encode
-from wavear.train import TrainConfig, TrainResult, train, write_held_out
-from wavear.watch import watch
+from wavear.training.config import TrainConfig, TrainResult
+from wavear.training.run import train, write_held_out
 
 __version__ = "0.1.0"
 

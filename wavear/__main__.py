@@ -2,6 +2,6 @@
 
 import sys
 
-from wavear.cli import main
+from wavear.cli.commands import main
 
 sys.exit(main())

@@ -11,19 +11,19 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from wavear.data import Recording, reason
-from wavear.emphasis import coefficient, emphasised
-from wavear.evaluation.linear import bits_of, fit_predictor
+from wavear.audio.emphasis import coefficient, emphasised
+from wavear.audio.grid import COMMON_GRIDS, Grid
+from wavear.data.corpus import Recording, reason
+from wavear.data.crops import Layout, read_span
+from wavear.evaluation.held_out import Counts, baselines, code_blocks
+from wavear.evaluation.linear_baseline import bits_of, fit_predictor
 from wavear.evaluation.metrics import frame_levels
-from wavear.generate import score_parallel
-from wavear.generate.conditioner import Conditioner
-from wavear.grid import COMMON_GRIDS, Grid
-from wavear.laws import converts
-from wavear.mel import log_mel
+from wavear.generation.conditioner import Conditioner
+from wavear.generation.engines import score_parallel
+from wavear.mel.spectrogram import log_mel
 from wavear.models.base import AutoregressiveModel
+from wavear.models.distributions import converts
 from wavear.models.linear import Linear
-from wavear.segments import Layout, read_span
-from wavear.training.bits import Counts, baselines, code_blocks
 
 BLOCK_SECONDS = 60.0  # of a recording at once
 LEVELS = (-math.inf, -70.0, -60.0, -50.0, -40.0, -30.0, -20.0, math.inf)  # dB of full scale, RMS of 20 ms

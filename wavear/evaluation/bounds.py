@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from wavear.emphasis import Deemphasis, emphasised
-from wavear.grid import Grid
-from wavear.mel import MelConfig, mel_filter_bank
+from wavear.audio.emphasis import Deemphasis, emphasised
+from wavear.audio.grid import Grid
+from wavear.mel.spectrogram import MelConfig, mel_filter_bank
 
 _WINDOWS = {"hann": "hann", "hamming": "hamming", "blackman": "blackman", "rectangular": "boxcar"}
 ITERATIONS = 60
@@ -21,7 +21,7 @@ def grid_round_trip(waveform: torch.Tensor, grid: Grid, pre_emphasis: float = 0.
     waveform : Tensor, shape (T,)
     grid : Grid
     pre_emphasis : float
-        Of what the codes are, see `wavear.emphasis`.
+        Of what the codes are, see `wavear.audio.emphasis`.
 
     Returns
     -------

@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from wavear.data import Recording, _level_by_speaker, _measured, _open, find, open_corpus, overlapping, reason
-from wavear.shards import is_shards, refuse_remote
-from wavear.training.bits import subset
+from wavear.data.corpus import Recording, _level_by_speaker, _measured, _open, find, open_corpus, overlapping, reason
+from wavear.data.shards import is_shards, refuse_remote
+from wavear.evaluation.held_out import subset
 
 _THREADS = 8  # reading headers waits for the disk
 _REPORTS = {"audio": "evaluation.json", "strip": "models.json"}  # folders of sound, and what lies beside them
@@ -92,7 +92,7 @@ def open_clips(data: str | Path, rate: int, least: int, prepared: Preparation, s
     Raises
     ------
     FileNotFoundError, ValueError
-        As `wavear.data.find`; and if not one can be used.
+        As `wavear.data.corpus.find`; and if not one can be used.
     """
     clips = Clips([])
     found = _found(data, speakers, prepared, clips.notes)
@@ -132,7 +132,7 @@ def open_clips(data: str | Path, rate: int, least: int, prepared: Preparation, s
 
 
 def _found(data: str | Path, speakers: bool, prepared: Preparation, notes: list[str]) -> list[Recording]:
-    """As `wavear.data.find`, with speakers where they have gains, and without the sound of earlier reports."""
+    """As `wavear.data.corpus.find`, with speakers where they have gains, and without the sound of earlier reports."""
     try:
         found = find(data, speakers or prepared.by_speaker)
     except ValueError:

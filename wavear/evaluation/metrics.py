@@ -16,8 +16,8 @@ import numpy as np
 import torch
 
 from wavear import audio
-from wavear.mel import MelConfig, log_mel
-from wavear.period import measure_period
+from wavear.audio.periods import measure_period
+from wavear.mel.spectrogram import MelConfig, log_mel
 
 # (n_fft, hop, window) in samples: Yamamoto, Song and Kim, "Parallel WaveGAN" (2020), table 1, there at 24 kHz.
 RESOLUTIONS = ((1024, 120, 600), (2048, 240, 1200), (512, 50, 240))
@@ -238,7 +238,7 @@ def log_mel_distance(reference: np.ndarray, signal: np.ndarray, rate: int) -> fl
 
 
 def _periods(waveform: np.ndarray, rate: int) -> tuple[np.ndarray, np.ndarray]:
-    """Period in samples and correlation at it, of every block of 2.9 ms; see `wavear.period`."""
+    """Period in samples and correlation at it, of every block of 2.9 ms; see `wavear.audio.periods`."""
     low, high = _PERIOD_RANGE
     block, window = max(round(_BLOCK_SECONDS * rate), 1), round(_WINDOW_SECONDS * rate)
     lags, correlation = measure_period(waveform, max(round(rate / high), 2), round(rate / low), block, window)

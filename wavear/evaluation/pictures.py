@@ -127,7 +127,7 @@ def costs(models: Sequence[dict[str, Any]]) -> bytes | None:
     Parameters
     ----------
     models : sequence of dict
-        Rows of `wavear.evaluation.models`; only those with bits on the common grid are shown.
+        Rows of `wavear.evaluation.model_table`; only those with bits on the common grid are shown.
 
     Returns
     -------

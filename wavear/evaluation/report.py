@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import soundfile
 
+from wavear.audio.grid import COMMON_GRIDS
 from wavear.evaluation.html import MINUS, bar, cell, document, interval, number, picture, sound, table, text
 from wavear.evaluation.metrics import MEASURES, NEAR
 from wavear.evaluation.pictures import spectrogram
 from wavear.evaluation.run import SYSTEMS
-from wavear.grid import COMMON_GRIDS
 
 _DOT = " \N{MIDDLE DOT} "
 _SOUND_BYTES = 24 * 2**20  # of sound in a page, as base64

@@ -14,22 +14,25 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from wavear import audio, checkpoint
-from wavear.data import Recording, reason
-from wavear.emphasis import coefficient
+from wavear import audio
+from wavear.audio.emphasis import coefficient
+from wavear.common.machine import machine
+from wavear.data.corpus import Recording, reason
+from wavear.data.crops import read_span
 from wavear.evaluation.bits import LEVELS, Baselines, Scores, score_recording
 from wavear.evaluation.bounds import grid_round_trip, griffin_lim
 from wavear.evaluation.clips import fitting_data, open_clips, preparation, training_record
+from wavear.evaluation.held_out import subset
 from wavear.evaluation.metrics import MEASURES, NEAR, NotMeasured, measure, pitch
 from wavear.evaluation.statistics import bootstrap
-from wavear.generate import generate, make_engine, name_of_engine
-from wavear.mel import log_mel
+from wavear.generation.engines import generate, make_engine, name_of_engine
+from wavear.mel.spectrogram import log_mel
+from wavear.models import checkpoint
 from wavear.models.base import AutoregressiveModel
-from wavear.segments import Layout, read_span
-from wavear.training.bits import subset
+from wavear.models.crop_loss import layout_of
 
 if TYPE_CHECKING:
-    from wavear.evaluate import EvaluateConfig
+    from wavear.evaluation.evaluation import EvaluateConfig
 
 SYSTEMS = {
     "original": "Recording",
@@ -94,7 +97,7 @@ def measure_everything(
         )
     if emphasis := coefficient(model.config):
         notes.append(f"bits are of pre-emphasised codes (x[t] - {emphasis:g} x[t-1]), not those of plain ones")
-    fitted = Baselines.fit(fitting.recordings, Layout.of(model, 1), model.grid) if fitting.recordings else None
+    fitted = Baselines.fit(fitting.recordings, layout_of(model, 1), model.grid) if fitting.recordings else None
     notes += [f"the baselines pass over {name}: {why}" for name, why in (fitted.failed if fitted else {}).items()]
     for note in notes:
         say(note)
@@ -116,7 +119,7 @@ def measure_everything(
     rows = {n: _clip(good[n], scores[n], good[n].name in fitting.trained_on) for n in scores}
     record: dict[str, Any] = {
         "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "machine": _machine(),
+        "machine": machine(),
         "checkpoint": {
             "source": str(source),
             "family": described["family"],
@@ -189,7 +192,7 @@ def _add_baselines(
 
     Without laws that are `fitted` the clips serve each other by halves.
     """
-    layout, grid = Layout.of(model, 1), model.grid
+    layout, grid = layout_of(model, 1), model.grid
     numbers = list(scores)
     if fitted is not None:
         halves = [(fitted, numbers)]
@@ -404,12 +407,6 @@ def _settings(config: EvaluateConfig, engine: str) -> dict[str, Any]:
     return {name: value for name, value in dataclasses.asdict(config).items() if name != "overwrite"} | {
         "engine": engine
     }
-
-
-def _machine() -> str:
-    from wavear.bench import machine
-
-    return machine()
 
 
 def _spread(numbers: list[int], count: int) -> list[int]:

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from wavear.grid import Grid
-from wavear.laws import LAWS, Law, law_of
-from wavear.mel import MelConfig
+from wavear.audio.grid import Grid
+from wavear.mel.spectrogram import MelConfig
+from wavear.models.distributions import LAWS, Law, law_of
 
 _PREFILL = 4096  # samples that `prefill` computes at once: its memory does not grow with the past given
 
@@ -28,6 +28,8 @@ class AutoregressiveModel(nn.Module):
     State is an argument, never an attribute, and nothing is cached past the weights.
     """
 
+    family: ClassVar[str | None] = None
+    """The name of the family in checkpoints and on the command line; None of a class that cannot be saved."""
     config: Any
     """Frozen dataclass, saved with the weights: of a network a `CommonConfig`."""
     conditioning: Any
@@ -70,7 +72,7 @@ class AutoregressiveModel(nn.Module):
     def multiply_adds(self) -> int:
         """Multiplications and additions, a pair counted once, of the network for one sample of one stream.
 
-        Without the conditioning's upsampling, which runs once per utterance (`wavear.info.multiply_adds`).
+        Without the conditioning's upsampling, which runs once per utterance (`wavear.models.info.multiply_adds`).
         """
         raise NotImplementedError
 
@@ -193,8 +195,8 @@ class AutoregressiveModel(nn.Module):
         self.compile(dynamic=False)
 
     def save(self, directory: str | Path, *, overwrite: bool = False, training: dict | None = None) -> Path:
-        """Write `config.json` and `model.safetensors` to `directory`; see `wavear.checkpoint.save`."""
-        from wavear.checkpoint import save
+        """Write `config.json` and `model.safetensors` to `directory`; see `wavear.models.checkpoint.save`."""
+        from wavear.models.saving import save
 
         return save(self, directory, overwrite=overwrite, training=training)
 
@@ -229,13 +231,13 @@ class CommonConfig:
     conditioning_context: int = 2
     """Mel frames that the first convolution of the conditioning sees before and after each frame."""
     law: str = "categorical"
-    """Of the next sample: categorical, logistic_mixture, gaussian or laplace; see `wavear.laws`."""
+    """Of the next sample: categorical, logistic_mixture, gaussian or laplace; see `wavear.models.distributions`."""
     mixtures: int = 10
     """Components of a mixture of logistics."""
     coarse_classes: int = 0
     """For the laws over values: mu-law codes of the embedding beside the value at the input; 0: none."""
     pre_emphasis: float = 0.0
-    """a of x[t] - a x[t-1], which the codes are of; 0: of the audio itself. See `wavear.emphasis`."""
+    """a of x[t] - a x[t-1], which the codes are of; 0: of the audio itself. See `wavear.audio.emphasis`."""
 
     def __post_init__(self):
         if self.law not in LAWS:

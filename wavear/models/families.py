@@ -18,8 +18,3 @@ FAMILIES: dict[str, tuple[type[AutoregressiveModel], type[Any]]] = {
     "transformer": (Transformer, TransformerConfig),
     "linear": (Linear, LinearConfig),
 }
-
-
-def family_of(model: AutoregressiveModel) -> str | None:
-    """The name of a model's family; None of a class that is not among them."""
-    return next((name for name, (cls, _) in FAMILIES.items() if type(model) is cls), None)

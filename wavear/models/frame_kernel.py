@@ -142,7 +142,7 @@ _SIGNATURE = (
 
 @functools.cache
 def _kernel() -> Any:
-    from wavear.compiled import compiled
+    from wavear.common.compiled import compiled
 
     return compiled(_run, _SIGNATURE)
 

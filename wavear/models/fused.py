@@ -52,7 +52,7 @@ def _store(value):
 
 @numba.njit(inline="always")
 def _tanh_ratio(x):
-    """Numerator and denominator of tanh(x): the rational approximation of `wavear.generate._simd`."""
+    """Numerator and denominator of tanh(x): the rational approximation of `wavear.generation.cpu.simd`."""
     x = min(max(x, np.float32(-7.9)), np.float32(7.9))
     y = x * x
     p = np.float32(-2.76076847742355e-16) * y + np.float32(2.00018790482477e-13)
@@ -138,7 +138,7 @@ class _Kernels(NamedTuple):
 
 @functools.cache
 def _kernels() -> _Kernels:
-    from wavear.compiled import compiled
+    from wavear.common.compiled import compiled
 
     half, rows, sums = "uint16[:, ::1]", "int32[:, ::1]", "float32[:, ::1]"
     return _Kernels(

@@ -85,6 +85,8 @@ class GRU(AutoregressiveModel):
     torch.Size([1, 256, 100])
     """
 
+    family = "gru"
+
     config: GRUConfig
     input: Any  # CodeEmbedding or ValueEmbedding
 

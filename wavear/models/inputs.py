@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from wavear.grid import Grid
-from wavear.laws import Categorical, Law
+from wavear.audio.grid import Grid
+from wavear.models.distributions import Categorical, Law
 
 
 class CodeEmbedding(nn.Embedding):

@@ -17,9 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from wavear.grid import Grid
-from wavear.laws import Gaussian, Laplace, Law, _scale
+from wavear.audio.grid import Grid
 from wavear.models.base import AutoregressiveModel, check_whole
+from wavear.models.distributions import Gaussian, Laplace, Law, _scale
 
 LAWS = ("laplace", "gaussian")
 DOMAINS = ("linear", "companded")
@@ -164,6 +164,8 @@ class Linear(AutoregressiveModel):
     torch.Size([1, 2, 100])
     """
 
+    family = "linear"
+
     config: LinearConfig
     values: Tensor
 
@@ -224,7 +226,7 @@ class Linear(AutoregressiveModel):
         All inside the unit circle: what the model generates stays about the level of what it was fitted to. (The
         differencing adds d poles at 1: a signal that drifts.)
         """
-        from wavear.lpc import poles
+        from wavear.models.lpc import poles
 
         return poles(self.coefficients.detach().cpu().double().numpy())
 

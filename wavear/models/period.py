@@ -76,7 +76,7 @@ def period_loss(logits: Tensor, voicing: Tensor, log_lag: Tensor, correlation: T
     ----------
     logits, voicing : Tensor, shape (B, CLASSES, F) and (B, F)
     log_lag, correlation : Tensor, shape (B, F)
-        Measured (`wavear.period`): the logarithm of the lag, and the correlation at it.
+        Measured (`wavear.audio.periods`): the logarithm of the lag, and the correlation at it.
     grid : Tensor, shape (CLASSES,)
         The logarithms of the lags.
     """

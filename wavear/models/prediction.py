@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from wavear.mel import MelConfig, mel_filter_bank
+from wavear.mel.spectrogram import MelConfig, mel_filter_bank
 
 LAG_WINDOW_HZ = 40.0
 """Width of the Gaussian that smooths the spectrum: harmonics that a fine mel resolves are not to be predicted."""
@@ -135,7 +135,7 @@ def _tables(config: MelConfig, order: int) -> tuple[Tensor, Tensor, Tensor, Tens
 
 def _window_energy(config: MelConfig) -> float:
     """Sum of the squares of the window: the power of a bin over it is the power spectral density of the waveform."""
-    from wavear.mel import _filters_and_window
+    from wavear.mel.spectrogram import _filters_and_window
 
     return float(_filters_and_window(config, torch.device("cpu"), torch.float64)[1].square().sum())
 
@@ -221,6 +221,6 @@ def _levinson(r, a, error):
 
 @functools.cache
 def _compiled_levinson() -> Any:
-    from wavear.compiled import compiled
+    from wavear.common.compiled import compiled
 
     return compiled(_levinson, "void(float64[:, ::1], float64[:, ::1], float64[::1])")

@@ -323,6 +323,8 @@ class PredictiveWaveNet(AutoregressiveModel):
     torch.Size([1, 15, 768])
     """
 
+    family = "predictive"
+
     config: PredictiveWaveNetConfig
     conditioning: PredictiveConditioning
     blocks: Any  # nn.ModuleList of PredictiveBlock

@@ -144,6 +144,8 @@ class Transformer(AutoregressiveModel):
     torch.Size([1, 256, 100])
     """
 
+    family = "transformer"
+
     config: TransformerConfig
     blocks: Any  # nn.ModuleList of Block
     turns: Tensor

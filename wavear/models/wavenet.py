@@ -112,6 +112,8 @@ class WaveNet(AutoregressiveModel):
     torch.Size([1, 256, 100])
     """
 
+    family = "wavenet"
+
     config: WaveNetConfig
     blocks: Any  # nn.ModuleList of Block
     embedding: Any  # CodeEmbedding or ValueEmbedding

@@ -20,10 +20,10 @@ from lightning.pytorch.callbacks import TQDMProgressBar
 from typing_extensions import override
 
 from wavear import audio
-from wavear.data import Recording
-from wavear.files import printable, replace_file, say
-from wavear.recordings import fingerprint
-from wavear.training.bits import Bits, held_out_bits
+from wavear.common.atomic import printable, replace_file, say
+from wavear.data.corpus import Recording
+from wavear.data.recordings import fingerprint
+from wavear.evaluation.held_out import Bits, held_out_bits
 from wavear.training.faults import Spikes, crops_named, save_batch
 from wavear.training.free_run import FreeRun, free_run
 from wavear.training.groups import ByLevel, by_speaker

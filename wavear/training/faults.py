@@ -10,10 +10,10 @@ from statistics import median
 
 import torch
 
-from wavear.data import Recording
-from wavear.files import replace_file
-from wavear.grid import Grid
-from wavear.segments import Batch, Layout, coded
+from wavear.audio.grid import Grid
+from wavear.common.atomic import replace_file
+from wavear.data.corpus import Recording
+from wavear.data.crops import Batch, Layout, coded
 
 _WINDOW = 100  # steps that say what is usual
 _LEAST = 20  # steps before anything counts as unusual

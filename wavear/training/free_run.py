@@ -13,11 +13,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from wavear.data import Recording
+from wavear.data.corpus import Recording
+from wavear.data.crops import read_span
 from wavear.evaluation.metrics import HNR_BANDS, measure
-from wavear.mel import log_mel
+from wavear.mel.spectrogram import log_mel
 from wavear.models.base import AutoregressiveModel
-from wavear.segments import Layout, read_span
+from wavear.models.crop_loss import layout_of
 from wavear.training.probes import stretch
 
 CLIPS = 4
@@ -63,9 +64,9 @@ def free_run(
     -------
     FreeRun, or None if no recording can be read and measured
     """
-    from wavear.generate import generate
+    from wavear.generation.engines import generate
 
-    layout, rate = Layout.of(model, 1), model.config.sample_rate
+    layout, rate = layout_of(model, 1), model.config.sample_rate
     originals: list[np.ndarray] = []
     numbers: list[int] = []
     for recording in recordings:

@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from wavear.data import Recording
+from wavear.data.corpus import Recording
+from wavear.data.crops import read_span
 from wavear.evaluation.bits import LEVELS
+from wavear.evaluation.held_out import Bits
 from wavear.evaluation.metrics import frame_levels
-from wavear.segments import read_span
-from wavear.training.bits import Bits
 
 _FRAME_SECONDS = 0.02  # of a level
 

@@ -17,10 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from wavear.data import Recording, reason
+from wavear.data.corpus import Recording, reason
+from wavear.data.crops import Layout, Segments, read_crop
+from wavear.data.recordings import frames_of
 from wavear.models.base import AutoregressiveModel
-from wavear.recordings import frames_of
-from wavear.segments import Layout, Segments, read_crop
 
 VISIT = 32  # segments of a visit: a recording of more is played in stretches of it
 

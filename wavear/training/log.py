@@ -12,7 +12,7 @@ import lightning as L
 import torch
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 
-from wavear.files import replace_file
+from wavear.common.atomic import replace_file
 from wavear.training.probes import spectrogram
 
 METRICS, VALIDATION = "metrics.csv", "validation.csv"

@@ -16,13 +16,14 @@ import lightning as L
 import torch
 from typing_extensions import override
 
-from wavear.checkpoint import load
-from wavear.data import Corpus
+from wavear.data.corpus import Corpus
+from wavear.data.crops import Layout, Order, Segments, collate
+from wavear.evaluation.held_out import Counts, baselines, held_out_bits, subset
 from wavear.models.base import AutoregressiveModel
-from wavear.segments import Layout, Order, Segments, collate
-from wavear.train import TrainConfig, TrainResult, make_directory
-from wavear.training.bits import Counts, baselines, held_out_bits, subset
+from wavear.models.checkpoint import load
+from wavear.models.crop_loss import layout_of
 from wavear.training.callbacks import ProgressBar, Run
+from wavear.training.config import TrainConfig, TrainResult
 from wavear.training.groups import turn_about
 from wavear.training.lanes import Lanes
 from wavear.training.log import finish, loggers, tell
@@ -31,6 +32,7 @@ from wavear.training.optimizers import described
 from wavear.training.precision import choose
 from wavear.training.prepare import prepare
 from wavear.training.processes import Processes
+from wavear.training.run_directory import make_directory
 from wavear.training.state import StateIO
 from wavear.training.states import Found, last_good_state, sweep
 
@@ -109,7 +111,7 @@ def fit(
     """Train `model`; see `wavear.train`. `config` is resolved: the family's defaults stand where None was."""
     assert config.segment is not None
     assert config.batch_size is not None
-    layout = Layout.of(model, config.segment)
+    layout = layout_of(model, config.segment)
     if model.carries:
         if config.redraw_below is not None:
             raise ValueError(

@@ -11,9 +11,10 @@ import lightning as L
 import torch
 from typing_extensions import override
 
+from wavear.data.crops import Batch, Layout, coded
 from wavear.models.base import AutoregressiveModel
+from wavear.models.crop_loss import crop_loss
 from wavear.models.memory import check_compiler
-from wavear.segments import Batch, Layout, coded, crop_loss
 from wavear.training.lanes import Carried
 from wavear.training.optimizers import make_optimizer
 

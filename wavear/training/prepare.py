@@ -12,13 +12,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from wavear.mel import log_mel
+from wavear.audio.periods import measure_period
+from wavear.data.crops import Batch, Layout, Segments, collate
+from wavear.mel.spectrogram import log_mel
 from wavear.models.base import AutoregressiveModel
+from wavear.models.crop_loss import inputs
 from wavear.models.period import period_loss
 from wavear.models.prediction import LEAST_SCALE
 from wavear.models.predictive import PredictiveWaveNet
-from wavear.period import measure_period
-from wavear.segments import Batch, Layout, Segments, collate, inputs
 
 _STATISTICS_CROPS = 64  # random crops whose mels give each band's mean and deviation
 _MEAN_RESIDUAL = 0.6  # mean of |e|: it brings a logistic mixture of scale 1 about to its middle

@@ -15,11 +15,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from wavear.data import Recording
+from wavear.data.corpus import Recording
+from wavear.data.crops import read_span
 from wavear.evaluation.metrics import NotMeasured, stft_distance
-from wavear.mel import MelConfig, log_mel
+from wavear.mel.spectrogram import MelConfig, log_mel
 from wavear.models.base import AutoregressiveModel
-from wavear.segments import Layout, read_span
+from wavear.models.crop_loss import layout_of
 
 _SEARCHED_SECONDS = 60  # of the recording
 _QUIET_SECONDS = 0.25  # of the quiet part: pauses of speech are short
@@ -49,9 +50,9 @@ def probe(
     engine: str = "auto",
 ) -> Probe:
     """Let `model` make the loudest `seconds` of a recording, and its quietest quarter of a second, from their mels."""
-    from wavear.generate import generate
+    from wavear.generation.engines import generate
 
-    layout, rate = Layout.of(model, 1), model.config.sample_rate
+    layout, rate = layout_of(model, 1), model.config.sample_rate
     whole = read_span(recording, rate, 0, min(layout.length(recording), _SEARCHED_SECONDS * rate))
     loud = stretch(whole, seconds * rate, layout.hop, loudest=True)
     quiet = stretch(whole, min(seconds, _QUIET_SECONDS) * rate, layout.hop, loudest=False)

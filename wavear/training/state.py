@@ -15,7 +15,7 @@ import torch
 from lightning.pytorch.plugins import CheckpointIO
 from typing_extensions import override
 
-from wavear.files import replace_file
+from wavear.common.atomic import replace_file
 
 _KEY, _SUM = "wavear_state", "wavear_crc32"
 

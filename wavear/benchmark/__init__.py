@@ -1,0 +1,1 @@
+"""Measure how fast networks generate on this machine."""

@@ -1,0 +1,1 @@
+"""Parts that know nothing about audio: atomic files, the cache of compiled code."""

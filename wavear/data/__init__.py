@@ -1,0 +1,1 @@
+"""Recordings for training: manifests and folders, shards, the index, crops, published corpora."""

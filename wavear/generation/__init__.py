@@ -1,0 +1,1 @@
+"""Generation and scoring: engines, streams, files, pipes."""

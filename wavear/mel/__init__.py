@@ -1,0 +1,1 @@
+"""Mel spectrograms: configuration, computation, presets, conversion, detection of foreign mels."""

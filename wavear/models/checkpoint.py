@@ -1,0 +1,176 @@
+"""Checkpoints: a directory with `config.json` and `model.safetensors`, the Hugging Face layout. Never a pickle."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from wavear.mel.spectrogram import MelConfig
+from wavear.models.base import AutoregressiveModel
+from wavear.models.families import FAMILIES
+from wavear.models.saving import CONFIG, FORMAT, WEIGHTS
+
+# Fields that came later than the first checkpoints, which mean these by their absence.
+LATER = {"law": "categorical", "mixtures": 10, "coarse_classes": 0, "pre_emphasis": 0.0}
+
+
+class CheckpointError(ValueError):
+    """What was given is not a checkpoint that this version can read; the message says why."""
+
+
+def load(source: str | Path, device: str | torch.device = "cpu") -> Any:
+    """A saved model, ready to generate (in evaluation mode).
+
+    Parameters
+    ----------
+    source : str or Path
+        A directory that `save` wrote, or the id "owner/name" of a model on the Hugging Face hub.
+    device : str or torch.device
+
+    Returns
+    -------
+    AutoregressiveModel: of the class of its family, `WaveNet` for one
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no such directory, and no such model on the hub.
+    CheckpointError
+        If it is damaged or foreign; the message names the file and what is wrong.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    directory = _find(source)
+    path = directory / WEIGHTS
+    model = _build(read_config(directory), directory / CONFIG)
+    try:
+        tensors = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} is damaged or no safetensors file: {error}") from None
+    _check_tensors(model, tensors, path)
+    dtypes = {tensor.dtype for name, tensor in tensors.items() if tensor.is_floating_point()}
+    if len(dtypes) == 1:
+        model.to(dtypes.pop())
+    model.load_state_dict(tensors)
+    return model.to(device).eval()
+
+
+def read_config(source: str | Path) -> dict:
+    """What a checkpoint says of itself, without its weights: format, family, config, training.
+
+    Raises
+    ------
+    FileNotFoundError, CheckpointError
+        As `load`.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    directory = _find(source)
+    for name in (CONFIG, WEIGHTS):
+        if not (directory / name).is_file():
+            raise CheckpointError(f"{directory} is no wavear checkpoint: {name} is missing{_hint(directory)}")
+    described = _parse((directory / CONFIG).read_bytes(), directory / CONFIG)
+    _settings(described, directory / CONFIG)
+    try:
+        with safe_open(directory / WEIGHTS, framework="pt") as file:
+            text = (file.metadata() or {}).get("wavear")
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{directory / WEIGHTS} is damaged or no safetensors file: {error}") from None
+    own = {} if text is None else _parse(text.encode(), directory / WEIGHTS)
+    if own and (own["family"] != described["family"] or own["config"] != described["config"]):
+        raise CheckpointError(f"{directory}: {CONFIG} and {WEIGHTS} are not of one model: their configurations differ")
+    return described
+
+
+def _parse(text: bytes, path: Path) -> dict:
+    try:
+        described = json.loads(text.decode("utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{path} is damaged, it is not JSON: {error}") from None
+    if not isinstance(described, dict) or "family" not in described or "format" not in described:
+        raise CheckpointError(f"{path} is not of a wavear checkpoint: it has no 'format' and 'family'")
+    if described["format"] != FORMAT:
+        raise CheckpointError(
+            f"{path} has format {described['format']!r}, this version of wavear reads format {FORMAT}"
+        )
+    if not isinstance(described["family"], str) or described["family"] not in FAMILIES:
+        raise CheckpointError(f"{path} has family {described['family']!r}, known are {', '.join(FAMILIES)}")
+    if not isinstance(described.get("config"), dict):
+        raise CheckpointError(f"{path} has no 'config'")
+    if not isinstance(described.get("training", {}), dict):
+        raise CheckpointError(f"{path} has no 'training' that could be one")
+    return described
+
+
+def _settings(described: dict, path: Path) -> dict:
+    """The fields of the configuration, all of them and no others."""
+    config_class = FAMILIES[described["family"]][1]
+    known = {field.name for field in dataclasses.fields(config_class)}
+    settings = {name: value for name, value in LATER.items() if name in known} | described["config"]
+    missing, unknown = sorted(known - set(settings)), sorted(set(settings) - known)
+    if missing or unknown:
+        wrong = [f"{', '.join(missing)} missing"] * bool(missing) + [f"{', '.join(unknown)} unknown"] * bool(unknown)
+        raise CheckpointError(f"{path}: 'config' does not fit a {described['family']}: {'; '.join(wrong)}")
+    return settings
+
+
+def _build(described: dict, path: Path) -> AutoregressiveModel:
+    family, config_class = FAMILIES[described["family"]]
+    settings = _settings(described, path)
+    try:
+        if settings["mel"] is not None:
+            settings["mel"] = MelConfig.from_dict(settings["mel"])
+        return family(config_class(**settings))
+    except (AttributeError, TypeError, ValueError, RuntimeError, MemoryError) as error:
+        raise CheckpointError(f"{path}: {error}") from None
+
+
+def _check_tensors(model: AutoregressiveModel, tensors: dict[str, torch.Tensor], path: Path) -> None:
+    expected = model.state_dict()
+    missing, unknown = sorted(set(expected) - set(tensors)), sorted(set(tensors) - set(expected))
+    if missing:
+        raise CheckpointError(f"{path} lacks {_some(missing)}")
+    if unknown:
+        raise CheckpointError(f"{path} holds {_some(unknown)}, which the configuration has no place for")
+    for name, tensor in tensors.items():
+        if tensor.shape != expected[name].shape:
+            raise CheckpointError(
+                f"{path}: {name} has shape {tuple(tensor.shape)}, by the configuration {tuple(expected[name].shape)}"
+            )
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise CheckpointError(f"{path}: {name} holds NaN or infinity")
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _hint(directory: Path) -> str:
+    found = [str(path.parent) for path in sorted(directory.glob(f"*/{CONFIG}"))]
+    return f" (there is one in {', '.join(found)})" if found else ""
+
+
+def _find(source: str | Path) -> Path:
+    directory = Path(source)
+    if directory.is_dir():
+        return directory
+    if directory.exists():
+        raise CheckpointError(f"{source} is a file: give the directory that holds {CONFIG} and {WEIGHTS}")
+    parts = str(source).split("/")
+    if len(parts) != 2 or not all(parts) or str(source).startswith((".", "~")):
+        raise FileNotFoundError(f"{source}: no such directory")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        return Path(snapshot_download(str(source), allow_patterns=[CONFIG, WEIGHTS]))
+    except HFValidationError:
+        raise FileNotFoundError(f"{source}: no such directory") from None
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise FileNotFoundError(f"{source}: no such directory, and not to be had from the hub: {reason}") from None

@@ -1,0 +1,100 @@
+"""Crops of recordings as the input of a model, and the loss of a crop: training and validation share it."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+from wavear.audio.emphasis import coefficient
+from wavear.data.crops import Batch, Layout, coded
+from wavear.mel.spectrogram import log_mel
+from wavear.models.base import AutoregressiveModel
+
+
+def layout_of(model: AutoregressiveModel, segment: int) -> Layout:
+    """Return the layout for crops of `model` with at least `segment` samples of loss."""
+    mel = model.config.mel
+    hop = 1 if mel is None else mel.hop_length
+    field = 0 if model.carries else model.receptive_field or 0
+    return Layout(
+        segment=max(math.ceil(segment / hop), 1) * hop,
+        context=math.ceil(field / hop) * hop,
+        receptive_field=field,
+        hop=hop,
+        lookahead=0 if mel is None else model.lookahead,
+        lookback=0 if mel is None else model.lookback,
+        mel=mel,
+        sample_rate=model.config.sample_rate,
+        pre_emphasis=coefficient(model.config),
+    )
+
+
+def inputs(
+    model: AutoregressiveModel,
+    batch: Batch,
+    layout: Layout,
+    noise: torch.Generator | None = None,
+    dropout: float = 0.0,
+) -> tuple[torch.Tensor, Any, torch.Tensor]:
+    """What `forward` needs, computed on the device of `batch`.
+
+    Returns
+    -------
+    codes : (B, window) int64
+    cond : (B, C, window), (B, C, 1), a FrameConditioning or None
+    mask : (B, window) bool, where loss is carried
+    """
+    codes = model.grid.encode(coded(batch, layout))
+    places = torch.arange(layout.window, device=codes.device)
+    mask = (places >= batch.span[:, :1]) & (places < batch.span[:, 1:])
+    mel = None
+    if layout.mel is not None:
+        own = log_mel(batch.waveform, layout.mel)
+        mel = own.gather(2, batch.frames[:, None].expand(-1, own.shape[1], -1))
+        if noise is not None and dropout > 0:
+            hidden = torch.rand(mel.shape[0], 1, mel.shape[2], generator=noise, device=mel.device) < dropout
+            conditioning: Any = model.conditioning
+            mel = torch.where(hidden, conditioning.mel_mean[:, None], mel)
+    speaker = batch.speaker if model.config.speakers else None
+    cond = model.condition(mel, speaker, padded=True) if model.conditioned else None
+    return codes, cond, mask
+
+
+def crop_loss(
+    model: AutoregressiveModel,
+    batch: Batch,
+    layout: Layout,
+    dtype: torch.dtype | None = None,
+    noise: torch.Generator | None = None,
+    input_noise: float = 0.0,
+    carried: tuple[Any, torch.Tensor] | None = None,
+    dropout: float = 0.0,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Negative log-likelihood of every sample, (B, window) in nats, 0 where no loss is carried; and the mask.
+
+    With a `dtype` the layers run in it, activations and all, on copies of the weights; gradients arrive at the weights
+    in their own type. (Autocast leaves the additions between the layers in float32, whose traffic costs a third of the
+    time on a CPU.) The conditioning and the loss stay in float32.
+
+    With `noise` the past that the model sees is off by noise of the amount `input_noise` (`model.input_noise`), and
+    what it has to predict is not: so it learns to see through its own errors, and to look at the conditioning. And so
+    many mel frames as `dropout` says (a share) are the mean of the training data instead.
+
+    With a state and the code before the window, `carried`, the window goes on from there, and the state with it.
+    """
+    codes, cond, mask = inputs(model, batch, layout, noise, dropout)
+    given: dict[str, Any] = {"codes": codes}
+    if noise is not None and input_noise > 0:
+        given = model.input_noise(codes, input_noise, noise)
+    if carried is not None:
+        given["state"], given["previous"] = carried
+    if dtype is None:
+        parameters = model(cond=cond, **given)
+    else:
+        weights = {name: p.to(dtype) for name, p in model.named_parameters() if not name.startswith("conditioning.")}
+        given["cond"] = None if cond is None else cond.to(dtype)
+        parameters = torch.func.functional_call(model, weights, (), given)
+    parameters = parameters.to(torch.promote_types(parameters.dtype, torch.float32))  # bf16 would round the loss
+    return -model.law.log_prob(parameters, codes) * mask, mask
