@@ -4,8 +4,8 @@
     python bench/forms.py --device cuda
     python bench/forms.py --shapes A --types bf16 --rounds 3
 
-All forms are of the same weights, and each is held to the first before it is timed: its loss and its gradient. They
-take turns, so that a machine whose speed drifts favours none.
+All forms are of the same weights, and each is held to the first before it is timed: its loss and
+its gradient. They take turns, so that a machine whose speed drifts favours none.
 """
 
 from __future__ import annotations
@@ -29,14 +29,23 @@ PAGE = Path(__file__).resolve().parent.parent / "docs" / "benchmarks.md"
 SHAPES: dict[str, dict[str, Any]] = {
     "A": {"layers": 20, "stacks": 2, "residual_channels": 64, "skip_channels": 128},
     "B2": {"layers": 30, "stacks": 3, "residual_channels": 128, "skip_channels": 128},
-    "B3": {"layers": 30, "stacks": 3, "kernel_size": 3, "residual_channels": 128, "skip_channels": 128},
+    "B3": {
+        "layers": 30,
+        "stacks": 3,
+        "kernel_size": 3,
+        "residual_channels": 128,
+        "skip_channels": 128,
+    },
 }
 TYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
 SEGMENT = 8192
-# float32 differs by the order of sums; bf16 by rounding after each operation, which the forms put at other places.
+# float32 differs by the order of sums; bf16 by rounding after each operation, which the forms put
+# at other places.
 TOLERANCE = {"float32": 1e-4, "bf16": 0.1}
 
-Z = Callable[[Any, Tensor, Tensor, int], Tensor]  # block, x (B, T, R), cond (B, T, C), dilation -> (B, T, 2R)
+Z = Callable[
+    [Any, Tensor, Tensor, int], Tensor
+]  # block, x (B, T, R), cond (B, T, C), dilation -> (B, T, 2R)
 
 
 def taps(x: Tensor, kernel: int, dilation: int) -> list[Tensor]:
@@ -55,16 +64,22 @@ def product_of_all(block: Any, x: Tensor, cond: Tensor, dilation: int) -> Tensor
     """One product over taps and conditioning side by side."""
     kernel = block.dilated.in_features // x.shape[2]
     weight = torch.cat([block.dilated.weight, block.conditioning.weight], dim=1)
-    return F.linear(torch.cat([*taps(x, kernel, dilation), cond], dim=-1), weight, block.dilated.bias)
+    return F.linear(
+        torch.cat([*taps(x, kernel, dilation), cond], dim=-1), weight, block.dilated.bias
+    )
 
 
 def shifted_products(block: Any, x: Tensor, cond: Tensor, dilation: int) -> Tensor:
     """A product per tap, moved in time afterwards: nothing is put side by side."""
     residual, kernel = x.shape[2], block.dilated.in_features // x.shape[2]
-    z = F.linear(x, block.dilated.weight[:, -residual:], block.dilated.bias) + block.conditioning(cond)
+    z = F.linear(x, block.dilated.weight[:, -residual:], block.dilated.bias) + block.conditioning(
+        cond
+    )
     for k in range(kernel - 1):
         reach = (kernel - 1 - k) * dilation
-        part = F.linear(x[:, : x.shape[1] - reach], block.dilated.weight[:, k * residual : (k + 1) * residual])
+        part = F.linear(
+            x[:, : x.shape[1] - reach], block.dilated.weight[:, k * residual : (k + 1) * residual]
+        )
         z = z + F.pad(part, (0, 0, reach, 0))
     return z
 
@@ -78,7 +93,9 @@ def convolution(block: Any, x: Tensor, cond: Tensor, dilation: int) -> Tensor:
     """Conv1d, channels first; everything else channels last."""
     weight = kernels(block, x.shape[2])
     padded = F.pad(x.transpose(1, 2), ((weight.shape[2] - 1) * dilation, 0))
-    return F.conv1d(padded, weight, block.dilated.bias, dilation=dilation).transpose(1, 2) + block.conditioning(cond)
+    return F.conv1d(padded, weight, block.dilated.bias, dilation=dilation).transpose(
+        1, 2
+    ) + block.conditioning(cond)
 
 
 def channels_last(block: Any, x: Tensor, cond: Tensor, dilation: int) -> Tensor:
@@ -142,7 +159,9 @@ def compare(shape: str, kind: str, device: str, rounds: int, batch: int) -> list
     model = WaveNet(config).to(device, TYPES[kind])
     samples = SEGMENT + -(-config.receptive_field // 256) * 256
     codes = torch.randint(0, config.classes, (batch, samples), device=device)
-    cond = torch.randn(batch, config.conditioning_channels, samples, device=device, dtype=TYPES[kind])
+    cond = torch.randn(
+        batch, config.conditioning_channels, samples, device=device, dtype=TYPES[kind]
+    )
     weights = [p for name, p in model.named_parameters() if not name.startswith("conditioning.")]
 
     def step(form: str) -> tuple[float, Tensor, Tensor]:
@@ -161,7 +180,9 @@ def compare(shape: str, kind: str, device: str, rounds: int, batch: int) -> list
         apart[form] = float((found - gradient).norm() / gradient.norm())
         worst = float((nats - first).abs().max())
         if max(apart[form], worst) > TOLERANCE[kind]:
-            raise SystemExit(f"{form} is another function: loss off by {worst:.2g}, gradient by {apart[form]:.2g}")
+            raise SystemExit(
+                f"{form} is another function: loss off by {worst:.2g}, gradient by {apart[form]:.2g}"
+            )
     times: dict[str, list[float]] = {form: [] for form in FORMS}
     for _ in range(rounds):
         for form in FORMS:
@@ -178,12 +199,16 @@ def compare(shape: str, kind: str, device: str, rounds: int, batch: int) -> list
 
 def main() -> None:
     """Compare, and write the page."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=["A", "B2"])
     parser.add_argument("--types", nargs="+", choices=list(TYPES), default=list(TYPES))
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--out", type=Path, default=PAGE, help="page to write (default docs/benchmarks.md)")
+    parser.add_argument(
+        "--out", type=Path, default=PAGE, help="page to write (default docs/benchmarks.md)"
+    )
     arguments = parser.parse_args()
     from training import BATCH, machine
 
@@ -197,7 +222,9 @@ def main() -> None:
         "| shape | type | form | samples/s | of the first | gradient |",
         "|---|---|---|---:|---:|---:|",
     ]
-    work = functools.partial(compare, device=arguments.device, rounds=arguments.rounds, batch=BATCH[arguments.device])
+    work = functools.partial(
+        compare, device=arguments.device, rounds=arguments.rounds, batch=BATCH[arguments.device]
+    )
     for shape in arguments.shapes:
         for kind in arguments.types:
             lines += work(shape, kind)

@@ -4,8 +4,8 @@
     python bench/generation.py --device cuda  # writes docs/benchmarks_cuda.md
     python bench/generation.py --seconds 0.5 --rounds 1
 
-Run it on a machine that does nothing else. What the page says under "What limits it" is written by hand, from
-`bench/parts.py`, and stays.
+Run it on a machine that does nothing else. What the page says under "What limits it" is written by
+hand, from `bench/parts.py`, and stays.
 """
 
 from __future__ import annotations
@@ -23,7 +23,12 @@ PAGES = {"cpu": DOCS / "benchmarks.md", "cuda": DOCS / "benchmarks_cuda.md"}
 
 # Shape, engines, precisions, (streams, cores).
 PLAN = [
-    ("nv-wavenet", ("numba", "reference"), ("float32", "bfloat16", "int8"), ((1, 1), (12, 1), (24, 2))),
+    (
+        "nv-wavenet",
+        ("numba", "reference"),
+        ("float32", "bfloat16", "int8"),
+        ((1, 1), (12, 1), (24, 2)),
+    ),
     ("nv-wavenet-free", ("numba",), ("float32", "bfloat16", "int8"), ((1, 1),)),
     ("small", ("numba",), ("float32", "bfloat16", "int8"), ((1, 1), (24, 2))),
     ("r9y9", ("numba",), ("float32", "bfloat16", "int8"), ((1, 1), (16, 2))),
@@ -81,13 +86,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description="Write docs/benchmarks.md, or benchmarks_cuda.md: how fast each engine generates."
     )
-    parser.add_argument("--seconds", type=float, default=3.0, help="to measure each row for, at least (default 3)")
-    parser.add_argument("--rounds", type=int, default=3, help="through all shapes, on the CPU (default 3)")
+    parser.add_argument(
+        "--seconds", type=float, default=3.0, help="to measure each row for, at least (default 3)"
+    )
+    parser.add_argument(
+        "--rounds", type=int, default=3, help="through all shapes, on the CPU (default 3)"
+    )
     parser.add_argument("--device", choices=PAGES, default="cpu", help="cpu (default) or cuda")
-    parser.add_argument("--out", type=Path, help="page to write (default docs/benchmarks.md, or benchmarks_cuda.md)")
+    parser.add_argument(
+        "--out", type=Path, help="page to write (default docs/benchmarks.md, or benchmarks_cuda.md)"
+    )
     arguments = parser.parse_args()
     page = arguments.out or PAGES[arguments.device]
-    lines = on_card(arguments.seconds) if arguments.device == "cuda" else on_cpu(arguments.seconds, arguments.rounds)
+    lines = (
+        on_card(arguments.seconds)
+        if arguments.device == "cuda"
+        else on_cpu(arguments.seconds, arguments.rounds)
+    )
     write(page, lines)
     print(f"wrote {page}")
 
@@ -95,7 +110,10 @@ def main() -> None:
 def write(page: Path, lines: Sequence[str]) -> None:
     """Put the tables into a page; what stands behind them, by hand and by other programs (see `pages`), stays."""
     whole = page.read_text(encoding="utf-8") if page.exists() else ""
-    begin = min((at for at in (whole.find(LIMITS), whole.find("<!-- begin ")) if at >= 0), default=len(whole))
+    begin = min(
+        (at for at in (whole.find(LIMITS), whole.find("<!-- begin ")) if at >= 0),
+        default=len(whole),
+    )
     text = "\n".join([*lines, whole[begin:]]).rstrip() + "\n"
     replace_file(page, lambda path: path.write_text(text, encoding="utf-8"))
 
@@ -108,7 +126,12 @@ def on_card(seconds: float) -> list[str]:
         rows = []
         for engine, weights, batches in engines:
             for batch in batches:
-                arguments = {"shape": name, "engines": (engine,), "weights": weights, "batches": (batch,)}
+                arguments = {
+                    "shape": name,
+                    "engines": (engine,),
+                    "weights": weights,
+                    "batches": (batch,),
+                }
                 rows += speed.run(**arguments, device="cuda", seconds=seconds, say=said.append)
         if name == CUDA_PLAN[0][0]:
             lines += ["## Machine", "", f"{said[0]}.", "", f"{said[1]}.", ""]
@@ -138,11 +161,26 @@ def on_cpu(seconds: float, rounds: int) -> list[str]:
             rows[name].append(found)
             print(f"{name}, round {number + 1} of {rounds}\n{speed.table(found)}", flush=True)
     machine, core, *_ = said[PLAN[0][0]]
-    lines = [HEAD, "## Machine", "", f"{machine}.", "", f"{core[0].upper()}{core[1:]} (in the last round).", ""]
+    lines = [
+        HEAD,
+        "## Machine",
+        "",
+        f"{machine}.",
+        "",
+        f"{core[0].upper()}{core[1:]} (in the last round).",
+        "",
+    ]
     for name, _, weights, _ in PLAN:
         text, _ = speed.SHAPES[name]
         costs = [line for line in said[name] if "per sample" in line][: len(weights)]
-        lines += [f"## {name}", "", f"{text[0].upper()}{text[1:]}.", "", *(f"- {line}" for line in costs), ""]
+        lines += [
+            f"## {name}",
+            "",
+            f"{text[0].upper()}{text[1:]}.",
+            "",
+            *(f"- {line}" for line in costs),
+            "",
+        ]
         lines += [speed.table([fastest(same) for same in zip(*rows[name], strict=True)]), ""]
     return lines
 

@@ -3,8 +3,8 @@
     python bench/gru.py                # about a minute
     python bench/gru.py --seconds 10 --sizes 256 512 --weights int8
 
-Sizes are measured in turn, again and again, and each is judged by the fastest of its runs: so they compare although the
-machine's speed drifts. Run it on a machine that does nothing else.
+Sizes are measured in turn, again and again, and each is judged by the fastest of its runs: so they
+compare although the machine's speed drifts. Run it on a machine that does nothing else.
 """
 
 from __future__ import annotations
@@ -30,10 +30,18 @@ SIZES = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="The largest GRU that runs in real time on one core.")
-    parser.add_argument("--seconds", type=float, default=15.0, help="to measure each precision for (default 15)")
-    parser.add_argument("--weights", nargs="+", default=list(SIZES), choices=list(SIZES), help="precisions")
-    parser.add_argument("--sizes", nargs="+", type=int, help="hidden units to try (default: around the limit)")
+    parser = argparse.ArgumentParser(
+        description="The largest GRU that runs in real time on one core."
+    )
+    parser.add_argument(
+        "--seconds", type=float, default=15.0, help="to measure each precision for (default 15)"
+    )
+    parser.add_argument(
+        "--weights", nargs="+", default=list(SIZES), choices=list(SIZES), help="precisions"
+    )
+    parser.add_argument(
+        "--sizes", nargs="+", type=int, help="hidden units to try (default: around the limit)"
+    )
     parser.add_argument("--layers", type=int, default=1)
     arguments = parser.parse_args()
     torch.manual_seed(0)
@@ -47,7 +55,9 @@ def main() -> None:
 def measure(weights: str, sizes: tuple[int, ...], layers: int, seconds: float) -> None:
     """Print a row for each size, and which is the largest that is live."""
     uniforms, cond = np.random.default_rng(0).random((1, SAMPLES)), torch.randn(1, 80, SAMPLES)
-    models = [GRU(GRUConfig(channels=size, layers=layers, mel=MelConfig())).eval() for size in sizes]
+    models = [
+        GRU(GRUConfig(channels=size, layers=layers, mel=MelConfig())).eval() for size in sizes
+    ]
     engines = [make_engine(model, 1, "numba", weights=weights, threads=1)[1] for model in models]
     best = dict.fromkeys(sizes, 0.0)
     began = time.perf_counter()
@@ -61,7 +71,8 @@ def measure(weights: str, sizes: tuple[int, ...], layers: int, seconds: float) -
         read = cost(model.config, weights).hot_bytes / 1e6
         count = sum(parameter.numel() for parameter in model.parameters())
         print(
-            f"| {weights} | {size} | {count:,} | {read:.2f} | {best[size]:,.0f} | {best[size] / RATE:.2f} |", flush=True
+            f"| {weights} | {size} | {count:,} | {read:.2f} | {best[size]:,.0f} | {best[size] / RATE:.2f} |",
+            flush=True,
         )
 
 

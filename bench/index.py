@@ -2,9 +2,9 @@
 
     python bench/index.py --out docs/data.md
 
-A folder of real tiny WAV files (hard links to a few), and a manifest of a million stretches of them. Every measurement
-is a process of its own, whose peak memory the system tells; files are in the page cache, so it is the work that is
-measured and not a disk.
+A folder of real tiny WAV files (hard links to a few), and a manifest of a million stretches of
+them. Every measurement is a process of its own, whose peak memory the system tells; files are in
+the page cache, so it is the work that is measured and not a disk.
 """
 
 from __future__ import annotations
@@ -54,7 +54,9 @@ def make(root: Path, files: int, rows: int) -> None:
 
 def peak() -> float:
     """MB of memory that this process has held at most."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform != "darwin" else 1 << 20)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (
+        1024 if sys.platform != "darwin" else 1 << 20
+    )
 
 
 def processor_time() -> float:
@@ -94,7 +96,10 @@ def _draw(data: str) -> dict[str, float]:
         collate([segments[index] for index in range(16 * step, 16 * step + 16)])
         taken.append(time.perf_counter() - began)
     began = time.perf_counter()
-    which = [int(segments.ends.searchsorted(n * 997 % segments.ends[-1], side="right")) for n in range(16000)]
+    which = [
+        int(segments.ends.searchsorted(n * 997 % segments.ends[-1], side="right"))
+        for n in range(16000)
+    ]
     for number in which:
         corpus.train[number]
     lookup = (time.perf_counter() - began) / 1000
@@ -125,7 +130,12 @@ def child(work: str, data: str) -> None:
 
     before, began, used = peak(), time.perf_counter(), processor_time()
     found = WORK[work](data)
-    taken = {"seconds": time.perf_counter() - began, "peak": peak(), "before": before, "cpu": processor_time() - used}
+    taken = {
+        "seconds": time.perf_counter() - began,
+        "peak": peak(),
+        "before": before,
+        "cpu": processor_time() - used,
+    }
     print(json.dumps(taken | found))
 
 
@@ -166,7 +176,10 @@ def table(results: dict[str, dict[str, float]], files: int, rows: int, load: flo
             "|---|---:|---:|---:|",
             row(f"index a folder of {files:,} files, the first time", "index folder"),
             row(f"open that folder ({files:,} files), indexed", "open folder"),
-            row(f"index a manifest of {rows:,} rows ({files:,} files), the first time", "index manifest"),
+            row(
+                f"index a manifest of {rows:,} rows ({files:,} files), the first time",
+                "index manifest",
+            ),
             row(f"open that manifest ({rows:,} rows), indexed", "open manifest"),
             "",
             f"- The first time {new:,.0f} files a second are looked into, so a million files take about"
@@ -193,7 +206,9 @@ def _processor() -> str:
 
 def main() -> None:
     """Measure, print, and write the page's part."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--files", type=int, default=50_000)
     parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument("--out", type=Path, help="page to write to")

@@ -2,9 +2,10 @@
 
     python bench/kills.py --kills 50
 
-Compared, bit for bit: the last state (weights, optimizer, moving average, Lightning's loops, losses not yet written),
-`best/` and `last/`, and metrics.csv but for its columns of times. Every attempt reads its data with another number of
-workers. A run that is done before its kills are used up is followed by another one in a fresh folder.
+Compared, bit for bit: the last state (weights, optimizer, moving average, Lightning's loops, losses
+not yet written), `best/` and `last/`, and metrics.csv but for its columns of times. Every attempt
+reads its data with another number of workers. A run that is done before its kills are used up is
+followed by another one in a fresh folder.
 """
 
 from __future__ import annotations
@@ -55,7 +56,9 @@ def tones(folder: Path) -> Path:
     folder.mkdir()
     for number in range(6):
         at = np.arange(3000) / 8000
-        tone = 0.5 * np.sin(2 * np.pi * (200 + 50 * number) * at) + 0.01 * generator.standard_normal(at.size)
+        tone = 0.5 * np.sin(
+            2 * np.pi * (200 + 50 * number) * at
+        ) + 0.01 * generator.standard_normal(at.size)
         audio.write(folder / f"{number}.wav", tone, 8000)
     return folder
 
@@ -95,13 +98,20 @@ def differences(a: Path, b: Path) -> list[str]:
         one, other = tensors[0].get(name), tensors[1].get(name)
         if one is None or other is None or not torch.equal(one, other):
             found.append(name)
-    for name in ("best/model.safetensors", "best/config.json", "last/model.safetensors", "last/config.json"):
+    for name in (
+        "best/model.safetensors",
+        "best/config.json",
+        "last/model.safetensors",
+        "last/config.json",
+    ):
         if (a / name).read_bytes() != (b / name).read_bytes():
             found.append(name)
     tables = []
     for out in (a, b):
         with open(out / "metrics.csv", newline="", encoding="utf-8") as file:
-            tables.append([{k: v for k, v in row.items() if k not in TIMES} for row in csv.DictReader(file)])
+            tables.append(
+                [{k: v for k, v in row.items() if k not in TIMES} for row in csv.DictReader(file)]
+            )
     if tables[0] != tables[1]:
         found.append("metrics.csv")
     if [p.name for p in state_paths(a)] != [p.name for p in state_paths(b)]:
@@ -111,16 +121,23 @@ def differences(a: Path, b: Path) -> list[str]:
 
 def main() -> int:
     """Print a line per run and the figure; 1 if anything differed."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--steps", type=int, default=60, help="of a run")
-    parser.add_argument("--per-run", type=int, default=10, help="kills before a run is left to finish")
-    parser.add_argument("--seconds", type=float, default=0.0, help="begin no further run after so many; 0: no limit")
+    parser.add_argument(
+        "--per-run", type=int, default=10, help="kills before a run is left to finish"
+    )
+    parser.add_argument(
+        "--seconds", type=float, default=0.0, help="begin no further run after so many; 0: no limit"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("--precision", choices=["32", "bf16"], default="32")
     arguments = parser.parse_args()
     root = Path(tempfile.mkdtemp(prefix="wavear-kills-"))
-    # Children are forked from a process that has imported everything and computed nothing: kills fall into the run.
+    # Children are forked from a process that has imported everything and computed nothing: kills
+    # fall into the run.
     import torch.utils.tensorboard  # noqa: F401
 
     import wavear.training.loop  # noqa: F401
@@ -137,7 +154,9 @@ def main() -> int:
         }
 
         def start(out: Path, workers: int) -> Any:
-            child = context.Process(target=attempt, args=(settings | {"out": str(out), "workers": workers},))
+            child = context.Process(
+                target=attempt, args=(settings | {"out": str(out), "workers": workers},)
+            )
             child.start()
             return child
 
@@ -171,7 +190,10 @@ def main() -> int:
                     return 1
             found = differences(root / "straight", out)
             unequal += bool(found)
-            print(f"run {runs}: {here} kills, {'differs in ' + ', '.join(found[:5]) if found else 'equal'}", flush=True)
+            print(
+                f"run {runs}: {here} kills, {'differs in ' + ', '.join(found[:5]) if found else 'equal'}",
+                flush=True,
+            )
             runs += 1
             shutil.rmtree(out)
         print(

@@ -3,9 +3,10 @@
     python bench/linear.py my/recordings                      # at 22.05 kHz, order 32, with the order chosen, 16 bits
     python bench/linear.py my/recordings --rate 16000 --fits order-32 order-1024
 
-Besides the seconds by the clock there are those of the processor, which other work on the machine changes little. Files
-are read and resampled as `wavear train` does, on two threads; that is most of the time, and is told apart. The
-memory is the most that this process ever held, less what it held before. Needs statsmodels (extra `dev`).
+Besides the seconds by the clock there are those of the processor, which other work on the machine
+changes little. Files are read and resampled as `wavear train` does, on two threads; that is most of
+the time, and is told apart. The memory is the most that this process ever held, less what it held
+before. Needs statsmodels (extra `dev`).
 """
 
 from __future__ import annotations
@@ -60,7 +61,9 @@ class Timed(Fitter):
         self.samples += len(codes)
 
 
-def fit(recordings: list[Recording], rate: int, order: int, grid: Grid, criterion: bool) -> tuple[Linear, str]:
+def fit(
+    recordings: list[Recording], rate: int, order: int, grid: Grid, criterion: bool
+) -> tuple[Linear, str]:
     """A model of all recordings, and a row of the table."""
     before, began, spent = peak(), time.perf_counter(), time.process_time()
     if criterion:
@@ -87,7 +90,9 @@ def compare(recording: Recording, rate: int) -> None:
     from statsmodels.tsa.ar_model import AutoReg
 
     x = wavear.audio.read(recording.path, rate).numpy()[:_COMPARED].astype(np.float64)
-    print(f"\n{recording.name}, {len(x):,} samples, order {_ORDER}, the larger of each coefficient's differences:\n")
+    print(
+        f"\n{recording.name}, {len(x):,} samples, order {_ORDER}, the larger of each coefficient's differences:\n"
+    )
     print("| | ours, s | theirs, s | difference | largest coefficient |")
     print("|---|---:|---:|---:|---:|")
 
@@ -97,7 +102,11 @@ def compare(recording: Recording, rate: int) -> None:
         return sums.solve(_ORDER, ridge=0.0)[0]
 
     pairs = [
-        ("statsmodels AutoReg", least_squares, lambda: np.asarray(AutoReg(x, _ORDER, trend="n").fit().params)),
+        (
+            "statsmodels AutoReg",
+            least_squares,
+            lambda: np.asarray(AutoReg(x, _ORDER, trend="n").fit().params),
+        ),
         ("librosa.lpc", lambda: lpc.burg(x, _ORDER)[0], lambda: -librosa.lpc(x, order=_ORDER)[1:]),
     ]
     for name, ours, theirs in pairs:
@@ -131,14 +140,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Time the fit of linear models.")
     parser.add_argument("data", type=Path, help="folder of recordings, or a manifest")
     parser.add_argument("--rate", type=int, default=22050, help="Hz, of the model (default 22050)")
-    parser.add_argument("--fits", nargs="*", default=list(FITS), choices=list(FITS), help="which (default all)")
+    parser.add_argument(
+        "--fits", nargs="*", default=list(FITS), choices=list(FITS), help="which (default all)"
+    )
     arguments = parser.parse_args()
     print(f"{machine()}\n")
     corpus = open_corpus(arguments.data, sample_rate=arguments.rate, validation_fraction=1e-9)
     recordings = corpus.train + corpus.validation
     print(f"{peak():.0f} MiB before the first file")
     made = [fit(recordings, arguments.rate, *FITS[name]) for name in arguments.fits]
-    print("\n| order | codes | minutes | s | processor s | of it sums | of it scale | MiB more | bits | law |")
+    print(
+        "\n| order | codes | minutes | s | processor s | of it sums | of it scale | MiB more | bits | law |"
+    )
     print("|---|---|---:|---:|---:|---:|---:|---:|---:|---|")
     print("\n".join(row for _, row in made))
     with warnings.catch_warnings():

@@ -2,8 +2,9 @@
 
     python bench/loader.py --out docs/data.md
 
-Formats are measured in turn with 0, 2 and 4 workers; then a network of 20 layers is trained from the loader, and the
-share of the time in which it waits for the next batch is told. `rates` and `waiting` are for other programs to call.
+Formats are measured in turn with 0, 2 and 4 workers; then a network of 20 layers is trained from
+the loader, and the share of the time in which it waits for the next batch is told. `rates` and
+`waiting` are for other programs to call.
 """
 
 from __future__ import annotations
@@ -70,7 +71,9 @@ def _one_thread(worker: int) -> None:
     torch.set_num_threads(1)
 
 
-def rates(segments: Segments, batch_size: int, workers: Sequence[int] = (0, 2, 4), seconds: float = 1.5) -> list[float]:
+def rates(
+    segments: Segments, batch_size: int, workers: Sequence[int] = (0, 2, 4), seconds: float = 1.5
+) -> list[float]:
     """Crops per second with each number of workers, over `seconds`, not counting the start of the workers."""
     found = []
     for number in workers:
@@ -108,7 +111,9 @@ def waiting(
 
 def main() -> None:
     """Measure, print, and write the page's section."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, help="page to write to")
     parser.add_argument("--seconds", type=float, default=1.5, help="to measure each rate for")
     parser.add_argument("--steps", type=int, default=8, help="to train for the share of waiting")

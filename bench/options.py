@@ -1,12 +1,15 @@
 """Trains a model with each option for the same steps, and writes to docs/training.md what each does to its audio.
 
     python bench/options.py --data train.csv --validation dev.csv --out runs/options --minutes 20
-    python bench/options.py --data my/recordings --out runs/options --steps 3000 --layers 12 --options plain noise
+    python bench/options.py --data my/recordings --out runs/options --steps 3000 --layers 12
+    --options plain noise
 
-The same command again goes on where it was stopped: a run that is done is not repeated, one that is not is resumed.
+The same command again goes on where it was stopped: a run that is done is not repeated, one that is
+not is resumed.
 
-Every option is measured against the same recordings, untreated: a model that is trained on levelled audio is given the
-mel of the levelled clip, and what it makes is brought back to the clip's own level. One seed; temperature 1.
+Every option is measured against the same recordings, untreated: a model that is trained on levelled
+audio is given the mel of the levelled clip, and what it makes is brought back to the clip's own
+level. One seed; temperature 1.
 """
 
 from __future__ import annotations
@@ -30,7 +33,12 @@ from wavear.common.atomic import replace_file
 from wavear.data.corpus import open_corpus
 from wavear.data.crops import read_span
 from wavear.evaluation.bounds import grid_round_trip
-from wavear.evaluation.metrics import NotMeasured, mel_cepstral_distortion, noise_floor, stft_distance
+from wavear.evaluation.metrics import (
+    NotMeasured,
+    mel_cepstral_distortion,
+    noise_floor,
+    stft_distance,
+)
 from wavear.evaluation.statistics import Interval, bootstrap
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "training.md"
@@ -71,7 +79,9 @@ def check_runs(out: str, base: TrainConfig) -> None:
         for name in ("data", "validation", *VALUES):
             if before and before.get(name) != getattr(base, name):
                 now = getattr(base, name)
-                sys.exit(f"{path.parent} is a run with {name} {before.get(name)}, now {now}: choose another --out")
+                sys.exit(
+                    f"{path.parent} is a run with {name} {before.get(name)}, now {now}: choose another --out"
+                )
 
 
 def steps_of(arguments: argparse.Namespace, config: TrainConfig) -> int:
@@ -81,19 +91,30 @@ def steps_of(arguments: argparse.Namespace, config: TrainConfig) -> int:
     path = Path(arguments.out) / "steps.json"
     if not path.exists():
         trial = dataclasses.replace(
-            config, out=str(Path(arguments.out) / "calibration"), max_steps=_CALIBRATION, overwrite=True, progress=False
+            config,
+            out=str(Path(arguments.out) / "calibration"),
+            max_steps=_CALIBRATION,
+            overwrite=True,
+            progress=False,
         )
         trial = dataclasses.replace(
             trial, overwrite=Path(trial.out).exists(), validation_seconds=0.1, final_seconds=0.1
         )
         result = train(trial)
-        seconds = (json.loads((Path(trial.out) / "train.json").read_text())["history"])[-1]["seconds"] / result.steps
-        text = json.dumps({"steps": max(round(60 * arguments.minutes / seconds), 1), "seconds_per_step": seconds})
+        seconds = (
+            (json.loads((Path(trial.out) / "train.json").read_text())["history"])[-1]["seconds"]
+            / result.steps
+        )
+        text = json.dumps(
+            {"steps": max(round(60 * arguments.minutes / seconds), 1), "seconds_per_step": seconds}
+        )
         replace_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
     return json.loads(path.read_text(encoding="utf-8"))["steps"]
 
 
-def clips_of(config: TrainConfig, count: int, seconds: float) -> list[tuple[str, np.ndarray, float]]:
+def clips_of(
+    config: TrainConfig, count: int, seconds: float
+) -> list[tuple[str, np.ndarray, float]]:
     """Held-out clips, evenly spread: name, waveform of whole frames, and the gain that the training gives it."""
     corpus = open_corpus(
         config.data,
@@ -110,7 +131,9 @@ def clips_of(config: TrainConfig, count: int, seconds: float) -> list[tuple[str,
     for recording in chosen:
         frames = min(recording.frames, round(seconds * config.sample_rate)) // hop * hop
         plain = dataclasses.replace(recording, gain=1.0)
-        found.append((recording.name, read_span(plain, config.sample_rate, 0, frames), recording.gain))
+        found.append(
+            (recording.name, read_span(plain, config.sample_rate, 0, frames), recording.gain)
+        )
     return found
 
 
@@ -186,7 +209,11 @@ def table(found: dict[str, Any], steps: int, about: str) -> str:
             note = " (a)" if measure == "bits" and name in OTHER_CODES else ""
             cells.append(shown(bootstrap(values), digits) + note if values else "")
         lines.append(f"| {OPTIONS[name][0]} | {' | '.join(cells)} |")
-    lines += ["", "The option less none of them, clip by clip; bold where the interval has no 0 in it:", ""]
+    lines += [
+        "",
+        "The option less none of them, clip by clip; bold where the interval has no 0 in it:",
+        "",
+    ]
     lines += [f"| | {' | '.join(MEASURES.values())} |", "|---|---:|---:|---:|---:|"]
     for name in done[1:]:
         cells = []
@@ -201,21 +228,31 @@ def table(found: dict[str, Any], steps: int, about: str) -> str:
                 continue
             interval = bootstrap(pairs)
             text = shown(interval, digits, "+")
-            sure = interval.low is not None and interval.high is not None and interval.low * interval.high > 0
+            sure = (
+                interval.low is not None
+                and interval.high is not None
+                and interval.low * interval.high > 0
+            )
             cells.append(f"**{text}**" if sure else text)
         lines.append(f"| {OPTIONS[name][0]} | {' | '.join(cells)} |")
-    return "\n".join([*lines, "", "(a) Of other codes (pre-emphasised, or levelled): not to be compared."])
+    return "\n".join(
+        [*lines, "", "(a) Of other codes (pre-emphasised, or levelled): not to be compared."]
+    )
 
 
 def main() -> int:
     """Run the options one after the other, and write the table of those that are done."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--data", required=True, help="recordings: folder or manifest")
     parser.add_argument("--validation", help="held-out ones; by default a part of the data")
     parser.add_argument("--out", required=True, help="folder of the runs")
     parser.add_argument("--steps", type=int, help="of each run")
     parser.add_argument(
-        "--minutes", type=float, help="of each run, in place of --steps: as many steps as fit, the same for all"
+        "--minutes",
+        type=float,
+        help="of each run, in place of --steps: as many steps as fit, the same for all",
     )
     parser.add_argument("--options", nargs="+", choices=list(OPTIONS), default=list(OPTIONS))
     parser.add_argument("--clips", type=int, default=16, help="held-out clips to measure")
@@ -226,7 +263,9 @@ def main() -> int:
     defaults = TrainConfig(data="", out="", family="wavenet").resolved()
     for name in VALUES:
         value = getattr(defaults, name)
-        parser.add_argument(f"--{name.replace('_', '-')}", type=int if value is None else type(value), default=value)
+        parser.add_argument(
+            f"--{name.replace('_', '-')}", type=int if value is None else type(value), default=value
+        )
     arguments = parser.parse_args()
     if (arguments.steps is None) == (arguments.minutes is None):
         parser.error("give --steps or --minutes")
@@ -250,25 +289,29 @@ def main() -> int:
     asked = {"steps": steps, "clips": arguments.clips, "seconds": arguments.seconds}
     for name, (text, settings) in OPTIONS.items():
         path = Path(arguments.out) / f"{name}.json"
-        if path.exists() and (kept := json.loads(path.read_text(encoding="utf-8")))["asked"] == asked:
+        if (
+            path.exists()
+            and (kept := json.loads(path.read_text(encoding="utf-8")))["asked"] == asked
+        ):
             found[name] = kept["clips"]
         elif name in arguments.options:
             print(f"{text}: {steps} steps", flush=True)
-            config = dataclasses.replace(base, out=os.path.join(arguments.out, name), max_steps=steps, **settings)
+            config = dataclasses.replace(
+                base, out=os.path.join(arguments.out, name), max_steps=steps, **settings
+            )
             if not run(config):
                 print("stopped: the same command goes on")
                 return 130
             found[name] = measure(config, arguments.clips, arguments.seconds)
             content = json.dumps({"asked": asked, "clips": found[name]}, indent=1)
-            replace_file(path, lambda temporary, content=content: temporary.write_text(content, encoding="utf-8"))
+            replace_file(
+                path,
+                lambda temporary, content=content: temporary.write_text(content, encoding="utf-8"),
+            )
     if "plain" in found:
         made = base.model_config()
-        shape = (
-            f"{made.layers} layers, {made.stacks} stacks, {made.residual_channels} residual, {made.skip_channels} skip"
-        )
-        about = (
-            f"{arguments.about or Path(arguments.data).name}; {shape}, batches of {base.batch_size} x {base.segment}"
-        )
+        shape = f"{made.layers} layers, {made.stacks} stacks, {made.residual_channels} residual, {made.skip_channels} skip"
+        about = f"{arguments.about or Path(arguments.data).name}; {shape}, batches of {base.batch_size} x {base.segment}"
         write_section(arguments.page, "options", table(found, steps, about))
         print(f"wrote {arguments.page}")
     return 0

@@ -3,9 +3,9 @@
     python bench/parts.py                              # shape A, one stream on one core, every precision
     python bench/parts.py r9y9 --weights bfloat16 int8 --batch 16 --threads 2
 
-A part is left out in the plan of the network that the compiled loop reads, so the code that runs is the engine's own.
-What comes out is no audio then. The time of a part is what is gained without it: parts overlap in the core, and share
-its caches, so their sum is not the whole.
+A part is left out in the plan of the network that the compiled loop reads, so the code that runs is
+the engine's own. What comes out is no audio then. The time of a part is what is gained without it:
+parts overlap in the core, and share its caches, so their sum is not the whole.
 """
 
 from __future__ import annotations
@@ -43,7 +43,9 @@ def without(engine: NumbaEngine, part: str) -> None:
         elif part == "softmax and draw":
             net[products.N_LOGIT_BLOCKS], net[products.N_CLASSES] = 1, simd.BLOCK
         elif part != "nothing":
-            packed.table[[number for number in matrices[part] if number >= 0], products.M_BLOCKS] = 0
+            packed.table[
+                [number for number in matrices[part] if number >= 0], products.M_BLOCKS
+            ] = 0
 
 
 PARTS: tuple[str, ...] = (
@@ -59,16 +61,24 @@ PARTS: tuple[str, ...] = (
 )
 
 
-def runner(model: WaveNet, weights: str, batch: int, threads: int, samples: int, part: str) -> Callable[[], object]:
+def runner(
+    model: WaveNet, weights: str, batch: int, threads: int, samples: int, part: str
+) -> Callable[[], object]:
     """A call that makes `samples` samples of every stream with a part left out."""
     engine = NumbaEngine(model, batch, weights=weights, threads=threads)
     without(engine, part)
     draws = np.stack([uniforms(b, 0, samples) for b in range(batch)])
-    cond = torch.zeros(batch, model.config.conditioning_channels, samples) if model.conditioned else None
+    cond = (
+        torch.zeros(batch, model.config.conditioning_channels, samples)
+        if model.conditioned
+        else None
+    )
     return lambda: engine.generate(draws, cond)
 
 
-def measure(model: WaveNet, weights: str, batch: int, threads: int, samples: int, seconds: float) -> dict[str, float]:
+def measure(
+    model: WaveNet, weights: str, batch: int, threads: int, samples: int, seconds: float
+) -> dict[str, float]:
     """Microseconds per sample of all streams together without each part: the best of rounds over all parts."""
     calls = {part: runner(model, weights, batch, threads, samples, part) for part in PARTS}
     best = dict.fromkeys(PARTS, np.inf)
@@ -84,22 +94,37 @@ def measure(model: WaveNet, weights: str, batch: int, threads: int, samples: int
 
 def table(rows: Sequence[tuple[str, dict[str, float]]]) -> str:
     """As Markdown: microseconds per sample that each part costs, by name."""
-    lines = [f"| microseconds per sample | {' | '.join(name for name, _ in rows)} |", f"|---|{'---:|' * len(rows)}"]
+    lines = [
+        f"| microseconds per sample | {' | '.join(name for name, _ in rows)} |",
+        f"|---|{'---:|' * len(rows)}",
+    ]
     lines.append(f"| whole | {' | '.join(format(best['nothing'], '.2f') for _, best in rows)} |")
     for part in PARTS[1:-1]:
-        lines.append(f"| {part} | {' | '.join(format(best['nothing'] - best[part], '.2f') for _, best in rows)} |")
-    lines.append(f"| whole without all products | {' | '.join(format(best['products'], '.2f') for _, best in rows)} |")
+        lines.append(
+            f"| {part} | {' | '.join(format(best['nothing'] - best[part], '.2f') for _, best in rows)} |"
+        )
+    lines.append(
+        f"| whole without all products | {' | '.join(format(best['products'], '.2f') for _, best in rows)} |"
+    )
     return "\n".join(lines)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Where the time of a sample goes in the CPU engine.")
+    parser = argparse.ArgumentParser(
+        description="Where the time of a sample goes in the CPU engine."
+    )
     parser.add_argument("shape", nargs="?", default="nv-wavenet", choices=list(speed.SHAPES))
-    parser.add_argument("--weights", nargs="+", default=["float32", "bfloat16", "int8"], choices=speed.WEIGHTS)
+    parser.add_argument(
+        "--weights", nargs="+", default=["float32", "bfloat16", "int8"], choices=speed.WEIGHTS
+    )
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--samples", type=int, default=2048, help="per call; fewer on a busy machine (default 2048)")
-    parser.add_argument("--seconds", type=float, default=5.0, help="for each precision, at least (default 5)")
+    parser.add_argument(
+        "--samples", type=int, default=2048, help="per call; fewer on a busy machine (default 2048)"
+    )
+    parser.add_argument(
+        "--seconds", type=float, default=5.0, help="for each precision, at least (default 5)"
+    )
     arguments = parser.parse_args()
     torch.manual_seed(0)
     config = speed.SHAPES[arguments.shape][1]
@@ -115,7 +140,9 @@ def main() -> None:
     with torch.inference_mode():
         shape = arguments.batch, arguments.threads, arguments.samples, arguments.seconds
         rows = [(weights, measure(model, weights, *shape)) for weights in arguments.weights]
-    print(f"{arguments.shape}, {arguments.batch} streams on {arguments.threads} cores\n\n{table(rows)}")
+    print(
+        f"{arguments.shape}, {arguments.batch} streams on {arguments.threads} cores\n\n{table(rows)}"
+    )
 
 
 if __name__ == "__main__":

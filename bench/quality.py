@@ -1,11 +1,12 @@
 """How good models sound: copy synthesis of recordings they were not trained on, in one table.
 
-    python bench/quality.py runs/mine/best --data held_out
-    python bench/quality.py --train 4,25 --data-train my/recordings --data held_out --out docs/quality.md
+    python bench/quality.py runs/mine/best --data held_out python bench/quality.py --train 4,25
+    --data-train my/recordings --data held_out --out docs/quality.md
 
-`--train MINUTES` trains a model first, on one core, with the command that it prints. Bits are per sample on the grid of
-16-bit samples, with the true past; all else is measured on audio that the model made of the recordings' mels, at
-temperature 1. Means over clips, with 95 % intervals by bootstrap over clips. The definitions are in docs/evaluation.md.
+`--train MINUTES` trains a model first, on one core, with the command that it prints. Bits are per
+sample on the grid of 16-bit samples, with the true past; all else is measured on audio that the
+model made of the recordings' mels, at temperature 1. Means over clips, with 95 % intervals by
+bootstrap over clips. The definitions are in docs/evaluation.md.
 """
 
 from __future__ import annotations
@@ -73,7 +74,9 @@ def evaluate(
     """
     model = wavear.load(checkpoint)
     if model.config.mel is None:
-        sys.exit(f"{checkpoint} is not conditioned on mels: it has no recording to copy. Leave it out.")
+        sys.exit(
+            f"{checkpoint} is not conditioned on mels: it has no recording to copy. Leave it out."
+        )
     rate, hop = model.config.sample_rate, model.config.mel.hop_length
     names = read_config(checkpoint).get("training", {}).get("speakers", [])
     clips: list[dict[str, float]] = []
@@ -91,7 +94,9 @@ def evaluate(
         if not clips:  # compiled and in the caches
             wavear.generate(model, mel[:, :, :8], speaker=speaker, weights=weights, threads=1)
         began = time.perf_counter()
-        y = wavear.generate(model, mel, speaker=speaker, seed=number, weights=weights, threads=1)[0].numpy()
+        y = wavear.generate(model, mel, speaker=speaker, seed=number, weights=weights, threads=1)[
+            0
+        ].numpy()
         spent, made_samples = spent + time.perf_counter() - began, made_samples + len(y)
         values, missing = measure(x, y, rate, names=tuple(COLUMNS))
         for name, why in missing.items():
@@ -114,7 +119,9 @@ def evaluate(
 
 def run_name(checkpoint: Path) -> str:
     """Return the name of the run that a checkpoint is of."""
-    return checkpoint.resolve().parent.name if checkpoint.name in ("best", "last") else checkpoint.name
+    return (
+        checkpoint.resolve().parent.name if checkpoint.name in ("best", "last") else checkpoint.name
+    )
 
 
 def draw(recorded: np.ndarray, generated: np.ndarray, rate: int, path: Path) -> None:
@@ -132,11 +139,21 @@ def draw(recorded: np.ndarray, generated: np.ndarray, rate: int, path: Path) -> 
 def train(minutes: float, options: argparse.Namespace) -> Path:
     """Train a model on one core for so many minutes, and return its best checkpoint."""
     out = Path(options.runs) / f"{options.name}{minutes:g}"
-    command = ["train", str(options.data_train), "--out", str(out), "--max-minutes", f"{minutes:g}", *options.flags]
+    command = [
+        "train",
+        str(options.data_train),
+        "--out",
+        str(out),
+        "--max-minutes",
+        f"{minutes:g}",
+        *options.flags,
+    ]
     print("$ OMP_NUM_THREADS=1 wavear " + shlex.join(command), flush=True)
     if not (out / "best").is_dir():
         subprocess.run(
-            [sys.executable, "-m", "wavear", *command], check=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
+            [sys.executable, "-m", "wavear", *command],
+            check=True,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
         )
     return out / "best"
 
@@ -145,7 +162,9 @@ def row(checkpoint: Path, columns: dict[str, Interval], speed: float) -> str:
     """Return a line of the table."""
     step = read_config(checkpoint).get("training", {}).get("step")
     record = of_run(checkpoint, "train.json")
-    history = [] if record is None else json.loads(record.read_text(encoding="utf-8")).get("history", [])
+    history = (
+        [] if record is None else json.loads(record.read_text(encoding="utf-8")).get("history", [])
+    )
     seconds = next((entry["seconds"] for entry in history if entry["step"] == step), None)
     cells = [run_name(checkpoint)]
     cells += ["" if seconds is None else f"{seconds / 60:.1f}", "" if step is None else f"{step:,}"]
@@ -179,27 +198,46 @@ def minutes_of(text: str) -> list[float]:
 
 def main() -> None:
     """Parse the command line, train what is asked for, and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("checkpoints", nargs="*", type=Path)
-    parser.add_argument("--data", type=Path, required=True, help="folder of recordings to synthesize")
-    parser.add_argument("--clips", type=int, default=10, help="of these, in the order of their names")
-    parser.add_argument("--train", type=minutes_of, action="extend", default=[], metavar="MINUTES[,MINUTES...]")
+    parser.add_argument(
+        "--data", type=Path, required=True, help="folder of recordings to synthesize"
+    )
+    parser.add_argument(
+        "--clips", type=int, default=10, help="of these, in the order of their names"
+    )
+    parser.add_argument(
+        "--train", type=minutes_of, action="extend", default=[], metavar="MINUTES[,MINUTES...]"
+    )
     parser.add_argument("--data-train", "--train-data", type=Path, help="recordings to train on")
-    parser.add_argument("--out", type=Path, help="write the table into this page too, between two comments")
+    parser.add_argument(
+        "--out", type=Path, help="write the table into this page too, between two comments"
+    )
     parser.add_argument("--runs", type=Path, default=Path("runs/quality"))
     parser.add_argument("--name", default="minutes-", help="begin the names of runs with this")
-    parser.add_argument("--flags", nargs=argparse.REMAINDER, default=[], help="further flags of wavear train, the last")
+    parser.add_argument(
+        "--flags",
+        nargs=argparse.REMAINDER,
+        default=[],
+        help="further flags of wavear train, the last",
+    )
     parser.add_argument("--weights", default="float32")
     parser.add_argument("--pictures", type=Path, help="write spectrograms of three clips here")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    files = [p for p in sorted(options.data.rglob("*")) if p.suffix.lower() in SUFFIXES][: options.clips]
+    files = [p for p in sorted(options.data.rglob("*")) if p.suffix.lower() in SUFFIXES][
+        : options.clips
+    ]
     if not files:
         sys.exit(f"{options.data} holds no recordings")
     if options.train and options.data_train is None:
         sys.exit("--train needs --data-train, recordings to train on")
     if not options.checkpoints and not options.train:
-        sys.exit("there is nothing to measure: name checkpoints, or train some with --train MINUTES")
+        sys.exit(
+            "there is nothing to measure: name checkpoints, or train some with --train MINUTES"
+        )
     checkpoints = [*options.checkpoints, *(train(minutes, options) for minutes in options.train)]
     lines = [f"{machine()}; one core; {len(files)} clips of {options.data.name}, {options.weights}"]
     lines += ["", "Means over clips, 95 % intervals by bootstrap over clips."]
@@ -207,7 +245,9 @@ def main() -> None:
     lines += ["", "| " + " | ".join(titles) + " |", "|---|" + "---:|" * (len(titles) - 1)]
     print("\n".join(lines), flush=True)
     for checkpoint in checkpoints:
-        lines.append(row(checkpoint, *evaluate(checkpoint, files, options.weights, options.pictures)))
+        lines.append(
+            row(checkpoint, *evaluate(checkpoint, files, options.weights, options.pictures))
+        )
         print(lines[-1], flush=True)
     if options.out is not None:
         write_section(options.out, "quality", "\n".join(lines))

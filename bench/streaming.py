@@ -4,7 +4,8 @@
     python bench/streaming.py live --weights bfloat16 --seconds 10
     python bench/streaming.py whole --recording speech.wav
 
-The network has the usual 20 layers and random weights; it runs on one core. Run it on a machine that does nothing else.
+The network has the usual 20 layers and random weights; it runs on one core. Run it on a machine
+that does nothing else.
 """
 
 from __future__ import annotations
@@ -60,7 +61,8 @@ def whole(model: WaveNet, mel: torch.Tensor, weights: str) -> None:
     marks = [memory[0], memory[len(memory) // 2], memory[-1]]
     print(
         f"whole, {weights}: {at / MEL.sample_rate:.1f} s in {len(bounds) - 1} chunks,"
-        f" {wrong} of {at} samples differ; memory " + ", ".join(f"{mib:.1f} MiB after {at:.1f} s" for at, mib in marks)
+        f" {wrong} of {at} samples differ; memory "
+        + ", ".join(f"{mib:.1f} MiB after {at:.1f} s" for at, mib in marks)
     )
 
 
@@ -108,7 +110,9 @@ def members(model: WaveNet, mel: torch.Tensor, weights: str, count: int = 12) ->
             seconds[0] += middle - start
             seconds[1] += time.perf_counter() - middle
     samples = count * (frames - 10) * MEL.hop_length
-    same = all(torch.equal(torch.cat(a), torch.cat(b)) for a, b in zip(apart, together, strict=True))
+    same = all(
+        torch.equal(torch.cat(a), torch.cat(b)) for a, b in zip(apart, together, strict=True)
+    )
     print(
         f"members, {weights}: {count} streams on one core, apart {samples / seconds[0]:.0f} samples/s, together"
         f" {samples / seconds[1]:.0f}, {seconds[0] / seconds[1]:.1f} times; the same bits: {same}"
@@ -143,12 +147,20 @@ def prime(model: WaveNet, mel: torch.Tensor, weights: str) -> None:
         filled = time.perf_counter() - start
         start = time.perf_counter()
         for at in range(0, samples, 2048):
-            engines[1].score(codes[:, at : at + 2048], conditioner.span(at, min(at + 2048, samples)))
+            engines[1].score(
+                codes[:, at : at + 2048], conditioner.span(at, min(at + 2048, samples))
+            )
         stepped = time.perf_counter() - start
         states = [engine.state(0) for engine in engines]
-        apart = max(float((states[0][name] - tensor).abs().max()) for name, tensor in states[1].items())
-        size = max(float(tensor.abs().max()) for name, tensor in states[1].items() if name != "previous")
-        later = [e.score(codes[:, :2000], conditioner.span(samples, samples + 2000)) for e in engines]
+        apart = max(
+            float((states[0][name] - tensor).abs().max()) for name, tensor in states[1].items()
+        )
+        size = max(
+            float(tensor.abs().max()) for name, tensor in states[1].items() if name != "previous"
+        )
+        later = [
+            e.score(codes[:, :2000], conditioner.span(samples, samples + 2000)) for e in engines
+        ]
     print(
         f"prime, {weights}: 10 s filled in {filled * 1000:.0f} ms, stepped in {stepped:.1f} s; the states differ by"
         f" {apart:.1e} at most (their numbers reach {size:.1f}), log-probabilities of the next 2000 samples by"
@@ -163,7 +175,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Measure what streaming costs.")
     parser.add_argument("part", nargs="*", help=f"{', '.join(PARTS)} (default: all)")
     parser.add_argument("--weights", nargs="*", default=["float32", "bfloat16"])
-    parser.add_argument("--seconds", type=float, default=60.0, help="of mel for the part `whole` (default 60)")
+    parser.add_argument(
+        "--seconds", type=float, default=60.0, help="of mel for the part `whole` (default 60)"
+    )
     parser.add_argument("--recording", type=Path, help="take its mel, repeated; by default noise")
     arguments = parser.parse_args()
     if unknown := set(arguments.part) - set(PARTS):

@@ -4,9 +4,9 @@
     python bench/training.py --device cuda
     python bench/training.py --shapes A --variants bf16 bf16+compile --steps 12
 
-Every figure is of `wavear.train` as it is, in a process of its own, on noise in FLAC files written for it. The variants
-of a shape take turns, `--rounds` times. What was measured before, on the same machine, stays in the table: so it can be
-made in parts (`--results` holds the numbers).
+Every figure is of `wavear.train` as it is, in a process of its own, on noise in FLAC files written
+for it. The variants of a shape take turns, `--rounds` times. What was measured before, on the same
+machine, stays in the table: so it can be made in parts (`--results` holds the numbers).
 """
 
 from __future__ import annotations
@@ -38,7 +38,13 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "B3": (
         "30 layers, 3 stacks, kernel 3, 128 residual, 128 skip",
-        {"layers": 30, "stacks": 3, "kernel_size": 3, "residual_channels": 128, "skip_channels": 128},
+        {
+            "layers": 30,
+            "stacks": 3,
+            "kernel_size": 3,
+            "residual_channels": 128,
+            "skip_channels": 128,
+        },
     ),
 }
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -64,7 +70,9 @@ def recordings(folder: Path) -> Path:
     return folder
 
 
-def measure(data: str, out: str, shape: str, variant: str, device: str, steps: int, results: Any) -> None:
+def measure(
+    data: str, out: str, shape: str, variant: str, device: str, steps: int, results: Any
+) -> None:
     """In a process of its own: train for some steps, and say how fast and in how much memory."""
     import torch
 
@@ -137,35 +145,57 @@ def table(results: dict[str, Any], device: str) -> str:
         "",
         "- **samples/s**: of loss; median over the steps of all rounds but the first two of each.",
         "- **memory**: "
-        + ("most that tensors took on the device." if device == "cuda" else "most that the process grew by."),
+        + (
+            "most that tensors took on the device."
+            if device == "cuda"
+            else "most that the process grew by."
+        ),
         "- **waiting**: share of the time from the end of a step to the beginning of the next, most of it for data.",
         "- **loader**: samples of loss per second that one process reads, crops and decodes: FLAC, no resampling.",
     ]
     for shape, (text, _) in SHAPES.items():
-        found = {variant: results[key] for variant in VARIANTS if (key := f"{shape} {variant}") in results}
+        found = {
+            variant: results[key]
+            for variant in VARIANTS
+            if (key := f"{shape} {variant}") in results
+        }
         if not found:
             continue
-        lines += ["", f"{text[0].upper()}{text[1:]}:", "", "| | samples/s | memory, MiB | waiting | loader |"]
+        lines += [
+            "",
+            f"{text[0].upper()}{text[1:]}:",
+            "",
+            "| | samples/s | memory, MiB | waiting | loader |",
+        ]
         lines.append("|---|---:|---:|---:|---:|")
         for variant, row in found.items():
             speed, wait = statistics.median(row["speeds"]), statistics.median(row["waits"])
             memory, loader = max(row["memory"]) / 2**20, statistics.median(row["loader"])
-            lines.append(f"| {variant} | {speed:,.0f} | {memory:,.0f} | {100 * wait:.1f} % | {loader:,.0f} |")
+            lines.append(
+                f"| {variant} | {speed:,.0f} | {memory:,.0f} | {100 * wait:.1f} % | {loader:,.0f} |"
+            )
     return "\n".join(lines)
 
 
 def main() -> None:
     """Measure, and write the page."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--device", choices=list(BATCH), default="cpu")
     parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=list(SHAPES))
     parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
     parser.add_argument("--steps", type=int, default=8, help="of each run that count")
     parser.add_argument("--rounds", type=int, default=2, help="how often the variants take turns")
     parser.add_argument(
-        "--results", type=Path, default=Path("bench-training.json"), help="numbers so far (default here)"
+        "--results",
+        type=Path,
+        default=Path("bench-training.json"),
+        help="numbers so far (default here)",
     )
-    parser.add_argument("--out", type=Path, default=PAGE, help="page to write (default docs/benchmarks.md)")
+    parser.add_argument(
+        "--out", type=Path, default=PAGE, help="page to write (default docs/benchmarks.md)"
+    )
     arguments = parser.parse_args()
     results: dict[str, Any] = {}
     if arguments.results.exists():
@@ -181,17 +211,30 @@ def main() -> None:
                 for variant in arguments.variants:
                     queue = context.Queue()
                     out = str(Path(folder) / f"{shape}-{turn}-{variant}")
-                    given = (str(data), out, shape, variant, arguments.device, arguments.steps, queue)
+                    given = (
+                        str(data),
+                        out,
+                        shape,
+                        variant,
+                        arguments.device,
+                        arguments.steps,
+                        queue,
+                    )
                     child = context.Process(target=measure, args=given)
                     child.start()
                     child.join()
                     if child.exitcode != 0:
-                        raise SystemExit(f"{shape} {variant}: the process ended with {child.exitcode}")
+                        raise SystemExit(
+                            f"{shape} {variant}: the process ended with {child.exitcode}"
+                        )
                     found = queue.get()
                     row = results.setdefault(f"{shape} {variant}", {name: [] for name in found})
                     for name, values in found.items():
                         row[name] += values
-                    print(f"{shape} {variant}: {statistics.median(found['speeds']):,.0f} samples/s", flush=True)
+                    print(
+                        f"{shape} {variant}: {statistics.median(found['speeds']):,.0f} samples/s",
+                        flush=True,
+                    )
                     arguments.results.write_text(json.dumps(results), encoding="utf-8")
     write_section(arguments.out, f"training-{arguments.device}", table(results, arguments.device))
     print(f"wrote {arguments.out}")

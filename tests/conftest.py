@@ -32,7 +32,9 @@ def _environment(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempP
 def data_dir() -> Path:
     """A folder with folders of real recordings, from the variable WAVEAR_TEST_DATA or beside the repository."""
     given = os.environ.get("WAVEAR_TEST_DATA")
-    folder = Path(given) if given else Path(__file__).resolve().parents[1].parent / "shared" / "data"
+    folder = (
+        Path(given) if given else Path(__file__).resolve().parents[1].parent / "shared" / "data"
+    )
     if not folder.is_dir():
         pytest.skip(f"no real recordings: {folder} is not a folder (set WAVEAR_TEST_DATA to one)")
     return folder

@@ -1,7 +1,8 @@
 """The Triton engine in Triton's CPU interpreter; run by tests/test_triton.py in a process of its own.
 
-The interpreter runs a kernel's operations one by one with NumPy, a program after the other. What it cannot show (what
-the compiler makes of it, the order of threads) tests/test_triton.py compiles, and runs where there is a card.
+The interpreter runs a kernel's operations one by one with NumPy, a program after the other. What it
+cannot show (what the compiler makes of it, the order of threads) tests/test_triton.py compiles, and
+runs where there is a card.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ from triton.runtime import interpreter
 from wavear.generation.cuda.triton import TritonEngine, interpreted
 
 TOLERANCE = 1e-4  # nats, float32
-# Nats, of the worst sample. These weights are twice those that a network begins with, and what they are multiplied with
-# is rounded as well.
+# Nats, of the worst sample. These weights are twice those that a network begins with, and what they
+# are multiplied with is rounded as well.
 HALF = {"bfloat16": 0.1, "float16": 0.01}
 
 _patched: set[str] = set()
@@ -50,7 +51,14 @@ interpreter.interpreter_builder.options = interpreter.InterpreterOptions(sanitiz
 
 def make(**config) -> WaveNet:
     torch.manual_seed(0)
-    tiny = {"layers": 4, "stacks": 2, "residual_channels": 6, "skip_channels": 8, "head_channels": 10, "classes": 32}
+    tiny = {
+        "layers": 4,
+        "stacks": 2,
+        "residual_channels": 6,
+        "skip_channels": 8,
+        "head_channels": 10,
+        "classes": 32,
+    }
     model = WaveNet(WaveNetConfig(**{**tiny, **config}))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -59,10 +67,16 @@ def make(**config) -> WaveNet:
     return model.eval()
 
 
-def inputs(model: WaveNet, batch: int, samples: int) -> tuple[np.ndarray, np.ndarray, Tensor | None]:
+def inputs(
+    model: WaveNet, batch: int, samples: int
+) -> tuple[np.ndarray, np.ndarray, Tensor | None]:
     """Codes, uniforms, conditioning."""
     generator = np.random.default_rng(0)
-    cond = torch.randn(batch, model.config.conditioning_channels, samples) if model.conditioned else None
+    cond = (
+        torch.randn(batch, model.config.conditioning_channels, samples)
+        if model.conditioned
+        else None
+    )
     shape = (batch, samples)
     return generator.integers(0, model.config.classes, shape), generator.random(shape), cond
 
@@ -89,10 +103,22 @@ SHAPES: dict[str, dict[str, Any]] = {
     "unconditional": {},
     "kernel 3, speakers": {"kernel_size": 3, "speakers": 2, "conditioning_channels": 5},
     "kernel 4, one layer": {"layers": 1, "stacks": 1, "kernel_size": 4, "residual_channels": 17},
-    "odd channels": {"residual_channels": 33, "skip_channels": 37, "head_channels": 41, "classes": 50, "speakers": 1},
+    "odd channels": {
+        "residual_channels": 33,
+        "skip_channels": 37,
+        "head_channels": 41,
+        "classes": 50,
+        "speakers": 1,
+    },
     "two classes": {"classes": 2, "layers": 2, "stacks": 2},
     "many classes": {"classes": 1000, "layers": 2, "stacks": 1, "head_channels": 130},
-    "tiles of channels": {"residual_channels": 70, "skip_channels": 130, "kernel_size": 3, "layers": 2, "stacks": 1},
+    "tiles of channels": {
+        "residual_channels": 70,
+        "skip_channels": 130,
+        "kernel_size": 3,
+        "layers": 2,
+        "stacks": 1,
+    },
     "tiles of conditioning": {"speakers": 2, "conditioning_channels": 81, "layers": 3, "stacks": 1},
 }
 
@@ -113,14 +139,18 @@ def test_scores_equal_the_forward_pass(shape, weights):
         assert error.max() > TOLERANCE / 10  # it is rounded
 
 
-@pytest.mark.parametrize("shape", ["unconditional", "kernel 3, speakers", "many classes", "tiles of channels"])
+@pytest.mark.parametrize(
+    "shape", ["unconditional", "kernel 3, speakers", "many classes", "tiles of channels"]
+)
 def test_free_running_codes_equal_the_reference(shape):
     model = make(**SHAPES[shape])
     _, uniforms, cond = inputs(model, 5, 12)
     logs, expected_logs = np.empty_like(uniforms), np.empty_like(uniforms)
     temperature = np.random.default_rng(1).uniform(0.5, 1.5, uniforms.shape)
     found = TritonEngine(model, 5).generate(uniforms, cond, temperature, log_probability=logs)
-    expected = ReferenceEngine(model, 5).generate(uniforms, cond, temperature, log_probability=expected_logs)
+    expected = ReferenceEngine(model, 5).generate(
+        uniforms, cond, temperature, log_probability=expected_logs
+    )
     np.testing.assert_array_equal(found, expected)
     np.testing.assert_allclose(logs, expected_logs, atol=TOLERANCE)
     assert len(np.unique(found)) > 10
@@ -128,7 +158,13 @@ def test_free_running_codes_equal_the_reference(shape):
 
 @pytest.mark.parametrize(
     "settings",
-    [{"top_k": 1}, {"top_k": 5}, {"top_p": 0.5}, {"top_p": 1.0}, {"top_k": 6, "top_p": 0.8, "temperature": 0.7}],
+    [
+        {"top_k": 1},
+        {"top_k": 5},
+        {"top_p": 0.5},
+        {"top_p": 1.0},
+        {"top_k": 6, "top_p": 0.8, "temperature": 0.7},
+    ],
     ids=str,
 )
 @pytest.mark.parametrize("classes", [32, 200], ids=["one tile", "tiles"])
@@ -158,7 +194,11 @@ def test_codes_without_probability_are_never_drawn():
 
 @pytest.mark.parametrize(
     ("shape", "weights"),
-    [("kernel 3, speakers", "float32"), ("kernel 3, speakers", "bfloat16"), ("tiles of channels", "float32")],
+    [
+        ("kernel 3, speakers", "float32"),
+        ("kernel 3, speakers", "bfloat16"),
+        ("tiles of channels", "float32"),
+    ],
 )
 def test_a_stream_has_the_same_bits_in_every_batch_and_cut(shape, weights, monkeypatch):
     model = make(**SHAPES[shape])
@@ -166,7 +206,8 @@ def test_a_stream_has_the_same_bits_in_every_batch_and_cut(shape, weights, monke
     codes, uniforms, cond = inputs(model, most, samples)
     drawn, scored = {}, {}
     for number, (batch, cuts) in enumerate([(1, [0, 5]), (2, [0, 1, 5]), (18, [0, 3, 5])]):
-        # In another place each time, in a full and in a last group; and with conditioning in several launches.
+        # In another place each time, in a full and in a last group; and with conditioning in
+        # several launches.
         monkeypatch.setattr(triton, "_PROJECTED", 2**28 if number else 1)
         chosen = (np.arange(batch) * 5 + number) % most
         rows = None if cond is None else cond[chosen]
@@ -174,7 +215,9 @@ def test_a_stream_has_the_same_bits_in_every_batch_and_cut(shape, weights, monke
         found, scores = [], []
         for a, b in pairwise(cuts):
             logs = np.empty((batch, b - a))
-            found.append(runner.generate(uniforms[chosen, a:b], piece(rows, a, b), log_probability=logs))
+            found.append(
+                runner.generate(uniforms[chosen, a:b], piece(rows, a, b), log_probability=logs)
+            )
             scores.append(scorer.score(codes[chosen, a:b], piece(rows, a, b)))
         for place, stream in enumerate(chosen):
             drawn.setdefault(stream, set()).add(np.concatenate(found, axis=1)[place].tobytes())
@@ -201,11 +244,17 @@ def test_states_go_to_other_engines_and_come_back(shape, other, monkeypatch):
     engine.generate(uniforms[:, :6], None)
     elsewhere = other(model, 1)
     elsewhere.load_state(0, engine.state(1))
-    np.testing.assert_array_equal(elsewhere.generate(uniforms[1:2, 6:10], None), expected[1:2, 6:10])
-    engine.generate(uniforms[:, :4], None)  # its queues stand elsewhere, for streams that go on otherwise
+    np.testing.assert_array_equal(
+        elsewhere.generate(uniforms[1:2, 6:10], None), expected[1:2, 6:10]
+    )
+    engine.generate(
+        uniforms[:, :4], None
+    )  # its queues stand elsewhere, for streams that go on otherwise
     monkeypatch.setattr(triton, "_WRAP", 12)  # and turn within the call
     engine.load_state(2, elsewhere.state(0))
-    np.testing.assert_array_equal(engine.generate(uniforms[:, 10:][[0, 0, 1]], None)[2], expected[1, 10:])
+    np.testing.assert_array_equal(
+        engine.generate(uniforms[:, 10:][[0, 0, 1]], None)[2], expected[1, 10:]
+    )
     assert engine._now < 12
 
 
@@ -235,7 +284,8 @@ def test_a_stream_moves_past_a_recording(weights):
     found.fill(1, codes[1, :8], cond[1:, :, :8])
     stepped.score(codes[:, :8], cond[:, :, :8])
     scores = [engine.score(codes[:, 8:], cond[:, :, 8:])[1] for engine in (found, stepped)]
-    # The past is computed with the rounded weights, but what they are multiplied with is not rounded.
+    # The past is computed with the rounded weights, but what they are multiplied with is not
+    # rounded.
     np.testing.assert_allclose(*scores, atol=TOLERANCE if weights == "float32" else HALF[weights])
 
 

@@ -16,7 +16,9 @@ FLOORS = (
     "common", "audio", "mel", "data", "models", "generation", "evaluation", "training", "benchmark", "demo", "cli",
 )  # fmt: skip
 MODULES = {
-    ".".join(["wavear", *path.relative_to(ROOT).with_suffix("").parts]).removesuffix(".__init__"): path
+    ".".join(["wavear", *path.relative_to(ROOT).with_suffix("").parts]).removesuffix(
+        ".__init__"
+    ): path
     for path in sorted(ROOT.rglob("*.py"))
 }
 
@@ -30,7 +32,8 @@ def imports_in(source: str, module: str) -> set[str]:
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{module}: a relative import"
             found |= {
-                name if (name := f"{node.module}.{alias.name}") in MODULES else str(node.module) for alias in node.names
+                name if (name := f"{node.module}.{alias.name}") in MODULES else str(node.module)
+                for alias in node.names
             }
     return {name for name in found if name in MODULES and name != module}
 
@@ -80,11 +83,15 @@ def test_every_package_is_a_floor():
     assert packages == set(FLOORS)
 
 
-@pytest.mark.parametrize("name", [name for name in wavear.__all__ if callable(getattr(wavear, name))])
+@pytest.mark.parametrize(
+    "name", [name for name in wavear.__all__ if callable(getattr(wavear, name))]
+)
 def test_no_public_function_shares_the_name_of_a_module(name):
     assert name not in {module.rsplit(".", 1)[-1] for module in MODULES}
 
 
-@pytest.mark.parametrize("path", MODULES.values(), ids=lambda path: path.relative_to(ROOT).as_posix())
+@pytest.mark.parametrize(
+    "path", MODULES.values(), ids=lambda path: path.relative_to(ROOT).as_posix()
+)
 def test_no_file_is_longer_than_500_lines(path):
     assert len(path.read_text(encoding="utf-8").splitlines()) <= 500

@@ -62,7 +62,8 @@ def put(offset_of: bytes, distance: int, value: bytes) -> Callable[[bytearray], 
     return change
 
 
-# --- reading ---------------------------------------------------------------------------------------------------------
+# --- reading
+# ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -76,12 +77,16 @@ def test_reads_every_format(tmp_path, kind):
         np.testing.assert_array_equal(waveform.numpy(), sound())
     else:
         # The decoder's own arithmetic varies by a bit with the alignment of its buffers.
-        np.testing.assert_allclose(waveform.numpy(), soundfile.read(path, dtype="float32")[0], rtol=0, atol=1e-6)
+        np.testing.assert_allclose(
+            waveform.numpy(), soundfile.read(path, dtype="float32")[0], rtol=0, atol=1e-6
+        )
         # libsndfile's Opus comes back one sample early, which costs 0.19 of a sweep up to 3.5 kHz.
         assert np.corrcoef(waveform.numpy(), sound())[0, 1] > (0.7 if kind == "opus" else 0.97)
 
 
-@pytest.mark.parametrize("subtype", ["PCM_U8", "PCM_24", "PCM_32", "FLOAT", "DOUBLE", "ULAW", "IMA_ADPCM"])
+@pytest.mark.parametrize(
+    "subtype", ["PCM_U8", "PCM_24", "PCM_32", "FLOAT", "DOUBLE", "ULAW", "IMA_ADPCM"]
+)
 def test_reads_every_kind_of_wav(tmp_path, subtype):
     path = encode(tmp_path / "a.wav", subtype=subtype)
     tolerance = {"PCM_U8": 1 / 128, "ULAW": 0.03, "IMA_ADPCM": 0.3}.get(subtype, 0)
@@ -99,12 +104,23 @@ def test_averages_channels(tmp_path, kind):
 
 @pytest.mark.parametrize(
     ("kind", "rate"),
-    [(kind, rate) for kind in KINDS for rate in (None, RATE)] + [("wav", 16000), ("mp3", 44100), ("ogg", 8000)],
+    [(kind, rate) for kind in KINDS for rate in (None, RATE)]
+    + [("wav", 16000), ("mp3", 44100), ("ogg", 8000)],
 )
 def test_a_part_equals_the_slice_of_the_whole(tmp_path, kind, rate):
     path = encode(tmp_path / f"a.{kind}", sound(60_000))
     whole = audio.read(path, rate)
-    starts = [0, 1, 500, 5000, len(whole) // 2, len(whole) - 9000, len(whole) - 4001, len(whole) - 77, len(whole) - 1]
+    starts = [
+        0,
+        1,
+        500,
+        5000,
+        len(whole) // 2,
+        len(whole) - 9000,
+        len(whole) - 4001,
+        len(whole) - 77,
+        len(whole) - 1,
+    ]
     for start in starts:
         for frames in (1, 3000, None):
             part = audio.read(path, rate, start=start, frames=frames)
@@ -124,13 +140,16 @@ def test_a_part_equals_the_slice_of_the_whole(tmp_path, kind, rate):
     ],
 )
 def test_a_part_is_right_where_libsndfile_seeks_wrong(tmp_path, kind, samples, options):
-    # Pins: libsndfile 1.2.2 arrives elsewhere in the last page of an Ogg file, and in a wrong state in an MP3 file.
+    # Pins: libsndfile 1.2.2 arrives elsewhere in the last page of an Ogg file, and in a wrong state
+    # in an MP3 file.
     path = encode(tmp_path / f"a.{kind}", sound(samples), **options)
     whole = audio.read(path).numpy()
     wrong = 0
     for start in range(samples - 30_000, samples, 700):
         expected = whole[start : start + 500]
-        np.testing.assert_allclose(audio.read(path, start=start, frames=500).numpy(), expected, rtol=0, atol=1e-6)
+        np.testing.assert_allclose(
+            audio.read(path, start=start, frames=500).numpy(), expected, rtol=0, atol=1e-6
+        )
         with soundfile.SoundFile(path) as file:
             file.seek(start)
             wrong += not np.allclose(file.read(500), expected, rtol=0, atol=1e-6)
@@ -150,11 +169,14 @@ def test_a_part_is_all_that_is_decoded(tmp_path, monkeypatch):
     audio.read(path, start=100_000, frames=1000)
     audio.read(path, sample_rate=16000, start=100_000, frames=1000)
     assert decoded[0] == 1000
-    # 1378 samples at the file's rate, the resampler's margin of 353 on each side, and the step of 441 to begin on.
+    # 1378 samples at the file's rate, the resampler's margin of 353 on each side, and the step of
+    # 441 to begin on.
     assert 1378 + 2 * 353 <= decoded[1] <= 1378 + 2 * 353 + 441 + 3
 
 
-@pytest.mark.parametrize(("from_rate", "to_rate"), [(48000, 22050), (44100, 16000), (8000, 22050), (22050, 22051)])
+@pytest.mark.parametrize(
+    ("from_rate", "to_rate"), [(48000, 22050), (44100, 16000), (8000, 22050), (22050, 22051)]
+)
 def test_a_resampled_file_has_as_many_samples_as_it_should(tmp_path, from_rate, to_rate):
     for samples in (2, 3, 147, 9999, 33_744, 48_160):
         path = encode(tmp_path / "a.wav", sound(samples), from_rate)
@@ -167,7 +189,8 @@ def test_the_end_of_a_file_ends_the_part(tmp_path):
     path = encode(tmp_path / "a.wav")
     assert len(audio.read(path, start=39_990, frames=1000)) == 10
     with pytest.raises(
-        audio.AudioError, match=r"a\.wav: start 40000 lies beyond its end \(40000 samples at 22050 Hz\)"
+        audio.AudioError,
+        match=r"a\.wav: start 40000 lies beyond its end \(40000 samples at 22050 Hz\)",
     ):
         audio.read(path, start=40_000)
 
@@ -190,31 +213,61 @@ def test_nonsense_is_refused(tmp_path, options, message):
 
 def test_real_files_read_as_libsndfile_reads_them(data_dir):
     for folder in sorted(data_dir.iterdir()):
-        paths = [path for path in sorted(folder.rglob("*")) if path.suffix in (".wav", ".flac", ".mp3", ".ogg")]
+        paths = [
+            path
+            for path in sorted(folder.rglob("*"))
+            if path.suffix in (".wav", ".flac", ".mp3", ".ogg")
+        ]
         for path in paths[:: max(len(paths) // 2, 1)]:
             samples, rate = soundfile.read(path, dtype="float32", always_2d=True)
             found = audio.info(path)
             assert (found.sample_rate, found.frames, found.channels) == (rate, *samples.shape), path
             start = len(samples) // 3
             part = audio.read(path, start=start, frames=2000).numpy()
-            np.testing.assert_allclose(part, samples[start : start + 2000].mean(axis=1), rtol=0, atol=1e-6)
+            np.testing.assert_allclose(
+                part, samples[start : start + 2000].mean(axis=1), rtol=0, atol=1e-6
+            )
 
 
-# --- headers that lie ------------------------------------------------------------------------------------------------
+# --- headers that lie
+# ------------------------------------------------------------------------------------------------
 
 LENGTHS = {
-    "wav-pipe-0": ("wav", lambda d: (put(b"RIFF", 4, bytes(4))(d), put(b"data", 4, bytes(4))(d))[0]),
-    "wav-interrupted": ("wav", lambda d: (put(b"RIFF", 4, struct.pack("<I", 36))(d), put(b"data", 4, bytes(4))(d))[0]),
-    "wav-ffmpeg": ("wav", lambda d: (put(b"RIFF", 4, b"\xff" * 4)(d), put(b"data", 4, b"\xff" * 4)(d))[0]),
-    "wav-sox": ("wav", lambda d: (put(b"RIFF", 4, b"\x24\xf0\xff\x7f")(d), put(b"data", 4, b"\0\xf0\xff\x7f")(d))[0]),
+    "wav-pipe-0": (
+        "wav",
+        lambda d: (put(b"RIFF", 4, bytes(4))(d), put(b"data", 4, bytes(4))(d))[0],
+    ),
+    "wav-interrupted": (
+        "wav",
+        lambda d: (put(b"RIFF", 4, struct.pack("<I", 36))(d), put(b"data", 4, bytes(4))(d))[0],
+    ),
+    "wav-ffmpeg": (
+        "wav",
+        lambda d: (put(b"RIFF", 4, b"\xff" * 4)(d), put(b"data", 4, b"\xff" * 4)(d))[0],
+    ),
+    "wav-sox": (
+        "wav",
+        lambda d: (put(b"RIFF", 4, b"\x24\xf0\xff\x7f")(d), put(b"data", 4, b"\0\xf0\xff\x7f")(d))[
+            0
+        ],
+    ),
     "wav-too-long": ("wav", put(b"data", 4, struct.pack("<I", 160_000))),
     "wav-too-short": ("wav", put(b"data", 4, struct.pack("<I", 20_000))),
     "wav-both-too-short": (
         "wav",
-        lambda d: (put(b"RIFF", 4, struct.pack("<I", 20_036))(d), put(b"data", 4, struct.pack("<I", 20_000))(d))[0],
+        lambda d: (
+            put(b"RIFF", 4, struct.pack("<I", 20_036))(d),
+            put(b"data", 4, struct.pack("<I", 20_000))(d),
+        )[0],
     ),
-    "aiff-pipe-0": ("aiff", lambda d: (put(b"FORM", 4, bytes(4))(d), put(b"SSND", 4, bytes(4))(d))[0]),
-    "aiff-unknown": ("aiff", lambda d: (put(b"FORM", 4, b"\xff" * 4)(d), put(b"SSND", 4, b"\xff" * 4)(d))[0]),
+    "aiff-pipe-0": (
+        "aiff",
+        lambda d: (put(b"FORM", 4, bytes(4))(d), put(b"SSND", 4, bytes(4))(d))[0],
+    ),
+    "aiff-unknown": (
+        "aiff",
+        lambda d: (put(b"FORM", 4, b"\xff" * 4)(d), put(b"SSND", 4, b"\xff" * 4)(d))[0],
+    ),
     "aiff-too-short": ("aiff", put(b"SSND", 4, struct.pack(">I", 20_000))),
     "flac-unknown": ("flac", put(b"fLaC", 22, bytes(4))),
     "flac-too-short": ("flac", put(b"fLaC", 22, struct.pack(">I", 20_000))),
@@ -256,15 +309,20 @@ def test_an_mp3_that_does_not_say_its_length(tmp_path, rate, mode, channels):
     assert len(ours) % samples_per_frame == 0
     assert 40_000 <= len(ours) <= 40_000 + 3 * samples_per_frame
     assert audio.info(path).frames == len(ours)
-    # As libsndfile, up to where that stops too early; and as the file that says its length, but for the delay.
+    # As libsndfile, up to where that stops too early; and as the file that says its length, but for
+    # the delay.
     theirs = soundfile.read(path, dtype="float32", always_2d=True)[0].mean(axis=1)
     both = min(len(ours), len(theirs))
     np.testing.assert_allclose(ours[:both].numpy(), theirs[:both], rtol=0, atol=1e-6)
     delay = 529 + 576  # of decoder and encoder
-    np.testing.assert_allclose(ours[delay:][3000:38_000].numpy(), audio.read(tagged)[3000:38_000].numpy(), atol=1e-6)
+    np.testing.assert_allclose(
+        ours[delay:][3000:38_000].numpy(), audio.read(tagged)[3000:38_000].numpy(), atol=1e-6
+    )
 
 
-@pytest.mark.parametrize("tail", [b"TAG" + b"x" * 125, bytes(5000), b"LIST" + struct.pack("<I", 4) + b"abcd"])
+@pytest.mark.parametrize(
+    "tail", [b"TAG" + b"x" * 125, bytes(5000), b"LIST" + struct.pack("<I", 4) + b"abcd"]
+)
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_follows_the_audio_is_not_audio(tmp_path, kind, tail):
     honest = encode(tmp_path / f"a.{kind}")
@@ -280,7 +338,8 @@ def test_a_changed_file_is_looked_at_again(tmp_path):
     assert audio.info(path).frames == 30_000
 
 
-# --- refused ---------------------------------------------------------------------------------------------------------
+# --- refused
+# ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("share", [0.3, 0.67, 0.999])
@@ -307,9 +366,13 @@ def test_damaged_inside(tmp_path, kind):
 def test_the_decoder_ends_early(tmp_path, monkeypatch):
     original = soundfile.SoundFile.read
     monkeypatch.setattr(
-        soundfile.SoundFile, "read", lambda *arguments, **options: original(*arguments, **options)[:-10]
+        soundfile.SoundFile,
+        "read",
+        lambda *arguments, **options: original(*arguments, **options)[:-10],
     )
-    with pytest.raises(audio.AudioError, match=r"truncated inside \(audio ends at sample 39990 of 40000\)"):
+    with pytest.raises(
+        audio.AudioError, match=r"truncated inside \(audio ends at sample 39990 of 40000\)"
+    ):
         audio.read(encode(tmp_path / "a.wav"))
 
 
@@ -333,7 +396,10 @@ def test_a_flac_cut_between_frames_is_truncated(tmp_path):
         return data[:sync]
 
     path = damage(encode(tmp_path / "a.flac"), change)
-    with pytest.raises(audio.AudioError, match=r"truncated inside: its header promises 40000 samples, 36864 are there"):
+    with pytest.raises(
+        audio.AudioError,
+        match=r"truncated inside: its header promises 40000 samples, 36864 are there",
+    ):
         audio.info(path)
 
 
@@ -387,7 +453,9 @@ def test_not_finite(tmp_path, value):
     waveform = sound()
     waveform[12_345] = value
     path = encode(tmp_path / "a.wav", waveform, subtype="FLOAT")
-    with pytest.raises(audio.AudioError, match=r"a\.wav: holds NaN or infinity \(at sample 12345\)"):
+    with pytest.raises(
+        audio.AudioError, match=r"a\.wav: holds NaN or infinity \(at sample 12345\)"
+    ):
         audio.read(path)
     with pytest.raises(audio.AudioError, match=r"\(at sample 12345\)"):
         audio.read(path, start=10_000)
@@ -397,7 +465,9 @@ def test_not_finite(tmp_path, value):
 @pytest.mark.parametrize("rate", [1, 999, 384_001, 4_000_000])
 def test_sample_rate_out_of_range(tmp_path, rate):
     path = damage(encode(tmp_path / "a.wav"), put(b"fmt ", 12, struct.pack("<I", rate)))
-    with pytest.raises(audio.AudioError, match=rf"has a sample rate of {rate} Hz, expected 1000 to 384000"):
+    with pytest.raises(
+        audio.AudioError, match=rf"has a sample rate of {rate} Hz, expected 1000 to 384000"
+    ):
         audio.info(path)
 
 
@@ -436,7 +506,8 @@ def test_no_permission_to_read(tmp_path):
         audio.read(path)
 
 
-# --- the MP3 decoder's chatter ---------------------------------------------------------------------------------------
+# --- the MP3 decoder's chatter
+# ---------------------------------------------------------------------------------------
 
 
 def test_the_decoder_keeps_quiet(tmp_path, capfd):
@@ -472,11 +543,14 @@ def test_the_decoder_can_be_used_without_a_terminal(tmp_path):
     assert len(waveform) == 40_000
 
 
-# --- writing ---------------------------------------------------------------------------------------------------------
+# --- writing
+# ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["wav", "flac"])
-@pytest.mark.parametrize("make", [np.asarray, torch.from_numpy, lambda x: torch.from_numpy(x)[None], lambda x: x[::-1]])
+@pytest.mark.parametrize(
+    "make", [np.asarray, torch.from_numpy, lambda x: torch.from_numpy(x)[None], lambda x: x[::-1]]
+)
 def test_what_is_written_is_read(tmp_path, kind, make):
     path = tmp_path / f"a.{kind}"
     waveform = make(sound())
@@ -497,7 +571,9 @@ def test_rounds_to_the_nearest_value_and_clips(tmp_path):
     waveform = np.random.default_rng(0).uniform(-1.5, 1.5, 10_000).astype(np.float32)
     audio.write(tmp_path / "a.wav", waveform, RATE)
     expected = waveform.clip(-1, 32767 / 32768)
-    np.testing.assert_allclose(audio.read(tmp_path / "a.wav").numpy(), expected, rtol=0, atol=0.5 / 32768)
+    np.testing.assert_allclose(
+        audio.read(tmp_path / "a.wav").numpy(), expected, rtol=0, atol=0.5 / 32768
+    )
 
 
 @pytest.mark.parametrize(
@@ -513,7 +589,12 @@ def test_rounds_to_the_nearest_value_and_clips(tmp_path):
         (np.zeros(100), 0, "a.wav", "sample_rate is 0"),
         (np.zeros(100), 22050.5, "a.wav", r"sample_rate is 22050\.5, expected an integer"),
         (np.zeros(100), 500_000, "a.wav", "sample rate is 500000 Hz, expected 1000 to 384000"),
-        (np.zeros(100), RATE, "a.mp3", r"can only write \.wav, \.flac, \.ogg and \.opus, not \.mp3"),
+        (
+            np.zeros(100),
+            RATE,
+            "a.mp3",
+            r"can only write \.wav, \.flac, \.ogg and \.opus, not \.mp3",
+        ),
         (np.zeros(100), RATE, "a.opus", r"Opus has no sample rate of 22050 Hz, only 8000, 12000"),
         (np.zeros(100), RATE, "a", "not a name without ending"),
     ],
@@ -566,7 +647,9 @@ def test_writes_over_a_file_but_nothing_else(tmp_path):
     (tmp_path / "b.wav").mkdir()
     with pytest.raises(OSError, match=r"b\.wav: exists and is not a file, not overwritten"):
         audio.write(tmp_path / "b.wav", sound(), RATE)
-    with pytest.raises(FileNotFoundError, match=r"cannot write .*nowhere/a\.wav: No such file or directory"):
+    with pytest.raises(
+        FileNotFoundError, match=r"cannot write .*nowhere/a\.wav: No such file or directory"
+    ):
         audio.write(tmp_path / "nowhere" / "a.wav", sound(), RATE)
 
 
@@ -582,13 +665,25 @@ def test_a_written_file_has_the_usual_permissions(tmp_path):
 def test_no_permission_to_write(tmp_path):
     folder = tmp_path / "locked"
     folder.mkdir(mode=0o500)
-    with nobody(), pytest.raises(PermissionError, match=r"cannot write .*a\.wav: Permission denied"):
+    with (
+        nobody(),
+        pytest.raises(PermissionError, match=r"cannot write .*a\.wav: Permission denied"),
+    ):
         audio.write(folder / "a.wav", sound(), RATE)
 
 
-# --- resampling and trimming -----------------------------------------------------------------------------------------
+# --- resampling and trimming
+# -----------------------------------------------------------------------------------------
 
-RATES = [(44100, 22050), (48000, 22050), (44100, 16000), (16000, 22050), (8000, 44100), (22050, 8000), (11025, 11024)]
+RATES = [
+    (44100, 22050),
+    (48000, 22050),
+    (44100, 16000),
+    (16000, 22050),
+    (8000, 44100),
+    (22050, 8000),
+    (11025, 11024),
+]
 
 
 @pytest.mark.parametrize(("from_rate", "to_rate"), RATES)
@@ -601,7 +696,9 @@ def test_resampling_a_tone_gives_the_tone(from_rate, to_rate):
     assert resampled.shape == expected.shape
     margin = to_rate // 10
     # VHQ promises 28 bits, 4e-9; its passband is less flat than that.
-    np.testing.assert_allclose(resampled[margin:-margin], expected[margin:-margin], rtol=0, atol=1e-5)
+    np.testing.assert_allclose(
+        resampled[margin:-margin], expected[margin:-margin], rtol=0, atol=1e-5
+    )
 
 
 def test_resampling_does_not_fold_what_is_above():
@@ -648,8 +745,12 @@ def test_not_resampled(waveform, rates, message):
 @pytest.mark.parametrize("top_db", [20.0, 40.0, 60.0])
 @pytest.mark.parametrize("convert", [np.asarray, torch.from_numpy], ids=["numpy", "torch"])
 def test_trims_as_librosa_does(top_db, convert):
-    envelope = np.concatenate([np.full(9000, 1e-4), np.linspace(0, 1, 20_000), np.linspace(1, 0, 9000), np.zeros(7000)])
-    waveform = (envelope * np.random.default_rng(0).uniform(-1, 1, len(envelope))).astype(np.float32)
+    envelope = np.concatenate(
+        [np.full(9000, 1e-4), np.linspace(0, 1, 20_000), np.linspace(1, 0, 9000), np.zeros(7000)]
+    )
+    waveform = (envelope * np.random.default_rng(0).uniform(-1, 1, len(envelope))).astype(
+        np.float32
+    )
     _, (first, last) = librosa.effects.trim(waveform, top_db=top_db)
     trimmed = audio.trim_silence(convert(waveform), top_db=top_db, margin=0)
     assert type(trimmed) is type(convert(waveform))
@@ -667,7 +768,10 @@ def test_trimming_what_has_no_silence_or_nothing_else(samples):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"waveform": np.zeros((2, 10))}, r"shape \(2, 10\), expected floating point of shape \(T,\)"),
+        (
+            {"waveform": np.zeros((2, 10))},
+            r"shape \(2, 10\), expected floating point of shape \(T,\)",
+        ),
         ({"waveform": np.zeros(10, dtype=int)}, "int64 of shape"),
         ({"top_db": 0}, "top_db is 0, expected more than 0"),
         ({"margin": -1}, "margin is -1, expected 0 or more"),
@@ -700,7 +804,12 @@ def test_encodings(tmp_path, name, encoding):
     waveform = (0.25 * np.sin(2 * np.pi * 440 * time)).astype(np.float32)
     assert audio.write(tmp_path / name, waveform, 24_000, encoding) == 0
     info = soundfile.info(tmp_path / name)
-    assert (info.format, info.subtype, info.samplerate, info.frames) == (container, subtype, 24_000, 200_000)
+    assert (info.format, info.subtype, info.samplerate, info.frames) == (
+        container,
+        subtype,
+        24_000,
+        200_000,
+    )
     again = audio.read(tmp_path / name).numpy()
     np.testing.assert_allclose(again[2000:-2000], waveform[2000:-2000], rtol=0, atol=error)
     assert abs(np.std(again) / np.std(waveform) - 1) < 0.01
@@ -725,7 +834,9 @@ def test_clipping_is_counted(tmp_path):
     assert audio.write(tmp_path / "a.wav", waveform, RATE) == 2
     assert audio.write(tmp_path / "b.wav", waveform, RATE, "pcm24") == 2
     assert audio.write(tmp_path / "c.wav", waveform, RATE, "float32") == 0
-    np.testing.assert_allclose(audio.read(tmp_path / "b.wav"), waveform.clip(-1, 1), rtol=0, atol=2**-23)
+    np.testing.assert_allclose(
+        audio.read(tmp_path / "b.wav"), waveform.clip(-1, 1), rtol=0, atol=2**-23
+    )
     assert audio.read(tmp_path / "c.wav").tolist() == waveform.tolist()
 
 
@@ -747,7 +858,9 @@ def test_fade():
     assert made[0] < 1e-3
     assert (np.diff(made[:100]) > 0).all()
     np.testing.assert_array_equal(made, made[::-1])
-    np.testing.assert_allclose(made[:100] + made[:100][::-1], 1, atol=1e-6)  # two fades over each other keep the level
+    np.testing.assert_allclose(
+        made[:100] + made[:100][::-1], 1, atol=1e-6
+    )  # two fades over each other keep the level
     assert torch.equal(audio.fade(torch.ones(9), 8000, 0.0), torch.ones(9))
     assert audio.fade(torch.ones(3), 1000, 1000.0).shape == (3,)
     with pytest.raises(ValueError, match="a fade of -1 ms"):

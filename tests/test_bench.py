@@ -9,7 +9,12 @@ from wavear import Linear, LinearConfig, MelConfig, WaveNet, WaveNetConfig
 from wavear.benchmark import speed
 from wavear.generation.cpu.ceiling import Ceiling, cost
 
-SMALL: dict[str, Any] = {"residual_channels": 8, "skip_channels": 8, "head_channels": 8, "conditioning_channels": 4}
+SMALL: dict[str, Any] = {
+    "residual_channels": 8,
+    "skip_channels": 8,
+    "head_channels": 8,
+    "conditioning_channels": 4,
+}
 CEILING = Ceiling(multiply_adds=1e9, bandwidth={1000: 4e9, 10**8: 1e9})
 SLOW_MEMORY = Ceiling(multiply_adds=1e15, bandwidth={1000: 1e9, 10**8: 1e9})
 
@@ -26,11 +31,16 @@ def test_limit_is_the_slower_of_reading_and_multiplying():
     config = WaveNetConfig(layers=2, stacks=1, classes=16, **SMALL)
     asked = cost(config)
     one = speed.limit(CEILING, config, "float32", 1, 1)
-    assert one == pytest.approx(min(CEILING.read_rate(asked.hot_bytes) / asked.hot_bytes, 1e9 / asked.multiply_adds))
+    assert one == pytest.approx(
+        min(CEILING.read_rate(asked.hot_bytes) / asked.hot_bytes, 1e9 / asked.multiply_adds)
+    )
     many = speed.limit(CEILING, config, "float32", 64, 2)
     assert many == pytest.approx(2e9 / asked.multiply_adds)  # all reads are shared
-    # Three streams on two cores: each core reads once for all of its streams, and one of them has two.
-    assert speed.limit(CEILING, config, "float32", 3, 2) == pytest.approx(1.5 * 1e9 / asked.multiply_adds)
+    # Three streams on two cores: each core reads once for all of its streams, and one of them has
+    # two.
+    assert speed.limit(CEILING, config, "float32", 3, 2) == pytest.approx(
+        1.5 * 1e9 / asked.multiply_adds
+    )
     three = speed.limit(SLOW_MEMORY, config, "float32", 3, 2)
     assert three == pytest.approx(3 * 1e9 / asked.hot_bytes)
 
@@ -59,9 +69,18 @@ def test_a_measurement():
         ({"batches": (0,)}, "are 0, expected 1 or more"),
         ({"seconds": -1.0}, "seconds is -1"),
         ({"settings": {"layers": 7}}, "7 layers do not divide into 2 stacks"),
-        ({"weights": ("float32", "float16")}, "nothing to measure with weights='float16': numba and reference"),
-        ({"engines": ("reference",), "weights": ("bfloat16",)}, "nothing to measure with weights='bfloat16'"),
-        ({"engines": ("reference",), "batches": (24,)}, "nothing to measure with weights='float32'"),
+        (
+            {"weights": ("float32", "float16")},
+            "nothing to measure with weights='float16': numba and reference",
+        ),
+        (
+            {"engines": ("reference",), "weights": ("bfloat16",)},
+            "nothing to measure with weights='bfloat16'",
+        ),
+        (
+            {"engines": ("reference",), "batches": (24,)},
+            "nothing to measure with weights='float32'",
+        ),
     ],
 )
 def test_what_cannot_be_measured_is_refused(arguments, message):
@@ -73,6 +92,9 @@ def test_a_linear_model_is_measured_too():
     model = Linear(LinearConfig(order=4)).eval()
     said: list[str] = []
     rows = speed.run(model, batches=(1,), seconds=0.01, say=said.append)
-    assert [(row.engine, row.weights) for row in rows] == [("numba", "float32"), ("reference", "float32")]
+    assert [(row.engine, row.weights) for row in rows] == [
+        ("numba", "float32"),
+        ("reference", "float32"),
+    ]
     assert rows[0].error < 1e-6
     assert any("linear, order 4" in line for line in said)

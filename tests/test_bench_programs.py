@@ -37,7 +37,13 @@ def test_all_forms_of_a_layer_are_the_models_own_function(program: Any, kernel_s
     forms = program("forms")
     torch.manual_seed(0)
     config = WaveNetConfig(
-        layers=6, stacks=2, kernel_size=kernel_size, residual_channels=5, skip_channels=7, classes=16, mel=MelConfig()
+        layers=6,
+        stacks=2,
+        kernel_size=kernel_size,
+        residual_channels=5,
+        skip_channels=7,
+        classes=16,
+        mel=MelConfig(),
     )
     model = WaveNet(config).double()
     codes = torch.randint(0, 16, (2, 40))
@@ -46,7 +52,8 @@ def test_all_forms_of_a_layer_are_the_models_own_function(program: Any, kernel_s
     own = torch.nn.functional.cross_entropy(model(codes, cond), codes, reduction="none")
     gradient = torch.autograd.grad(own.sum(), weights)
     for form in forms.FORMS:
-        # `loss` takes logits to float32, as the loss of bf16 layers is: its rounding is all that may differ.
+        # `loss` takes logits to float32, as the loss of bf16 layers is: its rounding is all that
+        # may differ.
         nats = forms.loss(model, codes, cond, form)
         torch.testing.assert_close(nats.double(), own, atol=1e-6, rtol=1e-6)
         for found, expected in zip(torch.autograd.grad(nats.sum(), weights), gradient, strict=True):
@@ -94,7 +101,14 @@ def test_options_of_another_shape_are_not_taken_for_those_asked_for(
     for words, told in {
         ("--data", "data", "--layers", "20"): "with layers 10, now 20",
         ("--data", "more", "--layers", "10"): "with data data, now more",
-        ("--data", "data", "--validation", "dev", "--layers", "10"): "with validation None, now dev",
+        (
+            "--data",
+            "data",
+            "--validation",
+            "dev",
+            "--layers",
+            "10",
+        ): "with validation None, now dev",
     }.items():
         monkeypatch.setattr(sys, "argv", [*begin, *words])
         with pytest.raises(SystemExit, match=f"plain is a run {told}: choose another --out"):
@@ -116,11 +130,21 @@ def test_options_are_trained_measured_and_not_repeated(tmp_path: Path):
     page.write_text("# Page\n")
     words = f"--data {tmp_path / 'data'} --out {tmp_path / 'runs'} --page {page} --steps 2 --options plain level"
     words += " --layers 4 --stacks 2 --residual-channels 8 --skip-channels 8 --segment 512 --sample-rate 8000"
-    command = [sys.executable, str(BENCH / "options.py"), *words.split(), "--clips", "2", "--device", "cpu"]
+    command = [
+        sys.executable,
+        str(BENCH / "options.py"),
+        *words.split(),
+        "--clips",
+        "2",
+        "--device",
+        "cpu",
+    ]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(BENCH.parent)}
 
     def run() -> str:
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500, check=False)
+        done = subprocess.run(
+            command, env=environment, capture_output=True, text=True, timeout=500, check=False
+        )
         assert done.returncode == 0, done.stderr[-3000:]
         return done.stdout
 
@@ -138,15 +162,21 @@ def test_options_are_trained_measured_and_not_repeated(tmp_path: Path):
     assert page.read_text() == text
 
 
-def test_quality_is_one_table_of_any_families(program: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
+def test_quality_is_one_table_of_any_families(
+    program: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+):
     quality = program("quality")
     generator = np.random.default_rng(0)
     (tmp_path / "held" / "ann").mkdir(parents=True)
     for number in range(2):
         noise: Any = lfilter([0.05], [1, -0.9], generator.standard_normal(6400))
         audio.write(tmp_path / "held" / "ann" / f"{number}.wav", noise, RATE)
-    mel = MelConfig(sample_rate=RATE, n_fft=128, window_length=128, hop_length=40, bands=10, fmax=4000.0)
-    sizes = dict.fromkeys(("residual_channels", "skip_channels", "head_channels", "conditioning_channels"), 4)
+    mel = MelConfig(
+        sample_rate=RATE, n_fft=128, window_length=128, hop_length=40, bands=10, fmax=4000.0
+    )
+    sizes = dict.fromkeys(
+        ("residual_channels", "skip_channels", "head_channels", "conditioning_channels"), 4
+    )
     common: Any = {"layers": 2, "stacks": 1, "sample_rate": RATE, "mel": mel, **sizes}
     wavenet = WaveNet(WaveNetConfig(**common))
     wavenet.save(tmp_path / "runs" / "wavenet" / "best", training={"step": 1234})
@@ -157,23 +187,36 @@ def test_quality_is_one_table_of_any_families(program: Any, tmp_path: Path, monk
     page = tmp_path / "page.md"
     page.write_text("# Page\n")
     runs, pictures = tmp_path / "runs", tmp_path / "pictures"
-    words = [str(runs / "wavenet" / "best"), str(runs / "emphasis" / "last"), "--data", str(tmp_path / "held")]
-    monkeypatch.setattr(sys, "argv", ["quality.py", *words, "--out", str(page), "--pictures", str(pictures)])
+    words = [
+        str(runs / "wavenet" / "best"),
+        str(runs / "emphasis" / "last"),
+        "--data",
+        str(tmp_path / "held"),
+    ]
+    monkeypatch.setattr(
+        sys, "argv", ["quality.py", *words, "--out", str(page), "--pictures", str(pictures)]
+    )
     asked: list[int] = []
     generate = wavear.generate
-    monkeypatch.setattr(wavear, "generate", lambda *a, **k: asked.append(k["speaker"]) or generate(*a, **k))
+    monkeypatch.setattr(
+        wavear, "generate", lambda *a, **k: asked.append(k["speaker"]) or generate(*a, **k)
+    )
     quality.main()
     printed = capsys.readouterr().out
     assert f"<!-- begin quality -->\n\n{printed}" in page.read_text()
     assert page.read_text().startswith("# Page\n")
     assert quality.machine() in printed
-    head, _, first, second = [line.strip("| ").split(" | ") for line in printed.splitlines() if line[0:1] == "|"]
+    head, _, first, second = [
+        line.strip("| ").split(" | ") for line in printed.splitlines() if line[0:1] == "|"
+    ]
     rows = [dict(zip(head, line, strict=True)) for line in (first, second)]
     assert rows[0]["run"] == "wavenet"
     assert rows[0]["minutes"] == "2.5"
     assert rows[0]["steps"] == "1,234"
     waveforms = [audio.read(path) for path in sorted((tmp_path / "held" / "ann").glob("*.wav"))]
-    bits = [-float(wavear.score(wavenet.eval(), x, grid="linear").mean()) / np.log(2) for x in waveforms]
+    bits = [
+        -float(wavear.score(wavenet.eval(), x, grid="linear").mean()) / np.log(2) for x in waveforms
+    ]
     assert rows[0]["bits, 16-bit grid"].split(" (")[0] == f"{np.mean(bits):.3f}"
     assert rows[1]["run"] == "emphasis"
     assert rows[1]["bits, 16-bit grid"] == ""  # of pre-emphasised codes
@@ -190,7 +233,9 @@ def test_quality_trains_with_the_command_it_prints(
 ):
     quality = program("quality")
     called: list[Any] = []
-    monkeypatch.setattr(quality.subprocess, "run", lambda command, **more: called.append((command, more)))
+    monkeypatch.setattr(
+        quality.subprocess, "run", lambda command, **more: called.append((command, more))
+    )
     options = quality.argparse.Namespace(
         runs=tmp_path, name="minutes-", data_train=tmp_path / "my data", flags=["--seed", "3"]
     )
@@ -214,11 +259,15 @@ def test_quality_trains_with_the_command_it_prints(
         (["free"], "free is not conditioned on mels"),
     ],
 )
-def test_quality_refuses_what_it_cannot_measure(program: Any, tmp_path: Path, monkeypatch, words, told):
+def test_quality_refuses_what_it_cannot_measure(
+    program: Any, tmp_path: Path, monkeypatch, words, told
+):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "held").mkdir()
     audio.write(tmp_path / "held" / "0.wav", np.zeros(800), RATE)
-    WaveNet(WaveNetConfig(layers=2, stacks=1, residual_channels=4, skip_channels=4, sample_rate=RATE)).save("free")
+    WaveNet(
+        WaveNetConfig(layers=2, stacks=1, residual_channels=4, skip_channels=4, sample_rate=RATE)
+    ).save("free")
     monkeypatch.setattr(sys, "argv", ["quality.py", *words, "--data", "held"])
     with pytest.raises(SystemExit, match=told):
         program("quality").main()

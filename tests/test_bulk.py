@@ -30,7 +30,15 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A checkpoint `model` and a folder `in` of mels of several lengths."""
     monkeypatch.chdir(tmp_path)
     model = WaveNet(
-        WaveNetConfig(layers=2, stacks=1, residual_channels=4, skip_channels=4, sample_rate=8000, mel=MEL, classes=32)
+        WaveNetConfig(
+            layers=2,
+            stacks=1,
+            residual_channels=4,
+            skip_channels=4,
+            sample_rate=8000,
+            mel=MEL,
+            classes=32,
+        )
     )
     model.save(tmp_path / "model")
     (tmp_path / "in").mkdir()
@@ -49,17 +57,32 @@ def expected() -> dict[str, bytes]:
 
 
 def under_torchrun(processes: int, *arguments: str, **options: Any) -> subprocess.Popen:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        str(processes),
+    ]
     command += ["-m", "wavear", "synthesize", "model", "in", "--out", "out", *OPTIONS, *arguments]
-    environment = {**os.environ, "PYTHONPATH": str(Path(wavear.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment)
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(Path(wavear.__file__).parents[1]),
+        "OMP_NUM_THREADS": "1",
+    }
+    return subprocess.Popen(
+        command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment
+    )
 
 
 def test_shares_are_disjoint_and_complete_and_about_as_large(here):
     jobs = plan(["in"], "out", ".wav")
     for world in (1, 2, 4, 20):
         shares = [distributed.share(jobs, rank, world) for rank in range(world)]
-        assert sorted(job.target for share in shares for job in share) == sorted(job.target for job in jobs)
+        assert sorted(job.target for share in shares for job in share) == sorted(
+            job.target for job in jobs
+        )
         again = [distributed.share(jobs[::-1], rank, world) for rank in range(world)]
         assert shares == again  # whatever order the inputs are listed in
         sizes = [sum(job.source.stat().st_size for job in share) for share in shares]
@@ -83,7 +106,9 @@ def test_the_same_command_goes_on_and_another_is_refused(here, capsys):
     stays = [name for name in whole if name not in ("3.wav", "7.wav")]
     assert all(os.stat(here / "out" / name).st_mtime_ns == kept[name] for name in stays)
     assert commands.main([*command, "--seed", "5"]) == 1
-    assert "audio of another run, with another seed: choose another folder" in capsys.readouterr().err
+    assert (
+        "audio of another run, with another seed: choose another folder" in capsys.readouterr().err
+    )
     assert commands.main([*command, "--threads", "2"]) == 0  # which changes no sample
     assert commands.main([*command, "--seed", "5", "--overwrite"]) == 0
     assert contents("out").keys() == whole.keys()
@@ -108,7 +133,9 @@ def test_a_run_that_overwrites_and_is_cut_short_leaves_nothing_of_the_old_one(he
     monkeypatch.undo()
     monkeypatch.chdir(here)
     assert commands.main([*command, "--seed", "5"]) == 0
-    assert commands.main(["synthesize", "model", "in", "--out", "whole", "--seed", "5", *OPTIONS]) == 0
+    assert (
+        commands.main(["synthesize", "model", "in", "--out", "whole", "--seed", "5", *OPTIONS]) == 0
+    )
     assert contents("out") == contents("whole")
 
 
@@ -117,7 +144,9 @@ def test_several_processes_make_what_one_makes(here):
     (here / "in" / "bad.npy").write_bytes(b"no array")
     process = under_torchrun(2)
     said = process.communicate(timeout=240)[0]
-    assert process.returncode == 1, said  # an input was passed over, and that kept nobody from the end
+    assert process.returncode == 1, (
+        said
+    )  # an input was passed over, and that kept nobody from the end
     assert contents("out") == whole, said
     assert said.count(" -> ") == 9, said  # each made once
     assert "9 files" in said, said
@@ -129,7 +158,9 @@ def test_a_run_whose_process_died_is_completed_by_running_it_again(here):
     process = under_torchrun(2, "--best-of", "10")  # long enough to be killed within
     while len(contents("out")) < 2 and process.poll() is None:
         time.sleep(0.01)
-    victims = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+    victims = subprocess.run(
+        ["pgrep", "-P", str(process.pid)], capture_output=True, text=True
+    ).stdout.split()
     os.kill(int(victims[0]), signal.SIGKILL)
     process.communicate(timeout=120)
     assert process.returncode != 0

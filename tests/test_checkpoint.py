@@ -17,7 +17,14 @@ MEL = MelConfig(sample_rate=8000, n_fft=64, window_length=64, hop_length=20, ban
 def model():
     torch.manual_seed(0)
     config = WaveNetConfig(
-        layers=4, stacks=2, residual_channels=6, skip_channels=7, head_channels=8, sample_rate=8000, mel=MEL, speakers=2
+        layers=4,
+        stacks=2,
+        residual_channels=6,
+        skip_channels=7,
+        head_channels=8,
+        sample_rate=8000,
+        mel=MEL,
+        speakers=2,
     )
     return WaveNet(config)
 
@@ -90,27 +97,59 @@ def truncate(path, size):
 DAMAGE = {
     "no config": (lambda d: (d / "config.json").unlink(), "config.json is missing"),
     "no weights": (lambda d: (d / "model.safetensors").unlink(), "model.safetensors is missing"),
-    "half a config": (lambda d: truncate(d / "config.json", 40), "config.json is damaged, it is not JSON"),
-    "half the weights": (lambda d: truncate(d / "model.safetensors", 2000), "model.safetensors is damaged"),
+    "half a config": (
+        lambda d: truncate(d / "config.json", 40),
+        "config.json is damaged, it is not JSON",
+    ),
+    "half the weights": (
+        lambda d: truncate(d / "model.safetensors", 2000),
+        "model.safetensors is damaged",
+    ),
     "no bytes": (lambda d: truncate(d / "model.safetensors", 0), "model.safetensors is damaged"),
-    "a pickle": (lambda d: torch.save({"a": torch.zeros(1)}, d / "model.safetensors"), "no safetensors file"),
-    "foreign": (lambda d: (d / "config.json").write_text('{"model_type": "bert"}'), "not of a wavear checkpoint"),
+    "a pickle": (
+        lambda d: torch.save({"a": torch.zeros(1)}, d / "model.safetensors"),
+        "no safetensors file",
+    ),
+    "foreign": (
+        lambda d: (d / "config.json").write_text('{"model_type": "bert"}'),
+        "not of a wavear checkpoint",
+    ),
     "newer": (lambda d: edit(d, lambda c: c.update(format=99)), "format 99.*reads format 1"),
-    "family": (lambda d: edit(d, lambda c: c.update(family="lstm")), "family 'lstm', known are predictive, wavenet"),
-    "no family": (lambda d: edit(d, lambda c: c.update(family=[])), r"family \[\], known are predictive, wavenet"),
-    "no training": (lambda d: edit(d, lambda c: c.update(training=3)), "no 'training' that could be one"),
+    "family": (
+        lambda d: edit(d, lambda c: c.update(family="lstm")),
+        "family 'lstm', known are predictive, wavenet",
+    ),
+    "no family": (
+        lambda d: edit(d, lambda c: c.update(family=[])),
+        r"family \[\], known are predictive, wavenet",
+    ),
+    "no training": (
+        lambda d: edit(d, lambda c: c.update(training=3)),
+        "no 'training' that could be one",
+    ),
     "key missing": (lambda d: edit(d, lambda c: c["config"].pop("layers")), "layers missing"),
     "key unknown": (lambda d: edit(d, lambda c: c["config"].update(depth=3)), "depth unknown"),
-    "mel key": (lambda d: edit(d, lambda c: c["config"]["mel"].pop("fmin")), "fmin|not of one model"),
+    "mel key": (
+        lambda d: edit(d, lambda c: c["config"]["mel"].pop("fmin")),
+        "fmin|not of one model",
+    ),
     "edited": (lambda d: edit(d, lambda c: c["config"].update(layers=8)), "not of one model"),
-    "tensor missing": (lambda d: edit_tensors(d, lambda t: t.pop("embedding.weight")), "lacks embedding.weight"),
-    "tensor unknown": (lambda d: edit_tensors(d, lambda t: t.update(x=torch.zeros(1))), "holds x, which"),
+    "tensor missing": (
+        lambda d: edit_tensors(d, lambda t: t.pop("embedding.weight")),
+        "lacks embedding.weight",
+    ),
+    "tensor unknown": (
+        lambda d: edit_tensors(d, lambda t: t.update(x=torch.zeros(1))),
+        "holds x, which",
+    ),
     "shape": (
         lambda d: edit_tensors(d, lambda t: t.update({"head.3.bias": torch.zeros(3)})),
         r"head.3.bias has shape \(3,\), by the configuration \(256,\)",
     ),
     "NaN": (
-        lambda d: edit_tensors(d, lambda t: t.update({"head.3.bias": torch.full((256,), torch.nan)})),
+        lambda d: edit_tensors(
+            d, lambda t: t.update({"head.3.bias": torch.full((256,), torch.nan)})
+        ),
         "head.3.bias holds NaN",
     ),
 }
@@ -157,6 +196,7 @@ def test_hub_out_of_reach(monkeypatch):
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     with pytest.raises(
-        FileNotFoundError, match="someone/some-model: no such directory, and not to be had from the hub"
+        FileNotFoundError,
+        match="someone/some-model: no such directory, and not to be had from the hub",
     ):
         wavear.load("someone/some-model")

@@ -18,12 +18,16 @@ from wavear import MelConfig, WaveNet, WaveNetConfig, audio
 from wavear.cli.commands import COMMANDS, main
 from wavear.generation.files import _batches, plan, read_mel, synthesize
 
-MEL = MelConfig(sample_rate=8000, n_fft=128, window_length=128, hop_length=40, bands=10, fmax=4000.0)
+MEL = MelConfig(
+    sample_rate=8000, n_fft=128, window_length=128, hop_length=40, bands=10, fmax=4000.0
+)
 
 
 def tiny(**settings) -> WaveNet:
     torch.manual_seed(0)
-    sizes = dict.fromkeys(("residual_channels", "skip_channels", "head_channels", "conditioning_channels"), 4)
+    sizes = dict.fromkeys(
+        ("residual_channels", "skip_channels", "head_channels", "conditioning_channels"), 4
+    )
     return WaveNet(WaveNetConfig(layers=2, stacks=1, sample_rate=8000, **sizes, **settings)).eval()
 
 
@@ -76,7 +80,9 @@ def refused(capsys: pytest.CaptureFixture, *arguments: str, status: int = 1) -> 
 
 
 def test_synthesize_folder(here: Path, capsys: pytest.CaptureFixture):
-    status, out, err = run(capsys, "synthesize", "mel", "in", "good.npy", "--out", "out", "--engine", "reference")
+    status, out, err = run(
+        capsys, "synthesize", "mel", "in", "good.npy", "--out", "out", "--engine", "reference"
+    )
     assert status == 0, err
     made = sorted(str(path.relative_to("out")) for path in Path("out").rglob("*") if path.is_file())
     assert made == ["a.wav", "good.wav", "sub/a.wav", "sub/b.wav"]
@@ -126,23 +132,38 @@ def test_mel_then_synthesize(here: Path, capsys: pytest.CaptureFixture):
         assert archive["mel"].shape == (10, 11)
         assert archive["mel"].dtype == np.float32
     for source, out in (("mels", "a"), ("in", "b")):
-        assert run(capsys, "synthesize", "mel", source, "--out", out, "--engine", "reference")[0] == 0
+        assert (
+            run(capsys, "synthesize", "mel", source, "--out", out, "--engine", "reference")[0] == 0
+        )
     for name in ("a.wav", "sub/a.wav", "sub/b.wav"):
         assert Path("a", name).read_bytes() == Path("b", name).read_bytes()
 
 
-def test_mel_of_another_configuration_is_refused_by_field(here: Path, capsys: pytest.CaptureFixture):
+def test_mel_of_another_configuration_is_refused_by_field(
+    here: Path, capsys: pytest.CaptureFixture
+):
     flags = ("--sample-rate", "8000", "--fmax", "4000", "--hop-length", "50", "--bands", "10")
     flags += ("--n-fft", "128", "--window-length", "128")
     assert run(capsys, "mel", "in/a.wav", "--out", "mels", *flags)[0] == 0
-    said = refused(capsys, "synthesize", "mel", "mels/a.npz", "--out", "out", "--engine", "reference")
+    said = refused(
+        capsys, "synthesize", "mel", "mels/a.npz", "--out", "out", "--engine", "reference"
+    )
     assert "hop_length 50, the model 40" in said
     assert "bands" not in said
     assert not Path("out").exists()
 
 
 def test_generate(here: Path, capsys: pytest.CaptureFixture):
-    command = ("generate", "free", "--seconds", "0.05", "--out", "new/x.wav", "--engine", "reference")
+    command = (
+        "generate",
+        "free",
+        "--seconds",
+        "0.05",
+        "--out",
+        "new/x.wav",
+        "--engine",
+        "reference",
+    )
     status, out, err = run(capsys, *command)
     assert status == 0, err
     assert audio.info("new/x.wav").frames == 400
@@ -168,11 +189,17 @@ def test_info(here: Path, capsys: pytest.CaptureFixture):
 
 
 def test_usage_errors_are_one_line(here: Path, capsys: pytest.CaptureFixture):
-    assert "--bogus" in refused(capsys, "synthesize", "mel", "good.npy", "--out", "o", "--bogus", "1", status=2)
+    assert "--bogus" in refused(
+        capsys, "synthesize", "mel", "good.npy", "--out", "o", "--bogus", "1", status=2
+    )
     assert "--out" in refused(capsys, "synthesize", "mel", "good.npy", status=2)
-    assert "'many'" in refused(capsys, "generate", "free", "--seconds", "many", "--out", "x.wav", status=2)
+    assert "'many'" in refused(
+        capsys, "generate", "free", "--seconds", "many", "--out", "x.wav", status=2
+    )
     assert "did you mean 'train'" in refused(capsys, "trian", status=2)
-    assert "more than fmin" in refused(capsys, "mel", "in", "--out", "o", "--sample-rate", "8000", status=2)
+    assert "more than fmin" in refused(
+        capsys, "mel", "in", "--out", "o", "--sample-rate", "8000", status=2
+    )
     status, out, err = run(capsys)
     assert (status, out) == (2, "")
     assert "usage: wavear COMMAND" in err
@@ -228,42 +255,119 @@ def test_two_inputs_of_one_name_are_refused(here: Path, capsys: pytest.CaptureFi
         (("synthesize", "good.npy", "good.npy", "--out", "o"), "good.npy is a file"),
         (("synthesize", "free", "good.npy", "--out", "o"), "not conditioned on mels"),
         (
-            ("synthesize", "mel", "good.npy", "--out", "o", "--engine", "reference", "--temperature", "0"),
+            (
+                "synthesize",
+                "mel",
+                "good.npy",
+                "--out",
+                "o",
+                "--engine",
+                "reference",
+                "--temperature",
+                "0",
+            ),
             "temperature is 0",
         ),
-        (("synthesize", "mel", "good.npy", "--out", "o", "--engine", "reference", "--seed", "-1"), "seed is -1"),
+        (
+            (
+                "synthesize",
+                "mel",
+                "good.npy",
+                "--out",
+                "o",
+                "--engine",
+                "reference",
+                "--seed",
+                "-1",
+            ),
+            "seed is -1",
+        ),
         (("synthesize", "mel", "good.npy", "--out", "o", "--engine", "steam"), "engine is 'steam'"),
         (("synthesize", "mel", "good.npy", "--out", "o", "--weights", "int3"), "weights is 'int3'"),
         (
-            ("synthesize", "mel", "good.npy", "--out", "o", "--engine", "reference", "--speaker", "1"),
+            (
+                "synthesize",
+                "mel",
+                "good.npy",
+                "--out",
+                "o",
+                "--engine",
+                "reference",
+                "--speaker",
+                "1",
+            ),
             "without speakers",
         ),
         (("synthesize", "mel", "good.npy", "--out", "o", "--device", "abacus"), "'abacus'"),
-        (("synthesize", "mel", "good.npy", "--out", "o", "--device", "mps"), "'mps', it must be cpu, cuda"),
-        (("synthesize", "mel", "good.npy", "--out", "o", "--device", "cpu:x"), "'cpu:x', it must be cpu, cuda"),
-        (("synthesize", "mel", "good.npy", "--out", "o", "--temperature", "1e-310"), "it must be 1e-06 to 1e+06"),
+        (
+            ("synthesize", "mel", "good.npy", "--out", "o", "--device", "mps"),
+            "'mps', it must be cpu, cuda",
+        ),
+        (
+            ("synthesize", "mel", "good.npy", "--out", "o", "--device", "cpu:x"),
+            "'cpu:x', it must be cpu, cuda",
+        ),
+        (
+            ("synthesize", "mel", "good.npy", "--out", "o", "--temperature", "1e-310"),
+            "it must be 1e-06 to 1e+06",
+        ),
         (("synthesize", "mel", "-", "--stream", "--resume"), "--resume"),
         (("bench", "mel", "--layers", "10"), "mel says what the network is: leave --layers away"),
-        (("bench", "mel", "--unconditional"), "mel says what the network is: leave --unconditional away"),
-        (("bench", "--shape", "r9y9", "--classes", "1024"), "r9y9 says what the network is: leave --classes away"),
+        (
+            ("bench", "mel", "--unconditional"),
+            "mel says what the network is: leave --unconditional away",
+        ),
+        (
+            ("bench", "--shape", "r9y9", "--classes", "1024"),
+            "r9y9 says what the network is: leave --classes away",
+        ),
         (("generate", "mel", "--seconds", "1", "--out", "x.wav"), "wavear synthesize"),
         (("generate", "free", "--seconds", "0", "--out", "x.wav"), "seconds is 0"),
         (("generate", "free", "--seconds", "-1", "--out", "x.wav"), "seconds is -1"),
         (("generate", "free", "--seconds", "nan", "--out", "x.wav"), "seconds is nan"),
         (("generate", "free", "--seconds", "1e9", "--out", "x.wav"), "at most 86400"),
-        (("generate", "free", "--seconds", "1", "--out", "x.mp3"), "takes a .flac, .ogg, .opus, .wav file"),
+        (
+            ("generate", "free", "--seconds", "1", "--out", "x.mp3"),
+            "takes a .flac, .ogg, .opus, .wav file",
+        ),
         (("generate", "free", "--seconds", "1", "--out", "in"), "in is no audio file"),
         (
             ("generate", "speakers", "--seconds", "1", "--engine", "reference", "--out", "x.wav"),
             "needs a speaker, 0 to 2",
         ),
         (
-            ("generate", "speakers", "--seconds", "1", "--engine", "reference", "--out", "x.wav", "--speaker", "3"),
+            (
+                "generate",
+                "speakers",
+                "--seconds",
+                "1",
+                "--engine",
+                "reference",
+                "--out",
+                "x.wav",
+                "--speaker",
+                "3",
+            ),
             "speaker is 3",
         ),
-        (("generate", "free", "--seconds", "0.01", "--engine", "reference", "--out", "good.npy/x.wav"), "good.npy"),
+        (
+            (
+                "generate",
+                "free",
+                "--seconds",
+                "0.01",
+                "--engine",
+                "reference",
+                "--out",
+                "good.npy/x.wav",
+            ),
+            "good.npy",
+        ),
         (("mel", "good.npy", "--out", "o"), "good.npy is no audio file"),
-        (("mel", "in", "--out", "o", "--checkpoint", "mel", "--bands", "4"), "leave the flags on mels away"),
+        (
+            ("mel", "in", "--out", "o", "--checkpoint", "mel", "--bands", "4"),
+            "leave the flags on mels away",
+        ),
         (("mel", "in", "--out", "o", "--checkpoint", "free"), "not conditioned on mels"),
         (("info", "in"), "config.json is missing"),
         (("train", "nowhere", "--out", "o", "--max-steps", "1"), "nowhere: no such folder"),
@@ -273,7 +377,9 @@ def test_two_inputs_of_one_name_are_refused(here: Path, capsys: pytest.CaptureFi
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )
-def test_refusals(here: Path, capsys: pytest.CaptureFixture, arguments: tuple[str, ...], words: str):
+def test_refusals(
+    here: Path, capsys: pytest.CaptureFixture, arguments: tuple[str, ...], words: str
+):
     Path("void").mkdir()
     assert words in refused(capsys, *arguments)
     assert not Path("o").exists() or not any(Path("o").iterdir())
@@ -294,14 +400,18 @@ def bad_mels(folder: Path) -> dict[str, str]:
     np.save(folder / "nan.npy", good)
     whole = (folder / "bands.npy").read_bytes()
     (folder / "short.npy").write_bytes(whole[:-40])
-    (folder / "greedy.npy").write_bytes(whole.replace(b"(80, 7), }   ", b"(10, 99999999999), }"[:20], 1))
+    (folder / "greedy.npy").write_bytes(
+        whole.replace(b"(80, 7), }   ", b"(10, 99999999999), }"[:20], 1)
+    )
     (folder / "words.npy").write_text("not an array")
     (folder / "words2.npz").write_text("not an archive")
     (folder / "words3.safetensors").write_text("no tensors here")
     (folder / "zero.npy").write_bytes(b"")
     (folder / "words4.wav").write_text("RIFF? no, words")
     np.savez(folder / "many.npz", a=good, b=good)
-    np.savez(folder / "config.npz", mel=np.zeros((10, 7), np.float32), config=np.array('{"bands": 10}'))
+    np.savez(
+        folder / "config.npz", mel=np.zeros((10, 7), np.float32), config=np.array('{"bands": 10}')
+    )
     torch.save([1, 2], folder / "list.pt")
     audio.write(folder / "brief.wav", np.full(39, 0.1, np.float32), 8000)
     for name in ("pickle1.npy", "pickle2.npz", "pickle3.pt"):
@@ -343,7 +453,9 @@ class Bomb:
 def test_bad_inputs_are_named_counted_and_passed_over(here: Path, capsys: pytest.CaptureFixture):
     expected = bad_mels(Path("bad"))
     np.save("bad/fine.npy", np.load("good.npy"))
-    status, out, err = run(capsys, "synthesize", "mel", "bad", "good.npy", "--out", "out", "--engine", "reference")
+    status, out, err = run(
+        capsys, "synthesize", "mel", "bad", "good.npy", "--out", "out", "--engine", "reference"
+    )
     assert status == 1
     *named, count = err.splitlines()
     assert all(line.startswith("wavear: error: bad/") for line in named)
@@ -361,7 +473,10 @@ def test_bad_inputs_are_named_counted_and_passed_over(here: Path, capsys: pytest
 def test_full_disk_while_printing(here: Path):
     with open("/dev/full", "w") as full:
         done = subprocess.run(
-            [sys.executable, "-m", "wavear", "info", "mel"], stdout=full, stderr=subprocess.PIPE, text=True
+            [sys.executable, "-m", "wavear", "info", "mel"],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
         )
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
@@ -382,13 +497,28 @@ def test_write_failure_stops_and_leaves_nothing(here: Path, monkeypatch: pytest.
     assert len(calls) == 1
 
 
-@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="needs a folder that nobody can write to")
+@pytest.mark.skipif(
+    not Path("/proc/self").is_dir(), reason="needs a folder that nobody can write to"
+)
 def test_unwritable_folder_is_found_out_first(
     here: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("wavear.generation.files.generate", lambda *_, **__: pytest.fail("it began to work"))
-    assert "cannot write to /proc" in refused(capsys, "synthesize", "mel", "in", "--out", "/proc/made")
-    command = ("generate", "free", "--seconds", "1", "--out", "/proc/made/x.wav", "--engine", "reference")
+    monkeypatch.setattr(
+        "wavear.generation.files.generate", lambda *_, **__: pytest.fail("it began to work")
+    )
+    assert "cannot write to /proc" in refused(
+        capsys, "synthesize", "mel", "in", "--out", "/proc/made"
+    )
+    command = (
+        "generate",
+        "free",
+        "--seconds",
+        "1",
+        "--out",
+        "/proc/made/x.wav",
+        "--engine",
+        "reference",
+    )
     assert "cannot write to /proc" in refused(capsys, *command)
 
 
@@ -418,7 +548,10 @@ def test_reader_that_goes_away(here: Path):
     reader, writer = os.pipe()
     os.close(reader)
     done = subprocess.run(
-        [sys.executable, "-m", "wavear", "info", "mel"], stdout=writer, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-m", "wavear", "info", "mel"],
+        stdout=writer,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     os.close(writer)
     assert (done.returncode, done.stderr) == (1, "")

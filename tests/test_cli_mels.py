@@ -15,13 +15,19 @@ import wavear
 from wavear import MelConfig, WaveNet, WaveNetConfig, audio
 from wavear.cli.commands import main
 
-MEL = MelConfig(sample_rate=8000, n_fft=128, window_length=128, hop_length=40, bands=10, fmax=4000.0)
+MEL = MelConfig(
+    sample_rate=8000, n_fft=128, window_length=128, hop_length=40, bands=10, fmax=4000.0
+)
 
 
 def tiny(**settings: Any) -> WaveNet:
     torch.manual_seed(0)
-    sizes = dict.fromkeys(("residual_channels", "skip_channels", "head_channels", "conditioning_channels"), 4)
-    return WaveNet(WaveNetConfig(**{"layers": 2, "stacks": 1, "sample_rate": 8000, **sizes, **settings})).eval()
+    sizes = dict.fromkeys(
+        ("residual_channels", "skip_channels", "head_channels", "conditioning_channels"), 4
+    )
+    return WaveNet(
+        WaveNetConfig(**{"layers": 2, "stacks": 1, "sample_rate": 8000, **sizes, **settings})
+    ).eval()
 
 
 @pytest.fixture
@@ -29,7 +35,10 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A working directory with checkpoints, a recording and mels in it."""
     monkeypatch.chdir(tmp_path)
     model = tiny(mel=MEL)
-    wave = torch.from_numpy(np.random.default_rng(0).normal(0, 0.1, 1200)) * torch.linspace(0, 1, 1200) ** 2
+    wave = (
+        torch.from_numpy(np.random.default_rng(0).normal(0, 0.1, 1200))
+        * torch.linspace(0, 1, 1200) ** 2
+    )
     mel = wavear.log_mel(wave[None], MEL)[0]
     conditioning: Any = model.conditioning
     conditioning.mel_mean.copy_(mel.mean(1))
@@ -56,7 +65,9 @@ def synthesize(capsys: pytest.CaptureFixture, *arguments: str) -> tuple[int, str
     return run(capsys, "synthesize", "mel", *arguments, "--engine", "reference")
 
 
-def test_a_mel_in_decibels_is_refused_with_what_would_convert_it(here: Path, capsys: pytest.CaptureFixture):
+def test_a_mel_in_decibels_is_refused_with_what_would_convert_it(
+    here: Path, capsys: pytest.CaptureFixture
+):
     status, _, err = synthesize(capsys, "decibels.npy", "--out", "out")
     assert status == 1
     assert err.count("\n") == 1
@@ -71,7 +82,9 @@ def test_and_is_converted_by_it(here: Path, capsys: pytest.CaptureFixture, name:
     model = wavear.load("mel")
     mel = torch.from_numpy(np.load("natural.npy"))
     expected = wavear.generate(model, mel, engine="reference")[0]
-    torch.testing.assert_close(audio.read(f"converted/{name[:-4]}.wav"), expected, rtol=0, atol=1 / 32768)
+    torch.testing.assert_close(
+        audio.read(f"converted/{name[:-4]}.wav"), expected, rtol=0, atol=1 / 32768
+    )
 
 
 def test_force_takes_it_and_says_so(here: Path, capsys: pytest.CaptureFixture):
@@ -85,7 +98,10 @@ def test_presets_that_differ_or_are_none(here: Path, capsys: pytest.CaptureFixtu
     assert status == 1
     assert "10 bands" in err or "bands 80, the model 10" in err
     status, _, err = synthesize(capsys, "natural.npy", "--out", "out", "--mel-preset", "hifigann")
-    assert (status, err) == (1, "wavear: error: there is no mel preset 'hifigann': did you mean 'hifigan'?\n")
+    assert (status, err) == (
+        1,
+        "wavear: error: there is no mel preset 'hifigann': did you mean 'hifigan'?\n",
+    )
 
 
 def test_seconds_that_do_not_fit(here: Path, capsys: pytest.CaptureFixture):
@@ -99,20 +115,37 @@ def test_seconds_that_do_not_fit(here: Path, capsys: pytest.CaptureFixture):
 def test_mels_of_presets(here: Path, capsys: pytest.CaptureFixture):
     assert run(capsys, "mel", "a.wav", "--out", "mels", "--preset", "fatchord")[0] == 0
     with np.load("mels/a.npz") as archive:
-        assert MelConfig.from_dict(json.loads(str(archive["config"]))) == MelConfig.preset("fatchord")
+        assert MelConfig.from_dict(json.loads(str(archive["config"]))) == MelConfig.preset(
+            "fatchord"
+        )
         waveform = audio.read("a.wav", 22050)
         expected = wavear.log_mel(waveform[None], MelConfig.preset("fatchord"))[0]
         np.testing.assert_array_equal(archive["mel"], expected)
     assert run(capsys, "mel", "a.wav", "--out", "plain", "--checkpoint", "mel", "--npy")[0] == 0
-    np.testing.assert_array_equal(np.load("plain/a.npy"), wavear.log_mel(audio.read("a.wav")[None], MEL)[0])
+    np.testing.assert_array_equal(
+        np.load("plain/a.npy"), wavear.log_mel(audio.read("a.wav")[None], MEL)[0]
+    )
     for extra in (("--bands", "4"), ("--checkpoint", "mel")):
         status, _, err = run(capsys, "mel", "a.wav", "--out", "x", "--preset", "fatchord", *extra)
         assert status == 1
         assert "--preset says what the mels are" in err
 
 
-def test_a_file_that_says_what_it_is_is_believed_and_converted(here: Path, capsys: pytest.CaptureFixture):
-    flags = ["--sample-rate", "8000", "--fmax", "4000", "--hop-length", "40", "--bands", "10", "--log-base", "10"]
+def test_a_file_that_says_what_it_is_is_believed_and_converted(
+    here: Path, capsys: pytest.CaptureFixture
+):
+    flags = [
+        "--sample-rate",
+        "8000",
+        "--fmax",
+        "4000",
+        "--hop-length",
+        "40",
+        "--bands",
+        "10",
+        "--log-base",
+        "10",
+    ]
     flags += ["--n-fft", "128", "--window-length", "128"]
     assert run(capsys, "mel", "a.wav", "--out", "mels", *flags)[0] == 0
     status, _, err = synthesize(capsys, "mels/a.npz", "--out", "one", "--mel-preset", "db")
@@ -120,7 +153,9 @@ def test_a_file_that_says_what_it_is_is_believed_and_converted(here: Path, capsy
     assert "mels/a.npz says itself what mels it holds" in err
     assert synthesize(capsys, "a.wav", "--out", "two")[0] == 0
     one, two = audio.read("one/a.wav"), audio.read("two/a.wav")
-    assert (one == two).float().mean() > 0.9  # float32 of another logarithm: a code may fall on the other side
+    assert (
+        one == two
+    ).float().mean() > 0.9  # float32 of another logarithm: a code may fall on the other side
 
 
 @pytest.mark.parametrize(
@@ -132,24 +167,51 @@ def test_a_file_that_says_what_it_is_is_believed_and_converted(here: Path, capsy
     ],
     ids=str,
 )
-def test_sampling_flags(here: Path, capsys: pytest.CaptureFixture, flags: tuple[str, ...], settings: dict[str, Any]):
+def test_sampling_flags(
+    here: Path, capsys: pytest.CaptureFixture, flags: tuple[str, ...], settings: dict[str, Any]
+):
     model = wavear.load("mel")
     mel = torch.from_numpy(np.load("natural.npy"))
     expected = wavear.generate(model, mel, seed=2, engine="reference", **settings)[0]
     assert synthesize(capsys, "natural.npy", "--out", "out", "--seed", "2", *flags)[0] == 0
     assert torch.allclose(audio.read("out/natural.wav"), expected, rtol=0, atol=1 / 32768)
-    command = ("generate", "free", "--seconds", "0.02", "--out", "free.wav", "--engine", "reference", "--seed", "2")
+    command = (
+        "generate",
+        "free",
+        "--seconds",
+        "0.02",
+        "--out",
+        "free.wav",
+        "--engine",
+        "reference",
+        "--seed",
+        "2",
+    )
     assert run(capsys, *command, *flags)[0] == 0
-    expected = wavear.generate(wavear.load("free"), samples=160, seed=2, engine="reference", **settings)[0]
+    expected = wavear.generate(
+        wavear.load("free"), samples=160, seed=2, engine="reference", **settings
+    )[0]
     assert torch.allclose(audio.read("free.wav"), expected, rtol=0, atol=1 / 32768)
 
 
 @pytest.mark.filterwarnings("default:the likeliest code")
 def test_argmax_warns_in_one_line(here: Path, capsys: pytest.CaptureFixture):
-    command = ("generate", "free", "--seconds", "0.02", "--out", "free.wav", "--engine", "reference", "--argmax")
+    command = (
+        "generate",
+        "free",
+        "--seconds",
+        "0.02",
+        "--out",
+        "free.wav",
+        "--engine",
+        "reference",
+        "--argmax",
+    )
     status, _, err = run(capsys, *command)
     assert status == 0
-    assert err.startswith("wavear: warning: the likeliest code is taken always: audio made so collapses")
+    assert err.startswith(
+        "wavear: warning: the likeliest code is taken always: audio made so collapses"
+    )
     assert err.count("\n") == 1
 
 
@@ -159,7 +221,8 @@ def test_what_is_wrong_with_the_audio_is_said(here: Path, capsys: pytest.Capture
     assert status == 0
     lines = err.splitlines()
     assert any(
-        line.startswith("wavear: warning: free.wav: white noise (") and "try another seed" in line for line in lines
+        line.startswith("wavear: warning: free.wav: white noise (") and "try another seed" in line
+        for line in lines
     )
     assert any("clipping" in line for line in lines)
 
@@ -176,7 +239,9 @@ def test_what_is_wrong_with_the_audio_is_said(here: Path, capsys: pytest.Capture
         ("opus", "natural.opus", ("OGG", "OPUS")),
     ],
 )
-def test_formats(here: Path, capsys: pytest.CaptureFixture, name: str, file: str, expected: tuple[str, str]):
+def test_formats(
+    here: Path, capsys: pytest.CaptureFixture, name: str, file: str, expected: tuple[str, str]
+):
     assert synthesize(capsys, "natural.npy", "--out", "out", "--format", name)[0] == 0
     found = soundfile.info(f"out/{file}")
     assert (found.format, found.subtype) == expected
@@ -187,7 +252,9 @@ def test_level_and_fade(here: Path, capsys: pytest.CaptureFixture):
     flags = ("--format", "wavfloat", "--normalize", "-12", "--fade", "20")
     assert synthesize(capsys, "natural.npy", "--out", "shaped", *flags)[0] == 0
     plain, shaped = audio.read("plain/natural.wav"), audio.read("shaped/natural.wav")
-    assert torch.equal(plain, wavear.generate(wavear.load("mel"), np.load("natural.npy"), engine="reference")[0])
+    assert torch.equal(
+        plain, wavear.generate(wavear.load("mel"), np.load("natural.npy"), engine="reference")[0]
+    )
     expected = audio.fade(audio.normalize_peak(plain, -12.0), 8000, 20.0)
     torch.testing.assert_close(shaped, expected, rtol=0, atol=1e-6)
 
@@ -202,11 +269,17 @@ def test_level_and_fade(here: Path, capsys: pytest.CaptureFixture):
         (("--top-k", "0"), 1, "top_k is 0"),
         (("--best-of", "0"), 1, "best_of is 0"),
         (("--argmax", "--top-p", "0.5"), 1, "argmax takes the likeliest code"),
-        (("--format", "flac"), 1, "--format flac makes a file that ends in .flac, and --out is x.wav"),
+        (
+            ("--format", "flac"),
+            1,
+            "--format flac makes a file that ends in .flac, and --out is x.wav",
+        ),
     ],
     ids=str,
 )
-def test_refusals(here: Path, capsys: pytest.CaptureFixture, arguments: tuple[str, ...], status: int, words: str):
+def test_refusals(
+    here: Path, capsys: pytest.CaptureFixture, arguments: tuple[str, ...], status: int, words: str
+):
     command = ("generate", "free", "--seconds", "0.1", "--out", "x.wav", "--engine", "reference")
     got, _, err = run(capsys, *command, *arguments)
     assert got == status, err
@@ -216,8 +289,17 @@ def test_refusals(here: Path, capsys: pytest.CaptureFixture, arguments: tuple[st
     assert not Path("x.wav").exists()
 
 
-def test_help_says_what_each_means_in_a_sentence(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch):
+def test_help_says_what_each_means_in_a_sentence(
+    capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.setenv("COLUMNS", "200")
     _, out, _ = run(capsys, "generate", "--help")
-    for words in ("--top-k", "k likeliest values alone", "--top-p", "--argmax", "collapses to silence", "--best-of"):
+    for words in (
+        "--top-k",
+        "k likeliest values alone",
+        "--top-p",
+        "--argmax",
+        "collapses to silence",
+        "--best-of",
+    ):
         assert words in out

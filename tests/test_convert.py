@@ -15,7 +15,9 @@ from hypothesis import strategies as st
 from wavear import MelConfig, convert_mel, log_mel
 from wavear.mel.conversion import VALUE_FIELDS
 
-SMALL = MelConfig(sample_rate=8000, n_fft=128, window_length=128, hop_length=32, bands=12, fmax=4000.0, floor=1e-4)
+SMALL = MelConfig(
+    sample_rate=8000, n_fft=128, window_length=128, hop_length=32, bands=12, fmax=4000.0, floor=1e-4
+)
 
 
 def sound() -> torch.Tensor:
@@ -41,7 +43,9 @@ conventions = st.builds(
 
 @settings(max_examples=300, deadline=None)
 @given(source=conventions, target=conventions)
-def test_what_is_converted_is_what_the_target_would_have_taken(source: MelConfig, target: MelConfig):
+def test_what_is_converted_is_what_the_target_would_have_taken(
+    source: MelConfig, target: MelConfig
+):
     wave = sound()
     given, wanted = log_mel(wave, source), log_mel(wave, target)
     try:
@@ -49,16 +53,22 @@ def test_what_is_converted_is_what_the_target_would_have_taken(source: MelConfig
     except ValueError as error:
         assert "cannot be converted exactly: " in str(error)  # noqa: PT017
         assert any(f"{field} is" in str(error) for field in ("floor", "clip"))  # noqa: PT017
-        # Refused only where it can be wrong: of this sound, or one louder or softer, the source has cut off what the
-        # target shows. (Not so an added floor: below it float64 still has digits of the sound, and float32 has none.)
+        # Refused only where it can be wrong: of this sound, or one louder or softer, the source has
+        # cut off what the target shows. (Not so an added floor: below it float64 still has digits
+        # of the sound, and float32 has none.)
         if source.floor_mode == "clip":
             wrong = []
             for gain in (1.0, 1e4, 1e15, 1e-4):
-                forced = convert_mel(log_mel(gain * wave, source), source, target, ignore=("floor", "clip"))
-                wrong.append(not torch.allclose(forced, log_mel(gain * wave, target), rtol=0, atol=1e-9))
+                forced = convert_mel(
+                    log_mel(gain * wave, source), source, target, ignore=("floor", "clip")
+                )
+                wrong.append(
+                    not torch.allclose(forced, log_mel(gain * wave, target), rtol=0, atol=1e-9)
+                )
             assert any(wrong)
         return
-    # float64 in and out; what is near an added floor has lost digits to it, and a small slope grows to a large one.
+    # float64 in and out; what is near an added floor has lost digits to it, and a small slope grows
+    # to a large one.
     torch.testing.assert_close(made, wanted, rtol=1e-6, atol=1e-5)
 
 
@@ -82,7 +92,8 @@ def test_there_and_back_in_float32(target: MelConfig):
     mel = log_mel(sound(), SMALL).float()
     there = convert_mel(mel, SMALL, target)
     assert there.dtype == torch.float32
-    # Half a bit of values up to 1 (0 to 1 decibels) or 4 is 3e-8 or 2.4e-7; one neper is 0.087 or 0.43 of these units.
+    # Half a bit of values up to 1 (0 to 1 decibels) or 4 is 3e-8 or 2.4e-7; one neper is 0.087 or
+    # 0.43 of these units.
     torch.testing.assert_close(convert_mel(there, target, SMALL), mel, rtol=0, atol=2e-6)
 
 
@@ -93,9 +104,13 @@ def test_presets_and_their_natural_logarithm(name: str):
     natural = replace(config, log_base="e", scale=1.0, shift=0.0, clip=None)
     wave = torch.randn(1, 30_000, dtype=torch.float64) * 0.1
     mel = log_mel(wave, natural)
-    slope = {"r9y9": 1, "espnet": 1, "fatchord": 0.2, "hifigan": math.log(10), "librosa-default": 10}[name] / math.log(
-        10
-    )
+    slope = {
+        "r9y9": 1,
+        "espnet": 1,
+        "fatchord": 0.2,
+        "hifigan": math.log(10),
+        "librosa-default": 10,
+    }[name] / math.log(10)
     expected = mel * slope + (1 if name == "fatchord" else 0)
     torch.testing.assert_close(convert_mel(mel, natural, config), expected, rtol=0, atol=1e-12)
     torch.testing.assert_close(convert_mel(expected, config, natural), mel, rtol=0, atol=1e-12)
@@ -107,7 +122,8 @@ def test_a_floor_that_rises_is_exact_and_one_that_falls_is_not():
     made = convert_mel(log_mel(wave, deep), deep, shallow)
     torch.testing.assert_close(made, log_mel(wave, shallow), rtol=0, atol=1e-9)
     with pytest.raises(
-        ValueError, match=r"\d+\.\d% of the values are the quietest .*floor is 0.001, and wanted is 1e-08"
+        ValueError,
+        match=r"\d+\.\d% of the values are the quietest .*floor is 0.001, and wanted is 1e-08",
     ):
         convert_mel(log_mel(wave, shallow), shallow, deep)
     loud = torch.full((12, 3), -2.0)  # nothing at the floor: nothing has been cut off

@@ -16,7 +16,9 @@ from wavear.training import corpus_run
 
 def clip(path: Path, rate: int, seconds: float = 0.3) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    audio.write(path, np.random.default_rng(0).normal(0, 0.1, int(seconds * rate)).astype(np.float32), rate)
+    audio.write(
+        path, np.random.default_rng(0).normal(0, 0.1, int(seconds * rate)).astype(np.float32), rate
+    )
 
 
 def text(path: Path, content: str) -> None:
@@ -28,7 +30,10 @@ def ljspeech(data: Path) -> None:
     names = ["LJ001-0001", "LJ001-0026", "LJ002-0025", "LJ050-0001"]
     for name in names:
         clip(data / "LJSpeech-1.1" / "wavs" / f"{name}.wav", 22050)
-    text(data / "LJSpeech-1.1" / "metadata.csv", "".join(f'{name}|A "text, of sorts|a text\n' for name in names))
+    text(
+        data / "LJSpeech-1.1" / "metadata.csv",
+        "".join(f'{name}|A "text, of sorts|a text\n' for name in names),
+    )
 
 
 def cmu_arctic(data: Path, voices: tuple[str, ...] = ("slt",)) -> None:
@@ -37,17 +42,27 @@ def cmu_arctic(data: Path, voices: tuple[str, ...] = ("slt",)) -> None:
         names = ["arctic_a0019", "arctic_a0020", "arctic_b0001", "arctic_b0540"]
         for name in names:
             clip(folder / "wav" / f"{name}.wav", 16000)
-        text(folder / "etc" / "txt.done.data", "".join(f"( {name} \"Not at this, 'Tom'.\" )\n" for name in names))
+        text(
+            folder / "etc" / "txt.done.data",
+            "".join(f"( {name} \"Not at this, 'Tom'.\" )\n" for name in names),
+        )
 
 
 def vctk(data: Path) -> None:
     folder = data / "VCTK-Corpus-0.92"
-    for speaker, numbers in {"p225": (1, 20, 366), "p226": (1, 40), "p280": (1,), "s5": (1, 2)}.items():
+    for speaker, numbers in {
+        "p225": (1, 20, 366),
+        "p226": (1, 40),
+        "p280": (1,),
+        "s5": (1, 2),
+    }.items():
         for number in numbers:
             name = f"{speaker}_{number:03d}"
             text(folder / "txt" / speaker / f"{name}.txt", "Please call Stella.\n")
             for microphone in ("mic1", "mic2") if speaker != "p280" else ("mic1",):
-                clip(folder / "wav48_silence_trimmed" / speaker / f"{name}_{microphone}.flac", 48000)
+                clip(
+                    folder / "wav48_silence_trimmed" / speaker / f"{name}_{microphone}.flac", 48000
+                )
     text(folder / "speaker-info.txt", "ID  AGE  GENDER  ACCENTS  REGION COMMENTS\n")
 
 
@@ -84,12 +99,23 @@ MINIATURES = {
     "digits": digits,
 }
 
-# Corpus: names (without what is in front) that are held out, how many are trained on, and who speaks.
+# Corpus: names (without what is in front) that are held out, how many are trained on, and who
+# speaks.
 EXPECTED = {
     corpora.LJSpeech(): ("ljspeech", {"LJ001-0001.wav", "LJ002-0025.wav"}, 2, []),
     corpora.CMUArctic(): ("cmu_arctic", {"arctic_a0020.wav", "arctic_b0540.wav"}, 2, ["slt"]),
-    corpora.VCTK(): ("vctk", {"p225_020_mic1.flac", "p226_040_mic1.flac"}, 6, ["p225", "p226", "p280", "s5"]),
-    corpora.VCTK("mic2"): ("vctk", {"p225_020_mic2.flac", "p226_040_mic2.flac"}, 5, ["p225", "p226", "s5"]),
+    corpora.VCTK(): (
+        "vctk",
+        {"p225_020_mic1.flac", "p226_040_mic1.flac"},
+        6,
+        ["p225", "p226", "p280", "s5"],
+    ),
+    corpora.VCTK("mic2"): (
+        "vctk",
+        {"p225_020_mic2.flac", "p226_040_mic2.flac"},
+        5,
+        ["p225", "p226", "s5"],
+    ),
     corpora.YesNo(): ("yesno", {"0_0_0_0_1_0_0_1.wav"}, 10, []),
     corpora.LibriTTS(): (
         "libritts",
@@ -99,7 +125,12 @@ EXPECTED = {
     ),
     corpora.Digits(): (
         "digits",
-        {f"{digit}_{speaker}_{index}.wav" for digit in (0, 7) for speaker in ("george", "jackson") for index in (5, 9)},
+        {
+            f"{digit}_{speaker}_{index}.wav"
+            for digit in (0, 7)
+            for speaker in ("george", "jackson")
+            for index in (5, 9)
+        },
         8,
         ["george", "jackson"],
     ),
@@ -125,7 +156,9 @@ def test_a_corpus_is_listed_as_it_is_laid_out(tmp_path: Path, corpus: corpora.Pu
     assert len(opened.train) == trained_on
     assert opened.speakers == speakers
     for recording in opened.train + opened.validation:
-        assert recording.speaker is None or recording.speaker in str(recording.path).replace(os.sep, "/")
+        assert recording.speaker is None or recording.speaker in str(recording.path).replace(
+            os.sep, "/"
+        )
     assert sorted((tmp_path / "data").rglob("*")) == before
 
 
@@ -144,12 +177,16 @@ def test_nothing_is_chosen_on_the_test_digits(tmp_path: Path):
     tested = {int(clip.path.stem.split("_")[2]) for clip in clips if clip.split == "test"}
     assert tested == {0, 4}
     clip(tmp_path / "recordings" / "seven.wav", 8000)
-    with pytest.raises(ValueError, match=r"seven\.wav is not named as digits are: DIGIT_SPEAKER_INDEX\.wav"):
+    with pytest.raises(
+        ValueError, match=r"seven\.wav is not named as digits are: DIGIT_SPEAKER_INDEX\.wav"
+    ):
         corpora.Digits().clips(tmp_path)
 
 
 @pytest.mark.parametrize("corpus", EXPECTED, ids=str)
-def test_a_missing_corpus_is_said_with_how_to_get_it(tmp_path: Path, corpus: corpora.PublishedCorpus):
+def test_a_missing_corpus_is_said_with_how_to_get_it(
+    tmp_path: Path, corpus: corpora.PublishedCorpus
+):
     with pytest.raises(FileNotFoundError) as refusal:
         corpus_run.listed(corpus, config(tmp_path / "data", tmp_path / "runs" / "x"))
     said = str(refusal.value)
@@ -162,7 +199,8 @@ def test_a_missing_corpus_is_said_with_how_to_get_it(tmp_path: Path, corpus: cor
 def test_a_part_that_is_missing_is_named_with_its_own_size(tmp_path: Path):
     libritts(tmp_path)
     with pytest.raises(
-        FileNotFoundError, match=r"no LibriTTS/train-clean-360 \(LibriTTS\): --download gets it, 28 GB;"
+        FileNotFoundError,
+        match=r"no LibriTTS/train-clean-360 \(LibriTTS\): --download gets it, 28 GB;",
     ):
         corpora.LibriTTS(("train-clean-100", "train-clean-360")).clips(tmp_path)
 
@@ -174,7 +212,9 @@ def test_a_part_that_is_missing_is_named_with_its_own_size(tmp_path: Path):
         (cmu_arctic, corpora.CMUArctic(), "ARCTIC/cmu_us_slt_arctic/etc/txt.done.data"),
     ],
 )
-def test_a_corpus_without_its_list(tmp_path: Path, miniature, corpus: corpora.PublishedCorpus, lost: str):
+def test_a_corpus_without_its_list(
+    tmp_path: Path, miniature, corpus: corpora.PublishedCorpus, lost: str
+):
     miniature(tmp_path)
     (tmp_path / lost).unlink()
     with pytest.raises(FileNotFoundError, match="is not laid out as") as refusal:
@@ -191,7 +231,9 @@ def test_an_empty_corpus(tmp_path: Path):
 def test_unknown_parts_are_refused():
     with pytest.raises(ValueError, match="voices: 'xyz' is none of aew, "):
         corpora.CMUArctic(("slt", "xyz"))
-    with pytest.raises(ValueError, match="'dev-clean' is none of train-clean-100, train-clean-360, train-other-500"):
+    with pytest.raises(
+        ValueError, match="'dev-clean' is none of train-clean-100, train-clean-360, train-other-500"
+    ):
         corpora.LibriTTS(("dev-clean",))
     with pytest.raises(ValueError, match="subsets is empty"):
         corpora.LibriTTS(())
@@ -202,7 +244,9 @@ def test_unknown_parts_are_refused():
 def test_speakers_that_are_not_trained_on_are_not_told_apart(tmp_path: Path):
     libritts(tmp_path / "data")
     with pytest.raises(ValueError, match=r"\(84, say\)"):
-        corpus_run.listed(corpora.LibriTTS(), config(tmp_path / "data", tmp_path / "x", speakers=True))
+        corpus_run.listed(
+            corpora.LibriTTS(), config(tmp_path / "data", tmp_path / "x", speakers=True)
+        )
     vctk(tmp_path / "data")
     corpus_run.listed(corpora.VCTK(), config(tmp_path / "data", tmp_path / "x", speakers=True))
 
@@ -220,7 +264,9 @@ def test_a_manifest_is_never_replaced_unasked(tmp_path: Path):
     manifest.write_text("path\nmine.wav\n")
     with pytest.raises(FileExistsError, match=r"x\.csv exists and lists something else"):
         corpus_run.listed(corpora.YesNo(), given)
-    resumed = corpus_run.listed(corpora.YesNo(), config(tmp_path / "data", tmp_path / "x", resume=True))
+    resumed = corpus_run.listed(
+        corpora.YesNo(), config(tmp_path / "data", tmp_path / "x", resume=True)
+    )
     assert resumed.data == str(manifest)
     assert manifest.read_text() == "path\nmine.wav\n"
     corpus_run.listed(corpora.YesNo(), config(tmp_path / "data", tmp_path / "x", overwrite=True))
@@ -269,12 +315,20 @@ def test_download_gets_what_is_missing_and_no_more(tmp_path: Path, monkeypatch: 
 @pytest.mark.parametrize(
     ("broken", "raised", "said"),
     [
-        (RuntimeError("invalid hash value"), OSError, "YesNo cannot be downloaded to .*: invalid hash value"),
+        (
+            RuntimeError("invalid hash value"),
+            OSError,
+            "YesNo cannot be downloaded to .*: invalid hash value",
+        ),
         (KeyboardInterrupt(), KeyboardInterrupt, "^$"),
     ],
 )
 def test_a_broken_download_leaves_nothing_that_looks_whole(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: BaseException, raised: type[BaseException], said: str
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    broken: BaseException,
+    raised: type[BaseException],
+    said: str,
 ):
     monkeypatch.setattr(Fetched, "breaks", broken)
     (tmp_path / "mine.wav").touch()
@@ -283,7 +337,9 @@ def test_a_broken_download_leaves_nothing_that_looks_whole(
     assert [path.name for path in tmp_path.iterdir()] == ["mine.wav"]
 
 
-def test_download_is_a_flag_of_a_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
+def test_download_is_a_flag_of_a_recipe(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
     """It gets the corpus and stops; many processes at once are refused; what torchaudio cannot get has no such flag."""
 
     def status(corpus: corpora.PublishedCorpus, *flags: str) -> int:

@@ -1,7 +1,8 @@
 """The CUDA graph engine, replayed by a stand-in: same steps, same memory, no capture; and on a card where there is one.
 
-The stand-in calls the captured steps again on the same buffers. So these tests hold all but the capture itself: fixed
-addresses, the counter on the device, several samples per replay, streams that leave, states in and out.
+The stand-in calls the captured steps again on the same buffers. So these tests hold all but the
+capture itself: fixed addresses, the counter on the device, several samples per replay, streams that
+leave, states in and out.
 """
 
 from __future__ import annotations
@@ -29,7 +30,10 @@ from wavear.models.base import AutoregressiveModel
 from wavear.models.sampling import uniforms
 
 TOLERANCE = 1e-4  # nats, for models in float32: the sums of a batch round otherwise than those of one stream
-CHUNK, RUN = 40, 8  # shorter than the engine's own, so that there are several of each in a short test
+CHUNK, RUN = (
+    40,
+    8,
+)  # shorter than the engine's own, so that there are several of each in a short test
 
 
 @pytest.fixture(autouse=True)
@@ -86,9 +90,13 @@ def make(family: str) -> tuple[AutoregressiveModel, int]:
     torch.manual_seed(0)
     if family == "memory":
         return Memory().double().eval(), 0
-    settings: dict[str, Any] = {"speakers": 2, "kernel_size": 3, "classes": 300} if family == "conditioned" else {}
+    settings: dict[str, Any] = (
+        {"speakers": 2, "kernel_size": 3, "classes": 300} if family == "conditioned" else {}
+    )
     model = WaveNet(
-        WaveNetConfig(layers=4, stacks=2, residual_channels=6, skip_channels=8, head_channels=9, **settings)
+        WaveNetConfig(
+            layers=4, stacks=2, residual_channels=6, skip_channels=8, head_channels=9, **settings
+        )
     )
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -98,7 +106,9 @@ def make(family: str) -> tuple[AutoregressiveModel, int]:
 
 
 FAMILIES = ["memory", "wavenet", "conditioned"]
-every_family = pytest.mark.parametrize("config", test_families.EVERY.values(), ids=test_families.EVERY.keys())
+every_family = pytest.mark.parametrize(
+    "config", test_families.EVERY.values(), ids=test_families.EVERY.keys()
+)
 
 
 @every_family
@@ -114,7 +124,9 @@ def test_every_family_and_law_is_served(config):
     np.testing.assert_allclose(found, expected, rtol=1e-8, atol=1e-8)
     for name, tensor in reference.state(1).items():
         torch.testing.assert_close(engine.state(1)[name], tensor, rtol=1e-9, atol=1e-10)
-    np.testing.assert_allclose(CudaGraphEngine(model, 2).score(codes, cond), expected, rtol=1e-8, atol=1e-8)
+    np.testing.assert_allclose(
+        CudaGraphEngine(model, 2).score(codes, cond), expected, rtol=1e-8, atol=1e-8
+    )
 
 
 class Counting:
@@ -136,13 +148,21 @@ class Counting:
 
 def draws(batch: int, samples: int, channels: int = 0) -> tuple[np.ndarray, Tensor | None]:
     uniforms = np.random.default_rng(0).random((batch, samples))
-    return uniforms, torch.randn(batch, channels, samples, dtype=torch.float64) if channels else None
+    return uniforms, torch.randn(
+        batch, channels, samples, dtype=torch.float64
+    ) if channels else None
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"top_k": 3}, {"top_p": 0.6}, {"temperature": 0.5}, {"top_k": 5, "top_p": 0.7, "temperature": 1.5}],
+    [
+        {},
+        {"top_k": 3},
+        {"top_p": 0.6},
+        {"temperature": 0.5},
+        {"top_k": 5, "top_p": 0.7, "temperature": 1.5},
+    ],
     ids=str,
 )
 @torch.inference_mode()
@@ -152,7 +172,9 @@ def test_codes_and_log_probabilities_equal_the_reference(family, settings):
     uniforms, cond = draws(3, samples, channels)
     logs, expected_logs = np.empty((3, samples)), np.empty((3, samples))
     found = CudaGraphEngine(model, 3).generate(uniforms, cond, log_probability=logs, **settings)
-    expected = ReferenceEngine(model, 3).generate(uniforms, cond, log_probability=expected_logs, **settings)
+    expected = ReferenceEngine(model, 3).generate(
+        uniforms, cond, log_probability=expected_logs, **settings
+    )
     np.testing.assert_array_equal(found, expected)
     np.testing.assert_allclose(logs, expected_logs, atol=TOLERANCE)
     scores = CudaGraphEngine(model, 3).score(expected, cond)
@@ -170,7 +192,9 @@ def test_the_cuts_between_calls_change_no_bit(family):
     engine = CudaGraphEngine(model, 2)
     cuts = [0, 1, RUN - 1, RUN, 3 * RUN + 2, CHUNK + 1, samples]
     parts = [
-        engine.generate(uniforms[:, a:b], None if cond is None else cond[:, :, a:b], temperature[:, a:b])
+        engine.generate(
+            uniforms[:, a:b], None if cond is None else cond[:, :, a:b], temperature[:, a:b]
+        )
         for a, b in pairwise(cuts)
     ]
     np.testing.assert_array_equal(np.concatenate(parts, axis=1), whole)
@@ -184,7 +208,9 @@ def test_constant_conditioning():
     engine = CudaGraphEngine(model, 2)
     expected = ReferenceEngine(model, 2)
     for part in (cond, cond.flip(0)):  # what was captured follows the conditioning of each call
-        np.testing.assert_array_equal(engine.generate(uniforms, part), expected.generate(uniforms, part))
+        np.testing.assert_array_equal(
+            engine.generate(uniforms, part), expected.generate(uniforms, part)
+        )
 
 
 @torch.inference_mode()
@@ -211,8 +237,17 @@ def test_nothing_moves_and_the_host_is_not_asked():
     engine.generate(uniforms, cond)
 
     def addresses() -> list[int]:
-        buffers = [engine._uniforms, engine._temperatures, engine._codes, engine._scores, engine._previous]
-        return [t.data_ptr() for t in (*buffers, engine._clock, engine._cond[True], *tensors_of(engine._state))]
+        buffers = [
+            engine._uniforms,
+            engine._temperatures,
+            engine._codes,
+            engine._scores,
+            engine._previous,
+        ]
+        return [
+            t.data_ptr()
+            for t in (*buffers, engine._clock, engine._cond[True], *tensors_of(engine._state))
+        ]
 
     before = addresses()
     engine.generate(uniforms, cond)
@@ -241,10 +276,15 @@ def test_states_go_to_other_engines_and_come_back(family):
     expected = ReferenceEngine(model, 3).generate(uniforms, cond)
     engine = CudaGraphEngine(model, 3)
     np.testing.assert_array_equal(engine.generate(*part(0, 11)), expected[:, :11])
-    others: list[Any] = [ReferenceEngine(model, 1), *([NumbaEngine(model, 1)] if isinstance(model, WaveNet) else [])]
+    others: list[Any] = [
+        ReferenceEngine(model, 1),
+        *([NumbaEngine(model, 1)] if isinstance(model, WaveNet) else []),
+    ]
     for other in others:
         other.load_state(0, engine.state(1))
-        np.testing.assert_array_equal(other.generate(*part(11, 20, slice(1, 2))), expected[1:2, 11:20])
+        np.testing.assert_array_equal(
+            other.generate(*part(11, 20, slice(1, 2))), expected[1:2, 11:20]
+        )
         back = CudaGraphEngine(model, 2)  # in another place, beside a stream that begins
         back.load_state(1, other.state(0))
         rows = [0, 1]
@@ -305,23 +345,41 @@ def test_weights_changed_in_place_are_used_at_once():
 
 def on_stand_in(monkeypatch) -> None:
     """Let `wavear.generate` and streams run the engine here, where its device is refused."""
-    monkeypatch.setattr(choice, "make", lambda model, batch, engine, weights: CudaGraphEngine(model, batch))
+    monkeypatch.setattr(
+        choice, "make", lambda model, batch, engine, weights: CudaGraphEngine(model, batch)
+    )
 
 
 def test_utterances_of_different_lengths(monkeypatch):
     """Through `wavear.generate`: shorter ones leave the batch, and all become what they become on the reference."""
-    mel = wavear.MelConfig(sample_rate=8000, n_fft=64, window_length=64, hop_length=20, bands=5, fmax=4000.0)
+    mel = wavear.MelConfig(
+        sample_rate=8000, n_fft=64, window_length=64, hop_length=20, bands=5, fmax=4000.0
+    )
     model = WaveNet(
-        WaveNetConfig(layers=2, stacks=1, residual_channels=6, skip_channels=6, sample_rate=8000, mel=mel, speakers=2)
+        WaveNetConfig(
+            layers=2,
+            stacks=1,
+            residual_channels=6,
+            skip_channels=6,
+            sample_rate=8000,
+            mel=mel,
+            speakers=2,
+        )
     ).eval()
     monkeypatch.setattr(sys.modules["wavear.generation.engines"]._chunks, "__defaults__", (30,))
     mels = [torch.randn(5, frames) for frames in (2, 9, 4, 1)]
-    arguments: dict[str, Any] = {"seed": [1, 2, 3, 4], "speaker": [0, 1, 0, 1], "return_log_probability": True}
+    arguments: dict[str, Any] = {
+        "seed": [1, 2, 3, 4],
+        "speaker": [0, 1, 0, 1],
+        "return_log_probability": True,
+    }
     expected, expected_logs = wavear.generate(model, mels, engine="reference", **arguments)
     on_stand_in(monkeypatch)
     sizes = []
     keep = CudaGraphEngine.keep
-    monkeypatch.setattr(CudaGraphEngine, "keep", lambda self, s: sizes.append(len(s)) or keep(self, s))
+    monkeypatch.setattr(
+        CudaGraphEngine, "keep", lambda self, s: sizes.append(len(s)) or keep(self, s)
+    )
     found, logs = wavear.generate(model, mels, engine="cuda-graph", **arguments)
     assert torch.equal(found, expected)
     torch.testing.assert_close(logs, expected_logs, rtol=0, atol=TOLERANCE)
@@ -398,12 +456,20 @@ def test_on_a_card_codes_equal_the_reference(family):
     for settings in ({}, {"top_k": 5, "top_p": 0.7, "temperature": 1.5}):
         found = CudaGraphEngine(model, 3).generate(uniforms, cond, **settings)
         expected = ReferenceEngine(model, 3).generate(uniforms, cond, **settings)
-        assert (found == expected).mean() > 0.5  # a uniform on the boundary between two codes parts them for good
+        assert (
+            found == expected
+        ).mean() > 0.5  # a uniform on the boundary between two codes parts them for good
     logs = ReferenceEngine(model, 3).score(expected, cond)
-    np.testing.assert_allclose(CudaGraphEngine(model, 3).score(expected, cond), logs, atol=TOLERANCE)
+    np.testing.assert_allclose(
+        CudaGraphEngine(model, 3).score(expected, cond), logs, atol=TOLERANCE
+    )
     engine = CudaGraphEngine(model, 3)
     first = engine.generate(uniforms[:, :40], None if cond is None else cond[:, :, :40])
-    kept = engine.keep([2]).generate(uniforms[2:, 40:80], None if cond is None else cond[2:, :, 40:80])
-    again = CudaGraphEngine(model, 3).generate(uniforms[:, :80], None if cond is None else cond[:, :, :80])
+    kept = engine.keep([2]).generate(
+        uniforms[2:, 40:80], None if cond is None else cond[2:, :, 40:80]
+    )
+    again = CudaGraphEngine(model, 3).generate(
+        uniforms[:, :80], None if cond is None else cond[:, :, :80]
+    )
     np.testing.assert_array_equal(again[:, :40], first)
     np.testing.assert_array_equal(kept[0], again[2, 40:])

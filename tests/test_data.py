@@ -41,7 +41,10 @@ def folder(tmp_path_factory):
 def make_layout(segment: int = 512, **settings) -> tuple[WaveNet, Layout]:
     torch.manual_seed(0)
     mel = settings.pop(
-        "mel", MelConfig(sample_rate=RATE, n_fft=256, window_length=256, hop_length=64, bands=8, fmax=4000)
+        "mel",
+        MelConfig(
+            sample_rate=RATE, n_fft=256, window_length=256, hop_length=64, bands=8, fmax=4000
+        ),
     )
     base: dict[str, Any] = {
         "layers": 4,
@@ -51,7 +54,9 @@ def make_layout(segment: int = 512, **settings) -> tuple[WaveNet, Layout]:
         "head_channels": 8,
         "classes": 32,
     }
-    config = WaveNetConfig(**(base | {"conditioning_channels": 5, "sample_rate": RATE, "mel": mel} | settings))
+    config = WaveNetConfig(
+        **(base | {"conditioning_channels": 5, "sample_rate": RATE, "mel": mel} | settings)
+    )
     model = WaveNet(config).double()
     return model, layout_of(model, segment)
 
@@ -96,7 +101,9 @@ def manifest_text(kind: str) -> str:
         return "\n".join(map(json.dumps, ROWS)) + "\n"
     separator = {"csv": ",", "tsv": "\t"}[kind]
     keys = ["path", "start", "duration", "speaker", "split"]
-    lines = [separator.join(keys)] + [separator.join(str(row.get(key, "")) for key in keys) for row in ROWS]
+    lines = [separator.join(keys)] + [
+        separator.join(str(row.get(key, "")) for key in keys) for row in ROWS
+    ]
     return "\n".join(lines) + "\n"
 
 
@@ -122,7 +129,11 @@ def test_a_list_of_path_and_text_is_a_manifest(tmp_path):
 @pytest.mark.parametrize(
     ("text", "name", "message"),
     [
-        ("path,start\na.wav,-1\n", "m.csv", r"m\.csv:2: start is '-1', expected seconds, 0 or more"),
+        (
+            "path,start\na.wav,-1\n",
+            "m.csv",
+            r"m\.csv:2: start is '-1', expected seconds, 0 or more",
+        ),
         ("path,start\na.wav,soon\n", "m.csv", r"m\.csv:2: start is 'soon'"),
         ("path,split\na.wav,both\n", "m.csv", r"m\.csv:2: split is 'both', expected train"),
         ("file,text\na.wav,x\n", "m.csv", r"m\.csv:2 has no 'path'; its columns are file, text"),
@@ -164,7 +175,9 @@ def test_a_bad_file_among_good_ones_is_named_and_skipped(tmp_path):
 
 def test_if_no_file_is_good_the_first_reason_is_told(tmp_path):
     (tmp_path / "bad.wav").write_text("this is text")
-    with pytest.raises(ValueError, match=r"none of the files can be used; the first: bad\.wav: is not audio"):
+    with pytest.raises(
+        ValueError, match=r"none of the files can be used; the first: bad\.wav: is not audio"
+    ):
         open_corpus(tmp_path, sample_rate=RATE)
 
 
@@ -173,7 +186,11 @@ def test_other_rates_are_resampled_and_said_once(tmp_path):
         write(tmp_path / f"{number}.wav", 4000, rate=RATE if number else 16000)
     corpus = open_corpus(tmp_path, sample_rate=RATE)
     assert corpus.notes == ["1 of 3 files are resampled to 8000 Hz (from 16000 Hz)"]
-    assert {r.name: r.frames for r in corpus.train + corpus.validation} == {"0.wav": 2000, "1.wav": 4000, "2.wav": 4000}
+    assert {r.name: r.frames for r in corpus.train + corpus.validation} == {
+        "0.wav": 2000,
+        "1.wav": 4000,
+        "2.wav": 4000,
+    }
 
 
 # --- splitting
@@ -216,7 +233,9 @@ def test_stretches_of_a_file_stay_together():
 
 
 def test_the_column_split_decides():
-    train, held = split(named("a", "b") + named("c", split="validation") + named("d", split="test"), 0.9)
+    train, held = split(
+        named("a", "b") + named("c", split="validation") + named("d", split="test"), 0.9
+    )
     assert [r.name for r in train] == ["a", "b"]
     assert [r.name for r in held] == ["c"]
     with pytest.raises(ValueError, match="none is left to train on"):
@@ -260,7 +279,9 @@ def test_a_single_file_is_cut_into_parts_that_can_be_used(tmp_path):
         open_corpus(path, sample_rate=RATE, least_samples=2001)
 
 
-@pytest.mark.parametrize("header", ["path, split, speaker", "Path,Split,Speaker", " path ,split,speaker "])
+@pytest.mark.parametrize(
+    "header", ["path, split, speaker", "Path,Split,Speaker", " path ,split,speaker "]
+)
 def test_columns_are_found_by_their_names_however_written(tmp_path, header):
     write(tmp_path / "a.wav")
     (tmp_path / "list.csv").write_text(f"{header}\na.wav, test, ann\n")
@@ -273,7 +294,10 @@ def test_columns_are_found_by_their_names_however_written(tmp_path, header):
 
 def test_levels_are_brought_to_one(tmp_path):
     for number, level in enumerate((0.02, 0.3, 1.0)):
-        write(tmp_path / f"s{number // 2}" / f"{number}.wav", waveform=level * noise(4000) / np.abs(noise(4000)).max())
+        write(
+            tmp_path / f"s{number // 2}" / f"{number}.wav",
+            waveform=level * noise(4000) / np.abs(noise(4000)).max(),
+        )
     keywords = {"sample_rate": RATE, "speakers": True}
 
     def peaks(**settings) -> dict[str, float]:
@@ -301,7 +325,9 @@ def test_silent_ends_are_cut(tmp_path):
         assert 4000 + 800 <= recording.frames <= 4000 + 800 + 2 * 2048
         assert np.array_equal(
             read_span(recording, RATE, 0, recording.frames),
-            audio.read(recording.path).numpy()[recording.start : recording.start + recording.frames],
+            audio.read(recording.path).numpy()[
+                recording.start : recording.start + recording.frames
+            ],
         )
 
 
@@ -338,7 +364,14 @@ def test_the_loss_of_a_crop_is_the_slice_of_the_loss_of_the_whole(tmp_path, mel,
     """At the beginning, inside, at the end, and for files shorter than a crop. To 1e-9: the same sums in float64."""
     config = None
     if mel != "none":
-        base = {"sample_rate": RATE, "n_fft": 256, "window_length": 256, "hop_length": 64, "bands": 8, "fmax": 4000}
+        base = {
+            "sample_rate": RATE,
+            "n_fft": 256,
+            "window_length": 256,
+            "hop_length": 64,
+            "bands": 8,
+            "fmax": 4000,
+        }
         config = MelConfig(**(base | MELS[mel]))
     model, layout = make_layout(300, mel=config, kernel_size=3, speakers=2)
     if samples < layout.hop:
@@ -349,7 +382,9 @@ def test_the_loss_of_a_crop_is_the_slice_of_the_loss_of_the_whole(tmp_path, mel,
     total = samples // layout.hop * layout.hop
     with torch.no_grad():
         codes = mulaw_encode(whole[:, :total], 32)
-        cond = model.condition(None if config is None else log_mel(whole, config), torch.tensor([1]))
+        cond = model.condition(
+            None if config is None else log_mel(whole, config), torch.tensor([1])
+        )
         expected = torch.nn.functional.cross_entropy(model(codes, cond), codes, reduction="none")[0]
     segments = Segments([recording], layout, ["a", "b"])
     starts = sorted({max(start, 0) for start in layout.starts(recording)})
@@ -362,7 +397,9 @@ def test_the_loss_of_a_crop_is_the_slice_of_the_loss_of_the_whole(tmp_path, mel,
         with torch.no_grad():
             loss, mask = crop_loss(model, collate([item]), layout)
         assert mask[0].nonzero()[[0, -1], 0].tolist() == [first, last - 1]
-        torch.testing.assert_close(loss[0, first:last], expected[start + first : start + last], atol=1e-9, rtol=0)
+        torch.testing.assert_close(
+            loss[0, first:last], expected[start + first : start + last], atol=1e-9, rtol=0
+        )
         assert (loss[0, :first] == 0).all()
         assert (loss[0, last:] == 0).all()
         scored[start + first : start + last] += 1
@@ -411,7 +448,11 @@ def test_only_the_needed_part_of_a_file_is_read(tmp_path, monkeypatch):
 
 
 def items_equal(a: dict, b: dict) -> bool:
-    return a["span"] == b["span"] and a["source"] == b["source"] and np.array_equal(a["waveform"], b["waveform"])
+    return (
+        a["span"] == b["span"]
+        and a["source"] == b["source"]
+        and np.array_equal(a["waveform"], b["waveform"])
+    )
 
 
 def test_an_item_depends_on_seed_and_number_only(folder):
@@ -461,7 +502,9 @@ def test_what_is_drawn_carries_loss_where_its_past_is_known(tmp_path):
     for index in range(200):
         item = stream[index]
         window = item["waveform"][layout.margin : layout.margin + layout.window]
-        (start,) = [s for s in range(0, 5000, 64) if np.array_equal(whole[s : s + layout.window], window)]
+        (start,) = [
+            s for s in range(0, 5000, 64) if np.array_equal(whole[s : s + layout.window], window)
+        ]
         first = 0 if start == 0 else layout.receptive_field
         assert item["span"] == (first, layout.window)
         firsts.add(first)
@@ -479,7 +522,9 @@ def test_files_count_by_their_length_and_samples_alike(folder):
     counts = np.bincount([item["source"] for item in items], minlength=len(recordings))
     assert (np.abs(counts - expected) < 5 * np.sqrt(expected)).all()
     first = np.mean([item["span"][0] == 0 for item in items])
-    per_file = np.array([(layout.context // layout.hop + 1) / len(layout.starts(r)) for r in recordings])
+    per_file = np.array(
+        [(layout.context // layout.hop + 1) / len(layout.starts(r)) for r in recordings]
+    )
     chance = (per_file * lengths / lengths.sum()).sum()
     assert first == pytest.approx(chance, abs=5 * np.sqrt(chance / 2000))
 
@@ -504,7 +549,9 @@ def test_stereo_is_mixed(tmp_path):
     left, right = noise(4000, 1), noise(4000, 2)
     soundfile.write(tmp_path / "a.wav", np.stack([left, right], 1), RATE, subtype="FLOAT")
     recording = Recording(tmp_path / "a.wav", "a.wav", 0, 4000, RATE)
-    np.testing.assert_allclose(read_span(recording, RATE, 5, 900), ((left + right) / 2)[5:900], atol=1e-6)
+    np.testing.assert_allclose(
+        read_span(recording, RATE, 5, 900), ((left + right) / 2)[5:900], atol=1e-6
+    )
 
 
 def test_a_stretch_is_read_from_its_start(tmp_path):

@@ -50,7 +50,10 @@ def test_notes_are_repeatable_distinct_and_in_range():
     assert all(np.array_equal(a.waveform, b.waveform) for a, b in zip(made, again, strict=True))
     assert not any(np.array_equal(a.waveform, b.waveform) for a, b in zip(made, other, strict=True))
     assert len({note.name for note in made}) == len(made) == 144
-    assert all(0.3 < np.abs(note.waveform).max() < 0.9 and note.waveform.dtype == np.float32 for note in made)
+    assert all(
+        0.3 < np.abs(note.waveform).max() < 0.9 and note.waveform.dtype == np.float32
+        for note in made
+    )
 
 
 def test_held_out_notes_are_takes_of_their_own():
@@ -61,7 +64,8 @@ def test_held_out_notes_are_takes_of_their_own():
         same = [note for note in made if note.name.rsplit("-", 1)[0] == held.name]
         assert len(same) == 12
         assert all(note.frequency == held.frequency for note in same)
-        # Loudness alone would leave a correlation of 1, noise too 0.9975; most takes have another colour.
+        # Loudness alone would leave a correlation of 1, noise too 0.9975; most takes have another
+        # colour.
         alike = [np.corrcoef(note.waveform, held.waveform)[0, 1] for note in same]
         assert max(alike) < 0.999
         assert np.median(alike) < 0.995
@@ -81,7 +85,10 @@ def test_check_hears_pitch(cents: float):
 def test_check_hears_noise_and_silence():
     draw = np.random.default_rng(0)
     for note in notes(1.0, RATE, held_out=True):
-        for waveform in (draw.normal(0, 0.1, RATE).astype(np.float32), np.full(RATE, 1e-4, np.float32)):
+        for waveform in (
+            draw.normal(0, 0.1, RATE).astype(np.float32),
+            np.full(RATE, 1e-4, np.float32),
+        ):
             assert not Heard(note, waveform, *compare_pitch(waveform, note, RATE)).in_tune
 
 
@@ -123,7 +130,9 @@ def test_demo_leaves_what_it_promises(tmp_path: Path, capsys: pytest.CaptureFixt
     assert "is not empty" in capsys.readouterr().err
 
 
-def test_exit_status_tells_whether_the_pitch_is_right(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_exit_status_tells_whether_the_pitch_is_right(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     for right in (True, False):
         result = type("Result", (), {"in_tune": right})
         monkeypatch.setattr(job, "run", lambda *_, result=result, **__: result)

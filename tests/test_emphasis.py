@@ -70,18 +70,24 @@ def test_the_two_filters_are_scipys_and_undo_each_other():
 
 
 def test_pieces_are_the_whole():
-    y = torch.from_numpy(np.random.default_rng(0).uniform(-1, 1, 1000).astype(np.float32))  # which clips, too
+    y = torch.from_numpy(
+        np.random.default_rng(0).uniform(-1, 1, 1000).astype(np.float32)
+    )  # which clips, too
     whole = Deemphasis(A)(y)
     back = Deemphasis(A)
     assert torch.equal(torch.cat([back(part) for part in y.split([1, 0, 300, 7, 692])]), whole)
     assert float(whole.abs().max()) == 1
     expected = lfilter([1], [1, -A], y.double().numpy())
-    np.testing.assert_allclose(whole.numpy(), np.clip(expected, -1, 1), atol=1e-6)  # clipped after the filter
+    np.testing.assert_allclose(
+        whole.numpy(), np.clip(expected, -1, 1), atol=1e-6
+    )  # clipped after the filter
 
 
 def codes_of(x: np.ndarray) -> torch.Tensor:
     """By the definition."""
-    return mulaw_encode(torch.from_numpy(x - np.float32(A) * np.concatenate([[np.float32(0)], x[:-1]])), 256)
+    return mulaw_encode(
+        torch.from_numpy(x - np.float32(A) * np.concatenate([[np.float32(0)], x[:-1]])), 256
+    )
 
 
 @pytest.fixture
@@ -100,22 +106,32 @@ def test_crops_have_the_codes_of_the_whole(recording: Recording, mel: MelConfig 
     for start, first, last in layout.cover(recording):
         from wavear.data.crops import read_crop
 
-        batch = collate([segments.item(recording, 0, start, first, last, read_crop(recording, layout, start))])
+        batch = collate(
+            [segments.item(recording, 0, start, first, last, read_crop(recording, layout, start))]
+        )
         codes, _, _ = inputs(model, batch, layout)
         assert torch.equal(codes[0, :last], expected[start : start + last])
 
 
 @pytest.mark.parametrize("mel", [None, MEL], ids=["free", "mel"])
-def test_bits_are_of_the_emphasised_codes_by_every_way(recording: Recording, mel: MelConfig | None, monkeypatch):
+def test_bits_are_of_the_emphasised_codes_by_every_way(
+    recording: Recording, mel: MelConfig | None, monkeypatch
+):
     from wavear.evaluation import bits as evaluation
     from wavear.evaluation import held_out as training
 
     model = network(mel).double()
     x = speech_like(2000)
-    conditioning = None if mel is None else model.condition(wavear.log_mel(torch.from_numpy(x)[None].double(), mel))
+    conditioning = (
+        None
+        if mel is None
+        else model.condition(wavear.log_mel(torch.from_numpy(x)[None].double(), mel))
+    )
     codes = codes_of(x)
     with torch.no_grad():
-        logs = torch.log_softmax(model(codes[None], conditioning), 1).gather(1, codes[None, None])[0, 0]
+        logs = torch.log_softmax(model(codes[None], conditioning), 1).gather(1, codes[None, None])[
+            0, 0
+        ]
     expected = -logs.sum().item() / math.log(2)
     assert -wavear.score(model, x).sum().item() / math.log(2) == pytest.approx(expected, rel=1e-6)
     monkeypatch.setattr(training, "_EVALUATION_SEGMENT", 300)
@@ -123,29 +139,41 @@ def test_bits_are_of_the_emphasised_codes_by_every_way(recording: Recording, mel
     blocks = list(evaluation.scored_blocks(model, recording, None, seconds=0.05))
     assert len(blocks) > 3
     np.testing.assert_allclose(
-        np.concatenate([nats for _, nats in blocks]), -logs.numpy(), atol=1e-9 if mel is None else 1e-5
+        np.concatenate([nats for _, nats in blocks]),
+        -logs.numpy(),
+        atol=1e-9 if mel is None else 1e-5,
     )
     monkeypatch.setattr(training, "_READ_SECONDS", 0.05)
-    counted = list(training.code_blocks(recording, dataclasses.replace(layout_of(model, 1), hop=1), model.grid))
+    counted = list(
+        training.code_blocks(recording, dataclasses.replace(layout_of(model, 1), hop=1), model.grid)
+    )
     assert np.array_equal(np.concatenate(counted), codes.numpy())
 
 
 CARRYING: dict[str, Any] = {
     "gru": lambda **common: GRU(GRUConfig(channels=8, input_channels=4, head_channels=8, **common)),
     "transformer": lambda **common: Transformer(
-        TransformerConfig(layers=2, channels=8, heads=2, window=8, patch=4, head_channels=8, **common)
+        TransformerConfig(
+            layers=2, channels=8, heads=2, window=8, patch=4, head_channels=8, **common
+        )
     ),
 }
 
 
 @pytest.mark.parametrize("mel", [None, MEL], ids=["free", "mel"])
 @pytest.mark.parametrize("family", CARRYING)
-def test_families_that_carry_their_state_have_it_too(recording: Recording, family: str, mel: Any, monkeypatch):
+def test_families_that_carry_their_state_have_it_too(
+    recording: Recording, family: str, mel: Any, monkeypatch
+):
     from wavear.evaluation import bits as evaluation
     from wavear.evaluation import held_out as training
 
     torch.manual_seed(0)
-    model = CARRYING[family](mel=mel, sample_rate=RATE, conditioning_channels=4, pre_emphasis=A).double().eval()
+    model = (
+        CARRYING[family](mel=mel, sample_rate=RATE, conditioning_channels=4, pre_emphasis=A)
+        .double()
+        .eval()
+    )
     x, codes = speech_like(2000), codes_of(speech_like(2000))
     log_mels = None if mel is None else wavear.log_mel(torch.from_numpy(x)[None].double(), mel)
     with torch.no_grad():
@@ -156,11 +184,17 @@ def test_families_that_carry_their_state_have_it_too(recording: Recording, famil
     assert training.held_out_bits(model, [recording]).total[0] == pytest.approx(expected, rel=1e-6)
     blocks = list(evaluation.scored_blocks(model, recording, None, seconds=0.05))
     assert sum(nats.sum() for _, nats in blocks) / math.log(2) == pytest.approx(expected, rel=1e-6)
-    settings: dict[str, Any] = {"samples": 500} if log_mels is None else {"mel": log_mels[0].float()}
+    settings: dict[str, Any] = (
+        {"samples": 500} if log_mels is None else {"mel": log_mels[0].float()}
+    )
     model = model.float()
     with torch.no_grad():  # quiet, so that nothing is clipped
-        (model.head.last if family == "gru" else model.head.out).bias[:] = -0.02 * (torch.arange(256) - 128) ** 2
-    made, logs = generate(model, seed=3, return_log_probability=True, engine="reference", **settings)
+        (model.head.last if family == "gru" else model.head.out).bias[:] = (
+            -0.02 * (torch.arange(256) - 128) ** 2
+        )
+    made, logs = generate(
+        model, seed=3, return_log_probability=True, engine="reference", **settings
+    )
     if mel is None:  # what is heard has the codes that were drawn
         torch.testing.assert_close(wavear.score(model, made[0])[0], logs[0], atol=1e-5, rtol=0)
     again = generate(model, seed=3, engine="numba", **settings)
@@ -198,17 +232,23 @@ def test_what_is_generated_is_the_deemphasised_codes():
     made = generate(model, samples=300, seed=[1, 2], engine="reference")
     plain = network(a=0.0)
     plain.load_state_dict(model.state_dict())
-    codes = mulaw_encode(generate(plain, samples=300, seed=[1, 2], engine="reference"), 256)  # the same, codes alone
+    codes = mulaw_encode(
+        generate(plain, samples=300, seed=[1, 2], engine="reference"), 256
+    )  # the same, codes alone
     for row, expected in zip(made, codes, strict=True):
         np.testing.assert_allclose(row.numpy(), decoded(expected), atol=1e-6)
 
 
 @pytest.mark.parametrize("mel", [None, MEL], ids=["free", "mel"])
-def test_a_stream_is_generate_to_the_bit_however_it_is_cut_and_saved(mel: MelConfig | None, tmp_path: Path):
+def test_a_stream_is_generate_to_the_bit_however_it_is_cut_and_saved(
+    mel: MelConfig | None, tmp_path: Path
+):
     model = network(mel)
     prime = speech_like(75)
     frames = None if mel is None else torch.randn(5, 15, generator=torch.Generator().manual_seed(0))
-    whole = generate(model, frames, samples=None if mel else 225, seed=3, engine="reference", prime=prime)[0]
+    whole = generate(
+        model, frames, samples=None if mel else 225, seed=3, engine="reference", prime=prime
+    )[0]
 
     def parts(stream: Stream) -> list[torch.Tensor]:
         made = [stream.pull(40), stream.pull(1)] if frames is None else [stream.push(frames[:, :9])]
@@ -238,7 +278,9 @@ def test_members_of_a_batch_have_each_its_own():
 def test_a_recording_that_was_made_goes_on_as_it_would_have():
     model = network()
     with torch.no_grad():
-        model.get_parameter("head.3.bias").copy_(-(torch.arange(256.0) - 128).abs() / 8)  # quiet, most of the time
+        model.get_parameter("head.3.bias").copy_(
+            -(torch.arange(256.0) - 128).abs() / 8
+        )  # quiet, most of the time
     whole = generate(model, samples=200, seed=4, engine="reference")[0]
     assert float(whole.abs().max()) < 1  # nothing clipped, so that its codes are known
     on = generate(model, samples=120, seed=4, engine="reference", prime=whole[:80])[0]
@@ -266,7 +308,10 @@ def test_its_best_possible_is_the_round_trip_of_these_codes():
     x = torch.from_numpy(speech_like(4000))
     found = grid_round_trip(x, Grid("mulaw", 256), A)
     np.testing.assert_allclose(found.numpy(), decoded(codes_of(x.numpy())), atol=1e-6)
-    high = [np.abs(np.fft.rfft((y - x).numpy()))[1500:].mean() for y in (found, grid_round_trip(x, Grid("mulaw", 256)))]
+    high = [
+        np.abs(np.fft.rfft((y - x).numpy()))[1500:].mean()
+        for y in (found, grid_round_trip(x, Grid("mulaw", 256)))
+    ]
     assert high[0] < high[1] / 1.5  # what it is for: less noise above 3 kHz
 
 

@@ -18,14 +18,25 @@ import soundfile
 import torch
 
 import wavear
-from wavear import EvaluateConfig, Evaluation, MelConfig, WaveNet, WaveNetConfig, audio, compare, evaluate
+from wavear import (
+    EvaluateConfig,
+    Evaluation,
+    MelConfig,
+    WaveNet,
+    WaveNetConfig,
+    audio,
+    compare,
+    evaluate,
+)
 from wavear.cli.commands import main
 from wavear.demo.sounds import string, voice
 from wavear.evaluation.comparison import paired
 from wavear.evaluation.metrics import MEASURES, measure, pitch
 
 RATE = 8000
-MEL = MelConfig(sample_rate=RATE, n_fft=256, window_length=256, hop_length=64, bands=20, fmax=4000.0)
+MEL = MelConfig(
+    sample_rate=RATE, n_fft=256, window_length=256, hop_length=64, bands=20, fmax=4000.0
+)
 FAST = EvaluateConfig(clips=2, seconds=0.6, threads=1, resamples=200, shown=0)
 SHOWN = dataclasses.replace(FAST, shown=8)
 
@@ -35,7 +46,9 @@ SHORT = dataclasses.replace(FAST, seconds=0.2)
 
 def tiny(seed: int = 0, **settings: Any) -> WaveNet:
     torch.manual_seed(seed)
-    sizes = dict.fromkeys(("residual_channels", "skip_channels", "head_channels", "conditioning_channels"), 4)
+    sizes = dict.fromkeys(
+        ("residual_channels", "skip_channels", "head_channels", "conditioning_channels"), 4
+    )
     return WaveNet(WaveNetConfig(layers=3, stacks=1, sample_rate=RATE, **sizes, **settings)).eval()
 
 
@@ -56,9 +69,14 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny(law="logistic_mixture", mixtures=2, mel=MEL).save(folder / "runs" / "mixture" / "best")
     slow = dataclasses.replace(tiny().config, sample_rate=4000)
     WaveNet(slow).save(folder / "runs" / "slow" / "best")
-    tiny(mel=MEL, speakers=2).save(folder / "runs" / "speakers" / "best", training={"speakers": ["ann", "bob"]})
+    tiny(mel=MEL, speakers=2).save(
+        folder / "runs" / "speakers" / "best", training={"speakers": ["ann", "bob"]}
+    )
     for n in range(3):
-        for path in (folder / "held" / f"{n}.wav", folder / "by_speaker" / ("ann", "bob", "ann")[n] / f"{n}.wav"):
+        for path in (
+            folder / "held" / f"{n}.wav",
+            folder / "by_speaker" / ("ann", "bob", "ann")[n] / f"{n}.wav",
+        ):
             path.parent.mkdir(parents=True, exist_ok=True)
             audio.write(path, clip(n), RATE)
     return folder
@@ -155,7 +173,9 @@ def test_the_page_needs_nothing_else(here: Path, made: Evaluation):
     assert f"{made.bits['model']:.3f}".replace(".", '</span><span class="f">.') in page
     assert page.count("<audio") == 2 * 4
     assert page.count("data:image/png") == 2 * 2  # there is no metrics.csv
-    for sound, path in zip(re.findall(r"data:audio/flac;base64,([^\"]+)", page), _played(made), strict=True):
+    for sound, path in zip(
+        re.findall(r"data:audio/flac;base64,([^\"]+)", page), _played(made), strict=True
+    ):
         samples, rate = soundfile.read(io.BytesIO(base64.b64decode(sound)), dtype="int16")
         assert rate == RATE
         assert np.array_equal(samples, soundfile.read(made.folder / path, dtype="int16")[0])
@@ -165,7 +185,11 @@ def _played(made: Evaluation) -> list[str]:
     """Files in the order of the page: from the least to the largest distance."""
     rows = [row for row in made.record["clips"] if "audio" in row]
     rows.sort(key=lambda row: row["measures"]["model"]["stft_distance"])
-    return [row["audio"][system] for row in rows for system in ("original", "mulaw", "model", "griffin_lim")]
+    return [
+        row["audio"][system]
+        for row in rows
+        for system in ("original", "mulaw", "model", "griffin_lim")
+    ]
 
 
 def test_markup_in_names_stays_text(here: Path, tmp_path: Path):
@@ -174,7 +198,10 @@ def test_markup_in_names_stays_text(here: Path, tmp_path: Path):
     for n, each in enumerate((name, "b.wav")):
         audio.write(tmp_path / "clips" / each, clip(n), RATE)
     found = evaluate(
-        here / "runs" / "mel" / "best", tmp_path / "clips", tmp_path / "out", dataclasses.replace(FAST, clips=0)
+        here / "runs" / "mel" / "best",
+        tmp_path / "clips",
+        tmp_path / "out",
+        dataclasses.replace(FAST, clips=0),
     )
     page = found.page.read_text(encoding="utf-8")
     assert "<b>" not in page
@@ -182,11 +209,15 @@ def test_markup_in_names_stays_text(here: Path, tmp_path: Path):
 
 
 def test_training_curves_are_shown_where_there_are_some(here: Path, tmp_path: Path):
-    shutil.copytree(here / "runs" / "mel" / "best", tmp_path / "run" / "kept" / "7")  # one level deeper than best/
+    shutil.copytree(
+        here / "runs" / "mel" / "best", tmp_path / "run" / "kept" / "7"
+    )  # one level deeper than best/
     with (tmp_path / "run" / "metrics.csv").open("w", newline="") as file:
         rows = csv.writer(file)
         rows.writerow(["step", "train_bits", "validation_bits", "something_new"])
-        rows.writerows([[step, 8 - step / 100, "" if step % 10 else 8 - step / 90, "x"] for step in range(50)])
+        rows.writerows(
+            [[step, 8 - step / 100, "" if step % 10 else 8 - step / 90, "x"] for step in range(50)]
+        )
         file.write("50,7.")  # cut short
     config = dataclasses.replace(FAST, clips=0)
     found = evaluate(tmp_path / "run" / "kept" / "7", here / "held", tmp_path / "out", config)
@@ -222,7 +253,9 @@ def test_baselines_are_fitted_to_the_training_data_or_to_what_is_given(here: Pat
     (tmp_path / "train").mkdir()
     for n in range(4):
         audio.write(tmp_path / "train" / f"{n}.wav", clip(10 + n), RATE)
-    checkpoint = run_of(here, tmp_path / "run", data=str(tmp_path / "train"), validation=str(here / "held"))
+    checkpoint = run_of(
+        here, tmp_path / "run", data=str(tmp_path / "train"), validation=str(here / "held")
+    )
     config = dataclasses.replace(FAST, clips=0)
     known = evaluate(checkpoint, here / "held", tmp_path / "a", config).record
     given = evaluate(
@@ -243,13 +276,17 @@ def test_halves_of_the_clips_serve_each_other(here: Path, made: Evaluation, tmp_
     for name in ("0.wav", "2.wav"):
         shutil.copy(here / "held" / name, tmp_path / "train" / name)
     config = dataclasses.replace(FAST, clips=0, train_data=str(tmp_path / "train"))
-    found = evaluate(here / "runs" / "mel" / "best", here / "held" / "1.wav", tmp_path / "out", config)
+    found = evaluate(
+        here / "runs" / "mel" / "best", here / "held" / "1.wav", tmp_path / "out", config
+    )
     assert found.record["clips"][0]["bits"] == pytest.approx(made.record["clips"][1]["bits"])
 
 
 def test_one_clip_alone_has_no_baselines(here: Path, tmp_path: Path):
     config = dataclasses.replace(FAST, clips=0)
-    found = evaluate(here / "runs" / "mel" / "best", here / "held" / "1.wav", tmp_path / "out", config)
+    found = evaluate(
+        here / "runs" / "mel" / "best", here / "held" / "1.wav", tmp_path / "out", config
+    )
     assert set(found.bits) == {"model", "uniform"}
     assert any("--train-data" in note for note in found.record["notes"])
     assert found.record["bits"]["model"]["low"] is None
@@ -259,10 +296,15 @@ def test_levels_are_treated_as_in_training(here: Path, tmp_path: Path):
     checkpoint = run_of(here, tmp_path / "run", data="gone", normalise="peak", trim_silence=40.0)
     config = dataclasses.replace(FAST, clips=1)
     found = evaluate(checkpoint, here / "held", tmp_path / "out", config)
-    assert any("treated as in training: level by peak, ends 40 dB" in note for note in found.record["notes"])
+    assert any(
+        "treated as in training: level by peak, ends 40 dB" in note
+        for note in found.record["notes"]
+    )
     row = next(row for row in found.record["clips"] if "audio" in row)
     heard = audio.read(found.folder / row["audio"]["original"])
-    assert row["samples"] < clip(0).size - RATE // 20  # of a fifth of a second of silence, and a fade
+    assert (
+        row["samples"] < clip(0).size - RATE // 20
+    )  # of a fifth of a second of silence, and a fade
     assert float(heard.abs().max()) == pytest.approx(0.9, abs=0.1)
 
 
@@ -314,9 +356,32 @@ def test_names_that_are_no_unicode(here: Path, tmp_path: Path, monkeypatch: pyte
         pytest.skip("the file system takes no such names")
     printed = io.TextIOWrapper(io.BytesIO(), encoding="utf-8", write_through=True)
     monkeypatch.setattr("sys.stdout", printed)
-    monkeypatch.setattr("sys.stderr", io.TextIOWrapper(io.BytesIO(), encoding="utf-8", errors="backslashreplace"))
-    words = ("evaluate", here / "runs" / "mel" / "best", tmp_path / "held", "--out", tmp_path / "out")
-    assert main([*map(str, words), "--clips", "4", "--seconds", "0.1", "--threads", "1", "--resamples", "200"]) == 0
+    monkeypatch.setattr(
+        "sys.stderr", io.TextIOWrapper(io.BytesIO(), encoding="utf-8", errors="backslashreplace")
+    )
+    words = (
+        "evaluate",
+        here / "runs" / "mel" / "best",
+        tmp_path / "held",
+        "--out",
+        tmp_path / "out",
+    )
+    assert (
+        main(
+            [
+                *map(str, words),
+                "--clips",
+                "4",
+                "--seconds",
+                "0.1",
+                "--threads",
+                "1",
+                "--resamples",
+                "200",
+            ]
+        )
+        == 0
+    )
     assert name in [row["name"] for row in Evaluation.read(tmp_path / "out").record["clips"]]
     assert "caf\\udce9.wav" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
     assert "caf\\udce9.wav: no PESQ" in printed.buffer.getvalue().decode("utf-8")  # type: ignore[attr-defined]
@@ -337,7 +402,12 @@ def test_scoring_keeps_to_the_threads(here: Path, tmp_path: Path, monkeypatch: p
     bits = run.score_recording
     monkeypatch.setattr(run, "score_recording", scored)
     try:
-        evaluate(here / "runs" / "mel" / "best", here / "held", tmp_path / "out", dataclasses.replace(FAST, clips=0))
+        evaluate(
+            here / "runs" / "mel" / "best",
+            here / "held",
+            tmp_path / "out",
+            dataclasses.replace(FAST, clips=0),
+        )
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
@@ -349,15 +419,21 @@ def test_scoring_keeps_to_the_threads(here: Path, tmp_path: Path, monkeypatch: p
     [({"normalise": "rms"}, "level by rms"), ({"trim_silence": 30.0}, "ends 30 dB down cut")],
     ids=["level", "ends"],
 )
-def test_levels_and_ends_are_treated_alone(here: Path, tmp_path: Path, settings: dict[str, Any], says: str):
+def test_levels_and_ends_are_treated_alone(
+    here: Path, tmp_path: Path, settings: dict[str, Any], says: str
+):
     checkpoint = run_of(here, tmp_path / "run", data="gone", **settings)
-    found = evaluate(checkpoint, here / "held", tmp_path / "out", dataclasses.replace(FAST, clips=0))
+    found = evaluate(
+        checkpoint, here / "held", tmp_path / "out", dataclasses.replace(FAST, clips=0)
+    )
     assert f"treated as in training: {says}" in found.record["notes"]
 
 
 def test_levels_by_speaker_are_those_of_training(here: Path, tmp_path: Path):
     """Of the speakers that the run knew; of the others by these clips, and the report says so."""
-    checkpoint = run_of(here, tmp_path / "run", data="gone", normalise="peak", normalise_by="speaker")
+    checkpoint = run_of(
+        here, tmp_path / "run", data="gone", normalise="peak", normalise_by="speaker"
+    )
     path = tmp_path / "run" / "train.json"
     record = json.loads(path.read_text())
     path.write_text(json.dumps(record | {"data": {"gains": {"ann": 0.25}}}))
@@ -369,11 +445,15 @@ def test_levels_by_speaker_are_those_of_training(here: Path, tmp_path: Path):
         config = dataclasses.replace(SHORT, clips=3)
         found = evaluate(checkpoint, here / data, out, config).record
         assert f"treated as in training: level by peak for each speaker; {says}" in found["notes"]
-        peaks = {n: 0.9 / float(audio.read(here / "held" / f"{n}.wav").abs().max()) for n in range(3)}
+        peaks = {
+            n: 0.9 / float(audio.read(here / "held" / f"{n}.wav").abs().max()) for n in range(3)
+        }
         gains = [0.25, 0.25, peaks[1]] if data == "by_speaker" else [min(peaks.values())] * 3
         for row, gain in zip(found["clips"], gains, strict=True):
             x = audio.read(here / data / row["name"])[: row["synthesized_samples"]] * gain
-            assert torch.allclose(audio.read(out / row["audio"]["original"]), x, atol=2 / 32768, rtol=0)
+            assert torch.allclose(
+                audio.read(out / row["audio"]["original"]), x, atol=2 / 32768, rtol=0
+            )
     path.write_text(json.dumps(record))
     config = dataclasses.replace(FAST, clips=0, train_data=str(here / "by_speaker"))
     (tmp_path / "two" / "ann").mkdir(parents=True)
@@ -391,7 +471,9 @@ def test_recordings_for_baselines_have_gains_by_speaker(here: Path):
     assert found[0].gain == found[1].gain != found[2].gain == 0.5
 
 
-def test_clips_of_the_training_are_found_in_shards_and_data_that_are_gone_are_told(here: Path, tmp_path: Path):
+def test_clips_of_the_training_are_found_in_shards_and_data_that_are_gone_are_told(
+    here: Path, tmp_path: Path
+):
     from wavear.data.shards import write_shards
 
     shards = write_shards(here / "held", tmp_path / "shards")
@@ -402,7 +484,10 @@ def test_clips_of_the_training_are_found_in_shards_and_data_that_are_gone_are_to
     assert [row["trained_on"] for row in found["clips"]] == [True] * 3
     checkpoint = run_of(here, tmp_path / "moved", data="data/elsewhere")
     found = evaluate(checkpoint, here / "held", tmp_path / "b", config).record
-    assert "whether clips were trained on is not known: of its data, data/elsewhere is not here" in found["notes"]
+    assert (
+        "whether clips were trained on is not known: of its data, data/elsewhere is not here"
+        in found["notes"]
+    )
 
 
 # ---- other kinds of models and data
@@ -416,23 +501,32 @@ def test_a_model_without_mels_has_bits_and_free_samples(here: Path, tmp_path: Pa
     assert [entry["seed"] for entry in found.record["free"]] == [0, 1]
     model = wavear.load(here / "runs" / "free" / "best")
     alone = wavear.generate(model, samples=400, seed=1)[0]
-    assert torch.allclose(audio.read(found.folder / "audio" / "free-1.wav"), alone, atol=1.01 / 32768, rtol=0)
+    assert torch.allclose(
+        audio.read(found.folder / "audio" / "free-1.wav"), alone, atol=1.01 / 32768, rtol=0
+    )
     assert "not conditioned on mels" in found.page.read_text(encoding="utf-8")
 
 
 def test_speakers_go_by_their_folders(here: Path, tmp_path: Path):
-    found = evaluate(here / "runs" / "speakers" / "best", here / "by_speaker", tmp_path / "out", SHORT).record
+    found = evaluate(
+        here / "runs" / "speakers" / "best", here / "by_speaker", tmp_path / "out", SHORT
+    ).record
     model = wavear.load(here / "runs" / "speakers" / "best")
     assert set(found["by_speaker"]) == {"ann", "bob"}
     for name, number in (("ann", 0), ("bob", 1)):
-        nats = [wavear.score(model, audio.read(p), speaker=number) for p in (here / "by_speaker" / name).glob("*")]
+        nats = [
+            wavear.score(model, audio.read(p), speaker=number)
+            for p in (here / "by_speaker" / name).glob("*")
+        ]
         bits = -sum(float(n.sum()) for n in nats) / sum(n.numel() for n in nats) / np.log(2)
         assert found["by_speaker"][name]["bits"]["model"]["mean"] == pytest.approx(bits)
     (tmp_path / "more" / "eve").mkdir(parents=True)
     shutil.copytree(here / "by_speaker", tmp_path / "more", dirs_exist_ok=True)
     audio.write(tmp_path / "more" / "eve" / "0.wav", clip(0), RATE)
     config = dataclasses.replace(FAST, clips=0)
-    found = evaluate(here / "runs" / "speakers" / "best", tmp_path / "more", tmp_path / "out2", config).record
+    found = evaluate(
+        here / "runs" / "speakers" / "best", tmp_path / "more", tmp_path / "out2", config
+    ).record
     assert found["failed"] == {"eve/0.wav": "its speaker is 'eve', the model knows ann, bob"}
     assert len(found["clips"]) == 3
 
@@ -462,10 +556,18 @@ def test_bad_clips_are_named_and_others_are_resampled(here: Path, tmp_path: Path
 
 
 def test_of_a_manifest_what_is_not_for_training_counts(here: Path, tmp_path: Path):
-    rows = ["path,split,speaker", "held/0.wav,train,ann", "held/1.wav,dev,bob", "held/2.wav,test,bob"]
+    rows = [
+        "path,split,speaker",
+        "held/0.wav,train,ann",
+        "held/1.wav,dev,bob",
+        "held/2.wav,test,bob",
+    ]
     (here / "list.csv").write_text("\n".join(rows))
     found = evaluate(
-        here / "runs" / "mel" / "best", here / "list.csv", tmp_path / "o", dataclasses.replace(FAST, clips=0)
+        here / "runs" / "mel" / "best",
+        here / "list.csv",
+        tmp_path / "o",
+        dataclasses.replace(FAST, clips=0),
     )
     assert [row["name"] for row in found.record["clips"]] == ["held/1.wav", "held/2.wav"]
     assert list(found.record["by_speaker"]) == ["bob"]
@@ -474,7 +576,9 @@ def test_of_a_manifest_what_is_not_for_training_counts(here: Path, tmp_path: Pat
 # ---- what is refused
 
 
-def test_refusals(here: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch):
+def test_refusals(
+    here: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.chdir(here)
     (here / "void").mkdir(exist_ok=True)
     good, out = "runs/mel/best", tmp_path / "out"
@@ -483,7 +587,12 @@ def test_refusals(here: Path, tmp_path: Path, capsys: pytest.CaptureFixture, mon
         "no such folder or manifest": (good, "nowhere"),
         "void holds no audio files": (good, "void"),
         "speaker is 1, and the model was trained without": (good, "held", "--speaker", "1"),
-        "speaker is 2, the model knows 0 to 1": ("runs/speakers/best", "by_speaker", "--speaker", "2"),
+        "speaker is 2, the model knows 0 to 1": (
+            "runs/speakers/best",
+            "by_speaker",
+            "--speaker",
+            "2",
+        ),
         "lies in no sub-folder": ("runs/speakers/best", "held"),
         "engine is 'steam'": (good, "held", "--engine", "steam"),
         "weights is 'int3'": (good, "held", "--weights", "int3"),
@@ -494,18 +603,26 @@ def test_refusals(here: Path, tmp_path: Path, capsys: pytest.CaptureFixture, mon
     assert "device is 'abacus'" in refused(
         capsys, "evaluate", good, "held", "--out", out, "--device", "abacus", status=2
     )
-    assert "clips is -1" in refused(capsys, "evaluate", good, "held", "--out", out, "--clips", "-1", status=2)
-    assert "seconds is 0" in refused(capsys, "evaluate", good, "held", "--out", out, "--seconds", "0", status=2)
+    assert "clips is -1" in refused(
+        capsys, "evaluate", good, "held", "--out", out, "--clips", "-1", status=2
+    )
+    assert "seconds is 0" in refused(
+        capsys, "evaluate", good, "held", "--out", out, "--seconds", "0", status=2
+    )
 
 
 def test_nothing_is_overwritten_unasked(here: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
     checkpoint, out = here / "runs" / "mel" / "best", tmp_path / "out"
     out.mkdir()
     (out / "precious.txt").write_text("mine")
-    assert "out is not empty" in refused(capsys, "evaluate", checkpoint, here / "held", "--out", out)
+    assert "out is not empty" in refused(
+        capsys, "evaluate", checkpoint, here / "held", "--out", out
+    )
     said = refused(capsys, "evaluate", checkpoint, here / "held", "--out", out, "--overwrite")
     assert "holds nothing of ours" in said
-    assert "is a file" in refused(capsys, "evaluate", checkpoint, here / "held", "--out", out / "precious.txt")
+    assert "is a file" in refused(
+        capsys, "evaluate", checkpoint, here / "held", "--out", out / "precious.txt"
+    )
     config = dataclasses.replace(FAST, clips=1, overwrite=True)
     (out / "evaluation.json").write_text("{}")  # one that was cut short
     evaluate(checkpoint, here / "held", out, config)
@@ -526,7 +643,9 @@ def test_an_evaluation_that_cannot_begin_leaves_the_earlier_one(here: Path, tmp_
     config = dataclasses.replace(FAST, overwrite=True)
     with pytest.raises(ValueError, match="holds no audio"):
         evaluate(here / "runs" / "mel" / "best", tmp_path / "void", tmp_path / "out", config)
-    assert {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()} == before
+    assert {
+        path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()
+    } == before
 
 
 # ---- compare
@@ -535,7 +654,12 @@ def test_an_evaluation_that_cannot_begin_leaves_the_earlier_one(here: Path, tmp_
 def test_a_model_is_no_different_from_itself(here: Path, made: Evaluation, tmp_path: Path):
     found = compare(here / "out", here / "out" / "evaluation.json", tmp_path / "c").record
     for entry in (found["bits"], *found["measures"].values()):
-        assert entry["difference"] == {"mean": 0.0, "low": 0.0, "high": 0.0, "clips": entry["difference"]["clips"]}
+        assert entry["difference"] == {
+            "mean": 0.0,
+            "low": 0.0,
+            "high": 0.0,
+            "clips": entry["difference"]["clips"],
+        }
         assert entry["a"] == entry["b"]
 
 
@@ -547,7 +671,9 @@ def test_differences_are_of_pairs(made: Evaluation):
         if "measures" in row:
             row["measures"]["model"]["mcd"] += 1.5
     found = paired(made.record, other)
-    assert found["bits"]["difference"] == pytest.approx({"mean": -0.1, "low": -0.1, "high": -0.1, "clips": 3})
+    assert found["bits"]["difference"] == pytest.approx(
+        {"mean": -0.1, "low": -0.1, "high": -0.1, "clips": 3}
+    )
     assert found["bits"]["a"]["high"] - found["bits"]["a"]["low"] > 1e-3
     assert found["bits"]["better"] == 3
     assert found["measures"]["mcd"]["difference"]["mean"] == pytest.approx(1.5)
@@ -555,10 +681,15 @@ def test_differences_are_of_pairs(made: Evaluation):
     assert found["bits"]["b"]["mean"] == pytest.approx(made.bits["model"] - 0.1)
 
 
-def test_two_checkpoints_on_the_command_line(here: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
+def test_two_checkpoints_on_the_command_line(
+    here: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+):
     flags = ("--clips", "1", "--seconds", "0.3", "--threads", "1")
     a, b, out = here / "runs" / "mel" / "best", here / "runs" / "other" / "best", tmp_path / "c"
-    assert main([str(w) for w in ("compare", a, b, "--data", here / "held", "--out", out, *flags)]) == 0
+    assert (
+        main([str(w) for w in ("compare", a, b, "--data", here / "held", "--out", out, *flags)])
+        == 0
+    )
     printed = capsys.readouterr().out
     one, two = Evaluation.read(out / "a"), Evaluation.read(out / "b")
     difference = two.bits["model"] - one.bits["model"]
@@ -573,22 +704,44 @@ def test_two_checkpoints_on_the_command_line(here: Path, tmp_path: Path, capsys:
 
 
 def test_what_cannot_be_compared_is_refused(
-    here: Path, made: Evaluation, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+    here: Path,
+    made: Evaluation,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ):
     monkeypatch.chdir(here)
     out = tmp_path / "c"
     coarse = ("compare", "runs/mel/best", "runs/coarse/best", "--data", "held", "--out", out)
-    monkeypatch.setattr("wavear.evaluation.run.measure_everything", lambda *_, **__: pytest.fail("it began to work"))
+    monkeypatch.setattr(
+        "wavear.evaluation.run.measure_everything", lambda *_, **__: pytest.fail("it began to work")
+    )
     with pytest.raises(ValueError, match="a has 256 mu-law codes and b has 64"):
         compare(*coarse[1:3], out, "held")
-    assert "two models or more" in refused(capsys, "compare", "runs/mel/best", "--data", "held", "--out", out)
+    assert "two models or more" in refused(
+        capsys, "compare", "runs/mel/best", "--data", "held", "--out", out
+    )
     assert "are of 4000 and 8000 Hz" in refused(
-        capsys, "compare", "runs/mel/best", "runs/free/best", "runs/slow/best", "--data", "held", "--out", out
+        capsys,
+        "compare",
+        "runs/mel/best",
+        "runs/free/best",
+        "runs/slow/best",
+        "--data",
+        "held",
+        "--out",
+        out,
     )
     assert "pass --data" in refused(capsys, "compare", "out", "runs/mel/best", "--out", out)
-    assert "need no --data" in refused(capsys, "compare", "out", "out", "--data", "held", "--out", out)
-    assert "nowhere: no such directory" in refused(capsys, "compare", "out", "nowhere", "--data", "held", "--out", out)
-    assert "nowhere.json: no such evaluation" in refused(capsys, "compare", "out", "nowhere.json", "--out", out)
+    assert "need no --data" in refused(
+        capsys, "compare", "out", "out", "--data", "held", "--out", out
+    )
+    assert "nowhere: no such directory" in refused(
+        capsys, "compare", "out", "nowhere", "--data", "held", "--out", out
+    )
+    assert "nowhere.json: no such evaluation" in refused(
+        capsys, "compare", "out", "nowhere.json", "--out", out
+    )
     assert not out.exists()
 
     def changed(change: Any) -> dict[str, Any]:
@@ -601,7 +754,9 @@ def test_what_cannot_be_compared_is_refused(
         "0.wav is not the same audio": lambda r: r["clips"][0].update(digest="0"),
         "in different orders": lambda r: r["clips"].reverse(),
         "up to 0.6 s of each clip and b up to 3 s": lambda r: r["settings"].update(seconds=3.0),
-        "a has 8000 Hz and b has 16000": lambda r: r["checkpoint"]["config"].update(sample_rate=16000),
+        "a has 8000 Hz and b has 16000": lambda r: r["checkpoint"]["config"].update(
+            sample_rate=16000
+        ),
     }.items():
         with pytest.raises(ValueError, match=words):
             paired(made.record, changed(change))
@@ -700,7 +855,9 @@ def test_a_table_is_of_the_same_clips(here: Path, made: Evaluation):
     assert check_same_clips(["a", "b"], [made, changed(coarse)]) == []
     for words, change in {
         r"evaluated on other clips \(0\.wav, other/0\.wav": renamed,
-        r"1\.wav is not the same audio in the evaluations of a and b": lambda r: r["clips"][1].update(samples=7),
+        r"1\.wav is not the same audio in the evaluations of a and b": lambda r: r["clips"][
+            1
+        ].update(samples=7),
         r"2\.wav is not the same audio": lambda r: r["clips"][2].update(digest="0"),
     }.items():
         with pytest.raises(ValueError, match=words):
@@ -708,7 +865,9 @@ def test_a_table_is_of_the_same_clips(here: Path, made: Evaluation):
     notes = check_same_clips(["a", "b"], [made, changed(lambda r: r["clips"].pop(0))])
     assert notes == ["b: its numbers are without 0.wav, which others have"]
     (note,) = check_same_clips(["a", "b"], [made, changed(trimmed)])
-    assert note.startswith("b (ends 40 dB down cut) and a (untreated) were not evaluated on the same audio")
+    assert note.startswith(
+        "b (ends 40 dB down cut) and a (untreated) were not evaluated on the same audio"
+    )
 
 
 def test_a_run_whose_name_is_no_unicode_stands_in_the_plot(made: Evaluation):
@@ -727,14 +886,20 @@ def test_bits_of_pre_emphasised_codes_have_a_column_of_their_own(made: Evaluatio
 
     record = json.loads(json.dumps(made.record))
     record["checkpoint"]["config"]["pre_emphasis"] = 0.85
-    grids = [row("x", evaluation, None)["grid"] for evaluation in (made, Evaluation(record, made.folder))]
+    grids = [
+        row("x", evaluation, None)["grid"] for evaluation in (made, Evaluation(record, made.folder))
+    ]
     assert grids == ["256 mu-law codes", "256 mu-law codes, pre-emphasis 0.85"]
 
 
-def test_a_table_of_other_clips_is_refused_before_the_work(here: Path, made: Evaluation, tmp_path: Path, monkeypatch):
+def test_a_table_of_other_clips_is_refused_before_the_work(
+    here: Path, made: Evaluation, tmp_path: Path, monkeypatch
+):
     from wavear.evaluation.evaluation import compare_models
 
-    monkeypatch.setattr("wavear.evaluation.run.measure_everything", lambda *_, **__: pytest.fail("it began to work"))
+    monkeypatch.setattr(
+        "wavear.evaluation.run.measure_everything", lambda *_, **__: pytest.fail("it began to work")
+    )
     (tmp_path / "more").mkdir()
     audio.write(tmp_path / "more" / "9.wav", clip(9), RATE)
     sources = [made.folder, here / "runs" / "coarse" / "best", here / "runs" / "free" / "best"]
@@ -763,17 +928,28 @@ def test_a_table_without_a_strip_where_none_can_be_made(here: Path, tmp_path: Pa
     config = dataclasses.replace(FAST, clips=0)
     table = compare_models(sources, tmp_path / "out", tmp_path / "short", config)
     assert table.record["strip"] is None
-    assert any(note.startswith("nothing was made after the same beginning: ") for note in table.record["notes"])
-    assert "nothing was made after the same beginning" in (tmp_path / "out" / "models.html").read_text("utf-8")
+    assert any(
+        note.startswith("nothing was made after the same beginning: ")
+        for note in table.record["notes"]
+    )
+    assert "nothing was made after the same beginning" in (
+        tmp_path / "out" / "models.html"
+    ).read_text("utf-8")
 
 
-def test_a_comparison_is_no_evaluation(here: Path, made: Evaluation, tmp_path: Path, capsys: pytest.CaptureFixture):
+def test_a_comparison_is_no_evaluation(
+    here: Path, made: Evaluation, tmp_path: Path, capsys: pytest.CaptureFixture
+):
     compare(here / "out", here / "out", tmp_path / "side")
-    said = refused(capsys, "compare", tmp_path / "side" / "compare.json", here / "out", "--out", tmp_path / "c")
+    said = refused(
+        capsys, "compare", tmp_path / "side" / "compare.json", here / "out", "--out", tmp_path / "c"
+    )
     assert "compare.json is no evaluation of one model" in said
 
 
-def test_clips_that_were_passed_over_show_in_the_status(here: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
+def test_clips_that_were_passed_over_show_in_the_status(
+    here: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+):
     shutil.copytree(here / "held", tmp_path / "held")
     (tmp_path / "held" / "words.wav").write_text("no audio")
     flags = ("--clips", "0", "--threads", "1", "--resamples", "200")
@@ -781,14 +957,21 @@ def test_clips_that_were_passed_over_show_in_the_status(here: Path, tmp_path: Pa
     words = [str(w) for w in ("evaluate", a, tmp_path / "held", "--out", tmp_path / "a", *flags)]
     assert main(words) == 1
     assert "words.wav: " in capsys.readouterr().err
-    words = [str(w) for w in ("compare", a, b, "--data", tmp_path / "held", "--out", tmp_path / "c", *flags)]
+    words = [
+        str(w)
+        for w in ("compare", a, b, "--data", tmp_path / "held", "--out", tmp_path / "c", *flags)
+    ]
     assert main(words) == 1
     assert (tmp_path / "c" / "compare.html").is_file()
 
 
 @pytest.mark.parametrize(
     ("content", "words"),
-    [("{", "it is not JSON"), ("{}", "no finished evaluation"), ('{"bits": {}, "format": 99}', "has format 99")],
+    [
+        ("{", "it is not JSON"),
+        ("{}", "no finished evaluation"),
+        ('{"bits": {}, "format": 99}', "has format 99"),
+    ],
 )
 def test_damaged_evaluations_are_named(tmp_path: Path, content: str, words: str):
     (tmp_path / "evaluation.json").write_text(content)
@@ -798,5 +981,21 @@ def test_damaged_evaluations_are_named(tmp_path: Path, content: str, words: str)
 
 def test_the_command_that_is_shown_makes_it_again():
     config = EvaluateConfig(train_data="a b", clips=3, temperature=0.7, overwrite=True)
-    assert config.flags() == ["--train-data", "a b", "--clips", "3", "--temperature", "0.7", "--overwrite"]
-    assert set(MEASURES) >= {"stft_distance", "mcd", "f0_rmse", "voicing_error", "pesq", "stoi", "noise_floor"}
+    assert config.flags() == [
+        "--train-data",
+        "a b",
+        "--clips",
+        "3",
+        "--temperature",
+        "0.7",
+        "--overwrite",
+    ]
+    assert set(MEASURES) >= {
+        "stft_distance",
+        "mcd",
+        "f0_rmse",
+        "voicing_error",
+        "pesq",
+        "stoi",
+        "noise_floor",
+    }

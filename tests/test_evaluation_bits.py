@@ -36,12 +36,16 @@ from wavear.evaluation.statistics import bootstrap
 from wavear.models.crop_loss import layout_of
 
 RATE = 8000
-MEL = MelConfig(sample_rate=RATE, n_fft=128, window_length=128, hop_length=40, bands=10, fmax=4000.0)
+MEL = MelConfig(
+    sample_rate=RATE, n_fft=128, window_length=128, hop_length=40, bands=10, fmax=4000.0
+)
 
 
 def tiny(**settings: Any) -> WaveNet:
     torch.manual_seed(0)
-    sizes = dict.fromkeys(("residual_channels", "skip_channels", "head_channels", "conditioning_channels"), 4)
+    sizes = dict.fromkeys(
+        ("residual_channels", "skip_channels", "head_channels", "conditioning_channels"), 4
+    )
     return WaveNet(WaveNetConfig(layers=4, stacks=1, sample_rate=RATE, **sizes, **settings)).eval()
 
 
@@ -88,12 +92,20 @@ def test_bits_on_common_grids_are_those_of_score(recordings, settings):
     recording = recordings[0]
     x = audio.read(recording.path)
     found = score_recording(model, recording, None)
-    per_grid = {name: -float(score(model, x, grid=name).sum()) / math.log(2) for name in ("linear", "mulaw")}
+    per_grid = {
+        name: -float(score(model, x, grid=name).sum()) / math.log(2) for name in ("linear", "mulaw")
+    }
     assert found.common == pytest.approx(per_grid, rel=1e-9)
     assert found.bits["model"] == found.common["linear" if settings else "mulaw"]
     assert per_grid["linear"] > per_grid["mulaw"]
     rows = np.concatenate(
-        [nats for _, nats in scored_blocks(model, recording, None, seconds=0.1, grids=list(COMMON_GRIDS.values()))], 1
+        [
+            nats
+            for _, nats in scored_blocks(
+                model, recording, None, seconds=0.1, grids=list(COMMON_GRIDS.values())
+            )
+        ],
+        1,
     )
     assert rows.sum(1) / math.log(2) == pytest.approx(list(per_grid.values()), rel=1e-6)
 
@@ -109,7 +121,9 @@ def test_score_on_mulaw_codes_sums_what_becomes_each_code():
     code_of = mulaw_encode(torch.from_numpy(model.grid.values().copy()))
     for t in range(0, x.numel(), 13):
         values = torch.nonzero(code_of == mulaw_encode(x[t])).T
-        each = model.law.log_prob(parameters[:, :, t : t + 1].expand(-1, -1, values.shape[1]), values)
+        each = model.law.log_prob(
+            parameters[:, :, t : t + 1].expand(-1, -1, values.shape[1]), values
+        )
         assert float(found[t]) == pytest.approx(float(torch.logsumexp(each[0], 0)), abs=1e-9)
 
 
@@ -149,7 +163,9 @@ CARRYING: dict[str, Any] = {
     "gru": GRU(GRUConfig(channels=16, input_channels=8, sample_rate=RATE, mel=MEL)),
     "gru, speakers": GRU(GRUConfig(channels=16, input_channels=8, sample_rate=RATE, speakers=3)),
     "transformer": Transformer(
-        TransformerConfig(layers=2, channels=8, heads=2, window=4, patch=7, sample_rate=RATE, mel=MEL)
+        TransformerConfig(
+            layers=2, channels=8, heads=2, window=4, patch=7, sample_rate=RATE, mel=MEL
+        )
     ),
 }
 
@@ -180,7 +196,9 @@ def test_bits_are_those_of_training(tmp_path: Path):
     clip = open_corpus(tmp_path, sample_rate=RATE, validation=tmp_path).validation[0]
     model = tiny(mel=MEL)
     found = score_recording(model, clip, None)
-    assert found.bits["model"] / found.samples == pytest.approx(held_out_bits(model, [clip]).per_sample, rel=1e-6)
+    assert found.bits["model"] / found.samples == pytest.approx(
+        held_out_bits(model, [clip]).per_sample, rel=1e-6
+    )
 
 
 def test_bits_by_level_add_up_and_lie_where_the_sound_is(tmp_path: Path):
@@ -217,7 +235,9 @@ def test_baselines_are_those_of_training_and_cover_every_sample(recordings, monk
     layout = layout_of(model, 1)
     fitted = Baselines.fit([recordings[0], recordings[2]], layout, Grid("mulaw", 256))
     whole = fitted.bits(recordings[1], layout, Grid("mulaw", 256))
-    monkeypatch.setattr(training_bits, "_READ_SECONDS", 0.013)  # blocks much shorter than the recording
+    monkeypatch.setattr(
+        training_bits, "_READ_SECONDS", 0.013
+    )  # blocks much shorter than the recording
     blocks = fitted.bits(recordings[1], layout, Grid("mulaw", 256))
     assert set(whole) == {"uniform", "unigram", "markov", "linear"}
     assert whole == pytest.approx(blocks, rel=1e-12)
@@ -241,7 +261,9 @@ def test_what_cannot_be_read_is_passed_over_by_the_baselines(tmp_path: Path):
     assert list(found.failed) == ["1.wav", "2.wav"]
     assert "truncated" in found.failed["2.wav"]
     assert found.bits(recordings[0], layout, grid) == good.bits(recordings[0], layout, grid)
-    with pytest.raises(ValueError, match=r"none of the recordings for the baselines can be read; the first: 1\.wav"):
+    with pytest.raises(
+        ValueError, match=r"none of the recordings for the baselines can be read; the first: 1\.wav"
+    ):
         Baselines.fit(recordings[1:3], layout, grid)
 
 
@@ -259,9 +281,15 @@ def test_predictor_finds_the_process_and_its_entropy(law):
     assert (fitted.config.law, fitted.config.domain) == (law, "linear")
     assert fitted.taps()[:2].tolist() == pytest.approx([1.6, -0.8], abs=0.03)
     assert fitted.scale().item() == pytest.approx(scale, rel=0.02)
-    entropy = math.log2(2 * math.e * scale) if law == "laplace" else 0.5 * math.log2(2 * math.pi * math.e * scale**2)
+    entropy = (
+        math.log2(2 * math.e * scale)
+        if law == "laplace"
+        else 0.5 * math.log2(2 * math.pi * math.e * scale**2)
+    )
     width = np.diff(grid.edges())[codes[half:]]
-    assert bits_of(fitted, codes[half:]).mean() == pytest.approx(entropy - np.log2(width).mean(), abs=0.02)
+    assert bits_of(fitted, codes[half:]).mean() == pytest.approx(
+        entropy - np.log2(width).mean(), abs=0.02
+    )
 
 
 def test_predictor_sees_the_past_only_and_blocks_change_nothing(monkeypatch):
@@ -279,7 +307,11 @@ def test_predictor_sees_the_past_only_and_blocks_change_nothing(monkeypatch):
 def test_predictor_takes_the_domain_that_fits():
     """A walk over codes is linear in companded values."""
     random = np.random.default_rng(0)
-    codes = (128 + 60 * np.sin(np.arange(20000) / 50) + random.laplace(0, 1.5, 20000)).round().astype(np.int64)
+    codes = (
+        (128 + 60 * np.sin(np.arange(20000) / 50) + random.laplace(0, 1.5, 20000))
+        .round()
+        .astype(np.int64)
+    )
     assert fit_predictor([codes.clip(0, 255)], Grid("mulaw", 256)).config.domain == "companded"
 
 

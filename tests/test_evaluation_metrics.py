@@ -37,7 +37,9 @@ from wavear.evaluation.metrics import (
 
 RATE = 16000
 needs = {
-    name: pytest.mark.skipif(importlib.util.find_spec(name) is None, reason=f"{name} is not installed: .[evaluate]")
+    name: pytest.mark.skipif(
+        importlib.util.find_spec(name) is None, reason=f"{name} is not installed: .[evaluate]"
+    )
     for name in ("pesq", "pystoi")
 }
 
@@ -53,7 +55,15 @@ def vowel(frequency: float = 200.0, seconds: float = 1.0, rate: int = RATE) -> n
 def test_a_recording_is_no_distance_from_itself():
     x = np.concatenate([vowel(), np.zeros(RATE // 2)]) + noise(RATE * 3 // 2, 1e-4)
     values, missing = measure(x, x.copy(), RATE)
-    names = ("log_mel", "stft_distance", "mcd", "f0_rmse", "voicing_error", "period_error", "gross_period_error")
+    names = (
+        "log_mel",
+        "stft_distance",
+        "mcd",
+        "f0_rmse",
+        "voicing_error",
+        "period_error",
+        "gross_period_error",
+    )
     zero = {name: values[name] for name in names}
     assert zero == dict.fromkeys(zero, 0.0)
     assert values["noise_floor"] == pytest.approx(-80, abs=0.2)
@@ -68,19 +78,29 @@ def test_a_recording_is_no_distance_from_itself():
 def test_stft_distance_of_a_gain(gain):
     """abs(1 - g) from the spectral convergence, abs(log g) from the magnitudes; but a few bins lie at the floor."""
     x = noise(8000)
-    assert stft_distance(x, gain * x) == pytest.approx(abs(1 - gain) + abs(math.log(gain)), rel=1e-4)
+    assert stft_distance(x, gain * x) == pytest.approx(
+        abs(1 - gain) + abs(math.log(gain)), rel=1e-4
+    )
 
 
 def test_stft_distance_is_that_of_librosas_spectra():
-    assert RESOLUTIONS == ((1024, 120, 600), (2048, 240, 1200), (512, 50, 240))  # the paper's, table 1
+    assert RESOLUTIONS == (
+        (1024, 120, 600),
+        (2048, 240, 1200),
+        (512, 50, 240),
+    )  # the paper's, table 1
     x, y = noise(5000), noise(5000, 0.3, seed=1)
     expected = []
     for n_fft, hop, length in RESOLUTIONS:
         sizes = {"n_fft": n_fft, "hop_length": hop, "win_length": length, "pad_mode": "reflect"}
         a, b = (np.maximum(np.abs(librosa.stft(s, **sizes)), 1e-7**0.5) for s in (x, y))
-        expected.append(np.linalg.norm(a - b) / np.linalg.norm(a) + np.abs(np.log(a) - np.log(b)).mean())
+        expected.append(
+            np.linalg.norm(a - b) / np.linalg.norm(a) + np.abs(np.log(a) - np.log(b)).mean()
+        )
     assert stft_distance(x, y) == pytest.approx(np.mean(expected), rel=1e-9)
-    assert stft_distance(x, y) != pytest.approx(stft_distance(y, x), rel=1e-3)  # the recording comes first
+    assert stft_distance(x, y) != pytest.approx(
+        stft_distance(y, x), rel=1e-3
+    )  # the recording comes first
 
 
 # ---- mel-cepstral distortion
@@ -100,9 +120,13 @@ def test_mel_cepstral_distortion_is_the_rms_difference_of_the_spectra_in_db():
     x = noise(8192)
     y = 3 * np.convolve(x, [1, -0.9], mode="same")
     config = MelConfig(sample_rate=RATE, n_fft=1024, window_length=1024, hop_length=256)
-    a, b = (20 / math.log(10) * log_mel(torch.from_numpy(s)[None], config)[0].numpy() for s in (x, y))
+    a, b = (
+        20 / math.log(10) * log_mel(torch.from_numpy(s)[None], config)[0].numpy() for s in (x, y)
+    )
     difference = (a - b) - (a - b).mean(0)
-    assert mel_cepstral_distortion(x, y, RATE, order=79) == pytest.approx(np.sqrt(np.square(difference).mean(0)).mean())
+    assert mel_cepstral_distortion(x, y, RATE, order=79) == pytest.approx(
+        np.sqrt(np.square(difference).mean(0)).mean()
+    )
     assert 0 < mel_cepstral_distortion(x, y, RATE) < mel_cepstral_distortion(x, y, RATE, order=79)
 
 
@@ -147,15 +171,21 @@ def test_log_mel_distance_is_that_of_librosas_mels():
     mels = []
     for each in (x, y):
         padded = np.pad(each, 384, mode="reflect")
-        magnitude = np.sqrt(np.abs(librosa.stft(padded, n_fft=1024, hop_length=256, center=False)) ** 2 + 1e-9)
+        magnitude = np.sqrt(
+            np.abs(librosa.stft(padded, n_fft=1024, hop_length=256, center=False)) ** 2 + 1e-9
+        )
         mels.append(np.log(np.maximum(filters @ magnitude, 1e-5)))
-    assert log_mel_distance(x, y, 22050) == pytest.approx(np.abs(mels[0] - mels[1]).mean(), rel=1e-4)
+    assert log_mel_distance(x, y, 22050) == pytest.approx(
+        np.abs(mels[0] - mels[1]).mean(), rel=1e-4
+    )
 
 
 # ---- period and harmonicity
 
 
-def pulses(period: float, samples: int = 44100, noise_power: float = 1e-6, seed: int = 0) -> np.ndarray:
+def pulses(
+    period: float, samples: int = 44100, noise_power: float = 1e-6, seed: int = 0
+) -> np.ndarray:
     """Pulses of unit energy every `period` samples, whose spectrum is flat, and white noise of a power per sample.
 
     The harmonic-to-noise ratio of every band is then 1 / (period * noise_power).
@@ -171,7 +201,9 @@ def test_harmonic_to_noise_ratio_is_that_of_pulses_in_noise(period, decibels):
     """In every band. The best of many lags is a little too good where there is much noise: 0.8 dB at 5 dB."""
     clean, noisy = pulses(period), pulses(period, noise_power=10 ** (-decibels / 10) / period)
     for band in HNR_BANDS.values():
-        assert harmonic_to_noise_ratio(clean, noisy, 22050, band) == pytest.approx(decibels, abs=0.9)
+        assert harmonic_to_noise_ratio(clean, noisy, 22050, band) == pytest.approx(
+            decibels, abs=0.9
+        )
         assert harmonic_to_noise_ratio(clean, clean, 22050, band) > 25
 
 
@@ -181,7 +213,10 @@ def test_harmonic_to_noise_ratio_is_of_the_band_alone():
     clean, ratios = pulses(100), {}
     for kind, edge in (("low", 400), ("high", 5500)):
         added = sosfilt(butter(8, edge, kind, fs=22050, output="sos"), noise(clean.size, 0.1))
-        ratios[kind] = [harmonic_to_noise_ratio(clean, clean + added, 22050, band) for band in HNR_BANDS.values()]
+        ratios[kind] = [
+            harmonic_to_noise_ratio(clean, clean + added, 22050, band)
+            for band in HNR_BANDS.values()
+        ]
     assert ratios["low"][0] < 3
     assert min(ratios["low"][1:]) > 15
     assert min(ratios["high"][:2]) > 20
@@ -194,7 +229,9 @@ def test_harmonic_to_noise_ratio_is_of_blocks_voiced_in_the_recording():
     calm, hoarse = x.copy(), x.copy()
     calm[46000:] = noise(42200, 0.1, seed=1)
     hoarse[20000:40000] = noise(20000, 0.1, seed=1)
-    true, calm, hoarse = (harmonic_to_noise_ratio(x, y, 22050, HNR_BANDS["hnr_low"]) for y in (x, calm, hoarse))
+    true, calm, hoarse = (
+        harmonic_to_noise_ratio(x, y, 22050, HNR_BANDS["hnr_low"]) for y in (x, calm, hoarse)
+    )
     assert calm == pytest.approx(true, abs=0.2)
     assert hoarse < true - 5
 
@@ -258,11 +295,15 @@ def test_levels_are_in_db_of_full_scale():
 
 
 @needs["pesq"]
-@pytest.mark.parametrize(("rate", "wanted", "mode"), [(16000, 16000, "wb"), (22050, 16000, "wb"), (8000, 8000, "nb")])
+@pytest.mark.parametrize(
+    ("rate", "wanted", "mode"), [(16000, 16000, "wb"), (22050, 16000, "wb"), (8000, 8000, "nb")]
+)
 def test_pesq_is_the_packages(rate, wanted, mode):
     import pesq
 
-    x = np.concatenate([vowel(seconds=0.7, rate=rate), np.zeros(rate // 5), vowel(150.0, 0.7, rate)])
+    x = np.concatenate(
+        [vowel(seconds=0.7, rate=rate), np.zeros(rate // 5), vowel(150.0, 0.7, rate)]
+    )
     y = x + noise(x.size, 0.01)
     a, b = (audio.resample(s, rate, wanted).astype(np.float32) for s in (x, y))
     assert metrics.pesq(x, y, rate) == pesq.pesq(wanted, a, b, mode)
@@ -284,7 +325,9 @@ def test_stoi_is_the_packages():
 def test_a_missing_package_is_named(name, monkeypatch):
     monkeypatch.setitem(sys.modules, name, None)
     way = metrics.pesq if name == "pesq" else metrics.stoi
-    with pytest.raises(NotMeasured, match=rf"the package {name} is not installed: pip install 'wavear\[evaluate\]'"):
+    with pytest.raises(
+        NotMeasured, match=rf"the package {name} is not installed: pip install 'wavear\[evaluate\]'"
+    ):
         way(noise(RATE), noise(RATE), RATE)
 
 
@@ -294,7 +337,9 @@ def test_a_missing_package_is_named(name, monkeypatch):
 @pytest.mark.parametrize("samples", [1, 500, 3000])
 def test_short_clips_lack_values_with_reasons_and_nothing_fails(samples):
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # pystoi warns of what it cannot measure, and gives a number
+        warnings.simplefilter(
+            "ignore"
+        )  # pystoi warns of what it cannot measure, and gives a number
         values, missing = measure(noise(samples), noise(samples, seed=1), RATE)
     assert set(values) | set(missing) == set(MEASURES)
     assert {"pesq", "stoi", "f0_rmse"} <= set(missing)
@@ -347,7 +392,9 @@ def test_griffin_lim_gives_back_the_mel_and_lies_where_the_recording_lies(settin
     assert y.shape == (mel.shape[1] * config.hop_length,)
     again = log_mel(torch.from_numpy(y)[None], config)[0].numpy()
     given, found = (_uncompressed(each.astype(np.float64), config) for each in (mel, again))
-    assert np.linalg.norm(found - given) < 0.3 * np.linalg.norm(given)  # 0.37 with a window of n_fft samples
+    assert np.linalg.norm(found - given) < 0.3 * np.linalg.norm(
+        given
+    )  # 0.37 with a window of n_fft samples
     plain = MelConfig(sample_rate=RATE, n_fft=512, window_length=512, hop_length=32, bands=20)
 
     def off(shift: int) -> float:

@@ -32,7 +32,14 @@ from wavear.training.state import load_state
 
 MEL = MelConfig(sample_rate=8000, n_fft=64, window_length=64, hop_length=12, bands=5, fmax=4000.0)
 COMMON: dict[str, Any] = {"sample_rate": 8000, "conditioning_channels": 5}
-WAVENET = {"layers": 4, "stacks": 2, "residual_channels": 6, "skip_channels": 7, "head_channels": 9, **COMMON}
+WAVENET = {
+    "layers": 4,
+    "stacks": 2,
+    "residual_channels": 6,
+    "skip_channels": 7,
+    "head_channels": 9,
+    **COMMON,
+}
 GRU: dict[str, Any] = {"channels": 7, "input_channels": 6, "head_channels": 9, **COMMON}
 TRANSFORMER = {"channels": 12, "heads": 2, "sample_channels": 5, "head_channels": 7, **COMMON}
 
@@ -42,14 +49,20 @@ MODELS = {
     "gru": GRUConfig(classes=64, **GRU),
     "gru, two layers": GRUConfig(layers=2, classes=64, **GRU),
     "transformer": TransformerConfig(layers=2, window=7, patch=4, classes=64, **TRANSFORMER),
-    "transformer, sample by sample": TransformerConfig(layers=2, window=9, patch=1, classes=64, **TRANSFORMER),
+    "transformer, sample by sample": TransformerConfig(
+        layers=2, window=9, patch=1, classes=64, **TRANSFORMER
+    ),
     "linear": LinearConfig(order=9, differencing=1, sample_rate=8000),
-    "linear, 16 bits": LinearConfig(order=1, differencing=2, law="gaussian", grid="linear", sample_rate=8000),
+    "linear, 16 bits": LinearConfig(
+        order=1, differencing=2, law="gaussian", grid="linear", sample_rate=8000
+    ),
 }
 CONDITIONED = {
     "wavenet": WaveNetConfig(classes=64, mel=MEL, speakers=3, **WAVENET),
     "gru": GRUConfig(classes=64, mel=MEL, speakers=3, **GRU),
-    "transformer": TransformerConfig(layers=2, window=7, patch=4, classes=64, mel=MEL, speakers=3, **TRANSFORMER),
+    "transformer": TransformerConfig(
+        layers=2, window=7, patch=4, classes=64, mel=MEL, speakers=3, **TRANSFORMER
+    ),
 }
 LAWS = {
     "mixture": {"law": "logistic_mixture", "mixtures": 3},
@@ -62,15 +75,31 @@ VALUES = {
     for family, config, own in [
         ("wavenet", MODELS["wavenet"], WAVENET),
         ("gru", MODELS["gru"], GRU),
-        ("transformer", MODELS["transformer"], {"layers": 1, "window": 7, "patch": 3, **TRANSFORMER}),
+        (
+            "transformer",
+            MODELS["transformer"],
+            {"layers": 1, "window": 7, "patch": 3, **TRANSFORMER},
+        ),
     ]
     for law, fields in LAWS.items()
 }
 # Fields of `TrainConfig` that make a small model of each family.
 TRAINED: dict[str, dict[str, Any]] = {
-    "wavenet": {"layers": 3, "stacks": 1, "residual_channels": 8, "skip_channels": 8, "head_channels": 8},
+    "wavenet": {
+        "layers": 3,
+        "stacks": 1,
+        "residual_channels": 8,
+        "skip_channels": 8,
+        "head_channels": 8,
+    },
     # Without mels: those of three tones it learns by heart, and a fourth is none of them.
-    "gru": {"layers": 1, "channels": 16, "head_channels": 16, "unconditional": True, "mel_hop_length": None},
+    "gru": {
+        "layers": 1,
+        "channels": 16,
+        "head_channels": 16,
+        "unconditional": True,
+        "mel_hop_length": None,
+    },
     "transformer": {
         "layers": 2,
         "channels": 16,
@@ -85,7 +114,11 @@ TRAINED: dict[str, dict[str, Any]] = {
 }
 ENGINES = ["reference", "numba"]
 
-EVERY = {**MODELS, **{f"{name}, mel and speakers": config for name, config in CONDITIONED.items()}, **VALUES}
+EVERY = {
+    **MODELS,
+    **{f"{name}, mel and speakers": config for name, config in CONDITIONED.items()},
+    **VALUES,
+}
 every = pytest.mark.parametrize("config", EVERY.values(), ids=EVERY.keys())
 
 
@@ -104,7 +137,9 @@ def conditioning(model: Any, batch: int, samples: int) -> Any:
         return None
     dtype = next(model.parameters()).dtype
     frames = -(-samples // MEL.hop_length)
-    mel = torch.randn(batch, MEL.bands, frames, dtype=dtype, generator=torch.Generator().manual_seed(1))
+    mel = torch.randn(
+        batch, MEL.bands, frames, dtype=dtype, generator=torch.Generator().manual_seed(1)
+    )
     speaker = torch.arange(batch) % model.config.speakers if model.config.speakers else None
     return model.condition(mel, speaker)[:, :, :samples].detach()
 
@@ -148,7 +183,9 @@ def test_the_law_of_a_sample_does_not_depend_on_it_or_on_what_follows(config):
             changed = codes.clone()
             changed[:, t] = (changed[:, t] + model.grid.classes // 3) % model.grid.classes
             after = model(changed, cond)
-            torch.testing.assert_close(after[:, :, : t + 1], before[:, :, : t + 1], rtol=0, atol=1e-12)
+            torch.testing.assert_close(
+                after[:, :, : t + 1], before[:, :, : t + 1], rtol=0, atol=1e-12
+            )
             if t < 39:
                 assert not torch.equal(after[:, :, t + 1], before[:, :, t + 1])
 
@@ -171,7 +208,10 @@ def test_forward_goes_on_from_a_state_in_any_pieces(config):
         model.prefill(model.shift(codes), other, cond)
         last = None if cond is None else cond[:, :, -1]
         torch.testing.assert_close(
-            model.step(previous, state, last), model.step(previous, other, last), rtol=1e-9, atol=1e-10
+            model.step(previous, state, last),
+            model.step(previous, other, last),
+            rtol=1e-9,
+            atol=1e-10,
         )
 
 
@@ -317,8 +357,12 @@ def test_a_recording_is_gone_on_from_as_from_one_that_was_made(config):
     model = make(config, torch.float32)
     conditions = given(model, 1, 120)
     whole = generate(model, samples=120, seed=1, engine="reference", **conditions)
-    rest = generate(model, samples=60, seed=1, engine="reference", prime=whole[:, :60], **conditions)
-    assert (rest == whole[:, 60:]).float().mean() > 0.5  # float32 sums in another order may flip one, and what follows
+    rest = generate(
+        model, samples=60, seed=1, engine="reference", prime=whole[:, :60], **conditions
+    )
+    assert (
+        rest == whole[:, 60:]
+    ).float().mean() > 0.5  # float32 sums in another order may flip one, and what follows
 
 
 @every
@@ -348,15 +392,35 @@ def recordings(tmp_path_factory) -> Any:
     folder = tmp_path_factory.mktemp("recordings")
     for n in range(4):
         t = np.arange(3000 + 700 * n) / 8000
-        audio.write(folder / f"{n}.wav", (0.4 * np.sin(2 * np.pi * (200 + 50 * n) * t)).astype(np.float32), 8000)
+        audio.write(
+            folder / f"{n}.wav",
+            (0.4 * np.sin(2 * np.pi * (200 + 50 * n) * t)).astype(np.float32),
+            8000,
+        )
     return folder
 
 
 def settings(family: str, recordings: Any, out: Any, **changes: Any) -> TrainConfig:
-    small = {"segment": 480, "batch_size": 4, "learning_rate": 1e-2, "warmup_steps": 5, "max_steps": 40}
-    fixed = {"sample_rate": 8000, "mel_hop_length": 64, "precision": "32", "device": "cpu", "progress": False}
+    small = {
+        "segment": 480,
+        "batch_size": 4,
+        "learning_rate": 1e-2,
+        "warmup_steps": 5,
+        "max_steps": 40,
+    }
+    fixed = {
+        "sample_rate": 8000,
+        "mel_hop_length": 64,
+        "precision": "32",
+        "device": "cpu",
+        "progress": False,
+    }
     return TrainConfig(
-        family=family, data=recordings, out=out, sample_seconds=0.0, **{**small, **fixed, **TRAINED[family], **changes}
+        family=family,
+        data=recordings,
+        out=out,
+        sample_seconds=0.0,
+        **{**small, **fixed, **TRAINED[family], **changes},
     )
 
 
@@ -374,7 +438,11 @@ def test_training_learns(family, recordings, tmp_path):
 @pytest.mark.parametrize("family", [f for f in TRAINED if f != "linear"])
 @pytest.mark.parametrize("law", ["logistic_mixture", "gaussian"])
 def test_laws_over_values_train(family, law, recordings, tmp_path):
-    result = train(settings(family, recordings, tmp_path / "run", law=law, unconditional=True, mel_hop_length=None))
+    result = train(
+        settings(
+            family, recordings, tmp_path / "run", law=law, unconditional=True, mel_hop_length=None
+        )
+    )
     assert result.bits_final < result.bits_before - 0.5
     assert result.held_out["uniform"] == 16
 
@@ -384,12 +452,18 @@ def test_a_resumed_run_is_the_run_that_never_stopped(family, recordings, tmp_pat
     """Weights and carried states, bit for bit."""
     whole = settings(family, recordings, tmp_path / "whole", max_steps=12, checkpoint_every=6)
     train(whole)
-    cut = settings(family, recordings, tmp_path / "cut", max_steps=12, checkpoint_every=6, validate_every=100)
+    cut = settings(
+        family, recordings, tmp_path / "cut", max_steps=12, checkpoint_every=6, validate_every=100
+    )
     train(cut)
     for path in sorted((tmp_path / "cut" / "states").glob("*"))[1:]:
         if "12" in path.name:
             path.unlink()
-    train(settings(family, recordings, tmp_path / "cut", max_steps=12, checkpoint_every=6, resume=True))
+    train(
+        settings(
+            family, recordings, tmp_path / "cut", max_steps=12, checkpoint_every=6, resume=True
+        )
+    )
     for name, tensor in load(tmp_path / "whole" / "last").state_dict().items():
         assert torch.equal(tensor, load(tmp_path / "cut" / "last").state_dict()[name]), name
 
@@ -397,7 +471,9 @@ def test_a_resumed_run_is_the_run_that_never_stopped(family, recordings, tmp_pat
 @pytest.mark.parametrize("family", ["gru", "transformer"])
 def test_training_carries_the_state_from_batch_to_batch(family, recordings, tmp_path):
     train(settings(family, recordings, tmp_path / "run", max_steps=3, checkpoint_every=1))
-    carried = [load_state(path)["carried"] for path in sorted((tmp_path / "run" / "states").glob("*"))]
+    carried = [
+        load_state(path)["carried"] for path in sorted((tmp_path / "run" / "states").glob("*"))
+    ]
     assert len(carried) >= 2
     for name, before in carried[-2].items():
         if before.is_floating_point():
@@ -409,14 +485,23 @@ def test_training_carries_the_state_from_batch_to_batch(family, recordings, tmp_
 def test_the_command_line_makes_a_model_and_sound_of_it(family, recordings, tmp_path, capsys):
     from wavear.common.atomic import replace_file  # noqa: F401 (imported before warnings are made errors)
 
-    config = settings(family, recordings, tmp_path / "run", max_steps=3, unconditional=True, mel_hop_length=None)
+    config = settings(
+        family, recordings, tmp_path / "run", max_steps=3, unconditional=True, mel_hop_length=None
+    )
     train(config)
     assert main(["info", str(tmp_path / "run" / "best")]) == 0
     assert family in capsys.readouterr().out
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         made = main(
-            ["generate", str(tmp_path / "run" / "best"), "--seconds", "0.05", "--out", str(tmp_path / "made.wav")]
+            [
+                "generate",
+                str(tmp_path / "run" / "best"),
+                "--seconds",
+                "0.05",
+                "--out",
+                str(tmp_path / "made.wav"),
+            ]
         )
     assert made == 0
     assert audio.read(tmp_path / "made.wav", 8000).numel() == 400
@@ -436,7 +521,14 @@ def test_lanes_play_recordings_in_order_and_every_second_as_often(recordings):
 
     corpus = open_corpus(str(recordings), sample_rate=8000, validation_fraction=0.01)
     layout = Layout(
-        segment=100, context=0, receptive_field=0, hop=1, lookahead=0, lookback=0, mel=None, sample_rate=8000
+        segment=100,
+        context=0,
+        receptive_field=0,
+        hop=1,
+        lookahead=0,
+        lookback=0,
+        mel=None,
+        sample_rate=8000,
     )
     lanes = Lanes(corpus.train, layout, batch_size=3, seed=1)
     counts = [np.zeros(r.frames, dtype=int) for r in corpus.train]
@@ -469,7 +561,14 @@ def test_a_lane_rests_where_a_file_cannot_be_read(recordings, tmp_path):
         (tmp_path / path.name).write_bytes(path.read_bytes())
     corpus = open_corpus(str(tmp_path), sample_rate=8000, validation_fraction=0.01)
     layout = Layout(
-        segment=100, context=0, receptive_field=0, hop=1, lookahead=0, lookback=0, mel=None, sample_rate=8000
+        segment=100,
+        context=0,
+        receptive_field=0,
+        hop=1,
+        lookahead=0,
+        lookback=0,
+        mel=None,
+        sample_rate=8000,
     )
     lanes = Lanes(corpus.train, layout, batch_size=1)
     source = lanes.visit(0, 0)[0][0]

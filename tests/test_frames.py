@@ -16,12 +16,23 @@ from torch import Tensor
 
 from wavear.generation.conditioner import Conditioner, UtteranceConditioner
 from wavear.models import frame_kernel
-from wavear.models.frames import FrameConditioning, dense, interpolated, interpolation_weights, joined, stacked
+from wavear.models.frames import (
+    FrameConditioning,
+    dense,
+    interpolated,
+    interpolation_weights,
+    joined,
+    stacked,
+)
 
-few = settings(max_examples=25, deadline=None, derandomize=True, phases=[Phase.explicit, Phase.generate])
+few = settings(
+    max_examples=25, deadline=None, derandomize=True, phases=[Phase.explicit, Phase.generate]
+)
 
 
-def random_frames(batch: int = 2, frames: int = 6, hop: int = 7, subs: int = 3, seed: int = 0) -> FrameConditioning:
+def random_frames(
+    batch: int = 2, frames: int = 6, hop: int = 7, subs: int = 3, seed: int = 0
+) -> FrameConditioning:
     draw = torch.Generator().manual_seed(seed)
     return FrameConditioning(
         torch.randn(batch, frames, 5, 3, generator=draw),
@@ -48,14 +59,21 @@ def test_dense_is_each_number_where_its_sample_is():
         frame, phase = divmod(t, 7)
         w = cond.weights[:, phase].float()
         sub = frame * 3 + phase * 3 // 7  # of seven samples: 0 to 2, 3 and 4, 5 and 6
-        rows = [(cond.gates[:, frame] * w).sum(-1), cond.coefficients[:, sub], cond.scale[:, sub, None]]
+        rows = [
+            (cond.gates[:, frame] * w).sum(-1),
+            cond.coefficients[:, sub],
+            cond.scale[:, sub, None],
+        ]
         rows += [cond.lag[:, t, None], cond.voicing[:, t, None]]
         torch.testing.assert_close(found[:, :, t], torch.cat(rows, dim=1))
     assert torch.equal(cond.gates_at(1, 3).transpose(1, 2), found[:, 1:3])
 
 
 @few
-@given(cuts=st.lists(st.tuples(st.integers(0, 41), st.integers(1, 42)), min_size=1, max_size=3), row=st.integers(0, 1))
+@given(
+    cuts=st.lists(st.tuples(st.integers(0, 41), st.integers(1, 42)), min_size=1, max_size=3),
+    row=st.integers(0, 1),
+)
 def test_slices_of_slices_are_those_of_the_tensor(cuts, row):
     cond = random_frames()
     tensor = cond.dense()
@@ -104,7 +122,9 @@ def test_blocks_join_and_streams_stack():
 def test_a_cast_leaves_what_prediction_needs():
     cond = random_frames().to(torch.bfloat16)
     assert cond.gates.dtype == torch.bfloat16
-    assert {cond.coefficients.dtype, cond.scale.dtype, cond.lag.dtype, cond.voicing.dtype} == {torch.float32}
+    assert {cond.coefficients.dtype, cond.scale.dtype, cond.lag.dtype, cond.voicing.dtype} == {
+        torch.float32
+    }
     found = cond.dense()  # what `step` of a model in bfloat16 gets
     assert torch.equal(found[:, 5:9].transpose(1, 2), cond.per_sample()[0])
 
@@ -122,10 +142,20 @@ def test_interpolation_is_that_of_numpy(steps):
 
 # ---- compiled conditioning
 
-NAMES = ["kernel 3", "causal", "speakers", "wide context", "hop that sub-frames do not divide", "24 kHz", "44.1 kHz"]
+NAMES = [
+    "kernel 3",
+    "causal",
+    "speakers",
+    "wide context",
+    "hop that sub-frames do not divide",
+    "24 kHz",
+    "44.1 kHz",
+]
 
 
-def both_ways(model: Any, mel: Tensor, speaker: Tensor | None, padded: bool = False) -> list[FrameConditioning]:
+def both_ways(
+    model: Any, mel: Tensor, speaker: Tensor | None, padded: bool = False
+) -> list[FrameConditioning]:
     """By the compiled code, and by torch, which runs where a gradient might be asked for."""
     with torch.no_grad():
         compiled = model.condition(mel, speaker, padded=padded)
@@ -220,7 +250,10 @@ def test_spans_of_a_conditioner_are_the_whole(cuts, speakers, causal):
         model = test_predictive.make(config, torch.float32)
         mel = test_predictive.random_mel(model, 2, 12)
         speaker = [0, 1] if speakers else None
-        rows = [model.condition(mel[b : b + 1], torch.tensor([b]) if speakers else None).dense() for b in range(2)]
+        rows = [
+            model.condition(mel[b : b + 1], torch.tensor([b]) if speakers else None).dense()
+            for b in range(2)
+        ]
         bounds = sorted({0, 288, *cuts})
         together = Conditioner(model, [mel[0], mel[1]], speaker)
         growing = UtteranceConditioner(model, 1 if speakers else None)
@@ -238,6 +271,7 @@ def test_spans_of_a_conditioner_are_the_whole(cuts, speakers, causal):
             growing.forget(b)
         shorter = Conditioner(model, [mel[0, :, :5], mel[1]], speaker).span(0, 288).dense()
         assert torch.equal(
-            shorter[0, :, : 5 * 24 - 24 * model.lookahead], rows[0][0, :, : 5 * 24 - 24 * model.lookahead]
+            shorter[0, :, : 5 * 24 - 24 * model.lookahead],
+            rows[0][0, :, : 5 * 24 - 24 * model.lookahead],
         )
         assert torch.equal(shorter[1:], rows[1])

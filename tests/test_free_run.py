@@ -22,7 +22,9 @@ from wavear.training import callbacks
 from wavear.training.free_run import CLIPS, HNR_WEIGHT, FreeRun, free_run
 
 RATE = 8000
-GENERATION = importlib.import_module("wavear.generation.engines")  # `wavear.generate` is the function
+GENERATION = importlib.import_module(
+    "wavear.generation.engines"
+)  # `wavear.generate` is the function
 SECONDS = 128 * 64 / RATE  # whole frames
 MEL = MelConfig(sample_rate=RATE, n_fft=256, window_length=256, hop_length=64, bands=8, fmax=4000.0)
 
@@ -40,14 +42,22 @@ def recordings(tmp_path: Path) -> list[Recording]:
         path = tmp_path / "held" / ("ann", "bob")[n % 2] / f"{n}.wav"
         path.parent.mkdir(parents=True, exist_ok=True)
         audio.write(path, voice(SECONDS, 50 + n, seed=n), RATE)
-    found = list(open_corpus(tmp_path / "held", sample_rate=RATE, validation=tmp_path / "held").validation)
+    found = list(
+        open_corpus(tmp_path / "held", sample_rate=RATE, validation=tmp_path / "held").validation
+    )
     found[1].path.write_bytes(b"broken")  # type: ignore[union-attr]
-    return [dataclasses.replace(recording, speaker=recording.name.split("/")[0]) for recording in found]
+    return [
+        dataclasses.replace(recording, speaker=recording.name.split("/")[0]) for recording in found
+    ]
 
 
 def model(**settings: Any) -> WaveNet:
-    sizes = dict.fromkeys(("residual_channels", "skip_channels", "head_channels", "conditioning_channels"), 4)
-    return WaveNet(WaveNetConfig(layers=2, stacks=1, sample_rate=RATE, mel=MEL, **sizes, **settings)).eval()
+    sizes = dict.fromkeys(
+        ("residual_channels", "skip_channels", "head_channels", "conditioning_channels"), 4
+    )
+    return WaveNet(
+        WaveNetConfig(layers=2, stacks=1, sample_rate=RATE, mel=MEL, **sizes, **settings)
+    ).eval()
 
 
 def generated(recordings: list[Recording], change: Any, calls: list[Any]) -> Any:
@@ -71,7 +81,9 @@ def test_score_of_a_gain_is_its_logarithm(recordings, monkeypatch, gain):
     assert found.measures["period_error"] == found.measures["gross_period_error"] == 0
     for name in HNR_BANDS:
         if name in found.measures:
-            assert found.measures[name] == pytest.approx(found.measures[f"{name}_recorded"], abs=0.01)
+            assert found.measures[name] == pytest.approx(
+                found.measures[f"{name}_recorded"], abs=0.01
+            )
 
 
 def test_score_is_the_log_mel_distance_and_what_harmonicity_differs(recordings, monkeypatch):
@@ -94,7 +106,9 @@ def test_score_is_the_log_mel_distance_and_what_harmonicity_differs(recordings, 
     assert found.measures["log_mel"] == pytest.approx(np.mean(distances))
 
 
-def test_clips_are_made_in_one_call_of_the_first_recordings_that_can_be_read(recordings, monkeypatch):
+def test_clips_are_made_in_one_call_of_the_first_recordings_that_can_be_read(
+    recordings, monkeypatch
+):
     calls: list[Any] = []
     monkeypatch.setattr(GENERATION, "generate", generated(recordings, lambda x: x, calls))
     names = sorted({recording.speaker for recording in recordings if recording.speaker})
@@ -117,13 +131,17 @@ def test_without_a_readable_recording_there_is_none(recordings):
 
 
 def config(tmp_path: Path, **settings: Any) -> TrainConfig:
-    sizes: dict[str, Any] = dict.fromkeys(("residual_channels", "skip_channels", "head_channels"), 8)
+    sizes: dict[str, Any] = dict.fromkeys(
+        ("residual_channels", "skip_channels", "head_channels"), 8
+    )
     given: dict[str, Any] = {
         "family": "wavenet", "layers": 2, "stacks": 1, "classes": 32, "sample_rate": RATE, "mel_bands": 8,
         "mel_hop_length": 64, "segment": 256, "max_steps": 6, "validate_every": 1, "sample_seconds": 0.2,
         "progress": False, "device": "cpu", "precision": "32", "workers": 0, "validation": str(tmp_path / "held"),
     }  # fmt: skip
-    return TrainConfig(data=str(tmp_path / "data"), out=str(tmp_path / "run"), **sizes | given | settings)
+    return TrainConfig(
+        data=str(tmp_path / "data"), out=str(tmp_path / "run"), **sizes | given | settings
+    )
 
 
 @pytest.fixture
@@ -136,7 +154,9 @@ def scores(recordings, tmp_path, monkeypatch) -> list[float]:
 
     def found(*_: Any) -> FreeRun:
         score, clip = prescribed.pop(0), voice(0.1)
-        return FreeRun({"score": score, "log_mel": score}, [(clip, clip * np.float32(score / 10))] * 2)
+        return FreeRun(
+            {"score": score, "log_mel": score}, [(clip, clip * np.float32(score / 10))] * 2
+        )
 
     monkeypatch.setattr(callbacks, "free_run", found)
     return prescribed
@@ -162,7 +182,11 @@ def test_the_best_has_the_least_score_not_the_fewest_bits(scores, tmp_path, caps
         column = [row["free_run_score"] for row in csv.DictReader(file) if row["validation_bits"]]
     assert column == ["", "3.0", "1.0", "2.0", "1.5", "1.0", "4.0"]
     with open(tmp_path / "run" / "validation.csv", newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row["measure"] == "free run" and row["group"] == "score"]
+        rows = [
+            row
+            for row in csv.DictReader(file)
+            if row["measure"] == "free run" and row["group"] == "score"
+        ]
     assert [float(row["value"]) for row in rows] == [3.0, 1.0, 2.0, 1.5, 1.0, 4.0]
 
 
@@ -171,7 +195,11 @@ def test_samples_are_those_of_the_newest_validations_and_an_overwrite_drops_them
     train(config(tmp_path))
     folder = tmp_path / "run" / "samples"
     kept = [f"step-{step:08}-{clip}.wav" for step in range(2, 7) for clip in range(2)]
-    assert sorted(path.name for path in folder.iterdir()) == ["recorded-0.wav", "recorded-1.wav", *kept]
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "recorded-0.wav",
+        "recorded-1.wav",
+        *kept,
+    ]
     found = audio.read(folder / "step-00000006-0.wav").numpy()
     assert np.abs(found - 0.4 * voice(0.1)).max() < 1e-4
     scores += [1.0]

@@ -44,18 +44,24 @@ def test_generation_follows_the_law_of_forward():
     codes = mulaw_encode(waveform, 32)
     assert torch.equal(mulaw_decode(codes, 32), waveform)
     with torch.no_grad():
-        cumulative = model(codes, model.condition(mel, torch.tensor([1]))).softmax(dim=1).cumsum(dim=1)
+        cumulative = (
+            model(codes, model.condition(mel, torch.tensor([1]))).softmax(dim=1).cumsum(dim=1)
+        )
     draws = torch.from_numpy(uniforms(9, 0, 200))
     inverse = (cumulative[0] <= draws).sum(dim=0)
     assert torch.equal(inverse, codes[0])
 
 
-@pytest.mark.parametrize("settings", [{}, {"mel": MEL}, {"mel": MEL, "speakers": 3}], ids=["none", "mel", "speakers"])
+@pytest.mark.parametrize(
+    "settings", [{}, {"mel": MEL}, {"mel": MEL, "speakers": 3}], ids=["none", "mel", "speakers"]
+)
 def test_an_utterance_does_not_depend_on_its_batch(settings):
     model = make(**settings)
     mel = mels(3, 6) if "mel" in settings else None
     speaker = [0, 2, 1] if "speakers" in settings else None
-    batch = wavear.generate(model, mel, samples=110, speaker=speaker, seed=[5, 6, 7], engine="reference")
+    batch = wavear.generate(
+        model, mel, samples=110, speaker=speaker, seed=[5, 6, 7], engine="reference"
+    )
     for b in range(3):
         alone = wavear.generate(
             model,
@@ -87,14 +93,18 @@ def test_a_prefix_is_the_beginning_of_the_whole():
 
 @pytest.mark.parametrize("hop", [1, 3, 20, 256, 300])
 def test_conditioning_is_the_same_however_it_is_cut(hop):
-    mel = MelConfig(sample_rate=8000, n_fft=1024, window_length=1024, hop_length=hop, bands=5, fmax=4000.0)
+    mel = MelConfig(
+        sample_rate=8000, n_fft=1024, window_length=1024, hop_length=hop, bands=5, fmax=4000.0
+    )
     model = make(mel=mel, speakers=2)
     frames = 1000 // hop + 3
     x = list(mels(2, frames))
     with torch.no_grad():
         whole: Any = Conditioner(model, x, [0, 1]).span(0, frames * hop)
         expected = model.condition(torch.stack(x), torch.tensor([0, 1]))
-        torch.testing.assert_close(whole, expected, rtol=0, atol=1e-5)  # float32 sums in another order
+        torch.testing.assert_close(
+            whole, expected, rtol=0, atol=1e-5
+        )  # float32 sums in another order
         pieces: Any = Conditioner(model, x, [0, 1])
         alone: Any = Conditioner(model, x[1:], [1]).span(0, frames * hop)
         cuts = [0, 1, 100, 511, 512, 513, 777, frames * hop]
@@ -119,9 +129,13 @@ def test_conditioning_is_always_computed_in_one_shape(monkeypatch):
     assert len(shapes) == 1
 
 
-@pytest.mark.parametrize("settings", [{}, {"mel": MEL, "speakers": 2}, {"kernel_size": 3, "speakers": 2}])
+@pytest.mark.parametrize(
+    "settings", [{}, {"mel": MEL, "speakers": 2}, {"kernel_size": 3, "speakers": 2}]
+)
 def test_score_by_stepping_equals_parallel(settings, monkeypatch):
-    monkeypatch.setattr(sys.modules["wavear.generation.engines"], "_PARALLEL_CHUNK", 64)  # several chunks
+    monkeypatch.setattr(
+        sys.modules["wavear.generation.engines"], "_PARALLEL_CHUNK", 64
+    )  # several chunks
     model = make(**settings).double()
     waveform = torch.randn(2, 200, dtype=torch.float64).clamp(-1, 1)
     mel = mels(2, 10).double() if "mel" in settings else None
@@ -132,7 +146,11 @@ def test_score_by_stepping_equals_parallel(settings, monkeypatch):
     torch.testing.assert_close(parallel, stepped, rtol=0, atol=1e-10)
     codes = mulaw_encode(waveform, 32)
     with torch.no_grad():
-        cond = model.condition(mel, None if speaker is None else torch.tensor(speaker)) if model.conditioned else None
+        cond = (
+            model.condition(mel, None if speaker is None else torch.tensor(speaker))
+            if model.conditioned
+            else None
+        )
         direct = -torch.nn.functional.cross_entropy(model(codes, cond), codes, reduction="none")
     torch.testing.assert_close(parallel, direct, rtol=0, atol=1e-10)
 
@@ -179,12 +197,20 @@ def test_new_weights_are_used_at_once():
     ("settings", "arguments", "message"),
     [
         ({"mel": MEL}, {}, "needs a mel: 5 bands, one frame per 20 samples"),
-        ({"mel": MEL}, {"mel": torch.zeros(1, 6, 10)}, "mel has 6 bands, the model was trained on 5"),
+        (
+            {"mel": MEL},
+            {"mel": torch.zeros(1, 6, 10)},
+            "mel has 6 bands, the model was trained on 5",
+        ),
         ({"mel": MEL}, {"mel": torch.zeros(10, 5)}, "mel has 10 bands.*transposed"),
         ({"mel": MEL}, {"mel": torch.zeros(5)}, r"mel has shape \(5,\)"),
         ({"mel": MEL}, {"mel": torch.zeros(5, 0)}, "no frames"),
         ({"mel": MEL}, {"mel": torch.full((5, 2), torch.nan)}, "NaN"),
-        ({"mel": MEL}, {"mel": torch.zeros(5, 2), "samples": 41}, "samples is 41, and the mel covers 40"),
+        (
+            {"mel": MEL},
+            {"mel": torch.zeros(5, 2), "samples": 41},
+            "samples is 41, and the mel covers 40",
+        ),
         ({}, {"mel": torch.zeros(5, 2)}, "takes no mel"),
         ({}, {}, "samples is needed"),
         ({}, {"samples": 0}, "samples is 0"),
@@ -195,8 +221,16 @@ def test_new_weights_are_used_at_once():
         ({}, {"samples": 5, "speaker": 0}, "trained without speakers"),
         ({"speakers": 2}, {"samples": 5}, "needs a speaker, 0 to 1"),
         ({"speakers": 2}, {"samples": 5, "speaker": 2}, "speaker is 2, the model knows 0 to 1"),
-        ({"speakers": 2}, {"samples": 5, "speaker": [0, 1], "seed": [1, 2, 3]}, "2 speakers, 3 utterances"),
-        ({}, {"samples": 5, "engine": "warp"}, "engine is 'warp', it must be one of auto, reference, numba"),
+        (
+            {"speakers": 2},
+            {"samples": 5, "speaker": [0, 1], "seed": [1, 2, 3]},
+            "2 speakers, 3 utterances",
+        ),
+        (
+            {},
+            {"samples": 5, "engine": "warp"},
+            "engine is 'warp', it must be one of auto, reference, numba",
+        ),
         ({}, {"samples": 5, "weights": "int3"}, "weights is 'int3'"),
         ({}, {"samples": 5, "engine": "reference", "weights": "bfloat16"}, "needs engine 'numba'"),
         ({}, {"samples": 5, "engine": "reference", "weights": "int8"}, "needs engine 'numba'"),
@@ -217,7 +251,9 @@ def test_conditioning_of_many_in_batches_of_one_size(monkeypatch):
     """As on a card: always as many blocks at once, so that an utterance's conditioning has the same bits in any batch,
     and as it arrives."""
     model, frames = make(mel=MEL, speakers=2), [mels(1, n)[0] for n in (9, 4, 25)]
-    single: list[Any] = [Conditioner(model, [mel], [b % 2]).span(0, 80) for b, mel in enumerate(frames)]
+    single: list[Any] = [
+        Conditioner(model, [mel], [b % 2]).span(0, 80) for b, mel in enumerate(frames)
+    ]
     monkeypatch.setitem(conditioner._TOGETHER, "cpu", 4)
     sizes = set()
     condition = WaveNet.condition
@@ -246,9 +282,19 @@ def test_conditioning_of_many_in_batches_of_one_size(monkeypatch):
 def test_candidates_share_their_conditioning(monkeypatch):
     """best_of draws of one mel: it is conditioned on once."""
     torch.manual_seed(0)
-    mel = MelConfig(sample_rate=8000, n_fft=64, window_length=64, hop_length=20, bands=5, fmax=4000.0)
+    mel = MelConfig(
+        sample_rate=8000, n_fft=64, window_length=64, hop_length=20, bands=5, fmax=4000.0
+    )
     model = WaveNet(
-        WaveNetConfig(layers=2, stacks=1, residual_channels=4, skip_channels=4, sample_rate=8000, mel=mel, classes=16)
+        WaveNetConfig(
+            layers=2,
+            stacks=1,
+            residual_channels=4,
+            skip_channels=4,
+            sample_rate=8000,
+            mel=mel,
+            classes=16,
+        )
     ).eval()
     calls = []
     real = model.condition

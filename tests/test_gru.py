@@ -83,7 +83,9 @@ def test_step_equals_forward(config):
     codes = random_codes(model, 3, 36)
     with torch.no_grad():
         cond = make_cond(model, 3, 36)
-        torch.testing.assert_close(stepped(model, codes, cond, model.init_state(3)), model(codes, cond), **EXACT)
+        torch.testing.assert_close(
+            stepped(model, codes, cond, model.init_state(3)), model(codes, cond), **EXACT
+        )
 
 
 @pytest.mark.parametrize("layers", [1, 3])
@@ -137,7 +139,11 @@ def test_the_network_is_that_of_its_equations():
             u = torch.sigmoid(w_x[1] @ x + b_x[1] + w_h[1] @ h[i] + b_h[1])
             n = torch.tanh(w_x[2] @ x + b_x[2] + r * (w_h[2] @ h[i] + b_h[2]))
             x = h[i] = (1 - u) * n + u * h[i]
-        first = weights["head.first.weight"] @ x + weights["head.first.bias"] + weights["head.conditioning.weight"] @ c
+        first = (
+            weights["head.first.weight"] @ x
+            + weights["head.first.bias"]
+            + weights["head.conditioning.weight"] @ c
+        )
         logits = weights["head.last.weight"] @ torch.relu(first) + weights["head.last.bias"]
         torch.testing.assert_close(logits, expected[t], **EXACT)
 
@@ -187,7 +193,9 @@ def test_output_depends_on_all_of_the_past_and_on_nothing_else(config):
     total, t = 20, 14
     codes = random_codes(model, 1, total)
     embedded = []
-    handle = model.input.register_forward_hook(lambda _m, _i, out: embedded.append(out) or out.retain_grad())
+    handle = model.input.register_forward_hook(
+        lambda _m, _i, out: embedded.append(out) or out.retain_grad()
+    )
     parameters = model(codes, make_cond(model, 1, total))
     (parameters[0, :, t] * torch.randn(parameters.shape[1], dtype=torch.float64)).sum().backward()
     handle.remove()
@@ -229,7 +237,9 @@ def test_no_gradient_flows_through_a_carried_state(batch):
     assert begin.abs().max() > 0.01
     model.zero_grad()
     embedded = []
-    handle = model.input.register_forward_hook(lambda _m, _i, out: embedded.append(out) or out.retain_grad())
+    handle = model.input.register_forward_hook(
+        lambda _m, _i, out: embedded.append(out) or out.retain_grad()
+    )
     first = model(codes[:, 10:20], cond[:, :, 10:20], state, codes[:, 9])
     second = model(codes[:, 20:], cond[:, :, 20:], state, codes[:, 19])
     handle.remove()
@@ -248,7 +258,9 @@ def test_no_gradient_flows_through_a_carried_state(batch):
         torch.testing.assert_close(gradient, model.get_parameter(name).grad, **EXACT)
     # Nor into a state that was made with one.
     start = torch.zeros(batch, 2, 7, dtype=torch.float64, requires_grad=True)
-    model(codes[:, :10], cond[:, :, :10], model.import_state({"h": start}), previous).sum().backward()
+    model(
+        codes[:, :10], cond[:, :, :10], model.import_state({"h": start}), previous
+    ).sum().backward()
     assert start.grad is None
 
 
@@ -283,8 +295,12 @@ def test_every_parameter_learns(config):
     cond = make_cond(model, 2, 24)
     nats = -model.law.log_prob(model(codes, cond), codes)
     nats.sum().backward()
-    assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
-    assert len({p.grad.untyped_storage().data_ptr() for p in model.parameters()}) == len(list(model.parameters()))
+    assert [
+        name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()
+    ] == []
+    assert len({p.grad.untyped_storage().data_ptr() for p in model.parameters()}) == len(
+        list(model.parameters())
+    )
 
 
 @pytest.mark.parametrize("name", ["mel and speakers", "mixture"])
@@ -294,7 +310,9 @@ def test_rounded_weights_put_in_by_training_are_the_ones_used(name):
     codes = random_codes(model, 2, 24)
     cond = make_cond(copy.deepcopy(model).double(), 2, 24).to(torch.bfloat16)
     state = model.init_state(2)
-    weights = {n: p.bfloat16() for n, p in model.named_parameters() if not n.startswith("conditioning.")}
+    weights = {
+        n: p.bfloat16() for n, p in model.named_parameters() if not n.startswith("conditioning.")
+    }
     previous = torch.full((2,), model.start_code)
     found = torch.func.functional_call(model, weights, (codes, cond, state, previous))
     assert found.dtype == torch.bfloat16
@@ -310,7 +328,9 @@ def test_rounded_weights_put_in_by_training_are_the_ones_used(name):
 
 def test_a_law_over_values_begins_spread_about_silence():
     model = GRU(SHAPES["mixture"])
-    torch.testing.assert_close(model.head.last.bias.detach(), model.law.initial_bias(), rtol=0, atol=0)
+    torch.testing.assert_close(
+        model.head.last.bias.detach(), model.law.initial_bias(), rtol=0, atol=0
+    )
 
 
 def test_conditioning_and_speaker_reach_the_input_and_the_head():
@@ -334,7 +354,12 @@ def test_the_cost_of_a_sample_by_hand():
     assert model.multiply_adds == expected
     assert model.weight_bytes == 4 * expected
     config = GRUConfig(
-        channels=7, input_channels=6, head_channels=9, law="gaussian", speakers=2, conditioning_channels=5
+        channels=7,
+        input_channels=6,
+        head_channels=9,
+        law="gaussian",
+        speakers=2,
+        conditioning_channels=5,
     )
     assert GRU(config).multiply_adds == 6 + 5 * 6 + 3 * 7 * (6 + 7) + 5 * 9 + 7 * 9 + 9 * 2
 
@@ -345,7 +370,8 @@ def test_the_cost_is_counted_the_same_everywhere(config):
     asked = cost(config)
     assert asked.multiply_adds == model.multiply_adds == multiply_adds(model)[0]
     assert asked.weight_bytes == model.weight_bytes
-    # Read for every sample: all but the first layer's input, and what of the conditioning is multiplied ahead.
+    # Read for every sample: all but the first layer's input, and what of the conditioning is
+    # multiplied ahead.
     layers, h, head = config.layers, config.channels, config.head_channels
     hot = (2 * layers - 1) * 3 * h * h + head * (h + model.law.channels)
     assert asked.hot_bytes == 4 * hot
@@ -400,12 +426,20 @@ def test_scores_by_forward_and_by_steps_are_one(name, monkeypatch):
     mel = torch.randn(1, 5, 25) if model.config.mel else None
     speaker = 1 if model.config.speakers else None
     audio, made = generate(
-        model, mel, samples=250, speaker=speaker, seed=3, engine="reference", return_log_probability=True
+        model,
+        mel,
+        samples=250,
+        speaker=speaker,
+        seed=3,
+        engine="reference",
+        return_log_probability=True,
     )
     waveform = model.grid.decode(model.grid.encode(audio))
     found = score(model, waveform, mel, speaker=speaker, engine="parallel")
     # float32 sums in another order; a narrow bin of 16 bits magnifies them.
-    np.testing.assert_allclose(found, score(model, waveform, mel, speaker=speaker, engine="reference"), atol=1e-3)
+    np.testing.assert_allclose(
+        found, score(model, waveform, mel, speaker=speaker, engine="reference"), atol=1e-3
+    )
     np.testing.assert_allclose(found, made, atol=1e-3)
 
 
@@ -420,7 +454,9 @@ def test_held_out_bits_are_those_of_score(lanes, world, tmp_path, monkeypatch):
         audio.write(tmp_path / f"{n}.wav", noise.astype(np.float32), 8000)
     recordings = open_corpus(str(tmp_path), sample_rate=8000, validation_fraction=0.01).train
     assert len(recordings) == 4
-    parts = [held_out.held_out_bits(model, recordings, rank=rank, world=world) for rank in range(world)]
+    parts = [
+        held_out.held_out_bits(model, recordings, rank=rank, world=world) for rank in range(world)
+    ]
     for n, recording in enumerate(recordings):
         waveform = audio.read(recording.path, 8000)
         assert sum(part.samples[n] for part in parts) == len(waveform) == recording.frames

@@ -11,8 +11,9 @@ import pytest
 # What takes long to import, or only some need: imported inside the functions that use it.
 HEAVY = {"torchaudio", "numba", "librosa", "lightning", "matplotlib", "scipy", "tensorboard"}
 
-# The longest that `import wavear` may take once torch is imported, as a share of what torch took. Both are timed in one
-# process, so a busy machine slows down both. Measured 0.015; Lightning would add 1.9, scipy.signal 0.6.
+# The longest that `import wavear` may take once torch is imported, as a share of what torch took.
+# Both are timed in one process, so a busy machine slows down both. Measured 0.015; Lightning would
+# add 1.9, scipy.signal 0.6.
 ADDED_TIME = 0.15
 ATTEMPTS = 5  # the best counts, and the first that is good enough is the last
 

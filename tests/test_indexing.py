@@ -124,7 +124,17 @@ def test_other_arrays_are_refused(tmp_path):
 
 def test_a_folder_is_listed_in_the_order_of_its_names(tmp_path):
     """Characters around the slash among them; a link to a folder above does not lead round and round."""
-    names = ["a/x.wav", "a-b.wav", "a.b/y.wav", "a.wav", "a/b/c.wav", "a b/z.wav", "ä.wav", "Z.wav", "a0.wav"]
+    names = [
+        "a/x.wav",
+        "a-b.wav",
+        "a.b/y.wav",
+        "a.wav",
+        "a/b/c.wav",
+        "a b/z.wav",
+        "ä.wav",
+        "Z.wav",
+        "a0.wav",
+    ]
     for name in names:
         write(tmp_path / name, 100)
     (tmp_path / "a" / "round").symlink_to(tmp_path)
@@ -161,7 +171,13 @@ def test_rows_are_what_a_list_of_recordings_was(tmp_path):
         write(tmp_path / name, 4000)
     rows = [
         {"path": "a.wav", "speaker": "ann"},
-        {"path": "./sub//c.wav", "start": 0.125, "duration": 0.25, "speaker": "bob", "split": "dev"},
+        {
+            "path": "./sub//c.wav",
+            "start": 0.125,
+            "duration": 0.25,
+            "speaker": "bob",
+            "split": "dev",
+        },
         {"path": str(tmp_path / "b.wav"), "start": 0.1, "speaker": 7},
     ]
     (tmp_path / "m.jsonl").write_text("\n".join(map(json.dumps, rows)))
@@ -177,8 +193,18 @@ def test_rows_are_what_a_list_of_recordings_was(tmp_path):
         "ann",
         None,
     )
-    assert (b.path, b.name, b.start, b.frames) == (tmp_path / "b.wav", f"{tmp_path}/b.wav#0.1", 800, 3200)
-    assert (c.path, c.name, c.start, c.frames) == (tmp_path / "sub/c.wav", "sub/c.wav#0.125", 1000, 2000)
+    assert (b.path, b.name, b.start, b.frames) == (
+        tmp_path / "b.wav",
+        f"{tmp_path}/b.wav#0.1",
+        800,
+        3200,
+    )
+    assert (c.path, c.name, c.start, c.frames) == (
+        tmp_path / "sub/c.wav",
+        "sub/c.wav#0.125",
+        1000,
+        2000,
+    )
     assert (c.span, b.span, a.span) == ((0.125, 0.25), (0.1, None), (0.0, None))
     assert found.speakers == ["7", "ann", "bob"]
     assert found.train[-1] == b == found.train[1:][0]
@@ -223,7 +249,8 @@ def test_a_corpus_from_its_index_is_the_corpus_without_one(corpus, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "settings", [{"normalise": "rms"}, {"trim_silence": 20.0}, {"normalise": "peak", "speakers": True}]
+    "settings",
+    [{"normalise": "rms"}, {"trim_silence": 20.0}, {"normalise": "peak", "speakers": True}],
 )
 def test_levels_are_measured_once_per_setting(corpus, monkeypatch, looks, settings):
     without = opened(corpus, **settings) if "speakers" not in settings else None
@@ -289,7 +316,11 @@ def test_a_damaged_index_is_named_and_made_again(corpus, looks, damage):
     wavear.index(corpus)
     path = indexing.cached(corpus) / "headers.safetensors"
     content = path.read_bytes()
-    broken = {"cut": content[:-9], "bit": content[:-9] + bytes([content[-9] ^ 1]) + content[-8:], "text": b"hello"}
+    broken = {
+        "cut": content[:-9],
+        "bit": content[:-9] + bytes([content[-9] ^ 1]) + content[-8:],
+        "text": b"hello",
+    }
     path.write_bytes(broken[damage])
     looks.clear()
     report = wavear.index(corpus)
@@ -316,7 +347,9 @@ def test_an_index_that_is_no_array_file_of_ours_runs_no_code(corpus, tmp_path):
     assert not (tmp_path / "exploded").exists()
 
 
-def test_beside_the_data_it_serves_everybody_and_moves_with_them(corpus, looks, monkeypatch, tmp_path):
+def test_beside_the_data_it_serves_everybody_and_moves_with_them(
+    corpus, looks, monkeypatch, tmp_path
+):
     report = wavear.index(corpus, beside=True)
     assert report.folder == corpus / ".wavear-index"
     monkeypatch.setenv("WAVEAR_CACHE", str(tmp_path / "somebody else's"))
@@ -370,14 +403,20 @@ def test_processes_find_what_threads_find(corpus, monkeypatch):
         return items
 
     found = opened(corpus, progress=progress)
-    assert (found.train, found.validation, found.bad) == (expected.train, expected.validation, expected.bad)
+    assert (found.train, found.validation, found.bad) == (
+        expected.train,
+        expected.validation,
+        expected.bad,
+    )
     assert shown == [(31, "reading headers")]
     leveled = opened(corpus, normalise="rms", progress=progress)
     monkeypatch.undo()
     assert leveled.train == opened(corpus, normalise="rms").train
 
 
-def test_a_file_that_kills_its_process_is_named_and_the_others_are_read(corpus, monkeypatch, tmp_path):
+def test_a_file_that_kills_its_process_is_named_and_the_others_are_read(
+    corpus, monkeypatch, tmp_path
+):
     """A decoder's fault, say: here a module before soundfile which ends the process at one file."""
     fake = tmp_path / "fake" / "soundfile.py"
     fake.parent.mkdir()
@@ -417,11 +456,16 @@ wavear.index(sys.argv[1])
 
 
 def test_an_index_that_was_killed_goes_on_where_it_was(corpus, looks):
-    environment = os.environ | {"PYTHONPATH": str(Path(wavear.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {
+        "PYTHONPATH": str(Path(wavear.__file__).parents[1]),
+        "OMP_NUM_THREADS": "1",
+    }
     child = subprocess.Popen([sys.executable, "-c", SLOWLY, str(corpus)], env=environment)
     folder = indexing.cached(corpus)
     end = time.monotonic() + 60
-    while time.monotonic() < end and not any(p.stat().st_size > 300 for p in folder.glob("*.journal")):
+    while time.monotonic() < end and not any(
+        p.stat().st_size > 300 for p in folder.glob("*.journal")
+    ):
         time.sleep(0.01)
     child.send_signal(signal.SIGKILL)
     child.wait()
@@ -440,10 +484,16 @@ def test_an_index_that_was_killed_goes_on_where_it_was(corpus, looks):
 
 
 def test_two_processes_at_once_look_into_each_file_once(corpus):
-    environment = os.environ | {"PYTHONPATH": str(Path(wavear.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {
+        "PYTHONPATH": str(Path(wavear.__file__).parents[1]),
+        "OMP_NUM_THREADS": "1",
+    }
     program = SLOWLY.replace("wavear.index(sys.argv[1])", "print(wavear.index(sys.argv[1]).new)")
     command = [sys.executable, "-c", program, str(corpus)]
-    children = [subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    children = [
+        subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
     new = sorted(int(child.communicate(timeout=100)[0]) for child in children)
     assert new == [0, 31]
 
@@ -462,7 +512,10 @@ def test_the_command_says_what_it_found(corpus, capsys):
     assert commands.main(["index", str(corpus), "--beside"]) == 0
     assert f"index: {corpus / '.wavear-index'}" in capsys.readouterr().out
     assert commands.main(["index", str(corpus / "nowhere")]) == 1
-    assert capsys.readouterr().err.strip() == f"wavear: error: {corpus / 'nowhere'}: no such folder or manifest"
+    assert (
+        capsys.readouterr().err.strip()
+        == f"wavear: error: {corpus / 'nowhere'}: no such folder or manifest"
+    )
 
 
 def test_keys_tell_names_sizes_and_times_apart(corpus):
@@ -475,7 +528,9 @@ def test_keys_tell_names_sizes_and_times_apart(corpus):
 
 def test_levels_of_stretches_of_a_file_are_their_own(corpus, monkeypatch):
     """A loud half and a quiet one have two gains, also when they come from the index."""
-    waveform = np.random.default_rng(0).normal(0, 0.1, 8000).clip(-0.3, 0.3) * np.repeat([1.0, 0.1], 4000)
+    waveform = np.random.default_rng(0).normal(0, 0.1, 8000).clip(-0.3, 0.3) * np.repeat(
+        [1.0, 0.1], 4000
+    )
     audio.write(corpus / "halves.wav", waveform.astype(np.float32), RATE)
     (corpus / "list.csv").write_text("path,start,duration\nhalves.wav,0,0.5\nhalves.wav,0.5,0.5\n")
     monkeypatch.setattr(indexing, "KEEP_FROM", 2)
@@ -493,7 +548,9 @@ def test_files_with_a_hash_sign_in_their_names_are_held_out_one_by_one(tmp_path)
     found = opened(tmp_path, validation_fraction=0.2)
     assert 2 <= len(found.validation) <= 16
     recordings = corpus_module.find(tmp_path)
-    assert {r.name for r in corpus_module.split(recordings, 0.2)[1]} == {r.name for r in found.validation}
+    assert {r.name for r in corpus_module.split(recordings, 0.2)[1]} == {
+        r.name for r in found.validation
+    }
     rows = [f"take #{number}.wav,{start}" for number in range(40) for start in (0, 0.02, 0.04)]
     (tmp_path / "list.csv").write_text("\n".join(["path,start", *rows]) + "\n")
     stretches = opened(tmp_path / "list.csv", validation_fraction=0.2)
@@ -504,7 +561,9 @@ def test_files_with_a_hash_sign_in_their_names_are_held_out_one_by_one(tmp_path)
 
 
 def test_journals_of_other_settings_are_neither_read_nor_removed(tmp_path):
-    own, other = (tmp_path / f"levels-22050-rms{more}-{uuid.uuid4().hex}.journal" for more in ("", "-40.0"))
+    own, other = (
+        tmp_path / f"levels-22050-rms{more}-{uuid.uuid4().hex}.journal" for more in ("", "-40.0")
+    )
     own.touch()
     other.touch()
     assert indexing._journals(tmp_path, "levels-22050-rms") == [own]

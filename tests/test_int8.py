@@ -24,7 +24,11 @@ TOLERANCE = 1e-4  # nats: sums of some hundred float32 products round to about 1
 def make(**config) -> WaveNet:
     """A model whose weights are so large that its logits differ, as those of a trained one do."""
     torch.manual_seed(0)
-    model = WaveNet(WaveNetConfig(**{"layers": 4, "stacks": 2, "residual_channels": 16, "skip_channels": 32, **config}))
+    model = WaveNet(
+        WaveNetConfig(
+            **{"layers": 4, "stacks": 2, "residual_channels": 16, "skip_channels": 32, **config}
+        )
+    )
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.startswith(("blocks", "head")):
@@ -35,14 +39,17 @@ def make(**config) -> WaveNet:
 def dequantised(model: WaveNet) -> WaveNet:
     """By definition: of every output of a matrix (of every tap of a convolution) the largest magnitude is 127 steps.
 
-    Written here once more, in float64, so that a fault in the packing is none in what it is compared with.
+    Written here once more, in float64, so that a fault in the packing is none in what it is
+    compared with.
     """
     model = copy.deepcopy(model)
     for name, parameter in model.named_parameters():
         if parameter.dim() == 2 and name.startswith(("blocks", "head")):
             taps = model.config.kernel_size if "dilated" in name else 1
             matrices = parameter.detach().numpy().reshape(len(parameter), taps, -1)
-            step = (np.abs(matrices).max(axis=2, keepdims=True) / np.float32(127)).astype(np.float64)
+            step = (np.abs(matrices).max(axis=2, keepdims=True) / np.float32(127)).astype(
+                np.float64
+            )
             numbers = np.rint(matrices / np.where(step > 0, step, 1).astype(np.float32))
             parameter.data.copy_(torch.from_numpy(numbers * step).reshape(parameter.shape))
     return model
@@ -58,7 +65,9 @@ def parallel(model: WaveNet, codes: np.ndarray, cond: Tensor | None) -> np.ndarr
 
 def inputs(model: WaveNet, batch: int, samples: int) -> tuple[np.ndarray, Tensor | None]:
     codes = np.random.default_rng(0).integers(0, model.config.classes, (batch, samples))
-    return codes, torch.randn(batch, model.config.conditioning_channels, samples) if model.conditioned else None
+    return codes, torch.randn(
+        batch, model.config.conditioning_channels, samples
+    ) if model.conditioned else None
 
 
 small = st.integers(1, 40)
@@ -84,7 +93,18 @@ small = st.integers(1, 40)
 @example(2, 5, 3, 33, 47, 29, 50, 3, 31, 1, 150, 2)
 @example(1, 1, 2, 1, 1, 1, 2, 0, 1, 1, 5, 1)
 def test_scores_equal_the_forward_pass_of_the_dequantised_weights(
-    stacks, depth, kernel, residual, skip, head, classes, speakers, channels, batch, samples, threads
+    stacks,
+    depth,
+    kernel,
+    residual,
+    skip,
+    head,
+    classes,
+    speakers,
+    channels,
+    batch,
+    samples,
+    threads,
 ):
     model = make(
         layers=stacks * depth, stacks=stacks, kernel_size=kernel, residual_channels=residual, skip_channels=skip,
@@ -140,7 +160,9 @@ def test_a_past_given_in_parallel_is_the_past_stepped_through():
         filled.fill(0, codes[0, :50], cond[:, :, :50])
         for name, tensor in stepped.state(0).items():
             torch.testing.assert_close(filled.state(0)[name], tensor, rtol=0, atol=1e-5)
-        found, expected = (engine.score(codes[:, 50:], cond[:, :, 50:]) for engine in (filled, stepped))
+        found, expected = (
+            engine.score(codes[:, 50:], cond[:, :, 50:]) for engine in (filled, stepped)
+        )
     np.testing.assert_allclose(found, expected, atol=TOLERANCE)
 
 
@@ -152,7 +174,9 @@ def test_the_same_audio_from_generate_and_a_stream_and_another_law_than_float32(
     together = wavear.generate(model, weights="int8", samples=300, seed=[1, 2, 3])
     assert torch.equal(together[2], whole[0])
     waveform = wavear.generate(model, samples=300, seed=3)
-    exact, rounded = (wavear.score(model, waveform, engine="numba", weights=w) for w in ("float32", "int8"))
+    exact, rounded = (
+        wavear.score(model, waveform, engine="numba", weights=w) for w in ("float32", "int8")
+    )
     assert not torch.equal(exact, rounded)
     assert stream.description == "numba with int8 weights"
 
@@ -172,9 +196,9 @@ def test_a_byte_for_every_weight_and_a_scale_for_every_output():
     assert asked.multiply_adds == whole.multiply_adds
     assert asked.weight_bytes == whole.weight_bytes // 4 + 4 * outputs
     # One layer is a table, and the other's two past taps are read every second sample.
-    assert asked.hot_bytes == 8 * 16 + 4 * 16 + (8 * 16 + 4 * 16) + 8 * 8 + 4 * 8 + 2 * (8 * 9 + 4 * 9) + (
-        9 * 10 + 4 * 10 + 10 * 16 + 4 * 16
-    )
+    assert asked.hot_bytes == 8 * 16 + 4 * 16 + (8 * 16 + 4 * 16) + 8 * 8 + 4 * 8 + 2 * (
+        8 * 9 + 4 * 9
+    ) + (9 * 10 + 4 * 10 + 10 * 16 + 4 * 16)
 
 
 def test_bench_measures_its_cost():
@@ -182,6 +206,7 @@ def test_bench_measures_its_cost():
     found = speed.measure(model, "numba", weights="int8", seconds=0.01)
     rounded = speed.measure(model, "numba", weights="bfloat16", seconds=0.01)
     assert rounded.error < found.error < 0.2
-    # What is lost on audio drawn from the model is the divergence of the laws: zero or more, but for the noise.
+    # What is lost on audio drawn from the model is the divergence of the laws: zero or more, but
+    # for the noise.
     assert -1e-3 < found.cost < 0.01
     assert f"{found.cost:+.5f}" in speed.table([found])

@@ -10,7 +10,16 @@ import numpy as np
 import pytest
 import torch
 
-from wavear import MelConfig, WaveNet, WaveNetConfig, adapt_mel, audio, convert_mel, judge_mel, log_mel
+from wavear import (
+    MelConfig,
+    WaveNet,
+    WaveNetConfig,
+    adapt_mel,
+    audio,
+    convert_mel,
+    judge_mel,
+    log_mel,
+)
 from wavear.mel.detection import CONVENTIONS
 
 LN = MelConfig()
@@ -22,10 +31,16 @@ def voices(count: int, seconds: float = 1.5, seed: int = 0) -> list[torch.Tensor
     made = []
     for _ in range(count):
         time = np.arange(int(seconds * 22050)) / 22050
-        phase = 2 * np.pi * np.cumsum(generator.uniform(90, 220) * (1 + 0.1 * np.sin(4 * time))) / 22050
+        phase = (
+            2 * np.pi * np.cumsum(generator.uniform(90, 220) * (1 + 0.1 * np.sin(4 * time))) / 22050
+        )
         formant = generator.uniform(4, 12)
-        voice = sum(np.sin(k * phase) / k * math.exp(-((k - formant) ** 2) / 60) for k in range(1, 45))
-        hiss = np.diff(generator.normal(size=len(time) + 1)) * np.maximum(np.sin(2 * np.pi * 2 * time + 2), 0)
+        voice = sum(
+            np.sin(k * phase) / k * math.exp(-((k - formant) ** 2) / 60) for k in range(1, 45)
+        )
+        hiss = np.diff(generator.normal(size=len(time) + 1)) * np.maximum(
+            np.sin(2 * np.pi * 2 * time + 2), 0
+        )
         wave = 0.25 * voice * np.maximum(np.sin(2 * np.pi * 3 * time), 0) ** 2 + 0.02 * hiss
         wave += 3e-5 * generator.normal(size=len(time))
         made.append(torch.from_numpy(generator.uniform(0.3, 1.0) * wave)[None])
@@ -37,7 +52,9 @@ def trained() -> Any:
     """A function that makes a model whose statistics are those of some voices' mels."""
 
     def model_of(config: MelConfig) -> WaveNet:
-        sizes = dict.fromkeys(("residual_channels", "skip_channels", "head_channels", "conditioning_channels"), 4)
+        sizes = dict.fromkeys(
+            ("residual_channels", "skip_channels", "head_channels", "conditioning_channels"), 4
+        )
         rate = config.sample_rate
         model = WaveNet(WaveNetConfig(layers=2, stacks=1, sample_rate=rate, mel=config, **sizes))
         mels = torch.cat([log_mel(wave, config)[0] for wave in voices(8)], dim=1)
@@ -50,7 +67,9 @@ def trained() -> Any:
 
 
 def as_convention(mel: torch.Tensor, name: str, config: MelConfig = LN) -> torch.Tensor:
-    return convert_mel(mel, config, replace(config, **CONVENTIONS[name][1]), ignore=("floor", "clip"))
+    return convert_mel(
+        mel, config, replace(config, **CONVENTIONS[name][1]), ignore=("floor", "clip")
+    )
 
 
 @pytest.mark.parametrize("gain", [1.0, 0.1, 0.01], ids=["as trained", "-20 dB", "-40 dB"])
@@ -69,9 +88,14 @@ def test_other_conventions_are_told_by_name(trained, name):
         mel = as_convention(log_mel(wave, LN)[0], name)
         judged = judge_mel(mel, model)
         assert (judged.verdict, judged.convention) == ("wrong", name)
-        assert f"looks like {CONVENTIONS[name][0]} mels (range {mel.min():.1f}..{mel.max():.1f})" in judged.reason
+        assert (
+            f"looks like {CONVENTIONS[name][0]} mels (range {mel.min():.1f}..{mel.max():.1f})"
+            in judged.reason
+        )
         assert "the model expects natural-logarithm mels (range -11.5.." in judged.reason
-        assert f"pass --mel-preset {name} (if all else is as the model's) to convert" in judged.reason
+        assert (
+            f"pass --mel-preset {name} (if all else is as the model's) to convert" in judged.reason
+        )
         told: list[str] = []  # where the other one clips higher
         assert judge_mel(adapt_mel(mel, model, name, warn=told.append), model).verdict == "fits"
         assert bool(told) == (name in ("db01-ref20", "db4-ref20"))
@@ -91,7 +115,9 @@ def test_a_preset_is_named_where_it_can_be_converted(trained):
     judged = judge_mel(mel, model)
     assert judged.reason.endswith("pass --mel-preset r9y9 to convert")
     made = adapt_mel(mel, model, "r9y9")
-    torch.testing.assert_close(made, log_mel(voices(1, seed=3)[0], natural)[0].float(), rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        made, log_mel(voices(1, seed=3)[0], natural)[0].float(), rtol=0, atol=1e-5
+    )
 
 
 def test_mels_of_integers_and_standardised_ones_are_told(trained):
@@ -120,9 +146,17 @@ def test_a_model_that_was_never_trained_judges_the_range_alone():
 @pytest.mark.parametrize(
     ("shape", "seconds", "said"),
     [
-        ((100, 80), None, r"shape \(100, 80\): it seems transposed, frames first; give its transpose"),
+        (
+            (100, 80),
+            None,
+            r"shape \(100, 80\): it seems transposed, frames first; give its transpose",
+        ),
         ((64, 100), None, "64 bands, the model was trained on 80"),
-        ((128, 100), None, r"128 bands, the model was trained on 80 \(librosa-default has as many\)"),
+        (
+            (128, 100),
+            None,
+            r"128 bands, the model was trained on 80 \(librosa-default has as many\)",
+        ),
         ((80, 0), None, "expected floating point, "),
         (
             (80, 802),
@@ -141,15 +175,22 @@ def test_shapes_and_rates_are_named(trained, shape, seconds, said):
 def test_frames_that_fit_the_seconds(trained):
     model = trained(LN)
     mel = log_mel(voices(1, seed=5)[0], LN)[0]
-    for frames in (mel, torch.nn.functional.pad(mel, (0, 1), value=-9.0)):  # one more, as centred mels have
+    for frames in (
+        mel,
+        torch.nn.functional.pad(mel, (0, 1), value=-9.0),
+    ):  # one more, as centred mels have
         assert adapt_mel(frames, model, seconds=1.5).shape == frames.shape
 
 
 def test_the_seconds_of_a_mel_that_says_what_it_is(trained):
     model = trained(LN)
     mel = log_mel(voices(1, seed=5)[0], LN)[0]
-    decibels = as_convention(mel, "db")  # far out of the range of natural logarithms, as it should be
-    torch.testing.assert_close(adapt_mel(decibels, model, "db", seconds=1.5), mel.float(), rtol=0, atol=1e-4)
+    decibels = as_convention(
+        mel, "db"
+    )  # far out of the range of natural logarithms, as it should be
+    torch.testing.assert_close(
+        adapt_mel(decibels, model, "db", seconds=1.5), mel.float(), rtol=0, atol=1e-4
+    )
     with pytest.raises(ValueError, match="frames for 3 s"):
         adapt_mel(decibels, model, "db", seconds=3.0)
     with pytest.raises(ValueError, match="int32"):
@@ -169,13 +210,21 @@ def test_what_says_what_it_is_is_converted_or_refused_by_field(trained):
     made = adapt_mel(log_mel(wave, common)[0], model, common)
     torch.testing.assert_close(made, log_mel(wave, LN)[0].float(), rtol=0, atol=1e-5)
     tacotron = log_mel(wave, MelConfig.preset("nvidia-tacotron2"))[0]
-    with pytest.raises(ValueError, match=r"it has centre 'start', the model 'middle' \(all but 5.8 ms of delay"):
+    with pytest.raises(
+        ValueError, match=r"it has centre 'start', the model 'middle' \(all but 5.8 ms of delay"
+    ):
         adapt_mel(tacotron, model, "nvidia-tacotron2")
-    with pytest.warns(UserWarning, match="taken although it has centre 'start', the model 'middle'"):
-        assert torch.equal(adapt_mel(tacotron, model, "nvidia-tacotron2", force=True), tacotron.float())
+    with pytest.warns(
+        UserWarning, match="taken although it has centre 'start', the model 'middle'"
+    ):
+        assert torch.equal(
+            adapt_mel(tacotron, model, "nvidia-tacotron2", force=True), tacotron.float()
+        )
     with pytest.raises(ValueError, match="hop_length 275, the model 256"):
         adapt_mel(tacotron, model, "fatchord")
-    with pytest.raises(ValueError, match="there is no mel preset 'fatcord': did you mean 'fatchord'"):
+    with pytest.raises(
+        ValueError, match="there is no mel preset 'fatcord': did you mean 'fatchord'"
+    ):
         adapt_mel(tacotron, model, "fatcord")
     with pytest.raises(ValueError, match="128 bands, the model was trained on 80"):
         adapt_mel(torch.zeros(128, 5), model, "librosa-default", force=True)
@@ -213,8 +262,15 @@ def test_real_recordings_fit_and_other_conventions_do_not(trained, data_dir):
     model = trained(LN)
 
     def mels(folder: str, count: int) -> list[torch.Tensor]:
-        paths = sorted(path for path in (data_dir / folder).rglob("*") if path.suffix in (".wav", ".flac", ".mp3"))
-        waves = [audio.read(path, 22050, frames=4 * 22050) for path in paths[:: len(paths) // count][:count]]
+        paths = sorted(
+            path
+            for path in (data_dir / folder).rglob("*")
+            if path.suffix in (".wav", ".flac", ".mp3")
+        )
+        waves = [
+            audio.read(path, 22050, frames=4 * 22050)
+            for path in paths[:: len(paths) // count][:count]
+        ]
         return [log_mel(wave[None], LN)[0] for wave in waves]
 
     known = torch.cat(mels("kerstin_de", 12), dim=1)
@@ -225,6 +281,11 @@ def test_real_recordings_fit_and_other_conventions_do_not(trained, data_dir):
     assert {judge_mel(mel, model).verdict for mel in others} == {"fits"}
     for name in ("log10", "db", "db01", "linear"):
         judged = [judge_mel(as_convention(mel, name), model) for mel in others]
-        # log10 is the nearest to natural, some pass for it; 0 to 1 with and without 20 dB are alike.
-        assert sum(found.verdict == "wrong" for found in judged) >= (11 if name == "log10" else len(others))
-        assert sum(found.convention == name for found in judged) >= (11 if name in ("log10", "db01") else len(others))
+        # log10 is the nearest to natural, some pass for it; 0 to 1 with and without 20 dB are
+        # alike.
+        assert sum(found.verdict == "wrong" for found in judged) >= (
+            11 if name == "log10" else len(others)
+        )
+        assert sum(found.convention == name for found in judged) >= (
+            11 if name in ("log10", "db01") else len(others)
+        )

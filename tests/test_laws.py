@@ -24,14 +24,25 @@ from wavear.models.distributions import (
 from wavear.models.sampling import uniforms
 from wavear.models.wavenet import WaveNet, WaveNetConfig
 
-GRIDS = [Grid("linear", 64), Grid("linear", 6), Grid("mulaw", 33), Grid("linear", 65536), Grid("mulaw", 256)]
+GRIDS = [
+    Grid("linear", 64),
+    Grid("linear", 6),
+    Grid("mulaw", 33),
+    Grid("linear", 65536),
+    Grid("mulaw", 256),
+]
 VALUES = [lambda g: LogisticMixture(g, 3), lambda g: LogisticMixture(g, 1), Gaussian, Laplace]
 NAMES = ["mixture", "logistic", "gaussian", "laplace"]
 
 
 def parameters(law: Any, log_scale: float | None = None, seed: int = 0) -> torch.Tensor:
     """(1, P, 1), float64: means within full scale."""
-    made = torch.randn(1, law.channels, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)) * 0.4
+    made = (
+        torch.randn(
+            1, law.channels, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)
+        )
+        * 0.4
+    )
     if log_scale is not None:
         made[:, -(law.channels // 3 or 1) if isinstance(law, LogisticMixture) else -1 :] = log_scale
     return made
@@ -49,7 +60,9 @@ def every(law: Any, given: torch.Tensor) -> torch.Tensor:
 def test_probabilities_sum_to_one_at_every_scale(grid, make, log_scale):
     law = make(grid)
     if isinstance(law, Categorical) and grid.classes > 256:
-        law = Categorical(Grid("mulaw", 500))  # its parameters of every code for every code are a square
+        law = Categorical(
+            Grid("mulaw", 500)
+        )  # its parameters of every code for every code are a square
     given = parameters(law, None if isinstance(law, Categorical) else log_scale)
     assert every(law, given).exp().sum().item() == pytest.approx(1, abs=1e-9)
 
@@ -81,7 +94,8 @@ def test_a_mixture_is_the_weighted_sum_of_its_parts():
     given = parameters(law, seed=3)
     logits, means, scales = given[0, :, 0].split(3)
     parts = [
-        every(one, torch.tensor([0.0, m, s]).double()[None, :, None]).exp() for m, s in zip(means, scales, strict=True)
+        every(one, torch.tensor([0.0, m, s]).double()[None, :, None]).exp()
+        for m, s in zip(means, scales, strict=True)
     ]
     mixed = sum(w * part for w, part in zip(torch.softmax(logits, 0), parts, strict=True))
     torch.testing.assert_close(every(law, given).exp(), mixed, rtol=1e-9, atol=0)
@@ -98,7 +112,9 @@ def test_gradients_are_those_of_finite_differences_and_finite_everywhere(make, l
     assert torch.isfinite(nats).all()
     assert torch.isfinite(gradient).all()
     if log_scale in (-3.0, 1.0):
-        assert torch.autograd.gradcheck(lambda p: law.log_prob(p.expand(-1, -1, 5), codes), (given,), rtol=1e-4)
+        assert torch.autograd.gradcheck(
+            lambda p: law.log_prob(p.expand(-1, -1, 5), codes), (given,), rtol=1e-4
+        )
 
 
 @pytest.mark.parametrize("make", VALUES, ids=NAMES)
@@ -108,7 +124,9 @@ def test_float32_has_the_likelihood_of_float64(make):
     near = ((given[0, -2 if law.channels == 2 else law.channels // 3, 0] + 1) * 32768).long().item()
     codes = torch.arange(near - 300, near + 300)[None]
     wide = given.expand(-1, -1, 600)
-    torch.testing.assert_close(law.log_prob(wide.float(), codes).double(), law.log_prob(wide, codes), rtol=0, atol=1e-4)
+    torch.testing.assert_close(
+        law.log_prob(wide.float(), codes).double(), law.log_prob(wide, codes), rtol=0, atol=1e-4
+    )
 
 
 @pytest.mark.parametrize("grid", GRIDS[:3], ids=str)
@@ -137,8 +155,12 @@ def test_temperature_scales_the_spread(make):
         law = LogisticMixture(law.grid, 1)
     given = parameters(law, -5.0)[..., 0].expand(200_000, -1)
     draws = torch.from_numpy(uniforms(3, 0, 200_000))
-    spread = [law.grid.decode(law.sample(given, draws, t)).double().std().item() for t in (1.0, 0.5, 2.0)]
-    per_row = law.grid.decode(law.sample(given, draws, torch.full((200_000,), 0.5))).double().std().item()
+    spread = [
+        law.grid.decode(law.sample(given, draws, t)).double().std().item() for t in (1.0, 0.5, 2.0)
+    ]
+    per_row = (
+        law.grid.decode(law.sample(given, draws, torch.full((200_000,), 0.5))).double().std().item()
+    )
     assert spread[1] / spread[0] == pytest.approx(0.5, rel=1e-3)
     assert spread[2] / spread[0] == pytest.approx(2.0, rel=1e-2)  # a few are clipped at full scale
     assert per_row == spread[1]
@@ -190,7 +212,9 @@ def test_every_code_survives_the_round_trip_and_lies_in_its_interval(grid):
     assert (values < edges[1:]).all()
     x = torch.linspace(-1, 1, 20011, dtype=torch.float64)
     found = grid.encode(x).numpy()
-    assert (np.searchsorted(edges[1:-1], x.numpy(), side="right") == found).mean() > 0.9999  # but for x on an edge
+    assert (
+        np.searchsorted(edges[1:-1], x.numpy(), side="right") == found
+    ).mean() > 0.9999  # but for x on an edge
     assert np.abs(grid.decode(codes).numpy() - values).max() < 1e-6
 
 
@@ -261,27 +285,38 @@ def test_compiled_laws_draw_and_score_alike(make, classes, log_scale):
     expected = law.log_prob(given[..., None].expand(-1, -1, 102), codes[None])[0].numpy()
     found = [distributions.log_probability(*numbers, row.ctypes.data, int(code)) for code in codes]
     assert found == pytest.approx(expected, rel=1e-8, abs=1e-8)
-    # (In the last 2**-30 of a mixture's component the value hangs on the last bits of the sum of the weights.)
+    # (In the last 2**-30 of a mixture's component the value hangs on the last bits of the sum of
+    # the weights.)
     draws = np.concatenate([[0.0, 2.0**-53, 1 - 2.0**-30], uniforms(5, 0, 500)])
     for temperature in (1.0, 0.7):
         theirs = law.sample(given.expand(503, -1), torch.from_numpy(draws), temperature).tolist()
-        assert [distributions.draw_value(*numbers, row.ctypes.data, u, temperature) for u in draws] == theirs
+        assert [
+            distributions.draw_value(*numbers, row.ctypes.data, u, temperature) for u in draws
+        ] == theirs
 
 
 def test_compiled_laws_tell_parameters_that_are_no_numbers():
     for law in (LogisticMixture(GRIDS[0], 2), Gaussian(GRIDS[0])):
         row = np.zeros(law.channels, np.float32)
         row[-1] = np.nan
-        assert distributions.draw_value(*distributions.numbers(law), row.ctypes.data, 0.5, 1.0) == -1
+        assert (
+            distributions.draw_value(*distributions.numbers(law), row.ctypes.data, 0.5, 1.0) == -1
+        )
 
 
 def test_the_normal_quantile_is_scipys():
-    u = np.concatenate([uniforms(0, 0, 2000), 2.0 ** -np.arange(1, 1000, 7.0), 1 - 2.0 ** -np.arange(1, 53.0)])
-    assert [distributions.normal_quantile(x) for x in u] == pytest.approx(scipy.special.ndtri(u), rel=1e-14, abs=1e-15)
+    u = np.concatenate(
+        [uniforms(0, 0, 2000), 2.0 ** -np.arange(1, 1000, 7.0), 1 - 2.0 ** -np.arange(1, 53.0)]
+    )
+    assert [distributions.normal_quantile(x) for x in u] == pytest.approx(
+        scipy.special.ndtri(u), rel=1e-14, abs=1e-15
+    )
 
 
 def test_a_model_that_was_in_half_precision_sees_the_values_as_they_are():
-    model = WaveNet(WaveNetConfig(layers=1, stacks=1, residual_channels=4, skip_channels=4, law="gaussian"))
+    model = WaveNet(
+        WaveNetConfig(layers=1, stacks=1, residual_channels=4, skip_channels=4, law="gaussian")
+    )
     values = model.embedding.values.clone()
     assert torch.equal(model.half().float().embedding.values, values)
     assert model.bfloat16().embedding.values.dtype == torch.float32
@@ -301,7 +336,9 @@ PAIRS = [
 @pytest.mark.parametrize(("own", "coarser"), PAIRS, ids=str)
 @pytest.mark.parametrize("make", [Categorical, *VALUES], ids=["categorical", *NAMES])
 @pytest.mark.parametrize("log_scale", [-10.0, -5.0, -1.0])
-def test_probabilities_on_a_coarser_grid_are_the_sums_over_the_codes_that_become_each(own, coarser, make, log_scale):
+def test_probabilities_on_a_coarser_grid_are_the_sums_over_the_codes_that_become_each(
+    own, coarser, make, log_scale
+):
     """To float64: against summation one by one; and they sum to one."""
     if make is Categorical and own.classes > 1024:
         own = Grid("mulaw", 1024)
@@ -312,7 +349,9 @@ def test_probabilities_on_a_coarser_grid_are_the_sums_over_the_codes_that_become
     np.add.at(summed, becomes, every(law, given).exp().numpy())
     one_each = torch.from_numpy(np.unique(becomes, return_index=True)[1])[None]
     assert one_each.shape == (1, coarser.classes)
-    found = log_prob_on(law, given.expand(-1, -1, coarser.classes), one_each, coarser)[0].exp().numpy()
+    found = (
+        log_prob_on(law, given.expand(-1, -1, coarser.classes), one_each, coarser)[0].exp().numpy()
+    )
     assert found.sum() == pytest.approx(1, abs=1e-9)
     np.testing.assert_allclose(found, summed, rtol=1e-9, atol=1e-13)
 
@@ -324,7 +363,11 @@ def test_every_code_counts_for_the_coarser_code_that_encode_gives_its_sample():
     given = parameters(law, -6.0).expand(-1, -1, codes.shape[1])
     found = log_prob_on(law, given, codes, coarser)[0]
     became = coarser.encode(own.decode(codes))[0]
-    assert len(set(zip(became.tolist(), found.tolist(), strict=True))) == len(set(became.tolist())) > 50
+    assert (
+        len(set(zip(became.tolist(), found.tolist(), strict=True)))
+        == len(set(became.tolist()))
+        > 50
+    )
 
 
 def test_probabilities_on_a_finer_grid_are_spread_evenly_and_sum_to_one():

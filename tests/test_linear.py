@@ -53,7 +53,9 @@ KINDS: dict[str, dict[str, Any]] = {
 kinds = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS.keys())
 
 
-def process(coefficients: np.ndarray, samples: int, scale: float, law: str = "gaussian", seed: int = 0) -> np.ndarray:
+def process(
+    coefficients: np.ndarray, samples: int, scale: float, law: str = "gaussian", seed: int = 0
+) -> np.ndarray:
     """x[t] = sum of coefficients[k-1] * x[t-k] + e[t]."""
     random = np.random.default_rng(seed)
     e = random.laplace(0, scale, samples) if law == "laplace" else random.normal(0, scale, samples)
@@ -69,13 +71,17 @@ def speechlike(seconds: float = 0.4, rate: int = 8000, seed: int = 0) -> np.ndar
 
 
 def model_of(kind: dict[str, Any], order: int = 5) -> Linear:
-    return fit_linear([speechlike(), speechlike(seed=1)], sample_rate=8000, order=order, constant=True, **kind)
+    return fit_linear(
+        [speechlike(), speechlike(seed=1)], sample_rate=8000, order=order, constant=True, **kind
+    )
 
 
 # ---- statistics
 
 
-def windows(signals: list[np.ndarray], lags: int, edges: str, differencing: int, silence: float) -> np.ndarray:
+def windows(
+    signals: list[np.ndarray], lags: int, edges: str, differencing: int, silence: float
+) -> np.ndarray:
     """Every sample predicted and the P before it, (n, P + 1), the newest first: the definition."""
     found = []
     for x in signals:
@@ -135,7 +141,9 @@ def test_energies_of_all_orders_are_those_of_each():
     sums.add(process(AR4, 3000, 1.0) + 0.5)
     for constant in (False, True):
         found = sums.energies(constant=constant, ridge=0.0)
-        expected = [sums.energy(*sums.solve(order, constant=constant, ridge=0.0)) for order in range(7)]
+        expected = [
+            sums.energy(*sums.solve(order, constant=constant, ridge=0.0)) for order in range(7)
+        ]
         assert found == pytest.approx(expected, rel=1e-9)
 
 
@@ -146,7 +154,9 @@ def test_energies_of_all_orders_are_those_of_each():
 @pytest.mark.parametrize("differencing", [0, 1])
 def test_coefficients_are_those_of_statsmodels(constant, differencing):
     """`AutoReg`: ordinary least squares, the covariance method."""
-    autoreg = pytest.importorskip("statsmodels.tsa.ar_model", reason="needs statsmodels, of the extra dev").AutoReg
+    autoreg = pytest.importorskip(
+        "statsmodels.tsa.ar_model", reason="needs statsmodels, of the extra dev"
+    ).AutoReg
     x = process(AR4, 4000, 0.01) + 0.2
     theirs = autoreg(np.diff(x, n=differencing), 6, trend="c" if constant else "n").fit()
     sums = lpc.Statistics(6, "covariance", differencing)
@@ -159,7 +169,9 @@ def test_coefficients_are_those_of_statsmodels(constant, differencing):
 
 def test_a_model_of_a_recording_has_the_coefficients_of_statsmodels(data_dir):
     """Real speech, through the codes: what is regressed are the samples that the codes stand for."""
-    autoreg = pytest.importorskip("statsmodels.tsa.ar_model", reason="needs statsmodels, of the extra dev").AutoReg
+    autoreg = pytest.importorskip(
+        "statsmodels.tsa.ar_model", reason="needs statsmodels, of the extra dev"
+    ).AutoReg
     path = sorted((data_dir / "kerstin_de").rglob("*.flac"))[0]
     x = audio.read(path, 22050)[:60000]
     model = fit_linear(x, sample_rate=22050, order=32, grid="linear", ridge=0.0)
@@ -172,14 +184,18 @@ def test_a_model_of_a_recording_has_the_coefficients_of_statsmodels(data_dir):
 @pytest.mark.parametrize("kind", ["aic", "bic"])
 @pytest.mark.parametrize("constant", [False, True], ids=["no constant", "constant"])
 def test_orders_are_judged_as_statsmodels_judges_them(kind, constant):
-    others = pytest.importorskip("statsmodels.tsa.ar_model", reason="needs statsmodels, of the extra dev")
+    others = pytest.importorskip(
+        "statsmodels.tsa.ar_model", reason="needs statsmodels, of the extra dev"
+    )
     x = process(AR4, 800, 1.0)
     theirs = getattr(others.ar_select_order(x, 9, ic=kind, trend="c" if constant else "n"), kind)
     theirs = {len(lags) if lags else 0: float(np.ravel(value)[0]) for lags, value in theirs.items()}
     expected = np.array([theirs[order] for order in range(10)])
     sums = lpc.Statistics(9)
     sums.add(x)
-    found = lpc.criterion(sums.energies(constant=constant, ridge=0.0), sums.count, kind, constant=constant)
+    found = lpc.criterion(
+        sums.energies(constant=constant, ridge=0.0), sums.count, kind, constant=constant
+    )
     assert found - found[0] == pytest.approx(expected - expected[0], rel=1e-8, abs=1e-6)
 
 
@@ -189,7 +205,9 @@ def test_the_autocorrelation_method_is_yule_walker():
     r = np.correlate(x, x, "full")[len(x) - 1 :][:9]
     sums = lpc.Statistics(8, "autocorrelation")
     sums.add(x)
-    assert sums.solve(8, ridge=0.0)[0] == pytest.approx(scipy.linalg.solve_toeplitz(r[:8], r[1:]), rel=1e-9, abs=1e-12)
+    assert sums.solve(8, ridge=0.0)[0] == pytest.approx(
+        scipy.linalg.solve_toeplitz(r[:8], r[1:]), rel=1e-9, abs=1e-12
+    )
 
 
 @pytest.mark.parametrize("order", [1, 2, 9, 40])
@@ -227,8 +245,18 @@ def test_a_known_process_is_found(law, method):
 @pytest.mark.parametrize("method", ["covariance", "burg"])
 def test_the_order_of_a_process_is_found(method):
     x = process(AR4, 20000, 0.01)
-    assert fit_linear(x, sample_rate=8000, order="bic", max_order=12, grid="linear", method=method).config.order == 4
-    assert fit_linear(x, sample_rate=8000, order="aic", max_order=12, grid="linear", method=method).config.order >= 4
+    assert (
+        fit_linear(
+            x, sample_rate=8000, order="bic", max_order=12, grid="linear", method=method
+        ).config.order
+        == 4
+    )
+    assert (
+        fit_linear(
+            x, sample_rate=8000, order="aic", max_order=12, grid="linear", method=method
+        ).config.order
+        >= 4
+    )
 
 
 def test_a_drifting_process_is_found_by_its_differences():
@@ -250,7 +278,9 @@ def test_the_scale_is_the_likeliest(kind):
     codes = [model.grid.encode(torch.from_numpy(speechlike(seed=seed)))[None] for seed in (0, 1)]
     nats = torch.cat([-model.law.log_prob(model(row), row) for row in codes], dim=1).mean()
     (slope,) = torch.autograd.grad(nats, [model.log_scale])
-    (curved,) = torch.autograd.grad(_shifted(model, codes, 0.01) - _shifted(model, codes, -0.01), [model.log_scale])
+    (curved,) = torch.autograd.grad(
+        _shifted(model, codes, 0.01) - _shifted(model, codes, -0.01), [model.log_scale]
+    )
     assert abs(slope) < 2e-3
     assert curved > 2e-3  # and rises on both sides
 
@@ -301,20 +331,29 @@ def unstable_model(stabilise: bool) -> Linear:
     n = np.arange(400)
     x = 1e-3 * 1.01**n * np.cos(0.3 * n)
     assert 0.01 < np.abs(x).max() < 1
-    return fit_linear(x, sample_rate=8000, order=2, grid="linear", stabilise=stabilise, law="laplace")
+    return fit_linear(
+        x, sample_rate=8000, order=2, grid="linear", stabilise=stabilise, law="laplace"
+    )
 
 
 def test_poles_outside_the_unit_circle_are_told_and_reflected_on_request():
-    with pytest.warns(UserWarning, match=r"2 of 2 poles lie outside the unit circle, the largest at 1\.01"):
+    with pytest.warns(
+        UserWarning, match=r"2 of 2 poles lie outside the unit circle, the largest at 1\.01"
+    ):
         grows = unstable_model(False)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         stays = unstable_model(True)
     outside, inside = grows.poles(), stays.poles()
     assert np.abs(outside) == pytest.approx([1.01, 1.01], abs=2e-3)
-    assert sorted(inside, key=np.imag) == pytest.approx(sorted(1 / np.conj(outside), key=np.imag), abs=1e-9)
+    assert sorted(inside, key=np.imag) == pytest.approx(
+        sorted(1 / np.conj(outside), key=np.imag), abs=1e-9
+    )
     # Generated, the one stays within what it was fitted to and the other leaves it.
-    loud = [generate(model, samples=8000, seed=3, engine="numba").abs().max() for model in (grows, stays)]
+    loud = [
+        generate(model, samples=8000, seed=3, engine="numba").abs().max()
+        for model in (grows, stays)
+    ]
     assert loud[0] > 0.99
     assert loud[1] < 0.9
 
@@ -325,11 +364,16 @@ def test_reflection_keeps_the_shape_of_the_spectrum(order):
     random = np.random.default_rng(order)
     radius, angle = random.uniform(0.5, 1.15, order // 2), random.uniform(0.1, 3.0, order // 2)
     radius[0] = 1.1
-    roots = np.concatenate([radius * np.exp(1j * angle), radius * np.exp(-1j * angle), [1.05] * (order % 2)])
+    roots = np.concatenate(
+        [radius * np.exp(1j * angle), radius * np.exp(-1j * angle), [1.05] * (order % 2)]
+    )
     coefficients = -np.poly(roots).real[1:]
     moved = lpc.reflected(coefficients)
     assert np.abs(lpc.poles(coefficients)).max() > 1 > np.abs(lpc.poles(moved)).max()
-    ratio = [scipy.signal.freqz([1.0], np.concatenate([[1.0], -a]).tolist(), 64)[1] for a in (coefficients, moved)]
+    ratio = [
+        scipy.signal.freqz([1.0], np.concatenate([[1.0], -a]).tolist(), 64)[1]
+        for a in (coefficients, moved)
+    ]
     ratio = np.abs(ratio[0]) / np.abs(ratio[1])
     assert ratio == pytest.approx(ratio[0], rel=1e-4)
     stable = -np.poly(roots * 0.9 / np.maximum(np.abs(roots), 0.9)).real[1:]
@@ -344,7 +388,9 @@ def test_the_law_is_the_residuals_integrated_over_each_code(kind):
     """By scipy, for a past of its own: the prediction by hand, the interval's ends from where codes change."""
     model = model_of(kind)
     config, classes = model.config, model.grid.classes
-    past = np.random.default_rng(0).integers(classes // 3, 2 * classes // 3, model.receptive_field + 1)
+    past = np.random.default_rng(0).integers(
+        classes // 3, 2 * classes // 3, model.receptive_field + 1
+    )
     values = model.predicted_grid.values()
     mean = model.constant.item()
     for lag, tap in enumerate(model.taps().tolist(), 1):
@@ -395,7 +441,9 @@ def test_score_is_the_definition_sample_by_sample(kind):
         nats.append(model.law.log_prob(parameters, torch.tensor([[code]])).item())
         past = [*past[1:], values[code]]
     for engine in ("parallel", "reference", "numba"):
-        assert score(model, x, engine=engine)[0].tolist() == pytest.approx(nats, rel=1e-12, abs=1e-12)
+        assert score(model, x, engine=engine)[0].tolist() == pytest.approx(
+            nats, rel=1e-12, abs=1e-12
+        )
 
 
 # ---- engines
@@ -431,7 +479,10 @@ def test_engines_agree_code_by_code_and_in_their_scores(kind):
     heat = np.random.default_rng(0).uniform(0.5, 1.5, (3, 150))
     nats = np.empty((2, 3, 150))
     with torch.inference_mode():
-        codes = [e.generate(draws, None, heat, log_probability=n) for e, n in zip((compiled, plain), nats, strict=True)]
+        codes = [
+            e.generate(draws, None, heat, log_probability=n)
+            for e, n in zip((compiled, plain), nats, strict=True)
+        ]
     assert (codes[0] == codes[1]).all()
     assert nats[0] == pytest.approx(nats[1], rel=1e-9, abs=1e-9)
     assert codes[0][0, 40] == 0
@@ -444,9 +495,13 @@ def test_scores_are_exact_in_far_tails(law, grid):
     model = Linear(LinearConfig(order=1, law=law, grid=grid))
     for scale in (1e-4, 1e-3, 0.3):
         model.set(np.array([0.5]), 0.0, scale)
-        codes = np.array([[3, model.grid.classes - 5, 7, model.grid.classes - 1, 0, model.grid.silence]])
+        codes = np.array(
+            [[3, model.grid.classes - 5, 7, model.grid.classes - 1, 0, model.grid.silence]]
+        )
         with torch.no_grad():
-            expected = model.law.log_prob(model(torch.from_numpy(codes)), torch.from_numpy(codes)).numpy()
+            expected = model.law.log_prob(
+                model(torch.from_numpy(codes)), torch.from_numpy(codes)
+            ).numpy()
         found = NumbaLinearEngine(model, 1).score(codes, None)
         assert np.isfinite(found).all()
         assert found == pytest.approx(expected, rel=1e-9)
@@ -463,7 +518,9 @@ def test_audio_does_not_depend_on_batch_chunks_threads_or_engine(kind):
     model = model_of(kind)
     together = generate(model, samples=500, seed=[1, 2, 3], engine="numba", threads=2)
     for b, seed in enumerate((1, 2, 3)):
-        assert torch.equal(generate(model, samples=500, seed=seed, engine="numba", threads=1)[0], together[b])
+        assert torch.equal(
+            generate(model, samples=500, seed=seed, engine="numba", threads=1)[0], together[b]
+        )
         stream = Stream(model, seed=seed)
         assert stream.engine == "numba"
         assert torch.equal(torch.cat([stream.pull(n) for n in (1, 2, 300, 197)]), together[b])
@@ -478,7 +535,9 @@ def test_streams_come_go_move_and_go_on(tmp_path):
     first = stream.pull(100)
     path = stream.save(tmp_path / "state.safetensors")
     for engine in ("reference", "numba"):
-        assert torch.equal(torch.cat([first, Stream.load(model, path, engine=engine).pull(40)]), whole[:140])
+        assert torch.equal(
+            torch.cat([first, Stream.load(model, path, engine=engine).pull(40)]), whole[:140]
+        )
     batch = StreamBatch(model)
     one, other = batch.add(seed=4), batch.add(seed=9)
     batch.pull(one, 80)
@@ -499,7 +558,9 @@ def test_a_state_is_filled_as_by_stepping():
         with torch.inference_mode():
             stepped.score(codes[:, :samples], None)
         state, expected = filled.state(1), stepped.state(0)
-        assert {name: value.tolist() for name, value in state.items()} == {n: v.tolist() for n, v in expected.items()}
+        assert {name: value.tolist() for name, value in state.items()} == {
+            n: v.tolist() for n, v in expected.items()
+        }
         assert filled.state(0)["past"].tolist() == [model.start_code] * model.receptive_field
 
 
@@ -540,7 +601,9 @@ def test_a_run_is_written_like_every_other(recordings, tmp_path):
     assert result.bits_final == pytest.approx(result.held_out["model"])
     assert record["history"][0]["bits"] == result.bits_before > result.bits_final + 1
     model = load(result.best)
-    held_out = [name for name in recordings.glob("*.wav") if name.name not in _trained_on(recordings)]
+    held_out = [
+        name for name in recordings.glob("*.wav") if name.name not in _trained_on(recordings)
+    ]
     nats = torch.cat([-score(model, audio.read(path, 8000))[0] for path in held_out])
     assert nats.mean().item() / math.log(2) == pytest.approx(result.held_out["model"], rel=1e-6)
     for name in ("coefficients", "constant", "log_scale"):
@@ -564,7 +627,12 @@ def test_a_run_that_overwrites_another_leaves_nothing_of_it(recordings, tmp_path
 
 
 def test_several_tasks_of_slurm_are_refused(recordings, tmp_path, monkeypatch):
-    for name, value in {"NTASKS": "4", "NTASKS_PER_NODE": "4", "PROCID": "0", "JOB_NAME": "train"}.items():
+    for name, value in {
+        "NTASKS": "4",
+        "NTASKS_PER_NODE": "4",
+        "PROCID": "0",
+        "JOB_NAME": "train",
+    }.items():
         monkeypatch.setenv(f"SLURM_{name}", value)
     with pytest.raises(ValueError, match="by one process: run it without torchrun and srun"):
         train(settings(recordings, tmp_path / "run"))
@@ -586,7 +654,9 @@ def test_what_is_read_in_blocks_is_what_is_read_at_once(recordings, tmp_path, mo
         torch.testing.assert_close(cut.state_dict()[name], tensor, rtol=1e-9, atol=1e-12)
 
 
-def test_a_file_that_ends_too_soon_is_named_and_the_rest_is_fitted(recordings, tmp_path, capsys, monkeypatch):
+def test_a_file_that_ends_too_soon_is_named_and_the_rest_is_fitted(
+    recordings, tmp_path, capsys, monkeypatch
+):
     from wavear.data import crops
 
     broken = sorted(_trained_on(recordings))[1]
@@ -601,14 +671,28 @@ def test_a_file_that_ends_too_soon_is_named_and_the_rest_is_fitted(recordings, t
     result = train(settings(recordings, tmp_path / "run", progress=True))
     assert result.skipped == {broken: "ends at sample 7"}
     assert f"skipped {broken}: ends at sample 7" in capsys.readouterr().out
-    rows = [audio.read(recordings / name, 8000) for name in sorted(_trained_on(recordings) - {broken})]
+    rows = [
+        audio.read(recordings / name, 8000) for name in sorted(_trained_on(recordings) - {broken})
+    ]
     expected = fit_linear(rows, sample_rate=8000, order=8, method="silence")
-    torch.testing.assert_close(load(result.best).coefficients, expected.coefficients, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(
+        load(result.best).coefficients, expected.coefficients, rtol=1e-9, atol=1e-12
+    )
 
 
 def test_the_command_line_fits_tells_and_makes_sound(recordings, tmp_path, capsys):
     out = str(tmp_path / "run")
-    flags = ["--family", "linear", "--sample-rate", "8000", "--order", "12", "--criterion", "bic", "--stabilise"]
+    flags = [
+        "--family",
+        "linear",
+        "--sample-rate",
+        "8000",
+        "--order",
+        "12",
+        "--criterion",
+        "bic",
+        "--stabilise",
+    ]
     assert main(["train", str(recordings), "--out", out, *flags]) == 0
     said = capsys.readouterr().out
     assert "law of scale" in said
@@ -619,7 +703,10 @@ def test_the_command_line_fits_tells_and_makes_sound(recordings, tmp_path, capsy
     assert main(["info", f"{out}/best"]) == 0
     told = capsys.readouterr().out
     assert "linear" in told
-    assert main(["generate", f"{out}/best", "--seconds", "0.1", "--out", str(tmp_path / "made.wav")]) == 0
+    assert (
+        main(["generate", f"{out}/best", "--seconds", "0.1", "--out", str(tmp_path / "made.wav")])
+        == 0
+    )
     made = audio.read(tmp_path / "made.wav", 8000)
     assert made.numel() == 800
     assert torch.allclose(made, generate(model, samples=800, seed=0)[0], atol=1e-4)  # 16 bits
@@ -631,7 +718,9 @@ def test_the_command_line_fits_tells_and_makes_sound(recordings, tmp_path, capsy
 def test_evaluate_measures_it_beside_the_baselines(recordings, tmp_path):
     """Its order 32 is the baseline's own, up to what each was fitted to."""
     result = train(settings(recordings, tmp_path / "run", order=32))
-    found = evaluate(result.best, recordings, tmp_path / "report", EvaluateConfig(clips=2, resamples=100))
+    found = evaluate(
+        result.best, recordings, tmp_path / "report", EvaluateConfig(clips=2, resamples=100)
+    )
     assert found.bits["model"] == pytest.approx(found.bits["linear"], abs=0.1)
     assert found.bits["model"] < found.bits["markov"]
 

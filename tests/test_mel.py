@@ -16,7 +16,8 @@ from wavear import audio
 from wavear.mel import spectrogram
 from wavear.mel.spectrogram import MelConfig, log_mel, mel_filter_bank
 
-# Both sides compute in float64; ours is rounded to float32 in the end: half a bit of the largest values (16: 9.5e-7).
+# Both sides compute in float64; ours is rounded to float32 in the end: half a bit of the largest
+# values (16: 9.5e-7).
 ROUNDING = 2e-6
 
 CONFIGS = {
@@ -46,10 +47,18 @@ CONFIGS = {
         shift=1,
         clip=(0, 1),
     ),
-    "short-window-odd-hop": MelConfig(n_fft=512, window_length=399, hop_length=111, bands=40, window="hamming"),
-    "odd-everything": MelConfig(n_fft=501, window_length=501, hop_length=100, bands=17, window="blackman"),
-    "htk-no-norm": MelConfig(sample_rate=8000, fmax=4000, mel_scale="htk", norm=None, bands=20, log_base="none"),
-    "hop-is-window": MelConfig(n_fft=256, window_length=256, hop_length=256, bands=20, window="rectangular"),
+    "short-window-odd-hop": MelConfig(
+        n_fft=512, window_length=399, hop_length=111, bands=40, window="hamming"
+    ),
+    "odd-everything": MelConfig(
+        n_fft=501, window_length=501, hop_length=100, bands=17, window="blackman"
+    ),
+    "htk-no-norm": MelConfig(
+        sample_rate=8000, fmax=4000, mel_scale="htk", norm=None, bands=20, log_base="none"
+    ),
+    "hop-is-window": MelConfig(
+        n_fft=256, window_length=256, hop_length=256, bands=20, window="rectangular"
+    ),
     "raised-bins": MelConfig(power_offset=1e-3),
     "floored-bins": MelConfig(power_floor=1e-2),
 }
@@ -66,7 +75,9 @@ def sound(samples: int, batch: int = 1) -> torch.Tensor:
 def from_librosa(waveform: np.ndarray, config: MelConfig) -> np.ndarray:
     """The same by librosa, and NumPy's padding, in float64."""
     window = {"rectangular": "boxcar"}.get(config.window, config.window)
-    before = config.n_fft // 2 if config.centre == "start" else (config.n_fft - config.hop_length) // 2
+    before = (
+        config.n_fft // 2 if config.centre == "start" else (config.n_fft - config.hop_length) // 2
+    )
     mode = "reflect" if config.padding == "reflect" else "constant"
     padded = np.pad(waveform.astype(np.float64), (before, config.n_fft), mode=mode)
     spectrum = librosa.stft(
@@ -78,7 +89,9 @@ def from_librosa(waveform: np.ndarray, config: MelConfig) -> np.ndarray:
         center=False,
         dtype=np.complex128,
     )
-    bins = np.maximum(np.abs(spectrum) ** 2 + config.power_offset, config.power_floor) ** (config.power / 2)
+    bins = np.maximum(np.abs(spectrum) ** 2 + config.power_offset, config.power_floor) ** (
+        config.power / 2
+    )
     filters = librosa.filters.mel(
         sr=config.sample_rate,
         n_fft=config.n_fft,
@@ -114,7 +127,8 @@ def test_filter_bank_equals_librosa(config):
         norm=config.norm,
         dtype=np.float64,
     )
-    # The largest weight is near 0.05 (normalised) or 1: float64 with some digits lost to 10**x and exp.
+    # The largest weight is near 0.05 (normalised) or 1: float64 with some digits lost to 10**x and
+    # exp.
     np.testing.assert_allclose(mel_filter_bank(config).numpy(), theirs, rtol=0, atol=1e-13)
 
 
@@ -123,7 +137,9 @@ def test_filter_bank_equals_librosa(config):
 def test_equals_librosa(config, samples):
     waveform = sound(samples)
     theirs = from_librosa(waveform[0].numpy(), config)
-    np.testing.assert_allclose(log_mel(waveform, config)[0].numpy(), theirs, rtol=1e-6, atol=ROUNDING)
+    np.testing.assert_allclose(
+        log_mel(waveform, config)[0].numpy(), theirs, rtol=1e-6, atol=ROUNDING
+    )
 
 
 def test_equals_the_usual_calls_of_librosa():
@@ -132,7 +148,9 @@ def test_equals_the_usual_calls_of_librosa():
     config = CONFIGS["librosa-default"]
     power = librosa.feature.melspectrogram(y=waveform[0].double().numpy(), sr=22050)
     theirs = librosa.power_to_db(power, top_db=None)
-    np.testing.assert_allclose(log_mel(waveform, config)[0].numpy(), theirs[:, : 10_000 // 512], rtol=0, atol=1e-5)
+    np.testing.assert_allclose(
+        log_mel(waveform, config)[0].numpy(), theirs[:, : 10_000 // 512], rtol=0, atol=1e-5
+    )
 
 
 def test_equals_hifigan():
@@ -142,22 +160,32 @@ def test_equals_hifigan():
     window = torch.hann_window(1024, dtype=torch.float64)
     spectrum = torch.stft(padded, 1024, 256, 1024, window, center=False, return_complex=True)
     magnitude = torch.sqrt(torch.view_as_real(spectrum).pow(2).sum(-1) + 1e-9)
-    filters = torch.from_numpy(librosa.filters.mel(sr=22050, n_fft=1024, n_mels=80, fmin=0, fmax=8000))
+    filters = torch.from_numpy(
+        librosa.filters.mel(sr=22050, n_fft=1024, n_mels=80, fmin=0, fmax=8000)
+    )
     theirs = torch.log(torch.clamp(filters.double() @ magnitude, min=1e-5))
     ours = log_mel(waveform, MelConfig(power_offset=1e-9))
     assert ours.shape == theirs.shape == (1, 80, 39)
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)  # its filter bank is float32
 
 
-@pytest.mark.parametrize("name", ["kerstin_de", "ljspeech_mini", "fsdd", "librivox_fr_multi", "salamander_piano"])
+@pytest.mark.parametrize(
+    "name", ["kerstin_de", "ljspeech_mini", "fsdd", "librivox_fr_multi", "salamander_piano"]
+)
 def test_equals_librosa_on_real_audio(data_dir, name):
-    paths = [path for path in sorted((data_dir / name).rglob("*")) if path.suffix in (".wav", ".flac", ".mp3", ".ogg")]
+    paths = [
+        path
+        for path in sorted((data_dir / name).rglob("*"))
+        if path.suffix in (".wav", ".flac", ".mp3", ".ogg")
+    ]
     for path in paths[:: len(paths) // 3]:
         rate = audio.info(path).sample_rate
         waveform = audio.read(path, frames=rate * 4)
         config = MelConfig(sample_rate=rate, bands=40, fmax=min(8000, rate / 2))
         theirs = from_librosa(waveform.numpy(), config)
-        np.testing.assert_allclose(log_mel(waveform[None], config)[0].numpy(), theirs, rtol=0, atol=ROUNDING)
+        np.testing.assert_allclose(
+            log_mel(waveform[None], config)[0].numpy(), theirs, rtol=0, atol=ROUNDING
+        )
 
 
 @configs
@@ -177,11 +205,18 @@ def test_any_short_waveform_has_a_mel(config):
         torch.testing.assert_close(short[..., 0], long[..., 10], rtol=1e-6, atol=1e-5)
     one_hop = sound(hop)
     theirs = from_librosa(one_hop[0].numpy(), config)
-    np.testing.assert_allclose(log_mel(one_hop, config)[0].numpy(), theirs, rtol=1e-6, atol=ROUNDING)
+    np.testing.assert_allclose(
+        log_mel(one_hop, config)[0].numpy(), theirs, rtol=1e-6, atol=ROUNDING
+    )
 
 
 @settings(max_examples=60, deadline=None)
-@given(name=st.sampled_from(sorted(CONFIGS)), seed=st.integers(0, 2**31), frames=st.integers(8, 30), data=st.data())
+@given(
+    name=st.sampled_from(sorted(CONFIGS)),
+    seed=st.integers(0, 2**31),
+    frames=st.integers(8, 30),
+    data=st.data(),
+)
 def test_mel_of_a_crop_is_the_crop_of_the_mel(name, seed, frames, data):
     config = CONFIGS[name]
     hop, context = config.hop_length, config.context_frames
@@ -190,7 +225,8 @@ def test_mel_of_a_crop_is_the_crop_of_the_mel(name, seed, frames, data):
     first = data.draw(st.integers(0, frames - 1))
     last = data.draw(st.integers(first + 1, frames))
     whole = log_mel(waveform, config)
-    # Context as far as there is one; a crop that reaches an end of the waveform has its edge there, too.
+    # Context as far as there is one; a crop that reaches an end of the waveform has its edge there,
+    # too.
     before = min(context, first)
     end = (last + context) * hop
     crop = waveform[:, (first - before) * hop : end if end <= waveform.shape[1] else None]
@@ -202,7 +238,11 @@ def test_mel_of_a_crop_is_the_crop_of_the_mel(name, seed, frames, data):
 @configs
 def test_context_is_no_larger_than_needed(config):
     left, right = config.window_span
-    assert config.context_samples - config.hop_length < max(left, right - config.hop_length) <= config.context_samples
+    assert (
+        config.context_samples - config.hop_length
+        < max(left, right - config.hop_length)
+        <= config.context_samples
+    )
 
 
 @configs
@@ -215,7 +255,9 @@ def test_a_frame_depends_on_its_window_and_nothing_else(config):
     def changes(sample: int) -> bool:
         changed = waveform.clone()
         changed[0, sample] += 10.0
-        return not torch.equal(log_mel(changed, config)[..., frame], log_mel(waveform, config)[..., frame])
+        return not torch.equal(
+            log_mel(changed, config)[..., frame], log_mel(waveform, config)[..., frame]
+        )
 
     first, last = frame * hop - left, frame * hop + right - 1
     assert not changes(first - 1)
@@ -235,7 +277,9 @@ def test_centre_is_where_it_says():
             click.zero_()
             click[0, frame * hop + offset] = 1.0
             energies[centre, offset] = log_mel(click, config)[0, :, frame].sum().item()
-        best = max((energy, offset) for (name, offset), energy in energies.items() if name == centre)[1]
+        best = max(
+            (energy, offset) for (name, offset), energy in energies.items() if name == centre
+        )[1]
         assert best == {"middle": hop // 2, "start": 0}[centre]
 
 
@@ -284,7 +328,9 @@ def test_filter_bank_is_computed_once():
 
 
 def test_warns_of_bands_without_a_bin():
-    with pytest.warns(UserWarning, match=r"mel bands \[\d.*\] hold no bin of an n_fft of 256: use a larger n_fft"):
+    with pytest.warns(
+        UserWarning, match=r"mel bands \[\d.*\] hold no bin of an n_fft of 256: use a larger n_fft"
+    ):
         mel_filter_bank(MelConfig(n_fft=256, window_length=256, hop_length=64, bands=80))
 
 
@@ -296,7 +342,10 @@ def test_warns_of_bands_without_a_bin():
         (torch.zeros(1, 255), r"255 samples, a mel needs at least one hop \(256\)"),
         (torch.zeros(1, 0), r"0 samples, a mel needs at least one hop"),
         (torch.zeros(1, 5000, dtype=torch.int16), "int16, expected a float32 or float64 tensor"),
-        (torch.zeros(1, 5000, dtype=torch.float16), "float16, expected a float32 or float64 tensor"),
+        (
+            torch.zeros(1, 5000, dtype=torch.float16),
+            "float16, expected a float32 or float64 tensor",
+        ),
         (np.zeros((1, 5000), dtype=np.float32), "ndarray, expected a float32 or float64 tensor"),
         (torch.full((1, 5000), torch.nan), "NaN or infinity"),
         (torch.full((1, 5000), torch.inf), "NaN or infinity"),
@@ -321,7 +370,10 @@ def test_refused_waveforms(waveform, message):
         ({"bands": 600}, r"bands is 600, expected at most n_fft // 2 \+ 1 \(513\)"),
         ({"bands": -3}, "bands is -3, expected 1 or more"),
         ({"fmin": -1}, "fmin is -1.0 Hz, expected 0 to less than 11025.0"),
-        ({"fmin": 9000}, r"fmax is 8000.0 Hz, expected more than fmin \(9000.0\) and at most 11025.0"),
+        (
+            {"fmin": 9000},
+            r"fmax is 8000.0 Hz, expected more than fmin \(9000.0\) and at most 11025.0",
+        ),
         ({"fmax": 12000}, "fmax is 12000.0 Hz, expected more than fmin .* at most 11025.0"),
         ({"fmax": float("nan")}, "fmax is nan, expected a finite number"),
         ({"fmax": "8000"}, "fmax is '8000', expected a number"),
@@ -359,7 +411,9 @@ def test_from_dict_names_what_is_wrong():
     with pytest.raises(ValueError, match="unknown fields hop, n_mels; known"):
         MelConfig.from_dict({**fields, "hop": 256, "n_mels": 80})
     with pytest.raises(ValueError, match="lacks the fields hop_length, fmax"):
-        MelConfig.from_dict({name: value for name, value in fields.items() if name not in ("hop_length", "fmax")})
+        MelConfig.from_dict(
+            {name: value for name, value in fields.items() if name not in ("hop_length", "fmax")}
+        )
     with pytest.raises(ValueError, match=r"power is 3\.0"):
         MelConfig.from_dict({**fields, "power": 3})
     with pytest.raises(ValueError, match="a dictionary of fields, not 7"):
@@ -368,7 +422,9 @@ def test_from_dict_names_what_is_wrong():
 
 def test_numbers_are_canonical():
     assert MelConfig(fmin=0, fmax=np.float32(8000), hop_length=np.int64(256)) == MelConfig()  # pyright: ignore[reportArgumentType]
-    assert json.dumps(MelConfig(hop_length=np.int64(256), power=1).to_dict()) == json.dumps(MelConfig().to_dict())  # pyright: ignore[reportArgumentType]
+    assert json.dumps(MelConfig(hop_length=np.int64(256), power=1).to_dict()) == json.dumps(
+        MelConfig().to_dict()
+    )  # pyright: ignore[reportArgumentType]
 
 
 @pytest.mark.cuda

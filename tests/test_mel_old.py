@@ -14,8 +14,12 @@ from safetensors.torch import load_file, save_file
 import wavear
 from wavear import MelConfig, TrainConfig, WaveNet, WaveNetConfig, audio, log_mel
 
-MEL = MelConfig(sample_rate=8000, n_fft=128, window_length=128, hop_length=40, bands=10, fmax=4000.0)
-SIZES = dict.fromkeys(("residual_channels", "skip_channels", "head_channels", "conditioning_channels"), 4)
+MEL = MelConfig(
+    sample_rate=8000, n_fft=128, window_length=128, hop_length=40, bands=10, fmax=4000.0
+)
+SIZES = dict.fromkeys(
+    ("residual_channels", "skip_channels", "head_channels", "conditioning_channels"), 4
+)
 
 
 def test_a_checkpoint_of_an_older_version_loads(tmp_path: Path):
@@ -32,7 +36,8 @@ def test_a_checkpoint_of_an_older_version_loads(tmp_path: Path):
     assert loaded.config == model.config
     mel = torch.zeros(10, 4)
     assert torch.equal(
-        wavear.generate(loaded, mel, engine="reference"), wavear.generate(model.eval(), mel, engine="reference")
+        wavear.generate(loaded, mel, engine="reference"),
+        wavear.generate(model.eval(), mel, engine="reference"),
     )
 
 
@@ -46,9 +51,21 @@ def test_an_added_floor_is_added():
 
 
 def settings(tmp_path: Path, **more: Any) -> TrainConfig:
-    small: dict[str, Any] = {"layers": 2, "stacks": 1, "segment": 512, "batch_size": 1, "device": "cpu", **SIZES}
+    small: dict[str, Any] = {
+        "layers": 2,
+        "stacks": 1,
+        "segment": 512,
+        "batch_size": 1,
+        "device": "cpu",
+        **SIZES,
+    }
     small["family"] = "wavenet"
-    small |= {"sample_seconds": 0.0, "progress": False, "data": str(tmp_path / "data"), "out": str(tmp_path / "run")}
+    small |= {
+        "sample_seconds": 0.0,
+        "progress": False,
+        "data": str(tmp_path / "data"),
+        "out": str(tmp_path / "run"),
+    }
     return TrainConfig(**{**small, **more})
 
 
@@ -76,7 +93,9 @@ def test_a_run_of_an_older_version_is_resumed(recordings: Path):
 
 
 def test_a_preset_and_settings_of_mels_do_not_go_together(tmp_path: Path):
-    with pytest.raises(ValueError, match="mel_preset is 'r9y9' and says what the mels are: leave mel_bands away"):
+    with pytest.raises(
+        ValueError, match="mel_preset is 'r9y9' and says what the mels are: leave mel_bands away"
+    ):
         settings(tmp_path, mel_preset="r9y9", mel_bands=40)
     with pytest.raises(ValueError, match="the mel is of 24000 Hz audio and the model of 22050 Hz"):
         settings(tmp_path, mel_preset="espnet-24k")

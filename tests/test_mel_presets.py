@@ -1,7 +1,7 @@
 """Every preset equals what its project publishes, written out here from librosa's, torch's and torchaudio's own parts.
 
-Where the published code centres its windows on multiples of the hop (`center=True`), it has one frame more than ours;
-ours are its first T // hop.
+Where the published code centres its windows on multiples of the hop (`center=True`), it has one
+frame more than ours; ours are its first T // hop.
 """
 
 from __future__ import annotations
@@ -21,12 +21,16 @@ Wave = np.ndarray  # (T,), float64
 
 
 def bank(rate: int, n_fft: int, fmin: float, fmax: float | None) -> np.ndarray:
-    return librosa.filters.mel(sr=rate, n_fft=n_fft, n_mels=80, fmin=fmin, fmax=fmax, dtype=np.float64)
+    return librosa.filters.mel(
+        sr=rate, n_fft=n_fft, n_mels=80, fmin=fmin, fmax=fmax, dtype=np.float64
+    )
 
 
 def hifigan(wave: Wave) -> np.ndarray:
     """`mel_spectrogram` of meldataset.py: pad by (n_fft - hop) / 2, no centring, 1e-9 under the root, ln of 1e-5 up."""
-    padded = torch.nn.functional.pad(torch.from_numpy(wave)[None, None], (384, 384), mode="reflect")[0]
+    padded = torch.nn.functional.pad(
+        torch.from_numpy(wave)[None, None], (384, 384), mode="reflect"
+    )[0]
     window = torch.hann_window(1024, dtype=torch.float64)
     spectrum = torch.stft(padded, 1024, 256, 1024, window, center=False, return_complex=True)
     magnitude = torch.sqrt(torch.view_as_real(spectrum).pow(2).sum(-1) + 1e-9)[0].numpy()
@@ -36,7 +40,9 @@ def hifigan(wave: Wave) -> np.ndarray:
 def nvidia_tacotron2(wave: Wave) -> np.ndarray:
     """`STFT.transform` and `TacotronSTFT`: a convolution with the windowed Fourier basis, ln of 1e-5 up."""
     padded = np.pad(wave, 512, mode="reflect")
-    basis = np.fft.fft(np.eye(1024))[:513] * (0.5 - 0.5 * np.cos(2 * np.pi * np.arange(1024) / 1024))
+    basis = np.fft.fft(np.eye(1024))[:513] * (
+        0.5 - 0.5 * np.cos(2 * np.pi * np.arange(1024) / 1024)
+    )
     frames = np.lib.stride_tricks.sliding_window_view(padded, 1024)[::256].T
     magnitude = np.sqrt((basis.real @ frames) ** 2 + (basis.imag @ frames) ** 2)
     return np.log(np.maximum(bank(22050, 1024, 0, 8000) @ magnitude, 1e-5))
@@ -44,14 +50,20 @@ def nvidia_tacotron2(wave: Wave) -> np.ndarray:
 
 def r9y9(wave: Wave) -> np.ndarray:
     """`logmelspectrogram` of audio.py, with hparams.py."""
-    spectrum = librosa.stft(y=wave, n_fft=1024, hop_length=256, win_length=1024, window="hann", pad_mode="reflect")
+    spectrum = librosa.stft(
+        y=wave, n_fft=1024, hop_length=256, win_length=1024, window="hann", pad_mode="reflect"
+    )
     return np.log10(np.maximum(bank(22050, 1024, 125, 7600) @ np.abs(spectrum), 1e-10))
 
 
-def espnet(wave: Wave, rate: int = 22050, n_fft: int = 1024, hop: int = 256, window: int = 1024) -> np.ndarray:
+def espnet(
+    wave: Wave, rate: int = 22050, n_fft: int = 1024, hop: int = 256, window: int = 1024
+) -> np.ndarray:
     """`LogMelFbank`: torch.stft, powers of 1e-10 up, log10 of 1e-10 up."""
     hann = torch.hann_window(window, dtype=torch.float64)
-    spectrum = torch.stft(torch.from_numpy(wave), n_fft, hop, window, hann, pad_mode="reflect", return_complex=True)
+    spectrum = torch.stft(
+        torch.from_numpy(wave), n_fft, hop, window, hann, pad_mode="reflect", return_complex=True
+    )
     magnitude = torch.sqrt(torch.clamp(torch.view_as_real(spectrum).pow(2).sum(-1), min=1e-10))
     mel = torch.matmul(magnitude.T, torch.from_numpy(bank(rate, n_fft, 80, 7600)).T)
     return torch.clamp(mel, min=1e-10).log10().T.numpy()
@@ -64,18 +76,24 @@ def espnet_24k(wave: Wave) -> np.ndarray:
 
 def parallel_wavegan(wave: Wave) -> np.ndarray:
     """`logmelfilterbank` of bin/preprocess.py."""
-    spectrum = librosa.stft(wave, n_fft=1024, hop_length=256, win_length=None, window="hann", pad_mode="reflect")
+    spectrum = librosa.stft(
+        wave, n_fft=1024, hop_length=256, win_length=None, window="hann", pad_mode="reflect"
+    )
     return np.log10(np.maximum(1e-10, np.dot(np.abs(spectrum).T, bank(22050, 1024, 80, 7600).T))).T
 
 
 def fatchord(wave: Wave) -> np.ndarray:
     """`melspectrogram` of utils/dsp.py: librosa.stft as it was (reflect), dB of magnitudes, -100..0 to 0..1."""
     spectrum = librosa.stft(y=wave, n_fft=2048, hop_length=275, win_length=1100, pad_mode="reflect")
-    mel = librosa.feature.melspectrogram(S=np.abs(spectrum), sr=22050, n_fft=2048, n_mels=80, fmin=40)
+    mel = librosa.feature.melspectrogram(
+        S=np.abs(spectrum), sr=22050, n_fft=2048, n_mels=80, fmin=40
+    )
     return np.clip((20 * np.log10(np.maximum(1e-5, mel)) + 100) / 100, 0, 1)
 
 
-def torchaudio_mel(wave: Wave, n_fft: int, hop: int, window: int, fmin: float, fmax: float) -> np.ndarray:
+def torchaudio_mel(
+    wave: Wave, n_fft: int, hop: int, window: int, fmin: float, fmax: float
+) -> np.ndarray:
     """`get_datasets` of torchaudio's examples/pipeline_tacotron2/train.py, and its SpectralNormalization."""
     transform = torchaudio.transforms.MelSpectrogram(
         sample_rate=22050,
@@ -105,9 +123,10 @@ def librosa_default(wave: Wave) -> np.ndarray:
     return librosa.power_to_db(librosa.feature.melspectrogram(y=wave, sr=22050), top_db=None)
 
 
-# Tolerances: ours is rounded to float32 at the end, 6e-8 of the largest value. librosa's own calls have float32 filters
-# (1.2e-7 of a band, 5e-7 dB) and complex64 spectra of float32 input only. torchaudio's filters are computed in float32,
-# where differences of close frequencies cancel: 1e-3 of a band whose sound is at its edge.
+# Tolerances: ours is rounded to float32 at the end, 6e-8 of the largest value. librosa's own calls
+# have float32 filters (1.2e-7 of a band, 5e-7 dB) and complex64 spectra of float32 input only.
+# torchaudio's filters are computed in float32, where differences of close frequencies cancel: 1e-3
+# of a band whose sound is at its edge.
 PUBLISHED: dict[str, tuple[Callable[[Wave], np.ndarray], float]] = {
     "hifigan": (hifigan, 2e-6),
     "nvidia-tacotron2": (nvidia_tacotron2, 2e-6),
@@ -137,7 +156,9 @@ def speechlike(samples: int) -> Wave:
     """A voice of gliding harmonics with pauses, and hiss 60 dB below: loud and quiet bands, silence at the end."""
     time = np.arange(samples) / 22050
     phase = 2 * np.pi * (120 * time + 30 * np.sin(3 * time))
-    voice = sum(np.sin(k * phase) / k for k in range(1, 40)) * np.maximum(np.sin(2 * np.pi * 2.5 * time), 0)
+    voice = sum(np.sin(k * phase) / k for k in range(1, 40)) * np.maximum(
+        np.sin(2 * np.pi * 2.5 * time), 0
+    )
     wave = 0.2 * voice + 2e-4 * np.random.default_rng(0).normal(size=samples)
     wave[-samples // 8 :] = 0
     return wave.astype(np.float32).astype(np.float64)
@@ -157,8 +178,14 @@ def test_equals_what_is_published(name: str, samples: int):
 def test_equals_what_is_published_on_real_audio(name: str, data_dir):
     rate = MelConfig.preset(name).sample_rate
     for folder in ("ljspeech_mini", "kerstin_de", "sms_tools_sounds"):
-        paths = [path for path in sorted((data_dir / folder).rglob("*")) if path.suffix in (".wav", ".flac")]
-        wave = audio.read(paths[len(paths) // 2], sample_rate=rate, frames=4 * rate).double().numpy()
+        paths = [
+            path
+            for path in sorted((data_dir / folder).rglob("*"))
+            if path.suffix in (".wav", ".flac")
+        ]
+        wave = (
+            audio.read(paths[len(paths) // 2], sample_rate=rate, frames=4 * rate).double().numpy()
+        )
         assert error(name, wave) < PUBLISHED[name][1]
 
 
@@ -171,7 +198,8 @@ def test_hifigan_and_tacotron2_differ_by_half_a_hop_and_a_trace():
     inside = slice(4, 108)
     shifted = (hifigan - tacotron)[0, :, inside]
     assert shifted.min() + 1e-9 >= 0
-    # A bin has 3.2e-5 more at most, a band 1.47e-6 (its weights add up to 0.0465), of 1e-5 at least.
+    # A bin has 3.2e-5 more at most, a band 1.47e-6 (its weights add up to 0.0465), of 1e-5 at
+    # least.
     assert 1e-4 < shifted.max() < np.log1p(0.147)
     assert shifted[(tacotron > np.log(1e-3))[0, :, inside]].max() < 1e-3
     unshifted = log_mel(wave, MelConfig.preset("hifigan"))

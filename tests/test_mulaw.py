@@ -25,19 +25,24 @@ def test_every_code_of_every_number_of_classes_comes_back():
 
 @pytest.mark.parametrize("classes", ODD_AND_EVEN)
 def test_codes_equal_those_of_torchaudio(classes):
-    # Equal, not close: the same operations in the same order, so that a sample on the edge of two codes gets the same.
+    # Equal, not close: the same operations in the same order, so that a sample on the edge of two
+    # codes gets the same.
     waveform = torch.rand(200_000) * 2 - 1
     assert torch.equal(mulaw_encode(waveform, classes), mu_law_encoding(waveform, classes))
     quiet = torch.arange(-32768, 32768) / 32768  # all there is in 16-bit files
     assert torch.equal(mulaw_encode(quiet, classes), mu_law_encoding(quiet, classes))
-    assert torch.equal(mulaw_encode(waveform.double(), classes), mu_law_encoding(waveform.double(), classes))
+    assert torch.equal(
+        mulaw_encode(waveform.double(), classes), mu_law_encoding(waveform.double(), classes)
+    )
 
 
 @pytest.mark.parametrize("classes", ODD_AND_EVEN)
 def test_waveforms_equal_those_of_torchaudio(classes):
     codes = torch.arange(classes)
     # One bit of float32 at 1: torchaudio passes 1 by that much for some classes, we do not.
-    torch.testing.assert_close(mulaw_decode(codes, classes), mu_law_decoding(codes, classes), rtol=0, atol=1.2e-7)
+    torch.testing.assert_close(
+        mulaw_decode(codes, classes), mu_law_decoding(codes, classes), rtol=0, atol=1.2e-7
+    )
 
 
 @pytest.mark.parametrize("classes", ODD_AND_EVEN)
@@ -45,8 +50,11 @@ def test_waveforms_equal_the_formula(classes):
     mu = classes - 1.0
     y = 2 * np.arange(classes) / mu - 1
     formula = np.sign(y) * np.expm1(np.abs(y) * np.log1p(mu)) / mu
-    # float32 holds the exponent to 11 * 6e-8, which is what is left of the result, relative to 1 + mu * |x|.
-    np.testing.assert_allclose(mulaw_decode(torch.arange(classes), classes).numpy(), formula, rtol=0, atol=2e-6)
+    # float32 holds the exponent to 11 * 6e-8, which is what is left of the result, relative to 1 +
+    # mu * |x|.
+    np.testing.assert_allclose(
+        mulaw_decode(torch.arange(classes), classes).numpy(), formula, rtol=0, atol=2e-6
+    )
     ends = mulaw_decode(torch.tensor([0, classes - 1]), classes)
     torch.testing.assert_close(ends, torch.tensor([-1.0, 1.0]), rtol=0, atol=1.2e-7)
     assert ends.abs().max() <= 1
@@ -56,7 +64,9 @@ def test_waveforms_equal_the_formula(classes):
 def test_rounds_to_the_nearest_code(classes):
     waveform = torch.rand(10_000, dtype=torch.float64) * 2 - 1
     codes = mulaw_encode(waveform, classes)
-    bent = torch.sign(waveform) * torch.log1p((classes - 1) * waveform.abs()) / np.log1p(classes - 1)
+    bent = (
+        torch.sign(waveform) * torch.log1p((classes - 1) * waveform.abs()) / np.log1p(classes - 1)
+    )
     assert ((bent + 1) / 2 * (classes - 1) - codes).abs().max() <= 0.5 + 1e-9
 
 
@@ -141,7 +151,9 @@ def test_real_recordings(data_dir):
     for path in sorted(data_dir.rglob("*.wav"))[::200]:
         waveform = audio.read(path)
         for classes in (256, 1024):
-            assert torch.equal(mulaw_encode(waveform, classes), mu_law_encoding(waveform, classes)), path
+            assert torch.equal(
+                mulaw_encode(waveform, classes), mu_law_encoding(waveform, classes)
+            ), path
 
 
 @pytest.mark.cuda

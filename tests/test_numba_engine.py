@@ -36,7 +36,11 @@ TOLERANCE = 1e-4
 def make(gain: float = 2.0, seed: int = 0, **config) -> WaveNet:
     """A model whose weights are so large that its logits differ, as those of a trained one do."""
     torch.manual_seed(seed)
-    model = WaveNet(WaveNetConfig(**{"layers": 4, "stacks": 2, "residual_channels": 16, "skip_channels": 32, **config}))
+    model = WaveNet(
+        WaveNetConfig(
+            **{"layers": 4, "stacks": 2, "residual_channels": 16, "skip_channels": 32, **config}
+        )
+    )
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.startswith(("blocks", "head")):
@@ -45,7 +49,11 @@ def make(gain: float = 2.0, seed: int = 0, **config) -> WaveNet:
 
 
 def conditioning(model: WaveNet, batch: int, samples: int) -> Tensor | None:
-    return torch.randn(batch, model.config.conditioning_channels, samples) if model.conditioned else None
+    return (
+        torch.randn(batch, model.config.conditioning_channels, samples)
+        if model.conditioned
+        else None
+    )
 
 
 def piece(cond: Tensor | None, start: int, stop: int) -> Tensor | None:
@@ -93,7 +101,20 @@ small = st.integers(1, 40)
 @example(2, 5, 3, 128, 96, 100, 512, 3, 31, 7, 150, 1, False, 2)
 @example(1, 1, 2, 1, 1, 1, 2, 0, 1, 1, 5, 2, False, 1)
 def test_scores_equal_the_forward_pass(
-    stacks, depth, kernel, residual, skip, head, classes, speakers, channels, batch, samples, cut, constant, threads
+    stacks,
+    depth,
+    kernel,
+    residual,
+    skip,
+    head,
+    classes,
+    speakers,
+    channels,
+    batch,
+    samples,
+    cut,
+    constant,
+    threads,
 ):
     model = make(
         layers=stacks * depth, stacks=stacks, kernel_size=kernel, residual_channels=residual, skip_channels=skip,
@@ -103,7 +124,11 @@ def test_scores_equal_the_forward_pass(
     cond = conditioning(model, batch, 1 if constant else samples)
     engine = NumbaEngine(model, batch, threads=min(threads, batch))
     cut = min(cut, samples)
-    found = [engine.score(codes[:, a:b], piece(cond, a, b)) for a, b in ((0, cut), (cut, samples)) if b > a]
+    found = [
+        engine.score(codes[:, a:b], piece(cond, a, b))
+        for a, b in ((0, cut), (cut, samples))
+        if b > a
+    ]
     expected = parallel(model, codes, None if cond is None else cond.expand(-1, -1, samples))
     np.testing.assert_allclose(np.concatenate(found, axis=1), expected, atol=TOLERANCE, rtol=1e-6)
 
@@ -114,17 +139,28 @@ def test_the_fewest_and_the_most_classes(classes):
     codes = random_codes(model, 2, 50)
     codes[0, -2:] = classes - 1
     np.testing.assert_allclose(
-        NumbaEngine(model, 2).score(codes, None), parallel(model, codes, None), atol=TOLERANCE, rtol=1e-6
+        NumbaEngine(model, 2).score(codes, None),
+        parallel(model, codes, None),
+        atol=TOLERANCE,
+        rtol=1e-6,
     )
     generated = NumbaEngine(model, 2).generate(random_uniforms(2, 50), None)
-    np.testing.assert_array_equal(generated, ReferenceEngine(model, 2).generate(random_uniforms(2, 50), None))
+    np.testing.assert_array_equal(
+        generated, ReferenceEngine(model, 2).generate(random_uniforms(2, 50), None)
+    )
 
 
-def assert_codes_follow(model: WaveNet, codes: np.ndarray, uniforms: np.ndarray, cond: Tensor | None, tolerance: float):
+def assert_codes_follow(
+    model: WaveNet, codes: np.ndarray, uniforms: np.ndarray, cond: Tensor | None, tolerance: float
+):
     """Every code is the one its uniform selects from the law of the forward pass, or the uniform lies within
     `tolerance` of a boundary between the two."""
     with torch.inference_mode():
-        law = torch.softmax(model(torch.from_numpy(codes), cond).double(), dim=1).cumsum(dim=1).numpy()
+        law = (
+            torch.softmax(model(torch.from_numpy(codes), cond).double(), dim=1)
+            .cumsum(dim=1)
+            .numpy()
+        )
     upper = np.take_along_axis(law, codes[:, None], axis=1)[:, 0]
     lower = np.take_along_axis(law, np.maximum(codes - 1, 0)[:, None], axis=1)[:, 0] * (codes > 0)
     assert (uniforms >= lower - tolerance).all()
@@ -133,7 +169,10 @@ def assert_codes_follow(model: WaveNet, codes: np.ndarray, uniforms: np.ndarray,
 
 @pytest.mark.parametrize(
     "config",
-    [{"layers": 10, "stacks": 1, "residual_channels": 32}, {"kernel_size": 3, "speakers": 2, "classes": 1024}],
+    [
+        {"layers": 10, "stacks": 1, "residual_channels": 32},
+        {"kernel_size": 3, "speakers": 2, "classes": 1024},
+    ],
     ids=["ten layers", "kernel 3, conditioned, 1024 classes"],
 )
 def test_free_running_codes_equal_the_reference(config):
@@ -143,7 +182,8 @@ def test_free_running_codes_equal_the_reference(config):
     with torch.inference_mode():
         found = NumbaEngine(model, batch).generate(uniforms, cond)
         expected = ReferenceEngine(model, batch).generate(uniforms, cond)
-    # Rounding moves a boundary by about 1e-7; a uniform that near selects another code, and then another future.
+    # Rounding moves a boundary by about 1e-7; a uniform that near selects another code, and then
+    # another future.
     assert_codes_follow(model, found, uniforms, cond, 1e-5)
     for row in range(batch):
         # The first code that differs: the reference's, too, is within tolerance of being drawn.
@@ -151,7 +191,11 @@ def test_free_running_codes_equal_the_reference(config):
         part = slice(0, differ[0] + 1 if differ.size else samples)
         rows = slice(row, row + 1)
         assert_codes_follow(
-            model, expected[rows, part], uniforms[rows, part], None if cond is None else cond[rows, :, part], 1e-5
+            model,
+            expected[rows, part],
+            uniforms[rows, part],
+            None if cond is None else cond[rows, :, part],
+            1e-5,
         )
     assert (found == expected).mean() > 0.5
     assert len(np.unique(found)) > 20
@@ -162,7 +206,8 @@ GROUPINGS = [(1, 1), (2, 1), (2, 2), (3, 1), (3, 2), (5, 2), (12, 1), (13, 1), (
 
 @pytest.mark.parametrize("weights", ["float32", "bfloat16", "int8"])
 @pytest.mark.parametrize(
-    "config", [{}, {"kernel_size": 3, "residual_channels": 37, "layers": 6, "stacks": 1, "speakers": 2}]
+    "config",
+    [{}, {"kernel_size": 3, "residual_channels": 37, "layers": 6, "stacks": 1, "speakers": 2}],
 )
 def test_a_stream_has_the_same_bits_in_every_batch_grouping_and_cut(config, weights):
     model = make(**config)
@@ -181,7 +226,11 @@ def test_a_stream_has_the_same_bits_in_every_batch_grouping_and_cut(config, weig
         found, scores = [], []
         for start, stop in pairwise(cuts):
             part = slice(start, stop)
-            found.append(runner.generate(uniforms[chosen, part], piece(rows, start, stop), temperatures[chosen, part]))
+            found.append(
+                runner.generate(
+                    uniforms[chosen, part], piece(rows, start, stop), temperatures[chosen, part]
+                )
+            )
             scores.append(scorer.score(codes[chosen, part], piece(rows, start, stop)))
         for place, stream in enumerate(chosen):
             generated.setdefault(stream, set()).add(np.concatenate(found, axis=1)[place].tobytes())
@@ -204,12 +253,23 @@ def test_a_stream_has_the_same_bits_in_every_batch_grouping_and_cut(config, weig
             "classes": 333,
             "speakers": 2,
         },
-        {"layers": 1, "stacks": 1, "residual_channels": 17, "skip_channels": 18, "head_channels": 19, "classes": 20},
+        {
+            "layers": 1,
+            "stacks": 1,
+            "residual_channels": 17,
+            "skip_channels": 18,
+            "head_channels": 19,
+            "classes": 20,
+        },
     ],
 )
 def test_a_stream_on_two_cores_has_the_same_bits(config, weights):
     model = make(**config)
-    codes, uniforms, cond = random_codes(model, 1, 40), random_uniforms(1, 40), conditioning(model, 1, 40)
+    codes, uniforms, cond = (
+        random_codes(model, 1, 40),
+        random_uniforms(1, 40),
+        conditioning(model, 1, 40),
+    )
     one, two = (NumbaEngine(model, 1, weights=weights, threads=threads) for threads in (1, 2))
     assert len(two._groups) == 2
     scores = [two.score(codes[:, a:b], piece(cond, a, b)) for a, b in ((0, 11), (11, 12), (12, 40))]
@@ -243,16 +303,25 @@ def test_temperature_divides_the_logits():
     temperature = np.where(np.arange(200) < 100, 0.25, 2.0)[None]
     with torch.inference_mode():
         found = NumbaEngine(model, 1).generate(uniforms, None, temperature)
-        np.testing.assert_array_equal(found, ReferenceEngine(model, 1).generate(uniforms, None, temperature))
         np.testing.assert_array_equal(
-            NumbaEngine(model, 1).generate(uniforms, None, 0.7), ReferenceEngine(model, 1).generate(uniforms, None, 0.7)
+            found, ReferenceEngine(model, 1).generate(uniforms, None, temperature)
+        )
+        np.testing.assert_array_equal(
+            NumbaEngine(model, 1).generate(uniforms, None, 0.7),
+            ReferenceEngine(model, 1).generate(uniforms, None, 0.7),
         )
 
 
 def with_bias_alone(logits: list[float], **config) -> WaveNet:
     """A model whose law is the softmax of `logits` at every sample."""
     model = make(
-        layers=1, stacks=1, residual_channels=1, skip_channels=1, head_channels=1, classes=len(logits), **config
+        layers=1,
+        stacks=1,
+        residual_channels=1,
+        skip_channels=1,
+        head_channels=1,
+        classes=len(logits),
+        **config,
     )
     with torch.no_grad():
         for parameter in model.parameters():
@@ -273,7 +342,9 @@ def test_a_million_draws_follow_the_law():
     assert 1e-4 < chi2.sf(statistic, len(logits) - 1) < 1 - 1e-4
 
 
-@pytest.mark.parametrize(("first", "second", "classes"), [(2, 4, 7), (2, 20, 40), (20, 37, 40), (16, 32, 64)])
+@pytest.mark.parametrize(
+    ("first", "second", "classes"), [(2, 4, 7), (2, 20, 40), (20, 37, 40), (16, 32, 64)]
+)
 def test_codes_without_probability_are_never_drawn(first, second, classes):
     """Not even by a uniform on the very boundary, within a block of the sums or between two."""
     logits = np.full(classes, -300.0)
@@ -289,14 +360,21 @@ def test_weights_changed_in_place_loaded_or_swapped_are_the_ones_used():
     codes = random_codes(model, 1, 30)
 
     def agrees() -> bool:
-        return np.abs(NumbaEngine(model, 1).score(codes, None) - parallel(model, codes, None)).max() < TOLERANCE
+        return (
+            np.abs(NumbaEngine(model, 1).score(codes, None) - parallel(model, codes, None)).max()
+            < TOLERANCE
+        )
 
     assert agrees()
     for change in (
         lambda: model.load_state_dict(other.state_dict()),
         lambda: [parameter.data.mul_(1.1) for parameter in model.parameters()],
-        lambda: [parameter.data.copy_(parameter.data * 0.9 + 0.01) for parameter in model.parameters()],
-        lambda: setattr(model.embedding, "weight", torch.nn.Parameter(torch.randn_like(model.embedding.weight))),
+        lambda: [
+            parameter.data.copy_(parameter.data * 0.9 + 0.01) for parameter in model.parameters()
+        ],
+        lambda: setattr(
+            model.embedding, "weight", torch.nn.Parameter(torch.randn_like(model.embedding.weight))
+        ),
     ):
         before = NumbaEngine(model, 1).score(codes, None)
         change()
@@ -307,7 +385,10 @@ def test_weights_changed_in_place_loaded_or_swapped_are_the_ones_used():
 @pytest.mark.parametrize("precision", [torch.float16, torch.bfloat16, torch.float64])
 def test_a_model_of_another_precision(precision):
     model = make(speakers=2).to(precision)
-    codes, cond = random_codes(model, 1, 40), torch.randn(1, model.config.conditioning_channels, 40).to(precision)
+    codes, cond = (
+        random_codes(model, 1, 40),
+        torch.randn(1, model.config.conditioning_channels, 40).to(precision),
+    )
     found = NumbaEngine(model, 1).score(codes, cond)
     np.testing.assert_allclose(found, parallel(model.float(), codes, cond.float()), atol=TOLERANCE)
 
@@ -386,9 +467,13 @@ def test_a_changed_source_compiles_anew(cache, monkeypatch):
     assert sum(compiled(_double, "int64(int64)").stats.cache_hits.values()) == 0
 
 
-def test_sources_of_the_kernels_and_the_compiler_are_in_the_key_and_others_are_not(tmp_path, monkeypatch):
+def test_sources_of_the_kernels_and_the_compiler_are_in_the_key_and_others_are_not(
+    tmp_path, monkeypatch
+):
     package = tmp_path / "wavear"
-    shutil.copytree(Path(wavear.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(
+        Path(wavear.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__")
+    )
     engines = package / "generation" / "cpu"
     monkeypatch.setattr(compiled_module, "__file__", str(package / "common" / "compiled.py"))
     loop, ceiling = engines / "wavenet_loop.py", engines / "ceiling.py"
@@ -418,7 +503,9 @@ print(kernel_of_a_test.outer(4), sum(kernel_of_a_test.outer.stats.cache_hits.val
 
 def test_a_change_in_a_file_that_a_kernel_calls_recompiles_and_another_does_not(tmp_path):
     package = tmp_path / "wavear"
-    shutil.copytree(Path(wavear.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(
+        Path(wavear.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__")
+    )
     inner = package / "generation" / "cpu" / "part_of_a_test.py"
     (package / "generation" / "cpu" / "kernel_of_a_test.py").write_text(
         "from wavear.common.compiled import compiled\n"
@@ -426,7 +513,11 @@ def test_a_change_in_a_file_that_a_kernel_calls_recompiles_and_another_does_not(
         "def _outer(x):\n    return inner(x)\n"
         "outer = compiled(_outer, 'int64(int64)')\n"
     )
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path), "NUMBA_CACHE_DIR": str(tmp_path / "cache")}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(tmp_path),
+        "NUMBA_CACHE_DIR": str(tmp_path / "cache"),
+    }
     found = []
     for factor, comment in ((2, ""), (2, "# another"), (3, "# another")):
         inner.write_text(f"import numba\n@numba.njit\ndef inner(x):\n    return {factor} * x\n")
@@ -487,7 +578,10 @@ print(_simd.LANES, *(row.tobytes().hex() for row in scores))
 def test_narrower_vectors_give_the_same_bits():
     """As on a processor with AVX2 and without AVX-512. (Compiles once, then comes from the cache.)"""
     outputs = []
-    narrow = {"NUMBA_CPU_NAME": "haswell", "NUMBA_CPU_FEATURES": "+avx2,+avx,+fma,+sse4.2,+bmi,+bmi2,+popcnt"}
+    narrow = {
+        "NUMBA_CPU_NAME": "haswell",
+        "NUMBA_CPU_FEATURES": "+avx2,+avx,+fma,+sse4.2,+bmi,+bmi2,+popcnt",
+    }
     if not {"avx2", "fma"} <= _features():
         pytest.skip("needs a processor with AVX2")
     for environment in ({}, narrow):

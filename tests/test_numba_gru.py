@@ -31,7 +31,11 @@ def make(seed: int = 0, **config) -> GRU:
     """A model whose head is so large that its logits differ, as those of a trained one do."""
     large = 4.0 if config.get("law", "categorical") == "categorical" else 1.0
     torch.manual_seed(seed)
-    model = GRU(GRUConfig(**{"layers": 2, "channels": 24, "head_channels": 20, "input_channels": 10, **config}))
+    model = GRU(
+        GRUConfig(
+            **{"layers": 2, "channels": 24, "head_channels": 20, "input_channels": 10, **config}
+        )
+    )
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.startswith(("gru", "head")):
@@ -40,7 +44,11 @@ def make(seed: int = 0, **config) -> GRU:
 
 
 def conditioning(model: GRU, batch: int, samples: int) -> Tensor | None:
-    return torch.randn(batch, model.config.conditioning_channels, samples) if model.conditioned else None
+    return (
+        torch.randn(batch, model.config.conditioning_channels, samples)
+        if model.conditioned
+        else None
+    )
 
 
 def piece(cond: Tensor | None, start: int, stop: int) -> Tensor | None:
@@ -85,7 +93,18 @@ small = st.integers(1, 40)
 @example(2, 96, 31, 100, 5003, 3, 31, 7, 150, 1, False, 2)
 @example(1, 1, 1, 1, 2, 0, 1, 1, 5, 2, False, 1)
 def test_scores_equal_the_forward_pass(
-    layers, channels, inputs, head, classes, speakers, conditions, batch, samples, cut, constant, threads
+    layers,
+    channels,
+    inputs,
+    head,
+    classes,
+    speakers,
+    conditions,
+    batch,
+    samples,
+    cut,
+    constant,
+    threads,
 ):
     model = make(
         layers=layers, channels=channels, input_channels=inputs, head_channels=head, classes=classes,
@@ -95,13 +114,18 @@ def test_scores_equal_the_forward_pass(
     cond = conditioning(model, batch, 1 if constant else samples)
     engine = NumbaGRUEngine(model, batch, threads=min(threads, batch))
     cut = min(cut, samples)
-    found = [engine.score(codes[:, a:b], piece(cond, a, b)) for a, b in ((0, cut), (cut, samples)) if b > a]
+    found = [
+        engine.score(codes[:, a:b], piece(cond, a, b))
+        for a, b in ((0, cut), (cut, samples))
+        if b > a
+    ]
     expected = parallel(model, codes, None if cond is None else cond.expand(-1, -1, samples))
     np.testing.assert_allclose(np.concatenate(found, axis=1), expected, atol=TOLERANCE, rtol=1e-6)
 
 
-# Of laws over values: what the network puts out is in units of full scale, and a code is narrower than float32's
-# rounding of the sum that makes a mean is small, so the error counts in deviations. They are about e^-2 and e^-3 here.
+# Of laws over values: what the network puts out is in units of full scale, and a code is narrower
+# than float32's rounding of the sum that makes a mean is small, so the error counts in deviations.
+# They are about e^-2 and e^-3 here.
 VALUES = [
     {"law": "logistic_mixture", "mixtures": 3, "speakers": 2},
     {"law": "logistic_mixture", "mixtures": 10, "layers": 1, "coarse_classes": 64},
@@ -109,7 +133,9 @@ VALUES = [
     {"law": "gaussian", "layers": 1},
     {"law": "laplace", "classes": 256},
 ]
-values = pytest.mark.parametrize("config", VALUES, ids=["mixture", "10, coarse", "512, coarse", "gaussian", "laplace"])
+values = pytest.mark.parametrize(
+    "config", VALUES, ids=["mixture", "10, coarse", "512, coarse", "gaussian", "laplace"]
+)
 
 
 def near_codes(model: GRU, batch: int, samples: int) -> np.ndarray:
@@ -127,7 +153,9 @@ def test_scores_of_laws_over_values_equal_the_forward_pass(config, batch):
     codes[0, [3, 60]] = 0, model.config.classes - 1
     engine = NumbaGRUEngine(model, batch)
     found = [engine.score(codes[:, a:b], piece(cond, a, b)) for a, b in ((0, 70), (70, 150))]
-    np.testing.assert_allclose(np.concatenate(found, axis=1), parallel(model, codes, cond), atol=TOLERANCE, rtol=1e-5)
+    np.testing.assert_allclose(
+        np.concatenate(found, axis=1), parallel(model, codes, cond), atol=TOLERANCE, rtol=1e-5
+    )
 
 
 @values
@@ -141,13 +169,18 @@ def test_draws_of_laws_over_values_are_those_of_the_law(config):
     with torch.inference_mode():
         parameters = model(torch.from_numpy(found), cond).double()
         draws = [
-            model.law.sample(parameters[:, :, t], torch.from_numpy(uniforms[:, t]), torch.from_numpy(temperature[:, t]))
+            model.law.sample(
+                parameters[:, :, t],
+                torch.from_numpy(uniforms[:, t]),
+                torch.from_numpy(temperature[:, t]),
+            )
             for t in range(400)
         ]
         law = torch.stack(draws, dim=1).numpy()
     off = np.abs(found - law)
-    # float32 moves a mean by about 1e-7 of full scale: of the codes of 16 bits, 3e-5 wide, some in a thousand are at an
-    # edge. Where a uniform falls to the very end of a mixture's component, its value hangs on the last bits.
+    # float32 moves a mean by about 1e-7 of full scale: of the codes of 16 bits, 3e-5 wide, some in
+    # a thousand are at an edge. Where a uniform falls to the very end of a mixture's component, its
+    # value hangs on the last bits.
     assert (off > 1).mean() < 0.003
     assert (off == 0).mean() > 0.98
     assert len(np.unique(found)) > 50
@@ -156,11 +189,17 @@ def test_draws_of_laws_over_values_are_those_of_the_law(config):
         NumbaGRUEngine(model, 3).generate(uniforms, cond, top_k=3)
 
 
-def assert_codes_follow(model: GRU, codes: np.ndarray, uniforms: np.ndarray, cond: Tensor | None, tolerance: float):
+def assert_codes_follow(
+    model: GRU, codes: np.ndarray, uniforms: np.ndarray, cond: Tensor | None, tolerance: float
+):
     """Every code is the one its uniform selects from the law of the forward pass, or the uniform lies within
     `tolerance` of a boundary between the two."""
     with torch.inference_mode():
-        law = torch.softmax(model(torch.from_numpy(codes), cond).double(), dim=1).cumsum(dim=1).numpy()
+        law = (
+            torch.softmax(model(torch.from_numpy(codes), cond).double(), dim=1)
+            .cumsum(dim=1)
+            .numpy()
+        )
     upper = np.take_along_axis(law, codes[:, None], axis=1)[:, 0]
     lower = np.take_along_axis(law, np.maximum(codes - 1, 0)[:, None], axis=1)[:, 0] * (codes > 0)
     assert (uniforms >= lower - tolerance).all()
@@ -179,7 +218,8 @@ def test_free_running_codes_equal_the_reference(config):
     with torch.inference_mode():
         found = NumbaGRUEngine(model, batch).generate(uniforms, cond)
         expected = ReferenceEngine(model, batch).generate(uniforms, cond)
-    # Rounding moves a boundary by about 1e-7; a uniform that near selects another code, and then another future.
+    # Rounding moves a boundary by about 1e-7; a uniform that near selects another code, and then
+    # another future.
     assert_codes_follow(model, found, uniforms, cond, 1e-5)
     for row in range(batch):
         # The first code that differs: the reference's, too, is within tolerance of being drawn.
@@ -187,7 +227,11 @@ def test_free_running_codes_equal_the_reference(config):
         part = slice(0, differ[0] + 1 if differ.size else samples)
         rows = slice(row, row + 1)
         assert_codes_follow(
-            model, expected[rows, part], uniforms[rows, part], None if cond is None else cond[rows, :, part], 1e-5
+            model,
+            expected[rows, part],
+            uniforms[rows, part],
+            None if cond is None else cond[rows, :, part],
+            1e-5,
         )
     assert (found == expected).mean() > 0.5
     assert len(np.unique(found)) > 20
@@ -223,7 +267,11 @@ def test_a_stream_has_the_same_bits_in_every_batch_grouping_and_cut(config, weig
         found, scores = [], []
         for start, stop in pairwise(cuts):
             part = slice(start, stop)
-            found.append(runner.generate(uniforms[chosen, part], piece(rows, start, stop), temperatures[chosen, part]))
+            found.append(
+                runner.generate(
+                    uniforms[chosen, part], piece(rows, start, stop), temperatures[chosen, part]
+                )
+            )
             scores.append(scorer.score(codes[chosen, part], piece(rows, start, stop)))
         for place, stream in enumerate(chosen):
             generated.setdefault(stream, set()).add(np.concatenate(found, axis=1)[place].tobytes())
@@ -248,7 +296,13 @@ def test_rounded_weights_are_those_of_a_model_with_rounded_matrices(weights):
     codes, cond = random_codes(model, 2, 80), torch.randn(2, model.config.conditioning_channels, 80)
     found = NumbaGRUEngine(model, 2, weights=weights).score(codes, cond)
     assert np.abs(found - NumbaGRUEngine(model, 2).score(codes, cond)).max() > 1e-3
-    names = ["gru.weight_hh_l0", "gru.weight_ih_l1", "gru.weight_hh_l1", "head.first.weight", "head.last.weight"]
+    names = [
+        "gru.weight_hh_l0",
+        "gru.weight_ih_l1",
+        "gru.weight_hh_l1",
+        "head.first.weight",
+        "head.last.weight",
+    ]
     with torch.no_grad():
         for name in names:
             matrix = model.get_parameter(name)
@@ -267,11 +321,18 @@ def test_rounded_weights_are_those_of_a_model_with_rounded_matrices(weights):
 def test_temperature_top_k_and_top_p_are_those_of_the_reference():
     model, uniforms = make(), random_uniforms(1, 200)
     temperature = np.where(np.arange(200) < 100, 0.25, 2.0)[None]
-    cases: tuple[dict[str, Any], ...] = ({}, {"top_k": 5}, {"top_p": 0.8}, {"top_k": 9, "top_p": 0.6})
+    cases: tuple[dict[str, Any], ...] = (
+        {},
+        {"top_k": 5},
+        {"top_p": 0.8},
+        {"top_k": 9, "top_p": 0.6},
+    )
     for options in cases:
         scores = np.empty((2, 1, 200))
         with torch.inference_mode():
-            found = NumbaGRUEngine(model, 1).generate(uniforms, None, temperature, log_probability=scores[0], **options)
+            found = NumbaGRUEngine(model, 1).generate(
+                uniforms, None, temperature, log_probability=scores[0], **options
+            )
             expected = ReferenceEngine(model, 1).generate(
                 uniforms, None, temperature, log_probability=scores[1], **options
             )
@@ -289,15 +350,23 @@ def test_the_state_goes_on_on_any_engine(speakers):
         np.testing.assert_array_equal(whole, reference.generate(uniforms, cond))
         first = NumbaGRUEngine(model, 3)
         first.generate(uniforms[:, :70], piece(cond, 0, 70))
-        for other in (NumbaGRUEngine(model, 3, threads=1), first.resized(3), ReferenceEngine(model, 3)):
+        for other in (
+            NumbaGRUEngine(model, 3, threads=1),
+            first.resized(3),
+            ReferenceEngine(model, 3),
+        ):
             for place, stream in enumerate((2, 0, 1)):
                 other.load_state(place, first.state(stream))
             order = [2, 0, 1]
-            rest = other.generate(uniforms[order, 70:], None if cond is None else cond[order, :, 70:])
+            rest = other.generate(
+                uniforms[order, 70:], None if cond is None else cond[order, :, 70:]
+            )
             np.testing.assert_array_equal(rest, whole[order, 70:])
         # What the reference exports the engine reads, and the formats are one.
         found, expected = numba.state(1), reference.state(1)
-        assert {n: (t.shape, t.dtype) for n, t in found.items()} == {n: (t.shape, t.dtype) for n, t in expected.items()}
+        assert {n: (t.shape, t.dtype) for n, t in found.items()} == {
+            n: (t.shape, t.dtype) for n, t in expected.items()
+        }
         torch.testing.assert_close(found["h"], expected["h"], rtol=0, atol=1e-5)
         second = NumbaGRUEngine(model, 1)
         second.load_state(0, expected)
@@ -325,7 +394,10 @@ def test_a_state_is_a_copy():
 @pytest.mark.parametrize("weights", ["float32", "bfloat16", "int8"])
 def test_filling_is_scoring(weights):
     model = make(speakers=2)
-    codes, cond = random_codes(model, 2, 300), torch.randn(2, model.config.conditioning_channels, 300)
+    codes, cond = (
+        random_codes(model, 2, 300),
+        torch.randn(2, model.config.conditioning_channels, 300),
+    )
     with torch.inference_mode():
         filled, scored = (NumbaGRUEngine(model, 2, weights=weights) for _ in range(2))
         for stream in range(2):
@@ -341,7 +413,10 @@ def test_weights_changed_in_place_loaded_or_swapped_are_the_ones_used():
     codes = random_codes(model, 1, 30)
 
     def agrees() -> bool:
-        return np.abs(NumbaGRUEngine(model, 1).score(codes, None) - parallel(model, codes, None)).max() < TOLERANCE
+        return (
+            np.abs(NumbaGRUEngine(model, 1).score(codes, None) - parallel(model, codes, None)).max()
+            < TOLERANCE
+        )
 
     assert agrees()
     for change in (
@@ -357,7 +432,10 @@ def test_weights_changed_in_place_loaded_or_swapped_are_the_ones_used():
 @pytest.mark.parametrize("precision", [torch.float16, torch.bfloat16, torch.float64])
 def test_a_model_of_another_precision(precision):
     model = make(speakers=2).to(precision)
-    codes, cond = random_codes(model, 1, 40), torch.randn(1, model.config.conditioning_channels, 40).to(precision)
+    codes, cond = (
+        random_codes(model, 1, 40),
+        torch.randn(1, model.config.conditioning_channels, 40).to(precision),
+    )
     found = NumbaGRUEngine(model, 1).score(codes, cond)
     np.testing.assert_allclose(found, parallel(model.float(), codes, cond.float()), atol=TOLERANCE)
 
@@ -407,7 +485,9 @@ def test_a_stream_is_the_recording():
 
 def test_wavear_bench_measures_it():
     model = make(speakers=2, layers=1)
-    exact = speed.measure(model, batch=2, seconds=0.01, ceiling=Ceiling(1e9, {1000: 1e9, 10**8: 1e9}))
+    exact = speed.measure(
+        model, batch=2, seconds=0.01, ceiling=Ceiling(1e9, {1000: 1e9, 10**8: 1e9})
+    )
     rounded = speed.measure(model, weights="int8", seconds=0.01)
     assert exact.error < 1e-4 < rounded.error < 1
     assert exact.share is not None
@@ -420,7 +500,9 @@ def test_other_threads_run_meanwhile():
     engine = NumbaGRUEngine(model, 1, threads=1)
     engine.generate(random_uniforms(1, 10), None)
     turns, done = [0], threading.Event()
-    runner = threading.Thread(target=lambda: (engine.generate(random_uniforms(1, 20000), None), done.set()))
+    runner = threading.Thread(
+        target=lambda: (engine.generate(random_uniforms(1, 20000), None), done.set())
+    )
     runner.start()
     while not done.is_set():
         turns[0] += 1
@@ -451,7 +533,10 @@ def test_narrower_vectors_give_the_same_bits():
     from wavear.generation.cpu.simd import machine_features
 
     outputs = []
-    narrow = {"NUMBA_CPU_NAME": "haswell", "NUMBA_CPU_FEATURES": "+avx2,+avx,+fma,+sse4.2,+bmi,+bmi2,+popcnt"}
+    narrow = {
+        "NUMBA_CPU_NAME": "haswell",
+        "NUMBA_CPU_FEATURES": "+avx2,+avx,+fma,+sse4.2,+bmi,+bmi2,+popcnt",
+    }
     if not all(machine_features()[1].get(name) for name in ("avx2", "fma")):
         pytest.skip("needs a processor with AVX2")
     for environment in ({}, narrow):

@@ -26,7 +26,13 @@ from wavear.models.sampling import uniforms
 # Nats. Sums of some ten float32 products round to about 1e-7 of their size.
 TOLERANCE = 1e-5
 HOP = 24
-WIDE = {"residual_channels": 20, "skip_channels": 33, "head_channels": 18, "mixtures": 6, "layers": 3}
+WIDE = {
+    "residual_channels": 20,
+    "skip_channels": 33,
+    "head_channels": 18,
+    "mixtures": 6,
+    "layers": 3,
+}
 
 CONFIGS = {
     "kernel 3": small(),
@@ -38,7 +44,9 @@ CONFIGS = {
     "44.1 kHz": small(44100, 110, **test_predictive.AUTOMATIC),
 }
 configs = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
-few = settings(max_examples=12, deadline=None, derandomize=True, phases=[Phase.explicit, Phase.generate])
+few = settings(
+    max_examples=12, deadline=None, derandomize=True, phases=[Phase.explicit, Phase.generate]
+)
 ROUNDED = ["float32", "bfloat16", "int8"]
 ENGINES = [("reference", "float32"), *(("numba", weights) for weights in ROUNDED)]
 
@@ -54,7 +62,13 @@ def conditioning(model: Any, batch: int, samples: int) -> Any:
 
 def codes_of(model: Any, batch: int, samples: int) -> np.ndarray:
     codes = random_codes(model, batch, samples).numpy()
-    codes[:, samples // 2] = 0, 65535, 32768, 1000, 60000  # clipped residuals, and the ends of the grid
+    codes[:, samples // 2] = (
+        0,
+        65535,
+        32768,
+        1000,
+        60000,
+    )  # clipped residuals, and the ends of the grid
     return codes
 
 
@@ -79,7 +93,9 @@ def test_scores_equal_forward(config, cuts):
     engine = NumbaPredictiveEngine(model, 5, threads=1)
     found = [engine.score(codes[:, a:b], cond[:, :, a:b]) for a, b in pairwise(cuts)]
     # Far from the law, nats are many: 1e-6 of them.
-    np.testing.assert_allclose(np.concatenate(found, axis=1), parallel(model, codes, cond), atol=TOLERANCE, rtol=1e-6)
+    np.testing.assert_allclose(
+        np.concatenate(found, axis=1), parallel(model, codes, cond), atol=TOLERANCE, rtol=1e-6
+    )
 
 
 @configs
@@ -90,18 +106,22 @@ def test_the_same_uniforms_give_the_codes_of_the_reference(config):
         u, cond = draws(1, 600), conditioning(model, 1, 600)
         temperature = np.where(np.arange(600) < 300, 0.7, 1.0)[None]
         nats = np.empty((2, 1, 600))
-        found = NumbaPredictiveEngine(model, 1).generate(u, cond, temperature, log_probability=nats[0])
+        found = NumbaPredictiveEngine(model, 1).generate(
+            u, cond, temperature, log_probability=nats[0]
+        )
         expected = ReferenceEngine(model, 1).generate(u, cond, temperature, log_probability=nats[1])
         parameters = model(torch.from_numpy(found), cond).double()
         law = [
-            model.law.sample(parameters[:, :, t], torch.from_numpy(u[:, t]), torch.from_numpy(temperature[:, t]))
+            model.law.sample(
+                parameters[:, :, t], torch.from_numpy(u[:, t]), torch.from_numpy(temperature[:, t])
+            )
             for t in range(600)
         ]
     off = np.abs(found - torch.stack(law, dim=1).numpy())
     assert off.max() <= 1
     assert (off == 0).mean() > 0.98
-    # float32 moves a mean by about 1e-7 of full scale: a uniform lies so near to an edge of a code once in some hundred
-    # samples. From the first on the pasts differ by a step of the grid.
+    # float32 moves a mean by about 1e-7 of full scale: a uniform lies so near to an edge of a code
+    # once in some hundred samples. From the first on the pasts differ by a step of the grid.
     same = (found == expected).cumprod(axis=1)
     assert same.mean() > 0.3
     np.testing.assert_allclose(nats[0][same == 1], nats[1][same == 1], atol=1e-4)
@@ -183,7 +203,9 @@ def test_a_stream_has_the_same_bits_in_every_batch_chunking_and_thread(config, w
         chosen = (np.arange(batch) * 4 + number) % 9
         cuts = sorted({0, 1, 17 + number, 64, 64 + 3 * number, samples})
         rows = cond[torch.from_numpy(chosen), :, :]
-        runner, scorer = (NumbaPredictiveEngine(model, batch, weights=weights, threads=threads) for _ in range(2))
+        runner, scorer = (
+            NumbaPredictiveEngine(model, batch, weights=weights, threads=threads) for _ in range(2)
+        )
         found, scores = [], []
         for a, b in pairwise(cuts):
             part = rows[:, :, a:b]
@@ -235,13 +257,24 @@ def test_a_causal_model_needs_no_frame_to_come():
 @few
 @given(
     events=st.lists(
-        st.tuples(st.sampled_from(["add", "push", "push", "flush", "step", "move"]), st.integers(0, 99)), max_size=25
+        st.tuples(
+            st.sampled_from(["add", "push", "push", "flush", "step", "move"]), st.integers(0, 99)
+        ),
+        max_size=25,
     ),
     weights=st.sampled_from(ROUNDED),
     threads=st.sampled_from([1, 2]),
 )
-@example([("add", 0), ("push", 8), ("add", 0), ("step", 0), ("push", 4), ("push", 5), ("step", 0)], "float32", 1)
-@example([("add", 0), ("push", 11), ("step", 0), ("add", 0), ("push", 13), ("push", 10), ("move", 0)], "int8", 2)
+@example(
+    [("add", 0), ("push", 8), ("add", 0), ("step", 0), ("push", 4), ("push", 5), ("step", 0)],
+    "float32",
+    1,
+)
+@example(
+    [("add", 0), ("push", 11), ("step", 0), ("add", 0), ("push", 13), ("push", 10), ("move", 0)],
+    "int8",
+    2,
+)
 def test_members_of_a_batch_are_to_the_bit_what_they_are_alone(events, weights, threads):
     """At different places of their frames, side by side, coming and going."""
     model, frames = make(small(speakers=3)), 26
@@ -265,7 +298,9 @@ def test_members_of_a_batch_are_to_the_bit_what_they_are_alone(events, weights, 
         member = members[number % len(members)]
         utterance = who[member]
         if what == "push":
-            part = random_mel(model, 1, frames, utterance)[0, :, at[utterance] : at[utterance] + number % 14]
+            part = random_mel(model, 1, frames, utterance)[
+                0, :, at[utterance] : at[utterance] + number % 14
+            ]
             batch.push(member, part)
             at[utterance] += part.shape[1]
         elif what == "flush":
@@ -333,11 +368,16 @@ def test_the_state_goes_on_on_any_engine(name, monkeypatch):
                 goal.load_state(1, source.state(2))
                 rows = [0, 2]
                 found = goal.score(codes[rows, 120:], cond[torch.tensor(rows), :, 120:])
-                np.testing.assert_allclose(found[1], expected[2, 120:], atol=2 * TOLERANCE, rtol=1e-6)
+                np.testing.assert_allclose(
+                    found[1], expected[2, 120:], atol=2 * TOLERANCE, rtol=1e-6
+                )
                 if kind is type(source):
                     again = kind(model, 2)
                     again.load_state(1, goal.state(1))
-                    assert all(torch.equal(again.state(1)[name], tensor) for name, tensor in goal.state(1).items())
+                    assert all(
+                        torch.equal(again.state(1)[name], tensor)
+                        for name, tensor in goal.state(1).items()
+                    )
 
 
 def test_going_on_from_its_own_state_changes_no_bit():
@@ -403,7 +443,8 @@ def test_a_prime_goes_on_as_the_recording_did(engine, weights):
     whole = generate(model, mel, **given)
     for length in (1, 200):
         rest = generate(model, mel, prime=whole[:, :length], **given)
-        # The queues differ by rounding, 1e-7; where a uniform lies that near to an edge, by a step of the grid.
+        # The queues differ by rounding, 1e-7; where a uniform lies that near to an edge, by a step
+        # of the grid.
         same = (rest == whole[:, length:]).long().cumprod(1)
         assert same.float().mean() > 0.3
         assert same[0, 0]
@@ -443,13 +484,18 @@ def test_utterances_of_a_batch_are_what_they_are_alone():
 
 def test_a_lower_temperature_is_nearer_to_the_prediction():
     model, mel = make(), random_mel(make(), 1, 30)
-    cold, warm, hot = (generate(model, mel, temperature=t, return_log_probability=True)[1].mean() for t in (0.3, 1, 2))
+    cold, warm, hot = (
+        generate(model, mel, temperature=t, return_log_probability=True)[1].mean()
+        for t in (0.3, 1, 2)
+    )
     assert cold > warm > hot
     ramp = np.linspace(0.5, 1.5, 30 * HOP)
     found = generate(model, mel, temperature=ramp)
     with torch.inference_mode():
         cond = model.condition(mel)
-        expected = NumbaPredictiveEngine(model, 1).generate(uniforms(0, 0, 30 * HOP)[None], cond, ramp[None])
+        expected = NumbaPredictiveEngine(model, 1).generate(
+            uniforms(0, 0, 30 * HOP)[None], cond, ramp[None]
+        )
     assert torch.equal(found, model.grid.decode(torch.from_numpy(expected)))
 
 
@@ -497,19 +543,26 @@ def test_the_graph_engine_equals_the_reference(name, monkeypatch):
         filled.fill(stream, expected[stream, :60], cond[stream : stream + 1, :, :60])
     found = filled.keep([2, 0]).generate(u[[2, 0], 60:], cond[torch.tensor([2, 0]), :, 60:], 0.8)
     np.testing.assert_array_equal(found, expected[[2, 0], 60:])
-    np.testing.assert_array_equal(by_steps.generate(u[:, 60:], cond[:, :, 60:], 0.8), expected[:, 60:])
+    np.testing.assert_array_equal(
+        by_steps.generate(u[:, 60:], cond[:, :, 60:], 0.8), expected[:, 60:]
+    )
 
 
 def test_generate_and_streams_run_on_the_graph_engine(monkeypatch):
     model = make(small(speakers=2), torch.float64)
     mels = [random_mel(model, 1, frames)[0] for frames in (4, 9)]
     expected = generate(model, mels, seed=[1, 2], speaker=[0, 1], engine="reference")
-    monkeypatch.setattr(choice, "make", lambda model, batch, engine, weights: CudaGraphEngine(model, batch))
+    monkeypatch.setattr(
+        choice, "make", lambda model, batch, engine, weights: CudaGraphEngine(model, batch)
+    )
     monkeypatch.setattr(sys.modules["wavear.generation.engines"]._chunks, "__defaults__", (30,))
-    assert torch.equal(generate(model, mels, seed=[1, 2], speaker=[0, 1], engine="cuda-graph"), expected)
+    assert torch.equal(
+        generate(model, mels, seed=[1, 2], speaker=[0, 1], engine="cuda-graph"), expected
+    )
     stream = Stream(model, seed=2, speaker=1, engine="cuda-graph")
     assert torch.equal(
-        torch.cat([stream.push(mels[1][:, :6]), stream.push(mels[1][:, 6:]), stream.flush()]), expected[1]
+        torch.cat([stream.push(mels[1][:, :6]), stream.push(mels[1][:, 6:]), stream.flush()]),
+        expected[1],
     )
 
 
@@ -524,11 +577,16 @@ def test_choosing_among_codes_is_refused_in_one_line(engine, choice):
         generate(model, random_mel(model, 1, 3), engine=engine, **choice)
     if "argmax" not in choice:
         with pytest.raises(ValueError, match="use temperature"):
-            NumbaPredictiveEngine(model, 1).generate(np.zeros((1, 5)), conditioning(model, 1, 5), **choice)
+            NumbaPredictiveEngine(model, 1).generate(
+                np.zeros((1, 5)), conditioning(model, 1, 5), **choice
+            )
 
 
 def test_triton_refuses_the_family_in_one_line():
-    with pytest.raises(ValueError, match=r"'triton' serves WaveNet, not PredictiveWaveNet: use engine 'cuda-graph'$"):
+    with pytest.raises(
+        ValueError,
+        match=r"'triton' serves WaveNet, not PredictiveWaveNet: use engine 'cuda-graph'$",
+    ):
         make_engine(make(), 1, "triton")
     with pytest.raises(ValueError, match="engine 'cuda-graph' needs a model on a CUDA device"):
         make_engine(make(), 1, "cuda-graph")
@@ -548,12 +606,19 @@ def test_what_cannot_be_run_is_refused_by_name():
         (2, cond[:, :, :9], "float32", r"cond is \(2, 45, 9\)"),
     ):
         with pytest.raises(ValueError, match=message):
-            NumbaPredictiveEngine(model, batch, weights=weights).generate(np.zeros((2, 10)), condition)
+            NumbaPredictiveEngine(model, batch, weights=weights).generate(
+                np.zeros((2, 10)), condition
+            )
     with pytest.raises(ValueError, match="expected 0 to 65535"):
         NumbaPredictiveEngine(model, 2).score(np.full((2, 10), 65536), cond)
-    with pytest.raises(ValueError, match="serves a PredictiveWaveNet, not Linear: use engine 'reference'"):
+    with pytest.raises(
+        ValueError, match="serves a PredictiveWaveNet, not Linear: use engine 'reference'"
+    ):
         NumbaPredictiveEngine(torch.nn.Linear(1, 1), 1)  # type: ignore[arg-type]
-    assert NumbaPredictiveEngine(model, 2).generate(np.zeros((2, 0)), cond[:, :, :0]).shape == (2, 0)
+    assert NumbaPredictiveEngine(model, 2).generate(np.zeros((2, 0)), cond[:, :, :0]).shape == (
+        2,
+        0,
+    )
 
 
 NAMED = ["blocks.0.taps.weight", "output.bias", "conditioning.gain", "conditioning.first.weight"]
@@ -564,7 +629,9 @@ NAMED += ["conditioning.period.voicing.bias", "conditioning.period.lag.weight"]
 def test_weights_that_are_no_numbers_are_an_error(part):
     model = make()
     model.state_dict()[part].fill_(torch.nan)
-    with pytest.raises(ValueError, match="sample 0 of this call are infinite or NaN: check the model's weights"):
+    with pytest.raises(
+        ValueError, match="sample 0 of this call are infinite or NaN: check the model's weights"
+    ):
         generate(model, random_mel(model, 1, 3), engine="numba")
 
 

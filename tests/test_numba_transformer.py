@@ -14,19 +14,42 @@ from wavear.generation.cpu.transformer_plan import as_run
 from wavear.generation.engines import make_engine
 from wavear.generation.reference import ReferenceEngine
 
-# Channels that are no multiple of a vector, windows that are no multiple of a block, and some that are.
+# Channels that are no multiple of a vector, windows that are no multiple of a block, and some that
+# are.
 SHAPES = {
-    "odd": TransformerConfig(layers=2, channels=12, heads=2, window=5, patch=3, sample_channels=5, head_channels=7),
-    "whole vectors": TransformerConfig(layers=1, channels=64, heads=2, window=32, patch=2, head_channels=32),
-    "wide heads": TransformerConfig(layers=1, channels=520, heads=2, window=19, patch=4, head_channels=9),
-    "long window": TransformerConfig(layers=1, channels=8, heads=1, window=211, patch=1, head_channels=9),
-    "one head of two": TransformerConfig(layers=2, channels=2, heads=1, window=1, patch=1, head_channels=1),
-    "few classes": TransformerConfig(layers=1, channels=20, heads=2, window=9, patch=2, classes=3, head_channels=9),
-    "many classes": TransformerConfig(layers=1, channels=8, heads=2, window=4, patch=2, classes=1000, head_channels=9),
-    "speakers": TransformerConfig(layers=2, channels=24, heads=3, window=7, patch=4, speakers=3, head_channels=24),
-    "mixture": TransformerConfig(layers=1, channels=24, heads=3, window=7, patch=4, law="logistic_mixture"),
-    "gaussian": TransformerConfig(layers=1, channels=8, heads=1, window=7, patch=2, law="gaussian", coarse_classes=16),
-    "laplace": TransformerConfig(layers=1, channels=8, heads=1, window=7, patch=1, law="laplace", speakers=2),
+    "odd": TransformerConfig(
+        layers=2, channels=12, heads=2, window=5, patch=3, sample_channels=5, head_channels=7
+    ),
+    "whole vectors": TransformerConfig(
+        layers=1, channels=64, heads=2, window=32, patch=2, head_channels=32
+    ),
+    "wide heads": TransformerConfig(
+        layers=1, channels=520, heads=2, window=19, patch=4, head_channels=9
+    ),
+    "long window": TransformerConfig(
+        layers=1, channels=8, heads=1, window=211, patch=1, head_channels=9
+    ),
+    "one head of two": TransformerConfig(
+        layers=2, channels=2, heads=1, window=1, patch=1, head_channels=1
+    ),
+    "few classes": TransformerConfig(
+        layers=1, channels=20, heads=2, window=9, patch=2, classes=3, head_channels=9
+    ),
+    "many classes": TransformerConfig(
+        layers=1, channels=8, heads=2, window=4, patch=2, classes=1000, head_channels=9
+    ),
+    "speakers": TransformerConfig(
+        layers=2, channels=24, heads=3, window=7, patch=4, speakers=3, head_channels=24
+    ),
+    "mixture": TransformerConfig(
+        layers=1, channels=24, heads=3, window=7, patch=4, law="logistic_mixture"
+    ),
+    "gaussian": TransformerConfig(
+        layers=1, channels=8, heads=1, window=7, patch=2, law="gaussian", coarse_classes=16
+    ),
+    "laplace": TransformerConfig(
+        layers=1, channels=8, heads=1, window=7, patch=1, law="laplace", speakers=2
+    ),
 }
 shapes = pytest.mark.parametrize("config", SHAPES.values(), ids=SHAPES.keys())
 
@@ -44,14 +67,19 @@ def make(config) -> Any:
 
 def make_codes(config, batch, total):
     spread = min(config.classes, 2000)
-    return np.random.default_rng(0).integers(0, spread, (batch, total)) + (config.classes - spread) // 2
+    return (
+        np.random.default_rng(0).integers(0, spread, (batch, total))
+        + (config.classes - spread) // 2
+    )
 
 
 def make_cond(model, batch, total, constant) -> Any:
     if not model.conditioned:
         return None
     generator = torch.Generator().manual_seed(0)
-    return torch.randn(batch, model.config.conditioning_channels, 1 if constant else total, generator=generator)
+    return torch.randn(
+        batch, model.config.conditioning_channels, 1 if constant else total, generator=generator
+    )
 
 
 def both(model, batch, **settings):
@@ -67,7 +95,9 @@ def test_scores_are_those_of_the_reference(config, constant):
     total = min(2 * config.window * config.patch + 7, 230)
     codes, cond = make_codes(config, 2, total), make_cond(model, 2, total, constant)
     engine, reference = both(model, 2)
-    torch.testing.assert_close(engine.score(codes, cond), reference.score(codes, cond), rtol=1e-5, atol=2e-5)
+    torch.testing.assert_close(
+        engine.score(codes, cond), reference.score(codes, cond), rtol=1e-5, atol=2e-5
+    )
 
 
 @pytest.mark.parametrize("config", [SHAPES["odd"], SHAPES["speakers"]], ids=["odd", "speakers"])
@@ -77,7 +107,9 @@ def test_products_are_the_same_with_and_without_tables(config, monkeypatch):
     codes, cond = make_codes(config, 1, 60), make_cond(model, 1, 60, False)
     tabled = NumbaTransformer(model, 1).score(codes, cond)
     monkeypatch.setattr(transformer_plan, "_TABLES", 0)
-    torch.testing.assert_close(NumbaTransformer(model, 1).score(codes, cond), tabled, rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        NumbaTransformer(model, 1).score(codes, cond), tabled, rtol=0, atol=1e-5
+    )
 
 
 @shapes
@@ -85,17 +117,22 @@ def test_products_are_the_same_with_and_without_tables(config, monkeypatch):
 def test_codes_are_those_of_the_reference(config):
     model = make(config)
     uniforms, cond = np.random.default_rng(1).random((2, 60)), make_cond(model, 2, 60, False)
-    (found, other), scores = (e.generate(uniforms, cond, 0.9) for e in both(model, 2)), np.empty((2, 60))
+    (found, other), scores = (
+        (e.generate(uniforms, cond, 0.9) for e in both(model, 2)),
+        np.empty((2, 60)),
+    )
     if config.law == "categorical":
         # At most a uniform in 10^5 lies within rounding of the boundary between two codes.
         assert (found == other).all()
     else:
-        # The value is the uniform's place in a law off by float32 rounding: codes of 2^-15 beside each other, and the
-        # past that follows is another one.
+        # The value is the uniform's place in a law off by float32 rounding: codes of 2^-15 beside
+        # each other, and the past that follows is another one.
         assert np.abs(found - other).max() <= 40
     engine = NumbaTransformer(model, 2)
     assert (engine.generate(uniforms, cond, 0.9, log_probability=scores) == found).all()
-    torch.testing.assert_close(scores, NumbaTransformer(model, 2).score(found, cond), rtol=0, atol=0)
+    torch.testing.assert_close(
+        scores, NumbaTransformer(model, 2).score(found, cond), rtol=0, atol=0
+    )
 
 
 @pytest.mark.parametrize(("top_k", "top_p"), [(1, None), (3, None), (None, 0.5), (5, 0.9)])
@@ -103,7 +140,8 @@ def test_codes_are_those_of_the_reference(config):
 def test_truncation_is_that_of_the_reference(top_k, top_p):
     uniforms = np.random.default_rng(1).random((1, 80))
     found, other = (
-        e.generate(uniforms, None, 1.2, top_k=top_k, top_p=top_p) for e in both(make(SHAPES["whole vectors"]), 1)
+        e.generate(uniforms, None, 1.2, top_k=top_k, top_p=top_p)
+        for e in both(make(SHAPES["whole vectors"]), 1)
     )
     assert (found == other).all()
 
@@ -116,9 +154,12 @@ def test_bits_do_not_depend_on_batch_threads_or_cuts(weights):
     uniforms, cond = np.random.default_rng(1).random((5, 90)), make_cond(model, 5, 90, False)
     engine = NumbaTransformer(model, 5, weights=weights, threads=2)
     cuts = [0, 1, 2, 30, 33, 90]
-    parts = [engine.generate(uniforms[:, a:b], cond[:, :, a:b]) for a, b in itertools.pairwise(cuts)]
+    parts = [
+        engine.generate(uniforms[:, a:b], cond[:, :, a:b]) for a, b in itertools.pairwise(cuts)
+    ]
     alone = [
-        NumbaTransformer(model, 1, weights=weights).generate(uniforms[b : b + 1], cond[b : b + 1]) for b in range(5)
+        NumbaTransformer(model, 1, weights=weights).generate(uniforms[b : b + 1], cond[b : b + 1])
+        for b in range(5)
     ]
     assert (np.concatenate(parts, axis=1) == np.concatenate(alone)).all()
 
@@ -131,13 +172,17 @@ def test_the_matrices_are_rounded_and_nothing_else(weights):
     codes, cond = make_codes(model.config, 1, 60), make_cond(model, 1, 60, False)
     found = NumbaTransformer(model, 1, weights=weights).score(codes, cond)
     for name, parameter in model.named_parameters():
-        if parameter.dim() == 2 and not name.startswith(("conditioning.", "embedding.", "head.place")):
+        if parameter.dim() == 2 and not name.startswith(
+            ("conditioning.", "embedding.", "head.place")
+        ):
             if weights == "bfloat16":
                 parameter.data = parameter.bfloat16().float()
             else:
                 step = parameter.double().abs().amax(dim=1, keepdim=True) / 127
                 parameter.data = ((parameter / step).round() * step).float()
-    torch.testing.assert_close(found, ReferenceEngine(model, 1).score(codes, cond), rtol=1e-5, atol=2e-5)
+    torch.testing.assert_close(
+        found, ReferenceEngine(model, 1).score(codes, cond), rtol=1e-5, atol=2e-5
+    )
     run = dict(as_run(make(model.config), weights).named_parameters())
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(run[name], parameter, rtol=1e-6, atol=1e-8)
@@ -195,7 +240,9 @@ def test_an_engine_runs_the_weights_it_was_made_with():
     model.blocks[0].up.weight *= 1.5
     after = NumbaTransformer(model, 1).score(codes, None)
     assert np.abs(before - after).max() > 1e-3
-    torch.testing.assert_close(after, ReferenceEngine(model, 1).score(codes, None), rtol=1e-5, atol=2e-5)
+    torch.testing.assert_close(
+        after, ReferenceEngine(model, 1).score(codes, None), rtol=1e-5, atol=2e-5
+    )
 
 
 @pytest.mark.parametrize(
@@ -208,8 +255,14 @@ def test_an_engine_runs_the_weights_it_was_made_with():
             lambda m: NumbaTransformer(cast(Any, WaveNet(WaveNetConfig(layers=1, stacks=1))), 1),
             "serves a Transformer, not WaveNet",
         ),
-        (lambda m: NumbaTransformer(m, 2).generate(np.zeros((1, 3)), None), r"shape \(1, 3\) for 2 streams"),
-        (lambda m: NumbaTransformer(m, 1).generate(np.zeros((1, 3)), torch.zeros(1, 80, 3)), "unconditional"),
+        (
+            lambda m: NumbaTransformer(m, 2).generate(np.zeros((1, 3)), None),
+            r"shape \(1, 3\) for 2 streams",
+        ),
+        (
+            lambda m: NumbaTransformer(m, 1).generate(np.zeros((1, 3)), torch.zeros(1, 80, 3)),
+            "unconditional",
+        ),
         (lambda m: NumbaTransformer(m, 1).score(np.array([[256]]), None), "reach from 256 to 256"),
     ],
 )

@@ -12,7 +12,9 @@ from wavear.audio.periods import measure_period
 SIZES = (40, 441, 64, 512)
 
 
-def reference(x: np.ndarray, shortest: int, longest: int, block: int, window: int) -> tuple[np.ndarray, np.ndarray]:
+def reference(
+    x: np.ndarray, shortest: int, longest: int, block: int, window: int
+) -> tuple[np.ndarray, np.ndarray]:
     """The definition, in float64 and without shortcuts."""
     x = np.asarray(x, np.float64)
     lags, correlation = np.full(len(x) // block, float(shortest)), np.zeros(len(x) // block)
@@ -44,7 +46,10 @@ def voice(period: float, samples: int, noise: float, seed: int = 0) -> np.ndarra
     """Harmonics of one period and white noise."""
     rng = np.random.default_rng(seed)
     t = np.arange(samples)
-    x = sum(np.cos(2 * np.pi * k * t / period + rng.uniform(0, 6)) / k for k in range(1, int(period / 2)))
+    x = sum(
+        np.cos(2 * np.pi * k * t / period + rng.uniform(0, 6)) / k
+        for k in range(1, int(period / 2))
+    )
     return (0.1 * (x + noise * rng.normal(size=samples))).astype(np.float32)
 
 
@@ -64,7 +69,8 @@ def test_kernel_equals_reference(period, noise, sizes):
     lags, correlation = measure_period(x, *sizes)
     true_lags, true_correlation = reference(x, *sizes)
     assert lags.dtype == correlation.dtype == np.float32
-    # float32 sums of 512 products are good to 1e-6; a tie between two lags may then fall either way, in few blocks.
+    # float32 sums of 512 products are good to 1e-6; a tie between two lags may then fall either
+    # way, in few blocks.
     np.testing.assert_allclose(correlation, true_correlation, atol=2e-5)
     assert (np.abs(lags - true_lags) < 0.02).mean() > 0.98
     assert correlation[len(lags) // 4] > 0.3

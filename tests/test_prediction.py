@@ -20,15 +20,31 @@ from wavear.models.prediction import LEAST_SCALE, Envelope, levinson, predictor
 MELS = {
     **{name: MelConfig.preset(name) for name in PRESETS},
     "16 kHz, powers": MelConfig(
-        sample_rate=16000, hop_length=200, n_fft=512, window_length=400, bands=40, power=2.0, floor=1e-10
+        sample_rate=16000,
+        hop_length=200,
+        n_fft=512,
+        window_length=400,
+        bands=40,
+        power=2.0,
+        floor=1e-10,
     ),
     "44.1 kHz, htk": MelConfig(
-        sample_rate=44100, n_fft=2048, window_length=2048, hop_length=512, mel_scale="htk", norm=None, fmax=None
+        sample_rate=44100,
+        n_fft=2048,
+        window_length=2048,
+        hop_length=512,
+        mel_scale="htk",
+        norm=None,
+        fmax=None,
     ),
     "no logarithm": MelConfig(log_base="none", floor=0.0, scale=3.0, shift=0.5, bands=60),
-    "no logarithm of powers": MelConfig(log_base="none", floor=1e-6, power=2.0, window="hamming", bands=60),
+    "no logarithm of powers": MelConfig(
+        log_base="none", floor=1e-6, power=2.0, window="hamming", bands=60
+    ),
     "floor added, base 2": MelConfig(floor_mode="add", floor=1e-4, scale=1 / np.log(2), shift=-3.0),
-    "odd transform, short window": MelConfig(n_fft=1023, window_length=701, bands=40, fmin=50.0, window="blackman"),
+    "odd transform, short window": MelConfig(
+        n_fft=1023, window_length=701, bands=40, fmin=50.0, window="blackman"
+    ),
     "one band": MelConfig(bands=1, fmin=20.0),
 }
 mels = pytest.mark.parametrize("config", MELS.values(), ids=MELS.keys())
@@ -60,7 +76,9 @@ def written_out(mel: np.ndarray, config: MelConfig, order: int) -> np.ndarray:
     filters = mel_filter_bank(config).numpy()
     bins = np.arange(config.n_fft // 2 + 1)
     centres = (filters * bins).sum(1) / filters.sum(1)
-    amplitude = (value - np.log(filters.sum(1))[:, None]) / config.power  # of the mean magnitude, or the mean power
+    amplitude = (
+        value - np.log(filters.sum(1))[:, None]
+    ) / config.power  # of the mean magnitude, or the mean power
     envelope = np.stack([np.interp(bins, centres, column) for column in amplitude.T], 1)
     top = int(centres[-1])
     envelope[top:] -= 2.0 * ((bins[top:] - top) / (bins[-1] - top))[:, None]
@@ -86,7 +104,9 @@ def test_the_autocorrelation_of_each_row_of_a_batch_is_its_own():
     mel = torch.randn(3, 80, 5, dtype=torch.float64) - 4
     together = Envelope(config, 8).autocorrelation(mel)
     for row in range(3):
-        torch.testing.assert_close(Envelope(config, 8).autocorrelation(mel[row : row + 1])[0], together[row])
+        torch.testing.assert_close(
+            Envelope(config, 8).autocorrelation(mel[row : row + 1])[0], together[row]
+        )
 
 
 def test_levinson_equals_scipys_toeplitz_solver():
@@ -97,7 +117,11 @@ def test_levinson_equals_scipys_toeplitz_solver():
         rows = []
         for _ in range(4):
             decay, pitch = random.uniform(0.8, 0.99, 5), random.uniform(0, np.pi, 5)
-            r = (random.uniform(0.1, 1, 5)[:, None] * decay[:, None] ** lags * np.cos(pitch[:, None] * lags)).sum(0)
+            r = (
+                random.uniform(0.1, 1, 5)[:, None]
+                * decay[:, None] ** lags
+                * np.cos(pitch[:, None] * lags)
+            ).sum(0)
             r[0] *= 1 + 1e-3
             rows.append(r)
         r = np.stack(rows).reshape(2, 2, -1)
@@ -112,7 +136,12 @@ def test_levinson_equals_scipys_toeplitz_solver():
 
 @pytest.mark.cuda
 def test_levinson_on_a_card_equals_the_compiled_one():
-    r = Envelope(MelConfig(), 32).autocorrelation(torch.randn(2, 80, 9) - 4).transpose(1, 2).contiguous()
+    r = (
+        Envelope(MelConfig(), 32)
+        .autocorrelation(torch.randn(2, 80, 9) - 4)
+        .transpose(1, 2)
+        .contiguous()
+    )
     r[..., 0] *= 1 + 1e-4
     for found, expected in zip(levinson(r.cuda()), levinson(r), strict=True):
         torch.testing.assert_close(found.cpu(), expected, rtol=1e-7, atol=1e-9)
@@ -140,7 +169,8 @@ def test_predictor_leaves_its_argument_alone():
 def test_a_process_is_whitened_to_unit_scale_whatever_the_mel(config):
     """The scale is in physical units, so that one gain fits all contracts.
 
-    The mel of magnitudes is their mean, not their root mean square: 1.13 times less. A single band fixes a level only.
+    The mel of magnitudes is their mean, not their root mean square: 1.13 times less. A single band
+    fixes a level only.
     """
     rate, level = config.sample_rate, 0.003
     x = process(rate, level)
@@ -157,7 +187,8 @@ def test_a_process_is_whitened_to_unit_scale_whatever_the_mel(config):
         assert 0.1 < residual.std() < 3
         return
     assert 0.9 < residual.std() < 1.15
-    # All that the filter added is taken away again: what is left is as loud as the noise, and as white.
+    # All that the filter added is taken away again: what is left is as loud as the noise, and as
+    # white.
     assert (residual * np.repeat(s, config.hop_length)[1000:]).std() < 1.05 * level
     assert abs(np.corrcoef(residual[1:], residual[:-1])[0, 1]) < 0.2
     assert np.corrcoef(x[1:], x[:-1])[0, 1] > 0.9
@@ -167,11 +198,15 @@ def test_the_scale_follows_the_level_down_to_a_step_of_the_grid():
     config = MelConfig()
     wave = torch.from_numpy(process(4096, 0.001))[None]
     envelope = Envelope(config, 32)
-    scale, louder = (predictor(envelope.autocorrelation(log_mel(gain * wave, config)))[1] for gain in (1.0, 8.0))
+    scale, louder = (
+        predictor(envelope.autocorrelation(log_mel(gain * wave, config)))[1] for gain in (1.0, 8.0)
+    )
     torch.testing.assert_close(louder / scale, torch.full_like(scale, 8.0), rtol=0.02, atol=0)
     half = predictor(envelope.autocorrelation(log_mel(wave, config)), 0.5)[1]
     torch.testing.assert_close(half, scale / 2)
-    assert (predictor(envelope.autocorrelation(log_mel(1e-4 * wave, config)), 1e-3)[1] == LEAST_SCALE).all()
+    assert (
+        predictor(envelope.autocorrelation(log_mel(1e-4 * wave, config)), 1e-3)[1] == LEAST_SCALE
+    ).all()
 
 
 @mels
@@ -182,7 +217,9 @@ def test_digital_silence_has_a_finite_predictor(config):
     assert (scale >= LEAST_SCALE).all()
     assert (scale < 0.1).all()
     # And so has a mel that no sound has.
-    coefficients, scale = predictor(Envelope(config, 32).autocorrelation(torch.full_like(mel, -1e4)))
+    coefficients, scale = predictor(
+        Envelope(config, 32).autocorrelation(torch.full_like(mel, -1e4))
+    )
     assert torch.isfinite(coefficients).all()
     assert (scale >= LEAST_SCALE).all()
 
@@ -190,7 +227,10 @@ def test_digital_silence_has_a_finite_predictor(config):
 @pytest.mark.filterwarnings("ignore:mel bands")
 def test_a_band_without_a_bin_is_refused():
     config = MelConfig(n_fft=256, window_length=256, bands=80)
-    with pytest.raises(ValueError, match=r"mel band \d+ of 80 holds no bin of an n_fft of 256.*larger n_fft or fewer"):
+    with pytest.raises(
+        ValueError,
+        match=r"mel band \d+ of 80 holds no bin of an n_fft of 256.*larger n_fft or fewer",
+    ):
         Envelope(config, 8)
     from wavear import PredictiveWaveNet, PredictiveWaveNetConfig
 
@@ -199,7 +239,8 @@ def test_a_band_without_a_bin_is_refused():
 
 
 @pytest.mark.parametrize(
-    "name", ["kernel 3", "hop that sub-frames do not divide", "a sub-frame for each sample", "causal"]
+    "name",
+    ["kernel 3", "hop that sub-frames do not divide", "a sub-frame for each sample", "causal"],
 )
 @torch.no_grad()
 def test_residuals_equal_a_loop_over_samples(name):
@@ -213,7 +254,9 @@ def test_residuals_equal_a_loop_over_samples(name):
     x = (codes[0].numpy() - 32768) / 32768
     hop, subs, order = config.mel.hop_length, config.sub_frames, config.prediction_order  # type: ignore[union-attr]
     r = written_out(mel[0].numpy(), config.mel, order)  # type: ignore[arg-type]
-    centres = np.arange(7) + (1.0 if config.causal else 0.5)  # in frames; a causal frame is known at its end
+    centres = np.arange(7) + (
+        1.0 if config.causal else 0.5
+    )  # in frames; a causal frame is known at its end
     at = (np.arange(7 * subs) + 0.5) / subs
     r = np.stack([np.interp(at, centres, row) for row in r])
     r[0] = r[0] * (1 + 1e-4) + 2.0**-30 / 12
@@ -258,14 +301,20 @@ def slow_period(x: np.ndarray, shortest: int, longest: int, block: int, window: 
 
 
 @pytest.mark.parametrize(
-    ("block", "window", "shortest", "longest"), [(64, 200, 20, 150), (33, 101, 9, 60), (7, 64, 1, 9)]
+    ("block", "window", "shortest", "longest"),
+    [(64, 200, 20, 150), (33, 101, 9, 60), (7, 64, 1, 9)],
 )
 def test_measured_periods_equal_a_slow_loop(block, window, shortest, longest):
     """A gliding sawtooth, noise, and silence. In float32, so a lag is off by some thousandths."""
     random = np.random.default_rng(0)
     glide = np.cumsum(1 / np.linspace(0.2 * longest, 1.2 * longest, 3000)) % 1 - 0.5
     x = np.concatenate(
-        [glide, 0.1 * random.normal(size=500), np.zeros(500), glide[:700] + 0.2 * random.normal(size=700)]
+        [
+            glide,
+            0.1 * random.normal(size=500),
+            np.zeros(500),
+            glide[:700] + 0.2 * random.normal(size=700),
+        ]
     )
     x = x.astype(np.float32)
     lags, correlation = measure_period(x, shortest, longest, block, window)
@@ -290,7 +339,13 @@ def test_the_period_of_a_voice_and_not_twice_it():
 
 
 def test_silence_noise_and_a_short_waveform_have_no_period():
-    for samples in (0, 1, 63, 64, 700):  # shorter than the longest lag and the window: no block can be measured
+    for samples in (
+        0,
+        1,
+        63,
+        64,
+        700,
+    ):  # shorter than the longest lag and the window: no block can be measured
         lags, correlation = measure_period(np.ones(samples), 40, 440, 64, 512)
         assert lags.shape == correlation.shape == (samples // 64,)
         assert (lags == 40).all()

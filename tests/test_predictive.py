@@ -42,10 +42,14 @@ def mel_config(rate: int = 16000, hop: int = 24, **changes: Any) -> MelConfig:
 
 
 def small(rate: int = 16000, hop: int = 24, **changes: Any) -> PredictiveWaveNetConfig:
-    return PredictiveWaveNetConfig(**{"sample_rate": rate, "mel": mel_config(rate, hop), **SMALL, **changes})
+    return PredictiveWaveNetConfig(
+        **{"sample_rate": rate, "mel": mel_config(rate, hop), **SMALL, **changes}
+    )
 
 
-AUTOMATIC = dict.fromkeys(("prediction_order", "sub_frames", "shortest_period", "longest_period"), 0)
+AUTOMATIC = dict.fromkeys(
+    ("prediction_order", "sub_frames", "shortest_period", "longest_period"), 0
+)
 CONFIGS = {
     "kernel 3": small(),
     "kernel 2": small(kernel_size=2),
@@ -85,7 +89,9 @@ def make(config: PredictiveWaveNetConfig, dtype: torch.dtype = torch.float64, se
 
 def random_mel(model: Any, batch: int, frames: int, seed: int = 1) -> Tensor:
     """Log-mels of noise that changes its colour from frame to frame."""
-    noise = torch.randn(batch, model.config.mel.bands, frames, generator=torch.Generator().manual_seed(seed))
+    noise = torch.randn(
+        batch, model.config.mel.bands, frames, generator=torch.Generator().manual_seed(seed)
+    )
     return (noise - 4.5).to(next(model.parameters()).dtype)
 
 
@@ -139,7 +145,9 @@ def test_step_equals_forward(config):
 
 
 @torch.no_grad()
-def written_out(model: Any, codes: np.ndarray, cond: FrameConditioning, noise: np.ndarray | None = None) -> np.ndarray:
+def written_out(
+    model: Any, codes: np.ndarray, cond: FrameConditioning, noise: np.ndarray | None = None
+) -> np.ndarray:
     """The model's equations for one stream, one sample at a time from the whole past: (T, 3 K).
 
     Residuals, and what the network sees, are rounded to float32 as the model rounds them.
@@ -161,13 +169,25 @@ def written_out(model: Any, codes: np.ndarray, cond: FrameConditioning, noise: n
         back = math.ceil(lag[t])
         w = back - lag[t]
         seen = [clipped(seen_e.get(t - n, 0.0)) for n in range(config.recent_residuals, 0, -1)]
-        seen += [0.3 * math.asinh(p / s), 0.3 * math.asinh(x.get(t - 1, 0.0) / s), (math.log(s) + 6) / 2]
+        seen += [
+            0.3 * math.asinh(p / s),
+            0.3 * math.asinh(x.get(t - 1, 0.0) / s),
+            (math.log(s) + 6) / 2,
+        ]
         for n in range(-near, near + 1):
             a, b, c, d = (clipped(seen_e.get(t - back + n + j, 0.0)) for j in (-1, 0, 1, 2))
-            cubic = b + w * (c - a) / 2 + w**2 * (a - 2.5 * b + 2 * c - d / 2) + w**3 * (d - a + 3 * (b - c)) / 2
+            cubic = (
+                b
+                + w * (c - a) / 2
+                + w**2 * (a - 2.5 * b + 2 * c - d / 2)
+                + w**3 * (d - a + 3 * (b - c)) / 2
+            )
             seen.append(cubic * voicing[t])
         seen += [0.3 * math.asinh(x.get(t - back, 0.0) / s), 2 * voicing[t] - 1]
-        h = weights["input.weight"] @ np.array(seen, np.float32).astype(np.float64) + weights["input.bias"]
+        h = (
+            weights["input.weight"] @ np.array(seen, np.float32).astype(np.float64)
+            + weights["input.bias"]
+        )
         units = []
         for i, dilation in enumerate(config.dilations):
             inputs[i][t] = h
@@ -175,11 +195,22 @@ def written_out(model: Any, codes: np.ndarray, cond: FrameConditioning, noise: n
             for _ in range(taps - 1):
                 at -= dilation or (round(lag[at]) if at >= 0 else 0)
                 past.insert(0, inputs[i].get(at, np.zeros(r)))
-            z = weights[f"blocks.{i}.taps.weight"] @ np.concatenate(past) + gates[t, 2 * r * i : 2 * r * (i + 1)]
+            z = (
+                weights[f"blocks.{i}.taps.weight"] @ np.concatenate(past)
+                + gates[t, 2 * r * i : 2 * r * (i + 1)]
+            )
             units.append(np.tanh(z[:r]) / (1 + np.exp(-z[r:])))
             if i < len(config.dilations) - 1:
-                h = h + weights[f"blocks.{i}.residual.weight"] @ units[-1] + weights[f"blocks.{i}.residual.bias"]
-        skip = weights["skip.weight"] @ np.concatenate(units) + weights["skip.bias"] + gates[t, 2 * r * len(units) :]
+                h = (
+                    h
+                    + weights[f"blocks.{i}.residual.weight"] @ units[-1]
+                    + weights[f"blocks.{i}.residual.bias"]
+                )
+        skip = (
+            weights["skip.weight"] @ np.concatenate(units)
+            + weights["skip.bias"]
+            + gates[t, 2 * r * len(units) :]
+        )
         hidden = weights["hidden.weight"] @ np.maximum(skip, 0) + weights["hidden.bias"]
         out = weights["output.weight"] @ np.maximum(hidden, 0) + weights["output.bias"]
         logits, means, scales = out.reshape(3, -1)
@@ -191,7 +222,9 @@ def written_out(model: Any, codes: np.ndarray, cond: FrameConditioning, noise: n
 
 
 @pytest.mark.parametrize("noisy", [False, True], ids=["", "noise"])
-@pytest.mark.parametrize("name", ["kernel 3", "kernel 5, two periods", "causal, kernel 2, two periods", "speakers"])
+@pytest.mark.parametrize(
+    "name", ["kernel 3", "kernel 5, two periods", "causal, kernel 2, two periods", "speakers"]
+)
 @torch.no_grad()
 def test_forward_is_the_equations_written_out(name, noisy):
     model = make(CONFIGS[name])
@@ -199,9 +232,13 @@ def test_forward_is_the_equations_written_out(name, noisy):
     codes = random_codes(model, 1, cond.samples)
     codes[0, 100:105] = 65535  # clipped residuals, and the end of the grid
     noise = 0.4 * torch.randn(1, cond.samples) if noisy else None
-    expected = written_out(model, codes[0].numpy(), cond, None if noise is None else noise[0].numpy())
+    expected = written_out(
+        model, codes[0].numpy(), cond, None if noise is None else noise[0].numpy()
+    )
     found = model(codes, cond, noise=noise)[0].T.numpy()
-    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-9)  # asinh and the cubic, each in another form
+    np.testing.assert_allclose(
+        found, expected, rtol=0, atol=1e-9
+    )  # asinh and the cubic, each in another form
 
 
 @configs
@@ -331,12 +368,16 @@ def test_noise_leaves_prediction_and_target_alone():
     given = model.input_noise(codes, 0.5, torch.Generator().manual_seed(0))
     assert torch.equal(given["codes"], codes)
     assert 0 < given["noise"].std() < 0.6
-    many = model.input_noise(codes.expand(400, -1), 0.5, torch.Generator().manual_seed(0))["noise"].std(dim=1)
+    many = model.input_noise(codes.expand(400, -1), 0.5, torch.Generator().manual_seed(0))[
+        "noise"
+    ].std(dim=1)
     assert many.min() < 0.05
     assert 0.45 < many.max() < 0.6  # deviations from 0 to the amount, a row each
 
 
-@pytest.mark.parametrize("name", ["kernel 3", "kernel 4", "no period", "two periods", "causal", "16 kHz"])
+@pytest.mark.parametrize(
+    "name", ["kernel 3", "kernel 4", "no period", "two periods", "causal", "16 kHz"]
+)
 @torch.no_grad()
 def test_a_crop_behind_the_receptive_field_equals_the_whole(name):
     """And a sample further back changes nothing, while the samples inside the field do."""
@@ -354,11 +395,15 @@ def test_a_crop_behind_the_receptive_field_equals_the_whole(name):
     begin = 29
     part = model(codes[:, begin:], cond[:, :, begin:])
     torch.testing.assert_close(part[:, :, field:], whole[:, :, begin + field :], rtol=0, atol=1e-12)
-    assert not torch.allclose(part[:, :, 1:50], whole[:, :, begin + 1 : begin + 50], rtol=0, atol=1e-6)
+    assert not torch.allclose(
+        part[:, :, 1:50], whole[:, :, begin + 1 : begin + 50], rtol=0, atol=1e-6
+    )
     # From frame 2 on, by a crop of the mel with its context.
     crop = model.condition(mel[:, :, 2:], padded=True)
     part = model(codes[:, 2 * hop :], crop)
-    torch.testing.assert_close(part[:, :, field:], whole[:, :, 2 * hop + field :], rtol=0, atol=1e-12)
+    torch.testing.assert_close(
+        part[:, :, field:], whole[:, :, 2 * hop + field :], rtol=0, atol=1e-12
+    )
     changed = codes.clone()
     changed[0, 5] += 9000
     moved = (model(changed, cond) != whole)[0].any(dim=0)
@@ -389,7 +434,9 @@ def test_a_mel_frame_reaches_lookahead_frames_forward_and_lookback_back(hop, cau
         assert moved[f + model.lookback]
 
 
-@pytest.mark.parametrize("name", ["kernel 3", "causal", "wide context", "hop that sub-frames do not divide"])
+@pytest.mark.parametrize(
+    "name", ["kernel 3", "causal", "wide context", "hop that sub-frames do not divide"]
+)
 @torch.no_grad()
 def test_conditioning_of_a_crop_with_context_is_that_of_the_whole(name):
     config = CONFIGS[name]
@@ -397,10 +444,14 @@ def test_conditioning_of_a_crop_with_context_is_that_of_the_whole(name):
     hop = config.mel.hop_length  # type: ignore[union-attr]
     mel, speaker = random_mel(model, 2, 40), random_speakers(model, 2)
     whole = model.condition(mel, speaker).dense()
-    crop = model.condition(mel[:, :, 15 - model.lookback : 22 + model.lookahead], speaker, padded=True).dense()
+    crop = model.condition(
+        mel[:, :, 15 - model.lookback : 22 + model.lookahead], speaker, padded=True
+    ).dense()
     torch.testing.assert_close(crop, whole[:, :, 15 * hop : 22 * hop], rtol=0, atol=1e-12)
     repeated = [mel[:, :, :1]] * model.lookback + [mel] + [mel[:, :, -1:]] * model.lookahead
-    torch.testing.assert_close(model.condition(torch.cat(repeated, 2), speaker, padded=True).dense(), whole)
+    torch.testing.assert_close(
+        model.condition(torch.cat(repeated, 2), speaker, padded=True).dense(), whole
+    )
 
 
 @torch.no_grad()
@@ -421,11 +472,16 @@ def test_every_parameter_but_those_of_the_period_learns():
     codes = random_codes(model, 3, cond.samples)
     (-model.law.log_prob(model(codes, cond), codes)).mean().backward()
     without = {name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()}
-    assert without == {name for name, _ in model.named_parameters() if name.startswith("conditioning.period.")}
+    assert without == {
+        name for name, _ in model.named_parameters() if name.startswith("conditioning.period.")
+    }
     muon = {id(p) for p in model.muon_parameters()}
     named = {name for name, p in model.named_parameters() if id(p) in muon}
     layers = [
-        f"blocks.{i}.{part}.weight" for i in range(3) for part in ("taps", "residual") if (i, part) != (2, "residual")
+        f"blocks.{i}.{part}.weight"
+        for i in range(3)
+        for part in ("taps", "residual")
+        if (i, part) != (2, "residual")
     ]
     assert named == {*layers, "skip.weight", "hidden.weight"}
 
@@ -453,8 +509,15 @@ def test_lengths_follow_the_sample_rate():
         (8000, 80): (12, 3, 15, 160),
     }
     for (rate, hop), lengths in expected.items():
-        config = PredictiveWaveNetConfig(sample_rate=rate, mel=MelConfig(sample_rate=rate, hop_length=hop, fmax=None))
-        found = (config.prediction_order, config.sub_frames, config.shortest_period, config.longest_period)
+        config = PredictiveWaveNetConfig(
+            sample_rate=rate, mel=MelConfig(sample_rate=rate, hop_length=hop, fmax=None)
+        )
+        found = (
+            config.prediction_order,
+            config.sub_frames,
+            config.shortest_period,
+            config.longest_period,
+        )
         assert found == lengths
 
 

@@ -93,11 +93,17 @@ def gradients(model: Any, dtype: torch.dtype | None) -> tuple[float, dict[str, T
     if dtype is None:
         parameters = model(codes, cond, noise=noise)
     else:
-        weights = {n: p.to(dtype) for n, p in model.named_parameters() if not n.startswith("conditioning.")}
-        parameters = torch.func.functional_call(model, weights, (codes, cond.to(dtype)), {"noise": noise})
+        weights = {
+            n: p.to(dtype) for n, p in model.named_parameters() if not n.startswith("conditioning.")
+        }
+        parameters = torch.func.functional_call(
+            model, weights, (codes, cond.to(dtype)), {"noise": noise}
+        )
     loss = -model.law.log_prob(parameters.float(), codes).mean()
     loss.backward()
-    return loss.item(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    return loss.item(), {
+        n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None
+    }
 
 
 @pytest.mark.parametrize(
@@ -181,8 +187,16 @@ def recordings(tmp_path_factory) -> Any:
 
 
 def voiced_model(**changes: Any) -> Any:
-    mel = MelConfig(sample_rate=RATE, n_fft=512, window_length=512, hop_length=HOP, bands=40, fmax=None)
-    sizes = {"layers": 2, "residual_channels": 8, "period_channels": 32, "shortest_period": 20, "longest_period": 120}
+    mel = MelConfig(
+        sample_rate=RATE, n_fft=512, window_length=512, hop_length=HOP, bands=40, fmax=None
+    )
+    sizes = {
+        "layers": 2,
+        "residual_channels": 8,
+        "period_channels": 32,
+        "shortest_period": 20,
+        "longest_period": 120,
+    }
     torch.manual_seed(0)
     return PredictiveWaveNet(PredictiveWaveNetConfig(sample_rate=RATE, mel=mel, **sizes, **changes))
 
@@ -205,16 +219,20 @@ def test_prepare_fits_statistics_period_and_gain(recordings, causal):
     assert len(said) == 1
     assert "median error" in said[0]
     assert "20 to 120 samples, 67 to 400 Hz" in said[0]
-    # The period of another glide, between a sample in the middle of each frame and the one a period before: the glide's
-    # own half a period earlier. It moves by 36 cents from frame to frame.
+    # The period of another glide, between a sample in the middle of each frame and the one a period
+    # before: the glide's own half a period earlier. It moves by 36 cents from frame to frame.
     periods = glide(12000, 0.5)
     wave = torch.from_numpy(voice(periods, 12000, 9))[None]
     log_lag, voicing = model.conditioning.period_of(log_mel(wave, model.config.mel))
     middle = np.arange(log_lag.shape[1]) * HOP + HOP // 2
-    true = torch.from_numpy(np.log(periods[(middle - periods[middle] / 2).astype(int).clip(0)])).float()
+    true = torch.from_numpy(
+        np.log(periods[(middle - periods[middle] / 2).astype(int).clip(0)])
+    ).float()
     cents = 1200 / math.log(2) * (log_lag[0] - true)[10:-10]
     assert cents.abs().median() < 15
-    assert (cents * torch.sign(true.diff())[9:-10]).median().abs() < 12  # a third of a frame late or early at most
+    assert (
+        cents * torch.sign(true.diff())[9:-10]
+    ).median().abs() < 12  # a third of a frame late or early at most
     assert cents.abs().quantile(0.9) < 60
     assert voicing[0, 10:-10].median() > 0.8
     # Nothing else has moved, and the period network rests.
@@ -249,7 +267,9 @@ def test_the_gain_follows_the_residuals_and_not_the_gain_before(recordings):
     for index in range(16):
         codes, cond, mask = inputs(model, collate([segments[index]]), segments.layout)
         total.append(model.residuals(codes, cond)[0][mask].abs())
-    assert torch.cat(total).mean().item() == pytest.approx(0.6, rel=0.02)  # but for the clipped ones
+    assert torch.cat(total).mean().item() == pytest.approx(
+        0.6, rel=0.02
+    )  # but for the clipped ones
 
 
 @pytest.mark.usefixtures("_fast")
@@ -275,7 +295,9 @@ def test_prepare_depends_on_its_seeds_alone(recordings, monkeypatch):
         model = voiced_model()
         torch.rand(seed)  # what was drawn before does not count
         state = torch.random.get_rng_state()
-        prepare.prepare(model, Segments(recordings, layout_of(model, 16 * HOP)), seed % 2, lambda line: None)
+        prepare.prepare(
+            model, Segments(recordings, layout_of(model, 16 * HOP)), seed % 2, lambda line: None
+        )
         assert torch.equal(torch.random.get_rng_state(), state)
         return model.state_dict()
 

@@ -29,8 +29,17 @@ MEL = MelConfig(sample_rate=8000, n_fft=64, window_length=64, hop_length=HOP, ba
 
 def make(**config) -> Any:
     torch.manual_seed(0)
-    sizes = {"residual_channels": 6, "skip_channels": 7, "head_channels": 9, "conditioning_channels": 5}
-    model = WaveNet(WaveNetConfig(**{"layers": 6, "stacks": 2, "classes": 64, "sample_rate": 8000, **sizes, **config}))
+    sizes = {
+        "residual_channels": 6,
+        "skip_channels": 7,
+        "head_channels": 9,
+        "conditioning_channels": 5,
+    }
+    model = WaveNet(
+        WaveNetConfig(
+            **{"layers": 6, "stacks": 2, "classes": 64, "sample_rate": 8000, **sizes, **config}
+        )
+    )
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.startswith(("blocks", "head")):
@@ -40,7 +49,10 @@ def make(**config) -> Any:
 
 def recording(samples: int, batch: int = 1) -> torch.Tensor:
     t = torch.arange(samples) / 8000
-    waves = [0.4 * torch.sin(2 * torch.pi * 200 * (b + 1) * t) + 0.1 * torch.sin(2000 * t) for b in range(batch)]
+    waves = [
+        0.4 * torch.sin(2 * torch.pi * 200 * (b + 1) * t) + 0.1 * torch.sin(2000 * t)
+        for b in range(batch)
+    ]
     return torch.stack(waves)
 
 
@@ -50,7 +62,11 @@ def mels(batch: int, frames: int) -> torch.Tensor:
 
 def step_through(model, previous, state, cond) -> None:
     for t in range(previous.shape[1]):
-        model.step(previous[:, t], state, None if cond is None else cond[:, :, t if cond.shape[2] > 1 else 0])
+        model.step(
+            previous[:, t],
+            state,
+            None if cond is None else cond[:, :, t if cond.shape[2] > 1 else 0],
+        )
 
 
 # ---- the parallel pass
@@ -69,9 +85,13 @@ def step_through(model, previous, state, cond) -> None:
 )
 @example(1, 1, 2, 0, False, 0, 1, 7)
 @example(2, 4, 3, 2, False, 33, 90, 16)
-def test_the_parallel_pass_equals_stepping(stacks, depth, kernel, speakers, constant, first, samples, chunk):
+def test_the_parallel_pass_equals_stepping(
+    stacks, depth, kernel, speakers, constant, first, samples, chunk
+):
     """In float64: whatever the state it begins with, and the pieces it is cut in."""
-    model = make(layers=stacks * depth, stacks=stacks, kernel_size=kernel, speakers=speakers).double()
+    model = make(
+        layers=stacks * depth, stacks=stacks, kernel_size=kernel, speakers=speakers
+    ).double()
     codes = torch.randint(0, 64, (2, first + samples))
     cond = torch.randn(2, 5, 1 if constant else first + samples).double() if speakers else None
     later = cond if cond is None or constant else cond[:, :, first:]
@@ -89,7 +109,9 @@ def test_the_parallel_pass_equals_stepping(stacks, depth, kernel, speakers, cons
                 torch.testing.assert_close(tensor, expected[name], rtol=0, atol=1e-12)
             # And both go on alike, by the tensors too.
             code, c = torch.tensor([3, 5]), None if cond is None else cond[:, :, 0]
-            logits = [model.step(code, state, c) for state in (stepped, filled, model.import_state(found))]
+            logits = [
+                model.step(code, state, c) for state in (stepped, filled, model.import_state(found))
+            ]
     finally:
         module._PREFILL = before  # type: ignore[attr-defined]
     torch.testing.assert_close(logits[1], logits[0], rtol=0, atol=1e-12)
@@ -101,12 +123,17 @@ def test_the_parallel_pass_equals_stepping(stacks, depth, kernel, speakers, cons
 )
 @pytest.mark.parametrize(("engine", "weights"), ENGINES, ids=NAMES)
 @pytest.mark.parametrize("length", [1, 5, 200])
-def test_an_engine_filled_in_parallel_goes_on_like_one_that_stepped(config, engine, weights, length):
+def test_an_engine_filled_in_parallel_goes_on_like_one_that_stepped(
+    config, engine, weights, length
+):
     """Teacher-forced: log-probabilities of what follows, within rounding; of rounded weights, too."""
     model = make(**config)
     codes = np.random.default_rng(0).integers(0, model.config.classes, (1, length + 60))
     cond = torch.randn(1, 5, length + 60) if model.conditioned else None
-    past, rest = (None if cond is None else cond[:, :, part] for part in (slice(0, length), slice(length, None)))
+    past, rest = (
+        None if cond is None else cond[:, :, part]
+        for part in (slice(0, length), slice(length, None))
+    )
     with torch.inference_mode():
         stepped = make_engine(model, 1, engine, weights=weights)[1].score(codes, cond)[0, length:]
         filled = make_engine(model, 3, engine, weights=weights)[1]
@@ -149,7 +176,9 @@ def test_what_is_left_out_of_a_long_prime_does_not_matter(config, more):
 # ---- the audio
 
 
-@pytest.mark.parametrize("settings", [{}, {"mel": MEL}, {"mel": MEL, "speakers": 2}, {"speakers": 2, "kernel_size": 3}])
+@pytest.mark.parametrize(
+    "settings", [{}, {"mel": MEL}, {"mel": MEL, "speakers": 2}, {"speakers": 2, "kernel_size": 3}]
+)
 @pytest.mark.parametrize("length", [1, 7, 150])
 def test_what_follows_has_the_law_of_forward(settings, length):
     """Every code is the one that `forward`, given the prime and all codes since, assigns to its uniform."""
@@ -170,7 +199,11 @@ def test_what_follows_has_the_law_of_forward(settings, length):
     assert found.shape == (1, samples)
     codes = mulaw_encode(torch.cat([prime, found], dim=1), 64)
     with torch.no_grad():
-        cond = model.condition(mel, None if speaker is None else torch.tensor([1])) if model.conditioned else None
+        cond = (
+            model.condition(mel, None if speaker is None else torch.tensor([1]))
+            if model.conditioned
+            else None
+        )
         cumulative = model(codes, cond).softmax(dim=1).cumsum(dim=1)[0]
     expected = (cumulative <= torch.from_numpy(uniforms(9, 0, length + samples))).sum(dim=0)
     assert torch.equal(expected[length:], codes[0, length:])
@@ -182,17 +215,31 @@ def test_what_follows_has_the_law_of_forward(settings, length):
 def test_a_recording_made_with_a_seed_goes_on_as_it_did(settings, engine, weights):
     model = make(**settings)
     mel = mels(1, 15) if "mel" in settings else None
-    given = {"seed": 5, "speaker": 0 if "speakers" in settings else None, "engine": engine, "weights": weights}
+    given = {
+        "seed": 5,
+        "speaker": 0 if "speakers" in settings else None,
+        "engine": engine,
+        "weights": weights,
+    }
     samples = None if "mel" in settings else 300
     whole = wavear.generate(model, mel, samples=samples, **given)
     for length in (1, 137):
         rest = wavear.generate(
-            model, mel, samples=None if samples is None else samples - length, prime=whole[:, :length], **given
+            model,
+            mel,
+            samples=None if samples is None else samples - length,
+            prime=whole[:, :length],
+            **given,
         )
         # The queues differ by rounding, 1e-6; no uniform of these few lies as near to a boundary.
         assert torch.equal(rest, whole[:, length:])
     both = wavear.generate(
-        model, mel, samples=None if samples is None else 200, prime=whole[:, :100], include_prime=True, **given
+        model,
+        mel,
+        samples=None if samples is None else 200,
+        prime=whole[:, :100],
+        include_prime=True,
+        **given,
     )
     assert torch.equal(both, whole[:, : both.shape[1]])
 
@@ -206,7 +253,9 @@ def test_what_follows_does_not_depend_on_the_batch(engine, weights):
     batch = wavear.generate(model, mel, speaker=[0, 2, 1], seed=[5, 6, 7], prime=primes, **given)
     assert batch.shape == (3, 12 * HOP - 130)
     for b in range(3):
-        alone = wavear.generate(model, mel[b], speaker=[0, 2, 1][b], seed=5 + b, prime=primes[b], **given)
+        alone = wavear.generate(
+            model, mel[b], speaker=[0, 2, 1][b], seed=5 + b, prime=primes[b], **given
+        )
         assert torch.equal(batch[b, : alone.shape[1]], alone[0])
         assert not batch[b, alone.shape[1] :].any()
 
@@ -309,7 +358,11 @@ def test_a_free_stream_begins_with_a_prime():
             {"prime": recording(40), "mel": mels(1, 2), "samples": None},
             "covers 40 samples and the prime has 40",
         ),
-        ({"mel": MEL}, {"prime": recording(30), "mel": mels(1, 2), "samples": 11}, "11 after a prime of 30.*covers 40"),
+        (
+            {"mel": MEL},
+            {"prime": recording(30), "mel": mels(1, 2), "samples": 11},
+            "11 after a prime of 30.*covers 40",
+        ),
     ],
 )
 def test_a_prime_that_does_not_fit_is_refused(settings, arguments, message):
@@ -320,7 +373,9 @@ def test_a_prime_that_does_not_fit_is_refused(settings, arguments, message):
 def test_a_stream_refuses_a_mel_shorter_than_its_prime():
     stream = Stream(make(mel=MEL), prime=recording(100)[0])
     stream.push(mels(1, 4)[0])
-    with pytest.raises(ValueError, match="covers 80 samples and the prime has 100: push its frames too"):
+    with pytest.raises(
+        ValueError, match="covers 80 samples and the prime has 100: push its frames too"
+    ):
         stream.flush()
     with pytest.raises(ValueError, match="a stream has one"):
         Stream(make(), prime=recording(10, batch=2))
@@ -331,7 +386,9 @@ def test_a_silent_or_clipped_prime_is_warned_of():
     with pytest.warns(UserWarning, match="the prime is silent .it is all zeros"):
         wavear.generate(model, samples=3, prime=torch.zeros(200))
     with pytest.warns(UserWarning, match="prime 1 is silent .its peak is -80 dB"):
-        wavear.generate(model, samples=3, prime=torch.stack([recording(200)[0], torch.full((200,), 1e-4)]))
+        wavear.generate(
+            model, samples=3, prime=torch.stack([recording(200)[0], torch.full((200,), 1e-4)])
+        )
     with pytest.warns(UserWarning, match="the prime is clipped .32.8% of its samples"):
         wavear.generate(model, samples=3, prime=(3 * recording(500)).clamp(-1, 1))
     wavear.generate(model, samples=3, prime=torch.ones(99))  # too short to tell
@@ -387,7 +444,9 @@ def test_a_prime_of_another_rate_is_resampled_and_that_is_said(here, capsys):
 
 def test_what_is_wrong_with_a_prime_is_said_in_one_line(here, capsys, recwarn):
     audio.write("quiet.wav", torch.zeros(160), 8000)
-    status, out, err = run(capsys, "free", "--seconds", "0.01", "--out", "a.wav", "--prime", "quiet.wav")
+    status, out, err = run(
+        capsys, "free", "--seconds", "0.01", "--out", "a.wav", "--prime", "quiet.wav"
+    )
     assert (status, err) == (0, "")
     assert out.count("quiet.wav: the prime is silent") == 1
     assert not recwarn.list

@@ -55,7 +55,9 @@ def test_values_are_flags(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: 
     trained: list[TrainConfig] = []
     monkeypatch.setattr(commands, "run_training", lambda config: trained.append(config) or 0)
     recipe = module(RECIPES / name / "train.py")
-    size = {"wavenet": ["--stacks", "3"], "predictive": ["--period-layers", "2"]}[recipe.VALUES.family]
+    size = {"wavenet": ["--stacks", "3"], "predictive": ["--period-layers", "2"]}[
+        recipe.VALUES.family
+    ]
     monkeypatch.setattr(sys, "argv", ["train.py", "--data", "elsewhere", "--layers", "6", *size])
     Path("elsewhere").write_text("path\nsome.wav\n")  # a manifest, which every recipe takes
     corpus = getattr(recipe, "CORPUS", None)
@@ -82,17 +84,44 @@ def test_folder_recipe_trains(tmp_path: Path):
     sizes = ("residual", "skip", "head", "conditioning")
     small = [part for size in sizes for part in (f"--{size}-channels", "4")]
     small += ["--layers", "2", "--sample-rate", "8000", "--segment", "256", "--max-steps", "2"]
-    command = [sys.executable, str(RECIPES / "folder" / "train.py"), *small, "--sample-seconds", "0", "--device", "cpu"]
+    command = [
+        sys.executable,
+        str(RECIPES / "folder" / "train.py"),
+        *small,
+        "--sample-seconds",
+        "0",
+        "--device",
+        "cpu",
+    ]
     done = subprocess.run(
-        command, cwd=tmp_path, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
+        command,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr
     assert "held-out bits per sample: model" in done.stdout
     assert (tmp_path / "runs" / "folder" / "best" / "model.safetensors").is_file()
 
 
-SMALL = [part for size in ("residual", "skip", "head", "conditioning") for part in (f"--{size}-channels", "4")]
-SMALL += ["--layers", "2", "--stacks", "1", "--segment", "256", "--batch-size", "2", "--max-steps", "2"]
+SMALL = [
+    part
+    for size in ("residual", "skip", "head", "conditioning")
+    for part in (f"--{size}-channels", "4")
+]
+SMALL += [
+    "--layers",
+    "2",
+    "--stacks",
+    "1",
+    "--segment",
+    "256",
+    "--batch-size",
+    "2",
+    "--max-steps",
+    "2",
+]
 SMALL += ["--sample-seconds", "0", "--device", "cpu", "--workers", "0"]
 
 
@@ -122,9 +151,15 @@ def test_families_recipe_trains_what_is_missing_and_writes_a_table(
     t = np.arange(6000) / 8000
     (tmp_path / "data").mkdir()
     for number in range(4):
-        audio.write(tmp_path / "data" / f"{number}.wav", 0.3 * np.sin(2 * np.pi * 100 * (number + 2) * t), 8000)
+        audio.write(
+            tmp_path / "data" / f"{number}.wav",
+            0.3 * np.sin(2 * np.pi * 100 * (number + 2) * t),
+            8000,
+        )
     recipe = module(RECIPES / "families" / "train.py")
-    small = dict.fromkeys(("residual_channels", "skip_channels", "head_channels", "conditioning_channels"), 4)
+    small = dict.fromkeys(
+        ("residual_channels", "skip_channels", "head_channels", "conditioning_channels"), 4
+    )
     models = {
         "linear": {"family": "linear", "order": 4},
         "wavenet": {"family": "wavenet", "layers": 2, "stacks": 1, **small},
@@ -132,19 +167,37 @@ def test_families_recipe_trains_what_is_missing_and_writes_a_table(
     }
     monkeypatch.setattr(recipe, "MODELS", models)
     monkeypatch.chdir(tmp_path)
-    begin = ["train.py", "--data", "data", "--sample-rate", "8000", "--minutes", "0.01", "--device", "cpu"]
-    monkeypatch.setattr(sys, "argv", [*begin, "--clips", "1", "--seconds", "0.2", "--models", *models])
+    begin = [
+        "train.py",
+        "--data",
+        "data",
+        "--sample-rate",
+        "8000",
+        "--minutes",
+        "0.01",
+        "--device",
+        "cpu",
+    ]
+    monkeypatch.setattr(
+        sys, "argv", [*begin, "--clips", "1", "--seconds", "0.2", "--models", *models]
+    )
     for turn in range(2):
         with pytest.raises(SystemExit) as stop:
             commands.recipe(recipe.VALUES, recipe.__doc__, run=recipe.run)
         printed = capsys.readouterr()
         assert stop.value.code == 0, printed.err
         assert ("gru: runs/families/gru is there already" in printed.out) == (turn == 1)
-    record = json.loads((tmp_path / "runs" / "families" / "table" / "models.json").read_text(encoding="utf-8"))
+    record = json.loads(
+        (tmp_path / "runs" / "families" / "table" / "models.json").read_text(encoding="utf-8")
+    )
     assert [row["family"] for row in record["models"]] == ["linear", "wavenet", "gru"]
     assert all(row["common_bits"] for row in record["models"])
-    held_out = (tmp_path / "runs" / "families" / "held-out.jsonl").read_text(encoding="utf-8").splitlines()
-    trained = json.loads((tmp_path / "runs" / "families" / "gru" / "train.json").read_text(encoding="utf-8"))
+    held_out = (
+        (tmp_path / "runs" / "families" / "held-out.jsonl").read_text(encoding="utf-8").splitlines()
+    )
+    trained = json.loads(
+        (tmp_path / "runs" / "families" / "gru" / "train.json").read_text(encoding="utf-8")
+    )
     assert len(held_out) == trained["data"]["validation"]["recordings"]
     monkeypatch.setattr(sys, "argv", ["train.py", "--models", "rnn"])
     with pytest.raises(SystemExit) as stop:
@@ -153,14 +206,20 @@ def test_families_recipe_trains_what_is_missing_and_writes_a_table(
     assert "wavenet-16-bit" in capsys.readouterr().err
 
 
-def test_families_recipe_refuses_shards_before_it_trains(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+def test_families_recipe_refuses_shards_before_it_trains(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
     recipe = module(RECIPES / "families" / "train.py")
     monkeypatch.setattr(recipe, "train_one", lambda *_: pytest.fail("it trains"))
-    with pytest.raises(ValueError, match=r"s/\{000\.\.012\}\.tar: no manifest .*: give --validation"):
+    with pytest.raises(
+        ValueError, match=r"s/\{000\.\.012\}\.tar: no manifest .*: give --validation"
+    ):
         recipe.run(recipe.Families(data="s/{000..012}.tar", out=str(tmp_path)))
 
 
-def test_music_recipe_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
+def test_music_recipe_trains(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
     """Stereo at another rate, and a model without mels."""
     noise = np.random.default_rng(0).normal(0, 0.1, (2, 4000)).astype(np.float32)
     (tmp_path / "data" / "music" / "album").mkdir(parents=True)
@@ -204,8 +263,12 @@ def tacotron() -> tuple[Any, Any]:
 
 
 def vocoder(folder: Path, preset: str) -> str:
-    sizes = dict.fromkeys(("residual_channels", "skip_channels", "head_channels", "conditioning_channels"), 4)
-    wavear.WaveNet(wavear.WaveNetConfig(layers=2, stacks=1, mel=wavear.MelConfig.preset(preset), **sizes)).save(folder)
+    sizes = dict.fromkeys(
+        ("residual_channels", "skip_channels", "head_channels", "conditioning_channels"), 4
+    )
+    wavear.WaveNet(
+        wavear.WaveNetConfig(layers=2, stacks=1, mel=wavear.MelConfig.preset(preset), **sizes)
+    ).save(folder)
     return str(folder)
 
 
@@ -214,13 +277,17 @@ def test_text_to_speech(tmp_path: Path, tacotron: tuple[Any, Any]):
     """A text through torchaudio's processor and Tacotron 2, and its mel through a vocoder: sound as long as it."""
     tts = module(RECIPES / "tts" / "speak.py")
     checkpoint = vocoder(tmp_path / "vocoder", "torchaudio-tacotron2")
-    given = tts.Speak(checkpoint, "Hello, world!", out=tmp_path / "hello.wav", engine="reference", seed=3)
+    given = tts.Speak(
+        checkpoint, "Hello, world!", out=tmp_path / "hello.wav", engine="reference", seed=3
+    )
     mel = tts.text_to_mel("Hello, world!", *tacotron, seed=3)
     assert mel.shape[0] == 80
     waveform, rate = tts.speak(given, *tacotron)
     assert rate == 22050
     assert waveform.shape == (mel.shape[1] * 256,)
-    assert torch.equal(waveform, wavear.generate(wavear.load(checkpoint), mel, seed=3, engine="reference")[0])
+    assert torch.equal(
+        waveform, wavear.generate(wavear.load(checkpoint), mel, seed=3, engine="reference")[0]
+    )
     assert audio.info(tmp_path / "hello.wav").frames == len(waveform)
     with pytest.raises(FileExistsError, match="--overwrite"):
         tts.speak(given, *tacotron)
@@ -235,9 +302,13 @@ def test_text_to_speech(tmp_path: Path, tacotron: tuple[Any, Any]):
         ("r9y9", "fmin 0.0, the model 125.0"),
     ],
 )
-def test_text_to_speech_through_the_wrong_vocoder(tmp_path: Path, tacotron: tuple[Any, Any], preset: str, said: str):
+def test_text_to_speech_through_the_wrong_vocoder(
+    tmp_path: Path, tacotron: tuple[Any, Any], preset: str, said: str
+):
     tts = module(RECIPES / "tts" / "speak.py")
-    given = tts.Speak(vocoder(tmp_path / "vocoder", preset), "Hello!", out=tmp_path / "x.wav", engine="reference")
+    given = tts.Speak(
+        vocoder(tmp_path / "vocoder", preset), "Hello!", out=tmp_path / "x.wav", engine="reference"
+    )
     with pytest.raises(ValueError, match=said):
         tts.speak(given, *tacotron)
     assert not (tmp_path / "x.wav").exists()

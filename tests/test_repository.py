@@ -14,7 +14,12 @@ import wavear
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted(
-    [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("recipes/**/*.md"), *ROOT.glob("bench/*.md")]
+    [
+        *ROOT.glob("*.md"),
+        *ROOT.glob("docs/**/*.md"),
+        *ROOT.glob("recipes/**/*.md"),
+        *ROOT.glob("bench/*.md"),
+    ]
 )
 MODULES = sorted(ROOT.glob("wavear/**/*.py"))
 RECIPES = sorted(ROOT.glob("recipes/**/*.py"))
@@ -28,7 +33,9 @@ def code_in(page: str) -> list[str]:
     """Everything a Markdown page sets as code: fenced blocks, indented lines, spans."""
     fenced = re.findall(r"^```.*?^```", page, flags=re.DOTALL | re.MULTILINE)
     rest = re.sub(r"^```.*?^```", "", page, flags=re.DOTALL | re.MULTILINE)
-    return fenced + re.findall(r"^ {4,}.*$", rest, flags=re.MULTILINE) + re.findall(r"`[^`\n]+`", rest)
+    return (
+        fenced + re.findall(r"^ {4,}.*$", rest, flags=re.MULTILINE) + re.findall(r"`[^`\n]+`", rest)
+    )
 
 
 def imports_of_wavear(path: Path) -> set[str]:
@@ -57,7 +64,9 @@ def test_make_targets_on_a_page_exist(page):
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     targets = set(re.findall(r"^([a-z][a-z-]*):", makefile, flags=re.MULTILINE))
     assert {"demo", "test", "lint"} <= targets
-    named = re.findall(r"\bmake ([a-z][a-z-]*)", "\n".join(code_in(page.read_text(encoding="utf-8"))))
+    named = re.findall(
+        r"\bmake ([a-z][a-z-]*)", "\n".join(code_in(page.read_text(encoding="utf-8")))
+    )
     assert set(named) <= targets
 
 
@@ -78,6 +87,8 @@ def test_continuous_integration_can_run():
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=relative)
 def test_recipes_import_only_public_names(recipe):
-    public = {"wavear", "wavear.audio", "wavear.cli.recipe"} | {f"wavear.{name}" for name in wavear.__all__}
+    public = {"wavear", "wavear.audio", "wavear.cli.recipe"} | {
+        f"wavear.{name}" for name in wavear.__all__
+    }
     public |= {"wavear.demo.VALUES", "wavear.demo.write_notes"}  # of the demo's own recipe
     assert imports_of_wavear(recipe) <= public

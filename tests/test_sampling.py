@@ -16,7 +16,8 @@ def test_uniforms_are_a_function_of_seed_and_time():
 
 
 def test_uniforms_do_not_change_between_versions():
-    # Philox4x64-10, key 1, from counter 1 on, by the generator of the paper in exact integer arithmetic.
+    # Philox4x64-10, key 1, from counter 1 on, by the generator of the paper in exact integer
+    # arithmetic.
     def philox(counter, key, rounds=10):
         c, k = [counter, 0, 0, 0], [key, 0]
         mask = 2**64 - 1
@@ -57,12 +58,16 @@ def test_no_uniform_reaches_past_the_last_possible_code():
 def test_samples_follow_the_law(temperature):
     torch.manual_seed(0)
     logits = torch.randn(16)
-    draws = sample(logits.expand(200_000, 16), torch.from_numpy(uniforms(5, 0, 200_000)), temperature)
+    draws = sample(
+        logits.expand(200_000, 16), torch.from_numpy(uniforms(5, 0, 200_000)), temperature
+    )
     expected = torch.softmax(logits.double() / temperature, 0).numpy() * 200_000
     assert stats.chisquare(np.bincount(draws.numpy(), minlength=16), expected).pvalue > 1e-3
 
 
-def by_hand(logits: np.ndarray, uniform: float, temperature: float, top_k: int | None, top_p: float | None) -> int:
+def by_hand(
+    logits: np.ndarray, uniform: float, temperature: float, top_k: int | None, top_p: float | None
+) -> int:
     """The definition, step by step, in plain Python."""
     scaled = logits / temperature
     law = np.exp(scaled - scaled.max())
@@ -89,12 +94,16 @@ def by_hand(logits: np.ndarray, uniform: float, temperature: float, top_k: int |
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5, 2.0])
-@pytest.mark.parametrize(("top_k", "top_p"), [(None, 0.5), (5, None), (5, 0.7), (1, None), (None, 1e-9), (99, 1.0)])
+@pytest.mark.parametrize(
+    ("top_k", "top_p"), [(None, 0.5), (5, None), (5, 0.7), (1, None), (None, 1e-9), (99, 1.0)]
+)
 def test_truncated_sampling_is_the_definition(temperature, top_k, top_p):
     generator = np.random.default_rng(3)
     for _ in range(200):
         logits, uniform = generator.normal(0, 2, 16), generator.random()
-        code = sample(torch.tensor(logits)[None], torch.tensor([uniform]).double(), temperature, top_k, top_p).item()
+        code = sample(
+            torch.tensor(logits)[None], torch.tensor([uniform]).double(), temperature, top_k, top_p
+        ).item()
         assert code == by_hand(logits, uniform, temperature, top_k, top_p)
 
 
@@ -111,7 +120,8 @@ def test_of_equal_logits_the_lower_codes_stay():
 def test_the_share_is_one_of_what_top_k_leaves():
     logits = torch.log(torch.tensor([[0.4, 0.3, 0.2, 0.1]]))
     u = torch.tensor([0.999], dtype=torch.float64)
-    # Of all 0.4 + 0.3 < 0.72 takes a third code; of the first two 0.4 / 0.7 < 0.72 takes both, and there is no third.
+    # Of all 0.4 + 0.3 < 0.72 takes a third code; of the first two 0.4 / 0.7 < 0.72 takes both, and
+    # there is no third.
     assert sample(logits, u, top_p=0.72).item() == 2
     assert sample(logits, u, top_k=2, top_p=0.72).item() == 1
     assert sample(logits, u, top_k=2, top_p=0.5).item() == 0
@@ -120,7 +130,9 @@ def test_the_share_is_one_of_what_top_k_leaves():
 def test_truncated_samples_follow_the_truncated_law():
     torch.manual_seed(0)
     logits = torch.randn(16)
-    draws = sample(logits.expand(100_000, 16), torch.from_numpy(uniforms(5, 0, 100_000)), 1.5, top_k=6)
+    draws = sample(
+        logits.expand(100_000, 16), torch.from_numpy(uniforms(5, 0, 100_000)), 1.5, top_k=6
+    )
     law = torch.softmax(logits.double() / 1.5, 0).numpy()
     law[np.argsort(-law)[6:]] = 0
     counts = np.bincount(draws.numpy(), minlength=16)

@@ -35,7 +35,9 @@ from wavear.training.run import train, write_held_out
 from wavear.training.state import load_state
 
 RATE = 8000
-SIZES = dict.fromkeys(("residual_channels", "skip_channels", "head_channels", "conditioning_channels"), 4)
+SIZES = dict.fromkeys(
+    ("residual_channels", "skip_channels", "head_channels", "conditioning_channels"), 4
+)
 TRAINING: dict[str, Any] = {
     "family": "wavenet", "layers": 2, "stacks": 1, **SIZES, "classes": 16, "sample_rate": RATE, "mel_bands": 8,
     "mel_hop_length": 64, "segment": 256, "warmup_steps": 1, "validate_every": 1000,
@@ -80,13 +82,22 @@ COMMANDS = [
 
 @pytest.mark.parametrize("command", COMMANDS)
 @pytest.mark.parametrize("field", ["data", "validation"])
-def test_commands_and_urls_of_a_run_are_refused(here: Path, monkeypatch: pytest.MonkeyPatch, command: str, field: str):
+def test_commands_and_urls_of_a_run_are_refused(
+    here: Path, monkeypatch: pytest.MonkeyPatch, command: str, field: str
+):
     gopen = pytest.importorskip("webdataset.gopen", reason="the extra webdataset is not installed")
     reached: list[str] = []
     monkeypatch.setattr(gopen, "gopen", lambda name, mode: reached.append(name))
-    config = {"data": "data", "validation": "data", "validation_fraction": 0.3, "sample_rate": RATE} | {field: command}
+    config = {
+        "data": "data",
+        "validation": "data",
+        "validation_fraction": 0.3,
+        "sample_rate": RATE,
+    } | {field: command}
     best = saved(here / "run", config=config, model={})
-    with pytest.raises(ValueError, match=r"train\.json names .*, a command or a URL, which is not followed"):
+    with pytest.raises(
+        ValueError, match=r"train\.json names .*, a command or a URL, which is not followed"
+    ):
         write_held_out(here / "run", here / "held.jsonl")
     notes = evaluate(best, here / "data", here / "out", FAST).record["notes"]
     assert any("names" in note and "is not followed" in note for note in notes)
@@ -176,7 +187,9 @@ def test_mels_are_read_without_pickles(here: Path):
 
 
 @pytest.mark.parametrize("family", ["planted", "planted.Model", "wavear.models.wavenet.WaveNet"])
-def test_no_name_in_a_checkpoint_is_imported(here: Path, monkeypatch: pytest.MonkeyPatch, family: str):
+def test_no_name_in_a_checkpoint_is_imported(
+    here: Path, monkeypatch: pytest.MonkeyPatch, family: str
+):
     best = saved(here / "run")
     Path("planted.py").write_text("import os\nos.mkdir('ran')\n")
     monkeypatch.syspath_prepend(here)
@@ -192,8 +205,19 @@ def test_no_name_in_a_checkpoint_is_imported(here: Path, monkeypatch: pytest.Mon
 
 def plant(folder: Path) -> None:
     """Modules that leave a mark when they are imported, under the names of ours, of libraries, and of Python's."""
-    for name in ("wavear", "numpy", "soundfile", "json", "multiprocessing", "random", "signal", "sitecustomize"):
-        (folder / f"{name}.py").write_text(f"import os\nos.makedirs({str(folder / 'ran')!r}, exist_ok=True)\n")
+    for name in (
+        "wavear",
+        "numpy",
+        "soundfile",
+        "json",
+        "multiprocessing",
+        "random",
+        "signal",
+        "sitecustomize",
+    ):
+        (folder / f"{name}.py").write_text(
+            f"import os\nos.makedirs({str(folder / 'ran')!r}, exist_ok=True)\n"
+        )
 
 
 def test_processes_that_read_headers_do_not_import_from_the_current_directory(
@@ -223,10 +247,14 @@ def test_loader_workers_do_not_import_from_the_current_directory(here: Path):
     assert "PYTHONSAFEPATH" not in os.environ
 
 
-def test_settings_for_the_compiler_in_the_current_directory_are_refused(here: Path, capsys: pytest.CaptureFixture):
+def test_settings_for_the_compiler_in_the_current_directory_are_refused(
+    here: Path, capsys: pytest.CaptureFixture
+):
     Path(".numba_config.yaml").write_text("cache_dir: .\n")
     assert main(["info", "run"]) == 1
-    assert capsys.readouterr().err.startswith("wavear: error: .numba_config.yaml in the current directory would")
+    assert capsys.readouterr().err.startswith(
+        "wavear: error: .numba_config.yaml in the current directory would"
+    )
 
 
 # ---- archives and folders
@@ -254,7 +282,12 @@ def test_pipes_among_the_data_are_named_and_block_nothing(here: Path):
     os.mkfifo("data/x.wav")
     index = here / "data" / ".wavear-index"
     index.mkdir()
-    for name in ("listing.safetensors", "headers.safetensors", f"headers-{'0' * 32}.journal", "headers.lock"):
+    for name in (
+        "listing.safetensors",
+        "headers.safetensors",
+        f"headers-{'0' * 32}.journal",
+        "headers.lock",
+    ):
         os.mkfifo(index / name)
     program = "from wavear.data.corpus import index; print(index('data').bad)"
     path = os.pathsep.join([str(Path(wavear.__file__).parents[1]), *sys.path])
@@ -269,7 +302,9 @@ def test_pipes_among_the_data_are_named_and_block_nothing(here: Path):
     assert "is not a regular file" in done.stdout
 
 
-def test_shards_hold_regular_files_inside_the_folder_only(here: Path, capsys: pytest.CaptureFixture):
+def test_shards_hold_regular_files_inside_the_folder_only(
+    here: Path, capsys: pytest.CaptureFixture
+):
     (here / "secret.wav").write_bytes(b"mine")
     (here / "elsewhere").mkdir()
     (here / "elsewhere" / "b.wav").write_bytes(b"mine")
@@ -280,14 +315,19 @@ def test_shards_hold_regular_files_inside_the_folder_only(here: Path, capsys: py
     if hasattr(os, "mkfifo"):
         os.mkfifo("data/pipe.wav")
         skipped.add("pipe.wav")
-    (here / "data" / "list.csv").write_text(f"path\n../secret.wav\n{here}/secret.wav\nout.wav\n0.wav\n")
+    (here / "data" / "list.csv").write_text(
+        f"path\n../secret.wav\n{here}/secret.wav\nout.wav\n0.wav\n"
+    )
     report = shards.write_shards("data", "made")
     assert {name for name, _ in report.failed} == skipped
     assert report.files == 5
     assert shards.write_shards("data/list.csv", "listed").files == 1
     assert all(b"mine" not in path.read_bytes() for path in here.glob("*/*.tar"))
     assert main(["shards", "data", "--out", "again"]) == 1
-    assert re.search(r"out\.wav: lies outside .*/data: copy it into that folder to pack it", capsys.readouterr().err)
+    assert re.search(
+        r"out\.wav: lies outside .*/data: copy it into that folder to pack it",
+        capsys.readouterr().err,
+    )
 
 
 def test_a_download_is_unpacked_below_its_folder_only(here: Path):
@@ -306,15 +346,28 @@ def test_a_download_is_unpacked_below_its_folder_only(here: Path):
 
 def test_names_from_data_are_text_in_a_report(here: Path):
     os.rename("data/0.wav", "data/<script>alert(1)<&.wav")
-    evaluate(saved(here / "run", config={}), here / "data", here / "out", dataclasses.replace(FAST, shown=4))
+    evaluate(
+        saved(here / "run", config={}),
+        here / "data",
+        here / "out",
+        dataclasses.replace(FAST, shown=4),
+    )
     page = (here / "out" / "report.html").read_text()
     assert "<script" not in page
 
 
 def test_bad_releases_of_dependencies_are_excluded():
     project = (Path(__file__).parents[1] / "pyproject.toml").read_text()
-    lines = re.findall(r'^    "(.+)",$', project.split("\ndependencies = [")[1].split("\n]")[0], re.MULTILINE)
+    lines = re.findall(
+        r'^    "(.+)",$', project.split("\ndependencies = [")[1].split("\n]")[0], re.MULTILINE
+    )
     needed = {requirement.name: requirement.specifier for requirement in map(Requirement, lines)}
-    bad = {"lightning": ("2.6.2", "2.6.3", "2.4.0"), "torch": ("2.5.1", "2.9.1"), "tqdm": ("4.66.2",)}
+    bad = {
+        "lightning": ("2.6.2", "2.6.3", "2.4.0"),
+        "torch": ("2.5.1", "2.9.1"),
+        "tqdm": ("4.66.2",),
+    }
     bad |= {"matplotlib": ("3.10.8",)}
-    assert [(name, v) for name, versions in bad.items() for v in versions if v in needed[name]] == []
+    assert [
+        (name, v) for name, versions in bad.items() for v in versions if v in needed[name]
+    ] == []

@@ -64,15 +64,26 @@ def wav(samples: int, seed: int, tmp_path: Path) -> bytes:
 
 
 def layout() -> Layout:
-    mel = MelConfig(sample_rate=RATE, n_fft=256, window_length=256, hop_length=64, bands=8, fmax=4000)
+    mel = MelConfig(
+        sample_rate=RATE, n_fft=256, window_length=256, hop_length=64, bands=8, fmax=4000
+    )
     config = WaveNetConfig(
-        layers=4, stacks=2, residual_channels=6, skip_channels=6, head_channels=8, classes=32, sample_rate=RATE, mel=mel
+        layers=4,
+        stacks=2,
+        residual_channels=6,
+        skip_channels=6,
+        head_channels=8,
+        classes=32,
+        sample_rate=RATE,
+        mel=mel,
     )
     return layout_of(WaveNet(config), 512)
 
 
 def test_shards_hold_the_files_byte_for_byte(folder, made, tmp_path):
-    assert [path.name for path in made.shards] == [f"shard-{n:06}.tar" for n in range(len(made.shards))]
+    assert [path.name for path in made.shards] == [
+        f"shard-{n:06}.tar" for n in range(len(made.shards))
+    ]
     assert len(made.shards) >= 2
     assert (made.files, made.failed) == (10, [])
     found = {}
@@ -83,7 +94,9 @@ def test_shards_hold_the_files_byte_for_byte(folder, made, tmp_path):
     for path in folder.rglob("*.*"):
         key = path.relative_to(folder).as_posix().replace(".take", "_take")
         assert found.pop(key) == path.read_bytes()
-        assert json.loads(found.pop(key.rpartition(".")[0] + ".json")) == {"speaker": path.parent.name}
+        assert json.loads(found.pop(key.rpartition(".")[0] + ".json")) == {
+            "speaker": path.parent.name
+        }
     assert found == {}
     again = shards.write_shards(folder, tmp_path / "again", megabytes=0.02, speakers=True)
     assert [a.read_bytes() for a in again.shards] == [b.read_bytes() for b in made.shards]
@@ -98,7 +111,9 @@ def test_webdataset_reads_what_we_write(made):
         gc.collect()  # it leaves its files open
     assert len(samples) == 10
     corpus = open_corpus(str(made.shards[0].parent / "*.tar"), sample_rate=RATE, speakers=True)
-    by_key = {r.name.split(".tar/")[1].rpartition(".")[0]: r for r in corpus.train + corpus.validation}
+    by_key = {
+        r.name.split(".tar/")[1].rpartition(".")[0]: r for r in corpus.train + corpus.validation
+    }
     assert by_key.keys() == {sample["__key__"] for sample in samples}
     for sample in samples:
         recording = by_key[sample["__key__"]]
@@ -114,11 +129,20 @@ def test_we_read_what_webdataset_writes(tmp_path):
     wds = pytest.importorskip("webdataset", reason="the extra webdataset is not installed")
     with wds.ShardWriter(str(tmp_path / "w-%03d.tar"), maxcount=2, verbose=0) as writer:
         for number in range(5):
-            sample = {"__key__": f"a/{number}", "wav": wav(1000 + number, number, tmp_path), "txt": "said"}
-            writer.write(sample | {"json": {"speaker": number % 2} | ({"split": "dev"} if number > 2 else {})})
+            sample = {
+                "__key__": f"a/{number}",
+                "wav": wav(1000 + number, number, tmp_path),
+                "txt": "said",
+            }
+            writer.write(
+                sample
+                | {"json": {"speaker": number % 2} | ({"split": "dev"} if number > 2 else {})}
+            )
     corpus = open_corpus(tmp_path / "w-{000..002}.tar", sample_rate=RATE, validation_fraction=0.2)
     found = {r.name: (r.frames, r.split) for r in corpus.train + corpus.validation}
-    assert found == {f"w-00{n // 2}.tar/a/{n}.wav": (1000 + n, "validation" if n > 2 else None) for n in range(5)}
+    assert found == {
+        f"w-00{n // 2}.tar/a/{n}.wav": (1000 + n, "validation" if n > 2 else None) for n in range(5)
+    }
 
 
 def test_a_member_is_read_as_the_file_it_is(folder, made):
@@ -127,9 +151,15 @@ def test_a_member_is_read_as_the_file_it_is(folder, made):
     for recording in corpus.train + corpus.validation:
         path = folder / recording.name.split(".tar/")[1].replace("_take", ".take")
         assert recording.frames == audio.info(path).frames
-        assert np.array_equal(read_span(recording, RATE, 0, recording.frames), audio.read(path).numpy())
-        assert np.array_equal(read_span(recording, RATE, 700, 1500), audio.read(path, None, 700, 800).numpy())
-        assert np.array_equal(audio.read(recording.path, 6000, 10, 500), audio.read(path, 6000, 10, 500))
+        assert np.array_equal(
+            read_span(recording, RATE, 0, recording.frames), audio.read(path).numpy()
+        )
+        assert np.array_equal(
+            read_span(recording, RATE, 700, 1500), audio.read(path, None, 700, 800).numpy()
+        )
+        assert np.array_equal(
+            audio.read(recording.path, 6000, 10, 500), audio.read(path, 6000, 10, 500)
+        )
         assert str(recording.path).endswith(recording.name)
 
 
@@ -148,7 +178,8 @@ def test_a_member_whose_header_lies_is_put_right(tmp_path, kind):
     for recording in (*corpus.train, *corpus.validation):
         assert recording.frames == 6000
         assert np.array_equal(
-            read_span(recording, RATE, 5000, 6000), audio.read(tmp_path / f"a.{kind}", None, 5000, 1000)
+            read_span(recording, RATE, 5000, 6000),
+            audio.read(tmp_path / f"a.{kind}", None, 5000, 1000),
         )
 
 
@@ -162,7 +193,10 @@ def test_the_order_of_the_data_is_that_of_a_folder(tmp_path, folder):
         target.parent.mkdir(exist_ok=True)
         target.write_bytes(path.read_bytes())
     assert len(made.shards) == 1
-    one, other = (open_corpus(data, sample_rate=RATE) for data in (str(tmp_path / "s" / "*.tar"), str(tmp_path / "f")))
+    one, other = (
+        open_corpus(data, sample_rate=RATE)
+        for data in (str(tmp_path / "s" / "*.tar"), str(tmp_path / "f"))
+    )
     assert [r.name for r in one.validation] == [r.name for r in other.validation]
     ours, theirs = (Segments(c.train, layout(), seed=3) for c in (one, other))
     for number in range(30):
@@ -181,7 +215,11 @@ def test_shards_are_read_through_once(made, monkeypatch):
     assert seen == []
     extra = made.shards[0].parent / "zz.tar"
     tar(
-        extra, {"more.wav": (made.shards[0].parent.parent / "data/speaker0/00.take.wav").read_bytes(), "more.spk": b"c"}
+        extra,
+        {
+            "more.wav": (made.shards[0].parent.parent / "data/speaker0/00.take.wav").read_bytes(),
+            "more.spk": b"c",
+        },
     )
     again = open_corpus(pattern, sample_rate=RATE)
     assert len(again.train) + len(again.validation) == 11
@@ -231,7 +269,9 @@ def broken_inside(content: bytes) -> bytes:
     ],
     ids=["truncated", "without-end", "broken-inside", "empty"],
 )
-def test_a_damaged_shard_is_named_and_what_is_before_the_damage_is_used(tmp_path, damage, kept, why):
+def test_a_damaged_shard_is_named_and_what_is_before_the_damage_is_used(
+    tmp_path, damage, kept, why
+):
     members = {f"{name}.wav": wav(3000, 1, tmp_path) for name in "abc"}
     whole = tar(tmp_path / "whole.tar", members)
     (tmp_path / "x.tar").write_bytes(damage(whole.read_bytes()))
@@ -266,7 +306,11 @@ def test_what_is_no_sample_is_passed_over(tmp_path):
 @pytest.mark.parametrize(
     ("data", "error", "message"),
     [
-        ("nowhere-{00..03}.tar", FileNotFoundError, r"nowhere-00\.tar: no such shard, nor the 3 others"),
+        (
+            "nowhere-{00..03}.tar",
+            FileNotFoundError,
+            r"nowhere-00\.tar: no such shard, nor the 3 others",
+        ),
         ("nowhere/*.tar", FileNotFoundError, r"nowhere/\*\.tar: no such shards"),
         ("empty.tar", ValueError, r"empty\.tar: no audio files \(wav, .*\) in these 1 shards"),
         ("pipe:exit 3", OSError, r"pipe:exit 3 cannot be fetched"),
@@ -286,8 +330,12 @@ def test_what_is_not_there_is_refused(tmp_path, monkeypatch, data, error, messag
 def test_a_missing_shard_of_several_is_named(made):
     pytest.importorskip("webdataset", reason="the extra webdataset is not installed")
     count = len(made.shards)
-    corpus = open_corpus(str(made.shards[0].parent / f"shard-{{000000..{count:06}}}.tar"), sample_rate=RATE)
-    assert [(name.split("/")[-1], why) for name, why in corpus.bad] == [(f"shard-{count:06}.tar", "no such file")]
+    corpus = open_corpus(
+        str(made.shards[0].parent / f"shard-{{000000..{count:06}}}.tar"), sample_rate=RATE
+    )
+    assert [(name.split("/")[-1], why) for name, why in corpus.bad] == [
+        (f"shard-{count:06}.tar", "no such file")
+    ]
     assert len(corpus.train) + len(corpus.validation) == 10
 
 
@@ -311,7 +359,9 @@ def test_shards_are_not_made_over_something(folder, made, tmp_path):
         shards.write_shards(folder, made.shards[0].parent)
     assert {path: path.read_bytes() for path in made.shards[0].parent.iterdir()} == before
     (tmp_path / "list.csv").write_text("path,start\ndata/speaker1/01.flac,0.1\n")
-    with pytest.raises(ValueError, match=r"list\.csv cuts files .*: shards are made of whole files"):
+    with pytest.raises(
+        ValueError, match=r"list\.csv cuts files .*: shards are made of whole files"
+    ):
         shards.write_shards(tmp_path / "list.csv", tmp_path / "new")
     for name in ("a.b.wav", "a_b.wav"):
         audio.write(tmp_path / name, noise(100, 0), RATE)
@@ -337,7 +387,9 @@ def test_a_run_on_shards_is_resumed_exactly(made, tmp_path):
 
     def run(out: str, **changed: Any) -> Path:
         pattern = str(made.shards[0].parent / "*.tar")
-        return train(TrainConfig(data=pattern, out=str(tmp_path / out), **(settings | changed))).last
+        return train(
+            TrainConfig(data=pattern, out=str(tmp_path / out), **(settings | changed))
+        ).last
 
     straight = run("straight")
     run("parts")
@@ -350,7 +402,12 @@ def test_a_run_on_shards_is_resumed_exactly(made, tmp_path):
 
 
 def test_the_command_makes_shards(folder, tmp_path, capsys):
-    assert commands.main(["shards", str(folder), "--out", str(tmp_path / "made"), "--megabytes", "0.02"]) == 0
+    assert (
+        commands.main(
+            ["shards", str(folder), "--out", str(tmp_path / "made"), "--megabytes", "0.02"]
+        )
+        == 0
+    )
     said = capsys.readouterr().out
     assert "10 files" in said
     assert "shard-000000.tar to shard-0000" in said

@@ -54,11 +54,12 @@ def test_relative_error_over_the_whole_range(number):
     found, expected = functions(WIDE)[number].astype(np.float64), exact(WIDE)[number]
     normal = (np.abs(expected) > 1.2e-38) & (expected < 3.4028235e38)
     relative = np.abs(found / np.where(normal, expected, 1) - 1)[normal]
-    # A step of float32 is 1.2e-7 at most. tanh is an approximation of 4e-7, the others round three times.
+    # A step of float32 is 1.2e-7 at most. tanh is an approximation of 4e-7, the others round three
+    # times.
     assert relative.max() < (2.5e-7, 4e-7, 3.5e-7)[number]
     below = np.abs(expected) <= 1.2e-38
-    # Where results are subnormal (tanh: of subnormal inputs), an error of two of their steps. The sigmoid there is zero
-    # or next to it: its reciprocal overflows.
+    # Where results are subnormal (tanh: of subnormal inputs), an error of two of their steps. The
+    # sigmoid there is zero or next to it: its reciprocal overflows.
     assert np.abs(found[below] - expected[below]).max() <= (3e-45, 3e-45, 1.2e-38)[number]
     assert (found[expected > 3.41e38] == np.inf).all()
 
@@ -93,9 +94,14 @@ def _row(vectors, kind, weights, inputs, x, bias, init, out):
 def test_an_output_has_the_same_bits_in_every_kernel(inputs, weights):
     """In every tile of rows by vectors, and alone."""
     draw = np.random.default_rng(inputs)
-    kind, zeros = ["float32", "bfloat16", "int8"].index(weights), np.zeros(simd.WIDEST * LANES, np.float32)
+    kind, zeros = (
+        ["float32", "bfloat16", "int8"].index(weights),
+        np.zeros(simd.WIDEST * LANES, np.float32),
+    )
     even = kind == simd.BFLOAT16
-    matrix = as_packed(draw.standard_normal((simd.WIDEST * LANES, inputs)).astype(np.float32), weights)
+    matrix = as_packed(
+        draw.standard_normal((simd.WIDEST * LANES, inputs)).astype(np.float32), weights
+    )
     rows = draw.standard_normal((simd.TALLEST, inputs)).astype(np.float32)
     panel = np.zeros((-(-inputs // LANES), simd.TALLEST, LANES), np.float32)
     for k in range(inputs):
@@ -103,7 +109,9 @@ def test_an_output_has_the_same_bits_in_every_kernel(inputs, weights):
     bias = draw.standard_normal(simd.WIDEST * LANES).astype(np.float32)
     expected = rows.astype(np.float64) @ matrix.astype(np.float64).T + bias
     alone = [(1, vectors, False) for vectors in range(1 + even, simd.WIDEST + 1, 1 + even)]
-    tiles = [(height, vectors, True) for vectors, heights in simd.HEIGHTS.items() for height in heights]
+    tiles = [
+        (height, vectors, True) for vectors, heights in simd.HEIGHTS.items() for height in heights
+    ]
     results: dict[tuple[int, int], set[bytes]] = {}
     for height, vectors, panelled in alone + tiles:
         width = vectors if panelled else simd.WIDEST
@@ -140,7 +148,11 @@ def test_leaving_zeros_out_changes_no_bit(inputs, weights):
         packed, blocks, width = pack(matrix, LANES, 0, weights)
         assert (blocks, width) == (1, vectors)
         init = draw.standard_normal(vectors * LANES).astype(np.float32)
-        found, values, offsets = np.empty_like(init), np.empty(inputs + 1, np.float32), np.empty(inputs + 1, np.int64)
+        found, values, offsets = (
+            np.empty_like(init),
+            np.empty(inputs + 1, np.float32),
+            np.empty(inputs + 1, np.int64),
+        )
         row = vectors * LANES * simd.WEIGHT_BYTES[kind]
         count = _sparse(vectors + 256 * kind, packed.ctypes.data, x.ctypes.data, inputs, row, values.ctypes.data,
                         offsets.ctypes.data, init.ctypes.data, found.ctypes.data)  # fmt: skip
@@ -181,7 +193,9 @@ def test_blocks_hold_all_outputs_and_little_more(outputs, width):
     ],
     ids=["NEON", "AVX2", "AVX-512"],
 )
-def test_the_same_source_becomes_vector_code_elsewhere(triple, processor, lanes, rows, multiply_add):
+def test_the_same_source_becomes_vector_code_elsewhere(
+    triple, processor, lanes, rows, multiply_add
+):
     """The inner loop multiplies and adds in registers: no calls, no spills."""
     llvm.initialize_all_targets()
     llvm.initialize_all_asmprinters()
@@ -191,7 +205,9 @@ def test_the_same_source_becomes_vector_code_elsewhere(triple, processor, lanes,
         pytest.skip(f"this LLVM has no such target: {error}")
     module = ir.Module()
     module.triple = triple
-    function = simd.emitted(module, "tile", lanes, types.void, [types.int64] * 11, simd._tile(rows, 2, simd.FLOAT32))
+    function = simd.emitted(
+        module, "tile", lanes, types.void, [types.int64] * 11, simd._tile(rows, 2, simd.FLOAT32)
+    )
     function.linkage = "external"
     machine = target.create_target_machine(cpu=processor, opt=3)
     parsed = llvm.parse_assembly(str(module))
@@ -215,7 +231,9 @@ def test_every_block_that_packing_makes_has_a_kernel():
 @pytest.mark.parametrize("shape", [(1, 1), (7, 1), (5, 40), (3, 4, 9)])
 def test_quantised_rows_are_whole_numbers_times_a_scale_within_half_a_step(shape):
     draw = np.random.default_rng(0)
-    values = (draw.standard_normal(shape) * np.exp(draw.normal(0, 20, shape[:-1]))[..., None]).astype(np.float32)
+    values = (
+        draw.standard_normal(shape) * np.exp(draw.normal(0, 20, shape[:-1]))[..., None]
+    ).astype(np.float32)
     numbers, scales = quantise(values)
     assert (numbers == np.rint(numbers)).all()
     assert np.abs(numbers).max(axis=-1).ravel().tolist() == [127] * scales.size

@@ -31,15 +31,28 @@ from wavear.generation.pipes import pcm16, read_frames
 BANDS = 5
 ENGINES = [("reference", "float32"), ("numba", "float32"), ("numba", "bfloat16"), ("numba", "int8")]
 NAMES = [f"{engine} {weights}" for engine, weights in ENGINES]
-hypothesis = settings(max_examples=25, deadline=None, derandomize=True, phases=[Phase.explicit, Phase.generate])
+hypothesis = settings(
+    max_examples=25, deadline=None, derandomize=True, phases=[Phase.explicit, Phase.generate]
+)
 
 
 def make(hop: int = 0, **config) -> Any:
     """A small model with laws that differ from sample to sample; `hop` 0 for no mels."""
     torch.manual_seed(0)
-    shape = {"sample_rate": 8000, "n_fft": 1024, "window_length": 1024, "bands": BANDS, "fmax": 4000.0}
+    shape = {
+        "sample_rate": 8000,
+        "n_fft": 1024,
+        "window_length": 1024,
+        "bands": BANDS,
+        "fmax": 4000.0,
+    }
     mel = MelConfig(hop_length=hop, **shape) if hop else None
-    sizes = {"residual_channels": 6, "skip_channels": 7, "head_channels": 9, "conditioning_channels": 5}
+    sizes = {
+        "residual_channels": 6,
+        "skip_channels": 7,
+        "head_channels": 9,
+        "conditioning_channels": 5,
+    }
     values = {"layers": 4, "stacks": 2, "classes": 64, "sample_rate": 8000, "mel": mel, **sizes}
     model = WaveNet(WaveNetConfig(**{**values, **config}))
     with torch.no_grad():
@@ -80,13 +93,25 @@ def pieces(mel: torch.Tensor, cuts: list[int]) -> list[torch.Tensor]:
 @example(1, 2, 3, 1, 2, 2.3, [1, 2, 128, 129, 132], 1, ("numba", "float32"))
 @example(5, 0, 2, 4, 0, 3.0, [0, 0, 30, 52], 2, ("numba", "bfloat16"))
 @example(256, 2, 2, 4, 2, 1.0, [1, 2, 3, 4, 5, 6, 7], 3, ("reference", "float32"))
-def test_the_parts_of_a_stream_are_the_whole(hop, context, kernel, layers, speakers, blocks, cuts, seed, engine):
+def test_the_parts_of_a_stream_are_the_whole(
+    hop, context, kernel, layers, speakers, blocks, cuts, seed, engine
+):
     """Whatever the chunks: every bit of every sample is that of `generate`."""
     model = make(
-        hop, conditioning_context=context, kernel_size=kernel, layers=layers, stacks=min(layers, 2), speakers=speakers
+        hop,
+        conditioning_context=context,
+        kernel_size=kernel,
+        layers=layers,
+        stacks=min(layers, 2),
+        speakers=speakers,
     )
     mel = random_mel(max(1, int(blocks * max(1, 128 // hop)) + (5 if hop > 50 else 0)))
-    given = {"seed": seed, "speaker": 1 if speakers else None, "engine": engine[0], "weights": engine[1]}
+    given = {
+        "seed": seed,
+        "speaker": 1 if speakers else None,
+        "engine": engine[0],
+        "weights": engine[1],
+    }
     whole = wavear.generate(model, mel, temperature=0.9, **given)[0]
     stream = Stream(model, temperature=0.9, **given)
     parts = [stream.push(piece) for piece in pieces(mel, cuts)]
@@ -127,14 +152,21 @@ def stream_block(model: Any) -> int:
 @pytest.mark.parametrize(("engine", "weights"), ENGINES, ids=NAMES)
 def test_pulled_samples_are_those_of_generate(speakers, engine, weights):
     model, speaker = make(speakers=speakers), 1 if speakers else None
-    whole = wavear.generate(model, samples=300, seed=4, speaker=speaker, engine=engine, weights=weights)[0]
+    whole = wavear.generate(
+        model, samples=300, seed=4, speaker=speaker, engine=engine, weights=weights
+    )[0]
     stream = Stream(model, seed=4, speaker=speaker, engine=engine, weights=weights)
     parts = [stream.pull(n) for n in (1, 0, 17, 64, 218)]
     assert [len(part) for part in parts] == [1, 0, 17, 64, 218]
     assert torch.equal(torch.cat(parts), whole)
 
 
-TRUNCATIONS: list[dict[str, Any]] = [{"top_k": 4}, {"top_p": 0.6}, {"top_k": 9, "top_p": 0.7}, {"top_k": 1}]
+TRUNCATIONS: list[dict[str, Any]] = [
+    {"top_k": 4},
+    {"top_p": 0.6},
+    {"top_k": 9, "top_p": 0.7},
+    {"top_k": 1},
+]
 truncations = pytest.mark.parametrize("truncation", TRUNCATIONS, ids=str)
 quiet = pytest.mark.filterwarnings("ignore:the likeliest code")
 
@@ -152,7 +184,12 @@ quiet = pytest.mark.filterwarnings("ignore:the likeliest code")
 @example(TRUNCATIONS[1], [], 3, ("numba", "float32"))
 def test_the_parts_of_a_truncated_stream_are_the_whole(truncation, cuts, seed, engine):
     model, mel = make(20), random_mel(20)
-    given: dict[str, Any] = {"seed": seed, "temperature": 1.3, "engine": engine[0], "weights": engine[1]}
+    given: dict[str, Any] = {
+        "seed": seed,
+        "temperature": 1.3,
+        "engine": engine[0],
+        "weights": engine[1],
+    }
     whole = wavear.generate(model, mel, **given, **truncation)[0]
     stream = Stream(model, **given, **truncation)
     parts = [*[stream.push(piece) for piece in pieces(mel, cuts)], stream.flush()]
@@ -196,7 +233,11 @@ def test_the_memory_of_what_is_pushed_may_be_used_again():
 @pytest.mark.parametrize(
     ("hop", "act", "message"),
     [
-        (20, lambda s: (s.push(random_mel(3)), s.flush(), s.push(random_mel(3))), "flushed, it has ended"),
+        (
+            20,
+            lambda s: (s.push(random_mel(3)), s.flush(), s.push(random_mel(3))),
+            "flushed, it has ended",
+        ),
         (20, lambda s: (s.flush(), s.flush()), "flushed before"),
         (20, lambda s: s.pull(5), "conditioned on mels: push"),
         (20, lambda s: s.push(torch.zeros(4, 3)), "mel has 4 bands, the model was trained on 5"),
@@ -257,9 +298,17 @@ def test_what_a_stream_cannot_be_made_of_is_refused(arguments, message):
 )
 @example(20, 2, 4, 0, 0, ("numba", "float32"))
 @example(20, 3, 4, 2, 300, ("two cores", "bfloat16"))
-def test_going_on_from_a_state_is_never_having_stopped(tmp_path_factory, hop, kernel, layers, speakers, cut, engine):
-    sizes = {"residual_channels": 20, "skip_channels": 21, "head_channels": 18} if engine[0] == "two cores" else {}
-    model = make(hop, kernel_size=kernel, layers=layers, stacks=min(layers, 2), speakers=speakers, **sizes)
+def test_going_on_from_a_state_is_never_having_stopped(
+    tmp_path_factory, hop, kernel, layers, speakers, cut, engine
+):
+    sizes = (
+        {"residual_channels": 20, "skip_channels": 21, "head_channels": 18}
+        if engine[0] == "two cores"
+        else {}
+    )
+    model = make(
+        hop, kernel_size=kernel, layers=layers, stacks=min(layers, 2), speakers=speakers, **sizes
+    )
     runs = {"engine": "numba" if engine[0] == "two cores" else engine[0], "weights": engine[1]}
     runs["threads"] = 2 if engine[0] == "two cores" else 1
     mel = random_mel(300 // hop + 9) if hop else None
@@ -270,7 +319,11 @@ def test_going_on_from_a_state_is_never_having_stopped(tmp_path_factory, hop, ke
         return stream.pull(cut) if mel is None else stream.push(mel[:, :cut])
 
     def second(stream: Stream) -> torch.Tensor:
-        return stream.pull(310 - cut) if mel is None else torch.cat([stream.push(mel[:, cut:]), stream.flush()])
+        return (
+            stream.pull(310 - cut)
+            if mel is None
+            else torch.cat([stream.push(mel[:, cut:]), stream.flush()])
+        )
 
     whole = Stream(model, **given, **runs)
     expected = torch.cat([first(whole), second(whole)])
@@ -280,7 +333,9 @@ def test_going_on_from_a_state_is_never_having_stopped(tmp_path_factory, hop, ke
     later = Stream.load(model, path, **runs)
     assert later.position == len(begin)
     assert torch.equal(torch.cat([begin, second(later)]), expected)
-    assert torch.equal(torch.cat([begin, second(stopped)]), expected)  # who was saved can go on, too
+    assert torch.equal(
+        torch.cat([begin, second(stopped)]), expected
+    )  # who was saved can go on, too
 
 
 @quiet
@@ -293,12 +348,20 @@ def test_a_state_keeps_the_truncation(tmp_path, truncation, engine):
     begin = stream.pull(40)
     path = stream.save(tmp_path / "state.safetensors")
     about = StreamState.load(path).about
-    assert {name: about[name] for name in ("top_k", "top_p")} == {"top_k": None, "top_p": None, **truncation}
+    assert {name: about[name] for name in ("top_k", "top_p")} == {
+        "top_k": None,
+        "top_p": None,
+        **truncation,
+    }
     whole = wavear.generate(model, samples=200, seed=5, engine=engine, **truncation)[0]
     batch = StreamBatch(model, engine=engine, **truncation)
     member = batch.add(state=path)
     batch.pull(member, 160)
-    later = [Stream.load(model, path, engine=engine).pull(160), stream.fork().pull(160), batch.step()[member]]
+    later = [
+        Stream.load(model, path, engine=engine).pull(160),
+        stream.fork().pull(160),
+        batch.step()[member],
+    ]
     # And through a batch, whose members' states keep it too.
     other = batch.add(seed=5)
     batch.pull(other, 40)
@@ -316,7 +379,9 @@ def test_a_state_of_float64_loses_nothing(tmp_path):
     path = stream.save(tmp_path / "state.safetensors")
     again = Stream.load(model, path, engine="reference").state()
     assert again.tensors["queue.1"].dtype == torch.float64
-    assert all(torch.equal(again.tensors[name], tensor) for name, tensor in stream.state().tensors.items())
+    assert all(
+        torch.equal(again.tensors[name], tensor) for name, tensor in stream.state().tensors.items()
+    )
 
 
 CASES = [
@@ -340,7 +405,9 @@ def test_engines_agree_on_the_state(config):
         reference.score(codes[3:4], None if cond is None else cond[3:4])
         expected = reference.state(0)
         stepped = make_engine(model, 1, "reference")[1]
-        assert any(not torch.equal(stepped.state(0)[name], tensor) for name, tensor in expected.items())
+        assert any(
+            not torch.equal(stepped.state(0)[name], tensor) for name, tensor in expected.items()
+        )
         found = []
         for rows, threads in (([3], 1), ([3], 2), ([0, 3, 7], 1), (range(14), 1), (range(14), 2)):
             engine = make_engine(model, len(rows), "numba", threads=threads)[1]
@@ -356,13 +423,17 @@ def test_engines_agree_on_the_state(config):
 
 
 @pytest.mark.parametrize("config", CASES)
-@pytest.mark.parametrize(("target", "weights"), [*ENGINES, ("two cores", "float32"), ("batch", "float32")])
+@pytest.mark.parametrize(
+    ("target", "weights"), [*ENGINES, ("two cores", "float32"), ("batch", "float32")]
+)
 def test_any_engine_goes_on_from_the_state_of_any(config, target, weights):
     """Teacher-forced: log-probabilities are those of the target engine had it seen the past itself."""
     model = make(**config)
     codes = np.random.default_rng(1).integers(0, model.config.classes, (1, 90))
     cond = torch.randn(1, 5, 90) if model.conditioned else None
-    head, tail = (None if cond is None else cond[:, :, part] for part in (slice(0, 50), slice(50, 90)))
+    head, tail = (
+        None if cond is None else cond[:, :, part] for part in (slice(0, 50), slice(50, 90))
+    )
     batch, threads = (5 if target == "batch" else 1), (2 if target == "two cores" else 1)
     name = target if target == "reference" else "numba"
     with torch.inference_mode():
@@ -370,12 +441,18 @@ def test_any_engine_goes_on_from_the_state_of_any(config, target, weights):
         for source, source_weights in ENGINES:
             origin = make_engine(model, 1, source, weights=source_weights)[1]
             origin.score(codes[:, :50], head)
-            goal = make_engine(model, batch, name, weights=weights, threads=threads if name == "numba" else None)[1]
-            goal.score(np.zeros((batch, 7), np.int64), None if head is None else head[:, :, :7].repeat(batch, 1, 1))
+            goal = make_engine(
+                model, batch, name, weights=weights, threads=threads if name == "numba" else None
+            )[1]
+            goal.score(
+                np.zeros((batch, 7), np.int64),
+                None if head is None else head[:, :, :7].repeat(batch, 1, 1),
+            )
             goal.load_state(batch - 1, origin.state(0))
             rows = None if tail is None else tail.repeat(batch, 1, 1)
             found = goal.score(np.repeat(codes[:, 50:], batch, axis=0), rows)[batch - 1]
-            # A past of rounded matrices is another past, by that rounding; not another one by chance.
+            # A past of rounded matrices is another past, by that rounding; not another one by
+            # chance.
             tolerance = 1e-4 if weights == source_weights else 1.0
             np.testing.assert_allclose(found, whole, rtol=0, atol=tolerance)
             if source == name and source_weights == weights:
@@ -403,7 +480,9 @@ def test_another_process_goes_on_with_another_engine(tmp_path, engine, other):
     subprocess.run([sys.executable, "-c", _GOES_ON, *files, other], check=True)
     found = np.concatenate([begin.numpy(), np.load(tmp_path / "out.npy")])
     # 19 frames are few: no uniform lies within rounding of a boundary.
-    np.testing.assert_array_equal(found, wavear.generate(model, mel, seed=3, speaker=1, engine=engine)[0])
+    np.testing.assert_array_equal(
+        found, wavear.generate(model, mel, seed=3, speaker=1, engine=engine)[0]
+    )
 
 
 def test_two_futures_of_one_beginning():
@@ -412,7 +491,9 @@ def test_two_futures_of_one_beginning():
     begin = stream.pull(50)
     same, other = stream.fork(), stream.fork(seed=2)
     futures = [s.pull(100) for s in (stream, same, other)]
-    assert torch.equal(torch.cat([begin, futures[0]]), wavear.generate(model, samples=150, seed=1)[0])
+    assert torch.equal(
+        torch.cat([begin, futures[0]]), wavear.generate(model, samples=150, seed=1)[0]
+    )
     assert torch.equal(futures[0], futures[1])
     assert not torch.equal(futures[0], futures[2])
     # The other future has the uniforms of its own seed, of the samples that it is at.
@@ -449,8 +530,12 @@ def test_files_that_are_no_states_are_refused(tmp_path):
     save_file({"x": torch.zeros(1)}, tmp_path / "foreign")
     with pytest.raises(ValueError, match="not of a stream's state"):
         Stream.load(model, tmp_path / "foreign")
-    save_file({"x": torch.zeros(1)}, tmp_path / "newer", metadata={"wavear_stream": '{"format": 2}'})
-    with pytest.raises(ValueError, match="newer has format 2, this version of wavear reads format 1"):
+    save_file(
+        {"x": torch.zeros(1)}, tmp_path / "newer", metadata={"wavear_stream": '{"format": 2}'}
+    )
+    with pytest.raises(
+        ValueError, match="newer has format 2, this version of wavear reads format 1"
+    ):
         Stream.load(model, tmp_path / "newer")
     save_file({"x": torch.zeros(1)}, tmp_path / "poor", metadata={"wavear_stream": '{"format": 1}'})
     with pytest.raises(ValueError, match="poor is damaged: it lacks asked, closed"):
@@ -458,7 +543,12 @@ def test_files_that_are_no_states_are_refused(tmp_path):
     state = Stream(model).state()
     short = {name: t[:-1] if name == "queue.1" else t for name, t in state.tensors.items()}
     one = torch.tensor([64])
-    for tensors in (short, {**state.tensors, "previous": one}, {**state.tensors, "prime": one}, {"mel": one}):
+    for tensors in (
+        short,
+        {**state.tensors, "previous": one},
+        {**state.tensors, "prime": one},
+        {"mel": one},
+    ):
         with pytest.raises(ValueError, match="damaged"):
             Stream.load(model, StreamState(tensors, state.about))
 
@@ -467,7 +557,11 @@ def test_states_whose_numbers_no_model_has_are_refused():
     linear = wavear.Linear(wavear.LinearConfig(order=3, sample_rate=8000)).eval()
     config = wavear.TransformerConfig(layers=1, channels=8, heads=2, window=4, patch=2, classes=16)
     transformer = wavear.Transformer(config).eval()
-    for model, name, value in ((linear, "past", 9999), (transformer, "codes", -1), (transformer, "time", -5)):
+    for model, name, value in (
+        (linear, "past", 9999),
+        (transformer, "codes", -1),
+        (transformer, "time", -5),
+    ):
         state = Stream(model, engine="reference").state()
         tensors = {**state.tensors, name: torch.full_like(state.tensors[name], value)}
         with pytest.raises(ValueError, match="damaged"):
@@ -480,15 +574,27 @@ def test_states_whose_numbers_no_model_has_are_refused():
 @settings(max_examples=15, deadline=None, derandomize=True, phases=[Phase.explicit, Phase.generate])
 @given(
     events=st.lists(
-        st.tuples(st.sampled_from(["add", "push", "push", "flush", "step", "move"]), st.integers(0, 99)), max_size=30
+        st.tuples(
+            st.sampled_from(["add", "push", "push", "flush", "step", "move"]), st.integers(0, 99)
+        ),
+        max_size=30,
     ),
     engine=st.sampled_from(ENGINES),
     threads=st.sampled_from([1, 2]),
 )
-@example([("add", 0), ("push", 8), ("add", 0), ("step", 0), ("push", 4), ("push", 5)], ("numba", "float32"), 1)
+@example(
+    [("add", 0), ("push", 8), ("add", 0), ("step", 0), ("push", 4), ("push", 5)],
+    ("numba", "float32"),
+    1,
+)
 def test_members_are_to_the_bit_what_they_are_alone(events, engine, threads):
     model, frames = make(20, speakers=3), 26
-    batch = StreamBatch(model, engine=engine[0], weights=engine[1], threads=threads if engine[0] == "numba" else None)
+    batch = StreamBatch(
+        model,
+        engine=engine[0],
+        weights=engine[1],
+        threads=threads if engine[0] == "numba" else None,
+    )
     found: dict[int, list[torch.Tensor]] = {}
     who: dict[int, int] = {}  # member: the utterance that it makes
     at: dict[int, int] = {}  # utterance: frames pushed
@@ -556,7 +662,9 @@ def test_members_of_different_size_and_temperature():
     more = batch.step()
     for member, samples in asked.items():
         if member != 3:
-            alone = wavear.generate(model, samples=samples + 30, seed=member, temperature=0.5 + 0.1 * member)[0]
+            alone = wavear.generate(
+                model, samples=samples + 30, seed=member, temperature=0.5 + 0.1 * member
+            )[0]
             assert torch.equal(torch.cat([made[member], more[member]]), alone)
     assert batch.step() == {}
 
@@ -572,14 +680,23 @@ def test_the_members_of_a_truncated_batch_are_what_they_are_alone(truncation, en
         batch.pull(member, samples)
     made = batch.step()
     for member, samples in asked.items():
-        given: dict[str, Any] = {"seed": member, "temperature": 0.8 + 0.2 * member, "engine": engine}
+        given: dict[str, Any] = {
+            "seed": member,
+            "temperature": 0.8 + 0.2 * member,
+            "engine": engine,
+        }
         alone = wavear.generate(model, samples=samples, **given, **truncation)[0]
         assert torch.equal(made[member], alone)
 
 
 @pytest.mark.parametrize(
     ("theirs", "ours"),
-    [({}, {"top_k": 3}), ({"top_k": 3}, {}), ({"top_k": 3}, {"top_k": 4}), ({"top_p": 0.5}, {"top_p": 0.6})],
+    [
+        ({}, {"top_k": 3}),
+        ({"top_k": 3}, {}),
+        ({"top_k": 3}, {"top_k": 4}),
+        ({"top_p": 0.5}, {"top_p": 0.6}),
+    ],
     ids=str,
 )
 def test_a_batch_refuses_a_state_of_another_truncation(theirs, ours):
@@ -588,13 +705,17 @@ def test_a_batch_refuses_a_state_of_another_truncation(theirs, ours):
     state = Stream(model, engine="reference", **theirs).state()
     batch = StreamBatch(model, engine="reference", **ours)
     there, here = ((given.get("top_k"), given.get("top_p")) for given in (theirs, ours))
-    with pytest.raises(ValueError, match=re.escape(f"are {there} in the state and {here} in the batch")):
+    with pytest.raises(
+        ValueError, match=re.escape(f"are {there} in the state and {here} in the batch")
+    ):
         batch.add(state=state)
     assert len(batch) == 0
     assert batch.add(state=Stream(model, engine="reference", **ours).state()) == 0
 
 
-@pytest.mark.parametrize(("given", "message"), [({"top_k": 0}, "top_k is 0"), ({"top_p": 0.0}, "top_p is 0.0")])
+@pytest.mark.parametrize(
+    ("given", "message"), [({"top_k": 0}, "top_k is 0"), ({"top_p": 0.0}, "top_p is 0.0")]
+)
 def test_a_batch_of_no_truncation_there_is_is_refused(given, message):
     with pytest.raises(ValueError, match=message):
         StreamBatch(make(), engine="reference", **given)
@@ -639,7 +760,9 @@ def cut(data: bytes, size: int) -> list[bytes]:
 
 @hypothesis
 @given(
-    kind=st.sampled_from(["raw", "rows", "columns", "fortran rows", "fortran columns", "batch of one", "float64"]),
+    kind=st.sampled_from(
+        ["raw", "rows", "columns", "fortran rows", "fortran columns", "batch of one", "float64"]
+    ),
     frames=st.integers(1, 40),
     size=st.integers(1, 300),
 )
@@ -675,7 +798,10 @@ def test_frames_are_there_as_soon_as_their_bytes():
         (b"", "no mel frames"),
         (b"\0" * 59, "within frame 2: it had 19 of 20 bytes; expected 5 bands of float32"),
         (np.full(10, np.nan, "<f4").tobytes(), "frame 0 of stdin holds NaN"),
-        (npy(np.zeros((3, 4), np.float32)), r"shape \(3, 4\), expected \(frames, 5\) or \(5, frames\)"),
+        (
+            npy(np.zeros((3, 4), np.float32)),
+            r"shape \(3, 4\), expected \(frames, 5\) or \(5, frames\)",
+        ),
         (npy(np.zeros((3, 5), np.int32)), "int32, expected floating point"),
         (npy(np.zeros((3, 5), np.float32))[:-20], "ends after 2 of 3 frames"),
         (npy(np.zeros((5, 3), np.float32))[:-4], "ends after 14 of 15 numbers"),
@@ -694,13 +820,18 @@ def test_pcm_is_that_of_a_file(tmp_path):
 
     audio = torch.cat([torch.linspace(-1, 1, 1001), torch.tensor([0.5 / 32768, 1.5 / 32768])])
     wavear.audio.write(tmp_path / "x.wav", audio, 8000)
-    assert pcm16(audio.numpy()) == soundfile.read(tmp_path / "x.wav", dtype="int16")[0].astype("<i2").tobytes()
+    assert (
+        pcm16(audio.numpy())
+        == soundfile.read(tmp_path / "x.wav", dtype="int16")[0].astype("<i2").tobytes()
+    )
 
 
 def test_serving_tells_latency_and_underruns():
     model, mel = make(20), random_mel(120)
     data = cut(mel.numpy().T.astype("<f4").tobytes(), 400)  # 20 frames, 50 ms each
-    for _ in range(5):  # by the clock: a machine that is busy for some milliseconds adds a gap of its own
+    for _ in range(
+        5
+    ):  # by the clock: a machine that is busy for some milliseconds adds a gap of its own
         sink, said = Kept(), []
         source: Any = Slow(*data, pause=0.4, before=3)
         report = pipes.serve(model, source, sink, say=said.append, seed=5)
@@ -709,7 +840,8 @@ def test_serving_tells_latency_and_underruns():
             break
     assert "first sound after 9 frames (22 ms of mel, 3 of them look-ahead)" in said[0]
     assert "ms after the first frame came" in said[1]
-    # Three reads brought 60 frames, 150 ms of sound but for the look-ahead; then nothing came for 400 ms.
+    # Three reads brought 60 frames, 150 ms of sound but for the look-ahead; then nothing came for
+    # 400 ms.
     assert report.underruns == 1
     assert 0.2 < report.gaps_waiting < 0.4
     assert "the mel came late" in said[2]
@@ -750,7 +882,9 @@ def test_frames_of_another_convention_are_converted_as_they_come():
     pipes.serve(model, source, sink, say=lambda line: None, mel_source="log10", engine="reference")
     known = wavear.adapt_mel(common, model, "log10")
     assert not torch.equal(known, common)
-    assert b"".join(sink.written) == pcm16(wavear.generate(model, known, engine="reference")[0].numpy())
+    assert b"".join(sink.written) == pcm16(
+        wavear.generate(model, known, engine="reference")[0].numpy()
+    )
 
 
 @pytest.mark.parametrize("frames", [450, 60], ids=["after a second", "at the end"])
@@ -758,7 +892,9 @@ def test_frames_that_cannot_be_right_are_told_once(frames, monkeypatch):
     """Sound has begun by then, and goes on; nothing is said of frames as the model expects them."""
     model, mel = make(20), random_mel(frames) - 5.0
     judged = []
-    monkeypatch.setattr(pipes, "judge_mel", lambda mel, model: judged.append(mel) or wavear.judge_mel(mel, model))
+    monkeypatch.setattr(
+        pipes, "judge_mel", lambda mel, model: judged.append(mel) or wavear.judge_mel(mel, model)
+    )
     for values, wrong in ((mel, False), (mel * 20 / np.log(10), True)):
         said: list[str] = []
         sink = Kept()
@@ -794,12 +930,26 @@ def checkpoint(tmp_path_factory) -> Path:
     return folder / "model"
 
 
-def begin(checkpoint: Path, *flags: str, environment: dict[str, str] | None = None) -> subprocess.Popen:
-    command = [sys.executable, "-m", "wavear", "synthesize", str(checkpoint), "-", "--stream", "--engine", "reference"]
+def begin(
+    checkpoint: Path, *flags: str, environment: dict[str, str] | None = None
+) -> subprocess.Popen:
+    command = [
+        sys.executable,
+        "-m",
+        "wavear",
+        "synthesize",
+        str(checkpoint),
+        "-",
+        "--stream",
+        "--engine",
+        "reference",
+    ]
     pipes: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
     # Where the tests run in the background Ctrl-C is ignored, and a process inherits that.
     pipes["preexec_fn"] = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
-    return subprocess.Popen([*command, *flags], bufsize=0, env={**os.environ, **(environment or {})}, **pipes)
+    return subprocess.Popen(
+        [*command, *flags], bufsize=0, env={**os.environ, **(environment or {})}, **pipes
+    )
 
 
 def read_line(process: subprocess.Popen) -> str:
@@ -817,12 +967,16 @@ def test_a_process_in_front_and_one_behind(checkpoint):
         data = mel.numpy().T.astype("<f4").tobytes()
         process.stdin.write(data[:187])
         process.stdin.write(data[187:333])
-        first = process.stdout.read(12)  # 16 frames are there: enough for the first 13 frames' blocks
+        first = process.stdout.read(
+            12
+        )  # 16 frames are there: enough for the first 13 frames' blocks
         process.stdin.write(data[333:])
         process.stdin.close()
         rest = process.stdout.read()
         assert process.wait(60) == 0
-        assert first + rest == pcm16(wavear.generate(wavear.load(checkpoint), mel, seed=8)[0].numpy())
+        assert first + rest == pcm16(
+            wavear.generate(wavear.load(checkpoint), mel, seed=8)[0].numpy()
+        )
 
 
 def test_a_closed_pipe_ends_it_quietly(checkpoint):
@@ -854,7 +1008,8 @@ def test_a_bad_frame_is_an_error_after_the_sound_before_it(checkpoint):
         good = random_mel(20).numpy().T.astype("<f4").tobytes()
         out, err = process.communicate(good + b"\0" * 3)
         assert process.returncode == 1
-        # Of a single read nothing is pushed if a part of it is wrong; the frames read before are sound.
+        # Of a single read nothing is pushed if a part of it is wrong; the frames read before are
+        # sound.
         assert "within frame 20: it had 3 of 20 bytes" in err.decode()
         assert len(out) == 2 * 20 * 12
 
@@ -891,7 +1046,9 @@ def test_a_sound_device_is_played_to(checkpoint, tmp_path, monkeypatch):
         _, err = process.communicate(npy(mel.numpy()))
         assert process.returncode == 0, err
         expected = pcm16(wavear.generate(wavear.load(checkpoint), mel)[0].numpy())
-        assert (tmp_path / "played.raw").read_bytes() == b"8000 1 int16 2 start " + expected + b" stop"
+        assert (
+            tmp_path / "played.raw"
+        ).read_bytes() == b"8000 1 int16 2 start " + expected + b" stop"
         monkeypatch.syspath_prepend(tmp_path)
         monkeypatch.delitem(sys.modules, "sounddevice", raising=False)
         with pytest.raises(ValueError, match="cannot open the sound device broken"):
@@ -910,19 +1067,42 @@ def test_without_the_package_a_device_is_refused(monkeypatch):
     [
         (("synthesize", "model", "-", "--out", "x"), "pass --stream"),
         (("synthesize", "model", "x.npy", "--stream"), "its one input is -"),
-        (("synthesize", "model", "-", "--stream", "--out", "folder"), "--out is folder: with --stream it is -"),
+        (
+            ("synthesize", "model", "-", "--stream", "--out", "folder"),
+            "--out is folder: with --stream it is -",
+        ),
         (("synthesize", "free", "-", "--stream"), "not conditioned on mels"),
-        (("synthesize", "model", "-", "--stream", "--fade", "10"), "leave --format, --normalize, --fade"),
-        (("synthesize", "model", "-", "--stream", "--format", "flac"), "leave --format, --normalize, --fade"),
+        (
+            ("synthesize", "model", "-", "--stream", "--fade", "10"),
+            "leave --format, --normalize, --fade",
+        ),
+        (
+            ("synthesize", "model", "-", "--stream", "--format", "flac"),
+            "leave --format, --normalize, --fade",
+        ),
         (("synthesize", "model", "-", "--stream", "--mel-seconds", "1"), "--mel-seconds"),
-        (("synthesize", "model", "-", "--stream", "--mel-preset", "r9yy9"), "no mel preset 'r9yy9'"),
-        (("synthesize", "model", "-", "--stream", "--best-of", "2"), "--best-of compares whole utterances"),
-        (("synthesize", "model", "-", "--stream", "--argmax", "--top-k", "3"), "leave --top-k and --top-p away"),
-        (("synthesize", "model", "-", "--stream", "--argmax", "--top-p", "0.5"), "leave --top-k and --top-p away"),
+        (
+            ("synthesize", "model", "-", "--stream", "--mel-preset", "r9yy9"),
+            "no mel preset 'r9yy9'",
+        ),
+        (
+            ("synthesize", "model", "-", "--stream", "--best-of", "2"),
+            "--best-of compares whole utterances",
+        ),
+        (
+            ("synthesize", "model", "-", "--stream", "--argmax", "--top-k", "3"),
+            "leave --top-k and --top-p away",
+        ),
+        (
+            ("synthesize", "model", "-", "--stream", "--argmax", "--top-p", "0.5"),
+            "leave --top-k and --top-p away",
+        ),
         (("synthesize", "model", "-", "--stream", "--top-p", "2"), "top_p is 2.0"),
     ],
 )
-def test_commands_that_cannot_stream_are_refused(checkpoint, arguments, message, monkeypatch, capsys):
+def test_commands_that_cannot_stream_are_refused(
+    checkpoint, arguments, message, monkeypatch, capsys
+):
     monkeypatch.chdir(checkpoint.parent)
     with open(os.devnull) as nothing:
         monkeypatch.setattr(sys, "stdin", nothing)
@@ -946,7 +1126,12 @@ def test_flags_of_sampling_reach_the_stream(checkpoint, flags, given, monkeypatc
     sink = io.BytesIO()
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(npy(mel.numpy()))))  # type: ignore[arg-type]
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(sink))
-    assert wavear_main(("synthesize", str(checkpoint), "-", "--stream", "--engine", "reference", *flags)) == 0
+    assert (
+        wavear_main(
+            ("synthesize", str(checkpoint), "-", "--stream", "--engine", "reference", *flags)
+        )
+        == 0
+    )
     model = wavear.load(checkpoint)
     made = wavear.generate(model, mel, engine="reference", **given)[0]
     assert sink.getvalue() == pcm16(made.numpy())

@@ -70,7 +70,9 @@ def tones(tmp_path_factory):
     generator = np.random.default_rng(0)
     for number in range(8):
         time = np.arange(3000 + 64 * number) / RATE
-        tone = 0.5 * np.sin(2 * np.pi * (200 + 50 * number) * time) + 0.01 * generator.standard_normal(time.size)
+        tone = 0.5 * np.sin(
+            2 * np.pi * (200 + 50 * number) * time
+        ) + 0.01 * generator.standard_normal(time.size)
         path = root / f"speaker{number % 2}" / f"{number}.wav"
         path.parent.mkdir(exist_ok=True)
         audio.write(path, tone, RATE)
@@ -113,12 +115,20 @@ def test_training_learns_and_says_so(tones, tmp_path, capfd, monkeypatch):
 
     # The compiled engine would take longer to compile than this test takes.
     monkeypatch.setattr(callbacks, "probe", functools.partial(callbacks.probe, engine="reference"))
-    settings = {"max_steps": 80, "learning_rate": 2e-2, "validate_every": 40, "batch_size": 4, "sample_seconds": 0.02}
+    settings = {
+        "max_steps": 80,
+        "learning_rate": 2e-2,
+        "validate_every": 40,
+        "batch_size": 4,
+        "sample_seconds": 0.02,
+    }
     shutil.copytree(tones, tmp_path / "held")
     result = train(config_of(tones, tmp_path, validation=str(tmp_path / "held"), **settings))
     assert result.bits_before == pytest.approx(5.0, abs=0.6)  # log2 of 32 classes, more or less
     assert result.bits_best < result.held_out["unigram"] - 1.5 < result.held_out["uniform"] - 2 == 3
-    assert result.held_out["model"] == pytest.approx(result.bits_best, abs=1e-6)  # all 3 s of it are on the curve
+    assert result.held_out["model"] == pytest.approx(
+        result.bits_best, abs=1e-6
+    )  # all 3 s of it are on the curve
     assert (result.steps, result.stopped_by) == (80, "steps")
     out = tmp_path / "run"
     for name in ("best", "last"):
@@ -133,7 +143,13 @@ def test_training_learns_and_says_so(tones, tmp_path, capfd, monkeypatch):
     assert [int(row["step"]) for row in rows if row["train_bits"]] == list(range(10, 81, 10))
     assert float(rows[-2]["samples_per_second"]) > 0
     board = b"".join(path.read_bytes() for path in (out / "tensorboard").iterdir())
-    for name in (b"train_bits", b"validation_bits", b"learning_rate", b"samples_per_second", b"sample/generated"):
+    for name in (
+        b"train_bits",
+        b"validation_bits",
+        b"learning_rate",
+        b"samples_per_second",
+        b"sample/generated",
+    ):
         assert name in board
     assert capfd.readouterr() == ("", "")  # progress=False: neither we nor Lightning say a word
 
@@ -146,7 +162,12 @@ def test_the_same_run_twice_is_the_same(tones, tmp_path):
 
 @pytest.mark.parametrize(("accumulate", "optimizer"), [(1, "adamw"), (2, "adamw"), (1, "muon")])
 def test_a_resumed_run_equals_one_never_stopped(tones, tmp_path, accumulate, optimizer):
-    settings = {"batch_size": 4, "accumulate": accumulate, "max_steps": 6, "unconditional": accumulate == 2}
+    settings = {
+        "batch_size": 4,
+        "accumulate": accumulate,
+        "max_steps": 6,
+        "unconditional": accumulate == 2,
+    }
     settings["optimizer"] = optimizer
     train(config_of(tones, tmp_path / "straight", **settings))
     # The learning rate looks at max_steps, so the first part is interrupted rather than shorter.
@@ -176,7 +197,9 @@ def test_killed_runs_end_as_one_never_killed():
     program = Path(wavear.__file__).parents[1] / "bench" / "kills.py"
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(program.parents[1])}
     command = [sys.executable, str(program), "--kills", "3", "--per-run", "3", "--steps", "14"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
+    done = subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=600, check=False
+    )
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
     assert "3 kills" in done.stdout
     assert "equal to the uninterrupted one" in done.stdout
@@ -195,7 +218,9 @@ def test_workers_end_with_a_run_that_is_killed_while_they_start():
         print("workers started", flush=True)
         time.sleep(600)
     """
-    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as run:
+    with subprocess.Popen(
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, text=True
+    ) as run:
         assert run.stdout is not None
         assert run.stdout.readline() == "workers started\n"
         run.kill()
@@ -224,7 +249,8 @@ def test_a_held_out_file_that_cannot_be_read_is_named_and_stops_nothing(tones, t
     assert list(result.skipped) == ["b.wav"]
     assert "NaN" in result.skipped["b.wav"]
     assert math.isfinite(result.held_out["model"])
-    # What can be read of it counts; of a model that carries its state up to there, for what follows has no past.
+    # What can be read of it counts; of a model that carries its state up to there, for what follows
+    # has no past.
     held_out = open_corpus(str(tones), sample_rate=RATE, validation=str(held)).validation
     (b,) = (n for n, recording in enumerate(held_out) if recording.name == "b.wav")
     counted = held_out_bits(wavear.load(result.best), held_out).samples
@@ -241,7 +267,9 @@ def test_speakers_that_nobody_names_are_refused(tones, tmp_path):
     rows = [f"{path}" for path in sorted(tones.rglob("*.wav"))]
     (tmp_path / "list.csv").write_text("\n".join(["path", *rows]) + "\n")
     for settings in ({"speakers": True}, {"normalise": "rms", "normalise_by": "speaker"}):
-        with pytest.raises(ValueError, match=r"list\.csv names no speakers: a manifest does in a column 'speaker'"):
+        with pytest.raises(
+            ValueError, match=r"list\.csv names no speakers: a manifest does in a column 'speaker'"
+        ):
             train(config_of(tmp_path / "list.csv", tmp_path, **settings))
     assert not (tmp_path / "run").exists()
 
@@ -270,7 +298,10 @@ def test_a_damaged_last_state_is_named_and_the_one_before_it_taken(tones, tmp_pa
     settings = {"max_steps": 9, "checkpoint_every": 2, "validate_every": 4, "keep_last": 2}
     train(config_of(tones, tmp_path / "straight", **settings))
     straight = tmp_path / "straight" / "run"
-    assert state_names(straight) == ["step-00000008.safetensors", "step-00000009.safetensors"]  # two, and no more
+    assert state_names(straight) == [
+        "step-00000008.safetensors",
+        "step-00000009.safetensors",
+    ]  # two, and no more
     with interrupt_at_step(7):
         train(config_of(tones, tmp_path / "parts", **settings))
     out = tmp_path / "parts" / "run"
@@ -290,10 +321,14 @@ def test_a_damaged_last_state_is_named_and_the_one_before_it_taken(tones, tmp_pa
     assert_same_state(state_of(straight), state_of(out))
     assert timeless_rows(straight) == timeless_rows(out)
     assert state_names(out) == state_names(straight)
-    expected, found = (json.loads((o / "train.json").read_text())["history"] for o in (straight, out))
+    expected, found = (
+        json.loads((o / "train.json").read_text())["history"] for o in (straight, out)
+    )
     assert [(e["step"], e["bits"]) for e in expected] == [(e["step"], e["bits"]) for e in found]
     for name in ("best", "last"):
-        assert (out / name / "model.safetensors").read_bytes() == (straight / name / "model.safetensors").read_bytes()
+        assert (out / name / "model.safetensors").read_bytes() == (
+            straight / name / "model.safetensors"
+        ).read_bytes()
 
 
 def test_a_run_of_the_first_layout_is_resumed(tones, tmp_path):
@@ -383,7 +418,9 @@ def test_an_interrupt_saves_says_how_to_go_on_and_gives_the_signal_back(tones, t
 def test_a_run_trains_outside_the_main_thread(tones, tmp_path):
     """Where no signal can be caught."""
     results = []
-    thread = threading.Thread(target=lambda: results.append(train(config_of(tones, tmp_path, max_steps=2))))
+    thread = threading.Thread(
+        target=lambda: results.append(train(config_of(tones, tmp_path, max_steps=2)))
+    )
     thread.start()
     thread.join()
     assert results[0].steps == 2
@@ -400,7 +437,9 @@ def test_a_directory_with_something_in_it_is_refused(tones, tmp_path):
     out = tmp_path / "run"
     out.mkdir()
     (out / "thesis.tex").write_text("years of work")
-    with pytest.raises(FileExistsError, match="is not empty: choose another directory, or give --resume"):
+    with pytest.raises(
+        FileExistsError, match="is not empty: choose another directory, or give --resume"
+    ):
         train(config_of(tones, tmp_path))
     with pytest.raises(FileExistsError, match=r"holds no run of ours \(no train.json\)"):
         train(config_of(tones, tmp_path, overwrite=True))
@@ -447,7 +486,9 @@ def test_a_device_that_is_not_there_is_refused(tones, tmp_path, device):
 
 
 @pytest.mark.parametrize("gradient_only", [False, True], ids=["loss", "gradient"])
-def test_a_step_that_is_no_number_ends_the_run_before_it(tones, tmp_path, monkeypatch, gradient_only):
+def test_a_step_that_is_no_number_ends_the_run_before_it(
+    tones, tmp_path, monkeypatch, gradient_only
+):
     from wavear.training import module
 
     real = module.crop_loss
@@ -455,7 +496,9 @@ def test_a_step_that_is_no_number_ends_the_run_before_it(tones, tmp_path, monkey
     def broken(model, batch, *others):
         losses, mask = real(model, batch, *others)
         calls.append(batch)
-        factor = torch.tensor([[1.0], [math.nan]]) if len(calls) == 3 else 1.0  # the second crop of step 3
+        factor = (
+            torch.tensor([[1.0], [math.nan]]) if len(calls) == 3 else 1.0
+        )  # the second crop of step 3
         if gradient_only and len(calls) == 3:
             losses.register_hook(lambda gradient: gradient * math.inf)
             factor = 1.0
@@ -463,10 +506,14 @@ def test_a_step_that_is_no_number_ends_the_run_before_it(tones, tmp_path, monkey
 
     calls = []
     monkeypatch.setattr(module, "crop_loss", broken)
-    with pytest.raises(ValueError, match=r"step 3: the loss became .*lower learning rate") as caught:
+    with pytest.raises(
+        ValueError, match=r"step 3: the loss became .*lower learning rate"
+    ) as caught:
         train(config_of(tones, tmp_path, max_steps=6))
     out = tmp_path / "run"
-    assert state_of(out)["global_step"] == 2  # which reads it, and so knows that all weights are numbers
+    assert (
+        state_of(out)["global_step"] == 2
+    )  # which reads it, and so knows that all weights are numbers
     for name in ("best", "last"):
         wavear.load(out / name)  # likewise
     (path,) = out.glob("bad-step-*")
@@ -477,7 +524,9 @@ def test_a_step_that_is_no_number_ends_the_run_before_it(tones, tmp_path, monkey
         assert file.get_tensor("codes").shape == file.get_tensor("waveform").shape
         source, start = file.get_tensor("source").tolist(), file.get_tensor("start").tolist()
     recordings = open_corpus(tones, sample_rate=RATE).train
-    names = [f"{recordings[n].name} at {at / RATE:.2f} s" for n, at in zip(source, start, strict=True)]
+    names = [
+        f"{recordings[n].name} at {at / RATE:.2f} s" for n, at in zip(source, start, strict=True)
+    ]
     assert sorted(crop.split(" (")[0] for crop in crops) == sorted(names)
     assert all(crop in str(caught.value) for crop in crops)
     if not gradient_only:
@@ -536,7 +585,8 @@ def test_bands_are_scaled_by_the_training_data(tones, tmp_path):
     assert config.mel is not None
     waveforms = [audio.read(r.path)[None] for r in open_corpus(tones, sample_rate=RATE).train]
     mels = torch.cat([wavear.log_mel(w, config.mel)[0] for w in waveforms], dim=1)
-    # Of 64 crops of a tenth of a second: to a third of a deviation. (Unscaled, the means are 3 to 7 below zero.)
+    # Of 64 crops of a tenth of a second: to a third of a deviation. (Unscaled, the means are 3 to 7
+    # below zero.)
     assert ((conditioning.mel_mean - mels.mean(1)).abs() < mels.std(1) / 3).all()
     torch.testing.assert_close(conditioning.mel_deviation, mels.std(1), atol=0, rtol=0.35)
 
@@ -609,13 +659,21 @@ def test_parts_and_processes_do_not_change_the_gradient(tones, accumulate, world
 def test_parts_do_not_change_the_run(tones, tmp_path):
     """With clipping, which scales gradients in place; to the rounding of float32 sums."""
     for accumulate in (1, 4):
-        settings = {"batch_size": 4, "max_steps": 3, "gradient_clip": 0.01, "accumulate": accumulate}
+        settings = {
+            "batch_size": 4,
+            "max_steps": 3,
+            "gradient_clip": 0.01,
+            "accumulate": accumulate,
+        }
         train(config_of(tones, tmp_path / str(accumulate), **settings))
     a, b = (state_of(tmp_path / name / "run")["state_dict"] for name in "14")
     for name in a:
         torch.testing.assert_close(a[name], b[name], atol=2e-5, rtol=0)
     rows = [(tmp_path / name / "run" / "metrics.csv").read_text().splitlines() for name in "14"]
-    norms = [[float(row["gradient_norm"]) for row in csv.DictReader(lines) if row["gradient_norm"]] for lines in rows]
+    norms = [
+        [float(row["gradient_norm"]) for row in csv.DictReader(lines) if row["gradient_norm"]]
+        for lines in rows
+    ]
     assert norms[0] == pytest.approx(norms[1], rel=1e-3)  # clipping and Adam would hide a factor
 
 
@@ -626,7 +684,9 @@ def test_bf16_trains_on_the_same_gradient_but_for_its_rounding(tones, tmp_path):
     torch.manual_seed(0)
     model = wavear.WaveNet(config.model_config())
     layout = layout_of(model, 512)
-    batch = collate([Segments(open_corpus(tones, sample_rate=RATE).train, layout)[i] for i in range(4)])
+    batch = collate(
+        [Segments(open_corpus(tones, sample_rate=RATE).train, layout)[i] for i in range(4)]
+    )
     parameters = [p for p in model.parameters() if p.dim() > 1]
     found = []
     for dtype in (None, torch.bfloat16):
@@ -647,7 +707,8 @@ def test_bf16_trains_on_the_same_gradient_but_for_its_rounding(tones, tmp_path):
 def test_two_processes_train_like_one(tones, tmp_path, optimizer, tolerance):
     """Lightning DDP over gloo, as torchrun starts it: the weights of one process, but for the order of float32 sums.
 
-    Muon rounds the gradient to bfloat16, so that a last bit of it can become one of 256 parts of an update.
+    Muon rounds the gradient to bfloat16, so that a last bit of it can become one of 256 parts of an
+    update.
     """
     settings = {"max_steps": 3, "batch_size": 4, "validate_every": 2, "optimizer": optimizer}
     train(config_of(tones, tmp_path / "one", **settings))
@@ -655,16 +716,33 @@ def test_two_processes_train_like_one(tones, tmp_path, optimizer, tolerance):
     program = "import sys, json; from wavear.train import *; train(TrainConfig(**json.loads(sys.argv[1])))"
     script = tmp_path / "run.py"
     script.write_text(f"if __name__ == '__main__':\n    {program}\n")
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(wavear.__file__).parents[1])}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(Path(wavear.__file__).parents[1]),
+    }
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node=2",
+        str(script),
+    ]
     done = subprocess.run(
-        [*command, json.dumps(two)], env=environment, capture_output=True, text=True, timeout=120, check=False
+        [*command, json.dumps(two)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
     )
     assert done.returncode == 0, done.stderr[-2000:]
     a, b = (state_of(tmp_path / name / "run")["state_dict"] for name in ("one", "two"))
     for name in a:
         torch.testing.assert_close(a[name], b[name], atol=tolerance, rtol=1e-4)
-    records = [json.loads((tmp_path / name / "run" / "train.json").read_text()) for name in ("one", "two")]
+    records = [
+        json.loads((tmp_path / name / "run" / "train.json").read_text()) for name in ("one", "two")
+    ]
     for one, other in zip(*(record["history"] for record in records), strict=True):
         assert one["bits"] == pytest.approx(other["bits"], abs=10 * tolerance)
 
@@ -680,12 +758,20 @@ def test_held_out_bits_are_those_of_score(tones, monkeypatch, chunk, world):
 
     monkeypatch.setattr(held_out, "_EVALUATION_SEGMENT", chunk)
     torch.manual_seed(0)
-    model = wavear.WaveNet(TrainConfig(data="-", out="-", max_steps=1, **TINY).model_config()).double()
+    model = wavear.WaveNet(
+        TrainConfig(data="-", out="-", max_steps=1, **TINY).model_config()
+    ).double()
     recordings = [
-        dataclasses.replace(r, frames=r.frames // 64 * 64) for r in open_corpus(tones, sample_rate=RATE).train
+        dataclasses.replace(r, frames=r.frames // 64 * 64)
+        for r in open_corpus(tones, sample_rate=RATE).train
     ]
-    found = [held_out.held_out_bits(model, recordings, rank=rank, world=world) for rank in range(world)]
-    total, samples = np.sum([f.total for f in found], axis=0), np.sum([f.samples for f in found], axis=0)
+    found = [
+        held_out.held_out_bits(model, recordings, rank=rank, world=world) for rank in range(world)
+    ]
+    total, samples = (
+        np.sum([f.total for f in found], axis=0),
+        np.sum([f.samples for f in found], axis=0),
+    )
     for number, recording in enumerate(recordings):
         waveform = audio.read(recording.path, frames=recording.frames)
         expected = -wavear.score(model, waveform).sum().item() / math.log(2)
@@ -699,7 +785,9 @@ def test_baselines_of_a_known_chain():
     from wavear.evaluation.held_out import Counts, baselines
 
     generator = np.random.default_rng(0)
-    chain = np.array([[0.9, 0.1, 0.0, 0.0], [0.2, 0.5, 0.3, 0.0], [0.0, 0.3, 0.4, 0.3], [0.0, 0.0, 0.6, 0.4]])
+    chain = np.array(
+        [[0.9, 0.1, 0.0, 0.0], [0.2, 0.5, 0.3, 0.0], [0.0, 0.3, 0.4, 0.3], [0.0, 0.0, 0.6, 0.4]]
+    )
 
     def counts(length: int) -> Counts:
         codes = [0]
@@ -724,7 +812,9 @@ def test_counts_are_of_the_codes(tones, monkeypatch):
     from wavear import mulaw_encode
     from wavear.evaluation import held_out
 
-    monkeypatch.setattr(held_out, "_READ_SECONDS", 0.05)  # so that a recording is read in several blocks
+    monkeypatch.setattr(
+        held_out, "_READ_SECONDS", 0.05
+    )  # so that a recording is read in several blocks
     recordings = open_corpus(tones, sample_rate=RATE).train
     model = wavear.WaveNet(TrainConfig(data="-", out="-", max_steps=1, **TINY).model_config())
     counted = held_out.Counts.of(recordings, layout_of(model, 64), model.grid)
@@ -776,7 +866,9 @@ def test_what_a_state_cannot_hold_is_named_and_leaves_the_old_one(tmp_path):
 
     path = tmp_path / "s.safetensors"
     save_state({"a": 1}, path)
-    with pytest.raises(TypeError, match=r"state\.outer\.1 is of type Path|state\.outer\.1 is of type PosixPath"):
+    with pytest.raises(
+        TypeError, match=r"state\.outer\.1 is of type Path|state\.outer\.1 is of type PosixPath"
+    ):
         save_state({"outer": [1, Path("x")]}, path)
     with pytest.raises(TypeError, match="state has a key of type tuple"):
         save_state({(1, 2): 3}, path)  # type: ignore
@@ -789,10 +881,15 @@ def test_a_damaged_state_is_refused(tones, tmp_path):
     first, path = [tmp_path / "run" / "states" / f"step-0000000{n}.safetensors" for n in (0, 1)]
     first.unlink()
     path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(ValueError, match=r"holds no good state .*step-00000001\.safetensors is damaged or no training"):
+    with pytest.raises(
+        ValueError,
+        match=r"holds no good state .*step-00000001\.safetensors is damaged or no training",
+    ):
         train(config_of(tones, tmp_path, max_steps=2, resume=True))
     path.write_bytes((tmp_path / "run" / "last" / "model.safetensors").read_bytes())
-    with pytest.raises(ValueError, match=r"step-00000001\.safetensors is no training state: weights only"):
+    with pytest.raises(
+        ValueError, match=r"step-00000001\.safetensors is no training state: weights only"
+    ):
         train(config_of(tones, tmp_path, max_steps=2, resume=True))
 
 
@@ -853,7 +950,10 @@ def test_a_long_recording_is_validated_in_part():
     """A file of an hour would otherwise be scored whole at every validation."""
     from wavear.evaluation.held_out import subset
 
-    recordings = [Recording(Path(name), name, 7, frames, RATE) for name, frames in (("a", 100_000), ("b", 3000))]
+    recordings = [
+        Recording(Path(name), name, 7, frames, RATE)
+        for name, frames in (("a", 100_000), ("b", 3000))
+    ]
     assert [(r.name, r.start, r.frames) for r in subset(recordings, 50_000)] == [("a", 7, 50_000)]
     assert [r.frames for r in subset(recordings, 10)] == [4096]
     assert [r.frames for r in subset(recordings, 101_000)] == [100_000]
@@ -871,9 +971,17 @@ def test_a_name_that_is_no_unicode_stops_nothing(tones, tmp_path):
     audio.write(data / "held" / "a.wav", np.zeros(4000), RATE)
     config = config_of(data, tmp_path, validation=str(data / "held"))
     program = f"import json, wavear; wavear.train(wavear.TrainConfig(**json.loads({json.dumps(vars(config))!r})))"
-    environment = os.environ | {"PYTHONPATH": str(Path(wavear.__file__).parents[1]), "PYTHONIOENCODING": "utf-8:strict"}
+    environment = os.environ | {
+        "PYTHONPATH": str(Path(wavear.__file__).parents[1]),
+        "PYTHONIOENCODING": "utf-8:strict",
+    }
     program = program.replace('"progress": false', '"progress": true')
-    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, check=False
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     assert rb"caf\udce9.wav" in done.stdout
-    assert any("caf" in name for name in json.loads((tmp_path / "run" / "train.json").read_text())["skipped"])
+    assert any(
+        "caf" in name
+        for name in json.loads((tmp_path / "run" / "train.json").read_text())["skipped"]
+    )

@@ -32,7 +32,14 @@ SHARED: dict[str, Any] = {
 SMALL: dict[str, dict[str, Any]] = {
     "wavenet": {"layers": 3, "stacks": 1, "residual_channels": 8, "skip_channels": 8},
     "gru": {"channels": 8, "input_channels": 8},
-    "transformer": {"layers": 1, "channels": 8, "heads": 2, "window": 8, "patch": 4, "sample_channels": 4},
+    "transformer": {
+        "layers": 1,
+        "channels": 8,
+        "heads": 2,
+        "window": 8,
+        "patch": 4,
+        "sample_channels": 4,
+    },
 }
 WAVENET: dict[str, Any] = SHARED | SMALL["wavenet"] | {"family": "wavenet"}
 
@@ -50,7 +57,9 @@ def tones(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root, generator = tmp_path_factory.mktemp("tones"), np.random.default_rng(0)
     for number in range(6):
         time = np.arange(3000 + 64 * number) / RATE
-        tone = 0.5 * np.sin(2 * np.pi * (200 + 50 * number) * time) + 0.01 * generator.standard_normal(time.size)
+        tone = 0.5 * np.sin(
+            2 * np.pi * (200 + 50 * number) * time
+        ) + 0.01 * generator.standard_normal(time.size)
         audio.write(root / f"{number}.wav", tone, RATE)
     return root
 
@@ -82,7 +91,11 @@ def recorded(out: Path) -> dict[str, Any]:
     [
         (
             "wavenet",
-            {f"blocks.{n}.{name}.weight" for n in range(3) for name in ("dilated", "conditioning", "skip", "residual")}
+            {
+                f"blocks.{n}.{name}.weight"
+                for n in range(3)
+                for name in ("dilated", "conditioning", "skip", "residual")
+            }
             - {"blocks.2.residual.weight"}
             | {"head.1.weight"},
         ),
@@ -175,7 +188,12 @@ def test_a_state_of_another_optimizer_is_refused():
 
 def test_a_step_with_muon_is_one_step_and_learns(tones: Path, tmp_path: Path):
     """Lightning counts the steps of every optimizer; the run has one."""
-    settings: dict[str, Any] = {"max_steps": 40, "batch_size": 4, "warmup_steps": 5, "ema_decay": 0.9}
+    settings: dict[str, Any] = {
+        "max_steps": 40,
+        "batch_size": 4,
+        "warmup_steps": 5,
+        "ema_decay": 0.9,
+    }
     rates = {"learning_rate": 2e-2, "muon_learning_rate": 5e-2}
     result = train(config_of(tones, tmp_path / "run", optimizer="muon", **settings, **rates))
     assert result.steps == 40
@@ -193,7 +211,10 @@ def test_a_step_with_muon_is_one_step_and_learns(tones: Path, tmp_path: Path):
 def test_a_run_with_another_optimizer_is_not_resumed(tones: Path, tmp_path: Path):
     config = config_of(tones, tmp_path / "run", max_steps=1)
     train(config)
-    with pytest.raises(ValueError, match="is a run with the optimizer adamw, now muon: resume with --optimizer adamw"):
+    with pytest.raises(
+        ValueError,
+        match="is a run with the optimizer adamw, now muon: resume with --optimizer adamw",
+    ):
         train(dataclasses.replace(config, optimizer="muon", resume=True))
 
 
@@ -218,16 +239,35 @@ def test_a_run_records_the_defaults_that_it_took(tones: Path, tmp_path: Path):
     assert found == dataclasses.asdict(config.resolved())
 
 
-@pytest.mark.parametrize(("rate", "segment"), [(22050, 8192), (16000, 8192), (8000, 4096), (44100, 16384)])
+@pytest.mark.parametrize(
+    ("rate", "segment"), [(22050, 8192), (16000, 8192), (8000, 4096), (44100, 16384)]
+)
 def test_the_predictive_family_has_its_own_defaults(rate: int, segment: int):
     config = TrainConfig(data="-", out="-", family="predictive", sample_rate=rate)
     assert config.learning_rate is None
     found = config.resolved()
     assert (found.optimizer, found.learning_rate, found.muon_learning_rate) == ("muon", 4e-3, 1e-2)
-    assert (found.hold, found.weight_decay, found.warmup_steps, found.gradient_clip) == (0.3, 0.0, 100, 1.0)
-    assert (found.segment, found.batch_size, found.input_noise, found.ema_decay) == (segment, 3, 0.5, 0.9)
-    given = dataclasses.replace(config, learning_rate=1e-3, input_noise=0.0, segment=100, optimizer="adamw").resolved()
-    assert (given.learning_rate, given.input_noise, given.segment, given.optimizer) == (1e-3, 0.0, 100, "adamw")
+    assert (found.hold, found.weight_decay, found.warmup_steps, found.gradient_clip) == (
+        0.3,
+        0.0,
+        100,
+        1.0,
+    )
+    assert (found.segment, found.batch_size, found.input_noise, found.ema_decay) == (
+        segment,
+        3,
+        0.5,
+        0.9,
+    )
+    given = dataclasses.replace(
+        config, learning_rate=1e-3, input_noise=0.0, segment=100, optimizer="adamw"
+    ).resolved()
+    assert (given.learning_rate, given.input_noise, given.segment, given.optimizer) == (
+        1e-3,
+        0.0,
+        100,
+        "adamw",
+    )
     with pytest.raises(ValueError, match="a batch of 3 does not divide into 2 parts"):
         dataclasses.replace(config, accumulate=2)
 

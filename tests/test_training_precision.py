@@ -45,7 +45,9 @@ def tones(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("tones")
     for number in range(6):
         time = np.arange(3000 + 64 * number) / RATE
-        audio.write(root / f"{number}.wav", 0.5 * np.sin(2 * np.pi * (200 + 50 * number) * time), RATE)
+        audio.write(
+            root / f"{number}.wav", 0.5 * np.sin(2 * np.pi * (200 + 50 * number) * time), RATE
+        )
     return root
 
 
@@ -61,7 +63,9 @@ def measured(monkeypatch: pytest.MonkeyPatch, speedup: float) -> None:
     monkeypatch.setattr(precision, "bf16_speedup", lambda threads: speedup)
 
 
-def chosen(settings: dict[str, Any], model: Any, kind: str = "cpu", recorded: str | None = None) -> str:
+def chosen(
+    settings: dict[str, Any], model: Any, kind: str = "cpu", recorded: str | None = None
+) -> str:
     return choose(config_of(Path(), Path(), **settings), model, kind, recorded)[0]
 
 
@@ -69,7 +73,9 @@ def chosen(settings: dict[str, Any], model: Any, kind: str = "cpu", recorded: st
 
 
 @pytest.mark.parametrize(("speedup", "expected"), [(2.5, "bf16"), (1.05, "32"), (0.4, "32")])
-def test_auto_takes_bf16_where_the_cpu_gains(monkeypatch: pytest.MonkeyPatch, speedup: float, expected: str):
+def test_auto_takes_bf16_where_the_cpu_gains(
+    monkeypatch: pytest.MonkeyPatch, speedup: float, expected: str
+):
     measured(monkeypatch, speedup)
     found, why = choose(config_of(Path(), Path()), model_of(), "cpu")
     assert found == expected
@@ -83,12 +89,17 @@ def test_what_is_asked_for_is_not_measured(monkeypatch: pytest.MonkeyPatch):
     assert chosen({"precision": "bf16"}, model_of()) == "bf16"
 
 
-def test_a_law_over_values_needs_float32_unless_the_model_says_otherwise(monkeypatch: pytest.MonkeyPatch):
+def test_a_law_over_values_needs_float32_unless_the_model_says_otherwise(
+    monkeypatch: pytest.MonkeyPatch,
+):
     measured(monkeypatch, 2.5)
     settings = {"law": "laplace", "classes": 65536}
     model = model_of(**settings)
     assert chosen(settings, model) == "32"
-    with pytest.raises(ValueError, match="bf16 has 8 bits, too few for the values of the law laplace: use precision"):
+    with pytest.raises(
+        ValueError,
+        match="bf16 has 8 bits, too few for the values of the law laplace: use precision",
+    ):
         chosen(settings | {"precision": "bf16"}, model)
     model.bf16 = True
     assert chosen(settings, model) == "bf16"
@@ -144,7 +155,10 @@ def test_a_run_records_and_prints_its_precision(
     train(config_of(tones, tmp_path / "run", max_steps=1, progress=True, optimizer="muon"))
     assert json.loads((tmp_path / "run" / "train.json").read_text())["precision"] == "bf16"
     said = capsys.readouterr().out
-    assert "learning rate 0.01; AdamW for the rest, 0.002; bf16 (bf16 products are 1.9 times as fast here)" in said
+    assert (
+        "learning rate 0.01; AdamW for the rest, 0.002; bf16 (bf16 products are 1.9 times as fast here)"
+        in said
+    )
 
 
 @pytest.mark.parametrize("speedup", [2.0, 0.5])
@@ -163,7 +177,9 @@ def test_resume_keeps_the_precision_and_equals_uninterrupted(
 
     with monkeypatch.context() as patch:
         patch.setattr(TrainingModule, "update_average", update)
-        assert train(config_of(tones, tmp_path / "parts", optimizer="muon")).stopped_by == "interrupt"
+        assert (
+            train(config_of(tones, tmp_path / "parts", optimizer="muon")).stopped_by == "interrupt"
+        )
     measured(monkeypatch, 1 / speedup)
     train(config_of(tones, tmp_path / "parts", optimizer="muon", resume=True))
     tensors: list[dict[str, torch.Tensor]] = [{}, {}]
@@ -175,7 +191,9 @@ def test_resume_keeps_the_precision_and_equals_uninterrupted(
         assert torch.equal(tensor, tensors[1][name]), name
 
 
-def test_a_run_takes_the_precision_of_the_first_process(tones: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_run_takes_the_precision_of_the_first_process(
+    tones: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     """The processes measure each for itself; what the first one broadcasts counts."""
     measured(monkeypatch, 2.0)
     real = SingleDeviceStrategy.broadcast

@@ -68,7 +68,9 @@ def tones(tmp_path_factory: pytest.TempPathFactory) -> Path:
     generator = np.random.default_rng(0)
     for number in range(6):
         time = np.arange(3000) / RATE
-        tone = 0.5 * np.sin(2 * np.pi * (200 + 50 * number) * time) + 0.01 * generator.standard_normal(3000)
+        tone = 0.5 * np.sin(
+            2 * np.pi * (200 + 50 * number) * time
+        ) + 0.01 * generator.standard_normal(3000)
         audio.write(root / f"{number}.wav", tone, RATE)
     return root
 
@@ -84,10 +86,14 @@ def weights_of(out: Path) -> dict[str, torch.Tensor]:
     return load_state(state_paths(out)[0])["state_dict"]
 
 
-def gradients(tones: Path, model: wavear.WaveNet, dtype: torch.dtype | None = None) -> tuple[torch.Tensor, int]:
+def gradients(
+    tones: Path, model: wavear.WaveNet, dtype: torch.dtype | None = None
+) -> tuple[torch.Tensor, int]:
     """Of one batch, and the bytes that were kept for the backward pass."""
     layout = layout_of(model, 512)
-    batch = collate([Segments(open_corpus(tones, sample_rate=RATE).train, layout)[i] for i in range(2)])
+    batch = collate(
+        [Segments(open_corpus(tones, sample_rate=RATE).train, layout)[i] for i in range(2)]
+    )
     kept: dict[int, int] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
@@ -102,10 +108,14 @@ def gradients(tones: Path, model: wavear.WaveNet, dtype: torch.dtype | None = No
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=["float32", "bf16"])
 @pytest.mark.parametrize("unconditional", [False, True], ids=["mel", "free"])
-def test_checkpointed_activations_give_the_same_gradient_for_less(tones: Path, tmp_path: Path, dtype, unconditional):
+def test_checkpointed_activations_give_the_same_gradient_for_less(
+    tones: Path, tmp_path: Path, dtype, unconditional
+):
     """To the bit: the same operations on the same numbers."""
     torch.manual_seed(0)
-    model = wavear.WaveNet(config_of(tones, tmp_path, layers=8, unconditional=unconditional).model_config())
+    model = wavear.WaveNet(
+        config_of(tones, tmp_path, layers=8, unconditional=unconditional).model_config()
+    )
     plain, most = gradients(tones, model, dtype)
     model.activation_checkpointing = True
     again, least = gradients(tones, model, dtype)
@@ -134,18 +144,24 @@ def test_compiled_layers_give_the_gradient_of_the_plain_ones(tones: Path, tmp_pa
     model.compile_layers()
     compiled, _ = gradients(tones, model)
     torch.testing.assert_close(compiled, plain, atol=2e-6, rtol=1e-4)
-    assert counters["stats"]["unique_graphs"] == 2  # the layers are one kernel, and the last is another
+    assert (
+        counters["stats"]["unique_graphs"] == 2
+    )  # the layers are one kernel, and the last is another
     assert list(model.state_dict()) == names
 
 
-def test_without_a_compiler_compiling_is_refused(tones: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_without_a_compiler_compiling_is_refused(
+    tones: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.setattr("shutil.which", lambda name: None)
     with pytest.raises(ValueError, match=r"compile needs a C\+\+ compiler, and there is none here"):
         train(config_of(tones, tmp_path / "run", compile=True))
     assert not (tmp_path / "run").exists()
 
 
-def test_a_family_that_cannot_checkpoint_is_named(tones: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_family_that_cannot_checkpoint_is_named(
+    tones: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.setattr(wavear.WaveNet, "activation_checkpointing", None)
     with pytest.raises(ValueError, match="activation_checkpointing is not made for WaveNet"):
         train(config_of(tones, tmp_path / "run", activation_checkpointing=True))
@@ -165,7 +181,9 @@ def test_a_family_that_cannot_checkpoint_is_named(tones: Path, tmp_path: Path, m
     ],
     ids=["empty", "damaged", "missing", "device", "wandb"],
 )
-def test_a_run_that_cannot_begin_leaves_no_folder(tones, tmp_path, monkeypatch, content, settings, message):
+def test_a_run_that_cannot_begin_leaves_no_folder(
+    tones, tmp_path, monkeypatch, content, settings, message
+):
     monkeypatch.setattr("lightning.pytorch.loggers.wandb._WANDB_AVAILABLE", False)
     data = tones if content == "tones" else tmp_path / "data"
     if isinstance(content, dict):
@@ -183,17 +201,26 @@ def test_a_run_that_cannot_begin_leaves_the_one_it_was_to_replace(tones: Path, t
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="holds no audio files"):
         train(config_of(tmp_path / "empty", tmp_path / "run", overwrite=True))
-    assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
+    assert {
+        path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()
+    } == before
     train(config_of(tones, tmp_path / "run", overwrite=True, max_steps=1))
     assert json.loads((tmp_path / "run" / "train.json").read_text())["steps"] == 1
-    assert (tmp_path / "run" / "metrics.csv").read_text().count("validation_bits") == 1  # the old one is gone
+    assert (tmp_path / "run" / "metrics.csv").read_text().count(
+        "validation_bits"
+    ) == 1  # the old one is gone
 
 
 # --- processes
 
 
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"}
-SLURM = {"SLURM_NTASKS": "4", "SLURM_NNODES": "2", "SLURM_NTASKS_PER_NODE": "2", "SLURM_PROCID": "1"}
+SLURM = {
+    "SLURM_NTASKS": "4",
+    "SLURM_NNODES": "2",
+    "SLURM_NTASKS_PER_NODE": "2",
+    "SLURM_PROCID": "1",
+}
 
 
 @pytest.mark.parametrize(
@@ -225,7 +252,9 @@ def test_an_environment_that_makes_no_sense_is_refused(change: dict[str, str], m
     with pytest.raises(ValueError, match=message):
         Processes.here(SLURM | change)
     with pytest.raises(ValueError, match="give sbatch --ntasks-per-node"):
-        Processes.here({name: value for name, value in SLURM.items() if name != "SLURM_NTASKS_PER_NODE"})
+        Processes.here(
+            {name: value for name, value in SLURM.items() if name != "SLURM_NTASKS_PER_NODE"}
+        )
 
 
 def free_port() -> str:
@@ -234,7 +263,9 @@ def free_port() -> str:
         return str(one.getsockname()[1])
 
 
-def start(config: TrainConfig, script: Path, environment: dict[str, str], *launcher: str) -> subprocess.Popen:
+def start(
+    config: TrainConfig, script: Path, environment: dict[str, str], *launcher: str
+) -> subprocess.Popen:
     script.write_text(
         "import sys, json\nfrom wavear.train import *\n"
         "if __name__ == '__main__':\n    train(TrainConfig(**json.loads(sys.argv[1])))\n"
@@ -242,7 +273,11 @@ def start(config: TrainConfig, script: Path, environment: dict[str, str], *launc
     path = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(wavear.__file__).parents[1])}
     command = [sys.executable, *launcher, str(script), json.dumps(dataclasses.asdict(config))]
     return subprocess.Popen(
-        command, env=os.environ | path | environment, cwd=script.parent, stderr=subprocess.PIPE, text=True
+        command,
+        env=os.environ | path | environment,
+        cwd=script.parent,
+        stderr=subprocess.PIPE,
+        text=True,
     )
 
 
@@ -274,11 +309,20 @@ def test_two_nodes_train_like_one_process(tones: Path, tmp_path: Path, launcher:
     """The environment of `srun` with two tasks, and two `torchrun`s, each a node: the global batch is shared."""
     held = shutil.copytree(tones, tmp_path / "held")
     train(config_of(tones, tmp_path / "one", validation=str(held)))
-    two, port = config_of(tones, tmp_path / "two", validation=str(held)), free_port()  # six crops to score, shared
+    two, port = (
+        config_of(tones, tmp_path / "two", validation=str(held)),
+        free_port(),
+    )  # six crops to score, shared
     if launcher == "srun":
         jobs = [start(two, tmp_path / f"{n}.py", slurm_task(n, 2, port)) for n in range(2)]
     else:
-        words = ["-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1", f"--master-port={port}"]
+        words = [
+            "-m",
+            "torch.distributed.run",
+            "--nnodes=2",
+            "--nproc-per-node=1",
+            f"--master-port={port}",
+        ]
         words += ["--master-addr=127.0.0.1"]
         jobs = [start(two, tmp_path / f"{n}.py", {}, *words, f"--node-rank={n}") for n in range(2)]
     for job in jobs:

@@ -81,9 +81,13 @@ def rows_of(path: Path) -> list[dict[str, str]]:
 
 def _carrying(family: str, mel: wavear.MelConfig | None) -> Any:
     if family == "gru":
-        return wavear.GRU(wavear.GRUConfig(channels=16, input_channels=8, sample_rate=RATE, mel=mel))
+        return wavear.GRU(
+            wavear.GRUConfig(channels=16, input_channels=8, sample_rate=RATE, mel=mel)
+        )
     return wavear.Transformer(
-        wavear.TransformerConfig(layers=2, channels=8, heads=2, window=4, patch=4, sample_rate=RATE, mel=mel)
+        wavear.TransformerConfig(
+            layers=2, channels=8, heads=2, window=4, patch=4, sample_rate=RATE, mel=mel
+        )
     )
 
 
@@ -101,7 +105,9 @@ def test_bits_by_level_are_those_of_evaluate(
     torch.manual_seed(0)
     config = config_of(tones, tmp_path, unconditional=unconditional)
     wavenet = family == "wavenet"
-    model = (wavear.WaveNet(config.model_config()) if wavenet else _carrying(family, config.mel)).double()
+    model = (
+        wavear.WaveNet(config.model_config()) if wavenet else _carrying(family, config.mel)
+    ).double()
     recordings = open_corpus(tones, sample_rate=RATE).train
     hop = 1 if unconditional else 64
     recordings = [Recording(r.path, r.name, 0, r.frames // hop * hop, RATE) for r in recordings]
@@ -109,13 +115,20 @@ def test_bits_by_level_are_those_of_evaluate(
     for rank in range(world):
         held_out.held_out_bits(model, recordings, rank=rank, world=world, note=levels.add)
     expected = [score_recording(model, recording, None) for recording in recordings]
-    np.testing.assert_array_equal(levels.samples, np.sum([s.level_samples for s in expected], axis=0))
-    np.testing.assert_allclose(levels.bits, np.sum([s.level_bits for s in expected], axis=0), rtol=1e-6)
+    np.testing.assert_array_equal(
+        levels.samples, np.sum([s.level_samples for s in expected], axis=0)
+    )
+    np.testing.assert_allclose(
+        levels.bits, np.sum([s.level_bits for s in expected], axis=0), rtol=1e-6
+    )
     assert np.count_nonzero(levels.samples) > 2
     name, (mean, count) = next(iter(levels.named().items()))
     first = int(np.argmax(levels.samples > 0))
     assert name == "-70 to -60"
-    assert (mean, count) == (pytest.approx(levels.bits[first] / levels.samples[first]), levels.samples[first])
+    assert (mean, count) == (
+        pytest.approx(levels.bits[first] / levels.samples[first]),
+        levels.samples[first],
+    )
 
 
 def test_a_run_writes_them_by_level_and_by_speaker(tones: Path, tmp_path: Path):
@@ -156,7 +169,9 @@ def test_speakers_take_turns_on_the_curve():
     assert turn_about(nameless) == nameless
 
 
-def test_the_distance_of_the_average_and_the_waits_are_told(tones: Path, tmp_path: Path, monkeypatch):
+def test_the_distance_of_the_average_and_the_waits_are_told(
+    tones: Path, tmp_path: Path, monkeypatch
+):
     import time
 
     from wavear.training.state import load_state
@@ -170,7 +185,9 @@ def test_the_distance_of_the_average_and_the_waits_are_told(tones: Path, tmp_pat
     train(config_of(tones, tmp_path / "run"))
     state = load_state(tmp_path / "run" / "states" / "step-00000010.safetensors")["state_dict"]
     names = dict(wavear.load(tmp_path / "run" / "last").named_parameters())  # not what is fixed
-    apart = sum(float((state[f"model.{n}"] - state[f"average.{n}"]).double().square().sum()) for n in names)
+    apart = sum(
+        float((state[f"model.{n}"] - state[f"average.{n}"]).double().square().sum()) for n in names
+    )
     norm = sum(float(state[f"model.{n}"].double().square().sum()) for n in names)
     (row,) = [row for row in rows_of(tmp_path / "run" / "metrics.csv") if row["average_distance"]]
     assert float(row["average_distance"]) == pytest.approx(math.sqrt(apart / norm), rel=1e-3)
@@ -178,15 +195,21 @@ def test_the_distance_of_the_average_and_the_waits_are_told(tones: Path, tmp_pat
     train(config_of(tones, tmp_path / "slow"))
     (slowed,) = [row for row in rows_of(tmp_path / "slow" / "metrics.csv") if row["data_wait"]]
     assert float(row["data_wait"]) < 0.9
-    assert float(slowed["data_wait"]) * float(slowed["seconds"]) > 10 * 2 * 0.1 * 0.9  # twenty crops of 0.1 s
+    assert (
+        float(slowed["data_wait"]) * float(slowed["seconds"]) > 10 * 2 * 0.1 * 0.9
+    )  # twenty crops of 0.1 s
     assert float(slowed["data_wait"]) <= 1
 
 
 def test_rows_of_steps_taken_again_are_dropped(tmp_path: Path):
     from wavear.training.log import Log
 
-    (tmp_path / "metrics.csv").write_text("step,seconds,train_bits\n10,1.0,3.5\n20,2.0,3.0\n3")  # of an older version
-    (tmp_path / "validation.csv").write_text("step,measure,group,value,samples\n10,probe,x,1.0,\n20,probe,x,2.0,\n")
+    (tmp_path / "metrics.csv").write_text(
+        "step,seconds,train_bits\n10,1.0,3.5\n20,2.0,3.0\n3"
+    )  # of an older version
+    (tmp_path / "validation.csv").write_text(
+        "step,measure,group,value,samples\n10,probe,x,1.0,\n20,probe,x,2.0,\n"
+    )
     Log(tmp_path).trim(10)
     (row,) = rows_of(tmp_path / "metrics.csv")
     assert (row["step"], row["train_bits"], row["data_wait"]) == ("10", "3.5", "")
@@ -204,7 +227,9 @@ def stand_in(told: list[tuple[str, Any]]) -> types.ModuleType:
         def __init__(self, **settings: Any):
             told.append(("init", settings))
             self.id, self.name = settings["id"], settings["name"]
-            self.config = types.SimpleNamespace(update=lambda values, **_: told.append(("config", values)))
+            self.config = types.SimpleNamespace(
+                update=lambda values, **_: told.append(("config", values))
+            )
 
         def log(self, values: dict[str, Any]) -> None:
             told.append(("log", values))
@@ -216,10 +241,15 @@ def stand_in(told: list[tuple[str, Any]]) -> types.ModuleType:
             told.append(("finish", None))
 
     parts: dict[str, Any] = {"run": None, "init": lambda **settings: Run(**settings)}
-    parts |= {"Audio": lambda data, **settings: ("audio", data, settings), "Image": lambda data, **_: ("image", data)}
+    parts |= {
+        "Audio": lambda data, **settings: ("audio", data, settings),
+        "Image": lambda data, **_: ("image", data),
+    }
     for name, part in parts.items():
         setattr(wandb, name, part)
-    inner = {name: types.ModuleType(name) for name in ("wandb.sdk", "wandb.sdk.lib", "wandb.wandb_run")}
+    inner = {
+        name: types.ModuleType(name) for name in ("wandb.sdk", "wandb.sdk.lib", "wandb.wandb_run")
+    }
     inner["wandb.sdk.lib"].RunDisabled = type("RunDisabled", (), {})  # type: ignore[attr-defined]
     inner["wandb.wandb_run"].Run = Run  # type: ignore[attr-defined]
     sys.modules.update(inner | {"wandb": wandb})
@@ -238,7 +268,9 @@ def wandb_told(monkeypatch: pytest.MonkeyPatch):
     sys.modules.update(before)
 
 
-def test_weights_and_biases_is_told_what_tensorboard_is(tones: Path, tmp_path: Path, wandb_told, monkeypatch):
+def test_weights_and_biases_is_told_what_tensorboard_is(
+    tones: Path, tmp_path: Path, wandb_told, monkeypatch
+):
     import functools
 
     from wavear.training import callbacks
@@ -250,7 +282,12 @@ def test_weights_and_biases_is_told_what_tensorboard_is(tones: Path, tmp_path: P
     assert (init["project"], init["name"], init["dir"]) == ("voices", "run", str(tmp_path / "run"))
     logged = [values for kind, values in wandb_told if kind == "log"]
     curves = {(name, values["trainer/global_step"]) for values in logged for name in values}
-    assert {("train_bits", 10), ("gradient_norm", 10), ("validation_bits", 0), ("validation_bits", 10)} <= curves
+    assert {
+        ("train_bits", 10),
+        ("gradient_norm", 10),
+        ("validation_bits", 0),
+        ("validation_bits", 10),
+    } <= curves
     assert any(name.startswith("bits by level/") for name, _ in curves)
     sounds = [values["sample/generated"] for values in logged if "sample/generated" in values]
     assert sounds[0][0][0] == "audio"
@@ -287,9 +324,14 @@ def test_hidden_frames_are_the_mean_and_no_others(tones: Path, tmp_path: Path):
     assert torch.equal(dropped.transpose(1, 2)[~hidden], clean.transpose(1, 2)[~hidden])
     assert not (clean == mean[:, None]).any()
     noise = torch.Generator().manual_seed(0)
-    assert torch.equal(crop_loss(model, batch, layout, None, noise, dropout=0.0)[0], crop_loss(model, batch, layout)[0])
+    assert torch.equal(
+        crop_loss(model, batch, layout, None, noise, dropout=0.0)[0],
+        crop_loss(model, batch, layout)[0],
+    )
     generators = [torch.Generator().manual_seed(seed) for seed in (1, 1, 2)]
-    a, b, c = (crop_loss(model, batch, layout, None, generator, dropout=0.3)[0] for generator in generators)
+    a, b, c = (
+        crop_loss(model, batch, layout, None, generator, dropout=0.3)[0] for generator in generators
+    )
     assert torch.equal(a, b)
     assert not torch.equal(a, c)
 
@@ -302,7 +344,10 @@ def test_a_run_hides_frames_in_training_alone(tones: Path, tmp_path: Path):
         for name, share in {"a": 0.0, "b": 0.5}.items()
     ]
     assert results[0].bits_final == pytest.approx(results[1].bits_final, abs=1e-6)
-    losses = [[r["train_bits"] for r in rows_of(tmp_path / name / "metrics.csv") if r["train_bits"]] for name in "ab"]
+    losses = [
+        [r["train_bits"] for r in rows_of(tmp_path / name / "metrics.csv") if r["train_bits"]]
+        for name in "ab"
+    ]
     assert losses[0] != losses[1]
 
 
@@ -310,7 +355,10 @@ def test_a_run_hides_frames_in_training_alone(tones: Path, tmp_path: Path):
     ("settings", "message"),
     [
         ({"conditioning_dropout": 1.0}, r"conditioning_dropout is 1\.0, expected 0 to less than 1"),
-        ({"conditioning_dropout": 0.1, "unconditional": True}, "hides mel frames, and the model is unconditional"),
+        (
+            {"conditioning_dropout": 0.1, "unconditional": True},
+            "hides mel frames, and the model is unconditional",
+        ),
         ({"pre_emphasis": -0.1}, r"pre_emphasis is -0\.1, it must be 0 to less than 1"),
     ],
 )
@@ -348,7 +396,10 @@ def test_a_run_writes_down_the_gains_of_its_speakers(tones: Path, tmp_path: Path
     settings: dict[str, Any] = {"max_steps": 1, "normalise": "peak", "normalise_by": "speaker"}
     train(config_of(tones, tmp_path / "run", **settings))
     prepared = preparation(training_record(tmp_path / "run" / "last"))
-    peaks = {n: [0.9 / float(audio.read(path).abs().max()) for path in (tones / n).glob("*.wav")] for n in "ab"}
+    peaks = {
+        n: [0.9 / float(audio.read(path).abs().max()) for path in (tones / n).glob("*.wav")]
+        for n in "ab"
+    }
     assert prepared.gains == pytest.approx({name: min(gains) for name, gains in peaks.items()})
     alone = tmp_path / "alone" / "a" / "0.wav"
     alone.parent.mkdir(parents=True)

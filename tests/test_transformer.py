@@ -32,9 +32,15 @@ SHAPES = {
     "window of one": TransformerConfig(layers=2, window=1, patch=5, classes=16, **SMALL),
     "mel": TransformerConfig(layers=2, window=3, patch=4, classes=16, mel=MEL, **SMALL),
     "speakers": TransformerConfig(layers=1, window=4, patch=2, classes=16, speakers=3, **SMALL),
-    "mel and speakers": TransformerConfig(layers=3, window=3, patch=1, classes=16, mel=MEL, speakers=2, **SMALL),
-    "16 bits": TransformerConfig(layers=2, window=3, patch=4, law="logistic_mixture", mixtures=2, **SMALL),
-    "16 bits and codes": TransformerConfig(layers=1, window=3, patch=2, law="gaussian", coarse_classes=16, **SMALL),
+    "mel and speakers": TransformerConfig(
+        layers=3, window=3, patch=1, classes=16, mel=MEL, speakers=2, **SMALL
+    ),
+    "16 bits": TransformerConfig(
+        layers=2, window=3, patch=4, law="logistic_mixture", mixtures=2, **SMALL
+    ),
+    "16 bits and codes": TransformerConfig(
+        layers=1, window=3, patch=2, law="gaussian", coarse_classes=16, **SMALL
+    ),
 }
 shapes = pytest.mark.parametrize("config", SHAPES.values(), ids=SHAPES.keys())
 # The same float64 sums in another order.
@@ -83,7 +89,9 @@ def assert_same_state(model, one, other, **tolerance):
     first, second = model.export_state(one), model.export_state(other)
     assert first.keys() == second.keys()
     for name in first:
-        torch.testing.assert_close(first[name], second[name], **tolerance, msg=lambda m, name=name: f"{name}: {m}")
+        torch.testing.assert_close(
+            first[name], second[name], **tolerance, msg=lambda m, name=name: f"{name}: {m}"
+        )
 
 
 @shapes
@@ -102,11 +110,14 @@ def test_step_equals_forward(config):
 def reach_of(model, codes, cond, t):
     """Which samples the law at `t` depends on: bool (T,), by the gradient of all its parameters."""
     embedded = []
-    handle = model.embedding.register_forward_hook(lambda _m, _i, out: embedded.append(out) or out.retain_grad())
+    handle = model.embedding.register_forward_hook(
+        lambda _m, _i, out: embedded.append(out) or out.retain_grad()
+    )
     parameters = model(codes, cond)
     (parameters[0, :, t] * torch.randn(parameters.shape[1], dtype=torch.float64)).sum().backward()
     handle.remove()
-    # In front of the samples stand the silence of a patch and the start code; the last sample is not seen at all.
+    # In front of the samples stand the silence of a patch and the start code; the last sample is
+    # not seen at all.
     reach = embedded[0].grad[0, model.config.patch + 1 :].abs().sum(dim=1) > 0
     return torch.cat([reach, torch.zeros(1, dtype=torch.bool)])
 
@@ -115,7 +126,8 @@ def reach_of(model, codes, cond, t):
 def test_law_depends_on_the_receptive_field_and_no_further(config):
     """The gradient of the law at t with respect to each sample: zero from t on and past the field, else not."""
     model = make(config)
-    # ReLUs are closed for some inputs; for all of a hidden layer at once only by an unlikely chance.
+    # ReLUs are closed for some inputs; for all of a hidden layer at once only by an unlikely
+    # chance.
     field, patch = config.receptive_field, config.patch
     first = -(-(field + 2) // patch) * patch
     total = first + 2 * patch
@@ -135,7 +147,9 @@ def test_receptive_field_of_known_shapes():
     assert TransformerConfig(layers=4, window=128, patch=8).receptive_field == 7 + 8 + 4 * 127 * 8
 
 
-@pytest.mark.parametrize(("total", "window"), [(1, 1), (1, 4), (3, 4), (4, 4), (5, 4), (13, 4), (8, 1), (30, 7)])
+@pytest.mark.parametrize(
+    ("total", "window"), [(1, 1), (1, 4), (3, 4), (4, 4), (5, 4), (13, 4), (8, 1), (30, 7)]
+)
 @pytest.mark.parametrize("past", [0, 2, 9])
 def test_attention_is_that_of_the_formula(total, window, past):
     """Softmax over the keys at distance 0 to window - 1, written out densely."""
@@ -150,7 +164,9 @@ def test_attention_is_that_of_the_formula(total, window, past):
     torch.testing.assert_close(found, expected, **EXACT)
 
 
-@pytest.mark.parametrize("config", [SHAPES["sample by sample"], SHAPES["mel"]], ids=["sample by sample", "mel"])
+@pytest.mark.parametrize(
+    "config", [SHAPES["sample by sample"], SHAPES["mel"]], ids=["sample by sample", "mel"]
+)
 def test_the_network_is_that_of_the_equations(config):
     """Written out one position at a time, with complex rotations by the absolute position, from the whole history."""
     model = make(config)
@@ -169,12 +185,15 @@ def test_the_network_is_that_of_the_equations(config):
             if t % patch == 0:
                 n = t // patch
                 turn = torch.polar(
-                    torch.ones(pairs).double(), 2 * torch.pi * n * model.turns.double() / (4 * config.window)
+                    torch.ones(pairs).double(),
+                    2 * torch.pi * n * model.turns.double() / (4 * config.window),
                 )
                 x = model.enter.weight @ samples + model.enter.bias
                 x = x if cond is None else x + model.enter_conditioning.weight @ cond[0, :, t]
                 for block, ks, vs in zip(model.blocks, keys, values, strict=True):
-                    q, k, v = (block.qkv.weight @ (x / x.square().mean().add(1e-6).sqrt())).view(3, heads, -1)
+                    q, k, v = (block.qkv.weight @ (x / x.square().mean().add(1e-6).sqrt())).view(
+                        3, heads, -1
+                    )
                     ks.append(torch.complex(k[:, :pairs], k[:, pairs:]) * turn)
                     vs.append(v)
                     seen = range(max(0, n - config.window + 1), n + 1)
@@ -183,7 +202,9 @@ def test_the_network_is_that_of_the_equations(config):
                     weights = torch.softmax(scores / math.sqrt(2 * pairs), dim=0)
                     found = (weights[:, :, None] * torch.stack([vs[m] for m in seen])).sum(dim=0)
                     x = x + block.out.weight @ found.flatten()
-                    hidden = torch.relu(block.up.weight @ (x / x.square().mean().add(1e-6).sqrt())) ** 2
+                    hidden = (
+                        torch.relu(block.up.weight @ (x / x.square().mean().add(1e-6).sqrt())) ** 2
+                    )
                     x = x + block.down.weight @ hidden
                 output = head.position.weight @ (x / x.square().mean().add(1e-6).sqrt())
             z = output + head.samples.weight @ samples + head.samples.bias
@@ -191,7 +212,9 @@ def test_the_network_is_that_of_the_equations(config):
             z = torch.relu(z if patch == 1 else z + head.place.weight[t % patch])
             z = torch.relu(z + head.hidden.weight @ z + head.hidden.bias)
             expected.append(head.out.weight @ z + head.out.bias)
-        torch.testing.assert_close(model(codes, cond)[0].T, torch.stack(expected), rtol=0, atol=1e-11)
+        torch.testing.assert_close(
+            model(codes, cond)[0].T, torch.stack(expected), rtol=0, atol=1e-11
+        )
 
 
 @pytest.mark.parametrize("position", [0, 5, 63, 10**12])
@@ -204,23 +227,32 @@ def test_rotation_knows_distances_alone(position):
 
     def products(at):
         turned = rotate(q, rotation(torch.tensor(at), angles, period, q))
-        return (rotate(k.expand(window, -1), rotation(at - distances, angles, period, q)) * turned).sum(dim=1)
+        return (
+            rotate(k.expand(window, -1), rotation(at - distances, angles, period, q)) * turned
+        ).sum(dim=1)
 
     torch.testing.assert_close(products(position), products(1000), rtol=0, atol=1e-5)
     # Angles in bfloat16 itself would be off by a whole turn.
     place = torch.tensor(position + 61)
     for rough, fine in zip(
-        rotation(place, angles, period, q.bfloat16()), rotation(place, angles, period, q), strict=True
+        rotation(place, angles, period, q.bfloat16()),
+        rotation(place, angles, period, q),
+        strict=True,
     ):
         torch.testing.assert_close(rough.float(), fine, rtol=0, atol=2**-8)
 
 
 @pytest.mark.parametrize("window", [1, 2, 3, 64, 1000])
 def test_no_two_distances_in_a_window_look_alike(window):
-    angles, period = turns(2, window), rotation_period(window)  # a single pair turns fastest: by about one radian
+    angles, period = (
+        turns(2, window),
+        rotation_period(window),
+    )  # a single pair turns fastest: by about one radian
     assert 0.5 < 2 * math.pi * float(angles[0]) / period < 1.6
     slowest = turns(16, window)[-1]
-    cos, _ = rotation(torch.arange(window), slowest[None], period, torch.zeros(1, dtype=torch.float64))
+    cos, _ = rotation(
+        torch.arange(window), slowest[None], period, torch.zeros(1, dtype=torch.float64)
+    )
     assert cos[:, 0].unique().numel() == window
 
 
@@ -293,7 +325,9 @@ def test_gradients_end_at_the_memory(begin):
     model = make(config)
     codes = make_codes(config, 2, 30)
     embedded = []
-    model.embedding.register_forward_hook(lambda _m, _i, out: embedded.append(out) or out.retain_grad())
+    model.embedding.register_forward_hook(
+        lambda _m, _i, out: embedded.append(out) or out.retain_grad()
+    )
     weights = torch.randn(2, 16, 30 - begin, dtype=torch.float64)
     (model(codes)[:, :, begin:] * weights).sum().backward()
     state = model.init_state(2)
@@ -304,7 +338,9 @@ def test_gradients_end_at_the_memory(begin):
     assert before is None
     # From the segment's first whole patch on, a sample is read by positions of the segment alone.
     whole, margin = -(-begin // 4) * 4, config.patch + 1
-    torch.testing.assert_close(segment[:, margin + whole - begin :], long[:, margin + whole :], **EXACT)
+    torch.testing.assert_close(
+        segment[:, margin + whole - begin :], long[:, margin + whole :], **EXACT
+    )
     assert long[:, : margin + begin].abs().sum() > 0
 
 
@@ -323,8 +359,12 @@ def test_rows_at_different_times(config):
             states.append(model.init_state(1))
             model.prefill(model.shift(row)[:, :time], states[-1], part(conditioning, 0, time))
         exported = [model.export_state(state) for state in states]
-        state = model.import_state({name: torch.cat([e[name] for e in exported]) for name in exported[0]})
-        given = torch.stack([model.shift(codes)[b, time : time + 40] for b, time in enumerate(times)])
+        state = model.import_state(
+            {name: torch.cat([e[name] for e in exported]) for name in exported[0]}
+        )
+        given = torch.stack(
+            [model.shift(codes)[b, time : time + 40] for b, time in enumerate(times)]
+        )
         if cond is not None and cond.shape[2] > 1:
             cond = torch.stack([cond[b, :, time : time + 40] for b, time in enumerate(times)])
         first = run_steps(model, given[:, :11], state, part(cond, 0, 11))
@@ -344,7 +384,9 @@ def test_a_row_does_not_depend_on_its_batch(config):
     cond = make_cond(model, 3, 50)
     with torch.no_grad():
         together = model(codes, cond)
-        alone = [model(codes[b : b + 1], None if cond is None else cond[b : b + 1]) for b in range(3)]
+        alone = [
+            model(codes[b : b + 1], None if cond is None else cond[b : b + 1]) for b in range(3)
+        ]
     torch.testing.assert_close(together, torch.cat(alone), **EXACT)
 
 
@@ -361,7 +403,8 @@ def test_exported_states_go_on_to_the_bit(config, time):
         other = model.import_state(model.export_state(state))
         rest = part(cond, time, time + 20)
         assert torch.equal(
-            run_steps(model, given[:, time:], state, rest), run_steps(model, given[:, time:], other, rest)
+            run_steps(model, given[:, time:], state, rest),
+            run_steps(model, given[:, time:], other, rest),
         )
 
 
@@ -377,13 +420,17 @@ def test_exported_states_are_in_order():
             begun = t // 4 + 1
             for name in ("keys.1", "values.0"):
                 assert tensors[name].shape == (1, 3, 12)
-                assert (tensors[name].abs().sum(dim=2) > 0)[0].tolist() == [i >= 3 - begun for i in range(3)]
+                assert (tensors[name].abs().sum(dim=2) > 0)[0].tolist() == [
+                    i >= 3 - begun for i in range(3)
+                ]
                 if before is not None and t % 4 == 0:
                     assert torch.equal(tensors[name][:, :-1], before[name][:, 1:])
                     assert not torch.equal(tensors[name][:, -1], before[name][:, -1])
                 elif before is not None:
                     assert torch.equal(tensors[name], before[name])
-            assert tensors["codes"][0].tolist() == [8 if u < 0 else u % 16 for u in range(t - 3, t + 1)]
+            assert tensors["codes"][0].tolist() == [
+                8 if u < 0 else u % 16 for u in range(t - 3, t + 1)
+            ]
             before = tensors
         assert before is not None
         kept = {name: tensor.clone() for name, tensor in before.items()}
@@ -447,23 +494,35 @@ def test_step_waits_for_nothing(config):
     """On a device without data any look at a value is an error: so a CUDA graph can capture the step."""
     model = Transformer(config).to("meta")
     state = model.init_state(2)
-    addresses = [id(t) for t in (state.time, state.codes, state.position, *state.keys, *state.values)]
-    cond = torch.empty(2, config.conditioning_channels, device="meta") if model.conditioned else None
+    addresses = [
+        id(t) for t in (state.time, state.codes, state.position, *state.keys, *state.values)
+    ]
+    cond = (
+        torch.empty(2, config.conditioning_channels, device="meta") if model.conditioned else None
+    )
     for _ in range(3):
         out = model.step(torch.zeros(2, dtype=torch.long, device="meta"), state, cond)
         assert out.shape == (2, model.law.channels)
-    assert addresses == [id(t) for t in (state.time, state.codes, state.position, *state.keys, *state.values)]
+    assert addresses == [
+        id(t) for t in (state.time, state.codes, state.position, *state.keys, *state.values)
+    ]
 
 
 def test_every_parameter_learns():
     """No parameter is without a gradient: none is wasted, and distributed training needs no search for unused ones."""
-    config = TransformerConfig(layers=2, window=4, patch=4, classes=16, mel=MEL, speakers=2, **SMALL)
+    config = TransformerConfig(
+        layers=2, window=4, patch=4, classes=16, mel=MEL, speakers=2, **SMALL
+    )
     model = make(config)
     codes = make_codes(config, 2, 36)
     cond = model.condition(torch.randn(2, 5, 3, dtype=torch.float64), torch.tensor([0, 1]))
     (-model.law.log_prob(model(codes, cond), codes)).mean().backward()
-    assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
-    assert len({p.grad.untyped_storage().data_ptr() for p in model.parameters()}) == len(list(model.parameters()))
+    assert [
+        name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()
+    ] == []
+    assert len({p.grad.untyped_storage().data_ptr() for p in model.parameters()}) == len(
+        list(model.parameters())
+    )
 
 
 @pytest.mark.parametrize("patch", [1, 4])
@@ -499,7 +558,10 @@ def test_runs_in_lower_precision(dtype):
     assert found[0].dtype == dtype
     # bfloat16 has 8 bits: an error of 2^-9 at each of some tens of operations on numbers near one.
     torch.testing.assert_close(
-        torch.cat(found, dim=2).float(), expected, rtol=0, atol=0.1 if dtype != torch.float32 else 1e-5
+        torch.cat(found, dim=2).float(),
+        expected,
+        rtol=0,
+        atol=0.1 if dtype != torch.float32 else 1e-5,
     )
 
 
@@ -532,7 +594,10 @@ def test_cost_is_that_of_the_matrices():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"channels": 30, "heads": 4}, "30 channels do not divide into 4 heads of an even number: .* multiple of 8"),
+        (
+            {"channels": 30, "heads": 4},
+            "30 channels do not divide into 4 heads of an even number: .* multiple of 8",
+        ),
         ({"channels": 6, "heads": 2}, "6 channels do not divide"),
         ({"window": 0}, "window is 0"),
         ({"patch": 0}, "patch is 0"),
@@ -557,7 +622,10 @@ def make_sounding(config):
     return model
 
 
-PUBLIC = {name: SHAPES[name] for name in ("sample by sample", "patches", "mel and speakers", "mel", "16 bits")}
+PUBLIC = {
+    name: SHAPES[name]
+    for name in ("sample by sample", "patches", "mel and speakers", "mel", "16 bits")
+}
 publics = pytest.mark.parametrize("config", PUBLIC.values(), ids=PUBLIC.keys())
 engines = pytest.mark.parametrize("engine", ["reference", "numba"])
 
@@ -587,14 +655,21 @@ def test_streams_and_batches_are_what_generate_makes(config, engine):
     model = make_sounding(config)
     given = given_to(config)
     samples: dict[str, Any] = {} if config.mel else {"samples": 108}
-    mels: dict[str, Any] = {"mel": [given["mel"]] * 3 if config.mel else None, "speaker": given["speaker"]}
+    mels: dict[str, Any] = {
+        "mel": [given["mel"]] * 3 if config.mel else None,
+        "speaker": given["speaker"],
+    }
     together = generate(model, **mels, seed=[3, 4, 5], engine=engine, **samples)
     assert torch.equal(together[1:2], generate(model, **given, seed=4, engine=engine, **samples))
     assert not torch.equal(together[0], together[1])
     stream = Stream(model, seed=4, speaker=given["speaker"], engine=engine)
     parts = []
     for start, stop in ((0, 5), (5, 6), (6, 9)):
-        parts.append(stream.push(given["mel"][:, start:stop]) if config.mel else stream.pull(12 * (stop - start)))
+        parts.append(
+            stream.push(given["mel"][:, start:stop])
+            if config.mel
+            else stream.pull(12 * (stop - start))
+        )
         stream = stream.fork()
     parts += [stream.flush()] if config.mel else []
     assert torch.equal(torch.cat(parts), together[1])
@@ -608,8 +683,11 @@ def test_a_prime_goes_on_as_it_would_have(config, engine, length):
     model = make_sounding(config)
     given = given_to(config)
     whole = generate(model, **given, seed=4, engine=engine, samples=108)
-    rest = generate(model, **given, seed=4, engine=engine, samples=108 - length, prime=whole[0, :length])
-    # The state is filled by other sums: a code differs where a uniform lies within rounding of a boundary.
+    rest = generate(
+        model, **given, seed=4, engine=engine, samples=108 - length, prime=whole[0, :length]
+    )
+    # The state is filled by other sums: a code differs where a uniform lies within rounding of a
+    # boundary.
     if config.law == "categorical":
         assert torch.equal(rest, whole[:, length:])
     else:
@@ -623,7 +701,9 @@ def test_scores_agree(config, engine, monkeypatch):
     monkeypatch.setattr(sys.modules["wavear.generation.engines"], "_PARALLEL_CHUNK", 23)
     model = make_sounding(config)
     given = given_to(config)
-    waveform, nats = generate(model, **given, seed=[1], samples=108, engine=engine, return_log_probability=True)
+    waveform, nats = generate(
+        model, **given, seed=[1], samples=108, engine=engine, return_log_probability=True
+    )
     by_steps = score(model, waveform, **given, engine=engine)
     parallel = score(model, waveform, **given)
     exact = score(model.double(), waveform, **given)

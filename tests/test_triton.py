@@ -20,16 +20,24 @@ from wavear.generation.reference import ReferenceEngine
 
 triton = pytest.importorskip("triton")
 
-SHAPE_A = WaveNetConfig(layers=20, stacks=2, residual_channels=64, skip_channels=128, mel=MelConfig())
-WIDE = WaveNetConfig(layers=30, stacks=3, kernel_size=3, residual_channels=128, skip_channels=128, mel=MelConfig())
-SHARED = 163 * 1024  # bytes that a block may have on sm_80, the least of the cards it is made for that train models
+SHAPE_A = WaveNetConfig(
+    layers=20, stacks=2, residual_channels=64, skip_channels=128, mel=MelConfig()
+)
+WIDE = WaveNetConfig(
+    layers=30, stacks=3, kernel_size=3, residual_channels=128, skip_channels=128, mel=MelConfig()
+)
+SHARED = (
+    163 * 1024
+)  # bytes that a block may have on sm_80, the least of the cards it is made for that train models
 
 
 def test_in_the_interpreter():
     """tests/interpreted_triton.py: it needs a process in which Triton has not been imported otherwise."""
     file = Path(__file__).parent / "interpreted_triton.py"
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(file)]
-    found = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "TRITON_INTERPRET": "1"})
+    found = subprocess.run(
+        command, capture_output=True, text=True, env={**os.environ, "TRITON_INTERPRET": "1"}
+    )
     assert found.returncode == 0, found.stdout[-8000:] + found.stderr[-2000:]
     assert re.search(r"\d\d passed", found.stdout)
 
@@ -47,17 +55,24 @@ def compiled(config: WaveNetConfig, weights: str, capability: int, **flags: bool
     kinds = (  # pairs: in float32 two of them are of one kind
         ("*fp64", "uniforms scores top_p"),
         ("*i32", "codes previous"),
-        ("*fp32", "sharpness queues z embedding residual_bias skip_bias head1_bias head2_bias signal logits"),
+        (
+            "*fp32",
+            "sharpness queues z embedding residual_bias skip_bias head1_bias head2_bias signal logits",
+        ),
         (half, "dilated residual skip head1 head2 gates skips hidden"),
     )
     pointers = {name: kind for kind, names in kinds for name in names.split()}
     none = dict.fromkeys(("UPCAST", "SCORING", "SCORED", "TOP_K", "TOP_P"), False)
     constants = {**shapes(config, weights), **none, **flags}
     names = triton_kernels.run.arg_names
-    signature = {name: pointers.get(name, "constexpr" if name in constants else "i32") for name in names}
+    signature = {
+        name: pointers.get(name, "constexpr" if name in constants else "i32") for name in names
+    }
     aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if name in pointers}
     source = ASTSource(triton_kernels.run, signature, constants, aligned)
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": WARPS})
+    return triton.compile(
+        source, target=GPUTarget("cuda", capability, 32), options={"num_warps": WARPS}
+    )
 
 
 @pytest.mark.parametrize("kind", ["fp32", "bf16", "fp16"])
@@ -72,7 +87,9 @@ def test_the_projection_compiles_without_a_card(kind):
     constants = {"CHANNELS": 128, "OUTPUTS": 2560, "TILE": 128, "UPCAST": False, **PROJECTION}
     pointers = {"cond": "*fp32", "weights": f"*{kind}", "bias": "*fp32", "out": "*fp32"}
     names = kernel.arg_names
-    signature = {name: pointers.get(name, "constexpr" if name in constants else "i32") for name in names}
+    signature = {
+        name: pointers.get(name, "constexpr" if name in constants else "i32") for name in names
+    }
     made = triton.compile(ASTSource(kernel, signature, constants), target=GPUTarget("cuda", 80, 32))
     assert made.metadata.shared <= SHARED
     assert "mma.sync" in made.asm["ptx"]
@@ -85,10 +102,22 @@ def test_the_projection_compiles_without_a_card(kind):
         (SHAPE_A, "bfloat16", 80, {"SCORED": True}),
         (SHAPE_A, "float32", 80, {}),
         (WIDE, "float16", 90, {}),
-        (WaveNetConfig(layers=2, stacks=1, classes=1024), "float16", 90, {"TOP_K": True, "TOP_P": True}),
+        (
+            WaveNetConfig(layers=2, stacks=1, classes=1024),
+            "float16",
+            90,
+            {"TOP_K": True, "TOP_P": True},
+        ),
         (WaveNetConfig(layers=2, stacks=1), "float32", 90, {"SCORING": True, "SCORED": True}),
     ],
-    ids=["a fp16 sm_90", "a bf16 sm_80", "a fp32 sm_80", "wide fp16 sm_90", "truncated sm_90", "scoring sm_90"],
+    ids=[
+        "a fp16 sm_90",
+        "a bf16 sm_80",
+        "a fp32 sm_80",
+        "wide fp16 sm_90",
+        "truncated sm_90",
+        "scoring sm_90",
+    ],
 )
 def test_compiles_without_a_card(config, weights, capability, flags, tmp_path):
     """To machine code, which fits a block; on tensor cores; with barriers between what threads write and read."""
@@ -99,9 +128,14 @@ def test_compiles_without_a_card(config, weights, capability, flags, tmp_path):
     assert ptx.count("bar.sync") >= 4
     assert "cp.async" in ptx  # weights are fetched ahead
     assert len(made.asm["cubin"]) > 10_000
-    tool = shutil.which("cuobjdump") or Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    tool = (
+        shutil.which("cuobjdump")
+        or Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    )
     (tmp_path / "kernel.cubin").write_bytes(made.asm["cubin"])
-    usage = subprocess.run([tool, "--dump-resource-usage", tmp_path / "kernel.cubin"], capture_output=True, text=True)
+    usage = subprocess.run(
+        [tool, "--dump-resource-usage", tmp_path / "kernel.cubin"], capture_output=True, text=True
+    )
     stack = int(re.search(r"STACK:(\d+)", usage.stdout)[1])  # type: ignore[index]
     assert stack <= 256, usage.stdout  # bytes of registers that did not fit, for each thread
 
@@ -116,7 +150,9 @@ def test_auto_on_a_card(monkeypatch):
     assert choice.pick(wavenet, device) == "triton"
     assert choice.pick(other, device) == "cuda-graph"  # type: ignore[arg-type]
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-    with pytest.warns(UserWarning, match="Old Card has compute capability 7.5.*'cuda-graph' is taken"):
+    with pytest.warns(
+        UserWarning, match="Old Card has compute capability 7.5.*'cuda-graph' is taken"
+    ):
         assert choice.pick(wavenet, device) == "cuda-graph"
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     monkeypatch.setattr(shutil, "which", lambda name: None)
@@ -164,7 +200,12 @@ def test_on_a_card_scores_equal_the_forward_pass(name, weights):
     channels = model.config.conditioning_channels
     cond = torch.randn(batch, channels, samples, device="cuda") if model.conditioned else None
     given = torch.from_numpy(codes).cuda()
-    logs = torch.log_softmax(model(given, cond).double(), dim=1).gather(1, given[:, None])[:, 0].cpu().numpy()
+    logs = (
+        torch.log_softmax(model(given, cond).double(), dim=1)
+        .gather(1, given[:, None])[:, 0]
+        .cpu()
+        .numpy()
+    )
     found = TritonEngine(model, batch, weights=weights).score(codes, cond)
     assert np.abs(found - logs).max() < BOUNDS[weights]
 
@@ -182,13 +223,16 @@ def test_on_a_card_a_stream_has_the_same_bits_in_every_batch_and_cut(weights):
     for chosen in ([7], [399, 0, 7], list(range(5, 38))):
         engine = TritonEngine(model, len(chosen), weights=weights)
         parts = [
-            engine.generate(uniforms[chosen, a:b], cond[chosen, :, a:b]) for a, b in ((0, 1), (1, 250), (250, samples))
+            engine.generate(uniforms[chosen, a:b], cond[chosen, :, a:b])
+            for a, b in ((0, 1), (1, 250), (250, samples))
         ]
         np.testing.assert_array_equal(np.concatenate(parts, axis=1), whole[chosen])
 
 
 @pytest.mark.cuda
-@pytest.mark.parametrize("settings", [{}, {"top_k": 9}, {"top_p": 0.8}, {"top_k": 20, "top_p": 0.9}], ids=str)
+@pytest.mark.parametrize(
+    "settings", [{}, {"top_k": 9}, {"top_p": 0.8}, {"top_k": 20, "top_p": 0.9}], ids=str
+)
 @torch.inference_mode()
 def test_on_a_card_free_running_codes_equal_the_reference(settings):
     from wavear.generation.cuda.triton import TritonEngine

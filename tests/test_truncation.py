@@ -30,7 +30,9 @@ truncations = pytest.mark.parametrize("truncation", TRUNCATIONS, ids=str)
 
 def make(gain: float = 6.0, **settings: Any) -> WaveNet:
     torch.manual_seed(0)
-    sizes = dict.fromkeys(("residual_channels", "skip_channels", "head_channels", "conditioning_channels"), 10)
+    sizes = dict.fromkeys(
+        ("residual_channels", "skip_channels", "head_channels", "conditioning_channels"), 10
+    )
     fields = {"layers": 4, "stacks": 2, "classes": 40, "sample_rate": 8000, **sizes, **settings}
     model = WaveNet(WaveNetConfig(**fields)).eval()
     with torch.no_grad():
@@ -58,7 +60,9 @@ def test_engines_draw_the_same_codes(truncation, classes):
     with torch.inference_mode():
         theirs = reference.generate(draws, None, **truncation)
         ours = numba.generate(draws, None, **truncation)
-    assert (theirs == ours).all(axis=1).sum() >= 3  # of four streams at most one falls on such an edge
+    assert (theirs == ours).all(
+        axis=1
+    ).sum() >= 3  # of four streams at most one falls on such an edge
     assert len(np.unique(ours)) > 1 or truncation == {"top_k": 1}
 
 
@@ -90,7 +94,10 @@ def test_a_stream_has_the_same_bits_in_every_batch_and_cut(truncation, weights):
         for start, stop in ((0, 1), (1, 70), (70, 150)):
             part = np.empty((1, stop - start))
             codes = alone.generate(
-                draws[b : b + 1, start:stop], cond[b : b + 1, :, start:stop], log_probability=part, **truncation
+                draws[b : b + 1, start:stop],
+                cond[b : b + 1, :, start:stop],
+                log_probability=part,
+                **truncation,
             )
             assert (codes[0] == together[b, start:stop]).all()
             assert (part[0] == scores[b, start:stop]).all()
@@ -101,7 +108,10 @@ def test_two_cores_have_the_same_bits():
     draws = uniforms(1, 0, 200)[None]
     one, two = np.empty((1, 200)), np.empty((1, 200))
     codes = NumbaEngine(model, 1).generate(draws, None, top_p=0.8, log_probability=one)
-    assert (NumbaEngine(model, 1, threads=2).generate(draws, None, top_p=0.8, log_probability=two) == codes).all()
+    assert (
+        NumbaEngine(model, 1, threads=2).generate(draws, None, top_p=0.8, log_probability=two)
+        == codes
+    ).all()
     assert (one == two).all()
 
 
@@ -109,18 +119,24 @@ def test_two_cores_have_the_same_bits():
 def test_asking_for_log_probabilities_changes_no_sample(engine):
     model = make()
     plain = wavear.generate(model, samples=200, seed=[1, 2], engine=engine)
-    asked, scores = wavear.generate(model, samples=200, seed=[1, 2], engine=engine, return_log_probability=True)
+    asked, scores = wavear.generate(
+        model, samples=200, seed=[1, 2], engine=engine, return_log_probability=True
+    )
     assert torch.equal(plain, asked)
     assert scores.shape == (2, 200)
 
 
 @ENGINES
-@pytest.mark.parametrize("drawn", [{}, {"temperature": 0.6}, {"top_k": 4}, {"top_p": 0.5, "temperature": 1.5}], ids=str)
+@pytest.mark.parametrize(
+    "drawn", [{}, {"temperature": 0.6}, {"top_k": 4}, {"top_p": 0.5, "temperature": 1.5}], ids=str
+)
 def test_log_probability_is_that_of_the_models_own_law(engine, drawn):
     """Whatever the sample was drawn with: what `score` says of it."""
     model = make(mel=MEL)
     mel = torch.randn(2, 5, 10, generator=torch.Generator().manual_seed(1))
-    waveform, scores = wavear.generate(model, mel, seed=[3, 4], engine=engine, return_log_probability=True, **drawn)
+    waveform, scores = wavear.generate(
+        model, mel, seed=[3, 4], engine=engine, return_log_probability=True, **drawn
+    )
     # float32 logits of two implementations: 1e-4 nats, as for `score`.
     torch.testing.assert_close(scores, wavear.score(model, waveform, mel), rtol=0, atol=1e-4)
 
@@ -144,14 +160,21 @@ def test_argmax_is_the_likeliest_code_for_every_seed_and_warns(engine):
     with torch.no_grad():
         assert torch.equal(model(codes).argmax(dim=1), codes)
     with pytest.warns(UserWarning, match="collapses"):
-        assert torch.equal(wavear.generate(model, samples=120, seed=1, top_k=1, engine=engine), made[:1])
+        assert torch.equal(
+            wavear.generate(model, samples=120, seed=1, top_k=1, engine=engine), made[:1]
+        )
 
 
 @ENGINES
 def test_best_of_is_the_likeliest_candidate(engine):
     model = make(mel=MEL, speakers=3)
     mels = [torch.randn(5, n, generator=torch.Generator().manual_seed(n)) for n in (8, 5)]
-    settings: dict[str, Any] = {"speaker": [2, 0], "engine": engine, "return_log_probability": True, "temperature": 1.3}
+    settings: dict[str, Any] = {
+        "speaker": [2, 0],
+        "engine": engine,
+        "return_log_probability": True,
+        "temperature": 1.3,
+    }
     best, scores = wavear.generate(model, mels, seed=[5, 6], best_of=4, **settings)
     for b, mel in enumerate(mels):
         candidates = [
@@ -192,7 +215,10 @@ def test_candidates_have_seeds_of_their_own():
         ({"top_p": 0.0}, "top_p is 0.0, it must be above 0 and at most 1"),
         ({"top_p": 1.01}, "top_p is 1.01"),
         ({"top_p": float("nan")}, "top_p is nan"),
-        ({"argmax": True, "top_p": 0.5}, "argmax takes the likeliest code: leave top_k and top_p away"),
+        (
+            {"argmax": True, "top_p": 0.5},
+            "argmax takes the likeliest code: leave top_k and top_p away",
+        ),
         ({"best_of": 0}, "best_of is 0"),
         ({"best_of": 2, "argmax": True}, "best_of is 2, and there is one argmax"),
     ],

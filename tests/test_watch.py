@@ -10,10 +10,21 @@ import pytest
 import torch
 
 import wavear
-from wavear import MelConfig, WaveNet, WaveNetConfig, audio, log_mel, mulaw_decode, mulaw_encode, watch
+from wavear import (
+    MelConfig,
+    WaveNet,
+    WaveNetConfig,
+    audio,
+    log_mel,
+    mulaw_decode,
+    mulaw_encode,
+    watch,
+)
 
 RATE = 8000
-MEL = MelConfig(sample_rate=RATE, n_fft=256, window_length=256, hop_length=80, bands=20, fmax=4000.0)
+MEL = MelConfig(
+    sample_rate=RATE, n_fft=256, window_length=256, hop_length=80, bands=20, fmax=4000.0
+)
 
 
 def kinds(waveform: Any, **settings: Any) -> list[str]:
@@ -31,7 +42,9 @@ def voice(seconds: float, level: float = 0.3) -> np.ndarray:
 
 def model(**settings: Any) -> WaveNet:
     torch.manual_seed(0)
-    sizes = dict.fromkeys(("residual_channels", "skip_channels", "head_channels", "conditioning_channels"), 8)
+    sizes = dict.fromkeys(
+        ("residual_channels", "skip_channels", "head_channels", "conditioning_channels"), 8
+    )
     return WaveNet(WaveNetConfig(layers=4, stacks=2, sample_rate=RATE, **sizes, **settings)).eval()
 
 
@@ -94,7 +107,9 @@ def test_the_argmax_of_a_model_is_a_loop_or_a_standstill():
 
 
 def test_noise_that_takes_over_is_found_where_it_begins():
-    waveform = np.concatenate([voice(2), np.random.default_rng(0).normal(0, 0.2, 2 * RATE).astype(np.float32)])
+    waveform = np.concatenate(
+        [voice(2), np.random.default_rng(0).normal(0, 0.2, 2 * RATE).astype(np.float32)]
+    )
     (finding,) = watch(waveform, RATE)
     assert finding.kind == "noise"
     assert abs(finding.start - 2) < 0.1
@@ -103,7 +118,9 @@ def test_noise_that_takes_over_is_found_where_it_begins():
 
 def test_a_sound_that_dies_is_found_where_it_dies():
     codes = mulaw_encode(torch.from_numpy(voice(2)))
-    codes[RATE:] = 128 + torch.arange(len(codes) - RATE) % 2  # silence, as models make it: two codes
+    codes[RATE:] = (
+        128 + torch.arange(len(codes) - RATE) % 2
+    )  # silence, as models make it: two codes
     (finding,) = watch(mulaw_decode(codes), RATE)
     assert finding.kind == "silence"
     assert abs(finding.start - 1) < 0.05
@@ -116,7 +133,9 @@ def test_clipping_is_found_by_its_share():
     assert finding.kind == "clipping"
     share = (np.abs(8 * clean) >= 0.999).mean()
     assert f"{share:.2%} of the samples" in finding.what
-    assert kinds(np.clip(clean / np.abs(clean).max(), -1, 1)) == []  # one sample at full scale is none
+    assert (
+        kinds(np.clip(clean / np.abs(clean).max(), -1, 1)) == []
+    )  # one sample at full scale is none
 
 
 # ---- beside a mel
@@ -138,7 +157,9 @@ def test_audio_that_is_silent_where_the_mel_is_not():
     assert [finding.kind for finding in found] == ["louder"]
 
 
-@pytest.mark.parametrize("base", [{"log_base": "10"}, {"log_base": "db"}, {"log_base": "db", "power": 2.0}], ids=str)
+@pytest.mark.parametrize(
+    "base", [{"log_base": "10"}, {"log_base": "db"}, {"log_base": "db", "power": 2.0}], ids=str
+)
 def test_the_same_in_other_conventions(base):
     config = MelConfig(**{**MEL.to_dict(), **base})
     waveform = voice(2)
@@ -167,7 +188,9 @@ def test_too_short_to_tell(seconds):
 
 
 def test_a_pause_is_no_collapse():
-    waveform = np.concatenate([voice(1), np.zeros(2 * RATE, np.float32), voice(1), np.zeros(RATE // 2, np.float32)])
+    waveform = np.concatenate(
+        [voice(1), np.zeros(2 * RATE, np.float32), voice(1), np.zeros(RATE // 2, np.float32)]
+    )
     assert kinds(waveform) == []
 
 
@@ -175,14 +198,26 @@ def test_what_is_quiet_is_not_silent():
     assert kinds(voice(4, level=0.01)) == []  # -40 dB
 
 
-@pytest.mark.parametrize("folder", ["kerstin_de", "ljspeech_mini", "cmu_arctic_slt", "vctk_mini", "sms_tools_sounds"])
+@pytest.mark.parametrize(
+    "folder", ["kerstin_de", "ljspeech_mini", "cmu_arctic_slt", "vctk_mini", "sms_tools_sounds"]
+)
 def test_recordings_pass(folder, data_dir: Path):
-    paths = sorted(path for path in (data_dir / folder).rglob("*") if path.suffix in (".wav", ".flac"))
+    paths = sorted(
+        path for path in (data_dir / folder).rglob("*") if path.suffix in (".wav", ".flac")
+    )
     for path in paths[:: max(1, len(paths) // 8)]:
         waveform = audio.read(path, 22050, frames=8 * 22050)
         through_codes = mulaw_decode(mulaw_encode(waveform))
         assert watch(waveform, 22050) == []
-        assert watch(through_codes, 22050, mel=log_mel(waveform[None], MelConfig())[0], config=MelConfig()) == []
+        assert (
+            watch(
+                through_codes,
+                22050,
+                mel=log_mel(waveform[None], MelConfig())[0],
+                config=MelConfig(),
+            )
+            == []
+        )
 
 
 def test_shapes():

@@ -23,7 +23,9 @@ SHAPES = {
     "kernel 5, one layer": WaveNetConfig(layers=1, stacks=1, kernel_size=5, classes=3, **SMALL),
     "mel": WaveNetConfig(layers=4, stacks=1, classes=16, mel=MEL, **SMALL),
     "speakers": WaveNetConfig(layers=4, stacks=2, classes=16, speakers=3, **SMALL),
-    "mel and speakers": WaveNetConfig(layers=3, stacks=1, kernel_size=3, classes=16, mel=MEL, speakers=2, **SMALL),
+    "mel and speakers": WaveNetConfig(
+        layers=3, stacks=1, kernel_size=3, classes=16, mel=MEL, speakers=2, **SMALL
+    ),
 }
 shapes = pytest.mark.parametrize("config", SHAPES.values(), ids=SHAPES.keys())
 
@@ -67,10 +69,13 @@ def test_output_depends_on_the_receptive_field_and_no_further(config):
     t, total = field + 2, field + 6
     codes = torch.randint(config.classes, (1, total))
     embedded = []
-    handle = model.embedding.register_forward_hook(lambda _m, _i, out: embedded.append(out) or out.retain_grad())
+    handle = model.embedding.register_forward_hook(
+        lambda _m, _i, out: embedded.append(out) or out.retain_grad()
+    )
     cond = make_cond(model, 1, -(-total // MEL.hop_length))
     cond = cond[:, :, :total] if cond is not None else None
-    # tanh(z) * sigmoid(z) may be flat by chance in one unit, not in the sum of all logits with random weights.
+    # tanh(z) * sigmoid(z) may be flat by chance in one unit, not in the sum of all logits with
+    # random weights.
     logits = model(codes, cond)
     (logits[0, :, t] * torch.randn(config.classes, dtype=torch.float64)).sum().backward()
     handle.remove()
@@ -103,15 +108,20 @@ def test_scales_of_any_hop(hop):
 
 def test_interpolation_starts_linear():
     x = torch.tensor([[[0.0, 1.0, 3.0, 3.0]]])
-    # Between centres: the samples of 1 lie at -3/8, -1/8, 1/8, 3/8 of the distance to their neighbours.
+    # Between centres: the samples of 1 lie at -3/8, -1/8, 1/8, 3/8 of the distance to their
+    # neighbours.
     expected = [0.625, 0.875, 1.25, 1.75, 2.25, 2.75, 3.0, 3.0]
-    torch.testing.assert_close(Interpolation(1, 4)(x)[0, 0], torch.tensor(expected), rtol=0, atol=1e-6)
+    torch.testing.assert_close(
+        Interpolation(1, 4)(x)[0, 0], torch.tensor(expected), rtol=0, atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("hop", [1, 2, 7, 12, 60, 256, 257])
 def test_conditioning_is_aligned(hop):
     """A change of mel frame f moves the samples of the frames f - lookahead .. f + lookahead, and no others."""
-    mel = MelConfig(sample_rate=8000, n_fft=1024, window_length=1024, hop_length=hop, bands=5, fmax=4000.0)
+    mel = MelConfig(
+        sample_rate=8000, n_fft=1024, window_length=1024, hop_length=hop, bands=5, fmax=4000.0
+    )
     model = make(WaveNetConfig(layers=2, stacks=1, classes=16, mel=mel, **SMALL))
     frames, f = 21, 10
     x = torch.randn(1, 5, frames, dtype=torch.float64)
@@ -128,7 +138,9 @@ def test_conditioning_is_aligned(hop):
 
 @pytest.mark.parametrize("hop", [1, 7, 12, 256])
 def test_conditioning_of_a_crop_with_context(hop):
-    mel = MelConfig(sample_rate=8000, n_fft=1024, window_length=1024, hop_length=hop, bands=5, fmax=4000.0)
+    mel = MelConfig(
+        sample_rate=8000, n_fft=1024, window_length=1024, hop_length=hop, bands=5, fmax=4000.0
+    )
     model = make(WaveNetConfig(layers=2, stacks=1, classes=16, mel=mel, speakers=2, **SMALL))
     x = torch.randn(1, 5, 30, dtype=torch.float64)
     speaker = torch.tensor([1])
@@ -155,9 +167,13 @@ def test_every_parameter_learns():
     codes = torch.randint(16, (2, 24))
     cond = make_cond(model, 2, 2)
     torch.nn.functional.cross_entropy(model(codes, cond), codes).backward()
-    assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
+    assert [
+        name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()
+    ] == []
     # Gradients that share memory would be clipped, or accumulated, once for each of them.
-    assert len({p.grad.untyped_storage().data_ptr() for p in model.parameters()}) == len(list(model.parameters()))
+    assert len({p.grad.untyped_storage().data_ptr() for p in model.parameters()}) == len(
+        list(model.parameters())
+    )
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,13 @@ from wavear import audio
 from wavear.audio.mulaw import mulaw_decode, mulaw_encode
 from wavear.data import corpora
 from wavear.data.corpus import IndexReport, index
-from wavear.evaluation.evaluation import EvaluateConfig, Evaluation, compare, compare_models, evaluate
+from wavear.evaluation.evaluation import (
+    EvaluateConfig,
+    Evaluation,
+    compare,
+    compare_models,
+    evaluate,
+)
 from wavear.generation.defects import watch
 from wavear.generation.engines import generate, score
 from wavear.generation.states import StreamState

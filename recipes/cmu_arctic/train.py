@@ -12,7 +12,8 @@ VALUES = TrainConfig(
     family="wavenet",
     data="data",
     out="runs/cmu_arctic",
-    # The rate of the recordings. The mel is that of 16 kHz: a frame per 256 samples would be 16 ms, as here.
+    # The rate of the recordings. The mel is that of 16 kHz: a frame per 256 samples would be 16 ms,
+    # as here.
     sample_rate=16000,
     mel_hop_length=256,
     mel_n_fft=1024,

@@ -9,5 +9,9 @@ from wavear.demo import VALUES, write_notes
 if __name__ == "__main__":
     folder = Path("data/demo")
     write_notes(folder, VALUES.sample_rate)
-    paths = {"data": str(folder / "sounds"), "validation": str(folder / "held_out"), "out": "runs/demo"}
+    paths = {
+        "data": str(folder / "sounds"),
+        "validation": str(folder / "held_out"),
+        "out": "runs/demo",
+    }
     recipe(dataclasses.replace(VALUES, **paths), __doc__)

@@ -1,6 +1,7 @@
 """Every family on the same recordings with the same budget, and a table of what each came to.
 
-Runs that are there already are kept, and those that were cut short go on: the same command ends what was begun.
+Runs that are there already are kept, and those that were cut short go on: the same command ends
+what was begun.
 """
 
 import json
@@ -21,7 +22,8 @@ WAVENET = {
     "batch_size": 1,
 }
 MIXTURE = {"law": "logistic_mixture", "mixtures": 10, "coarse_classes": 256}
-# A recurrent model takes its samples one after the other: many short segments keep the processor busier.
+# A recurrent model takes its samples one after the other: many short segments keep the processor
+# busier.
 GRU = {"family": "gru", "channels": 352, "segment": 1024, "batch_size": 16, "learning_rate": 8e-3}
 TRANSFORMER = {"family": "transformer", "segment": 2048, "batch_size": 4, "learning_rate": 5e-3}
 Name = Literal["linear", "wavenet", "wavenet-16-bit", "gru", "transformer"]
@@ -72,14 +74,25 @@ VALUES = Families()
 def run(config: Families) -> int:
     """Train what is not there yet, and write the table."""
     say = print if config.progress else lambda line: None
-    if config.validation is None and config.data.endswith(".tar"):  # what `write_held_out` would refuse, hours later
-        raise ValueError(f"{config.data}: no manifest can name what is held out of tar shards: give --validation")
+    if config.validation is None and config.data.endswith(
+        ".tar"
+    ):  # what `write_held_out` would refuse, hours later
+        raise ValueError(
+            f"{config.data}: no manifest can name what is held out of tar shards: give --validation"
+        )
     best = [train_one(name, config, say) for name in config.models]
     settings = EvaluateConfig(
-        clips=config.clips, seconds=config.seconds, seed=config.seed, shown=4, overwrite=True, device="cpu"
+        clips=config.clips,
+        seconds=config.seconds,
+        seed=config.seed,
+        shown=4,
+        overwrite=True,
+        device="cpu",
     )
     table = Path(config.out) / "table"
-    held_out = config.validation or write_held_out(best[0].parent, Path(config.out) / "held-out.jsonl")
+    held_out = config.validation or write_held_out(
+        best[0].parent, Path(config.out) / "held-out.jsonl"
+    )
     found = compare_models(best, table, held_out, settings, say=say, complain=say)
     for line in found.summary():
         say(line)
@@ -95,7 +108,11 @@ def train_one(name: Name, config: Families, say) -> Path:
         return out / "best"
     say(f"{name}:")
     values = MODELS[name]
-    own = {} if values["family"] == "linear" else {"precision": config.precision, "max_minutes": config.minutes}
+    own = (
+        {}
+        if values["family"] == "linear"
+        else {"precision": config.precision, "max_minutes": config.minutes}
+    )
     result = train(
         TrainConfig(
             data=config.data,

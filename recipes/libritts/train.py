@@ -12,8 +12,8 @@ VALUES = TrainConfig(
     family="wavenet",
     data="data",
     out="runs/libritts",
-    # The rate of the recordings. The readers of dev-clean are no readers of the training subsets, so speakers are not
-    # told apart: the mel says who it is.
+    # The rate of the recordings. The readers of dev-clean are no readers of the training subsets,
+    # so speakers are not told apart: the mel says who it is.
     sample_rate=24000,
     mel_hop_length=256,
     mel_n_fft=1024,

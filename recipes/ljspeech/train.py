@@ -9,8 +9,8 @@ VALUES = TrainConfig(
     family="wavenet",
     data="data",
     out="runs/ljspeech",
-    # HiFi-GAN's mels (80 bands, a frame per 256 samples, natural logarithm), so that text-to-speech models that were
-    # trained for them speak through this one.
+    # HiFi-GAN's mels (80 bands, a frame per 256 samples, natural logarithm), so that text-to-speech
+    # models that were trained for them speak through this one.
     sample_rate=22050,
     mel_bands=80,
     mel_hop_length=256,

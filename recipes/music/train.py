@@ -10,7 +10,8 @@ VALUES = TrainConfig(
     unconditional=True,
     # Recordings are mixed to mono and resampled as they are read.
     sample_rate=16000,
-    # Without mels all that the model knows is its past: three stacks of ten layers see 192 ms of it.
+    # Without mels all that the model knows is its past: three stacks of ten layers see 192 ms of
+    # it.
     layers=30,
     stacks=3,
     residual_channels=64,

@@ -73,9 +73,17 @@ def speak(speak: Speak, processor: Any = None, tacotron2: Any = None) -> tuple[t
         processor, tacotron2 = bundle.get_text_processor(), bundle.get_tacotron2()
     mel = text_to_mel(speak.text, processor, tacotron2, speak.seed)
     mel = wavear.adapt_mel(mel, model, BUNDLES[speak.bundle], force=speak.force)
-    sampling: dict[str, Any] = {"seed": speak.seed, "temperature": speak.temperature, "top_p": speak.top_p}
-    waveform = wavear.generate(model, mel, engine=speak.engine, weights=speak.weights, **sampling)[0]
-    for finding in wavear.watch(waveform, model.config.sample_rate, mel=mel, config=model.config.mel):
+    sampling: dict[str, Any] = {
+        "seed": speak.seed,
+        "temperature": speak.temperature,
+        "top_p": speak.top_p,
+    }
+    waveform = wavear.generate(model, mel, engine=speak.engine, weights=speak.weights, **sampling)[
+        0
+    ]
+    for finding in wavear.watch(
+        waveform, model.config.sample_rate, mel=mel, config=model.config.mel
+    ):
         print(f"speak.py: warning: {finding}", file=sys.stderr)
     wavear.audio.write(speak.out, waveform, model.config.sample_rate)
     return waveform, model.config.sample_rate
@@ -90,7 +98,9 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"speak.py: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
-    print(f"{given.out}  {len(waveform) / rate:.2f} s of audio in {time.perf_counter() - began:.2f} s")
+    print(
+        f"{given.out}  {len(waveform) / rate:.2f} s of audio in {time.perf_counter() - began:.2f} s"
+    )
     return 0
 
 

@@ -9,7 +9,8 @@ VALUES = TrainConfig(
     family="wavenet",
     data="data",  # with LJSpeech-1.1: the voice that Tacotron 2 was trained on
     out="runs/tts",
-    # The mels that Tacotron 2 predicts, all of it: these are what the vocoder hears and nothing else.
+    # The mels that Tacotron 2 predicts, all of it: these are what the vocoder hears and nothing
+    # else.
     mel_preset="torchaudio-tacotron2",
     sample_rate=22050,
     layers=20,
@@ -22,7 +23,8 @@ VALUES = TrainConfig(
     learning_rate=2e-3,
     ema_decay=0.9999,
     max_steps=300_000,
-    # Predicted mels are smoother than those of recordings: noise on the past makes the vocoder heed them all the same.
+    # Predicted mels are smoother than those of recordings: noise on the past makes the vocoder heed
+    # them all the same.
     input_noise=1.0,
 )
 

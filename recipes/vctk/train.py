@@ -11,14 +11,16 @@ VALUES = TrainConfig(
     family="wavenet",
     data="data",
     out="runs/vctk",
-    # The model learns a vector for each speaker; --no-speakers makes a vocoder that is told by the mel alone.
+    # The model learns a vector for each speaker; --no-speakers makes a vocoder that is told by the
+    # mel alone.
     speakers=True,
     # The recordings are of 48000 Hz and are resampled as they are read.
     sample_rate=22050,
     mel_hop_length=256,
     mel_n_fft=1024,
     mel_fmax=8000.0,
-    # Speakers were recorded at different levels: one gain for each of them. Decodes every file once, at the start.
+    # Speakers were recorded at different levels: one gain for each of them. Decodes every file
+    # once, at the start.
     normalise="rms",
     normalise_by="speaker",
     layers=20,

@@ -1,11 +1,13 @@
 """Pre-emphasis: the model's codes are of y[t] = x[t] - a x[t-1], and what it makes is x[t] = y[t] + a x[t-1].
 
-The rounding of the codes is noise that is as strong at every frequency. Taking the emphasis off again makes its
-amplitude 1 / |1 - a exp(-iw)|, louder below and softer above, where speech is soft and the noise is heard. (Makhoul and
-Berouti, "Adaptive noise spectral shaping and entropy coding in predictive coding of speech", 1979; with mu-law codes in
-LPCNet, Valin and Skoglund, 2019, https://arxiv.org/abs/1810.11846, section 3.1, a = 0.85.)
+The rounding of the codes is noise that is as strong at every frequency. Taking the emphasis off
+again makes its amplitude 1 / |1 - a exp(-iw)|, louder below and softer above, where speech is soft
+and the noise is heard. (Makhoul and Berouti, "Adaptive noise spectral shaping and entropy coding in
+predictive coding of speech", 1979; with mu-law codes in LPCNet, Valin and Skoglund, 2019,
+https://arxiv.org/abs/1810.11846, section 3.1, a = 0.85.)
 
-Everything else in wavear is of x: mels, levels, measures. Codes alone, and so bits and log-probabilities, are of y.
+Everything else in wavear is of x: mels, levels, measures. Codes alone, and so bits and
+log-probabilities, are of y.
 """
 
 from __future__ import annotations
@@ -69,7 +71,8 @@ class Deemphasis:
             return decoded
         from scipy.signal import lfilter
 
-        # Direct form II transposed: x[t] = y[t] + z, z = a x[t], the same two operations wherever a piece begins.
+        # Direct form II transposed: x[t] = y[t] + z, z = a x[t], the same two operations wherever a
+        # piece begins.
         given = decoded.detach().cpu().numpy().astype(np.float64)
         made: Any = lfilter([1.0], [1.0, -self.a], given, zi=np.array([self.a * self.memory]))[0]
         self.memory = float(made[-1])

@@ -18,9 +18,10 @@ Kind = Literal["mulaw", "linear"]
 class Grid:
     """Waveforms in [-1, 1] to codes in [0, Q) and back.
 
-    "mulaw": `wavear.audio.mulaw`, steps that grow with the level. "linear": even steps, code c is (c - Q/2) / (Q/2)
-    (with 65536 codes those of 16-bit PCM: code Q/2 is exactly 0, and 1.0 becomes the last code, 1 - 2/Q).
-    Each code stands for the samples that are rounded to it: an interval; the first and the last one are open.
+    "mulaw": `wavear.audio.mulaw`, steps that grow with the level. "linear": even steps, code c is
+    (c - Q/2) / (Q/2) (with 65536 codes those of 16-bit PCM: code Q/2 is exactly 0, and 1.0 becomes
+    the last code, 1 - 2/Q). Each code stands for the samples that are rounded to it: an interval;
+    the first and the last one are open.
 
     Examples
     --------
@@ -37,10 +38,16 @@ class Grid:
     def __post_init__(self) -> None:
         if self.kind not in ("mulaw", "linear"):
             raise ValueError(f"the grid is {self.kind!r}, it must be mulaw or linear")
-        if isinstance(self.classes, bool) or not isinstance(self.classes, int) or not 2 <= self.classes <= MAX_CLASSES:
+        if (
+            isinstance(self.classes, bool)
+            or not isinstance(self.classes, int)
+            or not 2 <= self.classes <= MAX_CLASSES
+        ):
             raise ValueError(f"classes is {self.classes!r}, it must be 2 to {MAX_CLASSES}")
         if self.kind == "linear" and self.classes % 2:
-            raise ValueError(f"classes is {self.classes}, a linear grid needs an even number: 0 lies in the middle")
+            raise ValueError(
+                f"classes is {self.classes}, a linear grid needs an even number: 0 lies in the middle"
+            )
 
     def __str__(self) -> str:
         if self.kind == "linear" and self.classes & (self.classes - 1) == 0:
@@ -61,23 +68,27 @@ class Grid:
     def refinement(self, finer: Grid) -> np.ndarray | None:
         """log2 of the number of codes of a finer grid in each code's interval, (Q,); None if one has none.
 
-        Given a code, each of them is as likely as another, to who knows no more: so a law of bits b over these codes is
-        one of b + refinement over the finer ones, and laws of different grids are measured in one unit.
+        Given a code, each of them is as likely as another, to who knows no more: so a law of bits b
+        over these codes is one of b + refinement over the finer ones, and laws of different grids
+        are measured in one unit.
 
         Examples
         --------
         >>> Grid("linear", 256).refinement(Grid("linear", 65536)).tolist()[:3]
         [7.0, 8.0, 8.0]
         """
-        counts = np.bincount(self.encode(torch.from_numpy(finer.values().copy())).numpy(), minlength=self.classes)
+        counts = np.bincount(
+            self.encode(torch.from_numpy(finer.values().copy())).numpy(), minlength=self.classes
+        )
         return np.log2(counts) if (counts > 0).all() else None
 
     def spans(self, coarser: Grid) -> np.ndarray | None:
         """Which codes become each code of a coarser grid: the first and the last, (2, coarser Q), int64.
 
-        A code becomes that which its sample value is rounded to. As both grids rise with the sample, the codes that
-        become one lie side by side: their probability is F(upper end of the last) - F(lower end of the first). None if
-        nothing becomes one of the coarser codes, so that the other grid is finer there.
+        A code becomes that which its sample value is rounded to. As both grids rise with the
+        sample, the codes that become one lie side by side: their probability is F(upper end of the
+        last) - F(lower end of the first). None if nothing becomes one of the coarser codes, so that
+        the other grid is finer there.
 
         Examples
         --------
@@ -103,12 +114,16 @@ class Grid:
         if not isinstance(waveform, torch.Tensor):
             return self.encode(torch.from_numpy(np.asarray(waveform))).numpy()
         if not waveform.is_floating_point():
-            raise ValueError(f"waveform is {waveform.dtype}, expected floating point in [-1, 1] (16-bit PCM: / 32768)")
+            raise ValueError(
+                f"waveform is {waveform.dtype}, expected floating point in [-1, 1] (16-bit PCM: / 32768)"
+            )
         if torch.isnan(waveform).any():
             raise ValueError("waveform holds NaN, which has no code")
         half = self.classes // 2
         x = waveform.detach().to(torch.promote_types(waveform.dtype, torch.float32)).clamp(-1, 1)
-        return (torch.floor(x * half + 0.5).to(torch.int64) + half).clamp(max=self.classes - 1)  # halves up, as mu-law
+        return (torch.floor(x * half + 0.5).to(torch.int64) + half).clamp(
+            max=self.classes - 1
+        )  # halves up, as mu-law
 
     def nearest(self, values: torch.Tensor) -> torch.Tensor:
         """The codes of any values, as `encode` has them, without a look at the values: a CUDA graph can capture it."""
@@ -136,7 +151,9 @@ class Grid:
         if codes.is_floating_point() or codes.is_complex() or codes.dtype == torch.bool:
             raise ValueError(f"codes are {codes.dtype}, expected integers in [0, {self.classes})")
         if codes.numel() and not 0 <= int(codes.min()) <= int(codes.max()) < self.classes:
-            raise ValueError(f"codes reach from {int(codes.min())} to {int(codes.max())}, outside [0, {self.classes})")
+            raise ValueError(
+                f"codes reach from {int(codes.min())} to {int(codes.max())}, outside [0, {self.classes})"
+            )
         half = self.classes // 2
         return (codes.to(torch.int64) - half).to(torch.float32) / half
 
@@ -147,7 +164,8 @@ class Grid:
     def edges(self) -> np.ndarray:
         """Where the intervals of the codes meet, (Q + 1,), float64, rising: -inf, ..., inf.
 
-        Half way between neighbours: of a mu-law grid as its curve sees it, which is where `encode` rounds.
+        Half way between neighbours: of a mu-law grid as its curve sees it, which is where `encode`
+        rounds.
 
         Examples
         --------
@@ -165,7 +183,11 @@ COMMON_GRIDS = {"linear": Grid("linear", 65536), "mulaw": Grid("mulaw", 256)}
 def _values(grid: Grid) -> np.ndarray:
     half = grid.classes // 2
     codes = np.arange(grid.classes)
-    found = mulaw_decode(codes, grid.classes).astype(np.float64) if grid.kind == "mulaw" else (codes - half) / half
+    found = (
+        mulaw_decode(codes, grid.classes).astype(np.float64)
+        if grid.kind == "mulaw"
+        else (codes - half) / half
+    )
     found.flags.writeable = False
     return found
 
@@ -174,7 +196,9 @@ def _values(grid: Grid) -> np.ndarray:
 def _spans(grid: Grid, coarser: Grid) -> np.ndarray | None:
     found = coarser.encode(grid.values().copy())
     every = np.arange(coarser.classes)
-    spans = np.stack([np.searchsorted(found, every), np.searchsorted(found, every, side="right") - 1])
+    spans = np.stack(
+        [np.searchsorted(found, every), np.searchsorted(found, every, side="right") - 1]
+    )
     spans.flags.writeable = False
     return spans if (spans[0] <= spans[1]).all() else None
 

@@ -1,12 +1,16 @@
 """What an audio file's header says about its length, against the bytes that are there.
 
-libsndfile believes headers, so it drops the end of a file whose header promises too little (a WAV from a pipe says 0),
-and takes a WAV or OGG file that was cut off for a shorter one. `examine` looks at the bytes and tells these apart:
+libsndfile believes headers, so it drops the end of a file whose header promises too little (a WAV
+from a pipe says 0), and takes a WAV or OGG file that was cut off for a shorter one. `examine` looks
+at the bytes and tells these apart:
 
-- *cut off inside* is refused: the file ends in the middle of a unit (an Ogg page, an MP3 frame), or, where there are no
+- *cut off inside* is refused: the file ends in the middle of a unit (an Ogg page, an MP3 frame),
+  or, where there are no
   units, before what all its headers agree on;
-- *a header that lies* is put right in a copy in memory, which libsndfile then reads to the real end: lengths that stand
-  for "unknown" in streams, lengths shorter than the audio, and those that contradict the length of the whole file.
+- *a header that lies* is put right in a copy in memory, which libsndfile then reads to the real
+  end: lengths that stand
+  for "unknown" in streams, lengths shorter than the audio, and those that contradict the length of
+  the whole file.
 
 Formats that libsndfile knows beyond WAV, AIFF, FLAC, OGG and MP3 are left to it.
 """
@@ -36,12 +40,14 @@ class Findings:
 def examine(path: str | os.PathLike[str], stretch: tuple[int, int] | None = None) -> Findings:
     """Compare a file's header with its bytes. Costs some reads; the result is kept while the file stays as it is.
 
-    With a `stretch` (offset, length in bytes) the file is what lies there, a member of an archive say.
+    With a `stretch` (offset, length in bytes) the file is what lies there, a member of an archive
+    say.
 
     Raises
     ------
     ValueError
-        If the file ends before its audio does. The message gives the reason, and leaves the file's name to the caller.
+        If the file ends before its audio does. The message gives the reason, and leaves the file's
+        name to the caller.
     OSError
         If it cannot be read.
     """
@@ -73,9 +79,11 @@ def _examine_bytes(data: Bytes) -> Findings:
     return Findings()
 
 
-# --- WAV and AIFF: chunks of four letters, a length, and that many bytes ----------------------------------------------
+# --- WAV and AIFF: chunks of four letters, a length, and that many bytes
+# ----------------------------------------------
 
-# Lengths from here on mean "unknown" where the file has less: ffmpeg and others write 2**32 - 1, sox 0x7FFFF000.
+# Lengths from here on mean "unknown" where the file has less: ffmpeg and others write 2**32 - 1,
+# sox 0x7FFFF000.
 _UNKNOWN_LENGTH = 0x7FFF0000
 
 
@@ -93,13 +101,20 @@ def _examine_chunks(data: Bytes, magic: bytes) -> Findings:
     first = position + 8
     there = len(data) - first
     if magic == b"RF64" and data[12:16] == b"ds64":
-        whole, claimed = int.from_bytes(data[20:28], "little") + 8, int.from_bytes(data[28:36], "little")
+        whole, claimed = (
+            int.from_bytes(data[20:28], "little") + 8,
+            int.from_bytes(data[28:36], "little"),
+        )
     if claimed > there:
         if claimed >= _UNKNOWN_LENGTH and magic != b"RF64":
             return Findings()  # libsndfile takes what there is
         if abs(whole - len(data)) <= 1:
-            return Findings()  # so the file as a whole is complete, and the length of this chunk is wrong
-        raise ValueError(f"truncated inside: its header promises {claimed} bytes of audio, {there} are there")
+            return (
+                Findings()
+            )  # so the file as a whole is complete, and the length of this chunk is wrong
+        raise ValueError(
+            f"truncated inside: its header promises {claimed} bytes of audio, {there} are there"
+        )
     end = first + claimed
     if claimed == there or any(_is_no_audio(data, at, claimed) for at in (end, end + end % 2)):
         return Findings()
@@ -121,24 +136,31 @@ def _is_no_audio(data: Bytes, position: int, claimed: int) -> bool:
     return claimed > 0 and not any(data[position : position + 65536])
 
 
-# --- FLAC: frames that begin with a synchronisation code and their own number -----------------------------------------
+# --- FLAC: frames that begin with a synchronisation code and their own number
+# -----------------------------------------
 
 
 def _examine_flac(data: Bytes, start: int) -> Findings:
-    # STREAMINFO is the first block: its last 36 bits before the checksum are the number of samples, 0 if unknown.
+    # STREAMINFO is the first block: its last 36 bits before the checksum are the number of samples,
+    # 0 if unknown.
     position = start + 8
     block = int.from_bytes(data[position + 2 : position + 4], "big")
     claimed = int.from_bytes(data[position + 10 : position + 18], "big") & (2**36 - 1)
     ends = _flac_frame_ends(data, position, block)
     if not ends or claimed in ends:
         return Findings()
-    # A synchronisation code can occur by chance; a frame that follows another (ends one block later) cannot.
-    sure = [end for end in ends if len(ends) == 1 or any(0 < end - other <= block for other in ends)]
+    # A synchronisation code can occur by chance; a frame that follows another (ends one block
+    # later) cannot.
+    sure = [
+        end for end in ends if len(ends) == 1 or any(0 < end - other <= block for other in ends)
+    ]
     if not sure:
         return Findings()
     total = max(sure)
     if claimed > total:
-        raise ValueError(f"truncated inside: its header promises {claimed} samples, {total} are there")
+        raise ValueError(
+            f"truncated inside: its header promises {claimed} samples, {total} are there"
+        )
     truth = int.from_bytes(data[position + 10 : position + 18], "big") & ~(2**36 - 1) | total
     return Findings(splice=(position + 10, 8, truth.to_bytes(8, "big")))
 
@@ -149,7 +171,10 @@ def _flac_frame_ends(data: Bytes, streaminfo: int, block: int) -> set[int]:
     first = max(len(data) - 4 * largest, streaminfo)
     tail = data[first:]
     ends = set()
-    for sync in (b"\xff\xf8", b"\xff\xf9"):  # blocks of fixed size (numbered), of variable size (by their first sample)
+    for sync in (
+        b"\xff\xf8",
+        b"\xff\xf9",
+    ):  # blocks of fixed size (numbered), of variable size (by their first sample)
         at = tail.find(sync)
         while at >= 0:
             if header := _flac_frame_header(tail[at : at + 16]):
@@ -164,7 +189,8 @@ def _flac_frame_header(header: bytes) -> tuple[int, int] | None:
     header = header.ljust(16, b"\0")  # the last frame can be shorter than the longest header
     if header[3] & 1:
         return None
-    # The number is coded as in UTF-8, up to seven bytes: as many leading ones as bytes, then six bits in each.
+    # The number is coded as in UTF-8, up to seven bytes: as many leading ones as bytes, then six
+    # bits in each.
     ones = 8 - (header[4] ^ 0xFF).bit_length()
     if ones in (1, 8):
         return None
@@ -181,7 +207,13 @@ def _flac_frame_header(header: bytes) -> tuple[int, int] | None:
         length = int.from_bytes(header[position : position + width], "big") + 1
         position += width
     else:
-        length = 192 if size_code == 1 else 576 << size_code - 2 if size_code < 6 else 256 << size_code - 8
+        length = (
+            192
+            if size_code == 1
+            else 576 << size_code - 2
+            if size_code < 6
+            else 256 << size_code - 8
+        )
     position += {12: 1, 13: 2, 14: 2}.get(rate_code, 0)
     checksum = 0
     for byte in header[:position]:
@@ -191,7 +223,8 @@ def _flac_frame_header(header: bytes) -> tuple[int, int] | None:
     return (number, length) if checksum == header[position] else None
 
 
-# --- Ogg: pages -------------------------------------------------------------------------------------------------------
+# --- Ogg: pages
+# -------------------------------------------------------------------------------------------------------
 
 
 def _examine_ogg(data: Bytes, start: int) -> Findings:
@@ -202,15 +235,18 @@ def _examine_ogg(data: Bytes, start: int) -> Findings:
             raise ValueError("truncated inside: it ends in the middle of an Ogg page")
         page = data[position:end]
         if int.from_bytes(page[22:26], "little") != _ogg_checksum(page):
-            raise ValueError(f"damaged inside: the checksum of the Ogg page at byte {position} is wrong")
+            raise ValueError(
+                f"damaged inside: the checksum of the Ogg page at byte {position} is wrong"
+            )
         # The sample at which the last packet that ends on this page ends; -1 if none does.
         samples.append(int.from_bytes(page[6:14], "little", signed=True))
         end_of_stream = bool(page[5] & 4)
         position = end
     if not end_of_stream and position < len(data):
         raise ValueError(f"damaged or truncated inside: no Ogg page at byte {position}")
-    # libsndfile (1.2.2) counts back from the sample at which a page says it ends, but the last page says where the
-    # audio ends, not its blocks: a seek into it arrives at other samples. So seeks have to stop short of that page.
+    # libsndfile (1.2.2) counts back from the sample at which a page says it ends, but the last page
+    # says where the audio ends, not its blocks: a seek into it arrives at other samples. So seeks
+    # have to stop short of that page.
     return Findings(last_seek=max(samples[:-1]))
 
 
@@ -232,7 +268,8 @@ def _ogg_checksum(page: bytes) -> int:
     return int(f"{zlib.crc32(mirrored, 0xFFFFFFFF) ^ 0xFFFFFFFF:032b}"[::-1], 2)
 
 
-# --- MP3: frames that begin with their own length ---------------------------------------------------------------------
+# --- MP3: frames that begin with their own length
+# ---------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -256,7 +293,9 @@ class _Mp3Frame:
         sample_rate = (44100, 48000, 32000)[rate] // {3: 1, 2: 2, 0: 4}[version]
         if version == 3:
             kbit = (0, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320)[bitrate]
-            return _Mp3Frame((version, rate), 144_000 * kbit // sample_rate + padding, 17 if mono else 32)
+            return _Mp3Frame(
+                (version, rate), 144_000 * kbit // sample_rate + padding, 17 if mono else 32
+            )
         kbit = (0, 8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160)[bitrate]
         return _Mp3Frame((version, rate), 72_000 * kbit // sample_rate + padding, 9 if mono else 17)
 
@@ -284,28 +323,36 @@ def _examine_mp3(data: Bytes, start: int) -> Findings:
     number = count.to_bytes(4, "big")
     if has_info:
         at += first[0] + 8
-        return Findings(is_mp3=True, splice=None if data[at : at + 4] == number else (at, 4, number))
-    # Without that header the decoder guesses the length from the first frame's bit rate. So put one in front, and
-    # behind it a frame of silence: once it knows the length, the decoder (mpg123) drops the encoder's delay, as the
-    # header gives it, and 529 samples of its own from the beginning. Here that is just the frame of silence.
+        return Findings(
+            is_mp3=True, splice=None if data[at : at + 4] == number else (at, 4, number)
+        )
+    # Without that header the decoder guesses the length from the first frame's bit rate. So put one
+    # in front, and behind it a frame of silence: once it knows the length, the decoder (mpg123)
+    # drops the encoder's delay, as the header gives it, and 529 samples of its own from the
+    # beginning. Here that is just the frame of silence.
     samples = 1152 if head.kind[0] == 3 else 576
     delay = (samples - 529) << 12  # 12 bits of delay, 12 of padding at the end
     made = b"Xing" + (1).to_bytes(4, "big") + (count + 1).to_bytes(4, "big")
     made += b"LAME3.100".ljust(21, b"\0") + delay.to_bytes(3, "big") + bytes(12)
     header = bytes(data[first[0] : first[0] + 4])
     for bitrate in range(1, 15):
-        header = bytes([0xFF, header[1] | 1, bitrate << 4 | header[2] & 0x0C, header[3]])  # no checksum, no padding
+        header = bytes(
+            [0xFF, header[1] | 1, bitrate << 4 | header[2] & 0x0C, header[3]]
+        )  # no checksum, no padding
         frame = _Mp3Frame.parse(header)
         if frame and frame.length >= 4 + frame.side_info + len(made):
             silence = header.ljust(frame.length, b"\0")
             at = 4 + frame.side_info
             return Findings(
-                is_mp3=True, splice=(first[0], 0, silence[:at] + made + silence[at + len(made) :] + silence)
+                is_mp3=True,
+                splice=(first[0], 0, silence[:at] + made + silence[at + len(made) :] + silence),
             )
     raise AssertionError("every kind of MP3 has a frame of 100 bytes")
 
 
-def _next_mp3_frame(data: Bytes, position: int, kind: tuple[int, int] | None) -> tuple[int, _Mp3Frame] | None:
+def _next_mp3_frame(
+    data: Bytes, position: int, kind: tuple[int, int] | None
+) -> tuple[int, _Mp3Frame] | None:
     """The next place where two frames of a kind follow each other, or one ends the file."""
     while (position := data.find(b"\xff", position)) >= 0:
         frame = _Mp3Frame.parse(data[position : position + 4])

@@ -4,12 +4,14 @@ With mu = classes - 1, a sample x is bent by
 
     y = sign(x) * log(1 + mu * abs(x)) / log(1 + mu)
 
-which spends the codes where the ear (and speech) needs them, near zero, and y in [-1, 1] is rounded to one of `classes`
-even steps. The ends -1 and 1 are the first and the last code. (ITU-T G.711 approximates this curve for mu = 255 by
-straight pieces; van den Oord et al., "WaveNet", 2016, section 2.2, use the curve itself, as torchaudio does and we do.)
+which spends the codes where the ear (and speech) needs them, near zero, and y in [-1, 1] is rounded
+to one of `classes` even steps. The ends -1 and 1 are the first and the last code. (ITU-T G.711
+approximates this curve for mu = 255 by straight pieces; van den Oord et al., "WaveNet", 2016,
+section 2.2, use the curve itself, as torchaudio does and we do.)
 
-The order of the operations is that of `torchaudio.functional.mu_law_encoding`, so that both give the same codes even on
-the edge between two. float32 suffices for all 65536 classes: its rounding moves a code by 0.004, 0.5 is allowed.
+The order of the operations is that of `torchaudio.functional.mu_law_encoding`, so that both give
+the same codes even on the edge between two. float32 suffices for all 65536 classes: its rounding
+moves a code by 0.004, 0.5 is allowed.
 """
 
 from __future__ import annotations
@@ -56,15 +58,23 @@ def mulaw_encode(waveform: Any, classes: int = 256) -> Any:
     if not isinstance(waveform, torch.Tensor):
         return mulaw_encode(_to_tensor(waveform, "waveform"), classes).numpy()
     if not waveform.dtype.is_floating_point:
-        raise ValueError(f"waveform is {waveform.dtype}, expected floating point in [-1, 1] (16-bit PCM: / 32768)")
+        raise ValueError(
+            f"waveform is {waveform.dtype}, expected floating point in [-1, 1] (16-bit PCM: / 32768)"
+        )
     x = waveform.detach()
     if x.dtype.itemsize < 4:  # half precision has fewer digits than 1024 classes need
         x = x.to(torch.float32)
     if torch.isnan(x).any():
         raise ValueError("waveform holds NaN, which has no code")
     x = x.clamp(-1.0, 1.0)
-    y = torch.sign(x) * torch.log1p(mu * torch.abs(x)) / torch.log1p(torch.tensor(mu, dtype=x.dtype))
-    return ((y + 1) / 2 * mu + 0.5).to(torch.int64)  # to() drops the fraction: this rounds, halves up
+    y = (
+        torch.sign(x)
+        * torch.log1p(mu * torch.abs(x))
+        / torch.log1p(torch.tensor(mu, dtype=x.dtype))
+    )
+    return ((y + 1) / 2 * mu + 0.5).to(
+        torch.int64
+    )  # to() drops the fraction: this rounds, halves up
 
 
 @overload
@@ -90,10 +100,8 @@ def mulaw_decode(codes: Any, classes: int = 256) -> Any:
     ValueError
         If `codes` are not integers or lie outside [0, Q), or `classes` is out of range.
 
-    Notes
-    -----
-    An even `classes` has no code for exactly 0: silence (`silence_code`) decodes to half the smallest step, 8.6e-5 for
-    256 classes.
+    Notes ----- An even `classes` has no code for exactly 0: silence (`silence_code`) decodes to
+    half the smallest step, 8.6e-5 for 256 classes.
 
     Examples
     --------
@@ -109,9 +117,15 @@ def mulaw_decode(codes: Any, classes: int = 256) -> Any:
     if codes.numel():
         low, high = (int(bound) for bound in torch.aminmax(codes))
         if low < 0 or high >= classes:
-            raise ValueError(f"codes reach from {low} to {high}, outside [0, {classes}) of {classes} classes")
+            raise ValueError(
+                f"codes reach from {low} to {high}, outside [0, {classes}) of {classes} classes"
+            )
     y = codes.to(torch.float32) / mu * 2 - 1
-    x = torch.sign(y) * (torch.exp(torch.abs(y) * torch.log1p(torch.tensor(mu, dtype=y.dtype))) - 1.0) / mu
+    x = (
+        torch.sign(y)
+        * (torch.exp(torch.abs(y) * torch.log1p(torch.tensor(mu, dtype=y.dtype))) - 1.0)
+        / mu
+    )
     return x.clamp(-1.0, 1.0)  # rounding passes 1 by one bit in some classes
 
 
@@ -140,7 +154,9 @@ def _check_classes(classes: int) -> int:
     try:
         count = operator.index(classes)
     except TypeError:
-        raise ValueError(f"classes is {classes!r}, expected an integer from 2 to {MAX_CLASSES}") from None
+        raise ValueError(
+            f"classes is {classes!r}, expected an integer from 2 to {MAX_CLASSES}"
+        ) from None
     if isinstance(classes, bool) or not 2 <= count <= MAX_CLASSES:
         raise ValueError(f"classes is {classes!r}, expected 2 to {MAX_CLASSES}")
     return count
@@ -150,6 +166,12 @@ def _to_tensor(values: Any, name: str) -> torch.Tensor:
     array = np.asarray(values)
     if array.dtype.kind not in "fiu":
         raise ValueError(f"{name} of type {array.dtype} cannot be read as numbers")
-    dtype = np.int64 if array.dtype.kind != "f" else np.float64 if array.dtype.itemsize > 4 else np.float32
+    dtype = (
+        np.int64
+        if array.dtype.kind != "f"
+        else np.float64
+        if array.dtype.itemsize > 4
+        else np.float32
+    )
     # A copy in native byte order: torch refuses negative strides and warns about read-only memory.
     return torch.from_numpy(np.array(array, dtype=dtype, order="C"))

@@ -16,9 +16,10 @@ def measure_period(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Measure the period of each block of a waveform.
 
-    The correlation of the `window` samples around the middle of the block with those one lag before, divided by the
-    root of both energies (Talkin, 1995, "A robust algorithm for pitch tracking"). The lag is the first maximum that no
-    longer lag exceeds by 0.02, refined by the parabola through its neighbours.
+    The correlation of the `window` samples around the middle of the block with those one lag
+    before, divided by the root of both energies (Talkin, 1995, "A robust algorithm for pitch
+    tracking"). The lag is the first maximum that no longer lag exceeds by 0.02, refined by the
+    parabola through its neighbours.
 
     Parameters
     ----------
@@ -34,7 +35,8 @@ def measure_period(
     -------
     lags : ndarray of float32, shape (T // block,), in samples
     correlation : ndarray of float32, shape (T // block,), 0 to 1
-        0, with the shortest lag, where the window or what it is compared with reaches beyond the waveform.
+        0, with the shortest lag, where the window or what it is compared with reaches beyond the
+        waveform.
 
     Raises
     ------
@@ -51,9 +53,13 @@ def measure_period(
     if x.ndim != 1:
         raise ValueError(f"waveform has shape {x.shape}, expected (T,): pass one channel at a time")
     if not 1 <= shortest <= longest:
-        raise ValueError(f"lags from {shortest} to {longest}: the shortest must be at least 1 and the longest no less")
+        raise ValueError(
+            f"lags from {shortest} to {longest}: the shortest must be at least 1 and the longest no less"
+        )
     if not 1 <= block <= window:
-        raise ValueError(f"block is {block} and window {window}: a block must be at least 1 and a window no less")
+        raise ValueError(
+            f"block is {block} and window {window}: a block must be at least 1 and a window no less"
+        )
     count = len(x) // block
     lags, correlation = np.full(count, shortest, np.float32), np.zeros(count, np.float32)
     # The window of block b begins at b block + offset, and the longest lag must fit before it.
@@ -68,8 +74,8 @@ def measure_period(
 def _run(x, shortest, longest, block, window, offset, first, last, lags, correlation):
     """Measure the blocks from `first` to before `last`.
 
-    Windows overlap. The products of a stretch of `block` samples are summed once, and every window that holds the
-    stretch adds that sum: at 8 blocks per window an eighth of the multiplications.
+    Windows overlap. The products of a stretch of `block` samples are summed once, and every window
+    that holds the stretch adds that sum: at 8 blocks per window an eighth of the multiplications.
     """
     total, count = x.shape[0], longest + 1 - shortest
     backwards = np.empty(total, np.float32)  # so that the lags of one sample lie in rising order
@@ -113,7 +119,11 @@ def _run(x, shortest, longest, block, window, offset, first, last, lags, correla
             at += 1
         lags[b] = shortest + at
         if 0 < at < count - 1:
-            left, middle, right = np.float64(values[at - 1]), np.float64(values[at]), np.float64(values[at + 1])
+            left, middle, right = (
+                np.float64(values[at - 1]),
+                np.float64(values[at]),
+                np.float64(values[at + 1]),
+            )
             bend = left - 2 * middle + right
             if bend < -1e-9:
                 lags[b] += max(-0.5, min(0.5, 0.5 * (left - right) / bend))

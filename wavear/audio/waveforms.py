@@ -1,7 +1,8 @@
 """Files to waveforms and back.
 
-A waveform here is a mono float32 tensor of shape (T,), in [-1, 1]. WAV, FLAC, OGG (Vorbis, Opus), MP3 and AIFF are read
-through libsndfile, as is what else it knows; `wavear.audio.headers` sees to files whose header does not tell the truth.
+A waveform here is a mono float32 tensor of shape (T,), in [-1, 1]. WAV, FLAC, OGG (Vorbis, Opus),
+MP3 and AIFF are read through libsndfile, as is what else it knows; `wavear.audio.headers` sees to
+files whose header does not tell the truth.
 """
 
 from __future__ import annotations
@@ -114,11 +115,14 @@ def info(path: AudioPath) -> AudioInfo:
         return AudioInfo(file.samplerate, file.frames, file.channels)
 
 
-def read(path: AudioPath, sample_rate: int | None = None, start: int = 0, frames: int | None = None) -> torch.Tensor:
+def read(
+    path: AudioPath, sample_rate: int | None = None, start: int = 0, frames: int | None = None
+) -> torch.Tensor:
     """Read an audio file, or a part of it, as a mono waveform.
 
-    Channels are averaged. Only the asked part is decoded (and resampled), from a little before it where the format or
-    the resampling needs that: reading a part gives the same samples as cutting it out of the whole, to 1e-6.
+    Channels are averaged. Only the asked part is decoded (and resampled), from a little before it
+    where the format or the resampling needs that: reading a part gives the same samples as cutting
+    it out of the whole, to 1e-6.
 
     Parameters
     ----------
@@ -128,19 +132,21 @@ def read(path: AudioPath, sample_rate: int | None = None, start: int = 0, frames
     start : int
         First sample to return, counted at the rate of the result.
     frames : int, optional
-        Number of samples to return, at the rate of the result; by default all, and fewer where the file ends.
+        Number of samples to return, at the rate of the result; by default all, and fewer where the
+        file ends.
 
     Returns
     -------
     Tensor, shape (T,), float32
-        In [-1, 1], except that lossy codecs and floating-point files can pass it; nothing is clipped.
-        T is `frames`, or round(samples of the file * sample_rate / its rate) less `start`.
+        In [-1, 1], except that lossy codecs and floating-point files can pass it; nothing is
+        clipped. T is `frames`, or round(samples of the file * sample_rate / its rate) less `start`.
 
     Raises
     ------
     AudioError
-        If the file is empty, is not audio, has no samples, is damaged or truncated inside, holds NaN or infinity, or
-        has a sample rate outside 1 to 384 kHz; if `start` lies beyond its end. It is a ValueError.
+        If the file is empty, is not audio, has no samples, is damaged or truncated inside, holds
+        NaN or infinity, or has a sample rate outside 1 to 384 kHz; if `start` lies beyond its end.
+        It is a ValueError.
     FileNotFoundError, IsADirectoryError, PermissionError, OSError
         If there is no such file, it is a folder, or it may not be read.
     ValueError
@@ -156,9 +162,13 @@ def read(path: AudioPath, sample_rate: int | None = None, start: int = 0, frames
         rate = sample_rate or own_rate
         length = _resampled_length(file.frames, own_rate, rate)
         if length == 0:
-            raise AudioError(f"{path}: is too short ({file.frames} samples at {own_rate} Hz) for a sample at {rate} Hz")
+            raise AudioError(
+                f"{path}: is too short ({file.frames} samples at {own_rate} Hz) for a sample at {rate} Hz"
+            )
         if start >= length:
-            raise AudioError(f"{path}: start {start} lies beyond its end ({length} samples at {rate} Hz)")
+            raise AudioError(
+                f"{path}: start {start} lies beyond its end ({length} samples at {rate} Hz)"
+            )
         stop = length if frames is None else min(start + frames, length)
         first, last = _needed(start, stop, own_rate, rate, file.frames)
         waveform = _decode(path, file, first, last, last_seek)
@@ -169,7 +179,8 @@ def read(path: AudioPath, sample_rate: int | None = None, start: int = 0, frames
     return torch.from_numpy(_soxr(waveform, own_rate, rate)[start - offset : stop - offset].copy())
 
 
-# What the ending of a file's name stands for, and in which encodings: libsndfile's names, the first by default.
+# What the ending of a file's name stands for, and in which encodings: libsndfile's names, the first
+# by default.
 _FORMATS: dict[str, tuple[str, dict[str, str]]] = {
     ".wav": ("WAV", {"pcm16": "PCM_16", "pcm24": "PCM_24", "float32": "FLOAT"}),
     ".flac": ("FLAC", {"pcm16": "PCM_16", "pcm24": "PCM_24"}),
@@ -179,12 +190,18 @@ _FORMATS: dict[str, tuple[str, dict[str, str]]] = {
 _OPUS_RATES = (8000, 12000, 16000, 24000, 48000)
 
 
-def write(path: StrPath, waveform: torch.Tensor | np.ndarray, sample_rate: int, encoding: str | None = None) -> int:
+def write(
+    path: StrPath,
+    waveform: torch.Tensor | np.ndarray,
+    sample_rate: int,
+    encoding: str | None = None,
+) -> int:
     """Write a waveform: WAV, FLAC or OGG, by the ending of the name.
 
-    The file appears whole or not at all: it is written beside its place under another name, and moved there at the end,
-    over a file of that name if there is one. `read` gives back what was written to half a step: 1.6e-5 of 16 bits, 6e-8
-    of 24; floating point exactly. The level is left as it is.
+    The file appears whole or not at all: it is written beside its place under another name, and
+    moved there at the end, over a file of that name if there is one. `read` gives back what was
+    written to half a step: 1.6e-5 of 16 bits, 6e-8 of 24; floating point exactly. The level is left
+    as it is.
 
     Parameters
     ----------
@@ -195,8 +212,9 @@ def write(path: StrPath, waveform: torch.Tensor | np.ndarray, sample_rate: int, 
     sample_rate : int
         Hz, 1000 to 384000.
     encoding : str, optional
-        "pcm16" (by default), "pcm24" or "float32" of WAV; "pcm16" or "pcm24" of FLAC; "vorbis" (by default) or "opus"
-        of OGG, at the quality libsndfile gives them. Opus knows 8, 12, 16, 24 and 48 kHz alone.
+        "pcm16" (by default), "pcm24" or "float32" of WAV; "pcm16" or "pcm24" of FLAC; "vorbis" (by
+        default) or "opus" of OGG, at the quality libsndfile gives them. Opus knows 8, 12, 16, 24
+        and 48 kHz alone.
 
     Returns
     -------
@@ -206,10 +224,11 @@ def write(path: StrPath, waveform: torch.Tensor | np.ndarray, sample_rate: int, 
     Raises
     ------
     ValueError
-        If the waveform is empty, holds NaN or infinity, or has another shape or type; if the sample rate is out of
-        range, the name ends otherwise, or the encoding is none of its format.
+        If the waveform is empty, holds NaN or infinity, or has another shape or type; if the sample
+        rate is out of range, the name ends otherwise, or the encoding is none of its format.
     OSError
-        If the file cannot be written: no such folder, no permission, disk full. What was there before stays.
+        If the file cannot be written: no such folder, no permission, disk full. What was there
+        before stays.
     """
     import soundfile
 
@@ -217,29 +236,41 @@ def write(path: StrPath, waveform: torch.Tensor | np.ndarray, sample_rate: int, 
     container, subtype = _encoding(target, encoding)
     rate = _check_rate(sample_rate)
     if subtype == "OPUS" and rate not in _OPUS_RATES:
-        raise ValueError(f"{path}: Opus has no sample rate of {rate} Hz, only {', '.join(map(str, _OPUS_RATES))}")
+        raise ValueError(
+            f"{path}: Opus has no sample rate of {rate} Hz, only {', '.join(map(str, _OPUS_RATES))}"
+        )
     x = _as_array(waveform)
     if x.dtype.kind != "f":
-        raise ValueError(f"{path}: waveform is {x.dtype}, expected floating point in [-1, 1] (16-bit PCM: / 32768)")
+        raise ValueError(
+            f"{path}: waveform is {x.dtype}, expected floating point in [-1, 1] (16-bit PCM: / 32768)"
+        )
     if x.ndim == 2 and x.shape[0] == 1:
         x = x[0]
     if x.ndim != 1 or not x.size:
-        raise ValueError(f"{path}: waveform has shape {x.shape}, expected (T,) or (1, T) with T of 1 or more")
+        raise ValueError(
+            f"{path}: waveform has shape {x.shape}, expected (T,) or (1, T) with T of 1 or more"
+        )
     if not np.isfinite(x).all():
         raise ValueError(f"{path}: not written, the waveform holds NaN or infinity")
     clipped = 0 if subtype == "FLOAT" else int((np.abs(x) > 1).sum())
-    # As `read` scales, and not by 32767 as libsndfile would: so that reading and writing again changes nothing.
+    # As `read` scales, and not by 32767 as libsndfile would: so that reading and writing again
+    # changes nothing.
     if subtype == "PCM_16":
         x = np.clip(np.rint(x.astype(np.float64) * 2**15), -(2**15), 2**15 - 1).astype(np.int16)
     elif subtype == "PCM_24":  # the upper bytes of 32 bits
-        x = np.clip(np.rint(x.astype(np.float64) * 2**23), -(2**23), 2**23 - 1).astype(np.int32) * 256
+        x = (
+            np.clip(np.rint(x.astype(np.float64) * 2**23), -(2**23), 2**23 - 1).astype(np.int32)
+            * 256
+        )
     elif subtype == "FLOAT":
         x = x.astype(np.float32)
     else:
         x = np.clip(x, -1, 1).astype(np.float32)
     encoded = io.BytesIO()
     with soundfile.SoundFile(encoded, "w", rate, 1, subtype=subtype, format=container) as file:
-        for first in range(0, len(x), 65536):  # libsndfile's Vorbis encoder keeps what it is given at once on the stack
+        for first in range(
+            0, len(x), 65536
+        ):  # libsndfile's Vorbis encoder keeps what it is given at once on the stack
             file.write(x[first : first + 65536])
     try:
         if target.exists() and not target.is_file():
@@ -263,7 +294,9 @@ def _encoding(target: Path, encoding: str | None) -> tuple[str, str]:
     container, encodings = _FORMATS[target.suffix.lower()]
     encoding = next(iter(encodings)) if encoding is None else encoding
     if encoding not in encodings:
-        raise ValueError(f"{target}: encoding is {encoding!r}, a {target.suffix} file has {' or '.join(encodings)}")
+        raise ValueError(
+            f"{target}: encoding is {encoding!r}, a {target.suffix} file has {' or '.join(encodings)}"
+        )
     return container, encodings[encoding]
 
 
@@ -322,8 +355,9 @@ def fade(waveform: Waveform, sample_rate: int, milliseconds: float) -> Waveform:
 def resample(waveform: Waveform, from_rate: int, to_rate: int) -> Waveform:
     """Change the sample rate, by soxr: flat to 0.9 of the lower Nyquist frequency, 3 dB down at 0.95, without aliases.
 
-    Linear phase, without delay: what is n seconds in stays n seconds in. The result of a crop equals the crop of the
-    result to 1e-6, if it begins on a sample of both rates and 256 samples of the lower rate are left off at its ends.
+    Linear phase, without delay: what is n seconds in stays n seconds in. The result of a crop
+    equals the crop of the result to 1e-6, if it begins on a sample of both rates and 256 samples of
+    the lower rate are left off at its ends.
 
     Parameters
     ----------
@@ -349,7 +383,9 @@ def resample(waveform: Waveform, from_rate: int, to_rate: int) -> Waveform:
     from_rate, to_rate = _check_rate(from_rate), _check_rate(to_rate)
     x = _as_array(waveform)
     if x.dtype.kind != "f" or x.ndim == 0 or not x.size:
-        raise ValueError(f"waveform is {x.dtype} of shape {x.shape}, expected floating point of shape (..., T)")
+        raise ValueError(
+            f"waveform is {x.dtype} of shape {x.shape}, expected floating point of shape (..., T)"
+        )
     if from_rate == to_rate:
         return waveform
     rows = x.reshape(-1, x.shape[-1])
@@ -360,11 +396,16 @@ def resample(waveform: Waveform, from_rate: int, to_rate: int) -> Waveform:
 
 
 def trim_silence(
-    waveform: Waveform, top_db: float = 60.0, margin: int = 1024, frame_length: int = 2048, hop_length: int = 512
+    waveform: Waveform,
+    top_db: float = 60.0,
+    margin: int = 1024,
+    frame_length: int = 2048,
+    hop_length: int = 512,
 ) -> Waveform:
     """Cut silence off both ends (not from within), as `librosa.effects.trim` does, but with a margin.
 
-    Silence is where the root mean square of a frame lies more than `top_db` below that of the loudest frame.
+    Silence is where the root mean square of a frame lies more than `top_db` below that of the
+    loudest frame.
 
     Parameters
     ----------
@@ -395,10 +436,15 @@ def trim_silence(
     if not top_db > 0:
         raise ValueError(f"top_db is {top_db}, expected more than 0")
     margin = _check_count("margin", margin, 0)
-    frame_length, hop_length = _check_count("frame_length", frame_length, 1), _check_count("hop_length", hop_length, 1)
+    frame_length, hop_length = (
+        _check_count("frame_length", frame_length, 1),
+        _check_count("hop_length", hop_length, 1),
+    )
     x = _as_array(waveform)
     if x.dtype.kind != "f" or x.ndim != 1:
-        raise ValueError(f"waveform is {x.dtype} of shape {x.shape}, expected floating point of shape (T,)")
+        raise ValueError(
+            f"waveform is {x.dtype} of shape {x.shape}, expected floating point of shape (T,)"
+        )
     # The energy of a frame is a difference of the energy up to its ends.
     energy = np.concatenate([[0.0], np.cumsum(x.astype(np.float64) ** 2)])
     begins = np.arange(0, len(x) + 1, hop_length) - frame_length // 2
@@ -415,17 +461,23 @@ def _open(path: AudioPath) -> Iterator[tuple[soundfile.SoundFile, int | None]]:
     """A file opened by libsndfile, and the latest position to seek to, after all checks that need no decoding."""
     import soundfile
 
-    holder, stretch = (path.archive, (path.offset, path.size)) if isinstance(path, Member) else (path, None)
+    holder, stretch = (
+        (path.archive, (path.offset, path.size)) if isinstance(path, Member) else (path, None)
+    )
     try:
         status = os.stat(holder)
         if stat.S_ISDIR(status.st_mode):
             raise IsADirectoryError(f"{path}: is a folder, expected an audio file")
         if not stat.S_ISREG(status.st_mode):
-            raise OSError(f"{path}: is not a regular file (audio is not read from pipes or devices)")
+            raise OSError(
+                f"{path}: is not a regular file (audio is not read from pipes or devices)"
+            )
         if (status.st_size if stretch is None else stretch[1]) == 0:
             raise AudioError(f"{path}: is empty (0 bytes)")
         if stretch is not None and sum(stretch) > status.st_size:
-            raise AudioError(f"{path}: is damaged or truncated inside (the archive ends before it does)")
+            raise AudioError(
+                f"{path}: is damaged or truncated inside (the archive ends before it does)"
+            )
         findings = headers.examine(holder, stretch)
     except OSError as error:
         if error.errno is None:
@@ -435,7 +487,8 @@ def _open(path: AudioPath) -> Iterator[tuple[soundfile.SoundFile, int | None]]:
         raise
     except ValueError as error:
         raise AudioError(f"{path}: {error}") from error
-    # soundfile encodes names strictly, on Windows as wide characters; elsewhere names need not be Unicode.
+    # soundfile encodes names strictly, on Windows as wide characters; elsewhere names need not be
+    # Unicode.
     source: Any = os.fsencode(holder) if os.name == "posix" else os.fspath(holder)
     if stretch is not None:
         with open(holder, "rb") as archive:
@@ -447,21 +500,31 @@ def _open(path: AudioPath) -> Iterator[tuple[soundfile.SoundFile, int | None]]:
         data = Path(holder).read_bytes() if stretch is None else source.getvalue()
         source = io.BytesIO(data[:offset] + inserted + data[offset + removed :])
     # A file that is none, but has the name of one, goes to the MP3 decoder, too.
-    with _decoder_quiet() if findings.is_mp3 or str(path).lower().endswith(".mp3") else contextlib.nullcontext():
+    with (
+        _decoder_quiet()
+        if findings.is_mp3 or str(path).lower().endswith(".mp3")
+        else contextlib.nullcontext()
+    ):
         try:
             file = soundfile.SoundFile(source)
         except soundfile.LibsndfileError as error:
-            raise AudioError(f"{path}: is not audio, or its header is damaged ({error.error_string})") from error
+            raise AudioError(
+                f"{path}: is not audio, or its header is damaged ({error.error_string})"
+            ) from error
         with file:
             if not MIN_SAMPLE_RATE <= file.samplerate <= MAX_SAMPLE_RATE:
                 wanted = f"{MIN_SAMPLE_RATE} to {MAX_SAMPLE_RATE}"
-                raise AudioError(f"{path}: has a sample rate of {file.samplerate} Hz, expected {wanted}")
+                raise AudioError(
+                    f"{path}: has a sample rate of {file.samplerate} Hz, expected {wanted}"
+                )
             if file.frames == 0:
                 raise AudioError(f"{path}: holds no audio (0 samples)")
             yield file, findings.last_seek
 
 
-def _decode(path: AudioPath, file: soundfile.SoundFile, first: int, last: int, last_seek: int | None) -> np.ndarray:
+def _decode(
+    path: AudioPath, file: soundfile.SoundFile, first: int, last: int, last_seek: int | None
+) -> np.ndarray:
     """Samples [first, last) of a file, mono."""
     import soundfile
 
@@ -469,18 +532,22 @@ def _decode(path: AudioPath, file: soundfile.SoundFile, first: int, last: int, l
     if file.subtype == "OPUS":
         begin = 0  # predicts from all that went before
     elif file.format in ("MP3", "OGG"):
-        # Their decoders have a short memory (MP3: three frames of 1152, its bit reservoir; Vorbis: a block): started
-        # this much earlier, they arrive in the same state.
+        # Their decoders have a short memory (MP3: three frames of 1152, its bit reservoir; Vorbis:
+        # a block): started this much earlier, they arrive in the same state.
         begin = max(begin - 4608, 0)
     try:
         if begin:
             file.seek(begin)
         samples = file.read(last - begin, dtype="float32", always_2d=True)
     except soundfile.LibsndfileError as error:
-        raise AudioError(f"{path}: is damaged or truncated inside ({error.error_string})") from error
+        raise AudioError(
+            f"{path}: is damaged or truncated inside ({error.error_string})"
+        ) from error
     if len(samples) < last - begin:
         end = begin + len(samples)
-        raise AudioError(f"{path}: is damaged or truncated inside (audio ends at sample {end} of {file.frames})")
+        raise AudioError(
+            f"{path}: is damaged or truncated inside (audio ends at sample {end} of {file.frames})"
+        )
     samples = samples[first - begin :]
     if not np.isfinite(samples).all():
         at = first + int(np.argwhere(~np.isfinite(samples))[0, 0])
@@ -496,8 +563,8 @@ _CHATTER = re.compile(rb"mpg123|^(Note|Warning): |^\s*$")
 def _decoder_quiet() -> Iterator[None]:
     """Keep the MP3 decoder's complaints off the terminal: it makes some at every seek, into the void we discard.
 
-    It writes them to file descriptor 2, from C, so that is where they are caught; all else that arrives meanwhile is
-    passed on afterwards.
+    It writes them to file descriptor 2, from C, so that is where they are caught; all else that
+    arrives meanwhile is passed on afterwards.
     """
     with _stderr_lock:
         try:
@@ -522,10 +589,13 @@ def _decoder_quiet() -> Iterator[None]:
                         os.write(2, line)
 
 
-# A child that is forked by another thread in the middle of this would have no terminal, and a lock that nobody opens.
+# A child that is forked by another thread in the middle of this would have no terminal, and a lock
+# that nobody opens.
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(
-        before=_stderr_lock.acquire, after_in_parent=_stderr_lock.release, after_in_child=_stderr_lock.release
+        before=_stderr_lock.acquire,
+        after_in_parent=_stderr_lock.release,
+        after_in_child=_stderr_lock.release,
     )
 
 
@@ -548,12 +618,14 @@ def _soxr(waveform: np.ndarray, from_rate: int, to_rate: int) -> np.ndarray:
     """(T,) -> (round(T * to_rate / from_rate),)"""
     import soxr
 
-    # soxr rounds the length of its result in floating point, which can drop the last sample. Some zeros at the end,
-    # which it imagines there anyway, leave it to us to say where to stop.
+    # soxr rounds the length of its result in floating point, which can drop the last sample. Some
+    # zeros at the end, which it imagines there anyway, leave it to us to say where to stop.
     x = np.pad(waveform, (0, from_rate // to_rate + 1)).astype(
         np.float64 if waveform.dtype.itemsize > 4 else np.float32
     )
-    return soxr.resample(x, from_rate, to_rate, quality="VHQ")[: _resampled_length(len(waveform), from_rate, to_rate)]
+    return soxr.resample(x, from_rate, to_rate, quality="VHQ")[
+        : _resampled_length(len(waveform), from_rate, to_rate)
+    ]
 
 
 def _as_array(waveform: torch.Tensor | np.ndarray) -> np.ndarray:
@@ -566,7 +638,9 @@ def _as_array(waveform: torch.Tensor | np.ndarray) -> np.ndarray:
 def _check_rate(sample_rate: int) -> int:
     rate = _check_count("sample_rate", sample_rate, 1)
     if not MIN_SAMPLE_RATE <= rate <= MAX_SAMPLE_RATE:
-        raise ValueError(f"sample rate is {rate} Hz, expected {MIN_SAMPLE_RATE} to {MAX_SAMPLE_RATE}")
+        raise ValueError(
+            f"sample rate is {rate} Hz, expected {MIN_SAMPLE_RATE} to {MAX_SAMPLE_RATE}"
+        )
     return rate
 
 

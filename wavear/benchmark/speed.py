@@ -49,12 +49,22 @@ BATCHES = {"cpu": (1, 24), "cuda": (1, 16, 128, 1024, 8192)}
 
 _A = WaveNetConfig(layers=20, stacks=2, residual_channels=64, skip_channels=128, mel=MelConfig())
 
-# The networks that the field publishes and measures; all of them here with 256 mu-law codes and 80 mels.
+# The networks that the field publishes and measures; all of them here with 256 mu-law codes and 80
+# mels.
 SHAPES: dict[str, tuple[str, Config]] = {
-    "predictive": ("the predictive WaveNet that wavear train makes", PredictiveWaveNetConfig(mel=MelConfig())),
-    "nv-wavenet": ("the shape that nv-wavenet (2018) is measured with: 20 layers, 64 residual, 128 skip", _A),
+    "predictive": (
+        "the predictive WaveNet that wavear train makes",
+        PredictiveWaveNetConfig(mel=MelConfig()),
+    ),
+    "nv-wavenet": (
+        "the shape that nv-wavenet (2018) is measured with: 20 layers, 64 residual, 128 skip",
+        _A,
+    ),
     "nv-wavenet-free": ("the same without conditioning", replace(_A, mel=None)),
-    "small": ("20 layers, 32 residual, 128 skip, no conditioning", replace(_A, residual_channels=32, mel=None)),
+    "small": (
+        "20 layers, 32 residual, 128 skip, no conditioning",
+        replace(_A, residual_channels=32, mel=None),
+    ),
     "r9y9": (
         "r9y9/wavenet_vocoder's usual vocoder: 24 layers, 4 stacks, kernel 3, 128 residual, 128 skip",
         replace(_A, layers=24, stacks=4, kernel_size=3, residual_channels=128),
@@ -80,13 +90,19 @@ SHAPES: dict[str, tuple[str, Config]] = {
         "kan-bayashi/PytorchWaveNetVocoder: 30 layers, 3 stacks, 512 residual, 256 skip",
         replace(_A, layers=30, stacks=3, residual_channels=512, skip_channels=256),
     ),
-    "gru": ("the GRU that the family makes by default: one layer of 352", GRUConfig(mel=MelConfig())),
+    "gru": (
+        "the GRU that the family makes by default: one layer of 352",
+        GRUConfig(mel=MelConfig()),
+    ),
     "gru-512": ("a GRU of 512 units", GRUConfig(channels=512, mel=MelConfig())),
     "wavernn": (
         "the size of WaveRNN (2018): one GRU of 896 units, without its two halves of 8 bits and its sparse weights",
         GRUConfig(channels=896, mel=MelConfig()),
     ),
-    "transformer": ("the transformer that the family makes by default", TransformerConfig(mel=MelConfig())),
+    "transformer": (
+        "the transformer that the family makes by default",
+        TransformerConfig(mel=MelConfig()),
+    ),
 }
 
 
@@ -114,7 +130,8 @@ class Measurement:
 def limit(ceiling: Ceiling, config: Config, weights: str, batch: int, threads: int) -> float:
     """Samples per second that cores of this machine can reach with a batch.
 
-    Each core runs its share of the streams; they share each read of the weights, and each has its own multiply-adds.
+    Each core runs its share of the streams; they share each read of the weights, and each has its
+    own multiply-adds.
     """
     network = cost(config, weights)
     streams = -(-batch // threads)  # of the core that has most
@@ -137,8 +154,8 @@ def measure(
     Parameters
     ----------
     model : WaveNet, GRU or Transformer
-        Its error is measured on audio drawn from it: random weights make a law near the uniform one, trained weights
-        a real one.
+        Its error is measured on audio drawn from it: random weights make a law near the uniform
+        one, trained weights a real one.
     engine, weights, threads
         See `wavear.generation.engines.make_engine`.
     batch : int
@@ -166,7 +183,9 @@ def measure(
     if device.type == "cuda" and engine == "triton":
         share = best / card_limit(card(device), config, weights, batch)
     rate = model.config.sample_rate
-    return Measurement(engine, weights, batch, threads, best, best / rate, share, error, lost, device.type)
+    return Measurement(
+        engine, weights, batch, threads, best, best / rate, share, error, lost, device.type
+    )
 
 
 def _conditioner(model: AutoregressiveModel, batch: int) -> Conditioner:
@@ -174,13 +193,21 @@ def _conditioner(model: AutoregressiveModel, batch: int) -> Conditioner:
     generator = torch.Generator().manual_seed(0)
     mels = None
     if config.mel is not None:
-        mean, deviation = model.conditioning.mel_mean[:, None].cpu(), model.conditioning.mel_deviation[:, None].cpu()  # type: ignore
+        mean, deviation = (
+            model.conditioning.mel_mean[:, None].cpu(),
+            model.conditioning.mel_deviation[:, None].cpu(),
+        )  # type: ignore
         frames = -(-_LENGTH // config.mel.hop_length)
-        mels = [mean + deviation * torch.randn(len(mean), frames, generator=generator) for _ in range(batch)]
+        mels = [
+            mean + deviation * torch.randn(len(mean), frames, generator=generator)
+            for _ in range(batch)
+        ]
     return Conditioner(model, mels, [0] * batch if config.speakers else None)
 
 
-def _calls(model: AutoregressiveModel, engine: str, weights: str, batch: int, threads: int) -> Iterator[int]:
+def _calls(
+    model: AutoregressiveModel, engine: str, weights: str, batch: int, threads: int
+) -> Iterator[int]:
     """Samples made by each call of the engine, without end."""
     _, runner = make_engine(model, batch, engine, weights=weights, threads=threads)
     conditioner = _conditioner(model, min(batch, _DISTINCT))
@@ -189,11 +216,15 @@ def _calls(model: AutoregressiveModel, engine: str, weights: str, batch: int, th
         start = turn * chunk % (_LENGTH - chunk)
         draws = np.stack([uniforms(b, turn * chunk, chunk) for b in range(batch)])
         cond = conditioner.span(start, start + chunk)
-        runner.generate(draws, cond if cond is None else cond[torch.arange(batch) % len(cond), :, :])
+        runner.generate(
+            draws, cond if cond is None else cond[torch.arange(batch) % len(cond), :, :]
+        )
         yield chunk * batch
 
 
-def _compare(model: AutoregressiveModel, engine: str, weights: str, threads: int) -> tuple[float, float]:
+def _compare(
+    model: AutoregressiveModel, engine: str, weights: str, threads: int
+) -> tuple[float, float]:
     """(largest difference of a log-probability, mean loss in bits) against `forward` in float64."""
     batch, samples = (1, _REFERENCE_CHUNK) if engine == "reference" else (_SCORED_STREAMS, _SCORED)
     cond = _conditioner(model, batch).span(0, samples)
@@ -203,7 +234,9 @@ def _compare(model: AutoregressiveModel, engine: str, weights: str, threads: int
     _, scoring = make_engine(model, batch, engine, weights=weights, threads=threads)
     scores = scoring.score(codes, cond)
     given = torch.from_numpy(codes).to(next(model.parameters()).device)
-    parameters = copy.deepcopy(model).double()(given, None if cond is None else cond.to(torch.float64))
+    parameters = copy.deepcopy(model).double()(
+        given, None if cond is None else cond.to(torch.float64)
+    )
     expected = model.law.log_prob(parameters, given).cpu().numpy()
     return float(np.abs(scores - expected).max()), float((expected - scores).mean() / np.log(2))
 
@@ -231,8 +264,8 @@ def run(
     settings : dict, optional
         Fields of `WaveNetConfig`; mels of 80 bands are added unless `unconditional`.
     engines, weights, batches
-        What to combine, by default what the device is for; the reference engine runs float32 and one stream only, the
-        CUDA graph float32 only.
+        What to combine, by default what the device is for; the reference engine runs float32 and
+        one stream only, the CUDA graph float32 only.
     device : str
         "cpu", or a CUDA device.
     threads : int, optional
@@ -255,7 +288,9 @@ def run(
     for name, given, known in (("engine", engines, of_device), ("weights", weights, WEIGHTS)):
         if unknown := [value for value in given or () if value not in known]:
             raise ValueError(f"{name} is {unknown[0]!r}, expected {' or '.join(known)}")
-    if wrong := [value for value in (*batches, *([] if threads is None else [threads])) if value < 1]:
+    if wrong := [
+        value for value in (*batches, *([] if threads is None else [threads])) if value < 1
+    ]:
         raise ValueError(f"batches and threads are {wrong[0]}, expected 1 or more")
     if not 0 < seconds < 3600:
         raise ValueError(f"seconds is {seconds}, expected more than 0 and less than 3600")
@@ -263,7 +298,9 @@ def run(
         config = _config(shape, settings or {}, unconditional)
         model = next(cls for cls, own in FAMILIES.values() if type(config) is own)(config).eval()
     elif shape is not None:
-        raise ValueError(f"shape is {shape!r}, and a checkpoint has a shape of its own: give one of them")
+        raise ValueError(
+            f"shape is {shape!r}, and a checkpoint has a shape of its own: give one of them"
+        )
     model = model.to(device)
     config = model.config
     linear = isinstance(config, LinearConfig)
@@ -271,11 +308,16 @@ def run(
         fastest = kind == "cpu" or pick(model, torch.device(device)) == "triton"
         engines = of_device[:2] if fastest else of_device[1:2]
     if not weights:
-        weights = ("float32",) if linear else ("float32", "bfloat16", "float16" if kind == "cuda" else "int8")
+        weights = (
+            ("float32",)
+            if linear
+            else ("float32", "bfloat16", "float16" if kind == "cuda" else "int8")
+        )
     plan = [
         (engine, precision, batch)
         for engine, precision, batch in itertools.product(engines, weights, batches)
-        if precision in PRECISIONS[engine][: 1 if linear else None] and (engine != "reference" or batch == 1)
+        if precision in PRECISIONS[engine][: 1 if linear else None]
+        and (engine != "reference" or batch == 1)
     ]
     if lacking := [precision for precision in weights if precision not in {row[1] for row in plan}]:
         raise ValueError(
@@ -288,9 +330,15 @@ def run(
         say(str(card(torch.device(device))))
     elif not linear:  # it reads and multiplies next to nothing
         ceiling = measure_ceiling()
-        rates = ", ".join(f"{ceiling.read_rate(size * 2**20) / 1e9:.0f} GB/s from {size:g} MiB" for size in _SHOWN)
-        say(f"one core: {ceiling.multiply_adds / 1e9:.0f} G multiply-adds/s in float32; reads {rates}")
-    mel = "no mel" if config.mel is None else f"{config.mel.bands} mels, hop {config.mel.hop_length}"
+        rates = ", ".join(
+            f"{ceiling.read_rate(size * 2**20) / 1e9:.0f} GB/s from {size:g} MiB" for size in _SHOWN
+        )
+        say(
+            f"one core: {ceiling.multiply_adds / 1e9:.0f} G multiply-adds/s in float32; reads {rates}"
+        )
+    mel = (
+        "no mel" if config.mel is None else f"{config.mel.bands} mels, hop {config.mel.hop_length}"
+    )
     head = "" if linear else f"{config.head_channels} head, "
     say(f"{_layers(config)}, {head}{config.classes} classes, {mel}, {config.sample_rate} Hz")
     for precision in () if linear else weights:
@@ -303,7 +351,15 @@ def run(
     for engine, precision, batch in plan:
         cores = threads or (1 if batch == 1 or kind == "cuda" else available_cores())
         rows.append(
-            measure(model, engine, weights=precision, batch=batch, threads=cores, seconds=seconds, ceiling=ceiling)
+            measure(
+                model,
+                engine,
+                weights=precision,
+                batch=batch,
+                threads=cores,
+                seconds=seconds,
+                ceiling=ceiling,
+            )
         )
     say("")
     say(table(rows))

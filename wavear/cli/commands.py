@@ -1,10 +1,11 @@
 """The command line: parses, calls functions that a notebook could call, prints what they did.
 
-Exit status: 0 done; 1 something given cannot be used, in one line on stderr, or an input was passed over; 2 the command
-itself is not understood; 130 interrupted.
+Exit status: 0 done; 1 something given cannot be used, in one line on stderr, or an input was passed
+over; 2 the command itself is not understood; 130 interrupted.
 """
 
-# Annotations are read by tyro, those of functions inside functions too: they stay objects, not strings.
+# Annotations are read by tyro, those of functions inside functions too: they stay objects, not
+# strings.
 import contextlib
 import dataclasses
 import difflib
@@ -65,12 +66,16 @@ class Sampling:
     def stream_settings(self) -> dict[str, Any]:
         """For `wavear.Stream`."""
         if self.best_of > 1:
-            raise ValueError("--best-of compares whole utterances: a stream is heard before it is done")
+            raise ValueError(
+                "--best-of compares whole utterances: a stream is heard before it is done"
+            )
         settings = self.settings
         del settings["best_of"]
         if settings.pop("argmax"):
             if self.top_k is not None or self.top_p is not None:
-                raise ValueError("--argmax takes the likeliest code: leave --top-k and --top-p away")
+                raise ValueError(
+                    "--argmax takes the likeliest code: leave --top-k and --top-p away"
+                )
             settings["top_k"] = 1
         return settings
 
@@ -182,9 +187,13 @@ def _unbox(text: str) -> str:
         content = line.strip(" │╭╮╰╯")
         if content.startswith("─") and not line.startswith("╭"):
             break
-        if content and not line.startswith(("╭", "╰", "│" + 7 * " ")):  # so far in, it is a flag's help
+        if content and not line.startswith(
+            ("╭", "╰", "│" + 7 * " ")
+        ):  # so far in, it is a flag's help
             said.append(content)
-    message = re.sub(r"^Error parsing (__tyro[^:]*|config|corpus|sampling|output): ", "", " ".join(said))
+    message = re.sub(
+        r"^Error parsing (__tyro[^:]*|config|corpus|sampling|output): ", "", " ".join(said)
+    )
     return message[:1].lower() + message[1:] if message else text.strip()
 
 
@@ -227,7 +236,9 @@ def _overview() -> str:
         "commands:",
     ]
     lines += [f"  {name:<12}{summary}" for name, (summary, _) in COMMANDS.items()]
-    return "\n".join([*lines, "", "wavear COMMAND --help lists its flags, wavear --version the version."])
+    return "\n".join(
+        [*lines, "", "wavear COMMAND --help lists its flags, wavear --version the version."]
+    )
 
 
 def _demo() -> Callable[..., int]:
@@ -274,7 +285,9 @@ def _train() -> Callable[..., int]:
 
     types = get_type_hints(TrainConfig)
     for name, text in family_defaults().items():  # in place of "(default: None)"
-        Flags.__annotations__[name] = Annotated[types[name], arg(help_behavior_hint=f"(default: {text})")]
+        Flags.__annotations__[name] = Annotated[
+            types[name], arg(help_behavior_hint=f"(default: {text})")
+        ]
 
     def train(config: Flags) -> int:
         """Train a model on a folder of recordings, or a manifest.
@@ -294,19 +307,26 @@ def run_training(config: Any) -> int:
     from wavear.training.run import train
 
     result = train(config)
-    scores = result.held_out or {"model": result.bits_best}  # an interrupt leaves no time for all of them
+    scores = result.held_out or {
+        "model": result.bits_best
+    }  # an interrupt leaves no time for all of them
     bits = ", ".join(f"{name} {value:.3f}" for name, value in scores.items())
     if result.stopped_by == "fit":
         say(f"fitted in {result.seconds:.1f} s")
     else:
-        say(f"stopped by {result.stopped_by} after {result.steps} steps, {result.seconds / 60:.1f} minutes")
+        say(
+            f"stopped by {result.stopped_by} after {result.steps} steps, {result.seconds / 60:.1f} minutes"
+        )
     say(f"held-out bits per sample: {bits} (before training {result.bits_before:.3f})")
     say(f"checkpoint: {result.best}")
     return 130 if result.stopped_by == "interrupt" else 0
 
 
 def recipe(
-    config: Any, description: str | None = None, corpus: Any = None, run: Callable[[Any], int] | None = None
+    config: Any,
+    description: str | None = None,
+    corpus: Any = None,
+    run: Callable[[Any], int] | None = None,
 ) -> None:
     """The main program of a recipe: its values, each of which a flag overrides, are trained with.
 
@@ -317,13 +337,17 @@ def recipe(
     description : str, optional
         For --help.
     corpus : of `wavear.corpora`, optional
-        What `config.data` is the folder of: it is listed in a manifest beside the run. Its fields become flags too, and
-        --download gets it.
+        What `config.data` is the folder of: it is listed in a manifest beside the run. Its fields
+        become flags too, and --download gets it.
     run : callable
         What is done with the values, if not a training; it gives the exit status.
     """
     if corpus is not None:
-        sys.exit(_guarded(lambda: _parse(_on_corpus(config, corpus, description), sys.argv[1:], _script())()))
+        sys.exit(
+            _guarded(
+                lambda: _parse(_on_corpus(config, corpus, description), sys.argv[1:], _script())()
+            )
+        )
 
     def main(config: Any = config) -> int:
         return (run or run_training)(config)
@@ -351,7 +375,9 @@ def _on_corpus(config: Any, corpus: Any, description: str | None) -> Callable[..
         from wavear.training.processes import Processes
 
         if Processes.here().world > 1:
-            raise ValueError("--download is for one process: run it once without torchrun or srun, then train")
+            raise ValueError(
+                "--download is for one process: run it once without torchrun or srun, then train"
+            )
         for folder in corpus.download(config.data):
             say(f"{folder} is there")
         return 0
@@ -361,7 +387,9 @@ def _on_corpus(config: Any, corpus: Any, description: str | None) -> Callable[..
     size = corpus.size(corpus.parts())
     told = {"config": "The run.", "corpus": "The corpus."}
     if corpus.get is None:
-        told["download"] = f"Get what is missing of the corpus ({size} as the recipe has it) into --data, and stop."
+        told["download"] = (
+            f"Get what is missing of the corpus ({size} as the recipe has it) into --data, and stop."
+        )
     main.__doc__ = "\n".join(
         [
             f"{description}\n",
@@ -381,8 +409,12 @@ def _synthesize() -> Callable[..., int]:
 
     def synthesize(
         checkpoint: Annotated[Positional[str], arg(metavar="CHECKPOINT")],
-        inputs: Annotated[Positional[list[Path]], arg(metavar="INPUT...", help_behavior_hint="(required)")],
-        out: Annotated[Path | None, arg(metavar="DIR", help_behavior_hint="(required without --stream)")] = None,
+        inputs: Annotated[
+            Positional[list[Path]], arg(metavar="INPUT...", help_behavior_hint="(required)")
+        ],
+        out: Annotated[
+            Path | None, arg(metavar="DIR", help_behavior_hint="(required without --stream)")
+        ] = None,
         overwrite: bool = False,
         resume: bool = False,
         stream: bool = False,
@@ -394,29 +426,31 @@ def _synthesize() -> Callable[..., int]:
     ) -> int:
         """Make audio from mel spectrograms, or from the mels of recordings.
 
-        A mel of F frames becomes F * hop samples. With `- --stream`, frames from stdin become raw 16-bit
-        PCM on stdout as they come: ... | wavear synthesize CHECKPOINT - --stream | aplay -t raw -f S16_LE -c 1 -r 22050
+        A mel of F frames becomes F * hop samples. With `- --stream`, frames from stdin become raw
+        16-bit PCM on stdout as they come: ... | wavear synthesize CHECKPOINT - --stream | aplay -t
+        raw -f S16_LE -c 1 -r 22050
 
         Parameters
         ----------
         checkpoint
             Folder that `wavear train` wrote, or owner/name on the Hugging Face hub.
         inputs
-            Audio files (their mel is taken), mels (.npy, .npz, .pt, .safetensors; bands first), or folders of these.
-            With --stream: -, stdin, float32 frame after frame, or a .npy array.
+            Audio files (their mel is taken), mels (.npy, .npz, .pt, .safetensors; bands first), or
+            folders of these. With --stream: -, stdin, float32 frame after frame, or a .npy array.
         out
-            Folder to write to, made where it is missing. With --stream: - for stdout, the default; device, or
-            device:NAME, for a sound device (needs the package sounddevice).
+            Folder to write to, made where it is missing. With --stream: - for stdout, the default;
+            device, or device:NAME, for a sound device (needs the package sounddevice).
         overwrite
             Replace files that exist.
         resume
-            Go on with a run that was cut short: the same command, whose files that exist are done. So it is always
-            under torchrun, where each process makes its share.
+            Go on with a run that was cut short: the same command, whose files that exist are done.
+            So it is always under torchrun, where each process makes its share.
         stream
             Follow mel frames as they come; latency and underruns are told on stderr.
         mel_preset
-            What mels are that do not say it themselves, to convert them: a preset (hifigan, r9y9, espnet, fatchord...),
-            or, where all but the values is as the model's: ln, log10, db, db01, db01-ref20, db4-ref20, linear.
+            What mels are that do not say it themselves, to convert them: a preset (hifigan, r9y9,
+            espnet, fatchord...), or, where all but the values is as the model's: ln, log10, db,
+            db01, db01-ref20, db4-ref20, linear.
         mel_seconds
             Refuse mels whose frames do not make so many seconds of audio.
         force
@@ -440,20 +474,33 @@ def _synthesize() -> Callable[..., int]:
                     " --fade, --overwrite, --resume, --mel-seconds and --force away"
                 )
             settings = sampling.stream_settings
-            return pipes.run(_load(checkpoint, sampling.device), str(out or "-"), mel_source=mel_preset, **settings)
+            return pipes.run(
+                _load(checkpoint, sampling.device),
+                str(out or "-"),
+                mel_source=mel_preset,
+                **settings,
+            )
         if Path("-") in inputs:
             raise ValueError("- is stdin, whose frames are followed as they come: pass --stream")
         if out is None:
-            return _complain("the following arguments are required: --out (see wavear synthesize --help)", 2)
+            return _complain(
+                "the following arguments are required: --out (see wavear synthesize --help)", 2
+            )
         rank, world = distributed.ranks()
         resume = resume or world > 1
         jobs = plan(inputs, out, output.suffix, overwrite=overwrite or resume)
         model = _load(checkpoint, distributed.own_device(sampling.device))
-        settings: dict[str, Any] = {"mel_source": mel_preset, "mel_seconds": mel_seconds, "force": force}
+        settings: dict[str, Any] = {
+            "mel_source": mel_preset,
+            "mel_seconds": mel_seconds,
+            "force": force,
+        }
         settings |= {"output": output, **sampling.settings}
         heard: dict[str, Any] = {"say": say, "complain": _complain, "warn": _warn}
         if resume:
-            report = distributed.synthesize(model, jobs, out, rank, world, overwrite, settings, **heard)
+            report = distributed.synthesize(
+                model, jobs, out, rank, world, overwrite, settings, **heard
+            )
         else:
             report = synthesize(model, jobs, progress=sys.stderr.isatty(), **settings, **heard)
         return _summary(report) if rank == 0 else int(bool(report.failed))
@@ -502,7 +549,9 @@ def _generate() -> Callable[..., int]:
 
         _check_file(out, overwrite, sorted({suffix for suffix, _ in FORMATS.values()}))
         if output.format is not None and out.suffix.lower() != output.suffix:
-            raise ValueError(f"--format {output.format} makes a file that ends in {output.suffix}, and --out is {out}")
+            raise ValueError(
+                f"--format {output.format} makes a file that ends in {output.suffix}, and --out is {out}"
+            )
         model = _load(checkpoint, sampling.device)
         report = generate_file(
             model,
@@ -528,7 +577,9 @@ def _mel() -> Callable[..., int]:
     from wavear.mel.spectrogram import MelConfig
 
     def mel(
-        inputs: Annotated[Positional[list[Path]], arg(metavar="INPUT...", help_behavior_hint="(required)")],
+        inputs: Annotated[
+            Positional[list[Path]], arg(metavar="INPUT...", help_behavior_hint="(required)")
+        ],
         out: Annotated[Path, arg(metavar="DIR")],
         checkpoint: Annotated[str | None, arg(metavar="CHECKPOINT")] = None,
         preset: Annotated[str | None, arg(metavar="NAME")] = None,
@@ -547,8 +598,9 @@ def _mel() -> Callable[..., int]:
         checkpoint
             Take the mels this model expects; the flags on mels are then not needed, and refused.
         preset
-            Take the mels that a project publishes: hifigan, nvidia-tacotron2, r9y9, espnet, espnet-24k, fatchord,
-            parallel-wavegan, torchaudio-tacotron2, torchaudio-tacotron2-wavernn, librosa-default. Likewise.
+            Take the mels that a project publishes: hifigan, nvidia-tacotron2, r9y9, espnet,
+            espnet-24k, fatchord, parallel-wavegan, torchaudio-tacotron2,
+            torchaudio-tacotron2-wavernn, librosa-default. Likewise.
         npy
             Write plain .npy, bands first, without saying what the mels are.
         overwrite
@@ -562,13 +614,17 @@ def _mel() -> Callable[..., int]:
         if checkpoint is not None and config != MelConfig():
             raise ValueError("--checkpoint says what the mels are: leave the flags on mels away")
         if preset is not None and (checkpoint is not None or config != MelConfig()):
-            raise ValueError("--preset says what the mels are: leave --checkpoint and the flags on mels away")
+            raise ValueError(
+                "--preset says what the mels are: leave --checkpoint and the flags on mels away"
+            )
         config = config if preset is None else MelConfig.preset(preset)
         jobs = plan(inputs, out, ".npy" if npy else ".npz", mels=False, overwrite=overwrite)
         if checkpoint is not None:
             config = load(checkpoint).config.mel
             if config is None:
-                raise ValueError(f"{checkpoint} is not conditioned on mels: it says nothing about them")
+                raise ValueError(
+                    f"{checkpoint} is not conditioned on mels: it says nothing about them"
+                )
         return _summary(write_mels(jobs, config, say=say, complain=_complain))
 
     return mel
@@ -622,7 +678,9 @@ def _evaluate() -> Callable[..., int]:
         """
         from wavear.evaluation.evaluation import evaluate
 
-        result = evaluate(checkpoint, data, out, config, progress=sys.stderr.isatty(), say=say, complain=_complain)
+        result = evaluate(
+            checkpoint, data, out, config, progress=sys.stderr.isatty(), say=say, complain=_complain
+        )
         for line in result.summary():
             say(line)
         return 1 if result.record["failed"] else 0
@@ -640,15 +698,17 @@ def _index() -> Callable[..., int]:
     ) -> int:
         """Read the headers of all files of a large corpus once and keep what they say, for every run to come.
 
-        Only new and changed files are looked into, and one that was stopped goes on where it was. `wavear train` does
-        the same by itself from 1000 files on.
+        Only new and changed files are looked into, and one that was stopped goes on where it was.
+        `wavear train` does the same by itself from 1000 files on.
 
         Parameters
         ----------
         data
-            Recordings: a folder, a manifest, or tar shards (a pattern in quotes, such as 'shards/{000..012}.tar').
+            Recordings: a folder, a manifest, or tar shards (a pattern in quotes, such as
+            'shards/{000..012}.tar').
         beside
-            Keep the index beside the data, for everybody who reads them there, rather than in your cache.
+            Keep the index beside the data, for everybody who reads them there, rather than in your
+            cache.
         processes
             To look into files with; by default one per core, up to 16.
         """
@@ -663,8 +723,12 @@ def _index() -> Callable[..., int]:
         if len(report.bad) > 20:
             _complain(f"... and {len(report.bad) - 20} more")
         rates = ", ".join(map(str, report.rates))
-        say(f"{report.files} files, {report.new} of them new or changed; {len(report.bad)} cannot be used")
-        say(f"{report.recordings} recordings, {report.seconds / 3600:.2f} hours of audio, {rates or 'no'} Hz")
+        say(
+            f"{report.files} files, {report.new} of them new or changed; {len(report.bad)} cannot be used"
+        )
+        say(
+            f"{report.recordings} recordings, {report.seconds / 3600:.2f} hours of audio, {rates or 'no'} Hz"
+        )
         say(f"index: {report.folder or 'not kept'}")
         return 1 if report.bad else 0
 
@@ -694,18 +758,23 @@ def _shards() -> Callable[..., int]:
         megabytes
             A shard is closed when it has so many.
         speakers
-            The first level of a folder's sub-folders names the speakers; a manifest's column `speaker` always counts.
+            The first level of a folder's sub-folders names the speakers; a manifest's column
+            `speaker` always counts.
         seed
             Of the order of the files: it is shuffled, so that each shard is a sample of all.
         """
         from wavear.data.shards import write_shards
         from wavear.training.run import _bar
 
-        report = write_shards(data, out, megabytes=megabytes, speakers=speakers, seed=seed, progress=_bar)
+        report = write_shards(
+            data, out, megabytes=megabytes, speakers=speakers, seed=seed, progress=_bar
+        )
         for name, why in report.failed:
             _complain(f"{name}: {why}")
         first, last = report.shards[0].name, report.shards[-1].name
-        say(f"{out}  {len(report.shards)} shards, {first} to {last}, {report.files} files, {report.bytes / 1e6:.1f} MB")
+        say(
+            f"{out}  {len(report.shards)} shards, {first} to {last}, {report.files} files, {report.bytes / 1e6:.1f} MB"
+        )
         return 1 if report.failed else 0
 
     return shards
@@ -717,7 +786,9 @@ def _compare() -> Callable[..., int]:
     from wavear.evaluation.evaluation import EvaluateConfig
 
     def compare(
-        sources: Annotated[Positional[list[str]], arg(metavar="A B...", help_behavior_hint="(two or more)")],
+        sources: Annotated[
+            Positional[list[str]], arg(metavar="A B...", help_behavior_hint="(two or more)")
+        ],
         out: Annotated[Path, arg(metavar="DIR")],
         data: Annotated[str | None, arg(metavar="DATA")] = None,
         models: bool = False,
@@ -725,15 +796,17 @@ def _compare() -> Callable[..., int]:
     ) -> int:
         """Put checkpoints or evaluations side by side: two of the same codes clip by clip, others as a table.
 
-        The table has models of any family, law and quantisation: bits, cost, speed, and what each makes after the same
-        beginning.
+        The table has models of any family, law and quantisation: bits, cost, speed, and what each
+        makes after the same beginning.
 
         Parameters
         ----------
         sources
-            Folders that `wavear evaluate` wrote (or their evaluation.json), or checkpoints, for which --data is needed.
+            Folders that `wavear evaluate` wrote (or their evaluation.json), or checkpoints, for
+            which --data is needed.
         out
-            Folder to write to: compare.html or models.html, and the same as JSON; evaluations of checkpoints too.
+            Folder to write to: compare.html or models.html, and the same as JSON; evaluations of
+            checkpoints too.
         data
             Held-out recordings to evaluate checkpoints on.
         models
@@ -787,12 +860,14 @@ def _bench() -> Callable[..., int]:
     ) -> int:
         """How fast a network generates on this machine, what share of the machine's limit that is, and how exact.
 
-        Without a checkpoint the weights are random: so a network's speed is known before it is trained.
+        Without a checkpoint the weights are random: so a network's speed is known before it is
+        trained.
 
         Parameters
         ----------
         checkpoint
-            Folder that `wavear train` wrote, or owner/name on the Hugging Face hub; else the flags say what to measure.
+            Folder that `wavear train` wrote, or owner/name on the Hugging Face hub; else the flags
+            say what to measure.
         shape
             A published network instead of the flags below; `--shape list` lists them.
         layers
@@ -814,9 +889,11 @@ def _bench() -> Callable[..., int]:
         unconditional
             Without mels; otherwise 80 bands, a frame per 256 samples.
         engines
-            numba, reference; on CUDA triton, cuda-graph, reference. By default all of the first two.
+            numba, reference; on CUDA triton, cuda-graph, reference. By default all of the first
+            two.
         weights
-            float32, bfloat16 (numba, triton), int8 (numba), float16 (triton). By default all that the device has.
+            float32, bfloat16 (numba, triton), int8 (numba), float16 (triton). By default all that
+            the device has.
         batches
             Streams at once; by default 1 24, on CUDA 1 16 128 1024 8192.
         device
@@ -846,7 +923,9 @@ def _bench() -> Callable[..., int]:
         changed = [name for name, value in flags.items() if value != defaults[name].default]
         changed += ["unconditional"] * (unconditional and checkpoint is not None)
         if changed and (given := checkpoint or shape):
-            raise ValueError(f"{given} says what the network is: leave --{changed[0].replace('_', '-')} away")
+            raise ValueError(
+                f"{given} says what the network is: leave --{changed[0].replace('_', '-')} away"
+            )
         benchmark.run(
             None if checkpoint is None else _load(checkpoint, "cpu"),
             device=_device(device),
@@ -867,14 +946,20 @@ def _bench() -> Callable[..., int]:
 
 # Name: what it does, and what makes the function to parse for (with imports that only it needs).
 COMMANDS: dict[str, tuple[str, Callable[[], Callable[..., int]]]] = {
-    "demo": ("make sounds, train on them, and hear the result: five minutes, nothing downloaded", _demo),
+    "demo": (
+        "make sounds, train on them, and hear the result: five minutes, nothing downloaded",
+        _demo,
+    ),
     "train": ("train a model on a folder of recordings", _train),
     "index": ("look into the files of a large corpus once, for every run to come", _index),
     "shards": ("put recordings into tar shards, for an object store", _shards),
     "synthesize": ("mels, or recordings, to audio", _synthesize),
     "generate": ("audio from a model that needs no mel", _generate),
     "mel": ("recordings to mels", _mel),
-    "evaluate": ("how good a model is: bits per sample, copy synthesis beside its bounds, a report", _evaluate),
+    "evaluate": (
+        "how good a model is: bits per sample, copy synthesis beside its bounds, a report",
+        _evaluate,
+    ),
     "compare": ("two checkpoints side by side, clip by clip", _compare),
     "info": ("what a checkpoint is", _info),
     "bench": ("how fast a network generates on this machine, before it is trained", _bench),
@@ -900,7 +985,9 @@ def _device(device: str) -> str:
 
 def _check_file(out: Path, overwrite: bool, suffixes: Sequence[str]) -> None:
     if out.suffix.lower() not in suffixes:
-        raise ValueError(f"{out} is no audio file by its name: --out takes a {', '.join(suffixes)} file")
+        raise ValueError(
+            f"{out} is no audio file by its name: --out takes a {', '.join(suffixes)} file"
+        )
     if out.is_dir():
         raise IsADirectoryError(f"{out} is a folder: --out takes a file")
     if out.exists() and not overwrite:

@@ -25,7 +25,8 @@ def say(line: str) -> None:
 def replace_file(path: str | Path, write: Callable[[Path], object]) -> None:
     """Let `write` make a temporary file beside `path`, then move it into place.
 
-    Whatever goes wrong, `path` holds what it held, or nothing, and the temporary file is gone. The folder is not made.
+    Whatever goes wrong, `path` holds what it held, or nothing, and the temporary file is gone. The
+    folder is not made.
 
     Parameters
     ----------
@@ -45,7 +46,9 @@ def replace_file(path: str | Path, write: Callable[[Path], object]) -> None:
             mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
         write(temporary)
         with open(temporary, "rb") as file:
-            os.fsync(file.fileno())  # a crash after the move must not leave an empty file under the name
+            os.fsync(
+                file.fileno()
+            )  # a crash after the move must not leave an empty file under the name
         os.chmod(temporary, mode)  # some libraries write files that only their owner may read
         os.replace(temporary, path)
     except BaseException:
@@ -70,7 +73,9 @@ def locked(path: str | Path, wait: Callable[[], object] = lambda: None) -> Itera
     except ImportError:  # Windows
         yield
         return
-    with open(path, "a+b", buffering=0) as file:  # to read and write: so a pipe of that name does not block
+    with open(
+        path, "a+b", buffering=0
+    ) as file:  # to read and write: so a pipe of that name does not block
         with contextlib.suppress(OSError):
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

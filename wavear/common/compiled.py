@@ -34,9 +34,9 @@ def cache_directory() -> Path:
 def source_key(path: Path) -> str:
     """Changes with every source of this package that the code of a file is compiled from, and with the compiler.
 
-    Numba itself looks at the file of the compiled function alone, and the kernels it calls lie in others: here every
-    file is read that this one imports, and those that they do. (That the processor is the same is part of Numba's own
-    key.)
+    Numba itself looks at the file of the compiled function alone, and the kernels it calls lie in
+    others: here every file is read that this one imports, and those that they do. (That the
+    processor is the same is part of Numba's own key.)
     """
     import llvmlite
     import numba
@@ -55,9 +55,14 @@ def _sources(path: Path) -> set[Path]:
         source = waiting.pop()
         found.add(source)
         for statement in ast.parse(source.read_bytes()).body:
-            if isinstance(statement, ast.ImportFrom) and f"{statement.module}.".startswith("wavear."):
+            if isinstance(statement, ast.ImportFrom) and f"{statement.module}.".startswith(
+                "wavear."
+            ):
                 module = root.joinpath(*str(statement.module).split(".")[1:])
-                files = [module.with_suffix(".py"), *(module / f"{alias.name}.py" for alias in statement.names)]
+                files = [
+                    module.with_suffix(".py"),
+                    *(module / f"{alias.name}.py" for alias in statement.names),
+                ]
                 waiting += [file for file in files if file.is_file() and file not in found]
     return found
 
@@ -65,12 +70,14 @@ def _sources(path: Path) -> set[Path]:
 def compiled(function, signature: str, callback: bool = False, **options: Any) -> Any:
     """`function` compiled for one signature, from the cache if it is there.
 
-    Called from Python it releases the GIL; as a `callback` it is called by its `address` from other compiled code.
-    `options` are Numba's, such as `error_model`.
+    Called from Python it releases the GIL; as a `callback` it is called by its `address` from other
+    compiled code. `options` are Numba's, such as `error_model`.
     """
     with _lock:
         try:
-            directory = cache_directory() / f"kernels-{source_key(Path(function.__code__.co_filename))}"
+            directory = (
+                cache_directory() / f"kernels-{source_key(Path(function.__code__.co_filename))}"
+            )
             directory.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=directory).close()
             return _compile(function, signature, callback, directory, options)
@@ -93,7 +100,9 @@ def _warn_once(error: Exception) -> None:
         )
 
 
-def _compile(function, signature: str, callback: bool, directory: Path | None, options: dict[str, Any]):
+def _compile(
+    function, signature: str, callback: bool, directory: Path | None, options: dict[str, Any]
+):
     import numba
 
     compiler = numba.cfunc(signature, cache=bool(directory), **options) if callback else None

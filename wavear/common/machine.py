@@ -17,6 +17,8 @@ def machine() -> str:
     """Return the processor as its system names it, its cores, and the versions of what makes the speed."""
     name = platform.processor() or platform.machine()
     with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as file:
-        name = next((line.split(":")[1].strip() for line in file if line.startswith("model name")), name)
+        name = next(
+            (line.split(":")[1].strip() for line in file if line.startswith("model name")), name
+        )
     versions = f"Python {platform.python_version()}, torch {version('torch').split('+')[0]}, numba {version('numba')}"
     return f"{name}, {available_cores()} cores; {versions}, wavear {version('wavear')}"

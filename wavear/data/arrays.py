@@ -58,13 +58,22 @@ def map_arrays(path: str | Path, about: str) -> dict[str, np.ndarray]:
         metadata = header.pop("__metadata__")
         if metadata[_ABOUT] != about:
             raise ValueError(f"it holds {metadata[_ABOUT]!r}, expected {about!r}")
-        data = np.memmap(path, np.uint8, "r", offset=8 + length) if size > 8 + length else np.zeros(0, np.uint8)
+        data = (
+            np.memmap(path, np.uint8, "r", offset=8 + length)
+            if size > 8 + length
+            else np.zeros(0, np.uint8)
+        )
         arrays = {}
         for name, entry in header.items():
             begin, end = entry["data_offsets"]
             if not 0 <= begin <= end <= data.size:
                 raise ValueError("it is cut short")
-            arrays[name] = data[begin:end].view(_DTYPES[entry["dtype"]]).reshape(entry["shape"]).view(np.ndarray)
+            arrays[name] = (
+                data[begin:end]
+                .view(_DTYPES[entry["dtype"]])
+                .reshape(entry["shape"])
+                .view(np.ndarray)
+            )
         if f"{_checksum(arrays):08x}" != metadata[_SUM]:
             raise ValueError("its bytes are not those that were written (CRC-32)")
     except (ValueError, KeyError, TypeError, AttributeError) as error:

@@ -1,8 +1,9 @@
 """Published corpora, as torchaudio's data sets lay them out: which file is whose, and what is held out.
 
-Each class says where a corpus lies below a data folder, how large it is, how torchaudio downloads it, and how its clips
-are split: officially where there is an official split, by a stated rule else. `listed` turns one into the manifest that
-a run reads. torchaudio's items decode audio; what is used of it here is its lists.
+Each class says where a corpus lies below a data folder, how large it is, how torchaudio downloads
+it, and how its clips are split: officially where there is an official split, by a stated rule else.
+`listed` turns one into the manifest that a run reads. torchaudio's items decode audio; what is used
+of it here is its lists.
 """
 
 from __future__ import annotations
@@ -149,10 +150,13 @@ class PublishedCorpus:
                 with _unpacked_inside():
                     self.dataset(data, part, download=True)
             except BaseException as error:
-                # It was not there before, and torchaudio would take what is there now for all of it. The archive stays.
+                # It was not there before, and torchaudio would take what is there now for all of
+                # it. The archive stays.
                 shutil.rmtree(data / self.folder(part), ignore_errors=True)
                 if isinstance(error, (OSError, RuntimeError, EOFError, tarfile.TarError)):
-                    raise OSError(f"{self.title} cannot be downloaded to {data}: {error}") from error
+                    raise OSError(
+                        f"{self.title} cannot be downloaded to {data}: {error}"
+                    ) from error
                 raise
         return [data / self.folder(part) for part in self.parts()]
 
@@ -214,8 +218,12 @@ class CMUArctic(PublishedCorpus):
     def clips_of(self, dataset: Any, part: str) -> Iterator[Clip]:
         for (line,) in dataset._walker:
             if line.strip():
-                name = line.split()[1]  # ( arctic_a0001 "Author of the danger trail, Philip Steels, etc." )
-                yield Clip(Path(dataset._path, "wav", f"{name}.wav"), _every_20th(int(name[-4:])), part)
+                name = line.split()[
+                    1
+                ]  # ( arctic_a0001 "Author of the danger trail, Philip Steels, etc." )
+                yield Clip(
+                    Path(dataset._path, "wav", f"{name}.wav"), _every_20th(int(name[-4:])), part
+                )
 
 
 @dataclass(frozen=True)
@@ -246,7 +254,11 @@ class VCTK(PublishedCorpus):
 
     def clips_of(self, dataset: Any, part: str) -> Iterator[Clip]:
         for speaker, number in dataset._sample_ids:
-            path = Path(dataset._audio_dir, speaker, f"{speaker}_{number}_{self.microphone}{dataset._audio_ext}")
+            path = Path(
+                dataset._audio_dir,
+                speaker,
+                f"{speaker}_{number}_{self.microphone}{dataset._audio_ext}",
+            )
             yield Clip(path, _every_20th(int(number)), speaker)
 
 
@@ -269,7 +281,9 @@ class YesNo(PublishedCorpus):
 
     def clips_of(self, dataset: Any, part: str) -> Iterator[Clip]:
         for index, name in enumerate(dataset._walker):
-            yield Clip(Path(dataset._path, f"{name}.wav"), "validation" if index % 10 == 9 else "train")
+            yield Clip(
+                Path(dataset._path, f"{name}.wav"), "validation" if index % 10 == 9 else "train"
+            )
 
 
 @dataclass(frozen=True)
@@ -288,7 +302,9 @@ class LibriTTS(PublishedCorpus):
     }
 
     def __post_init__(self) -> None:
-        _check("subsets", self.subsets, [name for name in self._GIGABYTES if name.startswith("train")])
+        _check(
+            "subsets", self.subsets, [name for name in self._GIGABYTES if name.startswith("train")]
+        )
 
     def parts(self) -> Sequence[str]:
         return (*self.subsets, "dev-clean")
@@ -315,7 +331,8 @@ class LibriTTS(PublishedCorpus):
 class Digits(PublishedCorpus):
     """Spoken digits as in the Free Spoken Digit Dataset: `recordings/DIGIT_SPEAKER_INDEX.wav`.
 
-    The indices 0 to 4 are its official test set, on which nothing is trained or chosen; 5 to 9 are held out.
+    The indices 0 to 4 are its official test set, on which nothing is trained or chosen; 5 to 9 are
+    held out.
     """
 
     title: ClassVar[str] = "the Free Spoken Digit Dataset"
@@ -340,7 +357,11 @@ class Digits(PublishedCorpus):
                 raise ValueError(
                     f"{path} is not named as digits are: DIGIT_SPEAKER_INDEX.wav, such as 7_jackson_32.wav"
                 )
-            yield Clip(path, "test" if int(index) < 5 else "validation" if int(index) < 10 else "train", speaker)
+            yield Clip(
+                path,
+                "test" if int(index) < 5 else "validation" if int(index) < 10 else "train",
+                speaker,
+            )
 
 
 def _check(field: str, given: Sequence[str], known: Sequence[str]) -> None:

@@ -1,9 +1,9 @@
 """Recordings: a folder or a manifest -> which stretch of which file is for training and which is held out.
 
-`wavear.data.listing` lists a folder or reads a manifest, `open_corpus` looks into the header of every file (or finds in
-the index what was there, `wavear.data.indexing`), names those that cannot be used, and splits the rest. Nothing is
-decoded here unless levels or silence have to be measured. All of it are arrays with a row per recording, so a million
-will do.
+`wavear.data.listing` lists a folder or reads a manifest, `open_corpus` looks into the header of
+every file (or finds in the index what was there, `wavear.data.indexing`), names those that cannot
+be used, and splits the rest. Nothing is decoded here unless levels or silence have to be measured.
+All of it are arrays with a row per recording, so a million will do.
 """
 
 from __future__ import annotations
@@ -20,7 +20,14 @@ from wavear import audio
 from wavear.data.indexing import Files, Index, mixed
 from wavear.data.levels import Normalise, level, why
 from wavear.data.listing import SUFFIXES, listed
-from wavear.data.recordings import SPLIT_NAMES, Listing, ListingBuilder, Recording, Recordings, frames_of
+from wavear.data.recordings import (
+    SPLIT_NAMES,
+    Listing,
+    ListingBuilder,
+    Recording,
+    Recordings,
+    frames_of,
+)
 from wavear.data.shards import is_shards, list_shards, local_shards
 
 __all__ = [
@@ -59,13 +66,15 @@ def find(data: str | Path, speakers: bool = False) -> list[Recording]:
     Parameters
     ----------
     data : str or Path
-        A folder with WAV, FLAC, OGG, MP3 or AIFF files (hidden ones are passed over), one such file, tar shards
-        (`shards/{000..012}.tar`, `shards/*.tar`: see `wavear.data.shards`), or a manifest:
-        CSV with a header, or JSON lines (`.jsonl`, `.json`). A manifest has `path` (relative to the manifest), and
-        optionally `start` and `duration` in seconds, `speaker`, and `split` (train, validation or dev, test). A CSV
-        without a header whose lines read `path|text` is taken as well.
+        A folder with WAV, FLAC, OGG, MP3 or AIFF files (hidden ones are passed over), one such
+        file, tar shards (`shards/{000..012}.tar`, `shards/*.tar`: see `wavear.data.shards`), or a
+        manifest: CSV with a header, or JSON lines (`.jsonl`, `.json`). A manifest has `path`
+        (relative to the manifest), and optionally `start` and `duration` in seconds, `speaker`, and
+        `split` (train, validation or dev, test). A CSV without a header whose lines read
+        `path|text` is taken as well.
     speakers : bool
-        A folder's first level of sub-folders names the speakers. (A manifest's column `speaker` always counts.)
+        A folder's first level of sub-folders names the speakers. (A manifest's column `speaker`
+        always counts.)
 
     Raises
     ------
@@ -74,7 +83,11 @@ def find(data: str | Path, speakers: bool = False) -> list[Recording]:
     ValueError
         If there is no audio in it, or the manifest cannot be read; the message names the line.
     """
-    listing = list_shards(local_shards(data), speakers, None) if is_shards(data) else listed(data, speakers)
+    listing = (
+        list_shards(local_shards(data), speakers, None)
+        if is_shards(data)
+        else listed(data, speakers)
+    )
     return [listing.recording(row) for row in range(len(listing))]
 
 
@@ -93,16 +106,18 @@ def open_corpus(
 ) -> Corpus:
     """Look into every file and split them.
 
-    Files are held out by the hash of their name, so a file stays where it is when others come or go; at least one is
-    held out and at least one is trained on. A single file is cut: its end is held out. Where a manifest has a column
-    `split` that holds anything out, or `validation` is given, that decides alone.
+    Files are held out by the hash of their name, so a file stays where it is when others come or
+    go; at least one is held out and at least one is trained on. A single file is cut: its end is
+    held out. Where a manifest has a column `split` that holds anything out, or `validation` is
+    given, that decides alone.
 
     Parameters
     ----------
     data, validation : str or Path
         See `find`; `validation` is a second folder or manifest, all of it held out.
     sample_rate : int
-        Of the model, in Hz. Files of another rate are resampled as they are read; a note says so, once.
+        Of the model, in Hz. Files of another rate are resampled as they are read; a note says so,
+        once.
     validation_fraction : float
         Share of the files to hold out.
     speakers : bool
@@ -110,11 +125,14 @@ def open_corpus(
     least_samples : int
         Shorter files cannot be used (one mel frame, say).
     normalise : "none", "peak" or "rms"
-        Gain that brings the peak to 0.9 or the RMS to -23 dB of full scale (and no peak over 1). Decodes every file.
+        Gain that brings the peak to 0.9 or the RMS to -23 dB of full scale (and no peak over 1).
+        Decodes every file.
     normalise_by : "file" or "speaker"
-        One gain per file, or one per speaker, which keeps the differences between the files of a speaker.
+        One gain per file, or one per speaker, which keeps the differences between the files of a
+        speaker.
     trim_silence : float, optional
-        Cut the ends that are this many dB below the file's peak, in blocks of 10 ms, up to 50 ms. Decodes every file.
+        Cut the ends that are this many dB below the file's peak, in blocks of 10 ms, up to 50 ms.
+        Decodes every file.
     progress : callable, optional
         Wraps an iterable, with its length and a description, to show how far it is.
 
@@ -124,7 +142,9 @@ def open_corpus(
         If not one file can be used; the message gives the first reason.
     """
     if not 0 < validation_fraction < 1:
-        raise ValueError(f"validation_fraction is {validation_fraction!r}, expected more than 0 and less than 1")
+        raise ValueError(
+            f"validation_fraction is {validation_fraction!r}, expected more than 0 and less than 1"
+        )
     bad: list[tuple[str, str]] = []
     notes: list[str] = []
     parts = []
@@ -141,7 +161,9 @@ def open_corpus(
     if others := sorted(set(np.unique(rates).tolist()) - {sample_rate}):
         text = ", ".join(map(str, others))
         count = int((rates != sample_rate).sum())
-        notes.append(f"{count} of {len(rates)} files are resampled to {sample_rate} Hz (from {text} Hz)")
+        notes.append(
+            f"{count} of {len(rates)} files are resampled to {sample_rate} Hz (from {text} Hz)"
+        )
     good = parts[0]
     splits = good.listing.split[good.rows]
     if validation is None:
@@ -149,9 +171,13 @@ def open_corpus(
     else:
         train, kept = good.take((splits < 0) | (splits == _TRAIN)), parts[1]
         if not len(train):
-            raise ValueError(f"{data}: every recording is held out by its 'split', none is left to train on")
+            raise ValueError(
+                f"{data}: every recording is held out by its 'split', none is left to train on"
+            )
         if (twice := overlapping(train, kept)).any():
-            notes.append(f"{twice.sum()} recordings of {data} are held out, for they are in {validation} too")
+            notes.append(
+                f"{twice.sum()} recordings of {data} are held out, for they are in {validation} too"
+            )
             train = train.take(~twice)
     names = sorted(train.speakers() | kept.speakers())
     if names:
@@ -193,16 +219,17 @@ def index(
 ) -> IndexReport:
     """Make the index of some data, or bring it up to date: what `train` does by itself where there are many files.
 
-    Files are known by name, size and time of change. What is found is written down as it comes: an index that was
-    stopped, however, goes on where it was. A file that cannot be used is named and stops nothing.
+    Files are known by name, size and time of change. What is found is written down as it comes: an
+    index that was stopped, however, goes on where it was. A file that cannot be used is named and
+    stops nothing.
 
     Parameters
     ----------
     data : str or Path
         As of `find`.
     beside : bool
-        Keep the index beside the data, for everybody who reads them there, rather than in the cache of the user
-        (`WAVEAR_CACHE`, or `XDG_CACHE_HOME/wavear`, or `~/.cache/wavear`).
+        Keep the index beside the data, for everybody who reads them there, rather than in the cache
+        of the user (`WAVEAR_CACHE`, or `XDG_CACHE_HOME/wavear`, or `~/.cache/wavear`).
     processes : int, optional
         To look into files with; by default one per core, up to 16.
     progress : callable, optional
@@ -222,9 +249,20 @@ def index(
     files = Files.of_listing(listing)
     found = kept.find("header", files.key, lambda n: _question(listing, int(files.row[n])))
     seconds = float((found.a / np.maximum(found.b, 1)).sum())
-    bad = listing.bad + [(listing.base(int(files.row[n])), told) for n, told in sorted(found.errors.items())]
+    bad = listing.bad + [
+        (listing.base(int(files.row[n])), told) for n, told in sorted(found.errors.items())
+    ]
     rates = np.unique(found.b[found.b > 0]).tolist()
-    return IndexReport(len(listing), len(files.row), found.new, bad, seconds, rates, kept.writable(), list(kept.notes))
+    return IndexReport(
+        len(listing),
+        len(files.row),
+        found.new,
+        bad,
+        seconds,
+        rates,
+        kept.writable(),
+        list(kept.notes),
+    )
 
 
 def _question(listing: Listing, row: int) -> list[Any]:
@@ -235,7 +273,12 @@ def _question(listing: Listing, row: int) -> list[Any]:
 
 
 def _opened(
-    listing: Listing, index: Index, rate: int, least_samples: int, source: str | Path, bad: list[tuple[str, str]]
+    listing: Listing,
+    index: Index,
+    rate: int,
+    least_samples: int,
+    source: str | Path,
+    bad: list[tuple[str, str]],
 ) -> Recordings:
     """The rows of a listing that can be used, with start and length; the others go to `bad`."""
     files = Files.of_listing(listing)
@@ -247,7 +290,9 @@ def _opened(
         start = np.rint(listing.span[:, 0] * rate).astype(np.int64)
         duration = listing.span[:, 1]
         left = whole - start
-        left = np.where(np.isnan(duration), left, np.minimum(left, np.rint(np.nan_to_num(duration) * rate)))
+        left = np.where(
+            np.isnan(duration), left, np.minimum(left, np.rint(np.nan_to_num(duration) * rate))
+        )
         left = left.astype(np.int64)
     failed = np.zeros(len(files.row), bool)
     failed[list(found.errors)] = True
@@ -261,11 +306,15 @@ def _opened(
             seconds = frames[row] / own_rate[row]
             told = f"it is to be read from {listing.start(row):g} s on, and ends at {seconds:g} s"
         else:
-            told = f"{left[row]} samples at {rate} Hz are too few: at least {least_samples} are needed"
+            told = (
+                f"{left[row]} samples at {rate} Hz are too few: at least {least_samples} are needed"
+            )
         mine.append((listing.name(row), told))
     bad += listing.bad + mine
     if not usable.any():
-        raise ValueError(f"{source}: none of the files can be used; the first: {mine[0][0]}: {mine[0][1]}")
+        raise ValueError(
+            f"{source}: none of the files can be used; the first: {mine[0][0]}: {mine[0][1]}"
+        )
     rows = np.flatnonzero(usable)
     return Recordings(listing, rows, start[rows], left[rows], own_rate[rows])
 
@@ -295,24 +344,36 @@ def _leveled(
     good = np.ones(len(recordings), bool)
     good[list(found.errors)] = False
     if not good.any():
-        raise ValueError(f"{source}: none of the files can be used; the first: {mine[0][0]}: {mine[0][1]}")
-    return Recordings(listing, recordings.rows, found.a, found.b, recordings.rate, found.c).take(good)
+        raise ValueError(
+            f"{source}: none of the files can be used; the first: {mine[0][0]}: {mine[0][1]}"
+        )
+    return Recordings(listing, recordings.rows, found.a, found.b, recordings.rate, found.c).take(
+        good
+    )
 
 
 def _open(recording: Recording, rate: int, least_samples: int) -> Recording:
     """With start and length, from the file's header."""
     info = audio.info(recording.path)
-    whole = (2 * info.frames * rate + info.sample_rate) // (2 * info.sample_rate)  # rounded, as `audio.read` does
+    whole = (2 * info.frames * rate + info.sample_rate) // (
+        2 * info.sample_rate
+    )  # rounded, as `audio.read` does
     start, duration = round(recording.span[0] * rate), recording.span[1]
     if start >= whole:
-        raise ValueError(f"it is to be read from {recording.span[0]:g} s on, and ends at {info.seconds:g} s")
+        raise ValueError(
+            f"it is to be read from {recording.span[0]:g} s on, and ends at {info.seconds:g} s"
+        )
     frames = whole - start if duration is None else min(whole - start, round(duration * rate))
     if frames < least_samples:
-        raise ValueError(f"{frames} samples at {rate} Hz are too few: at least {least_samples} are needed")
+        raise ValueError(
+            f"{frames} samples at {rate} Hz are too few: at least {least_samples} are needed"
+        )
     return dataclasses.replace(recording, start=start, frames=frames, sample_rate=info.sample_rate)
 
 
-def _measured(recording: Recording, rate: int, normalise: Normalise, trim: float | None) -> Recording:
+def _measured(
+    recording: Recording, rate: int, normalise: Normalise, trim: float | None
+) -> Recording:
     """With a gain from its level, and without its silent ends."""
     found = level(recording.path, rate, recording.start, recording.frames, normalise, trim)
     return dataclasses.replace(recording, start=found.start, frames=found.frames, gain=found.gain)
@@ -334,7 +395,9 @@ def _speaker_gains(recordings: Recordings) -> np.ndarray:
     return least[recordings.speaker]
 
 
-def split(recordings: Sequence[Recording], fraction: float) -> tuple[list[Recording], list[Recording]]:
+def split(
+    recordings: Sequence[Recording], fraction: float
+) -> tuple[list[Recording], list[Recording]]:
     """(train, validation): by the column `split` where it holds anything out, else by the hash of the name.
 
     Raises
@@ -343,11 +406,15 @@ def split(recordings: Sequence[Recording], fraction: float) -> tuple[list[Record
         If `fraction` is not between 0 and 1, or nothing is left to train on.
     """
     if not 0 < fraction < 1:
-        raise ValueError(f"validation_fraction is {fraction!r}, expected more than 0 and less than 1")
+        raise ValueError(
+            f"validation_fraction is {fraction!r}, expected more than 0 and less than 1"
+        )
     builder = ListingBuilder(Path())
     for r in recordings:
         start = f"#{r.span[0]:g}" if r.span[0] else ""
-        builder.add(r.name.removesuffix(start), split=-1 if r.split is None else SPLIT_NAMES.index(r.split))
+        builder.add(
+            r.name.removesuffix(start), split=-1 if r.split is None else SPLIT_NAMES.index(r.split)
+        )
     listing = builder.done()
     numbers = np.arange(len(recordings))
     rows = Recordings(listing, numbers, numbers, frames_of(recordings), numbers)
@@ -356,12 +423,16 @@ def split(recordings: Sequence[Recording], fraction: float) -> tuple[list[Record
         whole, at = recordings[int(train.rows[0])], int(train.frames[0])
         rest = {"start": whole.start + at, "frames": whole.frames - at}
         return [dataclasses.replace(whole, frames=at)], [
-            dataclasses.replace(whole, name=f"{whole.name}#end", start=rest["start"], frames=rest["frames"])
+            dataclasses.replace(
+                whole, name=f"{whole.name}#end", start=rest["start"], frames=rest["frames"]
+            )
         ]
     return [recordings[n] for n in train.rows.tolist()], [recordings[n] for n in held.rows.tolist()]
 
 
-def _split(recordings: Recordings, splits: np.ndarray, fraction: float, least: int) -> tuple[Recordings, Recordings]:
+def _split(
+    recordings: Recordings, splits: np.ndarray, fraction: float, least: int
+) -> tuple[Recordings, Recordings]:
     """See `split`; `splits` are the numbers that the column `split` says, -1 where nothing, `least` samples of use."""
     chosen = recordings.take(splits != _TEST)
     splits = splits[splits != _TEST]
@@ -390,7 +461,9 @@ def _cut(recordings: Recordings, fraction: float, least: int) -> tuple[Recording
     frames = int(recordings.frames[0])
     at = min(round(frames * (1 - fraction)), frames - least)
     if at < least:
-        raise ValueError(f"{recordings[0].name} is the only recording, and too short to hold out a part of it")
+        raise ValueError(
+            f"{recordings[0].name} is the only recording, and too short to hold out a part of it"
+        )
     begin, end = recordings.take(slice(None)), recordings.take(slice(None))
     begin.frames = np.array([at])
     end.start, end.frames, end.suffix = end.start + at, np.array([frames - at]), "#end"
@@ -406,7 +479,10 @@ def overlapping(recordings: Sequence[Recording], others: Sequence[Recording]) ->
     return np.array(
         [
             r.path.name in names
-            and any(r.start < stop and start < r.start + r.frames for start, stop in spans.get(r.path.resolve(), ()))
+            and any(
+                r.start < stop and start < r.start + r.frames
+                for start, stop in spans.get(r.path.resolve(), ())
+            )
             for r in recordings
         ],
         bool,

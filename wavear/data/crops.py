@@ -1,14 +1,15 @@
 """Random segments of recordings, and the crops that cover a recording once: what training and validation feed a model.
 
-A crop is a window of codes that begins at sample s of its recording, a multiple of the hop. With a receptive field of
-R samples, the law of sample t needs the samples t - R .. t - 1, so inside the window the samples t - s >= R have the
-law they have in the whole recording: these carry loss, the ones before are context. Where s = 0 the recording begins,
-its past is the silence that generation starts from too, and every sample carries loss.
+A crop is a window of codes that begins at sample s of its recording, a multiple of the hop. With a
+receptive field of R samples, the law of sample t needs the samples t - R .. t - 1, so inside the
+window the samples t - s >= R have the law they have in the whole recording: these carry loss, the
+ones before are context. Where s = 0 the recording begins, its past is the silence that generation
+starts from too, and every sample carries loss.
 
-The mel of a crop is computed from `margin` more samples on both sides (the frames the conditioning looks ahead, plus
-what the windows of the Fourier transform see), mirrored at the recording's ends as `log_mel` mirrors them, and frames
-beyond the ends repeat the first and the last, as `condition` of a model repeats them. So the loss of a crop
-is the slice of the loss of the whole.
+The mel of a crop is computed from `margin` more samples on both sides (the frames the conditioning
+looks ahead, plus what the windows of the Fourier transform see), mirrored at the recording's ends
+as `log_mel` mirrors them, and frames beyond the ends repeat the first and the last, as `condition`
+of a model repeats them. So the loss of a crop is the slice of the loss of the whole.
 
     file      0 ....................................................................... T
     window              s [ context: R ][ loss .............. ] s + window
@@ -63,7 +64,11 @@ class Layout:
     @property
     def margin(self) -> int:
         """Samples read on both sides of the window for the mel's sake, and that of pre-emphasis."""
-        return int(self.pre_emphasis > 0) if self.mel is None else (self.around + self.mel.context_frames) * self.hop
+        return (
+            int(self.pre_emphasis > 0)
+            if self.mel is None
+            else (self.around + self.mel.context_frames) * self.hop
+        )
 
     @property
     def around(self) -> int:
@@ -77,7 +82,8 @@ class Layout:
     def starts(self, recording: Recording) -> range:
         """Where crops may begin, each as likely as the next; those below 0 stand for 0.
 
-        Some are below 0 so that the first samples are drawn as often as others: a crop at 0 has no context to lose.
+        Some are below 0 so that the first samples are drawn as often as others: a crop at 0 has no
+        context to lose.
         """
         return range(-self.context, max(self.length(recording) - self.window, 0) + 1, self.hop)
 
@@ -113,7 +119,9 @@ class Batch:
 
     def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
         """With `change` applied to every tensor."""
-        tensors = {f.name: change(getattr(self, f.name)) for f in fields(self) if f.name != "skipped"}
+        tensors = {
+            f.name: change(getattr(self, f.name)) for f in fields(self) if f.name != "skipped"
+        }
         return Batch(**tensors, skipped=self.skipped)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
@@ -138,9 +146,13 @@ def read_span(recording: Recording, sample_rate: int, first: int, last: int) -> 
     ValueError, OSError
         As `wavear.audio.read`.
     """
-    waveform = audio.read(recording.path, sample_rate, recording.start + first, last - first).numpy()
+    waveform = audio.read(
+        recording.path, sample_rate, recording.start + first, last - first
+    ).numpy()
     if waveform.size < last - first:
-        raise ValueError(f"ends at sample {first + waveform.size}, before the {last} its header promises")
+        raise ValueError(
+            f"ends at sample {first + waveform.size}, before the {last} its header promises"
+        )
     return np.clip(waveform * np.float32(recording.gain), -1.0, 1.0)
 
 
@@ -148,7 +160,8 @@ def read_crop(recording: Recording, layout: Layout, start: int) -> np.ndarray:
     """The waveform of a crop, shape (margin + window + margin,), with what `log_mel` sees beyond the ends."""
     total = recording.frames
     places = np.arange(start - layout.margin, start + layout.window + layout.margin)
-    # Mirrored about the end samples, as `log_mel` pads; further out than any frame looks, it is all the same.
+    # Mirrored about the end samples, as `log_mel` pads; further out than any frame looks, it is all
+    # the same.
     period = max(2 * (total - 1), 1)
     mirrored = places % period
     mirrored = np.minimum(np.minimum(mirrored, period - mirrored), total - 1)
@@ -167,7 +180,9 @@ def frame_indices(recording: Recording, layout: Layout, start: int) -> np.ndarra
     if layout.mel is None:
         return np.zeros(0, dtype=np.int64)
     frame = start // layout.hop
-    wanted = np.arange(frame - layout.lookback, frame + layout.window // layout.hop + layout.lookahead)
+    wanted = np.arange(
+        frame - layout.lookback, frame + layout.window // layout.hop + layout.lookahead
+    )
     first = frame - layout.around - layout.mel.context_frames  # of the crop's own mel
     return np.clip(wanted, 0, layout.length(recording) // layout.hop - 1) - first
 
@@ -178,14 +193,16 @@ class Segments(torch.utils.data.Dataset):
     Parameters
     ----------
     recordings : sequence of Recording
-        Drawn with probability proportional to their length, so that every second of audio counts the same.
+        Drawn with probability proportional to their length, so that every second of audio counts
+        the same.
     layout : Layout
     speakers : sequence of str
         Names in the order of their numbers; empty without speakers.
     seed : int
     redraw_below : float, optional
-        dB of full scale (-60, say): a crop whose loss lies on quieter audio is drawn again, up to 4 times, so that
-        pauses do not fill the batches. They are still heard: inside louder crops, and one time in a while by chance.
+        dB of full scale (-60, say): a crop whose loss lies on quieter audio is drawn again, up to 4
+        times, so that pauses do not fill the batches. They are still heard: inside louder crops,
+        and one time in a while by chance.
     """
 
     def __init__(
@@ -204,7 +221,9 @@ class Segments(torch.utils.data.Dataset):
         self.ends = np.cumsum(frames_of(recordings) // layout.hop * layout.hop, dtype=np.int64)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        generator = np.random.Generator(np.random.Philox(key=np.array([self.seed, index], dtype=np.uint64)))
+        generator = np.random.Generator(
+            np.random.Philox(key=np.array([self.seed, index], dtype=np.uint64))
+        )
         skipped: list[tuple[str, str]] = []
         quiet = 0
         for _ in range(_TRIES):
@@ -229,13 +248,23 @@ class Segments(torch.utils.data.Dataset):
             return self.item(recording, source, start, first, last, waveform) | {"skipped": skipped}
         raise ValueError(f"none of {_TRIES} files drawn could be read; the last: {skipped[-1][1]}")
 
-    def item(self, recording: Recording, source: int, start: int, first: int, last: int, waveform: np.ndarray) -> dict:
+    def item(
+        self,
+        recording: Recording,
+        source: int,
+        start: int,
+        first: int,
+        last: int,
+        waveform: np.ndarray,
+    ) -> dict:
         """One row of a `Batch`."""
         return {
             "waveform": waveform,
             "frames": frame_indices(recording, self.layout, start),
             "span": (first, last),
-            "speaker": self.speakers[recording.speaker] if self.speakers and recording.speaker else 0,
+            "speaker": self.speakers[recording.speaker]
+            if self.speakers and recording.speaker
+            else 0,
             "source": source,
             "start": start,
             "begins": True,
@@ -260,13 +289,15 @@ def collate(items: Sequence[dict[str, Any]]) -> Batch:
 class Order(torch.utils.data.Sampler[list[int]]):
     """Numbers of the crops of each step, from `first_step` on, without end.
 
-    Step n has the crops n * size .. (n + 1) * size - 1, of which process `rank` of `world` takes its share in order:
-    together the processes see the same crops whatever their number.
+    Step n has the crops n * size .. (n + 1) * size - 1, of which process `rank` of `world` takes
+    its share in order: together the processes see the same crops whatever their number.
     """
 
     def __init__(self, size: int, first_step: int = 0, rank: int = 0, world: int = 1):
         if size % world:
-            raise ValueError(f"a batch of {size} crops cannot be shared by {world} processes: choose a multiple")
+            raise ValueError(
+                f"a batch of {size} crops cannot be shared by {world} processes: choose a multiple"
+            )
         self.size, self.first_step, self.rank, self.world = size, first_step, rank, world
 
     def __iter__(self) -> Iterator[list[int]]:
@@ -283,5 +314,7 @@ def coded(batch: Batch, layout: Layout) -> torch.Tensor:
     window = batch.waveform[:, layout.margin : layout.margin + layout.window]
     if not layout.pre_emphasis:
         return window
-    before = batch.waveform[:, layout.margin - 1] * (batch.start > 0)  # in front of a recording is silence
+    before = batch.waveform[:, layout.margin - 1] * (
+        batch.start > 0
+    )  # in front of a recording is silence
     return emphasised(window, layout.pre_emphasis, before)

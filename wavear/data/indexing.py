@@ -1,8 +1,9 @@
 """The index of a corpus: what its files' headers say, kept on disk so that only new and changed files are looked into.
 
-It lies in the user's cache, or beside the data where somebody put one there (`wavear index --beside`), and knows a file
-by name, size and time of change: an index that is out of date is brought up to date, and one that is damaged is made
-again. Nothing in it depends on a model, so every run shares it; measured levels are kept per setting.
+It lies in the user's cache, or beside the data where somebody put one there (`wavear index
+--beside`), and knows a file by name, size and time of change: an index that is out of date is
+brought up to date, and one that is damaged is made again. Nothing in it depends on a model, so
+every run shares it; measured levels are kept per setting.
 """
 
 from __future__ import annotations
@@ -28,10 +29,21 @@ from wavear.data.arrays import map_arrays, save_arrays
 from wavear.data.levels import Looked
 from wavear.data.listing import listed
 from wavear.data.recordings import Listing, encoded
-from wavear.data.shards import default_folder, expand, is_shards, list_shards, local_shards, shard_root, state_of
+from wavear.data.shards import (
+    default_folder,
+    expand,
+    is_shards,
+    list_shards,
+    local_shards,
+    shard_root,
+    state_of,
+)
 
 KEEP_FROM = 1000  # files: fewer are looked into in the time that it takes to find their index
-_PROCESSES_FROM = {"header": 4000, "level": 64}  # new files: fewer are done by threads before a process has started
+_PROCESSES_FROM = {
+    "header": 4000,
+    "level": 64,
+}  # new files: fewer are done by threads before a process has started
 _BLOCK = {"header": 1024, "level": 32}  # files between two writes of what has been found
 _STAT_BLOCK = 4096
 _ABOUT = {"header": "wavear index of headers 1", "level": "wavear index of levels 1"}
@@ -70,7 +82,9 @@ class _Store:
     def read(cls, path: Path, kind: str) -> _Store:
         arrays = map_arrays(path, _ABOUT[kind])
         text, ends = arrays["text"].tobytes(), arrays["ends"].tolist()
-        messages = [text[a:b].decode() for a, b in zip([0, *ends], ends, strict=False)]  # the last is the end of all
+        messages = [
+            text[a:b].decode() for a, b in zip([0, *ends], ends, strict=False)
+        ]  # the last is the end of all
         return cls(arrays["key"], arrays["a"], arrays["b"], arrays["c"], arrays["error"], messages)
 
     def write(self, path: Path, kind: str) -> None:
@@ -115,7 +129,11 @@ def cached(data: str | Path) -> Path:
     """
     real = os.path.realpath(data)
     name = re.sub(r"[^A-Za-z0-9_.-]+", "-", os.path.basename(real))[:40]
-    return default_folder() / "index" / f"{name}-{hashlib.blake2b(encoded(real), digest_size=8).hexdigest()}"
+    return (
+        default_folder()
+        / "index"
+        / f"{name}-{hashlib.blake2b(encoded(real), digest_size=8).hexdigest()}"
+    )
 
 
 def mixed(keys: np.ndarray, *columns: np.ndarray) -> np.ndarray:
@@ -179,7 +197,11 @@ class Index:
             for folder in self._folders():
                 if (known := _read_listing(folder, root, about)) is not None:
                     return known
-        found = list_shards(shards, speakers, self._shard_folder()) if shards else listed(data, speakers)
+        found = (
+            list_shards(shards, speakers, self._shard_folder())
+            if shards
+            else listed(data, speakers)
+        )
         if not self._kept(len(found)) or (folder := self.writable()) is None:
             return found
         root = found.root
@@ -200,7 +222,12 @@ class Index:
         return count >= KEEP_FROM if self.keep is None else self.keep
 
     def find(
-        self, kind: str, keys: np.ndarray, item: Callable[[int], Sequence[Any]], name: str = "headers", text: str = ""
+        self,
+        kind: str,
+        keys: np.ndarray,
+        item: Callable[[int], Sequence[Any]],
+        name: str = "headers",
+        text: str = "",
     ) -> Found:
         """What is known of files, and a look into those of which nothing is.
 
@@ -228,9 +255,19 @@ class Index:
             with contextlib.ExitStack() as stack:
                 if folder is not None:
                     stack.enter_context(locked(folder / f"{name}.lock", self._wait))
-                    self._read(kind, name, keys, found, missing)  # what another process has found meanwhile
+                    self._read(
+                        kind, name, keys, found, missing
+                    )  # what another process has found meanwhile
                 if missing.any():
-                    self._look(kind, np.flatnonzero(missing), keys, item, found, folder and folder / name, text)
+                    self._look(
+                        kind,
+                        np.flatnonzero(missing),
+                        keys,
+                        item,
+                        found,
+                        folder and folder / name,
+                        text,
+                    )
                     self._write(kind, name, keys, found, folder)
         return found
 
@@ -259,7 +296,9 @@ class Index:
         self.notes.append(f"the index of {self.data} is not kept: {last}")
         return None
 
-    def _read(self, kind: str, name: str, keys: np.ndarray, found: Found, missing: np.ndarray) -> None:
+    def _read(
+        self, kind: str, name: str, keys: np.ndarray, found: Found, missing: np.ndarray
+    ) -> None:
         for folder in self._folders():
             path = folder / f"{name}.safetensors"
             try:
@@ -289,14 +328,19 @@ class Index:
         block = _BLOCK[kind]
         starts = range(0, len(numbers), block)
         few = len(numbers) < _PROCESSES_FROM[kind]
-        todo = ((numbers[at : at + block], [item(int(n)) for n in numbers[at : at + block]]) for at in starts)
+        todo = (
+            (numbers[at : at + block], [item(int(n)) for n in numbers[at : at + block]])
+            for at in starts
+        )
 
         def answers() -> Iterator[tuple[np.ndarray, list[Looked]]]:
             if few:
                 for mark, items in todo:
                     yield mark, list(levels.look_here(kind, items))
             else:
-                yield from levels.look_in_processes(kind, todo, self.processes or levels.default_processes())
+                yield from levels.look_in_processes(
+                    kind, todo, self.processes or levels.default_processes()
+                )
 
         def noted() -> Iterator[None]:
             with contextlib.ExitStack() as stack:
@@ -323,7 +367,9 @@ class Index:
         for _ in steps:
             pass
 
-    def _write(self, kind: str, name: str, keys: np.ndarray, found: Found, folder: Path | None) -> None:
+    def _write(
+        self, kind: str, name: str, keys: np.ndarray, found: Found, folder: Path | None
+    ) -> None:
         """All that is known now of these files; of files that are no longer there nothing is kept."""
         if folder is None:
             return
@@ -338,7 +384,9 @@ class Index:
         error = np.full(len(keys), -1, np.int32)
         for n, message in found.errors.items():
             error[n] = numbers.setdefault(message, len(numbers))
-        store = _Store(keys[order], found.a[order], found.b[order], found.c[order], error[order], list(numbers))
+        store = _Store(
+            keys[order], found.a[order], found.b[order], found.c[order], error[order], list(numbers)
+        )
         try:
             store.write(folder / f"{name}.safetensors", kind)
         except OSError as error_:
@@ -362,7 +410,9 @@ def name_of(kind: str) -> str:
 def _journals(folder: Path, name: str) -> list[Path]:
     """Those of this index; `levels-22050-rms-40.0-...` is none of `levels-22050-rms`."""
     own = re.compile(re.escape(name) + r"-[0-9a-f]{32}\.journal")
-    return sorted(path for path in folder.glob("*.journal") if own.fullmatch(path.name) and path.is_file())
+    return sorted(
+        path for path in folder.glob("*.journal") if own.fullmatch(path.name) and path.is_file()
+    )
 
 
 def _journal_block(keys: np.ndarray, answered: Sequence[Looked]) -> bytes:
@@ -396,11 +446,15 @@ def _read_journal(path: Path) -> _Store:
         records = np.frombuffer(content, _RECORD, count).copy()
         records["error"] += np.where(records["error"] >= 0, len(messages), 0).astype(np.int32)
         if length:
-            messages += [part.decode("utf-8", "surrogateescape") for part in content[-length:].split(b"\0")]
+            messages += [
+                part.decode("utf-8", "surrogateescape") for part in content[-length:].split(b"\0")
+            ]
         blocks.append(records)
     records = np.concatenate(blocks)
     records = records[np.argsort(records["key"], kind="stable")]
-    key, a, b, c, error = (np.ascontiguousarray(records[name]) for name in ("key", "a", "b", "c", "error"))
+    key, a, b, c, error = (
+        np.ascontiguousarray(records[name]) for name in ("key", "a", "b", "c", "error")
+    )
     return _Store(key, a, b, c, error, messages)
 
 
@@ -418,7 +472,11 @@ class Files:
     @classmethod
     def of_listing(cls, listing: Listing) -> Files:
         """With a look at the size and time of each; of one that is not there these are -1."""
-        names = listing.keys if listing.member is None else mixed(listing.keys, *listing.member[:, :2].T)
+        names = (
+            listing.keys
+            if listing.member is None
+            else mixed(listing.keys, *listing.member[:, :2].T)
+        )
         names, row, of = np.unique(names, return_index=True, return_inverse=True)
         holders = listing.archives if listing.member is not None else None
         count = len(row) if holders is None else len(holders)

@@ -1,7 +1,8 @@
 """Looking into many audio files at once: in threads where they are few, in processes of their own where they are many.
 
-A process answers one line of JSON with another. So it needs no import of the caller's main module, it ends when the
-caller ends, however that happens, and a file that kills it (a decoder's fault) is named and costs one process.
+A process answers one line of JSON with another. So it needs no import of the caller's main module,
+it ends when the caller ends, however that happens, and a file that kills it (a decoder's fault) is
+named and costs one process.
 """
 
 from __future__ import annotations
@@ -27,7 +28,9 @@ Normalise = Literal["none", "peak", "rms"]
 
 THREADS = 8  # of a process: reading headers waits for the disk, and for a network more so
 _PEAK_TARGET = 0.9  # of full scale
-_RMS_TARGET = 10 ** (-23 / 20)  # -23 dB of full scale, about the level of broadcast speech (EBU R 128)
+_RMS_TARGET = 10 ** (
+    -23 / 20
+)  # -23 dB of full scale, about the level of broadcast speech (EBU R 128)
 _TRIM_KEEP_SECONDS = 0.05  # silence left at either end by `trim_silence`
 
 
@@ -52,7 +55,14 @@ class Looked:
     """Whether another look would say the same while the file stays as it is; not so where it could not be opened."""
 
 
-def level(path: audio.AudioPath, rate: int, start: int, frames: int, normalise: Normalise, trim: float | None) -> Level:
+def level(
+    path: audio.AudioPath,
+    rate: int,
+    start: int,
+    frames: int,
+    normalise: Normalise,
+    trim: float | None,
+) -> Level:
     """The gain that brings a stretch to its level, and where it begins and how long it is without its silent ends."""
     waveform = audio.read(path, rate, start, frames)
     if trim is not None:
@@ -62,7 +72,11 @@ def level(path: audio.AudioPath, rate: int, start: int, frames: int, normalise: 
     peak, rms = float(waveform.abs().max()), float(waveform.double().square().mean().sqrt())
     if normalise == "none" or peak == 0:
         return Level(start, frames, 1.0)
-    return Level(start, frames, _PEAK_TARGET / peak if normalise == "peak" else min(_RMS_TARGET / rms, 1 / peak))
+    return Level(
+        start,
+        frames,
+        _PEAK_TARGET / peak if normalise == "peak" else min(_RMS_TARGET / rms, 1 / peak),
+    )
 
 
 def look(kind: str, item: Sequence[Any]) -> Looked:
@@ -101,7 +115,9 @@ def look_here(kind: str, items: Iterable[Sequence[Any]]) -> Iterator[Looked]:
 def _import_path() -> list[str]:
     """Return where this process imports from, less the current directory, unless that holds this package."""
     package, here = str(Path(__file__).parents[1]), os.path.realpath(os.curdir)
-    paths = [p for p in sys.path if os.path.isabs(p) and (p == package or os.path.realpath(p) != here)]
+    paths = [
+        p for p in sys.path if os.path.isabs(p) and (p == package or os.path.realpath(p) != here)
+    ]
     return paths if package in paths else [package, *paths]
 
 
@@ -129,8 +145,8 @@ class _Process:
 
     def _started(self) -> subprocess.Popen[str]:
         if self.child is None:
-            # Isolated (-I): the current directory, often the data's, is no place to import from. What else this process
-            # imports from (PYTHONPATH, an editable install) is handed over.
+            # Isolated (-I): the current directory, often the data's, is no place to import from.
+            # What else this process imports from (PYTHONPATH, an editable install) is handed over.
             program = f"import sys; sys.path[:] = {_import_path()!a}; from wavear.data.levels import serve; serve()"
             # A process that reads headers needs no thread of torch's.
             environment = os.environ | {"OMP_NUM_THREADS": "1"}

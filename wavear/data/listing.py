@@ -12,7 +12,13 @@ from typing import Any
 from wavear.data.recordings import SPLIT_NAMES, Listing, ListingBuilder
 
 SUFFIXES = (".wav", ".flac", ".ogg", ".mp3", ".aif", ".aiff")
-SPLITS = {"train": "train", "training": "train", "validation": "validation", "valid": "validation", "val": "validation"}
+SPLITS = {
+    "train": "train",
+    "training": "train",
+    "validation": "validation",
+    "valid": "validation",
+    "val": "validation",
+}
 SPLITS |= {"dev": "validation", "test": "test", "": None}
 _COLUMNS = ("path", "start", "duration", "speaker", "split")
 
@@ -36,19 +42,28 @@ def _folder(folder: Path, speakers: bool) -> Listing:
     for name in _walk(os.fspath(folder), "", (), builder.bad):
         first, slash, _ = name.partition("/")
         if speakers and not slash:
-            raise ValueError(f"{folder / name} lies in no sub-folder: speakers are named by the first level of folders")
+            raise ValueError(
+                f"{folder / name} lies in no sub-folder: speakers are named by the first level of folders"
+            )
         builder.add(name, first if speakers else None)
     if not builder.ends:
         if builder.bad:
-            raise ValueError(f"{folder} holds no audio files that can be listed: {': '.join(builder.bad[0])}")
-        raise ValueError(f"{folder} holds no audio files ({', '.join(s[1:] for s in SUFFIXES)}), at any depth")
+            raise ValueError(
+                f"{folder} holds no audio files that can be listed: {': '.join(builder.bad[0])}"
+            )
+        raise ValueError(
+            f"{folder} holds no audio files ({', '.join(s[1:] for s in SUFFIXES)}), at any depth"
+        )
     return builder.done()
 
 
-def _walk(folder: str, prefix: str, above: tuple[tuple[int, int], ...], bad: list[tuple[str, str]]) -> Iterator[str]:
+def _walk(
+    folder: str, prefix: str, above: tuple[tuple[int, int], ...], bad: list[tuple[str, str]]
+) -> Iterator[str]:
     """Names of audio files below a folder, relative and sorted, whatever the number: one folder's names at a time.
 
-    A folder sorts as its name with a slash, so the names come out as if all of them had been sorted.
+    A folder sorts as its name with a slash, so the names come out as if all of them had been
+    sorted.
     """
     try:
         here = os.stat(folder)
@@ -79,10 +94,14 @@ def _manifest(path: Path) -> Listing:
     try:
         for line, values, columns in _rows(path):
             if not isinstance(values[0], str) or not values[0]:
-                raise ValueError(f"{path}:{line} has no 'path'; its columns are {', '.join(columns) or 'none'}")
+                raise ValueError(
+                    f"{path}:{line} has no 'path'; its columns are {', '.join(columns) or 'none'}"
+                )
             _add(builder, path, line, *values)
     except UnicodeDecodeError:
-        raise ValueError(f"{path} is neither audio by its name ({', '.join(SUFFIXES)}) nor a text manifest") from None
+        raise ValueError(
+            f"{path} is neither audio by its name ({', '.join(SUFFIXES)}) nor a text manifest"
+        ) from None
     if not builder.ends:
         raise ValueError(f"{path} lists no recordings")
     return builder.done()
@@ -124,7 +143,14 @@ def _rows(path: Path) -> Iterator[tuple[int, tuple[Any, ...], Iterable[str]]]:
 
 
 def _add(
-    builder: ListingBuilder, manifest: Path, line: int, base: str, start: Any, duration: Any, speaker: Any, split: Any
+    builder: ListingBuilder,
+    manifest: Path,
+    line: int,
+    base: str,
+    start: Any,
+    duration: Any,
+    speaker: Any,
+    split: Any,
 ) -> None:
     def number(key: str, value: Any) -> float | None:
         if value is None or value == "":
@@ -140,8 +166,12 @@ def _add(
     start, duration = number("start", start) or 0.0, number("duration", duration)
     named = SPLITS.get(str(split or "").strip().lower(), split)
     if named is not None and named not in SPLIT_NAMES:
-        raise ValueError(f"{manifest}:{line}: split is {split!r}, expected train, validation, dev or test")
+        raise ValueError(
+            f"{manifest}:{line}: split is {split!r}, expected train, validation, dev or test"
+        )
     speaker = "" if speaker is None else str(speaker).strip()
     if os.sep != "/" or "//" in base or "./" in base or base[-1:] in "./" or base[:1] == ".":
         base = Path(base).as_posix()
-    builder.add(base, speaker or None, -1 if named is None else SPLIT_NAMES.index(named), start, duration)
+    builder.add(
+        base, speaker or None, -1 if named is None else SPLIT_NAMES.index(named), start, duration
+    )

@@ -44,7 +44,9 @@ class Recording:
 
 def name_hash(name: str | bytes) -> bytes:
     """8 bytes, even over all values, the same on every machine."""
-    return hashlib.blake2b(name if isinstance(name, bytes) else encoded(name), digest_size=8).digest()
+    return hashlib.blake2b(
+        name if isinstance(name, bytes) else encoded(name), digest_size=8
+    ).digest()
 
 
 def encoded(name: str) -> bytes:
@@ -110,12 +112,16 @@ class Listing:
     def file(self, row: int) -> str:
         """The path of the file of a row, which is no member of an archive."""
         base = self.base(row)
-        return os.path.join(self._folder, os.path.expanduser(base) if base.startswith("~") else base)
+        return os.path.join(
+            self._folder, os.path.expanduser(base) if base.startswith("~") else base
+        )
 
     def arrays(self) -> dict[str, np.ndarray]:
         """All of it but `root`, for `wavear.data.arrays`."""
         found = {name: getattr(self, name) for name in ("text", "ends", "keys", "speaker", "split")}
-        found |= {name: array for name in ("span", "member") if (array := getattr(self, name)) is not None}
+        found |= {
+            name: array for name in ("span", "member") if (array := getattr(self, name)) is not None
+        }
         for name in ("speakers", "archives"):
             found[name] = np.frombuffer(b"\0".join(map(encoded, getattr(self, name))), np.uint8)
         found["bad"] = np.frombuffer(json.dumps(self.bad).encode(), np.uint8)
@@ -125,7 +131,9 @@ class Listing:
     def of_arrays(cls, root: Path, arrays: dict[str, np.ndarray]) -> Listing:
         """The inverse of `arrays`."""
         names = {
-            name: [part.decode("utf-8", "surrogateescape") for part in text.split(b"\0")] if text else []
+            name: [part.decode("utf-8", "surrogateescape") for part in text.split(b"\0")]
+            if text
+            else []
             for name in ("speakers", "archives")
             for text in (arrays[name].tobytes(),)
         }
@@ -141,7 +149,9 @@ class Listing:
 
     def recording(self, row: int, **known: Any) -> Recording:
         """One row."""
-        duration = None if self.span is None or np.isnan(self.span[row, 1]) else float(self.span[row, 1])
+        duration = (
+            None if self.span is None or np.isnan(self.span[row, 1]) else float(self.span[row, 1])
+        )
         return Recording(
             self.path(row),
             known.pop("name", self.name(row)),
@@ -179,7 +189,9 @@ class ListingBuilder:
         self.text += name
         self.ends.append(len(self.text))
         self.hashes += name_hash(name)
-        self.speaker.append(-1 if speaker is None else self.speakers.setdefault(speaker, len(self.speakers)))
+        self.speaker.append(
+            -1 if speaker is None else self.speakers.setdefault(speaker, len(self.speakers))
+        )
         self.split.append(split)
         if (start or duration is not None) and not self.starts:
             self.starts.frombytes(bytes(8 * (len(self.ends) - 1)))
@@ -194,7 +206,9 @@ class ListingBuilder:
 
     def done(self) -> Listing:
         """All rows."""
-        spans = np.stack([np.array(self.starts), np.array(self.durations)], 1) if self.starts else None
+        spans = (
+            np.stack([np.array(self.starts), np.array(self.durations)], 1) if self.starts else None
+        )
         return Listing(
             self.root,
             np.frombuffer(self.text, np.uint8),
@@ -213,8 +227,8 @@ class ListingBuilder:
 class Recordings(Sequence[Recording]):
     """Some rows of a listing whose headers have been read.
 
-    Takes about 30 bytes per recording beside what the listing takes; as a sequence it is what a list of `Recording`
-    would be.
+    Takes about 30 bytes per recording beside what the listing takes; as a sequence it is what a
+    list of `Recording` would be.
     """
 
     def __init__(
@@ -262,7 +276,11 @@ class Recordings(Sequence[Recording]):
         return (self[n] for n in range(len(self)))
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Sequence) and len(self) == len(other) and all(map(operator.eq, self, other))
+        return (
+            isinstance(other, Sequence)
+            and len(self) == len(other)
+            and all(map(operator.eq, self, other))
+        )
 
     __hash__ = None  # type: ignore[assignment]
 
@@ -288,7 +306,9 @@ class Recordings(Sequence[Recording]):
             starts, frames, rows = self.start.tolist(), self.frames.tolist(), self.rows.tolist()
             for n, row in enumerate(rows):
                 gain = 1.0 if self.gain is None else float(self.gain[n])
-                speaker = listing.speakers[listing.speaker[row]] if listing.speaker[row] >= 0 else None
+                speaker = (
+                    listing.speakers[listing.speaker[row]] if listing.speaker[row] >= 0 else None
+                )
                 name = listing.name(row) + self.suffix
                 digest.update(encoded(f"{name}|{starts[n]}|{frames[n]}|{gain!r}|{speaker}\n"))
             self._fingerprint = digest.hexdigest()[:16]

@@ -1,8 +1,9 @@
 """Tar shards, as the package webdataset has them: which members are audio and where they lie, and how to make some.
 
-A sample is all members whose names agree up to the first dot of their last part: an audio file, and optionally a
-`.json` with `speaker` and `split`, or a `.speaker` with the speaker's name. A tar file stores its members as they are,
-so one that is at hand is read at random like a file, and the order of the data is what it is for a folder.
+A sample is all members whose names agree up to the first dot of their last part: an audio file, and
+optionally a `.json` with `speaker` and `split`, or a `.speaker` with the speaker's name. A tar file
+stores its members as they are, so one that is at hand is read at random like a file, and the order
+of the data is what it is for a folder.
 """
 
 from __future__ import annotations
@@ -78,7 +79,9 @@ def expand(data: str | Path) -> list[str]:
         try:
             from braceexpand import braceexpand
         except ImportError:
-            raise ValueError(f'{text}: braces need the package webdataset: pip install "wavear[webdataset]"') from None
+            raise ValueError(
+                f'{text}: braces need the package webdataset: pip install "wavear[webdataset]"'
+            ) from None
         try:
             names = list(braceexpand(text))
         except ValueError as error:
@@ -123,9 +126,10 @@ def local_shards(
 ) -> list[str]:
     """The shards of a pattern as files, in its order; those that are elsewhere are fetched into the cache first.
 
-    Fetching is webdataset's: http(s), pipe: (a shell command), s3, gs and what else it knows. So `data` must come from
-    the user; what a file names goes through `refuse_remote` first. A shard is fetched once; that it changes where it
-    comes from is not noticed. Local shards that are missing are left in the list.
+    Fetching is webdataset's: http(s), pipe: (a shell command), s3, gs and what else it knows. So
+    `data` must come from the user; what a file names goes through `refuse_remote` first. A shard is
+    fetched once; that it changes where it comes from is not noticed. Local shards that are missing
+    are left in the list.
 
     Raises
     ------
@@ -145,7 +149,11 @@ def local_shards(
         with locked(folder / "fetching.lock"), ThreadPoolExecutor(_FETCHES) as pool:
             missing = [name for name in remote if not places[name].is_file()]
             todo: Iterable[Any] = pool.map(lambda name: _fetch(name, places[name]), missing)
-            for _ in progress(todo, len(missing), "fetching shards") if progress is not None and missing else todo:
+            for _ in (
+                progress(todo, len(missing), "fetching shards")
+                if progress is not None and missing
+                else todo
+            ):
                 pass
         names = [os.fspath(places.get(name, name)) for name in names]
     if not any(map(os.path.isfile, names)):
@@ -163,7 +171,9 @@ def _fetch(name: str, place: Path) -> None:
     try:
         from webdataset.gopen import gopen
     except ImportError:
-        raise ValueError(f'{name}: this needs the package webdataset: pip install "wavear[webdataset]"') from None
+        raise ValueError(
+            f'{name}: this needs the package webdataset: pip install "wavear[webdataset]"'
+        ) from None
 
     def write(temporary: Path) -> None:
         with gopen(name, "rb") as source, open(temporary, "wb") as target:
@@ -204,7 +214,9 @@ def list_shards(names: Sequence[str], speakers: bool, folder: Path | None) -> Li
     builder = ListingBuilder(root)
     builder.bad = [(name, "no such file") for name in names if name not in set(there)]
     with ThreadPoolExecutor(_THREADS) as pool:
-        for path, found in zip(there, pool.map(lambda path: _held(path, folder), there), strict=True):
+        for path, found in zip(
+            there, pool.map(lambda path: _held(path, folder), there), strict=True
+        ):
             name = Path(os.path.relpath(path, root)).as_posix()
             builder.bad += [(f"{name}/{inner}".rstrip("/"), why) for inner, why in found.bad]
             number = len(builder.archives)
@@ -215,14 +227,23 @@ def list_shards(names: Sequence[str], speakers: bool, folder: Path | None) -> Li
                 if speakers and speaker is None:
                     speaker, slash, _ = member.partition("/")
                     if not slash:
-                        raise ValueError(f"{path}: {member} does not say who speaks, and lies in no folder")
+                        raise ValueError(
+                            f"{path}: {member} does not say who speaks, and lies in no folder"
+                        )
                 assert found.member is not None
                 _, offset, size = found.member[row].tolist()
-                builder.add(f"{name}/{member}", speaker, int(found.split[row]), member=(number, offset, size))
+                builder.add(
+                    f"{name}/{member}",
+                    speaker,
+                    int(found.split[row]),
+                    member=(number, offset, size),
+                )
     if not builder.ends:
         first = f"; {': '.join(builder.bad[0])}" if builder.bad else ""
         endings = ", ".join(s[1:] for s in SUFFIXES)
-        raise ValueError(f"{there[0]}: no audio files ({endings}) in these {len(there)} shards{first}")
+        raise ValueError(
+            f"{there[0]}: no audio files ({endings}) in these {len(there)} shards{first}"
+        )
     return builder.done()
 
 
@@ -232,7 +253,9 @@ def state_of(names: Sequence[str]) -> str:
     for name in names:
         try:
             status = os.stat(name)
-            digest.update(encoded(f"{os.path.basename(name)}|{status.st_size}|{status.st_mtime_ns}\n"))
+            digest.update(
+                encoded(f"{os.path.basename(name)}|{status.st_size}|{status.st_mtime_ns}\n")
+            )
         except OSError:
             digest.update(encoded(f"{name}|\n"))
     return digest.hexdigest()
@@ -246,7 +269,9 @@ def _held(path: str, folder: Path | None) -> Listing:
     about = f"wavear shard 1 of {status.st_size} bytes of {status.st_mtime_ns}"
     name = hashlib.blake2b(encoded(os.path.realpath(path)), digest_size=8).hexdigest()
     kept = folder / f"shard-{name}.safetensors"
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # then it is read through, and written again
+    with contextlib.suppress(
+        OSError, ValueError, KeyError, TypeError
+    ):  # then it is read through, and written again
         return Listing.of_arrays(Path(path), map_arrays(kept, about))
     listing = scan(path)
     with contextlib.suppress(OSError):  # then it will be read through again
@@ -287,11 +312,15 @@ def scan(path: str | Path) -> Listing:
             else:
                 file.seek(archive.offset)
                 if (last := file.read(512)) and any(last):
-                    bad.append(("", f"damaged: no member at byte {archive.offset}, what follows is lost"))
+                    bad.append(
+                        ("", f"damaged: no member at byte {archive.offset}, what follows is lost")
+                    )
                 elif not last:
                     bad.append(("", "ends without the mark of its end: cut off?"))
     except (tarfile.TarError, EOFError) as error:
-        bad.append(("", f"is no tar archive, or damaged ({error}); compressed ones have to be unpacked"))
+        bad.append(
+            ("", f"is no tar archive, or damaged ({error}); compressed ones have to be unpacked")
+        )
     for key, name, offset, length in found:
         builder.add(name, speaker.get(key), split.get(key, -1), member=(0, offset, length))
     listing = builder.done()
@@ -307,7 +336,9 @@ def _key(name: str) -> tuple[str, str]:
     return folder + slash + stem, ending.lower()
 
 
-def _note(key: str, ending: str, content: bytes, speaker: dict[str, str], split: dict[str, int]) -> None:
+def _note(
+    key: str, ending: str, content: bytes, speaker: dict[str, str], split: dict[str, int]
+) -> None:
     try:
         text = content.decode("utf-8").strip()
     except UnicodeDecodeError:
@@ -352,9 +383,10 @@ def write_shards(
 ) -> ShardReport:
     """Put the files of a folder or a manifest into tar shards, `OUT/shard-000000.tar` and so on, byte for byte.
 
-    Only regular files inside the folder, or inside that of the manifest, are packed; a link has to lead to one. A
-    sample is KEY.wav (or .flac...) and, where a speaker or a split is known, KEY.json with these; KEY is the file's
-    name with underscores for dots. The same data give the same shards to the byte. Each shard appears whole.
+    Only regular files inside the folder, or inside that of the manifest, are packed; a link has to
+    lead to one. A sample is KEY.wav (or .flac...) and, where a speaker or a split is known,
+    KEY.json with these; KEY is the file's name with underscores for dots. The same data give the
+    same shards to the byte. Each shard appears whole.
 
     Parameters
     ----------
@@ -367,7 +399,8 @@ def write_shards(
     speakers : bool
         A folder's first level of sub-folders names the speakers.
     seed : int, optional
-        Of the order of the files, which is shuffled so that each shard is a sample of all; None: by their names.
+        Of the order of the files, which is shuffled so that each shard is a sample of all; None: by
+        their names.
     progress : callable, optional
         Wraps an iterable, with its length and a description.
 
@@ -385,7 +418,9 @@ def write_shards(
         raise ValueError(f"{data}: these are shards already")
     listing = listed(data, speakers)
     if listing.span is not None:
-        raise ValueError(f"{data} cuts files by 'start' or 'duration': shards are made of whole files")
+        raise ValueError(
+            f"{data} cuts files by 'start' or 'duration': shards are made of whole files"
+        )
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise FileExistsError(f"{out} is there and not empty: choose another folder")
     out.mkdir(parents=True, exist_ok=True)
@@ -429,7 +464,9 @@ def write_shards(
         if waiting is None:
             break
     if not shards:
-        raise ValueError(f"{data}: none of the files can be read; the first: {': '.join(failed[0])}")
+        raise ValueError(
+            f"{data}: none of the files can be read; the first: {': '.join(failed[0])}"
+        )
     return ShardReport(shards, written, total, failed)
 
 
@@ -447,10 +484,14 @@ def _sample(listing: Listing, row: int, keys: set[bytes]) -> list[tuple[str, byt
     """Names and contents of a sample's members."""
     base = listing.base(row)
     stem, dot, ending = base.lstrip("/").rpartition(".")
-    key = re.sub(r"\.", "_", "/".join(part for part in stem.split("/") if part not in ("..", "~", "")))
+    key = re.sub(
+        r"\.", "_", "/".join(part for part in stem.split("/") if part not in ("..", "~", ""))
+    )
     hashed = hashlib.blake2b(encoded(key), digest_size=8).digest()
     if hashed in keys:
-        raise ValueError(f"{base}: two files come to the key {key} (dots become underscores): rename one")
+        raise ValueError(
+            f"{base}: two files come to the key {key} (dots become underscores): rename one"
+        )
     keys.add(hashed)
     with open(listing.file(row), "rb") as file:
         sample = [(f"{key}{dot}{ending.lower()}", file.read())]

@@ -30,9 +30,10 @@ _FOLDERS = ("sounds", "held_out", "synthesized", "run")
 _TEMPERATURE = 0.8  # less noise than the law has
 _RECORD = "demo.json"
 
-# Small enough to train in a few minutes on one core. The past is 64 samples, little more than a period of the lowest
-# note: with more of it, so short a training learns to go on with whatever pitch it hears, and not to heed the mel.
-# Noise on the past helps in the same way. The mel's windows are long: its pitch is all that the network knows of one.
+# Small enough to train in a few minutes on one core. The past is 64 samples, little more than a
+# period of the lowest note: with more of it, so short a training learns to go on with whatever
+# pitch it hears, and not to heed the mel. Noise on the past helps in the same way. The mel's
+# windows are long: its pitch is all that the network knows of one.
 VALUES = TrainConfig(
     family="wavenet",
     data="sounds",
@@ -112,17 +113,19 @@ def run(
     Parameters
     ----------
     out : str or Path
-        Folder to write to: `sounds/` and `held_out/` (WAV), `run/` (see `wavear.train`; `run/best` is the checkpoint),
-        `synthesized/` (WAV), `demo.png`, `demo.json`.
+        Folder to write to: `sounds/` and `held_out/` (WAV), `run/` (see `wavear.train`; `run/best`
+        is the checkpoint), `synthesized/` (WAV), `demo.png`, `demo.json`.
     config : TrainConfig
-        Its `data`, `out`, `validation`, `seed` and `overwrite` are ours to set; and its `max_minutes` to `minutes`.
+        Its `data`, `out`, `validation`, `seed` and `overwrite` are ours to set; and its
+        `max_minutes` to `minutes`.
     minutes : float, optional
         Of training; by default those of `config`.
     seed : int
         Of the sounds, the training and the audio.
     threads : int, optional
-        CPU cores to use; by default one to train, all to synthesize. Two threads that train wait for each other
-        hundreds of times a step: twice the speed on an idle machine, a tenth of it beside another busy program.
+        CPU cores to use; by default one to train, all to synthesize. Two threads that train wait
+        for each other hundreds of times a step: twice the speed on an idle machine, a tenth of it
+        beside another busy program.
     overwrite : bool
         Replace an earlier demo in the folder.
     say : callable
@@ -160,7 +163,9 @@ def run(
     rate = config.sample_rate
     count = write_notes(out, rate, seed)
     held = notes(NOTE_SECONDS, rate, seed=seed, held_out=True)
-    say(f"{out / 'sounds'}: {count} notes of {NOTE_SECONDS:g} s to train on; {out / 'held_out'}: {len(held)} more")
+    say(
+        f"{out / 'sounds'}: {count} notes of {NOTE_SECONDS:g} s to train on; {out / 'held_out'}: {len(held)} more"
+    )
     with _threads(threads or 1):
         trained = train(config)
         if trained.stopped_by == "interrupt":
@@ -170,28 +175,43 @@ def run(
         engine, _ = make_engine(model, len(held), threads=threads)
         started = time.perf_counter()
         seeds = list(range(seed, seed + len(held)))
-        waveforms = generate(model, mels, seed=seeds, temperature=_TEMPERATURE, threads=threads).numpy()
+        waveforms = generate(
+            model, mels, seed=seeds, temperature=_TEMPERATURE, threads=threads
+        ).numpy()
         taken = time.perf_counter() - started
     made = waveforms.size / rate
     speed = f"{made / taken:.1f} x real time, engine {engine}"
-    say(f"{out / 'synthesized'}: {len(held)} files, {made:.1f} s of audio in {taken:.1f} s, {speed}")
+    say(
+        f"{out / 'synthesized'}: {len(held)} files, {made:.1f} s of audio in {taken:.1f} s, {speed}"
+    )
     heard = []
     for note, waveform in zip(held, waveforms, strict=True):
         audio.write(out / "synthesized" / f"{note.name}.wav", waveform, rate)
         one = Heard(note, waveform, *compare_pitch(waveform, note, rate))
         wrong = "" if one.in_tune else "   WRONG"
-        say(f"  {note.name:<20} pitch {one.cents:+6.1f} cents, in tune {100 * one.steady:3.0f} % of the time{wrong}")
+        say(
+            f"  {note.name:<20} pitch {one.cents:+6.1f} cents, in tune {100 * one.steady:3.0f} % of the time{wrong}"
+        )
         heard.append(one)
     picture = out / "demo.png"
     draw(heard, rate, picture)
     result = DemoResult(heard, trained, picture, time.perf_counter() - began)
     _write_record(out, result, seed)
     bits = trained.held_out
-    say(f"held-out bits per sample: {trained.bits_before:.3f} before training, {bits['model']:.3f} after")
-    say("  with no model: " + ", ".join(f"{name} {value:.3f}" for name, value in bits.items() if name != "model"))
+    say(
+        f"held-out bits per sample: {trained.bits_before:.3f} before training, {bits['model']:.3f} after"
+    )
+    say(
+        "  with no model: "
+        + ", ".join(f"{name} {value:.3f}" for name, value in bits.items() if name != "model")
+    )
     say(f"{picture}: targets and what was synthesized; checkpoint: {trained.best}")
     wrong = sum(not one.in_tune for one in heard)
-    told = f"{wrong} of {len(heard)} notes have the wrong pitch" if wrong else f"all {len(heard)} notes are in tune"
+    told = (
+        f"{wrong} of {len(heard)} notes have the wrong pitch"
+        if wrong
+        else f"all {len(heard)} notes are in tune"
+    )
     say(f"{told}; {result.seconds:.0f} s in all")
     return result
 
@@ -225,7 +245,13 @@ def compare_pitch(waveform: np.ndarray, note: Note, sample_rate: int) -> tuple[f
 
     def pitch(x: np.ndarray) -> np.ndarray:
         return yin(
-            x, fmin=lowest, fmax=highest, sr=sample_rate, frame_length=frame, hop_length=frame // 4, center=False
+            x,
+            fmin=lowest,
+            fmax=highest,
+            sr=sample_rate,
+            frame_length=frame,
+            hop_length=frame // 4,
+            center=False,
         )
 
     count = min(len(waveform), len(note.waveform))
@@ -233,7 +259,9 @@ def compare_pitch(waveform: np.ndarray, note: Note, sample_rate: int) -> tuple[f
     level = np.array([np.sqrt(np.mean(x**2)) for x in _frames(note.waveform[:count], frame)])
     sounds = level > 0.1 * level.max()
     off = 1200 * np.abs(np.log2(found[sounds] / wanted[sounds]))
-    return float(1200 * np.log2(np.median(found[sounds]) / note.frequency)), float(np.mean(off <= CENTS))
+    return float(1200 * np.log2(np.median(found[sounds]) / note.frequency)), float(
+        np.mean(off <= CENTS)
+    )
 
 
 def draw(heard: Sequence[Heard], sample_rate: int, path: str | Path) -> None:
@@ -244,12 +272,19 @@ def draw(heard: Sequence[Heard], sample_rate: int, path: str | Path) -> None:
     figure = Figure(figsize=(12, 2.1 * len(heard)))
     FigureCanvasAgg(figure)
     rows = figure.subplots(len(heard), 3, squeeze=False, width_ratios=(1.4, 1, 1))
-    figure.subplots_adjust(left=0.02, right=0.99, bottom=0.25 / len(heard), top=1 - 0.15 / len(heard), hspace=0.6)
+    figure.subplots_adjust(
+        left=0.02, right=0.99, bottom=0.25 / len(heard), top=1 - 0.15 / len(heard), hspace=0.6
+    )
     for one, (wave, target, synthesized) in zip(heard, rows, strict=True):
         middle, span = len(one.waveform) // 2, round(0.025 * sample_rate)
         milliseconds = (np.arange(span) + middle) / sample_rate * 1000
-        for waveform, shift, label in ((one.note.waveform, 0.6, "target"), (one.waveform, -0.6, "synthesized")):
-            wave.plot(milliseconds, waveform[middle : middle + span] + shift, linewidth=0.9, label=label)
+        for waveform, shift, label in (
+            (one.note.waveform, 0.6, "target"),
+            (one.waveform, -0.6, "synthesized"),
+        ):
+            wave.plot(
+                milliseconds, waveform[middle : middle + span] + shift, linewidth=0.9, label=label
+            )
         wave.set(xlabel="ms", yticks=[], xlim=(milliseconds[0], milliseconds[-1]), ylim=(-1.4, 1.4))
         wave.set_title(f"{one.note.name}: {one.cents:+.0f} cents", fontsize=9)
         for axes, waveform, label in (
@@ -287,13 +322,19 @@ def _make_folder(out: Path, overwrite: bool) -> None:
         raise FileExistsError(f"{out} is a file: choose another folder")
     if out.is_dir() and any(out.iterdir()):
         if not overwrite:
-            raise FileExistsError(f"{out} is not empty: choose another folder with --out, or pass --overwrite")
+            raise FileExistsError(
+                f"{out} is not empty: choose another folder with --out, or pass --overwrite"
+            )
         if not (out / _RECORD).is_file():
-            raise FileExistsError(f"{out} holds no demo (no {_RECORD}), nothing in it is overwritten: choose another")
+            raise FileExistsError(
+                f"{out} holds no demo (no {_RECORD}), nothing in it is overwritten: choose another"
+            )
         for name in _FOLDERS:
             shutil.rmtree(out / name, ignore_errors=True)
     (out / "synthesized").mkdir(parents=True)
-    (out / _RECORD).write_text("{}\n", encoding="utf-8")  # so that a demo that was cut short can be overwritten
+    (out / _RECORD).write_text(
+        "{}\n", encoding="utf-8"
+    )  # so that a demo that was cut short can be overwritten
 
 
 def _write_record(out: Path, result: DemoResult, seed: int) -> None:

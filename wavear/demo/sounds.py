@@ -13,7 +13,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-# Frequencies of the first four formants, Hz: a tenor's, after Peterson and Barney (1952) and Sundberg (1987).
+# Frequencies of the first four formants, Hz: a tenor's, after Peterson and Barney (1952) and
+# Sundberg (1987).
 FORMANTS = {
     "a": (650, 1080, 2650, 2900),
     "e": (400, 1700, 2600, 3200),
@@ -25,7 +26,14 @@ _FORMANT_BANDWIDTHS = (80.0, 90.0, 120.0, 130.0)
 # MIDI numbers of the notes of a C major chord.
 SCALE = {"C4": 60, "E4": 64, "G4": 67}
 KINDS = ("string", "a", "i", "o")
-HELD_OUT = [("string", "C4"), ("string", "E4"), ("string", "G4"), ("o", "C4"), ("a", "G4"), ("i", "E4")]
+HELD_OUT = [
+    ("string", "C4"),
+    ("string", "E4"),
+    ("string", "G4"),
+    ("o", "C4"),
+    ("a", "G4"),
+    ("i", "E4"),
+]
 _TAKES = 12
 _VIBRATO_CENTS = 10.0
 BREATH = 0.05  # noise over sound, RMS: 26 dB below it
@@ -47,13 +55,19 @@ class Note:
 
 
 def string(
-    frequency: float, seconds: float, sample_rate: int, *, position: float = 0.2, brightness: float = 0.5
+    frequency: float,
+    seconds: float,
+    sample_rate: int,
+    *,
+    position: float = 0.2,
+    brightness: float = 0.5,
 ) -> np.ndarray:
     """A plucked string.
 
-    Mode k of a string plucked at a fraction p of its length starts with amplitude sin(k pi p) / k**2; stiffness raises
-    it to k f sqrt((1 + B k**2) / (1 + B)), so that mode 1 is at f; its decay time falls with its frequency
-    (Fletcher and Rossing, The Physics of Musical Instruments, chapters 2 and 9).
+    Mode k of a string plucked at a fraction p of its length starts with amplitude sin(k pi p) /
+    k**2; stiffness raises it to k f sqrt((1 + B k**2) / (1 + B)), so that mode 1 is at f; its decay
+    time falls with its frequency (Fletcher and Rossing, The Physics of Musical Instruments,
+    chapters 2 and 9).
 
     Parameters
     ----------
@@ -62,7 +76,8 @@ def string(
     seconds : float
     sample_rate : int, Hz
     position : float
-        Where the string is plucked, as a fraction of its length; near 0.5 is hollow, near 0 is nasal.
+        Where the string is plucked, as a fraction of its length; near 0.5 is hollow, near 0 is
+        nasal.
     brightness : float, 0 to 1
         How much of the high modes the plectrum excites, and how long they last.
 
@@ -78,12 +93,19 @@ def string(
     stiffness = 5e-5
     modes = np.arange(1, int(0.45 * sample_rate / frequency) + 1)
     frequencies = modes * frequency * np.sqrt((1 + stiffness * modes**2) / (1 + stiffness))
-    modes, frequencies = modes[frequencies < 0.45 * sample_rate], frequencies[frequencies < 0.45 * sample_rate]
+    modes, frequencies = (
+        modes[frequencies < 0.45 * sample_rate],
+        frequencies[frequencies < 0.45 * sample_rate],
+    )
     amplitudes = np.sin(modes * np.pi * position) / modes ** (2.0 - brightness)
-    decay_seconds = 0.7 * (220.0 / frequency) ** 0.5 / (1 + (frequencies / 1000.0) ** 1.5 * (1.5 - brightness))
+    decay_seconds = (
+        0.7 * (220.0 / frequency) ** 0.5 / (1 + (frequencies / 1000.0) ** 1.5 * (1.5 - brightness))
+    )
     time = np.arange(round(seconds * sample_rate)) / sample_rate - _LEAD_SECONDS
     rows = np.sin(2 * np.pi * frequencies[:, None] * time) * np.exp(-time / decay_seconds[:, None])
-    return _finish((amplitudes[:, None] * rows).sum(0), time, attack_seconds=0.002, release_seconds=0.05)
+    return _finish(
+        (amplitudes[:, None] * rows).sum(0), time, attack_seconds=0.002, release_seconds=0.05
+    )
 
 
 def voice(
@@ -98,9 +120,9 @@ def voice(
 ) -> np.ndarray:
     """A sung vowel.
 
-    The source falls by 12 dB an octave and the lips give 6 back; each formant of frequency F and bandwidth b is a
-    resonance F**2 / (F**2 + i f b - f**2) (Fant, Acoustic Theory of Speech Production, 1960). Every harmonic is
-    followed through the formants as the vibrato moves it.
+    The source falls by 12 dB an octave and the lips give 6 back; each formant of frequency F and
+    bandwidth b is a resonance F**2 / (F**2 + i f b - f**2) (Fant, Acoustic Theory of Speech
+    Production, 1960). Every harmonic is followed through the formants as the vibrato moves it.
 
     Parameters
     ----------
@@ -132,7 +154,9 @@ def voice(
     for harmonic in range(1, int(0.45 * sample_rate / fundamental.max()) + 1):
         f = harmonic * fundamental
         response = np.ones_like(f, dtype=complex) / harmonic
-        for formant, bandwidth in zip(np.multiply(FORMANTS[vowel], mouth), _FORMANT_BANDWIDTHS, strict=True):
+        for formant, bandwidth in zip(
+            np.multiply(FORMANTS[vowel], mouth), _FORMANT_BANDWIDTHS, strict=True
+        ):
             response *= formant**2 / (formant**2 + 1j * f * bandwidth - f**2)
         total += np.abs(response) * np.sin(harmonic * phase + np.angle(response))
     return _finish(total, time, attack_seconds=0.06, release_seconds=0.1)
@@ -141,9 +165,10 @@ def voice(
 def notes(seconds: float, sample_rate: int, *, seed: int = 0, held_out: bool = False) -> list[Note]:
     """The notes of `wavear demo`: a C major chord, by strings and sung on three vowels.
 
-    Each is played twelve times, differently: plucked at another place and with another plectrum, sung by a larger or a
-    smaller mouth, louder or softer. Held out is one more take of six of them. (With two takes of each the network soon
-    knows them by heart, and one held-out note in three has a wrong pitch.)
+    Each is played twelve times, differently: plucked at another place and with another plectrum,
+    sung by a larger or a smaller mouth, louder or softer. Held out is one more take of six of them.
+    (With two takes of each the network soon knows them by heart, and one held-out note in three has
+    a wrong pitch.)
 
     Parameters
     ----------
@@ -160,7 +185,11 @@ def notes(seconds: float, sample_rate: int, *, seed: int = 0, held_out: bool = F
     list of Note
     """
     draw = np.random.default_rng([seed, held_out])
-    pairs = HELD_OUT if held_out else [(kind, pitch) for kind in KINDS for pitch in SCALE for _ in range(_TAKES)]
+    pairs = (
+        HELD_OUT
+        if held_out
+        else [(kind, pitch) for kind in KINDS for pitch in SCALE for _ in range(_TAKES)]
+    )
     made, counted = [], Counter()
     for kind, pitch in pairs:
         frequency = 440.0 * 2 ** ((SCALE[pitch] - 69) / 12)
@@ -188,7 +217,9 @@ def notes(seconds: float, sample_rate: int, *, seed: int = 0, held_out: bool = F
     return made
 
 
-def _finish(waveform: np.ndarray, time: np.ndarray, attack_seconds: float, release_seconds: float) -> np.ndarray:
+def _finish(
+    waveform: np.ndarray, time: np.ndarray, attack_seconds: float, release_seconds: float
+) -> np.ndarray:
     """Silence before time 0, smooth ends, peak 1."""
     attack = np.clip(time / attack_seconds, 0, 1)
     release = np.clip((time[-1] - time) / release_seconds, 0, 1)
@@ -196,11 +227,13 @@ def _finish(waveform: np.ndarray, time: np.ndarray, attack_seconds: float, relea
     return (waveform / np.abs(waveform).max()).astype(np.float32)
 
 
-def _with_breath(waveform: np.ndarray, sample_rate: int, level: float, draw: np.random.Generator) -> np.ndarray:
+def _with_breath(
+    waveform: np.ndarray, sample_rate: int, level: float, draw: np.random.Generator
+) -> np.ndarray:
     """With white noise added, `level` times the RMS of the 20 ms around each sample.
 
-    No recording is free of noise, and a model of noiseless sound never learns to see through its own: what it
-    generates is noisy, as samples are drawn, and from there it would go astray.
+    No recording is free of noise, and a model of noiseless sound never learns to see through its
+    own: what it generates is noisy, as samples are drawn, and from there it would go astray.
     """
     window = np.ones(sample_rate // 50) / (sample_rate // 50)
     rms = np.sqrt(np.convolve(waveform.astype(np.float64) ** 2, window, mode="same").clip(min=0))

@@ -26,7 +26,16 @@ from wavear.models.distributions import converts
 from wavear.models.linear import Linear
 
 BLOCK_SECONDS = 60.0  # of a recording at once
-LEVELS = (-math.inf, -70.0, -60.0, -50.0, -40.0, -30.0, -20.0, math.inf)  # dB of full scale, RMS of 20 ms
+LEVELS = (
+    -math.inf,
+    -70.0,
+    -60.0,
+    -50.0,
+    -40.0,
+    -30.0,
+    -20.0,
+    math.inf,
+)  # dB of full scale, RMS of 20 ms
 
 
 @dataclass
@@ -75,7 +84,9 @@ class Baselines:
                 failed[recording.name] = reason(error, recording)
         if failed and not good:
             name, why = next(iter(failed.items()))
-            raise ValueError(f"none of the recordings for the baselines can be read; the first: {name}: {why}")
+            raise ValueError(
+                f"none of the recordings for the baselines can be read; the first: {name}: {why}"
+            )
         return cls(Counts.of(good, layout, grid), fit_predictor(rows, grid), failed)
 
     def bits(self, recording: Recording, layout: Layout, grid: Grid) -> dict[str, float]:
@@ -105,7 +116,9 @@ def codes_of(recording: Recording, layout: Layout, grid: Grid) -> np.ndarray:
 
 
 @torch.inference_mode()
-def score_recording(model: AutoregressiveModel, recording: Recording, speaker: int | None) -> Scores:
+def score_recording(
+    model: AutoregressiveModel, recording: Recording, speaker: int | None
+) -> Scores:
     """Bits of every sample of a recording under a model, in memory that does not grow with its length.
 
     Parameters
@@ -121,7 +134,9 @@ def score_recording(model: AutoregressiveModel, recording: Recording, speaker: i
     grids = {} if coefficient(model.config) else COMMON_GRIDS
     grids = {name: grid for name, grid in grids.items() if converts(model.grid, grid)}
     found.common = dict.fromkeys(grids, 0.0)
-    for waveform, rows in scored_blocks(model, recording, speaker, grids=[model.grid, *grids.values()]):
+    for waveform, rows in scored_blocks(
+        model, recording, speaker, grids=[model.grid, *grids.values()]
+    ):
         bits = rows[0] / math.log(2)
         found.samples += bits.size
         total += float(bits.sum())
@@ -146,8 +161,9 @@ def scored_blocks(
 
     With `grids`, -log P on each of them, (len(grids), n).
 
-    A block is scored with all of the past that the model sees in front of it, or from the state that it carries, and
-    with the mel of the whole: the frames its conditioning looks at, from all samples that their windows see.
+    A block is scored with all of the past that the model sees in front of it, or from the state
+    that it carries, and with the mel of the whole: the frames its conditioning looks at, from all
+    samples that their windows see.
     """
     rate, mel_config, total = model.config.sample_rate, model.config.mel, recording.frames
     hop = 1 if mel_config is None else mel_config.hop_length
@@ -164,13 +180,21 @@ def scored_blocks(
         stop = min(start + length, total)
         first, last = max(start - context, 0), min(math.ceil(stop / hop) * hop + ahead, padded)
         a, b = max(first - margin, 0), min(last + margin, padded)
-        waveform = torch.from_numpy(np.pad(read_span(recording, rate, a, min(b, total)), (0, max(b - total, 0))))
+        waveform = torch.from_numpy(
+            np.pad(read_span(recording, rate, a, min(b, total)), (0, max(b - total, 0)))
+        )
         mels = None
         if mel_config is not None:
-            mels = [log_mel(waveform[None], mel_config)[0, :, (first - a) // hop : (last - a) // hop]]
+            mels = [
+                log_mel(waveform[None], mel_config)[0, :, (first - a) // hop : (last - a) // hop]
+            ]
         conditioner = Conditioner(model, mels, None if speaker is None else [speaker])
-        codes = model.grid.encode(emphasised(waveform[first - a : stop - a], coefficient(model.config)))[None]
-        scores = score_parallel(model, codes, conditioner, first=start - first, state=state, grids=grids)
+        codes = model.grid.encode(
+            emphasised(waveform[first - a : stop - a], coefficient(model.config))
+        )[None]
+        scores = score_parallel(
+            model, codes, conditioner, first=start - first, state=state, grids=grids
+        )
         yield waveform[start - a : stop - a].numpy(), -scores[..., 0, :].numpy()
 
 
@@ -179,6 +203,8 @@ def _add_by_level(scores: Scores, waveform: np.ndarray, bits: np.ndarray, rate: 
     whole = bits.size // size * size
     if not whole:
         return
-    which = np.clip(np.searchsorted(LEVELS, frame_levels(waveform, rate), side="right") - 1, 0, len(LEVELS) - 2)
+    which = np.clip(
+        np.searchsorted(LEVELS, frame_levels(waveform, rate), side="right") - 1, 0, len(LEVELS) - 2
+    )
     np.add.at(scores.level_samples, which, size)
     np.add.at(scores.level_bits, which, bits[:whole].reshape(-1, size).sum(1))

@@ -33,10 +33,10 @@ def grid_round_trip(waveform: torch.Tensor, grid: Grid, pre_emphasis: float = 0.
 def griffin_lim(mel: np.ndarray, config: MelConfig, seed: int = 0) -> np.ndarray:
     """A waveform from a log-mel without a model.
 
-    The mel's compression is undone, its filters by their pseudo-inverse, negative values set to 0 (what
-    `librosa.util.nnls` starts from, and its iterations did not improve on), and phases are found by 60 iterations of
-    the fast Griffin-Lim algorithm (Perraudin, Balazs and Søndergaard, 2013; `librosa.griffinlim`, momentum 0.99), from
-    random ones.
+    The mel's compression is undone, its filters by their pseudo-inverse, negative values set to 0
+    (what `librosa.util.nnls` starts from, and its iterations did not improve on), and phases are
+    found by 60 iterations of the fast Griffin-Lim algorithm (Perraudin, Balazs and Søndergaard,
+    2013; `librosa.griffinlim`, momentum 0.99), from random ones.
 
     Parameters
     ----------
@@ -65,10 +65,13 @@ def griffin_lim(mel: np.ndarray, config: MelConfig, seed: int = 0) -> np.ndarray
         center=False,
         random_state=np.random.default_rng(seed),
     )
-    # Frame 0 of the result begins at its first sample, that of the mel so many samples before the waveform's.
+    # Frame 0 of the result begins at its first sample, that of the mel so many samples before the
+    # waveform's.
     before = config.window_span[0] + (config.n_fft - config.window_length) // 2
     length = mel.shape[1] * config.hop_length
-    waveform = np.pad(waveform[before : before + length], (0, max(before + length - waveform.size, 0)))
+    waveform = np.pad(
+        waveform[before : before + length], (0, max(before + length - waveform.size, 0))
+    )
     return np.clip(waveform, -1, 1).astype(np.float32)
 
 

@@ -12,12 +12,24 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from wavear.data.corpus import Recording, _level_by_speaker, _measured, _open, find, open_corpus, overlapping, reason
+from wavear.data.corpus import (
+    Recording,
+    _level_by_speaker,
+    _measured,
+    _open,
+    find,
+    open_corpus,
+    overlapping,
+    reason,
+)
 from wavear.data.shards import is_shards, refuse_remote
 from wavear.evaluation.held_out import subset
 
 _THREADS = 8  # reading headers waits for the disk
-_REPORTS = {"audio": "evaluation.json", "strip": "models.json"}  # folders of sound, and what lies beside them
+_REPORTS = {
+    "audio": "evaluation.json",
+    "strip": "models.json",
+}  # folders of sound, and what lies beside them
 
 
 @dataclass
@@ -50,7 +62,9 @@ class Preparation:
         """What it does, for a report."""
         by = " for each speaker" if self.by_speaker else ""
         found = [] if self.normalise == "none" else [f"level by {self.normalise}{by}"]
-        return found + ([] if self.trim_silence is None else [f"ends {self.trim_silence:g} dB down cut"])
+        return found + (
+            [] if self.trim_silence is None else [f"ends {self.trim_silence:g} dB down cut"]
+        )
 
     @property
     def does_something(self) -> bool:
@@ -81,10 +95,14 @@ def of_run(checkpoint: str | Path, name: str) -> Path | None:
 
 def preparation(trained: dict[str, Any]) -> Preparation:
     """As `training_record` says."""
-    return Preparation(**{f.name: trained[f.name] for f in dataclasses.fields(Preparation) if f.name in trained})
+    return Preparation(
+        **{f.name: trained[f.name] for f in dataclasses.fields(Preparation) if f.name in trained}
+    )
 
 
-def open_clips(data: str | Path, rate: int, least: int, prepared: Preparation, speakers: bool) -> Clips:
+def open_clips(
+    data: str | Path, rate: int, least: int, prepared: Preparation, speakers: bool
+) -> Clips:
     """The recordings of a folder or a manifest, of the latter what is not for training where a column `split` says so.
 
     What earlier reports below the folder hold is no recording.
@@ -98,7 +116,9 @@ def open_clips(data: str | Path, rate: int, least: int, prepared: Preparation, s
     found = _found(data, speakers, prepared, clips.notes)
     if held := [r for r in found if r.split in ("validation", "test")]:
         if len(held) < len(found):
-            clips.notes.append(f"{len(held)} of {len(found)} recordings: those not for training by their split")
+            clips.notes.append(
+                f"{len(held)} of {len(found)} recordings: those not for training by their split"
+            )
         found = held
 
     def look(recording: Recording) -> Recording | str:
@@ -125,13 +145,17 @@ def open_clips(data: str | Path, rate: int, least: int, prepared: Preparation, s
     if rates := sorted({r.sample_rate for r in clips.good} - {rate}):
         count = sum(r.sample_rate != rate for r in clips.good)
         listed = ", ".join(map(str, rates))
-        clips.notes.append(f"{count} of {len(clips.good)} clips are resampled to {rate} Hz (from {listed} Hz)")
+        clips.notes.append(
+            f"{count} of {len(clips.good)} clips are resampled to {rate} Hz (from {listed} Hz)"
+        )
     if prepared.does_something:
         clips.notes.append(f"treated as in training: {', '.join(prepared.words)}{by}")
     return clips
 
 
-def _found(data: str | Path, speakers: bool, prepared: Preparation, notes: list[str]) -> list[Recording]:
+def _found(
+    data: str | Path, speakers: bool, prepared: Preparation, notes: list[str]
+) -> list[Recording]:
     """As `wavear.data.corpus.find`, with speakers where they have gains, and without the sound of earlier reports."""
     try:
         found = find(data, speakers or prepared.by_speaker)
@@ -145,7 +169,10 @@ def _found(data: str | Path, speakers: bool, prepared: Preparation, notes: list[
 
     def of_report(name: str) -> bool:
         folders = name.split("/")[:-1]
-        return any(part in _REPORTS and exists("/".join(folders[:n]), _REPORTS[part]) for n, part in enumerate(folders))
+        return any(
+            part in _REPORTS and exists("/".join(folders[:n]), _REPORTS[part])
+            for n, part in enumerate(folders)
+        )
 
     left = [recording for recording in found if not of_report(recording.name)]
     if not left:
@@ -155,7 +182,9 @@ def _found(data: str | Path, speakers: bool, prepared: Preparation, notes: list[
     return left
 
 
-def _speaker_levels(recordings: list[Recording], gains: dict[str, float]) -> tuple[list[Recording], str]:
+def _speaker_levels(
+    recordings: list[Recording], gains: dict[str, float]
+) -> tuple[list[Recording], str]:
     """With one gain per speaker, that of the training where it is known, else by these; and what was done, in words."""
     found = [
         dataclasses.replace(r, gain=gains[r.speaker]) if r.speaker in gains else r
@@ -165,7 +194,11 @@ def _speaker_levels(recordings: list[Recording], gains: dict[str, float]) -> tup
     if speakers == {None}:
         return found, "; but one gain for all, since no speakers are named"
     if known := len(speakers & gains.keys()):
-        rest = "" if known == len(speakers) else f" for {known} of {len(speakers)} and of these clips for the others"
+        rest = (
+            ""
+            if known == len(speakers)
+            else f" for {known} of {len(speakers)} and of these clips for the others"
+        )
         return found, f"; the speakers' gains are those of the training{rest}"
     return found, "; the speakers' gains are of these clips, those of the training are not known"
 
@@ -230,22 +263,32 @@ def fitting_data(
     twice = overlapping(corpus, clips)
     left = [r for r, held_out in zip(corpus, twice, strict=True) if not held_out]
     if train_data is not None and not left:
-        raise ValueError(f"{train_data} holds nothing but the evaluated clips: baselines need other recordings")
+        raise ValueError(
+            f"{train_data} holds nothing but the evaluated clips: baselines need other recordings"
+        )
     random.Random(0).shuffle(left)
     chosen = subset(left, seconds * rate) if left else []
     if not chosen:
         says = "the clips themselves, each half for the other"
     names = {clip.name for clip, known in zip(clips, seen, strict=True) if known}
-    note = None if unknown is None else f"whether clips were trained on is not known: of its data, {unknown}"
+    note = (
+        None
+        if unknown is None
+        else f"whether clips were trained on is not known: of its data, {unknown}"
+    )
     return Fitting(chosen, says, names, note)
 
 
-def open_clips_for_fitting(data: str, rate: int, least: int, prepared: Preparation) -> list[Recording]:
+def open_clips_for_fitting(
+    data: str, rate: int, least: int, prepared: Preparation
+) -> list[Recording]:
     """Recordings to fit to: of a manifest with a column `split`, those for training."""
     found = _found(data, False, prepared, [])
     names = {r.name for r in found if r.split in (None, "train")}
     if not names:
-        raise ValueError(f"{data}: every recording is held out by its 'split', none is left to fit to")
+        raise ValueError(
+            f"{data}: every recording is held out by its 'split', none is left to fit to"
+        )
     good = []
     for recording in found:
         if recording.name not in names:

@@ -21,7 +21,9 @@ _SOUND_BYTES = 24 * 2**20
 _SHOWN = 8
 
 
-def paired(a: dict[str, Any], b: dict[str, Any], *, resamples: int = 2000, seed: int = 0) -> dict[str, Any]:
+def paired(
+    a: dict[str, Any], b: dict[str, Any], *, resamples: int = 2000, seed: int = 0
+) -> dict[str, Any]:
     """What differs between two evaluations: b less a, clip by clip.
 
     Parameters
@@ -34,18 +36,21 @@ def paired(a: dict[str, Any], b: dict[str, Any], *, resamples: int = 2000, seed:
     Returns
     -------
     dict
-        "bits" and "measures", each with "a", "b", "difference" (mean, low, high, clips); "better": how many clips are
-        better in b, where better has a direction.
+        "bits" and "measures", each with "a", "b", "difference" (mean, low, high, clips); "better":
+        how many clips are better in b, where better has a direction.
 
     Raises
     ------
     ValueError
-        If they are not of the same codes, rate, clips and length of synthesis: their numbers could not be compared.
+        If they are not of the same codes, rate, clips and length of synthesis: their numbers could
+        not be compared.
     """
     _check_comparable(a, b)
     rows = list(zip(a["clips"], b["clips"], strict=True))
 
-    def entry(pairs: list[tuple[float, float]], weights: list[float] | None, better: str) -> dict[str, Any]:
+    def entry(
+        pairs: list[tuple[float, float]], weights: list[float] | None, better: str
+    ) -> dict[str, Any]:
         x, y = np.array(pairs, np.float64).T
         found: dict[str, Any] = {
             name: bootstrap(values, weights, resamples=resamples, seed=seed).to_dict()
@@ -59,7 +64,9 @@ def paired(a: dict[str, Any], b: dict[str, Any], *, resamples: int = 2000, seed:
     result: dict[str, Any] = {
         "a": _described(a),
         "b": _described(b),
-        "bits": entry([(x["bits"]["model"], y["bits"]["model"]) for x, y in rows], weights, "lower"),
+        "bits": entry(
+            [(x["bits"]["model"], y["bits"]["model"]) for x, y in rows], weights, "lower"
+        ),
         "measures": {},
         "notes": _notes(a, b),
     }
@@ -102,7 +109,9 @@ def _check_comparable(a: dict[str, Any], b: dict[str, Any]) -> None:
                 f"{name} is not the same audio in a and b (or was treated differently): they cannot be paired"
             )
     if [row["name"] for row in a["clips"]] != [row["name"] for row in b["clips"]]:
-        raise ValueError("the clips of a and b are in different orders: evaluate both with one version of wavear")
+        raise ValueError(
+            "the clips of a and b are in different orders: evaluate both with one version of wavear"
+        )
     x, y = a["settings"]["seconds"], b["settings"]["seconds"]
     if a["measures"] and b["measures"] and x != y:
         raise ValueError(
@@ -113,7 +122,11 @@ def _check_comparable(a: dict[str, Any], b: dict[str, Any]) -> None:
 def check_codes(a: dict[str, Any], b: dict[str, Any]) -> None:
     """Refuse models whose bits are not of one kind: of other codes, or of another sample rate."""
     emphases = (a.get("pre_emphasis", 0.0), b.get("pre_emphasis", 0.0), " of pre-emphasis")
-    for x, y, unit in ((codes(a), codes(b), ""), (a["sample_rate"], b["sample_rate"], " Hz"), emphases):
+    for x, y, unit in (
+        (codes(a), codes(b), ""),
+        (a["sample_rate"], b["sample_rate"], " Hz"),
+        emphases,
+    ):
         if x != y:
             raise ValueError(
                 f"a has {x}{unit} and b has {y}{unit}: bits per sample under different quantisation cannot be compared"
@@ -145,7 +158,9 @@ def _notes(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
             notes.append(f"{name} is {x} in a and {y} in b: it differs besides the model")
     for side, record in (("a", a), ("b", b)):
         if count := sum(row["trained_on"] for row in record["clips"]):
-            notes.append(f"{count} of {len(record['clips'])} clips were trained on by {side}: not held-out for it")
+            notes.append(
+                f"{count} of {len(record['clips'])} clips were trained on by {side}: not held-out for it"
+            )
         if not record["measures"]:
             notes.append(f"{side} has no copy synthesis: bits only")
     return notes
@@ -154,12 +169,19 @@ def _notes(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
 def lines(record: dict[str, Any]) -> list[str]:
     """The comparison in words, one line each."""
     entries = [("bits per sample", "", 4, record["bits"])]
-    entries += [(MEASURES[n].title, MEASURES[n].unit, MEASURES[n].decimals, e) for n, e in record["measures"].items()]
+    entries += [
+        (MEASURES[n].title, MEASURES[n].unit, MEASURES[n].decimals, e)
+        for n, e in record["measures"].items()
+    ]
     found = []
     for title, unit, decimals, entry in entries:
         d, unit = entry["difference"], f" {unit}" if unit else ""
-        span = "" if d["low"] is None else f" ({d['low']:+.{decimals}f} to {d['high']:+.{decimals}f})"
-        better = f", b better in {entry['better']} of {d['clips']} clips" if "better" in entry else ""
+        span = (
+            "" if d["low"] is None else f" ({d['low']:+.{decimals}f} to {d['high']:+.{decimals}f})"
+        )
+        better = (
+            f", b better in {entry['better']} of {d['clips']} clips" if "better" in entry else ""
+        )
         values = f"a {entry['a']['mean']:.{decimals}f}, b {entry['b']['mean']:.{decimals}f}{unit}"
         found.append(f"{title}: {values}, b less a {d['mean']:+.{decimals}f}{span}{better}")
     return found
@@ -177,7 +199,11 @@ def page(record: dict[str, Any], a: Evaluation, b: Evaluation) -> str:
         )
     parts += [f'<p class="note">{text(note)}</p>' for note in record["notes"]]
     head = ["<th>Measure</th>", '<th class="n">a</th>', '<th class="n">b</th>']
-    head += ['<th class="n model">b less a, 95 % interval</th>', '<th class="n">b better in</th>', "<th></th>"]
+    head += [
+        '<th class="n model">b less a, 95 % interval</th>',
+        '<th class="n">b better in</th>',
+        "<th></th>",
+    ]
     rows = [_row("Bits per sample", "lower is better", 4, record["bits"], "lower")]
     for name, entry in record["measures"].items():
         about = MEASURES[name]
@@ -197,7 +223,9 @@ def page(record: dict[str, Any], a: Evaluation, b: Evaluation) -> str:
 def _row(title: str, hint: str, decimals: int, entry: dict[str, Any], better: str) -> str:
     d = entry["difference"]
     row = cell(f"{text(title)}<span class='hint'>{hint}</span>", tag="th")
-    row += cell(number(entry["a"]["mean"], decimals), "n") + cell(number(entry["b"]["mean"], decimals), "n")
+    row += cell(number(entry["a"]["mean"], decimals), "n") + cell(
+        number(entry["b"]["mean"], decimals), "n"
+    )
     row += cell(interval(d, decimals, sign=True), "n model")
     row += cell(f"{entry['better']} of {d['clips']}" if "better" in entry else "", "n")
     return f"<tr>{row}{cell(_verdict(d, better), 'small')}</tr>"
@@ -230,7 +258,9 @@ def _listen(a: Evaluation, b: Evaluation) -> str:
         budget -= sum(map(len, players.values()))
         if budget < 0:
             break
-        heard = "".join(f'<div class="player">{label}{player}</div>' for label, player in players.items())
+        heard = "".join(
+            f'<div class="player">{label}{player}</div>' for label, player in players.items()
+        )
         parts.append(
             f'<section class="clip"><h3>{text(x["name"])}</h3><div class="players three">{heard}</div>'
             f'<div class="pair three">{_pictures(paths)}</div></section>'

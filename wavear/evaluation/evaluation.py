@@ -75,7 +75,9 @@ class EvaluateConfig:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if value != field.default:
-                words += [f"--{field.name.replace('_', '-')}"] + ([] if value is True else [str(value)])
+                words += [f"--{field.name.replace('_', '-')}"] + (
+                    [] if value is True else [str(value)]
+                )
         return words
 
 
@@ -115,9 +117,17 @@ class Evaluation:
             lines.append(f"on the grid of 256 mu-law codes: model {mulaw['mean']:.3f}")
         for name, found in self.record["measures"].items():
             about = MEASURES[name]
-            values = {system: f"{entry['mean']:.{about.decimals}f}" for system, entry in found.items()}
-            beside = {"mulaw": "round trip through the codes", "griffin_lim": "Griffin-Lim", "original": "recording"}
-            bounds = ", ".join(f"{label} {values[system]}" for system, label in beside.items() if system in values)
+            values = {
+                system: f"{entry['mean']:.{about.decimals}f}" for system, entry in found.items()
+            }
+            beside = {
+                "mulaw": "round trip through the codes",
+                "griffin_lim": "Griffin-Lim",
+                "original": "recording",
+            }
+            bounds = ", ".join(
+                f"{label} {values[system]}" for system, label in beside.items() if system in values
+            )
             unit = f" {about.unit}" if about.unit else ""
             lines.append(f"{about.title}: {values['model']}{unit} ({bounds})")
         return [*lines, f"report: {self.page}"]
@@ -142,15 +152,23 @@ class Evaluation:
         except ValueError as error:
             raise ValueError(f"{path} is damaged, it is not JSON: {error}") from None
         if not isinstance(record, dict) or "bits" not in record:
-            raise ValueError(f"{path} is no finished evaluation: run wavear evaluate again with --overwrite")
+            raise ValueError(
+                f"{path} is no finished evaluation: run wavear evaluate again with --overwrite"
+            )
         if record.get("format") != FORMAT:
-            raise ValueError(f"{path} has format {record.get('format')!r}, this version of wavear reads {FORMAT}")
+            raise ValueError(
+                f"{path} has format {record.get('format')!r}, this version of wavear reads {FORMAT}"
+            )
         if "checkpoint" not in record:
-            raise ValueError(f"{path} is no evaluation of one model: pass the evaluation.json of each, or its folder")
+            raise ValueError(
+                f"{path} is no evaluation of one model: pass the evaluation.json of each, or its folder"
+            )
         for row in record.get("clips", []):
             for name in row.get("audio", {}).values():
                 if not (path.parent / name).resolve().is_relative_to(path.parent.resolve()):
-                    raise ValueError(f"{path} names {name}, which lies outside its folder: evaluate again")
+                    raise ValueError(
+                        f"{path} names {name}, which lies outside its folder: evaluate again"
+                    )
         return cls(record, path.parent)
 
 
@@ -166,18 +184,20 @@ def evaluate(
 ) -> Evaluation:
     """Score recordings under a model, synthesize them from their mels, measure both, and write a report.
 
-    A model that is not conditioned on mels has nothing to copy: its report has bits, and samples it made freely.
+    A model that is not conditioned on mels has nothing to copy: its report has bits, and samples it
+    made freely.
 
     Parameters
     ----------
     checkpoint : str or Path
         As `wavear.load` takes it.
     data : str or Path
-        Held-out recordings: a folder, a file, or a manifest; of a manifest with a column `split`, what is not for
-        training. Other sample rates are resampled, and levels and ends are treated as in the model's training where
-        its train.json says how.
+        Held-out recordings: a folder, a file, or a manifest; of a manifest with a column `split`,
+        what is not for training. Other sample rates are resampled, and levels and ends are treated
+        as in the model's training where its train.json says how.
     out : str or Path
-        Folder to write to: `evaluation.json`, `report.html` (one page that needs nothing else), `audio/`.
+        Folder to write to: `evaluation.json`, `report.html` (one page that needs nothing else),
+        `audio/`.
     config : EvaluateConfig
     progress : bool
         Show bars.
@@ -205,12 +225,18 @@ def evaluate(
     _check_folder(out, config.overwrite)
     for source in (checkpoint, data):
         if Path(source).resolve().is_relative_to((out / SOUNDS).resolve()):
-            raise ValueError(f"{source} lies in {out / SOUNDS}, which the evaluation replaces: choose another folder")
-    command = shlex.join(["wavear", "evaluate", str(checkpoint), str(data), "--out", str(out), *config.flags()])
+            raise ValueError(
+                f"{source} lies in {out / SOUNDS}, which the evaluation replaces: choose another folder"
+            )
+    command = shlex.join(
+        ["wavear", "evaluate", str(checkpoint), str(data), "--out", str(out), *config.flags()]
+    )
     record = {"format": FORMAT, "command": command}
     told: dict[str, Any] = {"progress": progress, "say": say, "complain": complain}
     with cores(config.threads):
-        record |= measure_everything(checkpoint, data, out, config, begin=lambda: _make_folder(out), **told)
+        record |= measure_everything(
+            checkpoint, data, out, config, begin=lambda: _make_folder(out), **told
+        )
     _write(out, RECORD, record, PAGE, report.page(record, out, curves(checkpoint)))
     return Evaluation(record, out)
 
@@ -231,10 +257,11 @@ def compare(
     Parameters
     ----------
     a, b : str or Path
-        Each a folder that `evaluate` wrote, or its evaluation.json, or a checkpoint, which is evaluated first.
+        Each a folder that `evaluate` wrote, or its evaluation.json, or a checkpoint, which is
+        evaluated first.
     out : str or Path
-        Folder to write to: `compare.html` (one page that needs nothing else), `compare.json`, and for checkpoints
-        their evaluations, `a/` and `b/`.
+        Folder to write to: `compare.html` (one page that needs nothing else), `compare.json`, and
+        for checkpoints their evaluations, `a/` and `b/`.
     data : str or Path, optional
         What to evaluate checkpoints on.
     config, progress, say, complain
@@ -249,7 +276,8 @@ def compare(
     FileNotFoundError, FileExistsError
         As `evaluate`.
     ValueError
-        If the two are not of the same clips, rate, codes and length of synthesis; or `data` is missing or not needed.
+        If the two are not of the same clips, rate, codes and length of synthesis; or `data` is
+        missing or not needed.
     """
     from wavear.evaluation import comparison as pairs
     from wavear.models.checkpoint import read_config
@@ -260,7 +288,9 @@ def compare(
     sources = {"a": a, "b": b}
     missing = [side for side, evaluation in found.items() if evaluation is None]
     if missing and data is None:
-        raise ValueError(f"{sources[missing[0]]} is no evaluation: pass --data to evaluate it as a checkpoint")
+        raise ValueError(
+            f"{sources[missing[0]]} is no evaluation: pass --data to evaluate it as a checkpoint"
+        )
     if not missing and data is not None:
         raise ValueError("two evaluations need no --data: they say what they are of")
     # What can be known to be in vain is refused before hours of work.
@@ -275,10 +305,14 @@ def compare(
     for side in missing:
         assert data is not None
         say(f"evaluating {side}: {sources[side]}")
-        found[side] = evaluate(sources[side], data, out / side, config, progress=progress, say=say, complain=complain)
+        found[side] = evaluate(
+            sources[side], data, out / side, config, progress=progress, say=say, complain=complain
+        )
     assert found["a"] is not None
     assert found["b"] is not None
-    record = pairs.paired(found["a"].record, found["b"].record, resamples=config.resamples, seed=config.seed)
+    record = pairs.paired(
+        found["a"].record, found["b"].record, resamples=config.resamples, seed=config.seed
+    )
     asked = [] if data is None else ["--data", str(data)]
     words = ["wavear", "compare", str(a), str(b), "--out", str(out), *asked, *config.flags()]
     record = {"format": FORMAT, "command": shlex.join(words)} | record
@@ -301,10 +335,12 @@ def compare_models(
     Parameters
     ----------
     sources : sequence of str or Path
-        Each a folder that `evaluate` wrote, or its evaluation.json, or a checkpoint, which is evaluated first.
+        Each a folder that `evaluate` wrote, or its evaluation.json, or a checkpoint, which is
+        evaluated first.
     out : str or Path
-        Folder to write to: `models.html` (one page that needs nothing else), `models.json`, `strip/` (what each made
-        after the same beginning), and for checkpoints their evaluations, `1/`, `2/`...
+        Folder to write to: `models.html` (one page that needs nothing else), `models.json`,
+        `strip/` (what each made after the same beginning), and for checkpoints their evaluations,
+        `1/`, `2/`...
     data : str or Path, optional
         What to evaluate checkpoints on, and what the beginning is of.
     config, progress, say, complain
@@ -319,7 +355,8 @@ def compare_models(
     FileNotFoundError, FileExistsError
         As `evaluate`.
     ValueError
-        If the models are not of one sample rate, or were evaluated on other clips, or `data` is missing.
+        If the models are not of one sample rate, or were evaluated on other clips, or `data` is
+        missing.
     """
     from wavear.evaluation import model_table as table
     from wavear.evaluation.clips import Preparation, open_clips
@@ -330,13 +367,17 @@ def compare_models(
     _check_folder(out, config.overwrite, table.RECORD)
     found = [_evaluation(source) for source in sources]
     if data is None and None in found:
-        raise ValueError(f"{sources[found.index(None)]} is no evaluation: pass --data to evaluate it as a checkpoint")
+        raise ValueError(
+            f"{sources[found.index(None)]} is no evaluation: pass --data to evaluate it as a checkpoint"
+        )
     configs = [
         read_config(source)["config"] if e is None else e.record["checkpoint"]["config"]
         for source, e in zip(sources, found, strict=True)
     ]
     if len(rates := sorted({c["sample_rate"] for c in configs})) > 1:
-        raise ValueError(f"the models are of {' and '.join(map(str, rates))} Hz: their bits cannot be compared")
+        raise ValueError(
+            f"the models are of {' and '.join(map(str, rates))} Hz: their bits cannot be compared"
+        )
     # What would fail, or be in vain, does so before hours of work.
     given = [(str(source), e) for source, e in zip(sources, found, strict=True) if e is not None]
     table.check_same_clips([name for name, _ in given], [e for _, e in given])
@@ -344,7 +385,9 @@ def compare_models(
         names = {clip.name for clip in open_clips(data, rates[0], 1, Preparation(), False).good}
         for source, e in given:
             if not any(clip["name"] in names for clip in e.record["clips"]):
-                raise ValueError(f"{source} was evaluated on other clips than {data} holds: evaluate all on the same")
+                raise ValueError(
+                    f"{source} was evaluated on other clips than {data} holds: evaluate all on the same"
+                )
     hops = [c["mel"]["hop_length"] for c in configs if c.get("mel")]
     beginning = None if data is None else table.find_beginning(data, rates[0], hops)
     out.mkdir(parents=True, exist_ok=True)
@@ -354,7 +397,9 @@ def compare_models(
             assert data is not None
             say(f"evaluating {source}")
             place = dataclasses.replace(config, overwrite=True)
-            found[n] = evaluate(source, data, out / str(n + 1), place, progress=progress, say=say, complain=complain)
+            found[n] = evaluate(
+                source, data, out / str(n + 1), place, progress=progress, say=say, complain=complain
+            )
     evaluations = [evaluation for evaluation in found if evaluation is not None]
     with cores(config.threads):
         record = table.side_by_side(evaluations, sources, beginning, out, config, say)
@@ -401,7 +446,9 @@ def same_codes(a: str | Path, b: str | Path) -> bool:
     from wavear.models.checkpoint import read_config
 
     configs = [
-        read_config(source)["config"] if (e := _evaluation(source)) is None else e.record["checkpoint"]["config"]
+        read_config(source)["config"]
+        if (e := _evaluation(source)) is None
+        else e.record["checkpoint"]["config"]
         for source in (a, b)
     ]
     return pairs.codes(configs[0]) == pairs.codes(configs[1])
@@ -423,16 +470,23 @@ def _check_folder(out: Path, overwrite: bool, record: str = RECORD) -> None:
         raise FileExistsError(f"{out} is a file: choose another folder")
     if out.is_dir() and any(out.iterdir()):
         if not overwrite:
-            raise FileExistsError(f"{out} is not empty: choose another folder with --out, or pass --overwrite")
+            raise FileExistsError(
+                f"{out} is not empty: choose another folder with --out, or pass --overwrite"
+            )
         if not (out / record).is_file():
-            raise FileExistsError(f"{out} holds nothing of ours (no {record}), nothing in it is overwritten")
+            raise FileExistsError(
+                f"{out} holds nothing of ours (no {record}), nothing in it is overwritten"
+            )
     check_writable(out)
 
 
 def _write(out: Path, name: str, record: dict[str, Any], page_name: str, page: str) -> None:
     """The page, then the record. Files' names that are no Unicode are escaped, in JSON so that they come back."""
     text = json.dumps(record, indent=1, allow_nan=False) + "\n"
-    replace_file(out / page_name, lambda path: path.write_text(page, encoding="utf-8", errors="backslashreplace"))
+    replace_file(
+        out / page_name,
+        lambda path: path.write_text(page, encoding="utf-8", errors="backslashreplace"),
+    )
     replace_file(out / name, lambda path: path.write_text(text, encoding="utf-8"))
 
 

@@ -17,7 +17,9 @@ from wavear.data.crops import Layout, Segments, coded, collate, read_crop, read_
 from wavear.models.base import AutoregressiveModel
 from wavear.models.crop_loss import crop_loss, layout_of
 
-_EVALUATION_SEGMENT = 16384  # samples of loss per crop: the context costs little, and the memory stays bounded
+_EVALUATION_SEGMENT = (
+    16384  # samples of loss per crop: the context costs little, and the memory stays bounded
+)
 _EVALUATION_BATCH = {"cpu": 1, "cuda": 16}  # crops at once
 _EVALUATION_LANES = {"cpu": 8, "cuda": 64}  # recordings at once, of models that carry their state
 _MARKOV_CLASSES = 1024  # the table of an order-1 Markov chain has the square of the classes
@@ -47,7 +49,9 @@ class Bits:
             If there are none.
         """
         if not self.samples.sum():
-            why = next((f"{name}: {reason}" for name, reason in self.skipped.items()), "they are too short")
+            why = next(
+                (f"{name}: {reason}" for name, reason in self.skipped.items()), "they are too short"
+            )
             raise ValueError(f"not one held-out sample can be read ({why})")
         return float(self.total.sum() / self.samples.sum())
 
@@ -64,8 +68,9 @@ def held_out_bits(
 ) -> Bits:
     """Bits of whole recordings under `model`, on the device it is on.
 
-    The recordings are covered by crops with the receptive field in front of each, so every sample is scored once and
-    with all of its past, whatever the length. Arithmetic is the model's own (float32), sums are float64.
+    The recordings are covered by crops with the receptive field in front of each, so every sample
+    is scored once and with all of its past, whatever the length. Arithmetic is the model's own
+    (float32), sums are float64.
 
     Parameters
     ----------
@@ -89,7 +94,9 @@ def held_out_bits(
     segments = Segments(recordings, layout, speakers)
     if model.carries:
         return _carried_bits(model, segments, rank, world, note)
-    crops = [(n, *crop) for n, recording in enumerate(recordings) for crop in layout.cover(recording)]
+    crops = [
+        (n, *crop) for n, recording in enumerate(recordings) for crop in layout.cover(recording)
+    ]
     found = Bits(np.zeros(len(recordings)), np.zeros(len(recordings), dtype=np.int64))
     size = _EVALUATION_BATCH.get(device.type, 1)
     training = model.training
@@ -107,11 +114,17 @@ def held_out_bits(
             continue
         batch = collate(rows).to(device)
         nats, mask = crop_loss(model, batch, layout)
-        np.add.at(found.total, batch.source.cpu().numpy(), nats.sum(1, dtype=torch.float64).cpu().numpy() / math.log(2))
+        np.add.at(
+            found.total,
+            batch.source.cpu().numpy(),
+            nats.sum(1, dtype=torch.float64).cpu().numpy() / math.log(2),
+        )
         np.add.at(found.samples, batch.source.cpu().numpy(), mask.sum(1).cpu().numpy())
         for row, (recording, start, first, last) in enumerate(scored if note is not None else ()):
             assert note is not None
-            note(recording, start + first, nats[row, first:last].double().cpu().numpy() / math.log(2))
+            note(
+                recording, start + first, nats[row, first:last].double().cpu().numpy() / math.log(2)
+            )
     model.train(training)
     return found
 
@@ -125,23 +138,32 @@ def _read(recording: Recording, layout: Layout, start: int, found: Bits) -> np.n
         return None
 
 
-def _carried_bits(model: AutoregressiveModel, segments: Segments, rank: int, world: int, note: _Note | None) -> Bits:
+def _carried_bits(
+    model: AutoregressiveModel, segments: Segments, rank: int, world: int, note: _Note | None
+) -> Bits:
     """`held_out_bits` of a model that carries its state along each recording; of several processes each takes some.
 
     Recordings of like length run side by side, since the samples of one wait for each other.
     """
     layout, device, training = segments.layout, next(model.parameters()).device, model.training
-    found = Bits(np.zeros(len(segments.recordings)), np.zeros(len(segments.recordings), dtype=np.int64))
+    found = Bits(
+        np.zeros(len(segments.recordings)), np.zeros(len(segments.recordings), dtype=np.int64)
+    )
     lengths = [layout.length(recording) for recording in segments.recordings]
     mine = sorted(range(len(lengths)), key=lengths.__getitem__)[rank::world]
     size = _EVALUATION_LANES.get(device.type, 1)
     model.eval()
     for lanes in (mine[at : at + size] for at in range(0, len(mine), size)):
-        state, previous = model.init_state(len(lanes)), torch.full((len(lanes),), model.start_code, device=device)
+        state, previous = (
+            model.init_state(len(lanes)),
+            torch.full((len(lanes),), model.start_code, device=device),
+        )
         for start in range(0, lengths[lanes[-1]], layout.segment):
             items = []
             for n in lanes:
-                last = max(0, min(layout.segment, lengths[n] - start))  # 0: this recording has ended
+                last = max(
+                    0, min(layout.segment, lengths[n] - start)
+                )  # 0: this recording has ended
                 recording = segments.recordings[n]
                 waveform = _read(recording, layout, start, found) if last else None
                 if waveform is None:
@@ -156,7 +178,11 @@ def _carried_bits(model: AutoregressiveModel, segments: Segments, rank: int, wor
             for row, n in enumerate(lanes if note is not None else ()):
                 assert note is not None
                 if last := int(batch.span[row, 1]):
-                    note(segments.recordings[n], start, nats[row, :last].double().cpu().numpy() / math.log(2))
+                    note(
+                        segments.recordings[n],
+                        start,
+                        nats[row, :last].double().cpu().numpy() / math.log(2),
+                    )
     model.train(training)
     return found
 
@@ -174,7 +200,9 @@ def subset(recordings: Sequence[Recording], samples: float) -> list[Recording]:
     for recording in recordings:
         if chosen and left < min(_LEAST_REST, recording.frames):
             break
-        chosen.append(dataclasses.replace(recording, frames=min(recording.frames, max(left, _LEAST_REST))))
+        chosen.append(
+            dataclasses.replace(recording, frames=min(recording.frames, max(left, _LEAST_REST)))
+        )
         left -= recording.frames
     return chosen
 
@@ -184,8 +212,12 @@ def code_blocks(recording: Recording, layout: Layout, grid: Grid) -> Iterator[np
     block, total = math.ceil(_READ_SECONDS * layout.sample_rate), layout.length(recording)
     for start in range(0, total, block):
         before = min(start, 1)
-        waveform = read_span(recording, layout.sample_rate, start - before, min(start + block, total))
-        yield grid.encode(emphasised(torch.from_numpy(waveform), layout.pre_emphasis)[before:]).numpy()
+        waveform = read_span(
+            recording, layout.sample_rate, start - before, min(start + block, total)
+        )
+        yield grid.encode(
+            emphasised(torch.from_numpy(waveform), layout.pre_emphasis)[before:]
+        ).numpy()
 
 
 @dataclass
@@ -222,8 +254,10 @@ def baselines(train: Counts, held_out: Counts) -> dict[str, float]:
 
     - uniform: log2 Q.
     - unigram: one law for every sample, p(b) = (n(b) + 1) / (n + Q).
-    - markov: order 1, p(b | a) = (n(a, b) + d(a) p(b)) / (n(a) + d(a)) with d(a) the number of distinct successors of
-      a (Witten and Bell, 1991): what was never seen falls back on the unigram. Left out for more than 1024 classes.
+    - markov: order 1, p(b | a) = (n(a, b) + d(a) p(b)) / (n(a) + d(a)) with d(a) the number of
+      distinct successors of
+      a (Witten and Bell, 1991): what was never seen falls back on the unigram. Left out for more
+      than 1024 classes.
     """
     classes = train.single.size
     unigram = (train.single + 1) / (train.single.sum() + classes)
@@ -234,7 +268,9 @@ def baselines(train: Counts, held_out: Counts) -> dict[str, float]:
     }
     if train.pairs is not None and held_out.pairs is not None:
         distinct = (train.pairs > 0).sum(1, keepdims=True)
-        law = (train.pairs + distinct * unigram) / np.maximum(train.pairs.sum(1, keepdims=True) + distinct, 1)
+        law = (train.pairs + distinct * unigram) / np.maximum(
+            train.pairs.sum(1, keepdims=True) + distinct, 1
+        )
         law = np.where(distinct > 0, law, unigram)
         found["markov"] = float(-(held_out.pairs * np.log2(law)).sum() / count)
     return found

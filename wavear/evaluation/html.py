@@ -94,15 +94,25 @@ def document(title: str, body: str) -> str:
     )
 
 
-def number(value: float | None, decimals: int, sign: bool = False, low: float | None = None, high: float | None = None):
+def number(
+    value: float | None,
+    decimals: int,
+    sign: bool = False,
+    low: float | None = None,
+    high: float | None = None,
+):
     """The inside of a cell: a number whose point falls under that of its neighbours, and its interval below."""
     if value is None:
         return '<span class="soft">n/a</span>'
     shown = f"{value:{'+' if sign else ''}.{decimals}f}".replace("-", MINUS)
     whole, _, fraction = shown.partition(".")
-    inside = f'<span class="i">{whole}</span><span class="f">{"." + fraction if fraction else ""}</span>'
+    inside = (
+        f'<span class="i">{whole}</span><span class="f">{"." + fraction if fraction else ""}</span>'
+    )
     if low is not None and high is not None:
-        ends = [f"{end:{'+' if sign else ''}.{decimals}f}".replace("-", MINUS) for end in (low, high)]
+        ends = [
+            f"{end:{'+' if sign else ''}.{decimals}f}".replace("-", MINUS) for end in (low, high)
+        ]
         inside += f'<span class="range">{ends[0]} to {ends[1]}</span>'
     return inside
 

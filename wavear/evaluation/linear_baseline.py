@@ -1,8 +1,9 @@
 """A linear predictor as a law over codes: what a model has to beat to have learnt more than linear prediction.
 
-It is a `wavear.Linear` of the 32 samples before, which sees what the model sees and no more, and is measured in the
-same bits. Samples and (of mu-law codes) their companded values are tried, with a Laplace and a normal law of what is
-left over; what is likeliest on the recordings it is fitted to is taken.
+It is a `wavear.Linear` of the 32 samples before, which sees what the model sees and no more, and is
+measured in the same bits. Samples and (of mu-law codes) their companded values are tried, with a
+Laplace and a normal law of what is left over; what is likeliest on the recordings it is fitted to
+is taken.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """How far a waveform is from the recording it should be: the measures of copy synthesis, and their definitions.
 
-Both waveforms are one-dimensional, of the same length and sample rate, and aligned: copy synthesis is, so there is no
-warping of time. A measure that a clip does not allow (too short, no voice in it, a package that is not installed)
-raises `NotMeasured`, and says why.
+Both waveforms are one-dimensional, of the same length and sample rate, and aligned: copy synthesis
+is, so there is no warping of time. A measure that a clip does not allow (too short, no voice in it,
+a package that is not installed) raises `NotMeasured`, and says why.
 """
 
 from __future__ import annotations
@@ -19,9 +19,12 @@ from wavear import audio
 from wavear.audio.periods import measure_period
 from wavear.mel.spectrogram import MelConfig, log_mel
 
-# (n_fft, hop, window) in samples: Yamamoto, Song and Kim, "Parallel WaveGAN" (2020), table 1, there at 24 kHz.
+# (n_fft, hop, window) in samples: Yamamoto, Song and Kim, "Parallel WaveGAN" (2020), table 1, there
+# at 24 kHz.
 RESOLUTIONS = ((1024, 120, 600), (2048, 240, 1200), (512, 50, 240))
-_LEAST_POWER = 1e-7  # of a bin before the logarithm, as in the public implementations of that distance
+_LEAST_POWER = (
+    1e-7  # of a bin before the logarithm, as in the public implementations of that distance
+)
 CEPSTRUM_ORDER = 24
 PITCH_RANGE = (65.0, 1000.0)  # Hz
 SILENCE_DB = 40.0  # below the loudest frame of the recording
@@ -62,7 +65,11 @@ MEASURES = {
 }
 
 
-HNR_BANDS = {"hnr_low": (50.0, 1000.0), "hnr_middle": (1000.0, 3000.0), "hnr_high": (3000.0, 8000.0)}  # Hz
+HNR_BANDS = {
+    "hnr_low": (50.0, 1000.0),
+    "hnr_middle": (1000.0, 3000.0),
+    "hnr_high": (3000.0, 8000.0),
+}  # Hz
 NEAR = tuple(name for name, about in MEASURES.items() if about.better == "near")
 """Measures of a recording too: a signal is to come near its value."""
 VOICED = 0.75  # correlation one period apart above which a block counts as voiced
@@ -145,9 +152,10 @@ def stft_distance(reference: np.ndarray, signal: np.ndarray) -> float:
 
         sc = norm(|S| - |S'|) / norm(|S|)        mag = mean(abs(log |S| - log |S'|))
 
-    with S of the recording, Frobenius norms, natural logarithms and Hann windows; powers are at least 1e-7. (Yamamoto,
-    Song and Kim, "Parallel WaveGAN", 2020, https://arxiv.org/abs/1910.11480, equations 5 to 7 and table 1. Sizes are
-    those of the paper, in samples, at any rate.) 0 for equal signals.
+    with S of the recording, Frobenius norms, natural logarithms and Hann windows; powers are at
+    least 1e-7. (Yamamoto, Song and Kim, "Parallel WaveGAN", 2020, https://arxiv.org/abs/1910.11480,
+    equations 5 to 7 and table 1. Sizes are those of the paper, in samples, at any rate.) 0 for
+    equal signals.
 
     Parameters
     ----------
@@ -156,7 +164,8 @@ def stft_distance(reference: np.ndarray, signal: np.ndarray) -> float:
     Raises
     ------
     NotMeasured
-        If there are fewer samples than half of the longest transform, or the recording is nothing but zeros.
+        If there are fewer samples than half of the longest transform, or the recording is nothing
+        but zeros.
 
     Examples
     --------
@@ -167,13 +176,17 @@ def stft_distance(reference: np.ndarray, signal: np.ndarray) -> float:
     pair = _pair(reference, signal)
     longest = max(n_fft for n_fft, _, _ in RESOLUTIONS)
     if pair.shape[1] <= longest // 2:
-        raise NotMeasured(f"{pair.shape[1]} samples are too short: more than {longest // 2} are needed")
+        raise NotMeasured(
+            f"{pair.shape[1]} samples are too short: more than {longest // 2} are needed"
+        )
     if not pair[0].any():
         raise NotMeasured("the recording is silent")
     total = 0.0
     for n_fft, hop, length in RESOLUTIONS:
         window = torch.hann_window(length, dtype=torch.float64)
-        spectrum = torch.stft(torch.from_numpy(pair), n_fft, hop, length, window, return_complex=True)
+        spectrum = torch.stft(
+            torch.from_numpy(pair), n_fft, hop, length, window, return_complex=True
+        )
         power = (spectrum.real.square() + spectrum.imag.square()).clamp(min=_LEAST_POWER)
         true, found = power.sqrt()
         convergence = torch.linalg.norm(true - found) / torch.linalg.norm(true)
@@ -184,8 +197,8 @@ def stft_distance(reference: np.ndarray, signal: np.ndarray) -> float:
 def mel_cepstrum(waveform: np.ndarray, rate: int, order: int = CEPSTRUM_ORDER) -> np.ndarray:
     """Mel-cepstrum c of the log-mel magnitude spectrum L: L[m] = c[0] + sum over n of c[n] cos(pi n (m + 1/2) / M).
 
-    The spectrum has M = 80 bands from 0 to 8 kHz (or half of the rate) on Slaney's scale, from Hann windows of 46 ms
-    (1024 samples at 22.05 kHz) every quarter of that.
+    The spectrum has M = 80 bands from 0 to 8 kHz (or half of the rate) on Slaney's scale, from Hann
+    windows of 46 ms (1024 samples at 22.05 kHz) every quarter of that.
 
     Parameters
     ----------
@@ -201,7 +214,8 @@ def mel_cepstrum(waveform: np.ndarray, rate: int, order: int = CEPSTRUM_ORDER) -
     from scipy.fft import dct
 
     mel = _log_mel(waveform, rate)
-    # scipy's type 2 is 2 sum x[m] cos(pi n (m + 1/2) / M); the series' coefficients are 2 / M of the sum (1 / M for 0).
+    # scipy's type 2 is 2 sum x[m] cos(pi n (m + 1/2) / M); the series' coefficients are 2 / M of
+    # the sum (1 / M for 0).
     cepstrum = np.asarray(dct(mel, type=2, axis=0))[: order + 1] / len(mel)
     cepstrum[0] /= 2
     return cepstrum
@@ -241,7 +255,9 @@ def _periods(waveform: np.ndarray, rate: int) -> tuple[np.ndarray, np.ndarray]:
     """Period in samples and correlation at it, of every block of 2.9 ms; see `wavear.audio.periods`."""
     low, high = _PERIOD_RANGE
     block, window = max(round(_BLOCK_SECONDS * rate), 1), round(_WINDOW_SECONDS * rate)
-    lags, correlation = measure_period(waveform, max(round(rate / high), 2), round(rate / low), block, window)
+    lags, correlation = measure_period(
+        waveform, max(round(rate / high), 2), round(rate / low), block, window
+    )
     if not lags.size:
         raise NotMeasured(f"{waveform.size} samples are too short to have a period")
     return lags, correlation
@@ -271,12 +287,14 @@ def period_error(reference: np.ndarray, signal: np.ndarray, rate: int) -> tuple[
     return float(1200 * np.median(off)), float(100 * (off > math.log2(1 + GROSS)).mean())
 
 
-def harmonic_to_noise_ratio(reference: np.ndarray, signal: np.ndarray, rate: int, band: tuple[float, float]) -> float:
+def harmonic_to_noise_ratio(
+    reference: np.ndarray, signal: np.ndarray, rate: int, band: tuple[float, float]
+) -> float:
     """Return the mean harmonic-to-noise ratio of a band of `signal`, in dB, over the blocks voiced in `reference`.
 
-    With c the largest normalised correlation of the band with itself one lag of 50 to 550 Hz before, the ratio of a
-    block is 10 log10(c / (1 - c)) (Boersma, 1993), c within 0.01 and 0.999. The band is cut out by a Butterworth filter
-    of order 4.
+    With c the largest normalised correlation of the band with itself one lag of 50 to 550 Hz
+    before, the ratio of a block is 10 log10(c / (1 - c)) (Boersma, 1993), c within 0.01 and 0.999.
+    The band is cut out by a Butterworth filter of order 4.
 
     Raises
     ------
@@ -297,14 +315,17 @@ def harmonic_to_noise_ratio(reference: np.ndarray, signal: np.ndarray, rate: int
     return float((10 * np.log10(c / (1 - c))).mean())
 
 
-def mel_cepstral_distortion(reference: np.ndarray, signal: np.ndarray, rate: int, order: int = CEPSTRUM_ORDER) -> float:
+def mel_cepstral_distortion(
+    reference: np.ndarray, signal: np.ndarray, rate: int, order: int = CEPSTRUM_ORDER
+) -> float:
     """Mel-cepstral distortion in dB: the mean over frames of
 
         10 / ln(10) * sqrt(2 * sum over n = 1 .. order of (c[n] - c'[n])**2)
 
-    with `mel_cepstrum` c (Kubichek, "Mel-cepstral distance measure for objective speech quality assessment", 1993). As
-    c are the coefficients of a cosine series, it is the RMS difference in dB of the two smoothed spectra, level apart
-    (c[0] is left out). All frames count, silence too; time is not warped.
+    with `mel_cepstrum` c (Kubichek, "Mel-cepstral distance measure for objective speech quality
+    assessment", 1993). As c are the coefficients of a cosine series, it is the RMS difference in dB
+    of the two smoothed spectra, level apart (c[0] is left out). All frames count, silence too; time
+    is not warped.
 
     Raises
     ------
@@ -321,13 +342,14 @@ def pitch_error(
 ) -> tuple[float, float]:
     """RMSE of the logarithm of the pitch, and the share of frames whose voicing is decided differently.
 
-    Pitch and voicing are those of `librosa.pyin` (Mauch and Dixon, "pYIN", 2014), 65 to 1000 Hz, in frames of at least
-    four periods of the lowest pitch, every quarter of a frame.
+    Pitch and voicing are those of `librosa.pyin` (Mauch and Dixon, "pYIN", 2014), 65 to 1000 Hz, in
+    frames of at least four periods of the lowest pitch, every quarter of a frame.
 
     Returns
     -------
     float
-        Cents (1200 times the logarithm to base 2), over the frames that are voiced in both; NaN without such frames.
+        Cents (1200 times the logarithm to base 2), over the frames that are voiced in both; NaN
+        without such frames.
     float
         Per cent of all frames.
 
@@ -354,7 +376,11 @@ def pitch(waveform: np.ndarray, rate: int) -> np.ndarray:
         raise NotMeasured(f"{waveform.size} samples are too short: {frame} are needed")
     highest = min(PITCH_RANGE[1], rate / 4)
     found, _, _ = librosa.pyin(
-        np.asarray(waveform, np.float64), fmin=PITCH_RANGE[0], fmax=highest, sr=rate, frame_length=frame
+        np.asarray(waveform, np.float64),
+        fmin=PITCH_RANGE[0],
+        fmax=highest,
+        sr=rate,
+        frame_length=frame,
     )
     return found
 
@@ -409,7 +435,9 @@ def pesq(reference: np.ndarray, signal: np.ndarray, rate: int) -> float:
     try:
         import pesq as package
     except ImportError:
-        raise NotMeasured("the package pesq is not installed: pip install 'wavear[evaluate]'") from None
+        raise NotMeasured(
+            "the package pesq is not installed: pip install 'wavear[evaluate]'"
+        ) from None
     if rate < 8000:
         raise NotMeasured(f"{rate} Hz is below the 8000 Hz it needs")
     wanted = 16000 if rate >= 16000 else 8000
@@ -436,7 +464,9 @@ def stoi(reference: np.ndarray, signal: np.ndarray, rate: int) -> float:
     try:
         import pystoi
     except ImportError:
-        raise NotMeasured("the package pystoi is not installed: pip install 'wavear[evaluate]'") from None
+        raise NotMeasured(
+            "the package pystoi is not installed: pip install 'wavear[evaluate]'"
+        ) from None
     x, y = _pair(reference, signal)
     if not x.any():
         raise NotMeasured("the recording is silent")
@@ -454,5 +484,7 @@ def _pair(reference: np.ndarray, signal: np.ndarray) -> np.ndarray:
     """Both, (2, T) float64."""
     x, y = np.asarray(reference, np.float64), np.asarray(signal, np.float64)
     if x.ndim != 1 or x.shape != y.shape:
-        raise ValueError(f"the recording has shape {x.shape} and the signal {y.shape}, expected (T,) of one length")
+        raise ValueError(
+            f"the recording has shape {x.shape} and the signal {y.shape}, expected (T,) of one length"
+        )
     return np.stack([x, y])

@@ -45,7 +45,9 @@ def name_models(evaluations: Sequence[Evaluation], sources: Sequence[str | Path]
     for evaluation, source in zip(evaluations, sources, strict=True):
         path = Path(evaluation.record["checkpoint"]["source"])
         own = path.parent.name if path.name in ("best", "last") else path.name
-        names.append((own or str(source)).encode("utf-8", "backslashreplace").decode("utf-8"))  # it goes into pictures
+        names.append(
+            (own or str(source)).encode("utf-8", "backslashreplace").decode("utf-8")
+        )  # it goes into pictures
     return [n if names.count(n) == 1 else f"{n} ({i + 1})" for i, n in enumerate(names)]
 
 
@@ -76,11 +78,15 @@ def row(name: str, evaluation: Evaluation, model: AutoregressiveModel | None) ->
         "step": described["training"].get("step"),
         "speed": {},
         "state_bytes": None,
-        "measures": {n: record["measures"][n]["model"] for n in _QUALITY if n in record["measures"]},
+        "measures": {
+            n: record["measures"][n]["model"] for n in _QUALITY if n in record["measures"]
+        },
     }
     if model is not None:
         state = model.export_state(model.init_state(1))
-        found["state_bytes"] = sum(tensor.numel() * tensor.element_size() for tensor in state.values())
+        found["state_bytes"] = sum(
+            tensor.numel() * tensor.element_size() for tensor in state.values()
+        )
         found["speed"] = {engine: speed(model, engine) for engine in _engines(model)}
     return found
 
@@ -128,12 +134,14 @@ class Beginning:
 def find_beginning(data: str | Path, rate: int, hops: Sequence[int]) -> Beginning | str:
     """The loudest two seconds, and of these the first half second; or why there is none.
 
-    Of the first recording of two seconds or more, or else of the longest; of those that can be read.
+    Of the first recording of two seconds or more, or else of the longest; of those that can be
+    read.
 
     Parameters
     ----------
     hops : sequence of int
-        Samples per mel frame of the models with mels: the stretch is a whole number of frames of each.
+        Samples per mel frame of the models with mels: the stretch is a whole number of frames of
+        each.
     """
     wanted, unit = round((_PRIME_SECONDS + _STRIP_SECONDS) * rate), math.lcm(*hops)
     if unit > wanted:
@@ -157,7 +165,11 @@ def find_beginning(data: str | Path, rate: int, hops: Sequence[int]) -> Beginnin
 
 
 def strip(
-    names: Sequence[str], models: Sequence[AutoregressiveModel], beginning: Beginning, out: Path, config: EvaluateConfig
+    names: Sequence[str],
+    models: Sequence[AutoregressiveModel],
+    beginning: Beginning,
+    out: Path,
+    config: EvaluateConfig,
 ) -> dict[str, Any]:
     """What each model makes of the same beginning: WAV files of the recording and of each.
 
@@ -191,9 +203,17 @@ def lines(record: dict[str, Any]) -> list[str]:
         common = entry["common_bits"]
         bits = f"{entry['bits']['mean']:.3f} bits ({entry['grid']})"
         bits += "" if common is None else f", {common['mean']:.3f} on 16-bit samples"
-        bits += "" if (mulaw := entry["mulaw_bits"]) is None else f", {mulaw['mean']:.3f} on 256 mu-law codes"
-        speeds = ", ".join(f"{value:,.0f} samples/s {engine}" for engine, value in entry["speed"].items())
-        found.append(f"{entry['name']}: {bits}, {entry['parameters']:,} parameters, {speeds or 'speed not measured'}")
+        bits += (
+            ""
+            if (mulaw := entry["mulaw_bits"]) is None
+            else f", {mulaw['mean']:.3f} on 256 mu-law codes"
+        )
+        speeds = ", ".join(
+            f"{value:,.0f} samples/s {engine}" for engine, value in entry["speed"].items()
+        )
+        found.append(
+            f"{entry['name']}: {bits}, {entry['parameters']:,} parameters, {speeds or 'speed not measured'}"
+        )
     return found
 
 
@@ -217,7 +237,11 @@ def page(record: dict[str, Any], out: Path) -> str:
 def _bits(models: Sequence[dict[str, Any]]) -> str:
     """A column for each grid, so that bits of different quantisation never stand in one, and one that all share."""
     grids = list(dict.fromkeys(entry["grid"] for entry in models))
-    head = ["<th>Model</th>", "<th>Family, law</th>", *(f'<th class="n">{text(grid)}</th>' for grid in grids)]
+    head = [
+        "<th>Model</th>",
+        "<th>Family, law</th>",
+        *(f'<th class="n">{text(grid)}</th>' for grid in grids),
+    ]
     extra = {
         name: title
         for name, (grid, title) in _SHARED.items()
@@ -226,8 +250,12 @@ def _bits(models: Sequence[dict[str, Any]]) -> str:
     head += [f'<th class="n model">{title}</th>' for title in extra.values()]
     rows = []
     for entry in models:
-        inside = cell(text(entry["name"]), tag="th") + cell(f"{text(entry['family'])}, {text(entry['law'])}")
-        inside += "".join(cell(interval(entry["bits"], 3) if grid == entry["grid"] else "", "n") for grid in grids)
+        inside = cell(text(entry["name"]), tag="th") + cell(
+            f"{text(entry['family'])}, {text(entry['law'])}"
+        )
+        inside += "".join(
+            cell(interval(entry["bits"], 3) if grid == entry["grid"] else "", "n") for grid in grids
+        )
         inside += "".join(cell(interval(entry[name], 3), "n model") for name in extra)
         rows.append(f"<tr>{inside}</tr>")
     says = (
@@ -244,7 +272,13 @@ def _cost(models: Sequence[dict[str, Any]]) -> str:
     head = ["<th>Model</th>"]
     head += [
         f'<th class="n">{title}</th>'
-        for title in ("parameters", "multiply-adds a sample", "weights read a sample", "past seen, samples", "state")
+        for title in (
+            "parameters",
+            "multiply-adds a sample",
+            "weights read a sample",
+            "past seen, samples",
+            "state",
+        )
     ]
     head += [f'<th class="n">samples/s, {engine}</th>' for engine in engines]
     rows = []
@@ -254,12 +288,18 @@ def _cost(models: Sequence[dict[str, Any]]) -> str:
             f"{entry['parameters']:,}",
             "" if entry["multiply_adds"] is None else f"{entry['multiply_adds']:,}",
             "" if entry["weight_bytes"] is None else f"{entry['weight_bytes'] / 1024:,.0f} KiB",
-            "unbounded" if field is None else f"{field:,}<span class='range'>{1000 * field / rate:,.1f} ms</span>",
+            "unbounded"
+            if field is None
+            else f"{field:,}<span class='range'>{1000 * field / rate:,.1f} ms</span>",
             "" if entry["state_bytes"] is None else f"{entry['state_bytes'] / 1024:,.0f} KiB",
         ]
         for engine in engines:
             value = entry["speed"].get(engine)
-            pace = "" if value is None else f"<span class='range'>{value / rate:.2f} x real time</span>"
+            pace = (
+                ""
+                if value is None
+                else f"<span class='range'>{value / rate:.2f} x real time</span>"
+            )
             cells.append("" if value is None else f"{value:,.0f}{pace}")
         inside = "".join(cell(inside, "n") for inside in cells)
         rows.append(f"<tr>{cell(text(entry['name']), tag='th')}{inside}</tr>")
@@ -275,7 +315,9 @@ def _quality(models: Sequence[dict[str, Any]]) -> str:
         head.append(f'<th class="n">{MEASURES[name].title}{unit}</th>')
     rows = []
     for entry in models:
-        values = (cell(interval(entry["measures"].get(n), MEASURES[n].decimals), "n") for n in names)
+        values = (
+            cell(interval(entry["measures"].get(n), MEASURES[n].decimals), "n") for n in names
+        )
         rows.append(f"<tr>{cell(text(entry['name']), tag='th')}{''.join(values)}</tr>")
     return table(head, rows)
 
@@ -288,7 +330,9 @@ def _strip(found: dict[str, Any], out: Path) -> str:
         waveform, rate = soundfile.read(out / path, dtype="float32")
         png, top = spectrogram(waveform, rate, top)
         image = picture(png, f"spectrogram: {name}")
-        figures.append(f"<figure>{image}<figcaption>{text(name)}</figcaption>{sound(out / path)}</figure>")
+        figures.append(
+            f"<figure>{image}<figcaption>{text(name)}</figcaption>{sound(out / path)}</figure>"
+        )
     says = (
         f"{text(found['recording'])}: the first {number(found['prime_seconds'], 2)} s are given, what follows is each"
         " model's own."
@@ -302,7 +346,8 @@ def check_same_clips(names: Sequence[str], evaluations: Sequence[Evaluation]) ->
     Raises
     ------
     ValueError
-        If two have no clip in common, or a clip of one name that is not the same audio though it was treated alike.
+        If two have no clip in common, or a clip of one name that is not the same audio though it
+        was treated alike.
     """
     notes: list[str] = []
     if not evaluations:
@@ -318,7 +363,9 @@ def check_same_clips(names: Sequence[str], evaluations: Sequence[Evaluation]) ->
                 " evaluate them on the same"
             )
         told = ("samples", "digest") if kinds[n] == kinds[0] else ("samples",)
-        differ = [clip for clip in shared if any(own[clip][key] != clips[0][clip][key] for key in told)]
+        differ = [
+            clip for clip in shared if any(own[clip][key] != clips[0][clip][key] for key in told)
+        ]
         if not differ and treated[n] == treated[0]:
             continue
         if not treated[n] and not treated[0]:
@@ -355,20 +402,28 @@ def side_by_side(
     """
     rates = {evaluation.record["checkpoint"]["config"]["sample_rate"] for evaluation in evaluations}
     if len(rates) > 1:
-        raise ValueError(f"the models are of {' and '.join(map(str, sorted(rates)))} Hz: their bits cannot be compared")
+        raise ValueError(
+            f"the models are of {' and '.join(map(str, sorted(rates)))} Hz: their bits cannot be compared"
+        )
     names, models = name_models(evaluations, sources), []
     notes = check_same_clips(names, evaluations)
     for name, evaluation in zip(names, evaluations, strict=True):
         source = evaluation.record["checkpoint"]["source"]
         try:
-            if source not in map(str, sources) and not Path(source).is_dir():  # the record's word, not the user's
+            if (
+                source not in map(str, sources) and not Path(source).is_dir()
+            ):  # the record's word, not the user's
                 raise FileNotFoundError(f"{source}: no such directory")
             models.append(checkpoint.load(source))
         except (FileNotFoundError, ValueError) as error:
-            notes.append(f"{name}: its checkpoint is not to be had ({error}), so its speed is not measured")
+            notes.append(
+                f"{name}: its checkpoint is not to be had ({error}), so its speed is not measured"
+            )
             models.append(None)
         if count := sum(clip["trained_on"] for clip in evaluation.record["clips"]):
-            notes.append(f"{name}: {count} of {len(evaluation.record['clips'])} clips were trained on")
+            notes.append(
+                f"{name}: {count} of {len(evaluation.record['clips'])} clips were trained on"
+            )
     rows = []
     for name, evaluation, model in zip(names, evaluations, models, strict=True):
         say(f"measuring the speed of {name}")
@@ -379,7 +434,9 @@ def side_by_side(
         notes.append(f"nothing was made after the same beginning: {beginning}")
     elif here and beginning is not None:
         say(f"making what follows the same beginning, {beginning.name}")
-        made = strip([name for name, _ in here], [model for _, model in here], beginning, out, config)
+        made = strip(
+            [name for name, _ in here], [model for _, model in here], beginning, out, config
+        )
     data = evaluations[0].record["data"]
     said = f"{data['source']}: {data['clips']} clips, {data['seconds'] / 60:.1f} minutes at {data['sample_rate']} Hz"
     return {"data": said, "models": rows, "strip": made, "notes": notes}

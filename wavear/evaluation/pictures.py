@@ -26,7 +26,8 @@ def spectrogram(waveform: np.ndarray, rate: int, top: float | None = None) -> tu
     rate : int
         Hz.
     top : float, optional
-        dB that the brightest colour stands for; by default the loudest there is. Pictures with one top can be compared.
+        dB that the brightest colour stands for; by default the loudest there is. Pictures with one
+        top can be compared.
 
     Returns
     -------
@@ -37,12 +38,24 @@ def spectrogram(waveform: np.ndarray, rate: int, top: float | None = None) -> tu
     x = torch.from_numpy(np.ascontiguousarray(waveform, np.float32))
     x = torch.nn.functional.pad(x, (0, max(n_fft - x.numel(), 0)))
     hop = max(n_fft // 4, x.numel() // 1500)  # no more columns than a screen has
-    spectrum = torch.stft(x, n_fft, hop, window=torch.hann_window(n_fft), return_complex=True).abs().numpy()
+    spectrum = (
+        torch.stft(x, n_fft, hop, window=torch.hann_window(n_fft), return_complex=True)
+        .abs()
+        .numpy()
+    )
     decibels = 20 * np.log10(np.maximum(spectrum, 1e-7))
     top = float(decibels.max()) if top is None else top
     figure, axes = _figure(5.4, 2.15)
     extent = (0, x.numel() / rate, 0, rate / 2000)
-    axes.imshow(decibels, origin="lower", aspect="auto", extent=extent, vmin=top - _DEPTH, vmax=top, cmap="magma")
+    axes.imshow(
+        decibels,
+        origin="lower",
+        aspect="auto",
+        extent=extent,
+        vmin=top - _DEPTH,
+        vmax=top,
+        cmap="magma",
+    )
     axes.set_xlabel("s")
     axes.set_ylabel("kHz")
     for spine in axes.spines.values():
@@ -70,10 +83,20 @@ def curves(checkpoint: str | Path) -> bytes | None:
         if len(bits) > 20:
             width = max(len(bits) // 40, 2)
             smooth = np.convolve(bits, np.ones(width) / width, mode="valid")
-            axes.plot(steps[width - 1 :], smooth, color=_MUTED, linewidth=1.6, label="its running mean")
+            axes.plot(
+                steps[width - 1 :], smooth, color=_MUTED, linewidth=1.6, label="its running mean"
+            )
     if held_out:
         steps, bits = np.array(held_out).T
-        axes.plot(steps, bits, color=_MODEL, linewidth=1.8, marker="o", markersize=3.5, label="held out, whole files")
+        axes.plot(
+            steps,
+            bits,
+            color=_MODEL,
+            linewidth=1.8,
+            marker="o",
+            markersize=3.5,
+            label="held out, whole files",
+        )
     every = [bits for _, bits in [*training, *held_out]]
     low, high = min(every), float(np.quantile(every, 0.95))
     if high > low:
@@ -144,7 +167,11 @@ def costs(models: Sequence[dict[str, Any]]) -> bytes | None:
     sides = figure.subplots(1, 2, sharey=True)
     for axes, title, values in (
         (sides[0], "multiply-adds per sample", [m["multiply_adds"] for m in shown]),
-        (sides[1], "samples per second, one core", [max(m["speed"].values(), default=None) for m in shown]),
+        (
+            sides[1],
+            "samples per second, one core",
+            [max(m["speed"].values(), default=None) for m in shown],
+        ),
     ):
         for model, x in zip(shown, values, strict=True):
             if x is None:
@@ -153,7 +180,14 @@ def costs(models: Sequence[dict[str, Any]]) -> bytes | None:
             axes.plot(x, bits["mean"], "o", color=_MODEL, markersize=5)
             if bits["low"] is not None:
                 axes.plot([x, x], [bits["low"], bits["high"]], color=_MODEL, linewidth=1)
-            axes.annotate(model["name"], (x, bits["mean"]), (6, 4), textcoords="offset points", fontsize=8, color=_INK)
+            axes.annotate(
+                model["name"],
+                (x, bits["mean"]),
+                (6, 4),
+                textcoords="offset points",
+                fontsize=8,
+                color=_INK,
+            )
         axes.set_xscale("log")
         axes.margins(x=0.25, y=0.15)
         axes.set_xlabel(title, fontsize=8, color=_INK)

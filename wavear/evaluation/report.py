@@ -9,7 +9,18 @@ import numpy as np
 import soundfile
 
 from wavear.audio.grid import COMMON_GRIDS
-from wavear.evaluation.html import MINUS, bar, cell, document, interval, number, picture, sound, table, text
+from wavear.evaluation.html import (
+    MINUS,
+    bar,
+    cell,
+    document,
+    interval,
+    number,
+    picture,
+    sound,
+    table,
+    text,
+)
 from wavear.evaluation.metrics import MEASURES, NEAR
 from wavear.evaluation.pictures import spectrogram
 from wavear.evaluation.run import SYSTEMS
@@ -23,7 +34,11 @@ _LAWS = {
     "unigram": ("Unigram", "how often each code occurs"),
     "uniform": ("Uniform", "every code alike: log2 of their number"),
 }
-_BETTER = {"lower": "lower is better", "higher": "higher is better", "near": "best where the recordings' is"}
+_BETTER = {
+    "lower": "lower is better",
+    "higher": "higher is better",
+    "near": "best where the recordings' is",
+}
 _DOMAINS = {"linear": "samples as they are", "companded": "companded samples"}
 _KINDS = {"original": "", "mulaw": "bound", "model": "model", "griffin_lim": "bound"}
 DEFINITIONS = {
@@ -71,7 +86,10 @@ def page(record: dict[str, Any], folder: Path, curves: bytes | None) -> str:
         _clips(record),
     ]
     if curves is not None:
-        parts += ["<h2>Training</h2>", f"<figure>{picture(curves, 'bits per sample over training steps')}</figure>"]
+        parts += [
+            "<h2>Training</h2>",
+            f"<figure>{picture(curves, 'bits per sample over training steps')}</figure>",
+        ]
     parts.append(_made(record))
     return document(f"wavear evaluation: {source}", "\n".join(part for part in parts if part))
 
@@ -101,7 +119,9 @@ def _cards(record: dict[str, Any]) -> str:
                 f"{label} {found[system]['mean']:.{about.decimals}f}"
                 for system, label in (("mulaw", "round trip"), ("griffin_lim", "Griffin-Lim"))
             )
-            cards.append((about.title, f"{found['model']['mean']:.{about.decimals}f}", about.unit, bounds))
+            cards.append(
+                (about.title, f"{found['model']['mean']:.{about.decimals}f}", about.unit, bounds)
+            )
     return (
         '<div class="cards">'
         + "".join(
@@ -121,7 +141,9 @@ def _bits(record: dict[str, Any]) -> str:
     for law, (title, about) in _LAWS.items():
         if law in found:
             row = cell(f"{title}<span class='better'>{about}</span>", tag="th")
-            row += cell(bar(found[law]["mean"] / widest), "wide") + cell(interval(found[law], 3), "n")
+            row += cell(bar(found[law]["mean"] / widest), "wide") + cell(
+                interval(found[law], 3), "n"
+            )
             rows.append(f'<tr class="{"model" if law == "model" else ""}">{row}</tr>')
     fitted = record["baselines"]
     linear = fitted.get("linear")
@@ -148,26 +170,47 @@ def _grid(record: dict[str, Any]) -> str:
 
 def _common(record: dict[str, Any]) -> str:
     found = {
-        "16-bit samples": record.get("common_bits") if _grid(record) != str(COMMON_GRIDS["linear"]) else None,
-        "256 mu-law codes": record.get("mulaw_bits") if _grid(record) != str(COMMON_GRIDS["mulaw"]) else None,
+        "16-bit samples": record.get("common_bits")
+        if _grid(record) != str(COMMON_GRIDS["linear"])
+        else None,
+        "256 mu-law codes": record.get("mulaw_bits")
+        if _grid(record) != str(COMMON_GRIDS["mulaw"])
+        else None,
     }
-    known = [f"{number(bits['mean'], 3)} on {name}" for name, bits in found.items() if bits is not None]
-    return f" Where models of any quantisation compare, the model needs {' and '.join(known)}." if known else ""
+    known = [
+        f"{number(bits['mean'], 3)} on {name}" for name, bits in found.items() if bits is not None
+    ]
+    return (
+        f" Where models of any quantisation compare, the model needs {' and '.join(known)}."
+        if known
+        else ""
+    )
 
 
 def _by_level(record: dict[str, Any]) -> str:
     levels = [entry for entry in record["by_level"] if entry["samples"]]
     if len(levels) < 2:
         return ""
-    total, widest = sum(entry["samples"] for entry in levels), max(entry["bits"] for entry in levels)
+    total, widest = (
+        sum(entry["samples"] for entry in levels),
+        max(entry["bits"] for entry in levels),
+    )
     rows = []
     for entry in levels:
         row = cell(_range(entry["from"], entry["to"]), "line", "th")
-        row += cell(bar(entry["bits"] / widest, "model"), "wide") + cell(number(entry["bits"], 3), "n")
+        row += cell(bar(entry["bits"] / widest, "model"), "wide") + cell(
+            number(entry["bits"], 3), "n"
+        )
         rows.append(f"<tr>{row}{cell(number(100 * entry['samples'] / total, 1), 'n')}</tr>")
-    head = ["<th>Level, dBFS</th>", "<th></th>", '<th class="n">bits</th>', '<th class="n">% of samples</th>']
-    return "<h3>By loudness</h3><p class='soft'>RMS of the 20 ms around a sample; the model's bits.</p>" + table(
-        head, rows
+    head = [
+        "<th>Level, dBFS</th>",
+        "<th></th>",
+        '<th class="n">bits</th>',
+        '<th class="n">% of samples</th>',
+    ]
+    return (
+        "<h3>By loudness</h3><p class='soft'>RMS of the 20 ms around a sample; the model's bits.</p>"
+        + table(head, rows)
     )
 
 
@@ -182,7 +225,9 @@ def _by_speaker(record: dict[str, Any]) -> str:
         return ""
     laws = [law for law in _LAWS if law in record["bits"]]
     head = ["<th>Speaker</th>", '<th class="n">minutes</th>']
-    head += [f'<th class="n {"model" if law == "model" else ""}">{_LAWS[law][0]}</th>' for law in laws]
+    head += [
+        f'<th class="n {"model" if law == "model" else ""}">{_LAWS[law][0]}</th>' for law in laws
+    ]
     rows = []
     for name, entry in record["by_speaker"].items():
         row = cell(text(name), tag="th")
@@ -220,7 +265,11 @@ def _copy_synthesis(record: dict[str, Any]) -> str:
         '<th class="n hide">clips</th>',
     ]
     missing = [about.title for name, about in MEASURES.items() if name not in measures]
-    left = f" Not measured: {', '.join(missing)} (see the clips in evaluation.json for the reasons)." if missing else ""
+    left = (
+        f" Not measured: {', '.join(missing)} (see the clips in evaluation.json for the reasons)."
+        if missing
+        else ""
+    )
     speed = made["audio_seconds"] / made["seconds"] if made["seconds"] else 0
     says = (
         f"{made['clips']} clips, {made['audio_seconds']:.0f} s of audio from their own mels at temperature"
@@ -242,7 +291,11 @@ def _listen(record: dict[str, Any], folder: Path) -> str:
             if budget >= 0:
                 parts.append(f'<div class="player model">seed {entry["seed"]}{who}{player}</div>')
         parts.append("</div>")
-    ranked = [row for row in record["clips"] if "stft_distance" in row.get("measures", {}).get("model", {})]
+    ranked = [
+        row
+        for row in record["clips"]
+        if "stft_distance" in row.get("measures", {}).get("model", {})
+    ]
     ranked.sort(key=lambda row: row["measures"]["model"]["stft_distance"])
     count = min(record["settings"]["shown"], len(ranked))
     if not count:
@@ -260,7 +313,13 @@ def _listen(record: dict[str, Any], folder: Path) -> str:
             for name, about in MEASURES.items()
             if name in measured and name != "voicing_error"
         ]
-        rank = "best" if place == 0 else "worst" if place == len(ranked) - 1 else f"{place + 1} of {len(ranked)}"
+        rank = (
+            "best"
+            if place == 0
+            else "worst"
+            if place == len(ranked) - 1
+            else f"{place + 1} of {len(ranked)}"
+        )
         parts.append(
             f'<section class="clip"><h3>{text(row["name"])} <span class="soft">\N{MIDDLE DOT} {rank}</span></h3>'
         )
@@ -275,7 +334,9 @@ def _listen(record: dict[str, Any], folder: Path) -> str:
             ]
             parts.append("</div>")
         else:
-            parts.append(f'<p class="small soft">Too large for this page: {text(row["audio"]["model"])} beside it.</p>')
+            parts.append(
+                f'<p class="small soft">Too large for this page: {text(row["audio"]["model"])} beside it.</p>'
+            )
         parts.append(_pair(row, folder) + "</section>")
     return "\n".join(parts)
 
@@ -304,7 +365,9 @@ def _clips(record: dict[str, Any]) -> str:
         row += cell(number(clip["bits"]["model"], 3), "n")
         measured = clip.get("measures", {}).get("model", {})
         if "measures" in clip:
-            row += "".join(cell(number(measured.get(name), MEASURES[name].decimals), "n") for name in names)
+            row += "".join(
+                cell(number(measured.get(name), MEASURES[name].decimals), "n") for name in names
+            )
         else:
             row += "<td></td>" * len(names)
         rows.append(f"<tr>{row}</tr>")
@@ -316,8 +379,12 @@ def _clips(record: dict[str, Any]) -> str:
 
 def _made(record: dict[str, Any]) -> str:
     """How to make it again, and what the words mean."""
-    settings = ", ".join(f"{name} {value}" for name, value in record["settings"].items() if value is not None)
-    terms = "".join(f"<dt>{text(term)}</dt><dd>{text(meaning)}</dd>" for term, meaning in DEFINITIONS.items())
+    settings = ", ".join(
+        f"{name} {value}" for name, value in record["settings"].items() if value is not None
+    )
+    terms = "".join(
+        f"<dt>{text(term)}</dt><dd>{text(meaning)}</dd>" for term, meaning in DEFINITIONS.items()
+    )
     return (
         f"<h2>How it was made</h2><pre>{text(record['command'])}</pre>"
         f'<p class="small soft">{text(record["machine"])}<br>{text(settings)}</p>'

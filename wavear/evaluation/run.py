@@ -86,8 +86,12 @@ def measure_everything(
     for name, why in clips.failed.items():
         complain(f"{name}: {why}")
     if not good:
-        raise ValueError(f"{data}: none of the clips can be used; the first: {next(iter(clips.failed.values()))}")
-    fitting = fitting_data(good, rate, least, trained, prepared, config.train_data, config.baseline_seconds)
+        raise ValueError(
+            f"{data}: none of the clips can be used; the first: {next(iter(clips.failed.values()))}"
+        )
+    fitting = fitting_data(
+        good, rate, least, trained, prepared, config.train_data, config.baseline_seconds
+    )
     notes = list(clips.notes)
     if fitting.note is not None:
         notes.append(fitting.note)
@@ -96,14 +100,25 @@ def measure_everything(
             f"{len(fitting.trained_on)} of {len(good)} clips were trained on: what is said of them is not held-out"
         )
     if emphasis := coefficient(model.config):
-        notes.append(f"bits are of pre-emphasised codes (x[t] - {emphasis:g} x[t-1]), not those of plain ones")
-    fitted = Baselines.fit(fitting.recordings, layout_of(model, 1), model.grid) if fitting.recordings else None
-    notes += [f"the baselines pass over {name}: {why}" for name, why in (fitted.failed if fitted else {}).items()]
+        notes.append(
+            f"bits are of pre-emphasised codes (x[t] - {emphasis:g} x[t-1]), not those of plain ones"
+        )
+    fitted = (
+        Baselines.fit(fitting.recordings, layout_of(model, 1), model.grid)
+        if fitting.recordings
+        else None
+    )
+    notes += [
+        f"the baselines pass over {name}: {why}"
+        for name, why in (fitted.failed if fitted else {}).items()
+    ]
     for note in notes:
         say(note)
     begin()
     seconds = sum(clip.frames for clip in good) / rate
-    say(f"scoring {len(good)} clips, {seconds / 60:.1f} minutes; baselines fitted to {fitting.says}")
+    say(
+        f"scoring {len(good)} clips, {seconds / 60:.1f} minutes; baselines fitted to {fitting.says}"
+    )
     scores: dict[int, Scores] = {}
     for n, clip in enumerate(_bar(good, progress, "scoring")):
         try:
@@ -112,10 +127,14 @@ def measure_everything(
             clips.failed[clip.name] = reason(error, clip)
             complain(f"{clip.name}: {clips.failed[clip.name]}")
     if not scores:
-        raise ValueError(f"{data}: none of the clips can be read; the first: {next(iter(clips.failed.values()))}")
+        raise ValueError(
+            f"{data}: none of the clips can be read; the first: {next(iter(clips.failed.values()))}"
+        )
     linear = _add_baselines(model, good, scores, fitted, config.baseline_seconds)
     if linear is None:
-        notes.append("with one clip and no training data there is nothing to fit baselines to: pass --train-data")
+        notes.append(
+            "with one clip and no training data there is nothing to fit baselines to: pass --train-data"
+        )
     rows = {n: _clip(good[n], scores[n], good[n].name in fitting.trained_on) for n in scores}
     record: dict[str, Any] = {
         "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
@@ -134,7 +153,10 @@ def measure_everything(
         "data": {"source": str(data), "clips": len(rows), "seconds": seconds, "sample_rate": rate}
         | {"treated": prepared.words},
         "settings": _settings(config, engine),
-        "baselines": {"fitted_to": fitting.says, "seconds": fitted.counts.single.sum().item() / rate if fitted else 0.0}
+        "baselines": {
+            "fitted_to": fitting.says,
+            "seconds": fitted.counts.single.sum().item() / rate if fitted else 0.0,
+        }
         | (linear or {}),
         "bits": _bits(list(rows.values()), config),
         "common_bits": _common_bits(list(rows.values()), "common_bits", config),
@@ -149,7 +171,9 @@ def measure_everything(
         record["free"] = _free(model, out, config, engine, say) if config.clips else []
     else:
         chosen = _spread(sorted(scores), config.clips)
-        record["generation"] = _copy(model, good, rows, speakers, chosen, out, config, progress, say)
+        record["generation"] = _copy(
+            model, good, rows, speakers, chosen, out, config, progress, say
+        )
     record["measures"] = _measures(list(rows.values()), config)
     return record | {"clips": list(rows.values()), "failed": clips.failed, "notes": notes}
 
@@ -168,7 +192,9 @@ def _speaker_numbers(
         return [None] * len(clips)
     if given is not None:
         if not 0 <= given < model.config.speakers:
-            raise ValueError(f"speaker is {given}, the model knows 0 to {model.config.speakers - 1}")
+            raise ValueError(
+                f"speaker is {given}, the model knows 0 to {model.config.speakers - 1}"
+            )
         return [given] * len(clips)
     names = described.get("training", {}).get("speakers", [])
     found: list[int | None] = []
@@ -232,7 +258,10 @@ def _clip(recording: Recording, score: Scores, trained_on: bool) -> dict[str, An
         "bits": {law: score.bits[law] / score.samples for law in LAWS if law in score.bits},
         "common_bits": score.common["linear"] / score.samples if "linear" in score.common else None,
         "mulaw_bits": score.common["mulaw"] / score.samples if "mulaw" in score.common else None,
-        "by_level": [[int(n), float(bits)] for n, bits in zip(score.level_samples, score.level_bits, strict=True)],
+        "by_level": [
+            [int(n), float(bits)]
+            for n, bits in zip(score.level_samples, score.level_bits, strict=True)
+        ],
     }
 
 
@@ -250,7 +279,9 @@ def _copy(
     """Synthesize clips from their mels, measure them and the bounds, and add what comes out to `rows`."""
     rate, mel_config = model.config.sample_rate, model.config.mel
     hop, emphasis = mel_config.hop_length, coefficient(model.config)
-    spans = {n: min(clips[n].frames, max(round(config.seconds * rate), hop)) // hop * hop for n in chosen}
+    spans = {
+        n: min(clips[n].frames, max(round(config.seconds * rate), hop)) // hop * hop for n in chosen
+    }
     taken = 0.0
     for batch in _bar(list(_batches(spans)), progress, "synthesizing"):
         originals = [read_span(clips[n], rate, 0, spans[n]) for n in batch]
@@ -321,12 +352,17 @@ def _measure(systems: dict[str, np.ndarray], rate: int) -> tuple[dict[str, Any],
     return values, missing
 
 
-def _free(model: AutoregressiveModel, out: Path, config: EvaluateConfig, engine: str, say: Say) -> list[dict[str, Any]]:
+def _free(
+    model: AutoregressiveModel, out: Path, config: EvaluateConfig, engine: str, say: Say
+) -> list[dict[str, Any]]:
     """Samples of a model that follows no recording."""
     rate, count = model.config.sample_rate, min(config.clips, _FREE)
     speakers = None
     if model.config.speakers:
-        speakers = [k % model.config.speakers if config.speaker is None else config.speaker for k in range(count)]
+        speakers = [
+            k % model.config.speakers if config.speaker is None else config.speaker
+            for k in range(count)
+        ]
     began, seeds = time.perf_counter(), [config.seed + k for k in range(count)]
     waveforms = generate(
         model,
@@ -339,11 +375,19 @@ def _free(model: AutoregressiveModel, out: Path, config: EvaluateConfig, engine:
         threads=config.threads,
     )
     name = name_of_engine(engine, config.weights)
-    say(f"made {count} free samples of {config.seconds:g} s in {time.perf_counter() - began:.1f} s, engine {name}")
+    say(
+        f"made {count} free samples of {config.seconds:g} s in {time.perf_counter() - began:.1f} s, engine {name}"
+    )
     made = []
     for k, (seed, waveform) in enumerate(zip(seeds, waveforms, strict=True)):
         audio.write(out / "audio" / f"free-{k}.wav", waveform, rate)
-        made.append({"audio": f"audio/free-{k}.wav", "seed": seed, "speaker": speakers[k] if speakers else None})
+        made.append(
+            {
+                "audio": f"audio/free-{k}.wav",
+                "seed": seed,
+                "speaker": speakers[k] if speakers else None,
+            }
+        )
     return made
 
 
@@ -359,7 +403,9 @@ def _bits(rows: list[dict[str, Any]], config: EvaluateConfig) -> dict[str, Any]:
     return found
 
 
-def _common_bits(rows: list[dict[str, Any]], name: str, config: EvaluateConfig) -> dict[str, Any] | None:
+def _common_bits(
+    rows: list[dict[str, Any]], name: str, config: EvaluateConfig
+) -> dict[str, Any] | None:
     """Bits per sample of the model on one of `COMMON_GRIDS`, over all samples."""
     if any(row[name] is None for row in rows):
         return None
@@ -391,12 +437,16 @@ def _measures(rows: list[dict[str, Any]], config: EvaluateConfig) -> dict[str, A
     rows = [row for row in rows if "measures" in row]
     found: dict[str, Any] = {}
     for name in MEASURES:
-        systems = SYSTEMS if name in NEAR else [system for system in SYSTEMS if system != "original"]
+        systems = (
+            SYSTEMS if name in NEAR else [system for system in SYSTEMS if system != "original"]
+        )
         kept = [row for row in rows if all(name in row["measures"][system] for system in systems)]
         if kept:
             found[name] = {
                 system: bootstrap(
-                    [row["measures"][system][name] for row in kept], resamples=config.resamples, seed=config.seed
+                    [row["measures"][system][name] for row in kept],
+                    resamples=config.resamples,
+                    seed=config.seed,
                 ).to_dict()
                 for system in systems
             }
@@ -404,9 +454,9 @@ def _measures(rows: list[dict[str, Any]], config: EvaluateConfig) -> dict[str, A
 
 
 def _settings(config: EvaluateConfig, engine: str) -> dict[str, Any]:
-    return {name: value for name, value in dataclasses.asdict(config).items() if name != "overwrite"} | {
-        "engine": engine
-    }
+    return {
+        name: value for name, value in dataclasses.asdict(config).items() if name != "overwrite"
+    } | {"engine": engine}
 
 
 def _spread(numbers: list[int], count: int) -> list[int]:

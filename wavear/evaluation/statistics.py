@@ -34,8 +34,9 @@ def bootstrap(
 ) -> Interval:
     """Mean over clips with its percentile interval: clips are drawn with replacement, as many as there are.
 
-    (Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13.) It says how the mean would vary with
-    other clips of the kind; not with another seed of the generation or of the training.
+    (Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13.) It says how the mean
+    would vary with other clips of the kind; not with another seed of the generation or of the
+    training.
 
     Parameters
     ----------

@@ -10,14 +10,18 @@ from torch import Tensor
 from wavear.models.base import AutoregressiveModel
 from wavear.models.frames import joined, stacked
 
-# Samples that a block covers, as nearly as whole frames allow. A block is known once all its frames and the look-ahead
-# are: fewer samples would save a stream less than 6 ms of latency, and cost a call of the model more often.
+# Samples that a block covers, as nearly as whole frames allow. A block is known once all its frames
+# and the look-ahead are: fewer samples would save a stream less than 6 ms of latency, and cost a
+# call of the model more often.
 _BLOCK = 128
-# Windows that a device conditions at once, always so many: a card that gets one at a time waits for its orders.
+# Windows that a device conditions at once, always so many: a card that gets one at a time waits for
+# its orders.
 _TOGETHER = {"cuda": 64}
 
 
-def _condition(model: AutoregressiveModel, windows: list[Tensor], speakers: list[Tensor | None]) -> list[Any]:
+def _condition(
+    model: AutoregressiveModel, windows: list[Tensor], speakers: list[Tensor | None]
+) -> list[Any]:
     """(1, C, n) of each window (1, M, frames) of as many frames, in batches of one size."""
     size = _TOGETHER.get(windows[0].device.type, 1) if windows else 1
     found: list[Any] = []
@@ -25,7 +29,9 @@ def _condition(model: AutoregressiveModel, windows: list[Tensor], speakers: list
         chosen = [min(at + i, len(windows) - 1) for i in range(size)]  # the last one fills up
         voices = [speaker for i in chosen if (speaker := speakers[i]) is not None]
         rows = model.condition(
-            torch.cat([windows[i] for i in chosen]), torch.cat(voices) if voices else None, padded=True
+            torch.cat([windows[i] for i in chosen]),
+            torch.cat(voices) if voices else None,
+            padded=True,
         )
         found += [rows[i : i + 1, :, :] for i in range(min(size, len(windows) - at))]
     return found
@@ -41,18 +47,30 @@ class Conditioner:
     speakers : list of int, or None
     """
 
-    def __init__(self, model: AutoregressiveModel, mels: list[Tensor] | None, speakers: list[int] | None):
+    def __init__(
+        self, model: AutoregressiveModel, mels: list[Tensor] | None, speakers: list[int] | None
+    ):
         count = len(mels or speakers or [None])
-        self.utterances = [UtteranceConditioner(model, speakers[b] if speakers else None) for b in range(count)]
+        self.utterances = [
+            UtteranceConditioner(model, speakers[b] if speakers else None) for b in range(count)
+        ]
         for utterance, mel in zip(self.utterances, mels or [], strict=False):
             utterance.push(mel)
             utterance.close()
-        self.lengths = None if mels is None else [utterance.frames * utterance.hop for utterance in self.utterances]
+        self.lengths = (
+            None
+            if mels is None
+            else [utterance.frames * utterance.hop for utterance in self.utterances]
+        )
 
     def repeat(self, times: int) -> None:
         """Every utterance so many times, one after the other."""
         self.utterances = [utterance for utterance in self.utterances for _ in range(times)]
-        self.lengths = None if self.lengths is None else [length for length in self.lengths for _ in range(times)]
+        self.lengths = (
+            None
+            if self.lengths is None
+            else [length for length in self.lengths for _ in range(times)]
+        )
 
     def keep(self, chosen: list[int]) -> None:
         """These utterances alone; without mels and speakers there is one for any number of streams."""
@@ -82,9 +100,10 @@ class Conditioner:
 class UtteranceConditioner:
     """Conditioning of one utterance, whose mel may still be growing.
 
-    A convolution library may round differently for inputs of different shapes. So `model.condition` is always called
-    with one utterance and the same number of frames, and an utterance's conditioning depends neither on the batch it
-    rides in, nor on the spans it is asked for, nor on how its mel arrived.
+    A convolution library may round differently for inputs of different shapes. So `model.condition`
+    is always called with one utterance and the same number of frames, and an utterance's
+    conditioning depends neither on the batch it rides in, nor on the spans it is asked for, nor on
+    how its mel arrived.
 
     Parameters
     ----------
@@ -169,10 +188,16 @@ class UtteranceConditioner:
         """Conditioning of blocks in rising order."""
         if blocks and self.model.frames_are_exact and self.device.type == "cpu":
             size = self.block * self.hop
-            whole = self.model.condition(self.window(blocks[0], blocks[-1]), self.speaker, padded=True)
+            whole = self.model.condition(
+                self.window(blocks[0], blocks[-1]), self.speaker, padded=True
+            )
             # One between them may be there already.
-            return [whole[:, :, (k - blocks[0]) * size : (k - blocks[0] + 1) * size] for k in blocks]
-        return _condition(self.model, [self.window(k) for k in blocks], [self.speaker] * len(blocks))
+            return [
+                whole[:, :, (k - blocks[0]) * size : (k - blocks[0] + 1) * size] for k in blocks
+            ]
+        return _condition(
+            self.model, [self.window(k) for k in blocks], [self.speaker] * len(blocks)
+        )
 
     def missing(self, start: int, stop: int) -> list[int]:
         """The blocks of samples `start` to `stop` that are not in `blocks`."""
@@ -183,6 +208,10 @@ class UtteranceConditioner:
         """The frames (1, M, n) that block k depends on, or the blocks k to `last`, the ends repeated."""
         last = k if last is None else last
         first = k * self.block - self.model.lookback
-        assert min(max(first, 0), self.frames - 1) >= self._first, "the frames of this block are forgotten"
-        frames = torch.arange(first, (last + 1) * self.block + self.model.lookahead, device=self.device)
+        assert min(max(first, 0), self.frames - 1) >= self._first, (
+            "the frames of this block are forgotten"
+        )
+        frames = torch.arange(
+            first, (last + 1) * self.block + self.model.lookahead, device=self.device
+        )
         return self.held[None, :, frames.clamp(0, self.frames - 1) - self._first]

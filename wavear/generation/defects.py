@@ -93,7 +93,11 @@ def watch(
     x = torch.as_tensor(waveform).detach().cpu().double().numpy()
     if x.ndim != 1 or not x.size:
         raise ValueError(f"waveform has shape {x.shape}, expected (T,) with T of 1 or more")
-    found = [*_standstill(x, sample_rate, mel is not None), *_noise(x, sample_rate), *_clipping(x, sample_rate)]
+    found = [
+        *_standstill(x, sample_rate, mel is not None),
+        *_noise(x, sample_rate),
+        *_clipping(x, sample_rate),
+    ]
     if mel is not None and config is not None:
         found += _against_mel(x, mel, config)
     if not any(finding.kind in ("silence", "constant") for finding in found):
@@ -126,7 +130,9 @@ def _standstill(x: np.ndarray, rate: int, told: bool) -> list[Finding]:
     silent = still & (level < _OFFSET)
     if not told:
         runs = [
-            (a, b) for a, b in _runs(silent) if (b - a) * seconds >= 3 or (b == count and (b - a) * seconds >= 0.98)
+            (a, b)
+            for a, b in _runs(silent)
+            if (b - a) * seconds >= 3 or (b == count and (b - a) * seconds >= 0.98)
         ]
         if runs:
             a, b = max(runs, key=lambda run: run[1] - run[0])
@@ -151,7 +157,11 @@ def _noise(x: np.ndarray, rate: int) -> list[Finding]:
     if run is None:
         return []
     level = 20 * math.log10(float(np.sqrt((rms[run[0] : run[1]] ** 2).mean())))
-    return [Finding("noise", run[0] * size / rate, run[1] * size / rate, f"white noise ({level:.0f} dB)")]
+    return [
+        Finding(
+            "noise", run[0] * size / rate, run[1] * size / rate, f"white noise ({level:.0f} dB)"
+        )
+    ]
 
 
 def _clipping(x: np.ndarray, rate: int) -> list[Finding]:
@@ -190,7 +200,12 @@ def _against_mel(x: np.ndarray, mel: torch.Tensor, config: MelConfig) -> list[Fi
 
     def loudness(values: torch.Tensor) -> np.ndarray:
         """Of each frame, in nepers: all bands together, so that those near the floor count for little."""
-        return 0.5 * torch.logsumexp((values.double() - config.shift) / unit * (2 / config.power), dim=0).numpy()
+        return (
+            0.5
+            * torch.logsumexp(
+                (values.double() - config.shift) / unit * (2 / config.power), dim=0
+            ).numpy()
+        )
 
     own = log_mel(torch.from_numpy(x)[None], config)[0, :, :frames]
     apart = loudness(own) - loudness(mel[:, :frames].cpu())

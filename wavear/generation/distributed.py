@@ -1,8 +1,8 @@
 """Audio of many inputs by several processes under `torchrun`: whose inputs are whose, and which are done.
 
-Every process works out its share from all inputs alone, so no process waits for another, and no input is in two shares.
-A file appears whole or not at all; so what a run that was cut short has left is what there is to do, for as many
-processes as the next one has.
+Every process works out its share from all inputs alone, so no process waits for another, and no
+input is in two shares. A file appears whole or not at all; so what a run that was cut short has
+left is what there is to do, for as many processes as the next one has.
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ from wavear.generation.states import describe
 from wavear.models.base import AutoregressiveModel
 
 RECORD = ".wavear-synthesis.json"  # in the folder of the audio: what it is made with
-_PATIENCE = datetime.timedelta(days=30)  # that processes wait for the slowest: torchrun ends them if it dies
+_PATIENCE = datetime.timedelta(
+    days=30
+)  # that processes wait for the slowest: torchrun ends them if it dies
 
 
 def ranks() -> tuple[int, int]:
@@ -58,16 +60,20 @@ def claim(out: Path, jobs: Sequence[Job], record: dict[str, Any], overwrite: boo
     Raises
     ------
     FileExistsError
-        If it holds audio that no run has claimed, or another one, and `overwrite` is false. With it such audio is
-        removed, so that what a run that is cut short leaves is its own.
+        If it holds audio that no run has claimed, or another one, and `overwrite` is false. With it
+        such audio is removed, so that what a run that is cut short leaves is its own.
     """
     path = out / RECORD
     if path.exists() and not overwrite:
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
         except ValueError:
-            raise FileExistsError(f"{path} is damaged: choose another folder, or pass --overwrite") from None
-        if names := sorted(name for name in {*found, *record} if found.get(name) != record.get(name)):
+            raise FileExistsError(
+                f"{path} is damaged: choose another folder, or pass --overwrite"
+            ) from None
+        if names := sorted(
+            name for name in {*found, *record} if found.get(name) != record.get(name)
+        ):
             raise FileExistsError(
                 f"{out} holds audio of another run, with another {', '.join(names)}: choose another folder, or pass"
                 " --overwrite"
@@ -80,7 +86,9 @@ def claim(out: Path, jobs: Sequence[Job], record: dict[str, Any], overwrite: boo
     out.mkdir(parents=True, exist_ok=True)
     for job in jobs if overwrite else ():
         job.target.unlink(missing_ok=True)
-    replace_file(path, lambda temporary: temporary.write_text(json.dumps(record, indent=1), encoding="utf-8"))
+    replace_file(
+        path, lambda temporary: temporary.write_text(json.dumps(record, indent=1), encoding="utf-8")
+    )
 
 
 def synthesize(
@@ -120,7 +128,9 @@ def synthesize(
     FileExistsError
         If the folder holds other audio and `overwrite` is false.
     """
-    made_with = {name: value for name, value in settings.items() if name not in ("engine", "threads")}
+    made_with = {
+        name: value for name, value in settings.items() if name not in ("engine", "threads")
+    }
     record = json.loads(json.dumps({"model": describe(model), **made_with}, default=str))
     with _together(world):
         _first(lambda: claim(out, jobs, record, overwrite), rank, world)

@@ -3,8 +3,8 @@
     generate: mel -> conditioning -> engine(uniforms, conditioning) -> codes -> waveform
     score:    waveform -> codes -> engine or forward -> log-probability of every sample
 
-Streams are independent: what one of them becomes depends on the model, its mel, its speaker and its seed, not on the
-batch it rides in, and not on the chunks it is made in.
+Streams are independent: what one of them becomes depends on the model, its mel, its speaker and its
+seed, not on the batch it rides in, and not on the chunks it is made in.
 """
 
 from __future__ import annotations
@@ -30,10 +30,16 @@ from wavear.models.sampling import uniforms
 
 ENGINES = ("auto", "reference", "numba", "cuda-graph", "triton")
 WEIGHTS = ("float32", "bfloat16", "int8", "float16")
-COLDEST = 1e-6  # the least temperature: every engine can divide by it and by what it makes of the logits
+COLDEST = (
+    1e-6  # the least temperature: every engine can divide by it and by what it makes of the logits
+)
 _CHUNK = 2048  # samples per call of an engine: a fraction of a second, so that Ctrl-C and the progress bar are prompt
-_FEWER = 3 / 4  # of an engine's streams are left when those that have ended leave it, where it can (`keep`)
-_PARALLEL_CHUNK = 16384  # samples per forward of `score`, besides the receptive field in front of them
+_FEWER = (
+    3 / 4
+)  # of an engine's streams are left when those that have ended leave it, where it can (`keep`)
+_PARALLEL_CHUNK = (
+    16384  # samples per forward of `score`, besides the receptive field in front of them
+)
 
 _ARGMAX = (
     "the likeliest code is taken always: audio made so collapses to silence or to a tone; a temperature of 0.8"
@@ -66,7 +72,8 @@ class Engine(Protocol):
         top_k, top_p : optional
             See `wavear.models.sampling`; for a categorical law.
         log_probability : ndarray of float64, shape (B, n), optional
-            Filled with that of each code, in nats, by the model's own law: without temperature and truncation.
+            Filled with that of each code, in nats, by the model's own law: without temperature and
+            truncation.
 
         Returns
         -------
@@ -86,7 +93,8 @@ class Engine(Protocol):
     def state(self, stream: int) -> dict[str, Tensor]:
         """What one stream needs to go on, on any engine: tensors on the CPU, copies.
 
-        `previous` (1,), the code of the sample before, and the model's `export_state`, without the axis of the batch.
+        `previous` (1,), the code of the sample before, and the model's `export_state`, without the
+        axis of the batch.
         """
         ...
 
@@ -116,14 +124,15 @@ def make_engine(
     Parameters
     ----------
     engine : str
-        "reference": the plain loop over `model.step`, any model, any device; slow, and the definition of correct.
-        "numba": compiled for this CPU, for the families and laws that have a kernel. "triton": one kernel on a CUDA
-        device, for a WaveNet of mu-law codes. "cuda-graph": steps of any model on a CUDA device, captured once. "auto":
-        numba on the CPU where it serves the model, on CUDA triton where it does, else cuda-graph; else reference.
+        "reference": the plain loop over `model.step`, any model, any device; slow, and the
+        definition of correct. "numba": compiled for this CPU, for the families and laws that have a
+        kernel. "triton": one kernel on a CUDA device, for a WaveNet of mu-law codes. "cuda-graph":
+        steps of any model on a CUDA device, captured once. "auto": numba on the CPU where it serves
+        the model, on CUDA triton where it does, else cuda-graph; else reference.
     weights : str
-        "float32"; "bfloat16" (numba, triton) or "float16" (triton): rounded once, half the bytes to read; "int8"
-        (numba): rounded to 255 steps for each output of a matrix, a quarter of the bytes. All but the first cost some
-        likelihood: `wavear bench CHECKPOINT` measures how much.
+        "float32"; "bfloat16" (numba, triton) or "float16" (triton): rounded once, half the bytes to
+        read; "int8" (numba): rounded to 255 steps for each output of a matrix, a quarter of the
+        bytes. All but the first cost some likelihood: `wavear bench CHECKPOINT` measures how much.
     threads : int, optional
         CPU cores the numba engine may use; all of them by default.
 
@@ -155,9 +164,13 @@ def make_engine(
         return engine, ReferenceEngine(model, batch)
     compiled = _compiled_engine(model)
     if compiled is None:
-        raise ValueError(f"engine 'numba' has no kernel for {type(model).__name__}: use engine 'reference'")
+        raise ValueError(
+            f"engine 'numba' has no kernel for {type(model).__name__}: use engine 'reference'"
+        )
     if weights == "float16":
-        raise ValueError(f"engine 'numba' has no weights={weights!r}: it needs engine {_rounding(weights)}")
+        raise ValueError(
+            f"engine 'numba' has no weights={weights!r}: it needs engine {_rounding(weights)}"
+        )
     return engine, compiled(model, batch, weights=weights, threads=threads)
 
 
@@ -234,38 +247,44 @@ def generate(
     ----------
     model : AutoregressiveModel
     mel : Tensor or array, shape (B, M, F) or (M, F); or a sequence of (M, F_i) of different lengths
-        Log-mels as `model.config.mel` defines them (`wavear.log_mel`); None for a model without mel conditioning.
+        Log-mels as `model.config.mel` defines them (`wavear.log_mel`); None for a model without mel
+        conditioning.
     samples : int, optional
-        Samples T of each utterance. With a mel at most, and by default, F * hop; without one it is required. A prime is
-        not counted: see there.
+        Samples T of each utterance. With a mel at most, and by default, F * hop; without one it is
+        required. A prime is not counted: see there.
     speaker : int, or one per utterance
         For a model with speakers, 0 to speakers - 1.
     seed : int, or one per utterance; 0 to 2**64 - 1
-        An utterance is a function of its own seed: with one number, each utterance becomes what it would alone.
+        An utterance is a function of its own seed: with one number, each utterance becomes what it
+        would alone.
     temperature : float, or one per sample, shape (T,) or (B, T)
-        Divides the logits. 1 samples from the model as trained; below 1 is duller and cleaner, above 1 noisier.
+        Divides the logits. 1 samples from the model as trained; below 1 is duller and cleaner,
+        above 1 noisier.
     top_k : int, optional
         Draw among the k likeliest codes alone. 1 is the argmax.
     top_p : float, optional
-        Draw among the smallest set of likeliest codes that has this share of the probability (of what `top_k` leaves),
-        above 0 and at most 1.
+        Draw among the smallest set of likeliest codes that has this share of the probability (of
+        what `top_k` leaves), above 0 and at most 1.
     argmax : bool
-        Take the likeliest code always. It warns: audio made so collapses to silence or to a tone, because the likeliest
-        next sample is nearly always the quietest; the noise in a sound is never likeliest.
+        Take the likeliest code always. It warns: audio made so collapses to silence or to a tone,
+        because the likeliest next sample is nearly always the quietest; the noise in a sound is
+        never likeliest.
     best_of : int
-        Make so many candidates of each utterance and keep the one of the highest log-probability. Candidate i of seed s
-        has the seed `candidate_seeds(s, best_of)[i]`, the first s itself.
+        Make so many candidates of each utterance and keep the one of the highest log-probability.
+        Candidate i of seed s has the seed `candidate_seeds(s, best_of)[i]`, the first s itself.
     return_log_probability : bool
         Return the log-probability of every sample as well.
     engine, weights, threads
         See `make_engine`. Every engine makes the same audio from the same seed.
     progress : bool
         Show a bar with the real-time factor (seconds of audio per second).
-    prime : Tensor or array, shape (P,) or (B, P), floating point in [-1, 1], at the model's sample rate, optional
-        A recording to go on from; one for all utterances, or one for each. It takes the first P samples of the
-        utterance: a mel covers the prime and what follows, so that F * hop is at least P + T, and what is made is
-        samples P to P + T, from the uniforms of these. So a recording that was made with a seed goes on as it would
-        have. A prime that is silent or clipped is warned of.
+    prime : Tensor or array, shape (P,) or (B, P), floating point in [-1, 1], at the model's sample
+    rate, optional
+        A recording to go on from; one for all utterances, or one for each. It takes the first P
+        samples of the utterance: a mel covers the prime and what follows, so that F * hop is at
+        least P + T, and what is made is samples P to P + T, from the uniforms of these. So a
+        recording that was made with a seed goes on as it would have. A prime that is silent or
+        clipped is warned of.
     include_prime : bool
         Return the prime, as it was given, in front of what follows: (B, P + T).
 
@@ -274,8 +293,9 @@ def generate(
     Tensor, shape (B, T), float32 in [-1, 1], on the CPU
         From mels of different lengths each row ends in zeros.
     Tensor, shape (B, T), float64, if `return_log_probability`
-        log P(x_t | x_<t, c) in nats by the model's own law, whatever temperature and truncation the sample was drawn
-        with: what `score` gives for these codes. 0 beyond the end of a shorter row. Of a prime there is none.
+        log P(x_t | x_<t, c) in nats by the model's own law, whatever temperature and truncation the
+        sample was drawn with: what `score` gives for these codes. 0 beyond the end of a shorter
+        row. Of a prime there is none.
 
     Raises
     ------
@@ -297,7 +317,9 @@ def generate(
         raise ValueError(f"best_of is {best_of}, and there is one argmax: leave one of them away")
     past = torch.empty(1, 0) if prime is None else check_prime(prime)
     counts = {"utterances": len(seeds), "primes": len(past)}
-    conditioner, batch = _prepare(model, mel, speaker, {name: n for name, n in counts.items() if n > 1})
+    conditioner, batch = _prepare(
+        model, mel, speaker, {name: n for name, n in counts.items() if n > 1}
+    )
     seeds = seeds * batch if len(seeds) == 1 else seeds
     past = past.expand(batch, -1)
     begin = past.shape[1]
@@ -332,10 +354,18 @@ def generate(
                 runner, seats = runner.keep(staying.tolist()), seats[staying]  # type: ignore[attr-defined]
                 conditioner.keep(staying.tolist())
             draws = np.stack([uniforms(seeds[b], begin + start, stop - start) for b in seats])
-            scale = temperatures[seats, start:stop] if isinstance(temperatures, np.ndarray) else temperatures
+            scale = (
+                temperatures[seats, start:stop]
+                if isinstance(temperatures, np.ndarray)
+                else temperatures
+            )
             part = None if scores is None else np.empty(draws.shape)
             codes[seats, start:stop] = runner.generate(
-                draws, conditioner.span(begin + start, begin + stop), scale, log_probability=part, **truncation
+                draws,
+                conditioner.span(begin + start, begin + stop),
+                scale,
+                log_probability=part,
+                **truncation,
             )
             if scores is not None:
                 scores[seats, start:stop] = part
@@ -379,24 +409,21 @@ def score(
 ) -> Tensor:
     """Log-probability of every sample of a recording: log P(x_t | x_<t, c), nothing left out.
 
-    Parameters
-    ----------
-    model : AutoregressiveModel
-    waveform : Tensor or array, shape (B, T) or (T,), floating point in [-1, 1], at the model's sample rate
-    mel : as in `generate`; with a model that needs one and None given, the waveform's own mel is taken
-    speaker : as in `generate`
-    grid : str, optional
-        What the probabilities are of, so that models of different codes compare: "linear", 16-bit samples, or
-        "mulaw", 256 mu-law codes (see `log_prob_on`); None: the model's own codes. Needs engine "parallel".
+    Parameters ---------- model : AutoregressiveModel waveform : Tensor or array, shape (B, T) or
+    (T,), floating point in [-1, 1], at the model's sample rate mel : as in `generate`; with a model
+    that needs one and None given, the waveform's own mel is taken speaker : as in `generate` grid :
+    str, optional
+        What the probabilities are of, so that models of different codes compare: "linear", 16-bit
+        samples, or "mulaw", 256 mu-law codes (see `log_prob_on`); None: the model's own codes.
+        Needs engine "parallel".
     engine : str
-        "parallel": `model.forward` over long chunks, in memory that does not grow with T. Others: by stepping, as in
-        generation.
+        "parallel": `model.forward` over long chunks, in memory that does not grow with T. Others:
+        by stepping, as in generation.
     weights, threads
         See `make_engine`.
 
-    Returns
-    -------
-    Tensor, shape (B, T), float64, in nats; the negative of its mean over log(2) is the bits per sample
+    Returns ------- Tensor, shape (B, T), float64, in nats; the negative of its mean over log(2) is
+    the bits per sample
 
     Raises
     ------
@@ -407,7 +434,9 @@ def score(
         waveform = torch.from_numpy(waveform)
     waveform = waveform[None] if waveform.dim() == 1 else waveform
     if waveform.dim() != 2 or waveform.shape[1] == 0:
-        raise ValueError(f"waveform has shape {tuple(waveform.shape)}, expected (B, T) or (T,) with T above 0")
+        raise ValueError(
+            f"waveform has shape {tuple(waveform.shape)}, expected (B, T) or (T,) with T above 0"
+        )
     if not waveform.is_floating_point():
         raise ValueError(f"waveform is {waveform.dtype}, expected floating point in [-1, 1]")
     batch, total = waveform.shape
@@ -415,7 +444,9 @@ def score(
         mel = _own_mel(waveform, model.config.mel)
     conditioner, _ = _prepare(model, mel, speaker, {"utterances": batch})
     if conditioner.lengths is not None and min(conditioner.lengths) < total:
-        raise ValueError(f"the mel covers {min(conditioner.lengths)} samples and the waveform has {total}")
+        raise ValueError(
+            f"the mel covers {min(conditioner.lengths)} samples and the waveform has {total}"
+        )
     on = _common_grid(model, grid, engine)
     codes = model.grid.encode(emphasised(waveform.cpu(), coefficient(model.config)))
     with torch.inference_mode():
@@ -428,7 +459,9 @@ def score(
         name, runner = make_engine(model, batch, engine, weights=weights, threads=threads)
         scores = np.empty((batch, total))
         for start, stop in _chunks(total, progress, model.config.sample_rate, batch, name):
-            scores[:, start:stop] = runner.score(codes[:, start:stop].numpy(), conditioner.span(start, stop))
+            scores[:, start:stop] = runner.score(
+                codes[:, start:stop].numpy(), conditioner.span(start, stop)
+            )
     return torch.from_numpy(scores)
 
 
@@ -450,7 +483,8 @@ def score_parallel(
     first : int
         The scores are those of codes[:, first:]; the ones before are their past.
     state : optional
-        Of a model that carries one: where it is at `first`. It goes along, and is then where it is at T.
+        Of a model that carries one: where it is at `first`. It goes along, and is then where it is
+        at T.
     grids : sequence of Grid, optional
         Return the log-probabilities on each of them, (len(grids), B, T - first).
     """
@@ -459,10 +493,16 @@ def score_parallel(
     carries = model.carries
     if carries and state is None:
         state = model.init_state(batch)
-    previous = codes[:, first - 1].to(device) if first else torch.full((batch,), model.start_code, device=device)
+    previous = (
+        codes[:, first - 1].to(device)
+        if first
+        else torch.full((batch,), model.start_code, device=device)
+    )
     on = [model.grid] if grids is None else grids
     scores = torch.empty(len(on), batch, total - first, dtype=torch.float64)
-    for a, b in _chunks(total - first, progress, model.config.sample_rate, batch, "parallel", _PARALLEL_CHUNK):
+    for a, b in _chunks(
+        total - first, progress, model.config.sample_rate, batch, "parallel", _PARALLEL_CHUNK
+    ):
         start, stop = first + a, first + b
         context = 0 if carries else min(start, model.receptive_field or 0)
         span = codes[:, start - context : stop].to(device)
@@ -480,11 +520,17 @@ def _common_grid(model: AutoregressiveModel, name: str | None, engine: str) -> G
     if name is None:
         return model.grid
     if name not in COMMON_GRIDS:
-        raise ValueError(f"grid is {name!r}, it must be {' or '.join(COMMON_GRIDS)}, or None for the model's own codes")
+        raise ValueError(
+            f"grid is {name!r}, it must be {' or '.join(COMMON_GRIDS)}, or None for the model's own codes"
+        )
     if engine != "parallel":
-        raise ValueError(f"engine {engine!r} scores the model's own codes: grid={name!r} needs engine 'parallel'")
+        raise ValueError(
+            f"engine {engine!r} scores the model's own codes: grid={name!r} needs engine 'parallel'"
+        )
     if emphasis := coefficient(model.config):
-        raise ValueError(f"the codes are of pre-emphasised audio ({emphasis:g}): they have no bits on another grid")
+        raise ValueError(
+            f"the codes are of pre-emphasised audio ({emphasis:g}): they have no bits on another grid"
+        )
     return COMMON_GRIDS[name]
 
 
@@ -505,17 +551,25 @@ def _chunks(total: int, progress: bool, rate: int, batch: int, name: str, length
     from tqdm import tqdm
 
     began = time.perf_counter()
-    with tqdm(total=total * batch, unit=" samples", unit_scale=True, desc=name, dynamic_ncols=True) as bar:
+    with tqdm(
+        total=total * batch, unit=" samples", unit_scale=True, desc=name, dynamic_ncols=True
+    ) as bar:
         for start, stop in spans:
             yield start, stop
             bar.update((stop - start) * batch)
-            bar.set_postfix_str(f"{stop * batch / rate / (time.perf_counter() - began):.2f} x real time")
+            bar.set_postfix_str(
+                f"{stop * batch / rate / (time.perf_counter() - began):.2f} x real time"
+            )
 
 
 def _check_seeds(seed: int | Sequence[int]) -> list[int]:
     seeds = list(seed) if isinstance(seed, Iterable) else [seed]
     for value in seeds:
-        if isinstance(value, bool) or not isinstance(value, int | np.integer) or not 0 <= value < 2**64:
+        if (
+            isinstance(value, bool)
+            or not isinstance(value, int | np.integer)
+            or not 0 <= value < 2**64
+        ):
             raise ValueError(f"seed is {value!r}, it must be a whole number from 0 to 2**64 - 1")
     if not seeds:
         raise ValueError("seed is empty: give one number, or one per utterance")
@@ -530,7 +584,9 @@ def _check_truncation(
             f"top_k, top_p and argmax choose among the codes of a categorical law, and this model's law is"
             f" {model.config.law}: use temperature"
         )
-    if top_k is not None and (isinstance(top_k, bool) or not isinstance(top_k, int | np.integer) or top_k < 1):
+    if top_k is not None and (
+        isinstance(top_k, bool) or not isinstance(top_k, int | np.integer) or top_k < 1
+    ):
         raise ValueError(f"top_k is {top_k!r}, it must be a whole number of at least 1")
     if top_p is not None and (isinstance(top_p, bool | str) or not 0 < top_p <= 1):
         raise ValueError(f"top_p is {top_p!r}, it must be above 0 and at most 1")
@@ -541,9 +597,13 @@ def _check_truncation(
     return 1, None
 
 
-def _check_samples(lengths: list[int] | None, samples: int | None, batch: int, begin: int = 0) -> list[int]:
+def _check_samples(
+    lengths: list[int] | None, samples: int | None, batch: int, begin: int = 0
+) -> list[int]:
     """Samples to make of each utterance, after the `begin` samples of a prime."""
-    if samples is not None and (isinstance(samples, bool) or not isinstance(samples, int | np.integer) or samples < 1):
+    if samples is not None and (
+        isinstance(samples, bool) or not isinstance(samples, int | np.integer) or samples < 1
+    ):
         raise ValueError(f"samples is {samples!r}, it must be a whole number of at least 1")
     if lengths is None:
         if samples is None:
@@ -560,19 +620,31 @@ def _check_samples(lengths: list[int] | None, samples: int | None, batch: int, b
             f"samples is {samples} after a prime of {begin}, and the mel covers {min(lengths)}: it must cover both"
         )
     if samples > min(lengths):
-        raise ValueError(f"samples is {samples}, and the mel covers {min(lengths)}: give more frames, or ask for less")
+        raise ValueError(
+            f"samples is {samples}, and the mel covers {min(lengths)}: give more frames, or ask for less"
+        )
     return [int(samples)] * batch
 
 
-def _check_temperature(temperature: float | Tensor | np.ndarray, batch: int, total: int) -> float | np.ndarray:
-    given = temperature.detach().cpu().double().numpy() if isinstance(temperature, Tensor) else temperature
+def _check_temperature(
+    temperature: float | Tensor | np.ndarray, batch: int, total: int
+) -> float | np.ndarray:
+    given = (
+        temperature.detach().cpu().double().numpy()
+        if isinstance(temperature, Tensor)
+        else temperature
+    )
     values = np.asarray(given).astype(np.float64)
     if not ((values >= COLDEST).all() and (values <= 1 / COLDEST).all()):
-        raise ValueError(f"temperature is {temperature!r}, it must be {COLDEST:g} to {1 / COLDEST:g}")
+        raise ValueError(
+            f"temperature is {temperature!r}, it must be {COLDEST:g} to {1 / COLDEST:g}"
+        )
     if values.ndim == 0:
         return float(values)
     if values.shape not in ((total,), (batch, total), (batch, 1)):
-        raise ValueError(f"temperature has shape {values.shape}, expected one number, ({total},) or ({batch}, {total})")
+        raise ValueError(
+            f"temperature has shape {values.shape}, expected one number, ({total},) or ({batch}, {total})"
+        )
     return np.ascontiguousarray(np.broadcast_to(values, (batch, total)))
 
 
@@ -593,7 +665,10 @@ def _prepare(
     }
     known = {name: count for name, count in counts.items() if count is not None}
     if len(set(known.values())) > 1:
-        raise ValueError("the numbers do not agree: " + ", ".join(f"{count} {name}" for name, count in known.items()))
+        raise ValueError(
+            "the numbers do not agree: "
+            + ", ".join(f"{count} {name}" for name, count in known.items())
+        )
     number = next(iter(known.values()), 1)
     if speakers is not None and len(speakers) == 1:
         speakers = speakers * number
@@ -606,7 +681,9 @@ def _check_mel(mel: Mel | None, config: Any) -> list[Tensor] | None:
             raise ValueError("the model takes no mel: it was trained without mel conditioning")
         return None
     if mel is None:
-        raise ValueError(f"the model needs a mel: {config.bands} bands, one frame per {config.hop_length} samples")
+        raise ValueError(
+            f"the model needs a mel: {config.bands} bands, one frame per {config.hop_length} samples"
+        )
     if isinstance(mel, Tensor | np.ndarray):
         mel = [mel] if mel.ndim == 2 else list(mel) if mel.ndim == 3 else [mel]
     mels = [torch.as_tensor(m) for m in mel]
@@ -617,11 +694,17 @@ def _check_mel(mel: Mel | None, config: Any) -> list[Tensor] | None:
             raise ValueError(f"mel has shape {tuple(m.shape)}, expected (B, M, F) or (M, F)")
         if m.shape[0] != config.bands:
             transposed = "; it seems transposed, frames first" if m.shape[1] == config.bands else ""
-            raise ValueError(f"mel has {m.shape[0]} bands, the model was trained on {config.bands}{transposed}")
+            raise ValueError(
+                f"mel has {m.shape[0]} bands, the model was trained on {config.bands}{transposed}"
+            )
         if m.shape[1] == 0:
             raise ValueError("mel has no frames")
         if not m.is_floating_point() or not torch.isfinite(m).all():
-            raise ValueError("mel holds NaN or infinity" if m.is_floating_point() else f"mel is {m.dtype}, not float")
+            raise ValueError(
+                "mel holds NaN or infinity"
+                if m.is_floating_point()
+                else f"mel is {m.dtype}, not float"
+            )
     return mels
 
 
@@ -635,8 +718,15 @@ def _check_speaker(speaker: int | Sequence[int] | Tensor | None, speakers: int) 
     try:
         values = torch.as_tensor(speaker)
     except (TypeError, ValueError, RuntimeError):
-        raise ValueError(f"speaker is {speaker!r}, expected a whole number, or one per utterance") from None
-    if values.dtype.is_floating_point or values.dtype == torch.bool or values.dim() > 1 or values.numel() == 0:
+        raise ValueError(
+            f"speaker is {speaker!r}, expected a whole number, or one per utterance"
+        ) from None
+    if (
+        values.dtype.is_floating_point
+        or values.dtype == torch.bool
+        or values.dim() > 1
+        or values.numel() == 0
+    ):
         raise ValueError(f"speaker is {speaker!r}, expected a whole number, or one per utterance")
     numbers = [int(value) for value in values.reshape(-1)]
     for number in numbers:

@@ -1,7 +1,8 @@
 """From files to files: recordings and mels in, new audio or mels out.
 
-`plan` says which file becomes which, and refuses before any work starts; `synthesize` and `write_mels` do the work. An
-input that cannot be used is named, counted and passed over; the others are done.
+`plan` says which file becomes which, and refuses before any work starts; `synthesize` and
+`write_mels` do the work. An input that cannot be used is named, counted and passed over; the others
+are done.
 """
 
 from __future__ import annotations
@@ -36,8 +37,15 @@ _WINDOW = 96  # inputs read ahead, among which those of similar length are batch
 _BATCH = 24  # utterances per batch: what the engines were tuned for
 _BATCH_SAMPLES = 2**25  # of a batch at most: 8 bytes each
 _LONGEST_SECONDS = 86400.0  # a WAV file ends at 4 GiB, 27 hours at 22050 Hz
-_CUDA = {"window": 4096, "most": 2048, "samples": 2**27, "spread": 2.0}  # on a card, which those that end leave
-_SPREAD = 1.25  # longest over shortest of a batch: what is made beyond an utterance's end is thrown away
+_CUDA = {
+    "window": 4096,
+    "most": 2048,
+    "samples": 2**27,
+    "spread": 2.0,
+}  # on a card, which those that end leave
+_SPREAD = (
+    1.25  # longest over shortest of a batch: what is made beyond an utterance's end is thrown away
+)
 
 
 @dataclass(frozen=True)
@@ -48,7 +56,8 @@ class Job:
     target: Path
 
 
-# What `Output.format` says: the ending of the file's name, and the encoding of `wavear.audio.write`.
+# What `Output.format` says: the ending of the file's name, and the encoding of
+# `wavear.audio.write`.
 FORMATS = {
     "wav": (".wav", "pcm16"),
     "wav24": (".wav", "pcm24"),
@@ -123,17 +132,23 @@ class Report:
 
 
 def plan(
-    inputs: Sequence[str | Path], out: str | Path, suffix: str, *, mels: bool = True, overwrite: bool = False
+    inputs: Sequence[str | Path],
+    out: str | Path,
+    suffix: str,
+    *,
+    mels: bool = True,
+    overwrite: bool = False,
 ) -> list[Job]:
     """Which file each input becomes, checked before any work starts.
 
     Parameters
     ----------
     inputs : sequence of str or Path
-        Files, and folders, whose audio (and mel) files at any depth are taken, hidden ones passed over.
+        Files, and folders, whose audio (and mel) files at any depth are taken, hidden ones passed
+        over.
     out : str or Path
-        The folder to write to: `x.flac` becomes `x.wav`, `sub/x.flac` of a folder `sub/x.wav`. What lies in `out`
-        itself is not taken for input.
+        The folder to write to: `x.flac` becomes `x.wav`, `sub/x.flac` of a folder `sub/x.wav`. What
+        lies in `out` itself is not taken for input.
     suffix : str
         Of the files to write, such as ".wav".
     mels : bool
@@ -163,12 +178,16 @@ def plan(
         elif not source.exists():
             raise FileNotFoundError(f"{source}: no such file or folder")
         elif source.suffix.lower() not in suffixes:
-            raise ValueError(f"{source} is no {kinds} file by its name: expected {_listed(suffixes)}")
+            raise ValueError(
+                f"{source} is no {kinds} file by its name: expected {_listed(suffixes)}"
+            )
         else:
             found.append((source, Path(source.name)))
     if not found:
         raise ValueError(f"no input: name {kinds} files, or a folder of them")
-    if (above := next((part for part in (out, *out.parents) if part.exists()), out)).exists() and not above.is_dir():
+    if (
+        above := next((part for part in (out, *out.parents) if part.exists()), out)
+    ).exists() and not above.is_dir():
         raise NotADirectoryError(f"{above} is a file: --out names the folder to write to")
     sources = {source.resolve() for source, _ in found}
     jobs: dict[Path, Job] = {}
@@ -182,11 +201,15 @@ def plan(
                 " above them"
             )
         if target.is_dir():
-            raise IsADirectoryError(f"{target} is a folder: {source} would become a file of that name")
+            raise IsADirectoryError(
+                f"{target} is a folder: {source} would become a file of that name"
+            )
         if target.resolve() in sources:
             raise FileExistsError(f"{target} is an input itself: choose another folder to write to")
         if target.exists() and not overwrite:
-            raise FileExistsError(f"{target} exists: choose another folder to write to, or pass --overwrite")
+            raise FileExistsError(
+                f"{target} exists: choose another folder to write to, or pass --overwrite"
+            )
         jobs[target] = Job(source, target)
     check_writable(out)
     return list(jobs.values())
@@ -200,7 +223,9 @@ def check_writable(folder: str | Path) -> None:
     OSError
         If not: no permission, a read-only file system.
     """
-    existing = next(part for part in (Path(folder), *Path(folder).absolute().parents) if part.exists())
+    existing = next(
+        part for part in (Path(folder), *Path(folder).absolute().parents) if part.exists()
+    )
     try:
         tempfile.TemporaryFile(dir=existing).close()
     except OSError as error:
@@ -222,13 +247,15 @@ def read_mel(
     Parameters
     ----------
     path : str or Path
-        A tensor of shape (M, F) or (1, M, F), floating point, in `.npy`, `.npz` (named `mel`, or alone; beside it
-        `config`, the JSON of a `MelConfig`, as `write_mels` writes it), `.pt` (a tensor, or a dict with `mel`; read by
-        torch's loader for weights, which runs no code) or `.safetensors` (named `mel`, or alone).
+        A tensor of shape (M, F) or (1, M, F), floating point, in `.npy`, `.npz` (named `mel`, or
+        alone; beside it `config`, the JSON of a `MelConfig`, as `write_mels` writes it), `.pt` (a
+        tensor, or a dict with `mel`; read by torch's loader for weights, which runs no code) or
+        `.safetensors` (named `mel`, or alone).
     config : MelConfig
         What is wanted.
     model : AutoregressiveModel, optional
-        The one that was trained on such mels: a mel that does not say what it is is judged by what the model has seen.
+        The one that was trained on such mels: a mel that does not say what it is is judged by what
+        the model has seen.
     source, seconds, force
         See `wavear.adapt_mel`; a file that says what it holds is believed.
     complain : callable
@@ -248,13 +275,20 @@ def read_mel(
         raise ValueError(f"{path} is no mel file by its name: expected {_listed(MEL_SUFFIXES)}")
     if path.stat().st_size == 0:
         raise ValueError(f"{path} is empty (0 bytes)")
-    read = {".npy": _read_npy, ".npz": _read_npz, ".pt": _read_pt, ".safetensors": _read_safetensors}
+    read = {
+        ".npy": _read_npy,
+        ".npz": _read_npz,
+        ".pt": _read_pt,
+        ".safetensors": _read_safetensors,
+    }
     mel, described = read[path.suffix.lower()](path)
     shape = tuple(mel.shape)
     if mel.dim() == 3 and shape[0] == 1:
         mel = mel[0]
     if mel.dim() != 2:
-        raise ValueError(f"{path}: the mel has shape {shape}, expected ({config.bands} bands, frames)")
+        raise ValueError(
+            f"{path}: the mel has shape {shape}, expected ({config.bands} bands, frames)"
+        )
     if not mel.is_floating_point():
         raise ValueError(f"{path}: the mel is {mel.dtype}, expected floating point")
     if mel.shape[1] == 0:
@@ -304,8 +338,9 @@ def synthesize(
 ) -> Report:
     """Make audio from every input with a model that is conditioned on mels, and write it.
 
-    A mel of F frames gives exactly F * hop samples. Audio is resampled to the model's rate and its own mel is taken, so
-    T samples give T // hop * hop. Inputs of similar length ride in one batch, which changes nothing about them.
+    A mel of F frames gives exactly F * hop samples. Audio is resampled to the model's rate and its
+    own mel is taken, so T samples give T // hop * hop. Inputs of similar length ride in one batch,
+    which changes nothing about them.
 
     Parameters
     ----------
@@ -315,8 +350,8 @@ def synthesize(
     seed, temperature, top_k, top_p, argmax, best_of, speaker, engine, weights, threads, progress
         See `wavear.generate`; the same seed serves every input.
     mel_source, mel_seconds, force
-        What mels are that do not say it themselves, and how long their audio should be: `source` and `seconds` of
-        `wavear.adapt_mel`.
+        What mels are that do not say it themselves, and how long their audio should be: `source`
+        and `seconds` of `wavear.adapt_mel`.
     output : Output
         How the audio is written; the jobs' targets have to end in `output.suffix`.
     say : callable
@@ -339,7 +374,9 @@ def synthesize(
     """
     config = model.config.mel
     if config is None:
-        raise ValueError("the model is not conditioned on mels, it cannot follow an input: use `wavear generate`")
+        raise ValueError(
+            "the model is not conditioned on mels, it cannot follow an input: use `wavear generate`"
+        )
     if mel_source is not None:
         describe_source(mel_source, config)  # a name that is none is no fault of the first input
     name = make_engine(model, 1, engine, weights=weights, threads=threads)[0]
@@ -347,13 +384,19 @@ def synthesize(
     began = time.perf_counter()
     resampled: set[int] = set()
     limits: list[Any]
-    window, *limits = _CUDA.values() if name in CUDA_ENGINES else (_WINDOW, _BATCH, _BATCH_SAMPLES, _SPREAD)
+    window, *limits = (
+        _CUDA.values() if name in CUDA_ENGINES else (_WINDOW, _BATCH, _BATCH_SAMPLES, _SPREAD)
+    )
     for at in range(0, len(jobs), window):
         mels: list[tuple[Job, torch.Tensor]] = []
         for job in jobs[at : at + window]:
             try:
                 if job.source.suffix.lower() in MEL_SUFFIXES:
-                    settings: dict[str, Any] = {"source": mel_source, "seconds": mel_seconds, "force": force}
+                    settings: dict[str, Any] = {
+                        "source": mel_source,
+                        "seconds": mel_seconds,
+                        "force": force,
+                    }
                     mel = read_mel(job.source, config, model=model, complain=warn, **settings)
                 else:
                     mel = _mel_of(job.source, config, resampled, say)
@@ -380,13 +423,17 @@ def synthesize(
                 samples = mel.shape[1] * config.hop_length
                 job.target.parent.mkdir(parents=True, exist_ok=True)
                 waveform = row[:samples]
-                _report_clipping(output.write(job.target, waveform, model.config.sample_rate), job.target, warn)
+                _report_clipping(
+                    output.write(job.target, waveform, model.config.sample_rate), job.target, warn
+                )
                 for finding in watch(waveform, model.config.sample_rate, mel=mel, config=config):
                     report.findings.append((job.target, finding))
                     warn(f"{job.target}: {finding}")
                 report.files += 1
                 report.audio_seconds += samples / model.config.sample_rate
-                say(f"{job.source} -> {job.target}  {samples / model.config.sample_rate:.2f} s, {samples} samples")
+                say(
+                    f"{job.source} -> {job.target}  {samples / model.config.sample_rate:.2f} s, {samples} samples"
+                )
     report.seconds = time.perf_counter() - began
     return report
 
@@ -421,13 +468,15 @@ def generate_file(
     seconds : float
         Above 0, at most a day; rounded to whole samples.
     out : str or Path
-        The `.wav`, `.flac`, `.ogg` or `.opus` file; replaced if it exists. Its folder is made where it is missing.
+        The `.wav`, `.flac`, `.ogg` or `.opus` file; replaced if it exists. Its folder is made where
+        it is missing.
     seed, temperature, top_k, top_p, argmax, best_of, speaker, engine, weights, threads, progress
         See `wavear.generate`.
     output : Output
         How the audio is written.
     prime : str or Path, optional
-        Audio file to go on from, resampled to the model's rate; what exceeds full scale by that is clipped.
+        Audio file to go on from, resampled to the model's rate; what exceeds full scale by that is
+        clipped.
     include_prime : bool
         Write it in front of what follows.
     say : callable
@@ -445,9 +494,13 @@ def generate_file(
         If the model takes mels, or a setting or the prime does not fit it.
     """
     if model.config.mel is not None:
-        raise ValueError("the model is conditioned on mels, it cannot make audio without: use `wavear synthesize`")
+        raise ValueError(
+            "the model is conditioned on mels, it cannot make audio without: use `wavear synthesize`"
+        )
     if not 0 < seconds <= _LONGEST_SECONDS:
-        raise ValueError(f"seconds is {seconds:g}, it must be above 0 and at most {_LONGEST_SECONDS:g}")
+        raise ValueError(
+            f"seconds is {seconds:g}, it must be above 0 and at most {_LONGEST_SECONDS:g}"
+        )
     if include_prime and prime is None:
         raise ValueError("the prime is to be written, and there is none")
     check_writable(Path(out).parent)
@@ -490,7 +543,9 @@ def _read_prime(path: Path, rate: int, say: Callable[[str], object]) -> torch.Te
     waveform = audio.read(path, sample_rate=rate)
     if own != rate:
         say(f"{path} has {own} Hz: it is resampled to {rate} Hz")
-        waveform = waveform.clamp(-1, 1)  # a filter overshoots where the recording is near full scale
+        waveform = waveform.clamp(
+            -1, 1
+        )  # a filter overshoots where the recording is near full scale
     try:
         for doubt in doubts(check_prime(waveform)):
             say(f"{path}: {doubt}")
@@ -536,7 +591,10 @@ def write_mels(
         if job.target.suffix == ".npy":
             _write_array(job.target, lambda file, mel=mel: np.save(file, mel.numpy()))
         else:
-            _write_array(job.target, lambda file, mel=mel: np.savez(file, mel=mel.numpy(), config=np.array(described)))
+            _write_array(
+                job.target,
+                lambda file, mel=mel: np.savez(file, mel=mel.numpy(), config=np.array(described)),
+            )
         report.files += 1
         report.audio_seconds += mel.shape[1] * config.hop_length / config.sample_rate
         say(f"{job.source} -> {job.target}  {mel.shape[0]} bands, {mel.shape[1]} frames")
@@ -560,7 +618,9 @@ def _walk(folder: Path, suffixes: tuple[str, ...], out: Path) -> list[tuple[Path
     return sorted(found)
 
 
-def _mel_of(path: Path, config: MelConfig, resampled: set[int], say: Callable[[str], object]) -> torch.Tensor:
+def _mel_of(
+    path: Path, config: MelConfig, resampled: set[int], say: Callable[[str], object]
+) -> torch.Tensor:
     """(M, F) of an audio file."""
     rate = audio.info(path).sample_rate
     waveform = torch.as_tensor(audio.read(path, sample_rate=config.sample_rate))
@@ -570,7 +630,9 @@ def _mel_of(path: Path, config: MelConfig, resampled: set[int], say: Callable[[s
             f" ({config.hop_length})"
         )
     if rate != config.sample_rate and not resampled:
-        say(f"{path} has {rate} Hz: it is resampled to {config.sample_rate} Hz, and so are others of another rate")
+        say(
+            f"{path} has {rate} Hz: it is resampled to {config.sample_rate} Hz, and so are others of another rate"
+        )
         resampled.add(rate)
     return log_mel(waveform[None], config)[0]
 
@@ -580,7 +642,9 @@ def _report_clipping(clipped: int, path: Path, warn: Callable[[str], object]) ->
         warn(f"{path}: {clipped} samples are beyond full scale and were clipped")
 
 
-def _pass_over(report: Report, path: Path, error: Exception, complain: Callable[[str], object]) -> None:
+def _pass_over(
+    report: Report, path: Path, error: Exception, complain: Callable[[str], object]
+) -> None:
     reason = one_line(error)
     reason = reason if str(path) in reason else f"{path}: {reason}"
     report.failed.append((path, reason))
@@ -643,9 +707,18 @@ def _read_npz(path: Path) -> Read:
             name = _only("mel", [name for name in archive.files if name != "config"], path)
             described = str(archive["config"]) if "config" in archive.files else None
             return _to_tensor(archive[name]), described
-    except (ValueError, EOFError, OverflowError, MemoryError, zipfile.BadZipFile, zipfile.zlib.error) as error:  # type: ignore
+    except (
+        ValueError,
+        EOFError,
+        OverflowError,
+        MemoryError,
+        zipfile.BadZipFile,
+        zipfile.zlib.error,
+    ) as error:  # type: ignore
         reason = one_line(error)
-        raise ValueError(reason if str(path) in reason else f"{path} is damaged: {reason}") from None
+        raise ValueError(
+            reason if str(path) in reason else f"{path} is damaged: {reason}"
+        ) from None
 
 
 def _read_pt(path: Path) -> Read:
@@ -653,14 +726,18 @@ def _read_pt(path: Path) -> Read:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # the loader raises whatever the first damaged byte leads to
         reason = one_line(error).split(". ")[0][:200]
-        raise ValueError(f"{path} is damaged or no tensor that loads without running code: {reason}") from None
+        raise ValueError(
+            f"{path} is damaged or no tensor that loads without running code: {reason}"
+        ) from None
     described = None
     if isinstance(loaded, dict):
         described = loaded.get("config")
         tensors = {name: value for name, value in loaded.items() if isinstance(value, torch.Tensor)}
         loaded = tensors[_only("mel", list(tensors), path)]
     if not isinstance(loaded, torch.Tensor):
-        raise ValueError(f"{path} holds a {type(loaded).__name__}, expected a tensor or a dict with 'mel'")
+        raise ValueError(
+            f"{path} holds a {type(loaded).__name__}, expected a tensor or a dict with 'mel'"
+        )
     return loaded, described
 
 
@@ -680,18 +757,24 @@ def _only(name: str, names: list[str], path: Path) -> str:
         return name
     if len(names) == 1:
         return names[0]
-    raise ValueError(f"{path} holds {', '.join(map(repr, names)) or 'nothing'}, expected an array named {name!r}")
+    raise ValueError(
+        f"{path} holds {', '.join(map(repr, names)) or 'nothing'}, expected an array named {name!r}"
+    )
 
 
 def _to_tensor(array: np.ndarray) -> torch.Tensor:
     if array.dtype.kind not in "fiu":
         raise ValueError(f"it holds {array.dtype}, not numbers")
-    return torch.from_numpy(np.array(array, dtype=np.float32 if array.dtype.kind == "f" else np.int64))
+    return torch.from_numpy(
+        np.array(array, dtype=np.float32 if array.dtype.kind == "f" else np.int64)
+    )
 
 
 def _described(described: Any, path: Path) -> MelConfig:
     try:
-        return MelConfig.from_dict(json.loads(described) if isinstance(described, str) else described)
+        return MelConfig.from_dict(
+            json.loads(described) if isinstance(described, str) else described
+        )
     except ValueError as error:
         raise ValueError(f"{path}: 'config' is no mel configuration: {one_line(error)}") from None
 

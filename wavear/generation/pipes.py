@@ -18,7 +18,9 @@ from wavear.generation.streams import Stream
 from wavear.mel.detection import adapt_mel, describe_source, judge_mel
 from wavear.mel.spectrogram import MelConfig
 
-_PIECE_SECONDS = 0.02  # of mel pushed at once at most, so that sound begins before a long mel is done
+_PIECE_SECONDS = (
+    0.02  # of mel pushed at once at most, so that sound begins before a long mel is done
+)
 _JUDGED_SECONDS = 1.0
 _AUDIBLE = 0.005  # seconds: a shorter gap is within what any player holds in store
 _MAGIC = b"\x93NUMPY"
@@ -64,7 +66,10 @@ class Device:
     def __init__(self, sample_rate: int, name: str = ""):
         try:
             import sounddevice  # type: ignore[import-not-found]
-        except (ImportError, OSError) as error:  # OSError: the package is there, its library PortAudio is not
+        except (
+            ImportError,
+            OSError,
+        ) as error:  # OSError: the package is there, its library PortAudio is not
             raise ValueError(
                 f"a sound device needs the package sounddevice ({error}): pip install sounddevice, or leave --out away"
                 " and pipe to a player"
@@ -72,9 +77,13 @@ class Device:
         self.underflows = 0
         device = int(name) if name.isdigit() else name or None
         try:
-            self.stream = sounddevice.RawOutputStream(samplerate=sample_rate, channels=1, dtype="int16", device=device)
+            self.stream = sounddevice.RawOutputStream(
+                samplerate=sample_rate, channels=1, dtype="int16", device=device
+            )
         except (sounddevice.PortAudioError, ValueError) as error:
-            raise ValueError(f"cannot open the sound device {name or '(default)'}: {error}") from None
+            raise ValueError(
+                f"cannot open the sound device {name or '(default)'}: {error}"
+            ) from None
         self.started = False
 
     def write(self, pcm: bytes) -> None:
@@ -141,9 +150,11 @@ def serve(
     sink : Sink
         Is given 16-bit PCM, mono, little-endian, as `wavear.audio.write` rounds it.
     say : callable
-        Is told, in one line each: the latency, expected and measured; the first underrun; at the end what was done.
+        Is told, in one line each: the latency, expected and measured; the first underrun; at the
+        end what was done.
     mel_source : MelConfig or str, optional
-        What the frames are, to convert them: `source` of `wavear.adapt_mel`. By default what the model expects.
+        What the frames are, to convert them: `source` of `wavear.adapt_mel`. By default what the
+        model expects.
     settings
         Of `Stream`.
 
@@ -160,7 +171,9 @@ def serve(
     """
     config = model.config.mel
     if config is None:
-        raise ValueError("the model is not conditioned on mels, it cannot follow frames: use `wavear generate`")
+        raise ValueError(
+            "the model is not conditioned on mels, it cannot follow frames: use `wavear generate`"
+        )
     if mel_source is not None:
         describe_source(mel_source, config)  # a name that is none is known before there are frames
     stream = Stream(model, **settings)
@@ -180,7 +193,9 @@ def serve(
             say(f"warning: {line}")
         told.add(kind)
 
-    heard: list[np.ndarray] | None = [] if mel_source is None else None  # to be judged by their numbers
+    heard: list[np.ndarray] | None = (
+        [] if mel_source is None else None
+    )  # to be judged by their numbers
 
     def judge(mel: np.ndarray | None) -> None:
         """Once, when there is a second of frames, or no more of them: sound has begun, and goes on."""
@@ -188,7 +203,9 @@ def serve(
         if heard is None:
             return
         heard += [] if mel is None else [mel]
-        if heard and (mel is None or sum(part.shape[1] for part in heard) * frame >= _JUDGED_SECONDS):
+        if heard and (
+            mel is None or sum(part.shape[1] for part in heard) * frame >= _JUDGED_SECONDS
+        ):
             verdict = judge_mel(np.concatenate(heard, axis=1), model)
             if verdict.verdict == "wrong":
                 doubt(verdict.reason)
@@ -256,8 +273,14 @@ class _Player:
                 report.underruns += 1
                 if report.underruns == 1:
                     speed = report.seconds / max(report.computing, 1e-9)
-                    cause = "the mel came late" if waiting > gap / 2 else f"computed at {speed:.2f} x real time"
-                    self.say(f"underrun of {gap * 1000:.0f} ms after {report.seconds:.2f} s: {cause}")
+                    cause = (
+                        "the mel came late"
+                        if waiting > gap / 2
+                        else f"computed at {speed:.2f} x real time"
+                    )
+                    self.say(
+                        f"underrun of {gap * 1000:.0f} ms after {report.seconds:.2f} s: {cause}"
+                    )
         self.dry = (now if gap > 0 or not report.samples else self.dry) + samples / self.rate
         report.samples += samples
 
@@ -274,8 +297,9 @@ def read_frames(source: io.BufferedReader, bands: int) -> Iterator[np.ndarray]:
     Parameters
     ----------
     source : binary file, with `read1`
-        Raw little-endian float32, frame after frame, each with its M bands; or one `.npy` array, (F, M), or (M, F) as
-        `numpy.save` writes a mel (then it is read whole, its frames lie apart). If F = M it is taken for (M, F).
+        Raw little-endian float32, frame after frame, each with its M bands; or one `.npy` array,
+        (F, M), or (M, F) as `numpy.save` writes a mel (then it is read whole, its frames lie
+        apart). If F = M it is taken for (M, F).
     bands : int
         M.
 
@@ -294,7 +318,9 @@ def read_frames(source: io.BufferedReader, bands: int) -> Iterator[np.ndarray]:
         assert total is not None
         values = np.frombuffer(buffered.take(total * bands * dtype.itemsize), dtype)
         if values.size < total * bands:
-            raise ValueError(f"the array on stdin ends after {values.size} of {total * bands} numbers")
+            raise ValueError(
+                f"the array on stdin ends after {values.size} of {total * bands} numbers"
+            )
         yield values.reshape(bands, total).astype(np.float32)
         return
     size = bands * dtype.itemsize
@@ -335,7 +361,9 @@ def _npy_header(buffered: _Buffered, bands: int) -> tuple[np.dtype, int, bool]:
         raise ValueError(f"the array on stdin is {dtype}, expected floating point")
     shape = shape[1:] if len(shape) == 3 and shape[0] == 1 else shape
     if len(shape) != 2 or bands not in shape:
-        raise ValueError(f"the array on stdin has shape {shape}, expected (frames, {bands}) or ({bands}, frames)")
+        raise ValueError(
+            f"the array on stdin has shape {shape}, expected (frames, {bands}) or ({bands}, frames)"
+        )
     bands_first = shape[0] == bands
     return dtype, shape[1] if bands_first else shape[0], bands_first != fortran
 
@@ -376,16 +404,23 @@ def run(model: Any, out: str, **settings: Any) -> int:
     Parameters
     ----------
     out : str
-        "-" for stdout, "device" for the default sound device, "device:NAME" or "device:NUMBER" for another.
+        "-" for stdout, "device" for the default sound device, "device:NAME" or "device:NUMBER" for
+        another.
     settings
         Of `serve`.
     """
     if out != "-" and out.split(":")[0] != "device":
-        raise ValueError(f"--out is {out}: with --stream it is - (stdout, the default), device, or device:NAME")
+        raise ValueError(
+            f"--out is {out}: with --stream it is - (stdout, the default), device, or device:NAME"
+        )
     if sys.stdin is None or (out == "-" and sys.stdout is None):
-        raise ValueError("stdin or stdout is closed: pipe mel frames to the one, and the sound on from the other")
+        raise ValueError(
+            "stdin or stdout is closed: pipe mel frames to the one, and the sound on from the other"
+        )
     if sys.stdin.isatty():
-        raise ValueError("stdin is a terminal: pipe mel frames to it, float32, frame after frame, or a .npy file")
+        raise ValueError(
+            "stdin is a terminal: pipe mel frames to it, float32, frame after frame, or a .npy file"
+        )
     if out == "-" and sys.stdout.isatty():
         raise ValueError(
             f"stdout is a terminal: pipe the sound on, such as to `aplay -t raw -f S16_LE -c 1 -r"
@@ -401,6 +436,7 @@ def run(model: Any, out: str, **settings: Any) -> int:
         source: Any = sys.stdin.buffer
         serve(model, source, sink, say=say, **settings)
     except BrokenPipeError:
-        # The player was closed, which is how one stops listening. Python would complain when it flushes at exit.
+        # The player was closed, which is how one stops listening. Python would complain when it
+        # flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0

@@ -14,7 +14,9 @@ from wavear.models.base import AutoregressiveModel
 if TYPE_CHECKING:
     from wavear.generation.engines import Engine
 
-_SILENT = 1e-3  # of full scale, -60 dB: below it speech in 8-bit mu-law is little more than its steps
+_SILENT = (
+    1e-3  # of full scale, -60 dB: below it speech in 8-bit mu-law is little more than its steps
+)
 _JUDGED = 100  # samples from which a prime is judged at all
 _CLIPPED = 1e-3  # share of samples at full scale from which a prime counts as clipped
 
@@ -30,14 +32,20 @@ def check_prime(prime: Any) -> Tensor:
     waveform = torch.as_tensor(prime).detach().cpu()
     waveform = waveform[None] if waveform.dim() == 1 else waveform
     if waveform.dim() != 2 or waveform.numel() == 0:
-        raise ValueError(f"prime has shape {tuple(waveform.shape)}, expected (B, T) or (T,) with T above 0")
+        raise ValueError(
+            f"prime has shape {tuple(waveform.shape)}, expected (B, T) or (T,) with T above 0"
+        )
     if not waveform.is_floating_point():
-        raise ValueError(f"prime is {waveform.dtype}, expected floating point in [-1, 1] (16-bit PCM: / 32768)")
+        raise ValueError(
+            f"prime is {waveform.dtype}, expected floating point in [-1, 1] (16-bit PCM: / 32768)"
+        )
     if not torch.isfinite(waveform).all():
         raise ValueError("prime holds NaN or infinity")
     peak = float(waveform.abs().max())
     if peak > 1:
-        raise ValueError(f"prime reaches {peak:g}, expected [-1, 1]: divide it by its peak, or what scales it")
+        raise ValueError(
+            f"prime reaches {peak:g}, expected [-1, 1]: divide it by its peak, or what scales it"
+        )
     return waveform.float()
 
 
@@ -73,12 +81,19 @@ def deemphasis_after(prime: Tensor, model: AutoregressiveModel) -> Deemphasis:
 def context(model: AutoregressiveModel, samples: int) -> int:
     """The first of `samples` past samples that the next one depends on, or its state.
 
-    Of a model that carries its state the whole past is filled in: its samples may count from the beginning, in patches.
+    Of a model that carries its state the whole past is filled in: its samples may count from the
+    beginning, in patches.
     """
-    return 0 if model.receptive_field is None or model.carries else max(0, samples - model.receptive_field)
+    return (
+        0
+        if model.receptive_field is None or model.carries
+        else max(0, samples - model.receptive_field)
+    )
 
 
-def fill(engine: Engine, stream: int, model: AutoregressiveModel, codes: np.ndarray, conditioner: Any) -> None:
+def fill(
+    engine: Engine, stream: int, model: AutoregressiveModel, codes: np.ndarray, conditioner: Any
+) -> None:
     """Move a stream that has not begun past codes (P,), of whose conditioning `conditioner` is certain."""
     start, stop = context(model, len(codes)), len(codes)
     engine.fill(stream, codes[start:], conditioner.span(start, stop))

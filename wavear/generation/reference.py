@@ -12,15 +12,17 @@ from wavear.models.base import AutoregressiveModel
 class ReferenceEngine:
     """Steps any autoregressive model, one stream after the other, on the model's device.
 
-    Streams do not share a step, because a matrix product over two rows rounds otherwise than over one: so the audio of
-    a stream does not depend on the batch it rides in.
+    Streams do not share a step, because a matrix product over two rows rounds otherwise than over
+    one: so the audio of a stream does not depend on the batch it rides in.
     """
 
     def __init__(self, model: AutoregressiveModel, batch: int):
         self.model = model
         self.device = next(model.parameters()).device
         self.states = [model.init_state(1) for _ in range(batch)]
-        self.previous = [torch.full((1,), model.start_code, device=self.device) for _ in range(batch)]
+        self.previous = [
+            torch.full((1,), model.start_code, device=self.device) for _ in range(batch)
+        ]
 
     def generate(
         self,
@@ -39,7 +41,9 @@ class ReferenceEngine:
         law = self.model.law
         for b, t in np.ndindex(*codes.shape):
             parameters = self._step(b, t, cond)
-            self.previous[b] = law.sample(parameters, draws[b, t : t + 1], float(temperatures[b, t]), top_k, top_p)
+            self.previous[b] = law.sample(
+                parameters, draws[b, t : t + 1], float(temperatures[b, t]), top_k, top_p
+            )
             codes[b, t] = self.previous[b].item()
             if log_probability is not None:
                 log_probability[b, t] = self._nats(parameters, self.previous[b])
@@ -65,7 +69,10 @@ class ReferenceEngine:
     def state(self, stream: int) -> dict[str, Tensor]:
         """See `Engine.state`."""
         tensors = self.model.export_state(self.states[stream])
-        return {"previous": self.previous[stream].cpu(), **{name: value[0].cpu() for name, value in tensors.items()}}
+        return {
+            "previous": self.previous[stream].cpu(),
+            **{name: value[0].cpu() for name, value in tensors.items()},
+        }
 
     def load_state(self, stream: int, state: dict[str, Tensor]) -> None:
         """See `Engine.load_state`."""

@@ -17,7 +17,18 @@ from wavear.models.base import AutoregressiveModel
 
 FORMAT = 1
 _KEY = "wavear_stream"
-_FIELDS = {"position", "asked", "seed", "speaker", "temperature", "top_k", "top_p", "first_frame", "closed", "model"}
+_FIELDS = {
+    "position",
+    "asked",
+    "seed",
+    "speaker",
+    "temperature",
+    "top_k",
+    "top_p",
+    "first_frame",
+    "closed",
+    "model",
+}
 
 
 @dataclass(frozen=True)
@@ -37,7 +48,8 @@ class StreamState:
 
     tensors: dict[str, Tensor]
     """The engine's: `previous`, the code of the sample before, and what the model's `export_state` names, such as the
-    past inputs of each layer, the oldest first; `mel`, the frames still needed (M, n); `prime`, codes to begin with."""
+    past inputs of each layer, the oldest first; `mel`, the frames still needed (M, n); `prime`,
+    codes to begin with."""
     about: dict[str, Any]
     """As JSON: position (samples so far), seed, speaker, temperature, frames, and the model's configuration and weights
     (as hashes)."""
@@ -83,9 +95,13 @@ class StreamState:
             about = json.loads(about)
             found = about["format"]
         except (ValueError, TypeError, KeyError):
-            raise ValueError(f"{path} is damaged: what it says of itself is not JSON, or names no format") from None
+            raise ValueError(
+                f"{path} is damaged: what it says of itself is not JSON, or names no format"
+            ) from None
         if found != FORMAT:
-            raise ValueError(f"{path} has format {found!r}, this version of wavear reads format {FORMAT}")
+            raise ValueError(
+                f"{path} has format {found!r}, this version of wavear reads format {FORMAT}"
+            )
         if missing := _FIELDS - set(about):
             raise ValueError(f"{path} is damaged: it lacks {', '.join(sorted(missing))}")
         return cls(tensors, about)
@@ -95,7 +111,11 @@ def describe(model: AutoregressiveModel) -> dict[str, Any]:
     """The configuration of a model and a hash of each of its weights, the same on every device, as JSON."""
     weights = {}
     for name, tensor in model.state_dict().items():
-        values = tensor.detach().to("cpu", torch.float32 if tensor.is_floating_point() else None).contiguous()
+        values = (
+            tensor.detach()
+            .to("cpu", torch.float32 if tensor.is_floating_point() else None)
+            .contiguous()
+        )
         weights[name] = hashlib.sha256(values.numpy().tobytes()).hexdigest()[:16]
     config = json.loads(json.dumps(dataclasses.asdict(model.config)))
     return {"family": type(model).__name__, "config": config, "weights": weights}
@@ -112,12 +132,16 @@ def check_model(state: StreamState, model: AutoregressiveModel) -> None:
     from wavear.models.checkpoint import LATER
 
     theirs, ours = state.about["model"], describe(model)
-    theirs = theirs | {"config": {k: v for k, v in LATER.items() if k in ours["config"]} | theirs["config"]}
+    theirs = theirs | {
+        "config": {k: v for k, v in LATER.items() if k in ours["config"]} | theirs["config"]
+    }
     for part in ("family", "config"):
         differing = _differences(theirs[part], ours[part])
         if differing:
             raise ValueError(f"the state is of another model: {'; '.join(differing)}")
-    names = [name for name, digest in ours["weights"].items() if theirs["weights"].get(name) != digest]
+    names = [
+        name for name, digest in ours["weights"].items() if theirs["weights"].get(name) != digest
+    ]
     if names:
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
         raise ValueError(
@@ -129,5 +153,9 @@ def check_model(state: StreamState, model: AutoregressiveModel) -> None:
 def _differences(theirs: Any, ours: Any, name: str = "") -> list[str]:
     if isinstance(theirs, dict) and isinstance(ours, dict):
         fields = dict.fromkeys([*theirs, *ours])
-        return [d for f in fields for d in _differences(theirs.get(f), ours.get(f), f"{name}.{f}" if name else f)]
+        return [
+            d
+            for f in fields
+            for d in _differences(theirs.get(f), ours.get(f), f"{name}.{f}" if name else f)
+        ]
     return [] if theirs == ours else [f"{name or 'it'} is {theirs!r} there, {ours!r} here"]

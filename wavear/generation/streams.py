@@ -1,8 +1,9 @@
 """Audio as its mel arrives: one stream, or several side by side whose members come and go.
 
-What comes out, put together, is to the bit what `wavear.generate` makes of the whole mel, however it was cut: engines
-go on where they stopped, uniforms are a function of the sample's number, and the conditioning is computed in the same
-blocks (`wavear/generation/conditioner.py`). Frames that no sample to come needs are dropped: memory does not grow.
+What comes out, put together, is to the bit what `wavear.generate` makes of the whole mel, however
+it was cut: engines go on where they stopped, uniforms are a function of the sample's number, and
+the conditioning is computed in the same blocks (`wavear/generation/conditioner.py`). Frames that no
+sample to come needs are dropped: memory does not grow.
 """
 
 from __future__ import annotations
@@ -50,8 +51,8 @@ class Stream:
     engine, weights, threads
         See `wavear.generation.engines.make_engine`.
     prime : Tensor or array, shape (T,), floating point in [-1, 1], at the model's rate, optional
-        A recording to go on from, see `wavear.generate`; what comes out is what follows it. With mels, its frames are
-        pushed first.
+        A recording to go on from, see `wavear.generate`; what comes out is what follows it. With
+        mels, its frames are pushed first.
     top_k, top_p
         See `wavear.generate`.
 
@@ -90,8 +91,14 @@ class Stream:
         if self._utterance.truncation[0] == 1:
             warnings.warn(_ARGMAX, stacklevel=2)
         with torch.inference_mode():
-            self.engine, self._engine = make_engine(model, 1, engine, weights=weights, threads=threads)
-        self._settings: dict[str, Any] = {"engine": self.engine, "weights": weights, "threads": threads}
+            self.engine, self._engine = make_engine(
+                model, 1, engine, weights=weights, threads=threads
+            )
+        self._settings: dict[str, Any] = {
+            "engine": self.engine,
+            "weights": weights,
+            "threads": threads,
+        }
 
     @property
     def description(self) -> str:
@@ -122,7 +129,8 @@ class Stream:
         Returns
         -------
         Tensor, shape (samples,), float32 in [-1, 1], on the CPU
-            May be empty: the samples of a frame depend on the `model.lookahead` frames that follow it.
+            May be empty: the samples of a frame depend on the `model.lookahead` frames that follow
+            it.
 
         Raises
         ------
@@ -173,8 +181,8 @@ class Stream:
     ) -> Stream:
         """A stream that goes on where `state` was taken.
 
-        On the same engine with the same weights it is to the bit as if it had never stopped. On another one it is what
-        that engine would have made of the same past, up to float32 rounding.
+        On the same engine with the same weights it is to the bit as if it had never stopped. On
+        another one it is what that engine would have made of the same past, up to float32 rounding.
 
         Parameters
         ----------
@@ -191,13 +199,16 @@ class Stream:
         FileNotFoundError
             If there is no such file.
         ValueError
-            If the state is of another model (the message names what differs), or the file is damaged.
+            If the state is of another model (the message names what differs), or the file is
+            damaged.
         """
         state = state if isinstance(state, StreamState) else StreamState.load(state)
         check_model(state, model)
         stream = cls.__new__(cls)
         with torch.inference_mode():
-            stream.engine, stream._engine = make_engine(model, 1, engine, weights=weights, threads=threads)
+            stream.engine, stream._engine = make_engine(
+                model, 1, engine, weights=weights, threads=threads
+            )
             stream._engine.load_state(0, _checked(state, stream._engine.state(0), model))
         stream._utterance = _Utterance.restored(model, state, seed)
         stream._settings = {"engine": stream.engine, "weights": weights, "threads": threads}
@@ -214,8 +225,9 @@ class Stream:
 class StreamBatch:
     """Streams side by side, whose members come and go, each to the bit as if it ran alone.
 
-    A batch shares each read of the weights: together the members are faster than apart. `step` moves all that have
-    something to do; pushing the members' frames first and stepping then keeps them together.
+    A batch shares each read of the weights: together the members are faster than apart. `step`
+    moves all that have something to do; pushing the members' frames first and stepping then keeps
+    them together.
 
     Parameters
     ----------
@@ -252,10 +264,14 @@ class StreamBatch:
         if self._truncation[0] == 1:
             warnings.warn(_ARGMAX, stacklevel=2)
         with torch.inference_mode():
-            self.engine, self._engine = make_engine(model, 1, engine, weights=weights, threads=threads)
+            self.engine, self._engine = make_engine(
+                model, 1, engine, weights=weights, threads=threads
+            )
             self._beginning = self._engine.state(0)
         self._members: dict[int, _Utterance] = {}
-        self._states: dict[int, dict[str, Tensor]] = {}  # of the members that the engine does not hold
+        self._states: dict[
+            int, dict[str, Tensor]
+        ] = {}  # of the members that the engine does not hold
         self._seated: list[int] = []  # those that it holds, in their places
         self._next = 0
 
@@ -310,9 +326,8 @@ class StreamBatch:
     def step(self) -> dict[int, Tensor]:
         """Make all that is certain by now.
 
-        Returns
-        -------
-        dict from the member's number to its new samples (samples,), float32; without those that have none
+        Returns ------- dict from the member's number to its new samples (samples,), float32;
+        without those that have none
         """
         made: dict[int, list[Tensor]] = {}
         with torch.inference_mode():
@@ -322,7 +337,9 @@ class StreamBatch:
                     if self._members[member].prime is not None:
                         self._members[member].fill(self._engine, place)
                 for n in _pieces(min(ready.values())):
-                    parts = _advance(self._engine, [self._members[member] for member in self._seated], n)
+                    parts = _advance(
+                        self._engine, [self._members[member] for member in self._seated], n
+                    )
                     for member, part in zip(self._seated, parts, strict=True):
                         made.setdefault(member, []).append(part)
         return {member: torch.cat(parts) for member, parts in made.items()}
@@ -331,7 +348,9 @@ class StreamBatch:
         """What a member is at this moment, for `Stream.load`, or `add` here or in another batch."""
         utterance = self._member(member)
         seated = member not in self._states
-        return utterance.state(self._engine.state(self._seated.index(member)) if seated else self._states[member])
+        return utterance.state(
+            self._engine.state(self._seated.index(member)) if seated else self._states[member]
+        )
 
     def remove(self, member: int) -> None:
         """Forget a member; what it did not make is lost."""
@@ -349,14 +368,20 @@ class StreamBatch:
         old = dict(enumerate(self._seated))
         if members == set(self._seated):
             return
-        stay = {place for place, member in old.items() if member in members} if len(members) == len(old) else set()
+        stay = (
+            {place for place, member in old.items() if member in members}
+            if len(members) == len(old)
+            else set()
+        )
         for place, member in old.items():
             if place not in stay and member in self._members:
                 self._states[member] = self._engine.state(place)
         if len(members) != len(old):
             self._engine = self._engine.resized(len(members))
         coming = iter(sorted(members - {old[place] for place in stay}))
-        self._seated = [old[place] if place in stay else next(coming) for place in range(len(members))]
+        self._seated = [
+            old[place] if place in stay else next(coming) for place in range(len(members))
+        ]
         for place, member in enumerate(self._seated):
             if place not in stay:
                 self._engine.load_state(place, self._states.pop(member))
@@ -396,7 +421,9 @@ class _Utterance:
         if prime is not None:
             waveform = check_prime(prime)
             if len(waveform) != 1:
-                raise ValueError(f"prime has shape {tuple(waveform.shape)}: a stream has one, of shape (T,)")
+                raise ValueError(
+                    f"prime has shape {tuple(waveform.shape)}: a stream has one, of shape (T,)"
+                )
             self.position = self.asked = waveform.shape[1]
             self.prime = encode_prime(waveform, model)[0]
             self.deemphasis = deemphasis_after(waveform[0], model)
@@ -408,13 +435,19 @@ class _Utterance:
     @property
     def ready(self) -> int:
         """Samples that can be made now."""
-        return max(0, (self.conditioner.certain if self.conditioner.has_mel else self.asked) - self.position)
+        return max(
+            0,
+            (self.conditioner.certain if self.conditioner.has_mel else self.asked) - self.position,
+        )
 
     def push(self, mel: Tensor | np.ndarray) -> None:
-        # A copy of an array: torch warns of memory that it may not write, and takes no negative strides.
+        # A copy of an array: torch warns of memory that it may not write, and takes no negative
+        # strides.
         mel = mel if isinstance(mel, Tensor) else torch.from_numpy(np.array(mel))
         if not self.conditioner.has_mel:
-            raise ValueError("the model takes no mel: it was trained without mel conditioning; pull samples instead")
+            raise ValueError(
+                "the model takes no mel: it was trained without mel conditioning; pull samples instead"
+            )
         if self.conditioner.closed:
             raise ValueError("the stream was flushed, it has ended: begin a new one")
         mel = mel[:, None] if mel.dim() == 1 else mel
@@ -427,17 +460,23 @@ class _Utterance:
 
     def flush(self) -> None:
         if not self.conditioner.has_mel:
-            raise ValueError("the model takes no mel: there is nothing to flush, pull samples instead")
+            raise ValueError(
+                "the model takes no mel: there is nothing to flush, pull samples instead"
+            )
         if self.conditioner.closed:
             raise ValueError("the stream was flushed before, it has ended")
         covered = self.conditioner.frames * self.conditioner.hop
         if covered < self.position:
-            raise ValueError(f"the mel covers {covered} samples and the prime has {self.position}: push its frames too")
+            raise ValueError(
+                f"the mel covers {covered} samples and the prime has {self.position}: push its frames too"
+            )
         self.conditioner.close()
 
     def pull(self, samples: int) -> None:
         if self.conditioner.has_mel:
-            raise ValueError("the model is conditioned on mels: push them, and each push returns samples")
+            raise ValueError(
+                "the model is conditioned on mels: push them, and each push returns samples"
+            )
         if isinstance(samples, bool) or not isinstance(samples, int | np.integer) or samples < 0:
             raise ValueError(f"samples is {samples!r}, it must be a whole number of at least 0")
         self.asked += int(samples)
@@ -484,10 +523,14 @@ class _Utterance:
         return StreamState(tensors, about)
 
     @classmethod
-    def restored(cls, model: AutoregressiveModel, state: StreamState, seed: int | None) -> _Utterance:
+    def restored(
+        cls, model: AutoregressiveModel, state: StreamState, seed: int | None
+    ) -> _Utterance:
         about = state.about
         own = about["seed"] if seed is None else seed
-        utterance = cls(model, own, about["speaker"], about["temperature"], None, about["top_k"], about["top_p"])
+        utterance = cls(
+            model, own, about["speaker"], about["temperature"], None, about["top_k"], about["top_p"]
+        )
         utterance.position, utterance.asked = about["position"], about["asked"]
         utterance.deemphasis.memory = about.get("deemphasis", 0.0)
         if "mel" in state.tensors:
@@ -517,15 +560,26 @@ def _pieces(samples: int) -> list[int]:
     return [min(_CHUNK, samples - start) for start in range(0, samples, _CHUNK)]
 
 
-def _checked(state: StreamState, pattern: dict[str, Tensor], model: AutoregressiveModel) -> dict[str, Tensor]:
+def _checked(
+    state: StreamState, pattern: dict[str, Tensor], model: AutoregressiveModel
+) -> dict[str, Tensor]:
     """The engine's part of a state, whose names and shapes are those of `pattern`."""
-    tensors = {name: tensor for name, tensor in state.tensors.items() if name not in ("mel", "prime")}
-    shapes = [{name: tuple(tensor.shape) for name, tensor in each.items()} for each in (tensors, pattern)]
+    tensors = {
+        name: tensor for name, tensor in state.tensors.items() if name not in ("mel", "prime")
+    }
+    shapes = [
+        {name: tuple(tensor.shape) for name, tensor in each.items()} for each in (tensors, pattern)
+    ]
     codes = [tensors.get("previous", torch.tensor([-1]))]
     codes += [state.tensors[name] for name in ("prime", "codes", "past") if name in state.tensors]
     mel = state.tensors.get("mel")
     sound = shapes[0] == shapes[1] and int(tensors.get("time", torch.tensor([0])).min()) >= 0
     sound = sound and all(0 <= int(c.min()) <= int(c.max()) < model.config.classes for c in codes)
-    if not sound or (mel is not None and (mel.dim() != 2 or len(mel) != model.config.mel.bands or not mel.numel())):
-        raise ValueError("the state is damaged: its tensors are not those of a stream of this model")
+    if not sound or (
+        mel is not None
+        and (mel.dim() != 2 or len(mel) != model.config.mel.bands or not mel.numel())
+    ):
+        raise ValueError(
+            "the state is damaged: its tensors are not those of a stream of this model"
+        )
     return tensors

@@ -17,7 +17,8 @@ Mel = TypeVar("Mel", torch.Tensor, np.ndarray)
 # What happens to the value of a band once it is known; all other fields say which value that is.
 VALUE_FIELDS = ("floor", "floor_mode", "log_base", "scale", "shift", "clip")
 
-# A value this near to a bound, as a share of what a factor e changes, has been clipped to it: float32 rounds by less.
+# A value this near to a bound, as a share of what a factor e changes, has been clipped to it:
+# float32 rounds by less.
 _NEAR = 1e-4
 
 
@@ -43,21 +44,24 @@ def analysis_differences(source: MelConfig, target: MelConfig) -> dict[str, tupl
     return found
 
 
-def convert_mel(mel: Mel, source: MelConfig, target: MelConfig, *, ignore: Collection[str] = ()) -> Mel:
+def convert_mel(
+    mel: Mel, source: MelConfig, target: MelConfig, *, ignore: Collection[str] = ()
+) -> Mel:
     """Mels as `source` describes them, to what `target` describes: exactly, or not at all.
 
-    Exact, up to rounding, are another logarithm (natural, common, decibels, none), an affine normalisation, and a floor
-    or clipping that cuts off more than that of `source` did. Not to be had are another analysis (sample rate, hop,
-    window, filter bank, magnitudes for powers...), and what `source` has cut off and `target` has not: that is found
-    out from the values, of which none may lie where `source` clips.
+    Exact, up to rounding, are another logarithm (natural, common, decibels, none), an affine
+    normalisation, and a floor or clipping that cuts off more than that of `source` did. Not to be
+    had are another analysis (sample rate, hop, window, filter bank, magnitudes for powers...), and
+    what `source` has cut off and `target` has not: that is found out from the values, of which none
+    may lie where `source` clips.
 
     Parameters
     ----------
     mel : Tensor or array, shape (..., M, F), floating point
     source, target : MelConfig
     ignore : collection of str
-        Fields to leave as they are although they differ; "floor" and "clip" among them: take what was cut off for the
-        bound where it was.
+        Fields to leave as they are although they differ; "floor" and "clip" among them: take what
+        was cut off for the bound where it was.
 
     Returns
     -------
@@ -78,8 +82,13 @@ def convert_mel(mel: Mel, source: MelConfig, target: MelConfig, *, ignore: Colle
     Traceback (most recent call last):
     ValueError: mels cannot be converted exactly: hop_length is 256, and wanted is 300
     """
-    if differing := {k: v for k, v in analysis_differences(source, target).items() if k not in ignore}:
-        told = "; ".join(f"{name} is {ours!r}, and wanted is {theirs!r}" for name, (ours, theirs) in differing.items())
+    if differing := {
+        k: v for k, v in analysis_differences(source, target).items() if k not in ignore
+    }:
+        told = "; ".join(
+            f"{name} is {ours!r}, and wanted is {theirs!r}"
+            for name, (ours, theirs) in differing.items()
+        )
         raise ValueError(f"mels cannot be converted exactly: {told}")
     values = mel if isinstance(mel, torch.Tensor) else torch.from_numpy(np.ascontiguousarray(mel))
     if not values.is_floating_point() or values.dim() < 2 or values.shape[-2] != source.bands:
@@ -91,7 +100,11 @@ def convert_mel(mel: Mel, source: MelConfig, target: MelConfig, *, ignore: Colle
     exact = torch.float32 if values.device.type == "mps" else torch.float64
     x = values.detach().to(exact)
     _check_bounds(x, source, target, ignore)
-    if source.log_base != "none" and target.log_base != "none" and source.floor_mode == target.floor_mode == "clip":
+    if (
+        source.log_base != "none"
+        and target.log_base != "none"
+        and source.floor_mode == target.floor_mode == "clip"
+    ):
         # A line from logarithm to logarithm: no exponential has to be taken, and none can overflow.
         x = ((x - source.shift) / per_neper(source)).clamp(min=math.log(target.floor)) * per_neper(
             target
@@ -118,19 +131,29 @@ def _to_bands(x: torch.Tensor, config: MelConfig) -> torch.Tensor:
 
 def _to_values(bands: torch.Tensor, config: MelConfig) -> torch.Tensor:
     """Bands before the floor and the logarithm to values."""
-    bands = bands.clamp(min=config.floor) if config.floor_mode == "clip" else bands.clamp(min=0.0) + config.floor
+    bands = (
+        bands.clamp(min=config.floor)
+        if config.floor_mode == "clip"
+        else bands.clamp(min=0.0) + config.floor
+    )
     x = (bands if config.log_base == "none" else bands.log()) * per_neper(config) + config.shift
     return x if config.clip is None else x.clamp(*config.clip)
 
 
-def _check_bounds(x: torch.Tensor, source: MelConfig, target: MelConfig, ignore: Collection[str]) -> None:
+def _check_bounds(
+    x: torch.Tensor, source: MelConfig, target: MelConfig, ignore: Collection[str]
+) -> None:
     """Raises if `source` has cut off of these very values what `target` would show.
 
-    Values at the bound of the quietest stand for any band from nothing to `end`, those at the bound of the loudest for
-    any from `end` on: nothing is lost if the target has one value for all of these.
+    Values at the bound of the quietest stand for any band from nothing to `end`, those at the bound
+    of the loudest for any from `end` on: nothing is lost if the target has one value for all of
+    these.
     """
     near = abs(per_neper(source)) * _NEAR
-    zero, infinite = torch.zeros((), dtype=x.dtype), torch.full((), 1e12, dtype=x.dtype)  # audio makes some hundreds
+    zero, infinite = (
+        torch.zeros((), dtype=x.dtype),
+        torch.full((), 1e12, dtype=x.dtype),
+    )  # audio makes some hundreds
     for what, field, extreme in (("quietest", "floor", zero), ("loudest", "clip", infinite)):
         if field in ignore or "clip" in ignore:
             continue
@@ -138,7 +161,9 @@ def _check_bounds(x: torch.Tensor, source: MelConfig, target: MelConfig, ignore:
         if not torch.isfinite(bound):
             continue
         clipped = source.clip is not None and float(bound) in source.clip
-        if not clipped and source.floor_mode == "add":  # below an added floor there are few digits left
+        if (
+            not clipped and source.floor_mode == "add"
+        ):  # below an added floor there are few digits left
             bound = _to_values(zero + source.floor, source)
         end = _to_bands(bound, source).clamp(min=0.0)
         same = abs(per_neper(target)) * (1e-9 if target.log_base == "none" else 1e-7)

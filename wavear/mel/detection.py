@@ -1,12 +1,14 @@
 """Whether a mel is what a model was trained on: by what it says of itself, or else by its numbers.
 
-The numbers tell conventions apart because a model keeps the mean and deviation of each band over its training data. A
-convention supposes that value v stands for the band exp(t) with t = (v - shift) / slope; how likely the values are,
+The numbers tell conventions apart because a model keeps the mean and deviation of each band over
+its training data. A convention supposes that value v stands for the band exp(t) with t = (v -
+shift) / slope; how likely the values are,
 
     log p(v) = mean over bands and frames of log N(t; mean_b + gain, deviation_b) - log(slope),
 
-says how well it fits, whatever the loudness: `gain` is the best one, whose size counts against it (a deviation of 2.5,
-22 dB of magnitudes). The convention that fits best is not the model's own: then the mel is doubtful, or wrong.
+says how well it fits, whatever the loudness: `gain` is the best one, whose size counts against it
+(a deviation of 2.5, 22 dB of magnitudes). The convention that fits best is not the model's own:
+then the mel is doubtful, or wrong.
 """
 
 from __future__ import annotations
@@ -30,16 +32,23 @@ CONVENTIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "log10": ("log10", {"log_base": "10", "scale": 1.0, "shift": 0.0, "clip": None}),
     "db": ("decibel", {"log_base": "db", "scale": 1.0, "shift": 0.0, "clip": None}),
     "db01": ("0-to-1", {"log_base": "db", "scale": 0.01, "shift": 1.0, "clip": (0.0, 1.0)}),
-    "db01-ref20": ("0-to-1 (20 dB down)", {"log_base": "db", "scale": 0.01, "shift": 0.8, "clip": (0.0, 1.0)}),
+    "db01-ref20": (
+        "0-to-1 (20 dB down)",
+        {"log_base": "db", "scale": 0.01, "shift": 0.8, "clip": (0.0, 1.0)},
+    ),
     "db4-ref20": ("-4-to-4", {"log_base": "db", "scale": 0.08, "shift": 2.4, "clip": (-4.0, 4.0)}),
-    "linear": ("linear (no logarithm)", {"log_base": "none", "scale": 1.0, "shift": 0.0, "clip": None}),
+    "linear": (
+        "linear (no logarithm)",
+        {"log_base": "none", "scale": 1.0, "shift": 0.0, "clip": None},
+    ),
 }
 INT16, STANDARD = "integer-waveform", "standardised"
 
 # Differences that are heard at the ends of a recording or near the floor, if anywhere.
 _MINOR = ("padding", "power_offset", "power_floor")
-# Nats per value. Of 90 recordings of eight kinds (speech, music, sounds), by the statistics of one reader, 2 pass the
-# first as mels of the right convention and none the second; in log10 for natural 75 the first and 69 the second.
+# Nats per value. Of 90 recordings of eight kinds (speech, music, sounds), by the statistics of one
+# reader, 2 pass the first as mels of the right convention and none the second; in log10 for natural
+# 75 the first and 69 the second.
 _DOUBTFUL, _WRONG = 0.3, 1.0
 _GAIN_DEVIATION = 2.5  # nepers
 _FURTHEST = 5.0  # deviations, from which on a value counts no more
@@ -55,7 +64,8 @@ class MelVerdict:
     """In one line: what is wrong, and what to do."""
     convention: str | None = None
     """What the values look like, if not like the model's: a name `wavear.adapt_mel` takes for `source`, or else
-    "integer-waveform" (of a waveform in integers, not in [-1, 1]) or "standardised" (mean 0, deviation 1 per band)."""
+    "integer-waveform" (of a waveform in integers, not in [-1, 1]) or "standardised" (mean 0,
+    deviation 1 per band)."""
 
 
 class ConditionedModel(Protocol):
@@ -76,7 +86,10 @@ class Expectation:
 
 
 def judge_mel(
-    mel: torch.Tensor | np.ndarray, model: ConditionedModel | Expectation, *, seconds: float | None = None
+    mel: torch.Tensor | np.ndarray,
+    model: ConditionedModel | Expectation,
+    *,
+    seconds: float | None = None,
 ) -> MelVerdict:
     """Judge by its numbers a mel that says nothing of itself: bands, frames, range, distribution.
 
@@ -84,7 +97,8 @@ def judge_mel(
     ----------
     mel : Tensor or array, shape (M, F)
     model : AutoregressiveModel, or another with `config.mel` and `conditioning`
-        Conditioned on mels. One that was never trained knows no distribution; then the range alone is judged.
+        Conditioned on mels. One that was never trained knows no distribution; then the range alone
+        is judged.
     seconds : float, optional
         How long its audio should be.
 
@@ -94,15 +108,21 @@ def judge_mel(
     """
     config = model.config.mel
     if config is None:
-        return MelVerdict("wrong", "the model takes no mel: it was trained without mel conditioning")
+        return MelVerdict(
+            "wrong", "the model takes no mel: it was trained without mel conditioning"
+        )
     values = torch.as_tensor(mel)
     shape = tuple(values.shape)
     if len(shape) != 2 or 0 in shape or not values.is_floating_point():
         kind = "floating point" if values.is_floating_point() else str(values.dtype)
-        return MelVerdict("wrong", f"the mel is {kind} of shape {shape}, expected floating point, (bands, frames)")
+        return MelVerdict(
+            "wrong", f"the mel is {kind} of shape {shape}, expected floating point, (bands, frames)"
+        )
     if shape[0] != config.bands:
         if shape[1] == config.bands:
-            reason = f"the mel has shape {shape}: it seems transposed, frames first; give its transpose"
+            reason = (
+                f"the mel has shape {shape}: it seems transposed, frames first; give its transpose"
+            )
         else:
             known = [name for name in PRESETS if MelConfig.preset(name).bands == shape[0]]
             hint = f" ({', '.join(known)} has as many)" if known and shape[0] != 80 else ""
@@ -134,12 +154,14 @@ def adapt_mel(
     model : AutoregressiveModel, or another with `config.mel` and `conditioning`
         Conditioned on mels.
     source : MelConfig or str, optional
-        What the mel is: a configuration, the name of a preset, or what its values are where all else is as the model's:
-        ln, log10, db, db01 (decibels from -100 to 0 as 0 to 1), db01-ref20, db4-ref20, linear.
+        What the mel is: a configuration, the name of a preset, or what its values are where all
+        else is as the model's: ln, log10, db, db01 (decibels from -100 to 0 as 0 to 1), db01-ref20,
+        db4-ref20, linear.
     seconds : float, optional
         How long its audio should be; refused if the frames say otherwise.
     force : bool
-        Take it although it is judged wrong or differs in what cannot be converted; not where the bands differ.
+        Take it although it is judged wrong or differs in what cannot be converted; not where the
+        bands differ.
     warn : callable, optional
         Is told, in one line, what is doubtful; by default a UserWarning is issued.
 
@@ -157,12 +179,19 @@ def adapt_mel(
     given = torch.as_tensor(mel)
     if source is None:
         judged = judge_mel(given, model, seconds=seconds)
-        if judged.verdict == "wrong" and not (force and given.dim() == 2 and given.shape[0] == target.bands):
+        if judged.verdict == "wrong" and not (
+            force and given.dim() == 2 and given.shape[0] == target.bands
+        ):
             raise ValueError(judged.reason)
         if judged.verdict != "fits":
             say(judged.reason)
         return given.float()
-    if given.dim() != 2 or 0 in given.shape or given.shape[0] != target.bands or not given.is_floating_point():
+    if (
+        given.dim() != 2
+        or 0 in given.shape
+        or given.shape[0] != target.bands
+        or not given.is_floating_point()
+    ):
         raise ValueError(judge_mel(given, Expectation(target)).reason)
     # Not the range: it is that of `source`.
     if seconds is not None and (reason := _wrong_rate(given.shape[1], seconds, target)):
@@ -173,8 +202,14 @@ def adapt_mel(
     if any(name not in _MINOR for name in differing) and (not force or "bands" in differing):
         half = differing.keys() <= {"centre", *_MINOR}
         shift = 500 * target.hop_length / target.sample_rate
-        hint = f" (all but {shift:.1f} ms of delay, half a frame, is the same: force takes it)" if half else ""
-        raise ValueError(f"it is not the mel the model was trained on: it has {'; '.join(told)}{hint}")
+        hint = (
+            f" (all but {shift:.1f} ms of delay, half a frame, is the same: force takes it)"
+            if half
+            else ""
+        )
+        raise ValueError(
+            f"it is not the mel the model was trained on: it has {'; '.join(told)}{hint}"
+        )
     if told:
         say(f"the mel is taken although it has {'; '.join(told)}")
     try:
@@ -195,7 +230,9 @@ def describe_source(source: MelConfig | str, target: MelConfig) -> MelConfig:
 
 def _wrong_rate(frames: int, seconds: float, config: MelConfig) -> str:
     if not 0 < seconds < math.inf:
-        raise ValueError(f"the mel should make {seconds:g} s of audio: that must be above 0 and finite")
+        raise ValueError(
+            f"the mel should make {seconds:g} s of audio: that must be above 0 and finite"
+        )
     expected = seconds * config.frame_rate
     if abs(frames - expected) <= 2 + 0.01 * expected:
         return ""
@@ -218,7 +255,8 @@ def _judge_values(values: torch.Tensor, model: Any, config: MelConfig) -> MelVer
     low, high = float(values.min()), float(values.max())
     quietest, loudest = _possible(config)
     mean, deviation = _statistics(model, config)
-    # The ways to read the values, in nepers of the band: value -> neper, and the mean logarithm of its slope.
+    # The ways to read the values, in nepers of the band: value -> neper, and the mean logarithm of
+    # its slope.
     own = _line(config)
     readings: dict[str, tuple[torch.Tensor, float]] = {}
     if own is not None:
@@ -232,18 +270,29 @@ def _judge_values(values: torch.Tensor, model: Any, config: MelConfig) -> MelVer
                 readings[name] = t, -float(torch.where(values > floor, t, 0.0).mean())
             continue
         slope, shift = line
-        bounds = fields["clip"] or (shift + slope * (math.log(1e-10) - 1), shift + slope * (loudest + _SLACK))
+        bounds = fields["clip"] or (
+            shift + slope * (math.log(1e-10) - 1),
+            shift + slope * (loudest + _SLACK),
+        )
         margin = 0.1 * (bounds[1] - bounds[0]) if fields["clip"] else 0.0
-        # Conventions that differ by a shift alone are, but for very large ones, told apart by nothing but loudness.
-        like_own = own is not None and math.isclose(slope, own[0]) and abs(shift - own[1]) < 3 * slope
+        # Conventions that differ by a shift alone are, but for very large ones, told apart by
+        # nothing but loudness.
+        like_own = (
+            own is not None and math.isclose(slope, own[0]) and abs(shift - own[1]) < 3 * slope
+        )
         if not like_own and bounds[0] - margin <= low and high <= bounds[1] + margin:
             readings[name] = (values - shift) / slope, -math.log(slope)
     if own is not None:
-        readings[INT16] = (values - own[1]) / own[0] - config.power * math.log(32768), -math.log(abs(own[0]))
+        readings[INT16] = (
+            (values - own[1]) / own[0] - config.power * math.log(32768),
+            -math.log(abs(own[0])),
+        )
     if mean is not None and deviation is not None:
         if abs(float(values.mean())) < 1 and 0.2 < float(values.std()) < 3:
             readings[STANDARD] = values * deviation + mean, float(deviation.log().mean())
-        fits = {name: _fit(t, slope, mean, deviation, name) for name, (t, slope) in readings.items()}
+        fits = {
+            name: _fit(t, slope, mean, deviation, name) for name, (t, slope) in readings.items()
+        }
     else:
         fits = {}
     best = max(fits, key=fits.__getitem__, default="own")
@@ -251,7 +300,9 @@ def _judge_values(values: torch.Tensor, model: Any, config: MelConfig) -> MelVer
     outside = _outside(readings.get("own", (values, 0.0))[0], quietest, loudest)
     if best == "own" and not outside:
         return MelVerdict("fits")
-    verdict = "wrong" if outside or margin > _WRONG else "doubtful" if margin > _DOUBTFUL else "fits"
+    verdict = (
+        "wrong" if outside or margin > _WRONG else "doubtful" if margin > _DOUBTFUL else "fits"
+    )
     if verdict == "fits":
         return MelVerdict("fits")
     convention = best if best != "own" else None
@@ -268,8 +319,8 @@ def _possible(config: MelConfig) -> tuple[float, float]:
     """Nepers of the quietest and the loudest band of a waveform in [-1, 1]."""
     if config.log_base == "none":
         return -math.inf, math.inf
-    # A bin is half the window's sum at most (a full-scale tone), all bins of a band together not much more; the
-    # filters' weights are below 2 / (width in Hz), or 1.
+    # A bin is half the window's sum at most (a full-scale tone), all bins of a band together not
+    # much more; the filters' weights are below 2 / (width in Hz), or 1.
     peak = config.window_length / 2
     weight = 2 * config.n_fft / config.sample_rate / 2 if config.norm == "slaney" else 4.0
     return math.log(config.floor), config.power * math.log(peak) + math.log(weight) + 1.0
@@ -280,18 +331,31 @@ def _statistics(model: Any, config: MelConfig) -> tuple[torch.Tensor | None, tor
     conditioning, line = getattr(model, "conditioning", None), _line(config)
     if conditioning is None or line is None or not hasattr(conditioning, "mel_mean"):
         return None, None
-    mean, deviation = (getattr(conditioning, name).detach().cpu().double() for name in ("mel_mean", "mel_deviation"))
+    mean, deviation = (
+        getattr(conditioning, name).detach().cpu().double()
+        for name in ("mel_mean", "mel_deviation")
+    )
     if not mean.any():
         return None, None
     return ((mean - line[1]) / line[0])[:, None], (deviation / abs(line[0]))[:, None].clamp(min=0.1)
 
 
-def _fit(t: torch.Tensor, slope: float, mean: torch.Tensor, deviation: torch.Tensor, name: str) -> float:
+def _fit(
+    t: torch.Tensor, slope: float, mean: torch.Tensor, deviation: torch.Tensor, name: str
+) -> float:
     """Mean log-likelihood of the values, in nats, read as `t`."""
     weight = deviation**-2
-    gain = float((((t - mean) * weight).mean() / weight.mean()).clamp(-6, 6)) if name != STANDARD else 0.0
+    gain = (
+        float((((t - mean) * weight).mean() / weight.mean()).clamp(-6, 6))
+        if name != STANDARD
+        else 0.0
+    )
     z = ((t - mean - gain) / deviation).abs().clamp(max=_FURTHEST)
-    return -float(0.5 * (z**2).mean() + deviation.log().mean()) + slope - 0.5 * (gain / _GAIN_DEVIATION) ** 2
+    return (
+        -float(0.5 * (z**2).mean() + deviation.log().mean())
+        + slope
+        - 0.5 * (gain / _GAIN_DEVIATION) ** 2
+    )
 
 
 def _outside(t: torch.Tensor, quietest: float, loudest: float) -> bool:
@@ -307,13 +371,24 @@ def _explain(
     deviation: torch.Tensor | None,
     outside: bool,
 ) -> str:
-    own = next((text for text, fields in CONVENTIONS.values() if _same_values(replace(config, **fields), config)), None)
+    own = next(
+        (
+            text
+            for text, fields in CONVENTIONS.values()
+            if _same_values(replace(config, **fields), config)
+        ),
+        None,
+    )
     quietest, loudest = _possible(config)
     if mean is not None and deviation is not None:
         quietest = max(quietest, float((mean - 3 * deviation).min()))
         loudest = min(loudest, float((mean + 3 * deviation).max()))
     line = _line(config)
-    ends = (quietest, loudest) if line is None else sorted(line[1] + line[0] * end for end in (quietest, loudest))
+    ends = (
+        (quietest, loudest)
+        if line is None
+        else sorted(line[1] + line[0] * end for end in (quietest, loudest))
+    )
     expected = f"the model expects {own or 'other'} mels (range {ends[0]:.1f}..{ends[1]:.1f})"
     seen = f"range {low:.1f}..{high:.1f}"
     if convention is None:
@@ -332,9 +407,17 @@ def _explain(
         if _same_values(MelConfig.preset(name), source)
         and not analysis_differences(MelConfig.preset(name), config).keys() - set(_MINOR)
     ]
-    how = f"--mel-preset {presets[0]}" if presets else f"--mel-preset {convention} (if all else is as the model's)"
+    how = (
+        f"--mel-preset {presets[0]}"
+        if presets
+        else f"--mel-preset {convention} (if all else is as the model's)"
+    )
     return f"this looks like {CONVENTIONS[convention][0]} mels ({seen}), {expected}: pass {how} to convert"
 
 
 def _same_values(one: MelConfig, other: MelConfig) -> bool:
-    return (_line(one), one.clip, one.log_base == "none") == (_line(other), other.clip, other.log_base == "none")
+    return (_line(one), one.clip, one.log_base == "none") == (
+        _line(other),
+        other.clip,
+        other.log_base == "none",
+    )

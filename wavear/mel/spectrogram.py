@@ -1,17 +1,17 @@
 """Log-mel spectrograms: `MelConfig`, all that makes two mels differ, and `log_mel`, which computes one.
 
-The rule of the edges
----------------------
-Frame f belongs to the samples [f * hop, (f + 1) * hop), and a waveform of T samples has F = T // hop frames, whatever
-the settings; up to hop - 1 samples at the end belong to no frame (though the last frames still see them). The window
-of frame f is centred on its own samples:
+The rule of the edges --------------------- Frame f belongs to the samples [f * hop, (f + 1) * hop),
+and a waveform of T samples has F = T // hop frames, whatever the settings; up to hop - 1 samples at
+the end belong to no frame (though the last frames still see them). The window of frame f is centred
+on its own samples:
 
     centre = "middle":  on f * hop + hop / 2, as in HiFi-GAN (padded by (n_fft - hop) / 2, torch.stft(center=False))
     centre = "start":   on f * hop, as in librosa and torch.stft(center=True), less the frame past the end
 
-What a window sees beyond the ends of the waveform is its mirror image or zeros (`padding`). A frame depends on no
-sample outside `MelConfig.window_span`, so the mel of a crop is the crop of the mel, once the crop is taken with
-`MelConfig.context_frames` more frames on both sides and these are dropped from its mel:
+What a window sees beyond the ends of the waveform is its mirror image or zeros (`padding`). A frame
+depends on no sample outside `MelConfig.window_span`, so the mel of a crop is the crop of the mel,
+once the crop is taken with `MelConfig.context_frames` more frames on both sides and these are
+dropped from its mel:
 
     context = config.context_samples                       # a multiple of hop, like a and b
     part = log_mel(waveform[:, a - context : b + context], config)[..., config.context_frames : -config.context_frames]
@@ -55,15 +55,17 @@ BLOCK_FRAMES = 4096
 class MelConfig:
     """All that makes two mel spectrograms of one waveform differ. The default is HiFi-GAN's at 22.05 kHz.
 
-    The value of band m in frame f is, with X the spectrum of the windowed frame and W the filter bank,
+    The value of band m in frame f is, with X the spectrum of the windowed frame and W the filter
+    bank,
 
         S[k] = max(abs(X[k])**2 + power_offset, power_floor) ** (power / 2)
         V[m] = clip(scale * log(max(sum_k W[m, k] * S[k], floor)) + shift)
 
-    (`floor_mode` "add" has the floor added, instead of the larger of the two.) That leaves room for all that published
-    mels do: decibels against a reference r are a `shift` of -20 log10(r), logarithms to base 2 a `scale` of 1 / log(2),
-    a spectrum divided by the window's norm n a `shift` of -log(n). What depends on a whole recording, such as the
-    `top_db` of librosa, has no place here: the mel of a crop would not be the crop of the mel.
+    (`floor_mode` "add" has the floor added, instead of the larger of the two.) That leaves room for
+    all that published mels do: decibels against a reference r are a `shift` of -20 log10(r),
+    logarithms to base 2 a `scale` of 1 / log(2), a spectrum divided by the window's norm n a
+    `shift` of -log(n). What depends on a whole recording, such as the `top_db` of librosa, has no
+    place here: the mel of a crop would not be the crop of the mel.
 
     Raises
     ------
@@ -153,12 +155,16 @@ class MelConfig:
         if self.window_length > self.n_fft:
             raise _refusal("window_length", self.window_length, f"at most n_fft ({self.n_fft})")
         if self.hop_length > self.window_length:
-            raise _refusal("hop_length", self.hop_length, f"at most window_length ({self.window_length})")
+            raise _refusal(
+                "hop_length", self.hop_length, f"at most window_length ({self.window_length})"
+            )
         if self.bands > self.n_fft // 2 + 1:
             raise _refusal("bands", self.bands, f"at most n_fft // 2 + 1 ({self.n_fft // 2 + 1})")
         nyquist = self.sample_rate / 2
         if not 0 <= self.fmin < nyquist:
-            raise _refusal("fmin", f"{self.fmin} Hz", f"0 to less than {nyquist} (half of sample_rate)")
+            raise _refusal(
+                "fmin", f"{self.fmin} Hz", f"0 to less than {nyquist} (half of sample_rate)"
+            )
         if self.fmax is not None and not self.fmin < self.fmax <= nyquist:
             wanted = f"more than fmin ({self.fmin}) and at most {nyquist} (half of sample_rate)"
             raise _refusal("fmax", f"{self.fmax} Hz", wanted)
@@ -168,12 +174,16 @@ class MelConfig:
             if getattr(self, field) < 0:
                 raise _refusal(field, getattr(self, field), "0 or more")
         if self.floor == 0 and self.log_base != "none":
-            raise _refusal("floor", self.floor, f"more than 0 before a logarithm (log_base {self.log_base!r})")
+            raise _refusal(
+                "floor", self.floor, f"more than 0 before a logarithm (log_base {self.log_base!r})"
+            )
         if self.scale == 0:
             raise _refusal("scale", self.scale, "any other number (0 leaves nothing of the mel)")
         if self.clip is not None:
             if not isinstance(self.clip, (tuple, list)) or len(self.clip) != 2:
-                raise _refusal("clip", repr(self.clip), "None or two numbers, the least and the largest value")
+                raise _refusal(
+                    "clip", repr(self.clip), "None or two numbers, the least and the largest value"
+                )
             low, high = (_number("clip", bound) for bound in self.clip)
             object.__setattr__(self, "clip", (low, high))
             if not low < high:
@@ -196,7 +206,11 @@ class MelConfig:
     def context_frames(self) -> int:
         """Frames to add on each side of a crop, so that those inside come out as in the whole."""
         left, right = self.window_span
-        return max(math.ceil(left / self.hop_length), math.ceil((right - self.hop_length) / self.hop_length), 0)
+        return max(
+            math.ceil(left / self.hop_length),
+            math.ceil((right - self.hop_length) / self.hop_length),
+            0,
+        )
 
     @property
     def context_samples(self) -> int:
@@ -222,7 +236,9 @@ class MelConfig:
             raise ValueError(f"a mel configuration is a dictionary of fields, not {fields!r:.80}")
         known = [field.name for field in dataclasses.fields(cls)]
         if unknown := [name for name in fields if name not in known]:
-            raise ValueError(f"mel configuration has unknown fields {', '.join(map(str, unknown))}; known: {known}")
+            raise ValueError(
+                f"mel configuration has unknown fields {', '.join(map(str, unknown))}; known: {known}"
+            )
         if missing := [name for name in known if name not in fields and name not in _LATER]:
             raise ValueError(f"mel configuration lacks the fields {', '.join(missing)}")
         return cls(**{**_LATER, **fields})
@@ -234,8 +250,8 @@ class MelConfig:
         Parameters
         ----------
         name : str
-            hifigan, nvidia-tacotron2, r9y9, espnet, espnet-24k, parallel-wavegan, fatchord, torchaudio-tacotron2,
-            torchaudio-tacotron2-wavernn or librosa-default.
+            hifigan, nvidia-tacotron2, r9y9, espnet, espnet-24k, parallel-wavegan, fatchord,
+            torchaudio-tacotron2, torchaudio-tacotron2-wavernn or librosa-default.
 
         Raises
         ------
@@ -253,8 +269,12 @@ class MelConfig:
         if name not in PRESETS:
             plain = {re.sub("[^a-z0-9]", "", known): known for known in PRESETS}
             near = difflib.get_close_matches(re.sub("[^a-z0-9]", "", str(name).lower()), plain, n=2)
-            hint = f"did you mean {' or '.join(repr(plain[known]) for known in near)}?" if near else ""
-            raise ValueError(f"there is no mel preset {name!r}: {hint or 'known are ' + ', '.join(PRESETS)}")
+            hint = (
+                f"did you mean {' or '.join(repr(plain[known]) for known in near)}?" if near else ""
+            )
+            raise ValueError(
+                f"there is no mel preset {name!r}: {hint or 'known are ' + ', '.join(PRESETS)}"
+            )
         return cls(**PRESETS[name])
 
 
@@ -262,13 +282,15 @@ class MelConfig:
 def log_mel(waveform: torch.Tensor, config: MelConfig) -> torch.Tensor:
     """Log-mel spectrogram, one frame per `config.hop_length` samples.
 
-    The arithmetic is float64 inside (float32 on Apple's GPUs, which have no float64): in float32, a quiet band beside a
-    loud one is off by up to 1e-3 in the logarithm, and autocast or TF32 would make that 1e-2 without being asked.
+    The arithmetic is float64 inside (float32 on Apple's GPUs, which have no float64): in float32, a
+    quiet band beside a loud one is off by up to 1e-3 in the logarithm, and autocast or TF32 would
+    make that 1e-2 without being asked.
 
     Parameters
     ----------
     waveform : Tensor, shape (B, T), float32 or float64 in [-1, 1]
-        Any length from one hop; shorter than a window is mirrored as often as it takes, as in NumPy's `pad`.
+        Any length from one hop; shorter than a window is mirrored as often as it takes, as in
+        NumPy's `pad`.
     config : MelConfig
 
     Returns
@@ -279,14 +301,18 @@ def log_mel(waveform: torch.Tensor, config: MelConfig) -> torch.Tensor:
     Raises
     ------
     ValueError
-        If `waveform` is not two-dimensional floating point, is shorter than one hop, or holds NaN or infinity.
+        If `waveform` is not two-dimensional floating point, is shorter than one hop, or holds NaN
+        or infinity.
 
     Examples
     --------
     >>> log_mel(torch.zeros(1, 2560), MelConfig(hop_length=256)).shape
     torch.Size([1, 80, 10])
     """
-    if not isinstance(waveform, torch.Tensor) or waveform.dtype not in (torch.float32, torch.float64):
+    if not isinstance(waveform, torch.Tensor) or waveform.dtype not in (
+        torch.float32,
+        torch.float64,
+    ):
         kind = waveform.dtype if isinstance(waveform, torch.Tensor) else type(waveform).__name__
         raise ValueError(f"waveform is {kind}, expected a float32 or float64 tensor")
     if waveform.ndim != 2:
@@ -307,13 +333,22 @@ def log_mel(waveform: torch.Tensor, config: MelConfig) -> torch.Tensor:
         last = min(first + BLOCK_FRAMES, frames)
         block = padded[:, first * hop : (last - 1) * hop + config.n_fft].to(exact)
         spectrum = torch.stft(
-            block, config.n_fft, hop, config.window_length, window, center=False, return_complex=True
+            block,
+            config.n_fft,
+            hop,
+            config.window_length,
+            window,
+            center=False,
+            return_complex=True,
         )  # (B, n_fft // 2 + 1, last - first)
-        bins = (spectrum.real.square() + spectrum.imag.square() + config.power_offset).clamp_(min=config.power_floor)
+        bins = (spectrum.real.square() + spectrum.imag.square() + config.power_offset).clamp_(
+            min=config.power_floor
+        )
         if config.power == 1:
             bins = bins.sqrt_()
         mel[..., first:last] = _compress(filters @ bins, config)
-    # One check of the result, a hundredth the size of the waveform: what is not finite in there is not finite here.
+    # One check of the result, a hundredth the size of the waveform: what is not finite in there is
+    # not finite here.
     if not torch.isfinite(mel).all():
         raise ValueError("waveform holds NaN or infinity (or values beyond 1e100)")
     return mel
@@ -322,9 +357,9 @@ def log_mel(waveform: torch.Tensor, config: MelConfig) -> torch.Tensor:
 def mel_filter_bank(config: MelConfig) -> torch.Tensor:
     """Triangular filters, from the bins of the Fourier transform to mel bands; equals `librosa.filters.mel`.
 
-    Band m rises from edge m to edge m + 1 and falls to edge m + 2, the bands + 2 edges lying evenly on the mel scale.
-    (Our own, as torchaudio's is computed in float32, where a band's first bins are off by up to 1e-3 of themselves, and
-    importing librosa takes seconds.)
+    Band m rises from edge m to edge m + 1 and falls to edge m + 2, the bands + 2 edges lying evenly
+    on the mel scale. (Our own, as torchaudio's is computed in float32, where a band's first bins
+    are off by up to 1e-3 of themselves, and importing librosa takes seconds.)
 
     Parameters
     ----------
@@ -341,8 +376,12 @@ def mel_filter_bank(config: MelConfig) -> torch.Tensor:
     """
     fmax = config.sample_rate / 2 if config.fmax is None else config.fmax
     low, high = (_hz_to_mel(frequency, config.mel_scale) for frequency in (config.fmin, fmax))
-    edges = _mel_to_hz(torch.linspace(low, high, config.bands + 2, dtype=torch.float64), config.mel_scale)
-    bins = torch.arange(config.n_fft // 2 + 1, dtype=torch.float64) * config.sample_rate / config.n_fft
+    edges = _mel_to_hz(
+        torch.linspace(low, high, config.bands + 2, dtype=torch.float64), config.mel_scale
+    )
+    bins = (
+        torch.arange(config.n_fft // 2 + 1, dtype=torch.float64) * config.sample_rate / config.n_fft
+    )
     rise = (bins - edges[:-2, None]) / (edges[1:-1] - edges[:-2])[:, None]
     fall = (edges[2:, None] - bins) / (edges[2:] - edges[1:-1])[:, None]
     filters = torch.minimum(rise, fall).clamp(min=0.0)
@@ -406,12 +445,15 @@ def _pad(waveform: torch.Tensor, before: int, after: int, padding: Padding) -> t
     """(B, T) -> (B, before + T + after)."""
     if padding == "zeros":
         return torch.nn.functional.pad(waveform, (before, after))
-    # Mirrored about the end samples without repeating them, again and again: a triangle wave of period 2 * (T - 1).
-    # (torch's own "reflect" stops at T - 1 samples, and a spoken digit can be shorter than a window.)
+    # Mirrored about the end samples without repeating them, again and again: a triangle wave of
+    # period 2 * (T - 1). (torch's own "reflect" stops at T - 1 samples, and a spoken digit can be
+    # shorter than a window.)
     samples = waveform.shape[1]
     period = max(2 * (samples - 1), 1)
     outside = torch.cat([torch.arange(-before, 0), torch.arange(samples, samples + after)]) % period
-    edges = waveform[:, torch.minimum(outside, period - outside).clamp_(max=samples - 1).to(waveform.device)]
+    edges = waveform[
+        :, torch.minimum(outside, period - outside).clamp_(max=samples - 1).to(waveform.device)
+    ]
     return torch.cat([edges[:, :before], waveform, edges[:, before:]], dim=1)
 
 

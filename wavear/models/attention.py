@@ -1,9 +1,10 @@
 """Causal self-attention over a window of positions: rotary angles, a layer, the attention of many positions at once.
 
-A position attends to itself and to the `window` - 1 before it. Keys and queries are turned by angles that grow with the
-position (Su et al., 2021, "RoFormer", https://arxiv.org/abs/2104.09864), so a product of the two knows how far they lie
-apart and nothing else. Here every frequency is a whole number of turns in `period` positions: the angles are those of
-the position modulo the period, in whole steps, and after a day of audio they are what they were in its first second.
+A position attends to itself and to the `window` - 1 before it. Keys and queries are turned by
+angles that grow with the position (Su et al., 2021, "RoFormer", https://arxiv.org/abs/2104.09864),
+so a product of the two knows how far they lie apart and nothing else. Here every frequency is a
+whole number of turns in `period` positions: the angles are those of the position modulo the period,
+in whole steps, and after a day of audio they are what they were in its first second.
 """
 
 from __future__ import annotations
@@ -66,7 +67,8 @@ def normalised(x: Tensor) -> Tensor:
 class Block(nn.Module):
     """One layer: attention and two matrices with a squared ReLU between, each added to what it reads normalised.
 
-    Squares of ReLUs (So et al., 2021, "Primer") learn as well as GELUs, and half of them are zero: what a kernel skips.
+    Squares of ReLUs (So et al., 2021, "Primer") learn as well as GELUs, and half of them are zero:
+    what a kernel skips.
     """
 
     def __init__(self, channels: int, heads: int, hidden: int):
@@ -85,8 +87,9 @@ class Block(nn.Module):
         x : Tensor, shape (B, N, D)
         by : cosines and sines, shape (B, 1, N, D / heads)
         attend : callable
-            Queries, keys and values of these positions, (B, heads, N, D / heads) each, to what the queries find there
-            and in the past. It is where a whole segment and a single step differ.
+            Queries, keys and values of these positions, (B, heads, N, D / heads) each, to what the
+            queries find there and in the past. It is where a whole segment and a single step
+            differ.
         """
         q, k, v = self.qkv(normalised(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         found = attend(rotate(q, by), rotate(k, by), v)
@@ -97,7 +100,8 @@ class Block(nn.Module):
 def attend_within(q: Tensor, k: Tensor, v: Tensor, valid: Tensor) -> Tensor:
     """Each query's attention to its own key and the `window` - 1 before it, in memory that grows with N alone.
 
-    Queries go in blocks of up to a window; each block sees its own keys and those of the window before it.
+    Queries go in blocks of up to a window; each block sees its own keys and those of the window
+    before it.
 
     Parameters
     ----------
@@ -112,15 +116,26 @@ def attend_within(q: Tensor, k: Tensor, v: Tensor, valid: Tensor) -> Tensor:
     blocks = -(-total // size)
     rest = blocks * size - total
     q, k, v = (F.pad(t, (0, 0, 0, rest)) for t in (q, k, v)) if rest else (q, k, v)
-    query, key = torch.arange(size, device=q.device)[:, None], torch.arange(window + size, device=q.device)
+    query, key = (
+        torch.arange(size, device=q.device)[:, None],
+        torch.arange(window + size, device=q.device),
+    )
     band = (key > query) & (key <= query + window)
     seen = F.pad(valid, (0, size), value=True)[:, None, None] & band
     first = slice(None, window + size)
-    found = [F.scaled_dot_product_attention(q[:, :, :size], k[:, :, first], v[:, :, first], attn_mask=seen)]
+    found = [
+        F.scaled_dot_product_attention(
+            q[:, :, :size], k[:, :, first], v[:, :, first], attn_mask=seen
+        )
+    ]
     if blocks > 1:
-        # (B, heads, blocks - 1, ...) with the blocks folded into the batch; here the size is the window.
+        # (B, heads, blocks - 1, ...) with the blocks folded into the batch; here the size is the
+        # window.
         q = q[:, :, size:].unflatten(2, (-1, size)).transpose(1, 2).flatten(0, 1)
-        k, v = (t[:, :, size:].unfold(2, window + size, size).permute(0, 2, 1, 4, 3).flatten(0, 1) for t in (k, v))
+        k, v = (
+            t[:, :, size:].unfold(2, window + size, size).permute(0, 2, 1, 4, 3).flatten(0, 1)
+            for t in (k, v)
+        )
         others = F.scaled_dot_product_attention(q, k, v, attn_mask=band)
         found.append(others.unflatten(0, (-1, blocks - 1)).transpose(1, 2).flatten(2, 3))
     return torch.cat(found, dim=2)[:, :, :total]

@@ -14,18 +14,22 @@ from wavear.audio.grid import Grid
 from wavear.mel.spectrogram import MelConfig
 from wavear.models.distributions import LAWS, Law, law_of
 
-_PREFILL = 4096  # samples that `prefill` computes at once: its memory does not grow with the past given
+_PREFILL = (
+    4096  # samples that `prefill` computes at once: its memory does not grow with the past given
+)
 
 
 class AutoregressiveModel(nn.Module):
     """Base of every family: what training, scoring and generation rely on.
 
-    Letters: B batch, T samples, F mel frames, M mel bands, C conditioning channels, Q code classes, P numbers that the
-    output law takes for each sample (`model.law.channels`; of a categorical law its Q logits).
+    Letters: B batch, T samples, F mel frames, M mel bands, C conditioning channels, Q code classes,
+    P numbers that the output law takes for each sample (`model.law.channels`; of a categorical law
+    its Q logits).
 
-    A subclass defines `forward` (all samples in parallel) and `init_state` with `step` (one sample at a time).
-    The two are the same law: `step` fed with `codes` one by one returns the columns of `forward(codes)`.
-    State is an argument, never an attribute, and nothing is cached past the weights.
+    A subclass defines `forward` (all samples in parallel) and `init_state` with `step` (one sample
+    at a time). The two are the same law: `step` fed with `codes` one by one returns the columns of
+    `forward(codes)`. State is an argument, never an attribute, and nothing is cached past the
+    weights.
     """
 
     family: ClassVar[str | None] = None
@@ -50,7 +54,8 @@ class AutoregressiveModel(nn.Module):
     @property
     def carries(self) -> bool:
         """Whether training carries the state from segment to segment of a recording, instead of cutting random crops
-        with the receptive field in front of each: so it is where the past that counts is unbounded, or very long."""
+        with the receptive field in front of each: so it is where the past that counts is unbounded,
+        or very long."""
         return self.receptive_field is None
 
     @property
@@ -72,7 +77,8 @@ class AutoregressiveModel(nn.Module):
     def multiply_adds(self) -> int:
         """Multiplications and additions, a pair counted once, of the network for one sample of one stream.
 
-        Without the conditioning's upsampling, which runs once per utterance (`wavear.models.info.multiply_adds`).
+        Without the conditioning's upsampling, which runs once per utterance
+        (`wavear.models.info.multiply_adds`).
         """
         raise NotImplementedError
 
@@ -103,7 +109,9 @@ class AutoregressiveModel(nn.Module):
             return torch.nn.functional.pad(codes[:, :-1], (1, 0), value=self.start_code)
         return torch.cat([previous[:, None], codes[:, :-1]], dim=1)
 
-    def condition(self, mel: Tensor | None, speaker: Tensor | None = None, *, padded: bool = False) -> Any:
+    def condition(
+        self, mel: Tensor | None, speaker: Tensor | None = None, *, padded: bool = False
+    ) -> Any:
         """One vector per sample from a mel and a speaker.
 
         Parameters
@@ -111,20 +119,22 @@ class AutoregressiveModel(nn.Module):
         mel : Tensor, shape (B, M, F), or None for a model without mel conditioning
         speaker : Tensor of int64, shape (B,), or None for a model without speakers
         padded : bool
-            `mel` has shape (B, M, lookback + F + lookahead): it carries its own context on both sides, as a crop does.
-            Otherwise the first and the last frame are repeated.
+            `mel` has shape (B, M, lookback + F + lookahead): it carries its own context on both
+            sides, as a crop does. Otherwise the first and the last frame are repeated.
 
-        Returns
-        -------
-        Tensor, shape (B, C, F * hop), or a `FrameConditioning` that stands for one; of a speaker alone (B, C, 1), the
-        same for every sample
+        Returns ------- Tensor, shape (B, C, F * hop), or a `FrameConditioning` that stands for one;
+        of a speaker alone (B, C, 1), the same for every sample
         """
         if self.conditioning is None:
             raise ValueError("the model is unconditional: it takes neither a mel nor a speaker")
         return self.conditioning(mel, speaker, padded)
 
     def forward(
-        self, codes: Tensor, cond: Tensor | None = None, state: Any = None, previous: Tensor | None = None
+        self,
+        codes: Tensor,
+        cond: Tensor | None = None,
+        state: Any = None,
+        previous: Tensor | None = None,
     ) -> Tensor:
         """Parameters of the law (B, P, T) of `codes` (B, T): [..., t] is that of codes[:, t] given codes[:, :t].
 
@@ -132,19 +142,23 @@ class AutoregressiveModel(nn.Module):
         ----------
         codes : Tensor of int64, shape (B, T)
         cond : Tensor, shape (B, C, T), or (B, C, 1) the same for every sample, or None
-            Of a family that conditions at the frame rate, the `FrameConditioning` that stands for it.
+            Of a family that conditions at the frame rate, the `FrameConditioning` that stands for
+            it.
         state : what `init_state` returned, optional
-            The codes go on from it, and it is brought to where `step` would be after as many calls. Gradients do not
-            reach into it. Without one the codes are the beginning of the audio.
+            The codes go on from it, and it is brought to where `step` would be after as many calls.
+            Gradients do not reach into it. Without one the codes are the beginning of the audio.
         previous : Tensor of int64, shape (B,)
             With a state: the code before codes[:, 0].
         """
         raise NotImplementedError
 
-    def input_noise(self, codes: Tensor, amount: float, generator: torch.Generator) -> dict[str, Tensor]:
+    def input_noise(
+        self, codes: Tensor, amount: float, generator: torch.Generator
+    ) -> dict[str, Tensor]:
         """Return what `forward` is given in training for `codes` (B, T), with noise on the past that it sees.
 
-        Here the codes are off by a normal number of deviation `amount`; what is to be predicted stays clean.
+        Here the codes are off by a normal number of deviation `amount`; what is to be predicted
+        stays clean.
         """
         off = torch.randn(codes.shape, generator=generator, device=codes.device) * amount
         return {"codes": (codes + off.round().long()).clamp(0, self.grid.classes - 1)}
@@ -176,7 +190,8 @@ class AutoregressiveModel(nn.Module):
         cond : Tensor, shape (B, C, T), or (B, C, 1) the same for every sample, or None
         """
         for part, given in in_parts(previous, cond):
-            # The last code that `forward` is given counts for the shape alone: it would be consumed by the next call.
+            # The last code that `forward` is given counts for the shape alone: it would be consumed
+            # by the next call.
             self.forward(torch.cat([part[:, 1:], part[:, :1]], dim=1), given, state, part[:, 0])
 
     def export_state(self, state: Any) -> dict[str, Tensor]:
@@ -194,7 +209,9 @@ class AutoregressiveModel(nn.Module):
         """Let torch.compile make kernels for `forward`, in place, for the shapes of training."""
         self.compile(dynamic=False)
 
-    def save(self, directory: str | Path, *, overwrite: bool = False, training: dict | None = None) -> Path:
+    def save(
+        self, directory: str | Path, *, overwrite: bool = False, training: dict | None = None
+    ) -> Path:
         """Write `config.json` and `model.safetensors` to `directory`; see `wavear.models.checkpoint.save`."""
         from wavear.models.saving import save
 
@@ -244,14 +261,23 @@ class CommonConfig:
             raise ValueError(f"law is {self.law!r}, it must be one of {', '.join(LAWS)}")
         if self.classes == 0:
             object.__setattr__(self, "classes", 256 if self.law == "categorical" else 65536)
-        check_whole(self, mixtures=1, coarse_classes=0, speakers=0, conditioning_channels=1, conditioning_context=0)
+        check_whole(
+            self,
+            mixtures=1,
+            coarse_classes=0,
+            speakers=0,
+            conditioning_channels=1,
+            conditioning_context=0,
+        )
         law_of(self)  # it checks `classes`
         if self.coarse_classes and self.law == "categorical":
             raise ValueError(
                 f"coarse_classes is {self.coarse_classes}: a categorical law embeds its own codes, leave it 0"
             )
         if self.coarse_classes == 1 or self.coarse_classes > 65536:
-            raise ValueError(f"coarse_classes is {self.coarse_classes}, it must be 0, or 2 to 65536")
+            raise ValueError(
+                f"coarse_classes is {self.coarse_classes}, it must be 0, or 2 to 65536"
+            )
         if not isinstance(self.sample_rate, int) or not 1000 <= self.sample_rate <= 384000:
             raise ValueError(f"sample_rate is {self.sample_rate!r}, it must be 1000 to 384000 Hz")
         if self.mel is not None and self.mel.sample_rate != self.sample_rate:

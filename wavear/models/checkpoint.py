@@ -73,17 +73,23 @@ def read_config(source: str | Path) -> dict:
     directory = _find(source)
     for name in (CONFIG, WEIGHTS):
         if not (directory / name).is_file():
-            raise CheckpointError(f"{directory} is no wavear checkpoint: {name} is missing{_hint(directory)}")
+            raise CheckpointError(
+                f"{directory} is no wavear checkpoint: {name} is missing{_hint(directory)}"
+            )
     described = _parse((directory / CONFIG).read_bytes(), directory / CONFIG)
     _settings(described, directory / CONFIG)
     try:
         with safe_open(directory / WEIGHTS, framework="pt") as file:
             text = (file.metadata() or {}).get("wavear")
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{directory / WEIGHTS} is damaged or no safetensors file: {error}") from None
+        raise CheckpointError(
+            f"{directory / WEIGHTS} is damaged or no safetensors file: {error}"
+        ) from None
     own = {} if text is None else _parse(text.encode(), directory / WEIGHTS)
     if own and (own["family"] != described["family"] or own["config"] != described["config"]):
-        raise CheckpointError(f"{directory}: {CONFIG} and {WEIGHTS} are not of one model: their configurations differ")
+        raise CheckpointError(
+            f"{directory}: {CONFIG} and {WEIGHTS} are not of one model: their configurations differ"
+        )
     return described
 
 
@@ -93,13 +99,17 @@ def _parse(text: bytes, path: Path) -> dict:
     except ValueError as error:
         raise CheckpointError(f"{path} is damaged, it is not JSON: {error}") from None
     if not isinstance(described, dict) or "family" not in described or "format" not in described:
-        raise CheckpointError(f"{path} is not of a wavear checkpoint: it has no 'format' and 'family'")
+        raise CheckpointError(
+            f"{path} is not of a wavear checkpoint: it has no 'format' and 'family'"
+        )
     if described["format"] != FORMAT:
         raise CheckpointError(
             f"{path} has format {described['format']!r}, this version of wavear reads format {FORMAT}"
         )
     if not isinstance(described["family"], str) or described["family"] not in FAMILIES:
-        raise CheckpointError(f"{path} has family {described['family']!r}, known are {', '.join(FAMILIES)}")
+        raise CheckpointError(
+            f"{path} has family {described['family']!r}, known are {', '.join(FAMILIES)}"
+        )
     if not isinstance(described.get("config"), dict):
         raise CheckpointError(f"{path} has no 'config'")
     if not isinstance(described.get("training", {}), dict):
@@ -114,8 +124,12 @@ def _settings(described: dict, path: Path) -> dict:
     settings = {name: value for name, value in LATER.items() if name in known} | described["config"]
     missing, unknown = sorted(known - set(settings)), sorted(set(settings) - known)
     if missing or unknown:
-        wrong = [f"{', '.join(missing)} missing"] * bool(missing) + [f"{', '.join(unknown)} unknown"] * bool(unknown)
-        raise CheckpointError(f"{path}: 'config' does not fit a {described['family']}: {'; '.join(wrong)}")
+        wrong = [f"{', '.join(missing)} missing"] * bool(missing) + [
+            f"{', '.join(unknown)} unknown"
+        ] * bool(unknown)
+        raise CheckpointError(
+            f"{path}: 'config' does not fit a {described['family']}: {'; '.join(wrong)}"
+        )
     return settings
 
 
@@ -130,13 +144,17 @@ def _build(described: dict, path: Path) -> AutoregressiveModel:
         raise CheckpointError(f"{path}: {error}") from None
 
 
-def _check_tensors(model: AutoregressiveModel, tensors: dict[str, torch.Tensor], path: Path) -> None:
+def _check_tensors(
+    model: AutoregressiveModel, tensors: dict[str, torch.Tensor], path: Path
+) -> None:
     expected = model.state_dict()
     missing, unknown = sorted(set(expected) - set(tensors)), sorted(set(tensors) - set(expected))
     if missing:
         raise CheckpointError(f"{path} lacks {_some(missing)}")
     if unknown:
-        raise CheckpointError(f"{path} holds {_some(unknown)}, which the configuration has no place for")
+        raise CheckpointError(
+            f"{path} holds {_some(unknown)}, which the configuration has no place for"
+        )
     for name, tensor in tensors.items():
         if tensor.shape != expected[name].shape:
             raise CheckpointError(
@@ -160,7 +178,9 @@ def _find(source: str | Path) -> Path:
     if directory.is_dir():
         return directory
     if directory.exists():
-        raise CheckpointError(f"{source} is a file: give the directory that holds {CONFIG} and {WEIGHTS}")
+        raise CheckpointError(
+            f"{source} is a file: give the directory that holds {CONFIG} and {WEIGHTS}"
+        )
     parts = str(source).split("/")
     if len(parts) != 2 or not all(parts) or str(source).startswith((".", "~")):
         raise FileNotFoundError(f"{source}: no such directory")
@@ -173,4 +193,6 @@ def _find(source: str | Path) -> Path:
         raise FileNotFoundError(f"{source}: no such directory") from None
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise FileNotFoundError(f"{source}: no such directory, and not to be had from the hub: {reason}") from None
+        raise FileNotFoundError(
+            f"{source}: no such directory, and not to be had from the hub: {reason}"
+        ) from None

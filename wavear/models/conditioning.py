@@ -13,7 +13,8 @@ from torch.nn import functional as F
 def upsampling_scales(hop: int) -> tuple[int, ...]:
     """Factors of `hop`, each near 16 where the divisors allow it, whose product is `hop`.
 
-    Stages near 16 keep the learned kernels short: `hop` phases in one stage would need `hop` kernels of their own.
+    Stages near 16 keep the learned kernels short: `hop` phases in one stage would need `hop`
+    kernels of their own.
 
     Examples
     --------
@@ -35,14 +36,17 @@ class Interpolation(nn.Module):
 
     out[c, f * scale + p] = sum over j in (-1, 0, 1) of weight[c, j + 1, p] * x[c, f + j]
 
-    It is a transposed convolution of kernel 3 * scale and stride `scale`, one kernel per channel, written by phase.
-    It starts as linear interpolation between the centres of the input samples.
-    Sums are taken in this order, element by element, so the result does not depend on the length of the input.
+    It is a transposed convolution of kernel 3 * scale and stride `scale`, one kernel per channel,
+    written by phase. It starts as linear interpolation between the centres of the input samples.
+    Sums are taken in this order, element by element, so the result does not depend on the length of
+    the input.
     """
 
     def __init__(self, channels: int, scale: int):
         super().__init__()
-        centre = (torch.arange(scale) + 0.5) / scale - 0.5  # where phase p lies, in input samples from the centre
+        centre = (
+            torch.arange(scale) + 0.5
+        ) / scale - 0.5  # where phase p lies, in input samples from the centre
         weight = torch.stack([(-centre).clamp(min=0), 1 - centre.abs(), centre.clamp(min=0)])
         self.weight = nn.Parameter(weight.repeat(channels, 1, 1))
 
@@ -57,8 +61,9 @@ class Interpolation(nn.Module):
 class Conditioning(nn.Module):
     """Mel frames (B, M, F) and speakers (B,) -> conditioning (B, C, F * hop), or (B, C, 1) of a speaker alone.
 
-    A convolution over 2 * context + 1 frames mixes the bands, then `Interpolation` stages raise the rate to one vector
-    per sample, then the speaker's vector is added. Frames beyond the ends repeat the first and the last frame.
+    A convolution over 2 * context + 1 frames mixes the bands, then `Interpolation` stages raise the
+    rate to one vector per sample, then the speaker's vector is added. Frames beyond the ends repeat
+    the first and the last frame.
 
     The samples of frame f depend on the frames f - lookahead .. f + lookahead, and on no others.
     """
@@ -73,7 +78,8 @@ class Conditioning(nn.Module):
         self.context = context
         self.scales = upsampling_scales(hop) if bands else ()
         if bands:
-            # Mean and deviation of each band over the training data: the network sees numbers near one.
+            # Mean and deviation of each band over the training data: the network sees numbers near
+            # one.
             self.register_buffer("mel_mean", torch.zeros(bands))
             self.register_buffer("mel_deviation", torch.ones(bands))
             self.frames = nn.Conv1d(bands, channels, 2 * context + 1)
@@ -85,11 +91,17 @@ class Conditioning(nn.Module):
         """Frames after its own that a sample depends on (and before): the convolution's and one per stage."""
         return self.context + len(self.scales) if self.bands else 0
 
-    def forward(self, mel: Tensor | None, speaker: Tensor | None = None, padded: bool = False) -> Tensor:
+    def forward(
+        self, mel: Tensor | None, speaker: Tensor | None = None, padded: bool = False
+    ) -> Tensor:
         """See `AutoregressiveModel.condition`."""
         parts = []
         if mel is not None:
-            parts.append(self.upsample(mel if padded else F.pad(mel, (self.lookahead, self.lookahead), "replicate")))
+            parts.append(
+                self.upsample(
+                    mel if padded else F.pad(mel, (self.lookahead, self.lookahead), "replicate")
+                )
+            )
         if speaker is not None:
             assert self.speakers is not None
             parts.append(self.speakers(speaker)[:, :, None])
@@ -99,8 +111,11 @@ class Conditioning(nn.Module):
         """(B, M, F + 2 * lookahead) -> (B, C, F * hop)."""
         x = (mel - self.mel_mean[:, None]) / self.mel_deviation[:, None]
         x = F.leaky_relu(self.frames(x), 0.2)
-        # Before a stage x carries one sample of context per stage to come, on either side and at its own rate.
-        for rest, (stage, scale) in enumerate(zip(self.stages, self.scales, strict=True), 1 - len(self.scales)):
+        # Before a stage x carries one sample of context per stage to come, on either side and at
+        # its own rate.
+        for rest, (stage, scale) in enumerate(
+            zip(self.stages, self.scales, strict=True), 1 - len(self.scales)
+        ):
             surplus = -rest * (scale - 1)
             x = stage(x)
             x = x[:, :, surplus : x.shape[2] - surplus]
@@ -112,4 +127,6 @@ def make_conditioning(config: Any) -> Conditioning | None:
     if config.mel is None and config.speakers == 0:
         return None
     bands, hop = (config.mel.bands, config.mel.hop_length) if config.mel else (0, 1)
-    return Conditioning(bands, config.conditioning_channels, hop, config.conditioning_context, config.speakers)
+    return Conditioning(
+        bands, config.conditioning_channels, hop, config.conditioning_context, config.speakers
+    )

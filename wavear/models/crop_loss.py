@@ -54,7 +54,10 @@ def inputs(
         own = log_mel(batch.waveform, layout.mel)
         mel = own.gather(2, batch.frames[:, None].expand(-1, own.shape[1], -1))
         if noise is not None and dropout > 0:
-            hidden = torch.rand(mel.shape[0], 1, mel.shape[2], generator=noise, device=mel.device) < dropout
+            hidden = (
+                torch.rand(mel.shape[0], 1, mel.shape[2], generator=noise, device=mel.device)
+                < dropout
+            )
             conditioning: Any = model.conditioning
             mel = torch.where(hidden, conditioning.mel_mean[:, None], mel)
     speaker = batch.speaker if model.config.speakers else None
@@ -74,15 +77,18 @@ def crop_loss(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Negative log-likelihood of every sample, (B, window) in nats, 0 where no loss is carried; and the mask.
 
-    With a `dtype` the layers run in it, activations and all, on copies of the weights; gradients arrive at the weights
-    in their own type. (Autocast leaves the additions between the layers in float32, whose traffic costs a third of the
-    time on a CPU.) The conditioning and the loss stay in float32.
+    With a `dtype` the layers run in it, activations and all, on copies of the weights; gradients
+    arrive at the weights in their own type. (Autocast leaves the additions between the layers in
+    float32, whose traffic costs a third of the time on a CPU.) The conditioning and the loss stay
+    in float32.
 
-    With `noise` the past that the model sees is off by noise of the amount `input_noise` (`model.input_noise`), and
-    what it has to predict is not: so it learns to see through its own errors, and to look at the conditioning. And so
-    many mel frames as `dropout` says (a share) are the mean of the training data instead.
+    With `noise` the past that the model sees is off by noise of the amount `input_noise`
+    (`model.input_noise`), and what it has to predict is not: so it learns to see through its own
+    errors, and to look at the conditioning. And so many mel frames as `dropout` says (a share) are
+    the mean of the training data instead.
 
-    With a state and the code before the window, `carried`, the window goes on from there, and the state with it.
+    With a state and the code before the window, `carried`, the window goes on from there, and the
+    state with it.
     """
     codes, cond, mask = inputs(model, batch, layout, noise, dropout)
     given: dict[str, Any] = {"codes": codes}
@@ -93,8 +99,14 @@ def crop_loss(
     if dtype is None:
         parameters = model(cond=cond, **given)
     else:
-        weights = {name: p.to(dtype) for name, p in model.named_parameters() if not name.startswith("conditioning.")}
+        weights = {
+            name: p.to(dtype)
+            for name, p in model.named_parameters()
+            if not name.startswith("conditioning.")
+        }
         given["cond"] = None if cond is None else cond.to(dtype)
         parameters = torch.func.functional_call(model, weights, (), given)
-    parameters = parameters.to(torch.promote_types(parameters.dtype, torch.float32))  # bf16 would round the loss
+    parameters = parameters.to(
+        torch.promote_types(parameters.dtype, torch.float32)
+    )  # bf16 would round the loss
     return -model.law.log_prob(parameters, codes) * mask, mask

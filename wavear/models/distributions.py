@@ -2,14 +2,16 @@
 
     parameters (B, P, T) --log_prob(codes)--> nats (B, T)        parameters (B, P), uniforms (B,) --sample--> codes (B,)
 
-"categorical" names the probability of every code by itself (van den Oord et al., 2016, "WaveNet"). The others are
-densities over the sample's value x, integrated over the interval that each code of the grid stands for; the first and
-the last code take the tails, so the probabilities of all codes sum to one:
+"categorical" names the probability of every code by itself (van den Oord et al., 2016, "WaveNet").
+The others are densities over the sample's value x, integrated over the interval that each code of
+the grid stands for; the first and the last code take the tails, so the probabilities of all codes
+sum to one:
 
     P(c) = F(upper(c)) - F(lower(c))
 
-"logistic_mixture" is that of PixelCNN++ (Salimans et al., 2017, https://arxiv.org/abs/1701.05517) and of the 16-bit
-WaveNet (van den Oord et al., 2017, "Parallel WaveNet"): sum over k of w_k times a logistic law of mean m_k, scale s_k.
+"logistic_mixture" is that of PixelCNN++ (Salimans et al., 2017, https://arxiv.org/abs/1701.05517)
+and of the 16-bit WaveNet (van den Oord et al., 2017, "Parallel WaveNet"): sum over k of w_k times a
+logistic law of mean m_k, scale s_k.
 """
 
 from __future__ import annotations
@@ -26,7 +28,9 @@ from torch.nn import functional as F
 from wavear.audio.grid import Grid
 from wavear.models.sampling import sample as sample_categorical
 
-_SHARPEST = 0.05  # of the grid's finest step: below it a scale makes one code certain, and gradients vanish
+_SHARPEST = (
+    0.05  # of the grid's finest step: below it a scale makes one code certain, and gradients vanish
+)
 _LARGEST_LOG_SCALE = 5.0
 
 
@@ -118,8 +122,9 @@ class Categorical:
 class LogisticMixture:
     """Mixture of K logistic laws over the sample's value; parameters: K logits, K means, K log-scales.
 
-    One uniform picks the component, by inverse CDF over their weights, and what is left of it, uniform again, picks the
-    value. A temperature T divides the logits of the weights and multiplies the scales.
+    One uniform picks the component, by inverse CDF over their weights, and what is left of it,
+    uniform again, picks the value. A temperature T divides the logits of the weights and multiplies
+    the scales.
 
     Examples
     --------
@@ -174,7 +179,9 @@ class LogisticMixture:
         below = F.pad(above[:, :-1], (1, 0)).gather(1, which)
         left = ((threshold - below) / weights.gather(1, which)).clamp(0, _BELOW_ONE)
         spread = _scale(self.grid, log_scales.gather(1, which)) * heat
-        return self.grid.nearest((means.gather(1, which) + spread * (left.log() - (-left).log1p()))[:, 0])
+        return self.grid.nearest(
+            (means.gather(1, which) + spread * (left.log() - (-left).log1p()))[:, 0]
+        )
 
 
 @dataclass(frozen=True)
@@ -200,7 +207,9 @@ class _OneLaw:
     def log_prob_between(self, parameters: Tensor, first: Tensor, last: Tensor) -> Tensor:
         """See `Law.log_prob_between`."""
         mean, log_scale = parameters.double().unbind(1)
-        mass = self._log_mass(*_interval(self.grid, first, last, mean), _scale(self.grid, log_scale))
+        mass = self._log_mass(
+            *_interval(self.grid, first, last, mean), _scale(self.grid, log_scale)
+        )
         return mass.to(parameters.dtype)
 
     def sample(
@@ -214,10 +223,18 @@ class _OneLaw:
         """See `Law.sample`."""
         refuse_truncation(type(self).__name__.lower(), top_k, top_p)
         mean, log_scale = parameters.double().unbind(1)
-        return self.grid.nearest(mean + _scale(self.grid, log_scale) * temperature * self._quantile(uniform))
+        return self.grid.nearest(
+            mean + _scale(self.grid, log_scale) * temperature * self._quantile(uniform)
+        )
 
     def _log_mass(
-        self, lower: Tensor, upper: Tensor, width: Tensor, first: Tensor, last: Tensor, scale: Tensor
+        self,
+        lower: Tensor,
+        upper: Tensor,
+        width: Tensor,
+        first: Tensor,
+        last: Tensor,
+        scale: Tensor,
     ) -> Tensor:
         """log(F(upper) - F(lower)) of the law of that scale about 0."""
         raise NotImplementedError
@@ -231,7 +248,13 @@ class Gaussian(_OneLaw):
     """Normal law of the sample's value; its scale is the deviation."""
 
     def _log_mass(
-        self, lower: Tensor, upper: Tensor, width: Tensor, first: Tensor, last: Tensor, scale: Tensor
+        self,
+        lower: Tensor,
+        upper: Tensor,
+        width: Tensor,
+        first: Tensor,
+        last: Tensor,
+        scale: Tensor,
     ) -> Tensor:
         return _log_mass_normal(lower, upper, first, last, scale)
 
@@ -243,7 +266,13 @@ class Laplace(_OneLaw):
     """exp(-abs(x - mean) / scale) / (2 scale)."""
 
     def _log_mass(
-        self, lower: Tensor, upper: Tensor, width: Tensor, first: Tensor, last: Tensor, scale: Tensor
+        self,
+        lower: Tensor,
+        upper: Tensor,
+        width: Tensor,
+        first: Tensor,
+        last: Tensor,
+        scale: Tensor,
     ) -> Tensor:
         return _log_mass_laplace(lower, upper, width, first, last, scale)
 
@@ -269,8 +298,9 @@ def law_of(config: Any) -> Law:
 def log_prob_on(law: Law, parameters: Tensor, codes: Tensor, grid: Grid) -> Tensor:
     """Return the log-probability of samples on another grid than the law's own, so that laws compare on one scale.
 
-    On a coarser grid, the exact probability of all codes that become the coarser one (`Grid.spans`). On a finer one,
-    each of the finer codes in a code's interval is as likely as another (`Grid.refinement`).
+    On a coarser grid, the exact probability of all codes that become the coarser one
+    (`Grid.spans`). On a finer one, each of the finer codes in a code's interval is as likely as
+    another (`Grid.refinement`).
 
     Parameters
     ----------
@@ -302,13 +332,16 @@ def log_prob_on(law: Law, parameters: Tensor, codes: Tensor, grid: Grid) -> Tens
         return law.log_prob(parameters, codes)
     if (spans := own.spans(grid)) is not None:
         first, last = torch.from_numpy(spans.copy()).to(codes.device)
-        # The codes rise with the samples: the one coarser code that begins at or below a code is that which it becomes.
+        # The codes rise with the samples: the one coarser code that begins at or below a code is
+        # that which it becomes.
         coarse = torch.searchsorted(first, codes.contiguous(), right=True) - 1
         return law.log_prob_between(parameters, first[coarse], last[coarse])
     if (refinement := own.refinement(grid)) is not None:
         finer = torch.from_numpy(refinement).to(codes.device, parameters.dtype)
         return law.log_prob(parameters, codes) - math.log(2) * finer[codes]
-    raise ValueError(f"{own} and {grid} are each finer than the other in places: bits on one say nothing of the other")
+    raise ValueError(
+        f"{own} and {grid} are each finer than the other in places: bits on one say nothing of the other"
+    )
 
 
 def converts(own: Grid, grid: Grid) -> bool:
@@ -337,7 +370,9 @@ def _table(grid: Grid, device: torch.device, dtype: torch.dtype) -> tuple[Tensor
     return edges[:-1].to(device, dtype), edges[1:].to(device, dtype)
 
 
-def _interval(grid: Grid, first: Tensor, last: Tensor, mean: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _interval(
+    grid: Grid, first: Tensor, last: Tensor, mean: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(lower - mean, upper - mean, upper - lower) of the codes from `first` to `last`; and where these reach the first
     code of the grid, and the last."""
     low, high = _table(grid, mean.device, mean.dtype)
@@ -350,7 +385,8 @@ def _log_mass_logistic(
 ) -> Tensor:
     """log(F(upper) - F(lower)) of a logistic law, F(x) = 1 / (1 + exp(-x / scale)), at any scale:
 
-    F(a) - F(b) = F(a) F(-b) (1 - exp(-(a - b))), whose factors have logarithms without cancellation.
+    F(a) - F(b) = F(a) F(-b) (1 - exp(-(a - b))), whose factors have logarithms without
+    cancellation.
     """
     zero = torch.zeros((), dtype=scale.dtype, device=scale.device)
     above = torch.where(last, zero, -F.softplus(-upper / scale))
@@ -358,7 +394,9 @@ def _log_mass_logistic(
     return above + below + torch.where(first | last, zero, (-torch.expm1(-width / scale)).log())
 
 
-def _log_mass_normal(lower: Tensor, upper: Tensor, first: Tensor, last: Tensor, scale: Tensor) -> Tensor:
+def _log_mass_normal(
+    lower: Tensor, upper: Tensor, first: Tensor, last: Tensor, scale: Tensor
+) -> Tensor:
     """log(F(upper) - F(lower)) of the normal law, in whichever tail is the smaller one."""
     flip = lower + upper > 0
     a = torch.where(flip, -upper, lower) / scale
@@ -378,7 +416,13 @@ def _log_mass_laplace(
     a = torch.where(flip, -upper, lower) / scale
     b = torch.where(flip, -lower, upper) / scale
     aside = b.clamp(max=0) - math.log(2) + (-torch.expm1(-width / scale)).log()
-    across = (-(torch.expm1(a.clamp(max=0)) + torch.expm1(-b.clamp(min=1e-300))) / 2).clamp(min=1e-300).log()
+    across = (
+        (-(torch.expm1(a.clamp(max=0)) + torch.expm1(-b.clamp(min=1e-300))) / 2)
+        .clamp(min=1e-300)
+        .log()
+    )
     end = torch.where(first, upper, -lower) / scale
-    tail = torch.where(end <= 0, end.clamp(max=0) - math.log(2), torch.log1p(-0.5 * torch.exp(-end.clamp(min=0))))
+    tail = torch.where(
+        end <= 0, end.clamp(max=0) - math.log(2), torch.log1p(-0.5 * torch.exp(-end.clamp(min=0)))
+    )
     return torch.where(first | last, tail, torch.where(b <= 0, aside, across))

@@ -1,11 +1,13 @@
 """Fitting a linear model: one pass over recordings of any number and length, in memory that does not grow with them.
 
     recordings -> codes -+-> sums of products (`wavear.models.lpc`) -> coefficients --+
-                         +-> pieces spread over all of them -> residuals -> scale by maximum likelihood -> Linear
+                         +-> pieces spread over all of them -> residuals -> scale by maximum
+                         likelihood -> Linear
 
-The coefficients minimise the energy of what is left over, whatever law that follows. The scale maximises the likelihood
-of the codes themselves, of the law integrated over their intervals; it has a minimum of one variable to find, and finds
-it on at most a quarter of a million samples, pieces spread evenly over the recordings.
+The coefficients minimise the energy of what is left over, whatever law that follows. The scale
+maximises the likelihood of the codes themselves, of the law integrated over their intervals; it has
+a minimum of one variable to find, and finds it on at most a quarter of a million samples, pieces
+spread evenly over the recordings.
 """
 
 from __future__ import annotations
@@ -51,16 +53,15 @@ def fit_linear(
 ) -> Linear:
     """The AR(p) or ARI(p, d) model of recordings, in closed form.
 
-    Parameters
-    ----------
-    recordings : Tensor or array, shape (T,) or (B, T), or an iterable of them, shape (T_i,), in [-1, 1]
-        Gone through once; one of them is in memory at a time. They are seen through the codes of `grid`, as the model
-        sees them.
+    Parameters ---------- recordings : Tensor or array, shape (T,) or (B, T), or an iterable of
+    them, shape (T_i,), in [-1, 1]
+        Gone through once; one of them is in memory at a time. They are seen through the codes of
+        `grid`, as the model sees them.
     sample_rate : int
         Of the recordings, in Hz.
     order : int, "aic" or "bic"
-        Lags p; or the one that an information criterion finds best, of up to `max_order` (of long recordings mostly
-        that: sound is no autoregressive process, and every lag helps a little).
+        Lags p; or the one that an information criterion finds best, of up to `max_order` (of long
+        recordings mostly that: sound is no autoregressive process, and every lag helps a little).
     differencing : int
         Order d of the differences that are predicted.
     law : "laplace", "gaussian" or "auto"
@@ -71,9 +72,9 @@ def fit_linear(
     classes : int
         Codes; 0: 256 of mu-law, 65536 linear ones (16 bits).
     method : str
-        "covariance": least squares over the samples with a whole past, as statsmodels' `AutoReg`. "silence": over all
-        of them, silence before the first, as the model is scored. "autocorrelation": Yule-Walker, stable always.
-        "burg": of one recording, stable always.
+        "covariance": least squares over the samples with a whole past, as statsmodels' `AutoReg`.
+        "silence": over all of them, silence before the first, as the model is scored.
+        "autocorrelation": Yule-Walker, stable always. "burg": of one recording, stable always.
     constant : bool
         Fit a constant too.
     ridge : float
@@ -137,7 +138,8 @@ class Fitted:
 class Fitter:
     """What is kept of recordings while they pass by: sums, and pieces for the scale. See `fit_linear`.
 
-    Call `begin`, `push` with the codes of a recording block by block, and `end`, for each recording; then `fit`.
+    Call `begin`, `push` with the codes of a recording block by block, and `end`, for each
+    recording; then `fit`.
     """
 
     def __init__(
@@ -153,7 +155,11 @@ class Fitter:
         constant: bool = False,
         ridge: float = lpc.RIDGE,
     ):
-        named = {"law": (law, (*LAWS, "auto")), "domain": (domain, (*DOMAINS, "auto")), "method": (method, METHODS)}
+        named = {
+            "law": (law, (*LAWS, "auto")),
+            "domain": (domain, (*DOMAINS, "auto")),
+            "method": (method, METHODS),
+        }
         for name, (value, known) in named.items():
             if value not in known:
                 raise ValueError(f"{name} is {value!r}, it must be one of {', '.join(known)}")
@@ -162,14 +168,22 @@ class Fitter:
         if not 0 <= ridge < math.inf:
             raise ValueError(f"ridge is {ridge!r}, it must be 0 or more")
         if method == "burg" and constant:
-            raise ValueError("method 'burg' has no constant: leave constant away, or choose another method")
+            raise ValueError(
+                "method 'burg' has no constant: leave constant away, or choose another method"
+            )
         self.grid, self.order, self.differencing = grid, order, differencing
         self.method, self.constant, self.ridge = method, constant, ridge
         self.laws = LAWS if law == "auto" else (law,)
-        self.domains = DOMAINS if domain == "auto" and grid.kind == "mulaw" else (domain.replace("auto", "linear"),)
+        self.domains = (
+            DOMAINS
+            if domain == "auto" and grid.kind == "mulaw"
+            else (domain.replace("auto", "linear"),)
+        )
         lags = max_order if isinstance(order, str) else order
         # It checks all that a configuration can be wrong in.
-        self._models = {domain: Linear(self._config(lags, self.laws[0], domain)) for domain in self.domains}
+        self._models = {
+            domain: Linear(self._config(lags, self.laws[0], domain)) for domain in self.domains
+        }
         self._values = {domain: model.values.numpy() for domain, model in self._models.items()}
         self._sums = {
             domain: lpc.Statistics(
@@ -200,7 +214,9 @@ class Fitter:
         """A recording begins."""
         self._recordings += 1
         if self.method == "burg" and self._recordings > 1:
-            raise ValueError("method 'burg' is for one recording: choose covariance or autocorrelation for several")
+            raise ValueError(
+                "method 'burg' is for one recording: choose covariance or autocorrelation for several"
+            )
         self._adding = [sums.begin() for sums in self._sums.values()]
         self._pieces.begin()
 
@@ -227,7 +243,11 @@ class Fitter:
         ValueError
             If there were no samples, or too few.
         """
-        found = [self._fit(domain, law, sample_rate, stabilise) for domain in self.domains for law in self.laws]
+        found = [
+            self._fit(domain, law, sample_rate, stabilise)
+            for domain in self.domains
+            for law in self.laws
+        ]
         return min(found, key=lambda fitted: fitted.nats)
 
     def _fit(self, domain: str, law: str, sample_rate: int, stabilise: bool) -> Fitted:
@@ -244,7 +264,9 @@ class Fitter:
             )
         model = Linear(self._config(len(coefficients), law, domain, sample_rate))
         model.set(coefficients, constant, 1.0)
-        predictions, codes = self._pieces.predicted(self._values[domain], model.taps().detach().numpy(), constant)
+        predictions, codes = self._pieces.predicted(
+            self._values[domain], model.taps().detach().numpy(), constant
+        )
         scale, nats = _likeliest_scale(model, predictions, codes, self._values[domain])
         model.set(coefficients, constant, scale)
         return Fitted(model.eval(), nats, self._sums[domain].count, criteria, unstable)
@@ -261,7 +283,10 @@ class Fitter:
             if self.method == "burg":
                 energies, count = lpc.burg(signal, order)[1] * len(signal), len(signal)
             else:
-                energies, count = sums.energies(constant=self.constant, ridge=self.ridge), sums.count
+                energies, count = (
+                    sums.energies(constant=self.constant, ridge=self.ridge),
+                    sums.count,
+                )
             criteria = lpc.criterion(energies, count, self.order, constant=self.constant)  # type: ignore[arg-type]
             least = 0 if self.differencing else 1  # a model sees some of the past
             order = least + int(np.argmin(criteria[least:]))
@@ -292,7 +317,9 @@ class _Pieces:
         n = -self.seen % self.stride
         while n < whole:
             self._keep(joined[n * _PIECE : (n + 1) * _PIECE + self.past])
-            n += self.stride  # if it has just doubled, n is a multiple of the new one: `_PIECES` is even
+            n += (
+                self.stride
+            )  # if it has just doubled, n is a multiple of the new one: `_PIECES` is even
         self.seen += whole
         self._waiting = joined[whole * _PIECE :].copy()
 
@@ -307,12 +334,15 @@ class _Pieces:
         if len(self.kept) > _PIECES:
             self.kept, self.stride = self.kept[::2], 2 * self.stride
 
-    def predicted(self, values: np.ndarray, taps: np.ndarray, constant: float) -> tuple[np.ndarray, np.ndarray]:
+    def predicted(
+        self, values: np.ndarray, taps: np.ndarray, constant: float
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Prediction and code of every sample of the pieces, (n,) each."""
         if not self.kept:
             raise ValueError("there are no samples to fit to")
         predictions = [
-            constant + np.convolve(values[piece[self.past - len(taps) : -1]], taps, "valid") for piece in self.kept
+            constant + np.convolve(values[piece[self.past - len(taps) : -1]], taps, "valid")
+            for piece in self.kept
         ]
         codes = [piece[self.past :] for piece in self.kept]
         return np.concatenate(predictions), np.concatenate(codes).astype(np.int64)
@@ -333,7 +363,9 @@ def _likeliest_scale(
     spread = float(np.abs(values[codes] - predictions).mean())
     middle = math.log(max(spread, model.predicted_grid.finest / 10))
     # A scale off by 0.1 % costs less than a millionth of a bit.
-    found: Any = minimize_scalar(nats, bounds=(middle - 4, middle + 4), method="bounded", options={"xatol": 5e-4})
+    found: Any = minimize_scalar(
+        nats, bounds=(middle - 4, middle + 4), method="bounded", options={"xatol": 5e-4}
+    )
     return math.exp(found.x), float(found.fun)
 
 
@@ -346,5 +378,7 @@ def _each(recordings: Any) -> Iterator[Tensor]:
         if waveform.dim() != 1:
             raise ValueError(f"recording {number} has shape {tuple(waveform.shape)}, expected (T,)")
         if not waveform.is_floating_point():
-            raise ValueError(f"recording {number} is {waveform.dtype}, expected floating point in [-1, 1]")
+            raise ValueError(
+                f"recording {number} is {waveform.dtype}, expected floating point in [-1, 1]"
+            )
         yield waveform

@@ -1,8 +1,9 @@
 """`PredictiveConditioning` in compiled code: one frame after the other, for generation on the CPU.
 
-A convolution library rounds differently for inputs of different lengths, and costs a millisecond for a single frame.
-Here every number of a frame is one chain of operations in a fixed order: it is the same to the bit however many frames
-are made at once, so a stream that gets frame by frame equals the whole.
+A convolution library rounds differently for inputs of different lengths, and costs a millisecond
+for a single frame. Here every number of a frame is one chain of operations in a fixed order: it is
+the same to the bit however many frames are made at once, so a stream that gets frame by frame
+equals the whole.
 """
 
 from __future__ import annotations
@@ -63,8 +64,9 @@ def _run(mel, first, first_bias, second, second_bias, speaker, projection, proje
          coefficients, scales, lags, voicings):  # fmt: skip
     """Normalised and plain mels (2, F', M) -> all of `FrameConditioning`; see `PredictiveConditioning.forward`.
 
-    `trims` are, of the outputs of each network, how many to leave out at the beginning; and of the mel. `low`, `high`
-    (bins,) and `lowest` (bins,) are the bands next to each bin, and the weight of the lower one.
+    `trims` are, of the outputs of each network, how many to leave out at the beginning; and of the
+    mel. `low`, `high` (bins,) and `lowest` (bins,) are the bands next to each bin, and the weight
+    of the lower one.
     """
     plain, x = mel[0], mel[1]
     total = x.shape[0]
@@ -150,7 +152,9 @@ def _kernel() -> Any:
 def usable(conditioning: PredictiveConditioning, mel: Tensor) -> bool:
     """Whether the compiled code can run: one utterance in float32 on the CPU, and no gradient is asked for."""
     weight = conditioning.projection.weight
-    plain = mel.device.type == "cpu" and mel.dtype == weight.dtype == torch.float32 and len(mel) == 1
+    plain = (
+        mel.device.type == "cpu" and mel.dtype == weight.dtype == torch.float32 and len(mel) == 1
+    )
     return plain and not torch.is_grad_enabled()
 
 
@@ -183,11 +187,19 @@ def condition(
     if config.causal:
         trims = (made - frames - 1, tracked - frames - 1, 2, conditioning.lookback - 1)
     else:
-        trims = ((made - frames - 2) // 2, (tracked - frames - 2) // 2, 1, conditioning.lookback - 1)
+        trims = (
+            (made - frames - 2) // 2,
+            (tracked - frames - 2) // 2,
+            1,
+            conditioning.lookback - 1,
+        )
     gates = np.empty((frames + 2, config.gates), np.float32)
     coefficients = np.empty((frames * config.sub_frames, config.prediction_order), np.float32)
     scales = np.empty(frames * config.sub_frames, np.float32)
-    lags, voicings = np.empty(frames * conditioning.hop, np.float32), np.empty(frames * conditioning.hop, np.float32)
+    lags, voicings = (
+        np.empty(frames * conditioning.hop, np.float32),
+        np.empty(frames * conditioning.hop, np.float32),
+    )
     layers = [conditioning.first, conditioning.second]
     networks = [*network.convolutions, network.lag, network.voicing]
     _kernel()(

@@ -1,8 +1,9 @@
 """Conditioning at the frame rate: a few numbers per mel frame that stand for one vector per sample.
 
-A network that projects its conditioning to every layer has some hundred numbers per sample of it. They change slowly:
-kept once per frame and interpolated where they are used, they take a hundredth of the memory and of the time.
-`FrameConditioning` is indexed like the tensor (B, C, T) that it stands for, and `dense` is that tensor.
+A network that projects its conditioning to every layer has some hundred numbers per sample of it.
+They change slowly: kept once per frame and interpolated where they are used, they take a hundredth
+of the memory and of the time. `FrameConditioning` is indexed like the tensor (B, C, T) that it
+stands for, and `dense` is that tensor.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ Conditioned = Any  # Tensor (B, C, T) or (B, C, 1), or a FrameConditioning
 def interpolation_weights(steps: int, causal: bool = False) -> Tensor:
     """Return the weights (3, steps), float64, of the frames before, at and after a frame for `steps` places inside it.
 
-    Linear interpolation between frame centres; with `causal` between the ends of the frames, so that a frame's end has
-    its own value and the frame after it has the weight zero.
+    Linear interpolation between frame centres; with `causal` between the ends of the frames, so
+    that a frame's end has its own value and the frame after it has the weight zero.
 
     Examples
     --------
@@ -50,8 +51,9 @@ def interpolated(frames: Tensor, weights: Tensor) -> Tensor:
 class FrameConditioning:
     """What a `PredictiveWaveNet` is conditioned on, for `samples` samples of B streams.
 
-    Letters: B batch, F frames, K sub-frames per frame, G gate biases, P prediction order, T = F * hop.
-    It stands for a tensor (B, C, samples) with C = G + P + 3: gate biases, coefficients, scale, lag, voicing.
+    Letters: B batch, F frames, K sub-frames per frame, G gate biases, P prediction order, T = F *
+    hop. It stands for a tensor (B, C, samples) with C = G + P + 3: gate biases, coefficients,
+    scale, lag, voicing.
 
     Examples
     --------
@@ -116,7 +118,9 @@ class FrameConditioning:
         """Move to a device, or cast the gate biases; all else keeps its precision."""
         if isinstance(target, torch.dtype):
             return dataclasses.replace(self, gates=self.gates.to(target))
-        return dataclasses.replace(self._map(lambda x: x.to(target)), weights=self.weights.to(target))
+        return dataclasses.replace(
+            self._map(lambda x: x.to(target)), weights=self.weights.to(target)
+        )
 
     def times(self) -> Tensor:
         """Return the place (B, samples), int64, of each sample, counted from the first frame."""
@@ -136,15 +140,26 @@ class FrameConditioning:
     def per_sample(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return coefficients (B, samples, P), scale, lag and voicing (B, samples), float32."""
         sub = self.sub_frame_of(self.times())
-        coefficients = self.coefficients.gather(1, sub[:, :, None].expand(-1, -1, self.coefficients.shape[2]))
-        return coefficients, self.scale.gather(1, sub), self._aligned(self.lag), self._aligned(self.voicing)
+        coefficients = self.coefficients.gather(
+            1, sub[:, :, None].expand(-1, -1, self.coefficients.shape[2])
+        )
+        return (
+            coefficients,
+            self.scale.gather(1, sub),
+            self._aligned(self.lag),
+            self._aligned(self.voicing),
+        )
 
     def dense(self) -> Tensor:
         """Return the tensor (B, C, samples), float32 or float64: of a cast the gate biases alone are rounded."""
         coefficients, *rest = self.per_sample()
         gates = self.gates_at(0, self.gates.shape[2])
         dtype = torch.promote_types(gates.dtype, torch.float32)
-        rows = [gates.to(dtype), coefficients.to(dtype), *(each[:, :, None].to(dtype) for each in rest)]
+        rows = [
+            gates.to(dtype),
+            coefficients.to(dtype),
+            *(each[:, :, None].to(dtype) for each in rest),
+        ]
         return torch.cat(rows, dim=2).transpose(1, 2)
 
     def _aligned(self, at_samples: Tensor) -> Tensor:
@@ -183,7 +198,9 @@ def joined(parts: Sequence[Conditioned]) -> Conditioned:
         return torch.cat(list(parts), dim=2)
     if len(parts) == 1:
         return parts[0]
-    tensors = {name: torch.cat([getattr(part, name) for part in parts], dim=1) for name in _ALONG_TIME}
+    tensors = {
+        name: torch.cat([getattr(part, name) for part in parts], dim=1) for name in _ALONG_TIME
+    }
     return dataclasses.replace(parts[0], samples=sum(part.samples for part in parts), **tensors)
 
 
@@ -197,7 +214,8 @@ def stacked(rows: Sequence[Conditioned]) -> Conditioned:
     for name in _ALONG_TIME:
         tensors = [getattr(row, name) for row in rows]
         length = max(tensor.shape[1] for tensor in tensors)
-        # A stream that begins early in its frame may need a frame less: its last one is repeated, and never read.
+        # A stream that begins early in its frame may need a frame less: its last one is repeated,
+        # and never read.
         filled = [
             t
             if t.shape[1] == length

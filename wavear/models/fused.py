@@ -1,8 +1,9 @@
 """Training steps of a predictive WaveNet on the CPU: the gated layers in bfloat16, with compiled code between products.
 
-torch makes a pass over memory for each operation between two matrix products, and gathers a row at a time. Here a gate
-is one pass forward and one back, and so is gathering the taps of a layer: with it a step takes two fifths of the time.
-The arithmetic inside a pass is float32, rounded to bfloat16 where torch rounds its results.
+torch makes a pass over memory for each operation between two matrix products, and gathers a row at
+a time. Here a gate is one pass forward and one back, and so is gathering the taps of a layer: with
+it a step takes two fifths of the time. The arithmetic inside a pass is float32, rounded to bfloat16
+where torch rounds its results.
 """
 
 # Numba's settings have no types.
@@ -29,12 +30,16 @@ if TYPE_CHECKING:
 
 @intrinsic
 def _as_float(context, bits):
-    return types.float32(types.uint32), lambda c, builder, s, args: builder.bitcast(args[0], ir.FloatType())
+    return types.float32(types.uint32), lambda c, builder, s, args: builder.bitcast(
+        args[0], ir.FloatType()
+    )
 
 
 @intrinsic
 def _as_bits(context, value):
-    return types.uint32(types.float32), lambda c, builder, s, args: builder.bitcast(args[0], ir.IntType(32))
+    return types.uint32(types.float32), lambda c, builder, s, args: builder.bitcast(
+        args[0], ir.IntType(32)
+    )
 
 
 @numba.njit(inline="always")
@@ -47,7 +52,9 @@ def _load(half):
 def _store(value):
     """The bfloat16 of a float32, rounded to nearest, ties to even."""
     bits = _as_bits(np.float32(value))
-    return np.uint16((bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16))
+    return np.uint16(
+        (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
+    )
 
 
 @numba.njit(inline="always")
@@ -142,7 +149,9 @@ def _kernels() -> _Kernels:
 
     half, rows, sums = "uint16[:, ::1]", "int32[:, ::1]", "float32[:, ::1]"
     return _Kernels(
-        compiled(_gate_forward, f"void({half}, {half}, {half})", error_model="numpy", fastmath=True),
+        compiled(
+            _gate_forward, f"void({half}, {half}, {half})", error_model="numpy", fastmath=True
+        ),
         compiled(_gate_backward, f"void({half}, {half}, {half})", fastmath=True),
         compiled(_taps_forward, f"void({half}, {rows}, {half})"),
         compiled(_taps_backward, f"void({half}, {rows}, {sums}, {half})"),
@@ -181,17 +190,23 @@ class _Taps(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
         shape = (gradient.shape[0], gradient.shape[1] // (len(ctx.rows) + 1))
         out = gradient.new_empty(shape)
-        _kernels().taps_backward(_bits(gradient.contiguous()), ctx.rows, np.zeros(shape, np.float32), _bits(out))
+        _kernels().taps_backward(
+            _bits(gradient.contiguous()), ctx.rows, np.zeros(shape, np.float32), _bits(out)
+        )
         return out, None
 
 
 def usable(h: Tensor, cond: FrameConditioning) -> bool:
     """Whether the fused layers can run: bfloat16 on the CPU, whole frames, and a gradient asked for."""
     whole = cond.samples == cond.gates.shape[1] * cond.hop  # then the offset is 0
-    return h.dtype == torch.bfloat16 and h.device.type == "cpu" and whole and torch.is_grad_enabled()
+    return (
+        h.dtype == torch.bfloat16 and h.device.type == "cpu" and whole and torch.is_grad_enabled()
+    )
 
 
-def gated_layers(model: PredictiveWaveNet, h: Tensor, cond: FrameConditioning, whole: Tensor) -> list[Tensor]:
+def gated_layers(
+    model: PredictiveWaveNet, h: Tensor, cond: FrameConditioning, whole: Tensor
+) -> list[Tensor]:
     """Run the gated layers from the beginning of B crops.
 
     Parameters
@@ -213,7 +228,9 @@ def gated_layers(model: PredictiveWaveNet, h: Tensor, cond: FrameConditioning, w
     for i, (block, dilation) in enumerate(zip(model.blocks, model.config.dilations, strict=True)):
         first, last = model.gate_span(i)
         taps = _Taps.apply(x, _rows(dilation, whole, model.config.kernel_size - 1))
-        z = interpolated_onto(F.linear(taps, block.taps.weight).view(batch, total, -1), cond, first, last)
+        z = interpolated_onto(
+            F.linear(taps, block.taps.weight).view(batch, total, -1), cond, first, last
+        )
         units = _Gate.apply(z.view(batch * total, -1))
         found.append(units.view(batch, total, r))
         if block.residual is not None:
@@ -225,7 +242,9 @@ def interpolated_onto(z: Tensor, cond: FrameConditioning, first: int, last: int)
     """Add the gate biases [first, last), interpolated, to z (B, T, last - first): one product per frame."""
     frames, hop = cond.gates.shape[1], cond.hop
     width = last - first
-    biases = cond.gates[:, :, first:last].transpose(2, 3).reshape(len(z) * frames, 3, width).to(z.dtype)
+    biases = (
+        cond.gates[:, :, first:last].transpose(2, 3).reshape(len(z) * frames, 3, width).to(z.dtype)
+    )
     weights = cond.weights.T.to(z.dtype).expand(len(biases), hop, 3)
     return torch.baddbmm(z.view(-1, hop, width), weights, biases).view(z.shape)
 

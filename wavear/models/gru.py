@@ -41,7 +41,9 @@ class Head(nn.Module):
         conditioned = config.conditioned
         self.first = nn.Linear(config.channels, config.head_channels)
         self.conditioning = (
-            nn.Linear(config.conditioning_channels, config.head_channels, False) if conditioned else None
+            nn.Linear(config.conditioning_channels, config.head_channels, False)
+            if conditioned
+            else None
         )
         self.last = nn.Linear(config.head_channels, outputs)
         if bias is not None:
@@ -72,7 +74,8 @@ class GRU(AutoregressiveModel):
         n = tanh(W_in x + b_in + r * (W_hn h + b_hn))         the candidate
         h = (1 - u) * n + u * h
 
-    `forward` leaves them to `torch.nn.GRU` (cuDNN on a GPU), `step` writes them out, from the same weights.
+    `forward` leaves them to `torch.nn.GRU` (cuDNN on a GPU), `step` writes them out, from the same
+    weights.
 
     Parameters
     ----------
@@ -96,7 +99,9 @@ class GRU(AutoregressiveModel):
         self.input = make_input(self.law, config.input_channels, config.coarse_classes)
         self.conditioning = make_conditioning(config)
         self.condition_input = (
-            nn.Linear(config.conditioning_channels, config.input_channels, bias=False) if self.conditioned else None
+            nn.Linear(config.conditioning_channels, config.input_channels, bias=False)
+            if self.conditioned
+            else None
         )
         self.gru = nn.GRU(config.input_channels, config.channels, config.layers, batch_first=True)
         self.head = Head(config, self.law.channels, self.law.initial_bias())
@@ -111,7 +116,11 @@ class GRU(AutoregressiveModel):
         """Per generated sample, as the definition has it: the input and all matrices of the layers and the head."""
         c = self.config
         line = c.input_channels if isinstance(self.input, ValueEmbedding) else 0
-        condition = c.conditioning_channels * (c.input_channels + c.head_channels) if self.conditioned else 0
+        condition = (
+            c.conditioning_channels * (c.input_channels + c.head_channels)
+            if self.conditioned
+            else 0
+        )
         layers = 3 * c.channels * (c.input_channels + c.channels + (c.layers - 1) * 2 * c.channels)
         return line + condition + layers + c.head_channels * (c.channels + self.law.channels)
 
@@ -125,7 +134,9 @@ class GRU(AutoregressiveModel):
         """See `AutoregressiveModel.forward`."""
         if state is None:
             x = self._inputs(self.shift(codes), cond)
-            hidden, _ = self._layers(x, x.new_zeros(self.config.layers, len(codes), self.config.channels))
+            hidden, _ = self._layers(
+                x, x.new_zeros(self.config.layers, len(codes), self.config.channels)
+            )
         else:
             hidden = self._advance(self.shift(codes, previous), state, cond)
         return self.head(hidden, None if cond is None else cond.transpose(1, 2)).transpose(1, 2)
@@ -141,21 +152,37 @@ class GRU(AutoregressiveModel):
     def _layers(self, x: Tensor, begin: Tensor) -> tuple[Tensor, Tensor]:
         """Hidden units of the last layer (B, T, H), of all layers after the last sample (layers, B, H).
 
-        What `torch.nn.GRU` does, but for its care of the weights: those that `torch.func.functional_call` puts in for a
-        call, as training in bfloat16 does, it would lay out anew in place each time.
+        What `torch.nn.GRU` does, but for its care of the weights: those that
+        `torch.func.functional_call` puts in for a call, as training in bfloat16 does, it would lay
+        out anew in place each time.
         """
         names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
-        weights = [getattr(self.gru, f"{name}_l{layer}") for layer in range(self.config.layers) for name in names]
+        weights = [
+            getattr(self.gru, f"{name}_l{layer}")
+            for layer in range(self.config.layers)
+            for name in names
+        ]
         with warnings.catch_warnings():
-            # cuDNN gathers weights that do not lie side by side, as rounded ones do not: a copy of them per call.
-            warnings.filterwarnings("ignore", message="RNN module weights are not part of single contiguous chunk")
-            return torch.gru(x, begin, weights, True, self.config.layers, 0.0, self.training, False, True)
+            # cuDNN gathers weights that do not lie side by side, as rounded ones do not: a copy of
+            # them per call.
+            warnings.filterwarnings(
+                "ignore", message="RNN module weights are not part of single contiguous chunk"
+            )
+            return torch.gru(
+                x, begin, weights, True, self.config.layers, 0.0, self.training, False, True
+            )
 
     def _advance(self, previous: Tensor, state: GRUState, cond: Tensor | None) -> Tensor:
         """Hidden units (B, T, H) of the last layer, going on from the state, which moves past `previous` (B, T)."""
         x = self._inputs(previous, cond)
-        # A copy, even of one stream, for which the transpose would be a view: autograd keeps it, and the state goes on.
-        begin = state.h.detach().to(x.dtype).transpose(0, 1).clone(memory_format=torch.contiguous_format)
+        # A copy, even of one stream, for which the transpose would be a view: autograd keeps it,
+        # and the state goes on.
+        begin = (
+            state.h.detach()
+            .to(x.dtype)
+            .transpose(0, 1)
+            .clone(memory_format=torch.contiguous_format)
+        )
         hidden, last = self._layers(x, begin)
         state.h.copy_(last.detach().transpose(0, 1))
         return hidden
@@ -170,7 +197,8 @@ class GRU(AutoregressiveModel):
         x = self._inputs(previous[:, None], None if cond_t is None else cond_t[:, :, None])[:, 0]
         for layer in range(self.config.layers):
             w_x, w_h, b_x, b_h = (
-                getattr(self.gru, f"{name}_l{layer}") for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+                getattr(self.gru, f"{name}_l{layer}")
+                for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
             )
             h = state.h[:, layer]
             r_x, u_x, n_x = F.linear(x, w_x, b_x).chunk(3, dim=-1)

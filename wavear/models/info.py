@@ -19,10 +19,12 @@ def multiply_adds(model: AutoregressiveModel) -> tuple[int, float]:
     Returns
     -------
     int
-        Of the network that runs sample by sample: each weight of each matrix once. (The embedding is a look-up.)
+        Of the network that runs sample by sample: each weight of each matrix once. (The embedding
+        is a look-up.)
     float
-        Of the conditioning, which runs once per utterance, spread over its samples: the convolution over frames is
-        paid once per hop, a stage of the upsampling has 3 products per channel of each of its outputs.
+        Of the conditioning, which runs once per utterance, spread over its samples: the convolution
+        over frames is paid once per hop, a stage of the upsampling has 3 products per channel of
+        each of its outputs.
 
     Examples
     --------
@@ -33,7 +35,9 @@ def multiply_adds(model: AutoregressiveModel) -> tuple[int, float]:
     conditioning = getattr(model, "conditioning", None)
     if conditioning is None:
         return model.multiply_adds, 0.0
-    ahead = sum(module.weight.numel() for module in conditioning.modules() if isinstance(module, nn.Conv1d))
+    ahead = sum(
+        module.weight.numel() for module in conditioning.modules() if isinstance(module, nn.Conv1d)
+    )
     cost, rate = ahead / conditioning.hop, 1 / conditioning.hop
     for stage in (module for module in conditioning.modules() if isinstance(module, Interpolation)):
         channels, _, scale = stage.weight.shape
@@ -61,12 +65,19 @@ def describe(source: str | Path) -> list[tuple[str, str]]:
     field = model.receptive_field
     network, conditioning = multiply_adds(model)
     ahead = f" + {conditioning:,.0f} of the conditioning" if conditioning else ""
-    span = "unbounded" if field is None else f"{field:,} samples ({1000 * field / config.sample_rate:.0f} ms)"
+    span = (
+        "unbounded"
+        if field is None
+        else f"{field:,} samples ({1000 * field / config.sample_rate:.0f} ms)"
+    )
     rows = [
         ("model", f"{described['family']}, checkpoint format {described['format']}"),
         ("parameters", f"{sum(p.numel() for p in model.parameters()):,}"),
         ("multiply-adds per sample", f"{network:,}{ahead}"),
-        ("at its sample rate", f"{network * config.sample_rate / 1e9:.2f} G multiply-adds per second of audio"),
+        (
+            "at its sample rate",
+            f"{network * config.sample_rate / 1e9:.2f} G multiply-adds per second of audio",
+        ),
         ("receptive field", span),
     ]
     rows += [(name, _value(value)) for name, value in described["config"].items() if name != "mel"]
@@ -74,10 +85,22 @@ def describe(source: str | Path) -> list[tuple[str, str]]:
         rows.append(("mel", "none: unconditional"))
     else:
         hop, rate = config.mel.hop_length, config.mel.sample_rate
-        rows.append(("mel", f"{config.mel.bands} bands, a frame per {hop} samples ({1000 * hop / rate:.1f} ms)"))
+        rows.append(
+            (
+                "mel",
+                f"{config.mel.bands} bands, a frame per {hop} samples ({1000 * hop / rate:.1f} ms)",
+            )
+        )
         rows += [(f"mel {name}", _value(value)) for name, value in config.mel.to_dict().items()]
-        rows.append(("mel look-ahead", f"{model.lookahead} frames ({1000 * model.lookahead * hop / rate:.0f} ms)"))
-    rows += [(f"training {name}", _value(value)) for name, value in described.get("training", {}).items()]
+        rows.append(
+            (
+                "mel look-ahead",
+                f"{model.lookahead} frames ({1000 * model.lookahead * hop / rate:.0f} ms)",
+            )
+        )
+    rows += [
+        (f"training {name}", _value(value)) for name, value in described.get("training", {}).items()
+    ]
     return rows
 
 
@@ -87,5 +110,7 @@ def _value(value: Any) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{name} {_value(item)}" for name, item in value.items())
     if isinstance(value, list | tuple):
-        return ", ".join(map(_value, value[:8])) + (f" and {len(value) - 8} more" if len(value) > 8 else "")
+        return ", ".join(map(_value, value[:8])) + (
+            f" and {len(value) - 8} more" if len(value) > 8 else ""
+        )
     return str(value)

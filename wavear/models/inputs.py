@@ -22,7 +22,8 @@ class CodeEmbedding(nn.Embedding):
     def initialise(self) -> None:
         """Neighbouring codes start with neighbouring vectors: cosines of the sample's value, at random phases.
 
-        The network then begins by knowing that code 100 and code 101 sound alike, instead of learning it code by code.
+        The network then begins by knowing that code 100 and code 101 sound alike, instead of
+        learning it code by code.
         """
         levels = torch.arange(self.classes) / (self.classes - 1) * 2 - 1
         frequency = torch.rand(self.embedding_dim) * 8
@@ -38,7 +39,8 @@ class CodeEmbedding(nn.Embedding):
 class ValueEmbedding(nn.Module):
     """A learned line through the sample's value, and beside it the vector of its code on a coarser mu-law grid.
 
-    The value alone is near zero where sounds are quiet; the coarse code tells those values apart from the start.
+    The value alone is near zero where sounds are quiet; the coarse code tells those values apart
+    from the start.
     """
 
     values: Tensor
@@ -48,7 +50,9 @@ class ValueEmbedding(nn.Module):
         super().__init__()
         self.grid = grid
         self.line = nn.Linear(1, channels)
-        self.coarse = CodeEmbedding(Grid("mulaw", coarse_classes), channels) if coarse_classes else None
+        self.coarse = (
+            CodeEmbedding(Grid("mulaw", coarse_classes), channels) if coarse_classes else None
+        )
         values = torch.from_numpy(grid.values().copy())
         self.register_buffer("values", values.float(), persistent=False)
         if self.coarse is not None:
@@ -58,7 +62,9 @@ class ValueEmbedding(nn.Module):
     def _apply(self, fn: Any, recurse: bool = True) -> ValueEmbedding:
         """The values stay in float32, whatever the weights become: 16 bits would round them, for good."""
         super()._apply(fn, recurse)
-        self.values = torch.from_numpy(self.grid.values().copy()).to(self.values.device, torch.float32)
+        self.values = torch.from_numpy(self.grid.values().copy()).to(
+            self.values.device, torch.float32
+        )
         return self
 
     def forward(self, codes: Tensor) -> Tensor:

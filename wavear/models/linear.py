@@ -3,8 +3,9 @@
     mean[t] = c + sum over k of taps[k] * value(code[t-k])
     P(code) = F((upper - mean) / scale) - F((lower - mean) / scale)
 
-with F the normal or the Laplace law of what the prediction leaves over, integrated over the interval of each code. So
-it is measured in the same bits per sample as the other families. It is fitted, not trained: see `wavear.fit_linear`.
+with F the normal or the Laplace law of what the prediction leaves over, integrated over the
+interval of each code. So it is measured in the same bits per sample as the other families. It is
+fitted, not trained: see `wavear.fit_linear`.
 """
 
 from __future__ import annotations
@@ -54,16 +55,22 @@ class LinearConfig:
             raise ValueError("order is 0 and differencing 0: together they must be 1 or more")
         for name, known in (("law", LAWS), ("domain", DOMAINS)):
             if getattr(self, name) not in known:
-                raise ValueError(f"{name} is {getattr(self, name)!r}, it must be {' or '.join(known)}")
+                raise ValueError(
+                    f"{name} is {getattr(self, name)!r}, it must be {' or '.join(known)}"
+                )
         if self.classes == 0:
             object.__setattr__(self, "classes", 65536 if self.grid == "linear" else 256)
         Grid(self.grid, self.classes)  # type: ignore[arg-type]  # it checks both
         if self.domain == "companded" and self.grid != "mulaw":
-            raise ValueError("domain is 'companded': that is the mu-law curve's, and needs grid 'mulaw'")
+            raise ValueError(
+                "domain is 'companded': that is the mu-law curve's, and needs grid 'mulaw'"
+            )
         if not isinstance(self.sample_rate, int) or not 1000 <= self.sample_rate <= 384000:
             raise ValueError(f"sample_rate is {self.sample_rate!r}, it must be 1000 to 384000 Hz")
         if self.mel is not None or self.speakers != 0:
-            raise ValueError("a linear predictor takes neither mels nor speakers: leave mel None and speakers 0")
+            raise ValueError(
+                "a linear predictor takes neither mels nor speakers: leave mel None and speakers 0"
+            )
 
     @property
     def receptive_field(self) -> int:
@@ -82,7 +89,9 @@ class Companded(Grid):
 
     def encode(self, waveform: Tensor) -> Tensor:  # type: ignore[override]
         """The codes of companded values."""
-        return torch.floor((waveform.clamp(-1, 1) + 1) / 2 * (self.classes - 1) + 0.5).to(torch.int64)
+        return torch.floor((waveform.clamp(-1, 1) + 1) / 2 * (self.classes - 1) + 0.5).to(
+            torch.int64
+        )
 
     def values(self) -> np.ndarray:
         """See `Grid.values`."""
@@ -146,13 +155,14 @@ class LinearState:
 class Linear(AutoregressiveModel):
     """A weighted sum of past samples, and a law of fixed scale about it. Its numbers are float64.
 
-    The sum runs from the constant over the oldest sample to the newest, a product and an addition at a time, in every
-    engine: the same bits whatever the batch, the chunks and the engine.
+    The sum runs from the constant over the oldest sample to the newest, a product and an addition
+    at a time, in every engine: the same bits whatever the batch, the chunks and the engine.
 
     Parameters
     ----------
     config : LinearConfig
-        The model begins with coefficients of 0: white noise. `wavear.fit_linear` makes a fitted one.
+        The model begins with coefficients of 0: white noise. `wavear.fit_linear` makes a fitted
+        one.
 
     Examples
     --------
@@ -176,7 +186,9 @@ class Linear(AutoregressiveModel):
         self.coefficients = nn.Parameter(torch.zeros(config.order, dtype=torch.float64))
         self.constant = nn.Parameter(torch.zeros((), dtype=torch.float64))
         self.log_scale = nn.Parameter(torch.tensor(-2.0, dtype=torch.float64))
-        self.register_buffer("values", torch.from_numpy(self.predicted_grid.values().copy()), persistent=False)
+        self.register_buffer(
+            "values", torch.from_numpy(self.predicted_grid.values().copy()), persistent=False
+        )
 
     @property
     def law(self) -> Law:
@@ -213,7 +225,9 @@ class Linear(AutoregressiveModel):
         """
         polynomial = torch.cat([self.coefficients.new_ones(1), -self.coefficients])
         for _ in range(self.config.differencing):
-            polynomial = nn.functional.pad(polynomial, (0, 1)) - nn.functional.pad(polynomial, (1, 0))
+            polynomial = nn.functional.pad(polynomial, (0, 1)) - nn.functional.pad(
+                polynomial, (1, 0)
+            )
         return -polynomial[1:]
 
     def scale(self) -> Tensor:
@@ -223,8 +237,8 @@ class Linear(AutoregressiveModel):
     def poles(self) -> np.ndarray:
         """Of the recursion of the signal, or of its differences, the largest first; complex, or real if all are.
 
-        All inside the unit circle: what the model generates stays about the level of what it was fitted to. (The
-        differencing adds d poles at 1: a signal that drifts.)
+        All inside the unit circle: what the model generates stays about the level of what it was
+        fitted to. (The differencing adds d poles at 1: a signal that drifts.)
         """
         from wavear.models.lpc import poles
 

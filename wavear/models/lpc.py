@@ -1,23 +1,28 @@
 """Linear prediction in closed form: x[t] = c + a[1] x[t-1] + ... + a[p] x[t-p] + e[t].
 
-Least squares over any number of recordings from sufficient statistics, sums of products of a signal with itself that
-are added up block by block in float64; or, for one signal, Burg's method. Which samples are predicted, and what stands
-beyond the ends, is the edge of the problem, and decides which method of the literature it is (Makhoul, 1975, "Linear
-prediction: a tutorial review"; P: the longest lag):
+Least squares over any number of recordings from sufficient statistics, sums of products of a signal
+with itself that are added up block by block in float64; or, for one signal, Burg's method. Which
+samples are predicted, and what stands beyond the ends, is the edge of the problem, and decides
+which method of the literature it is (Makhoul, 1975, "Linear prediction: a tutorial review"; P: the
+longest lag):
 
-- "covariance": every sample that has P samples before it, and nothing is made up. Ordinary least squares, as
+- "covariance": every sample that has P samples before it, and nothing is made up. Ordinary least
+  squares, as
   statsmodels' `AutoReg`.
-- "autocorrelation": zeros on both sides, and all samples that see any of the signal. The Yule-Walker equations, whose
+- "autocorrelation": zeros on both sides, and all samples that see any of the signal. The
+  Yule-Walker equations, whose
   solution is always stable.
-- "silence": every sample, the first ones after silence. What a model that begins in silence is scored on.
+- "silence": every sample, the first ones after silence. What a model that begins in silence is
+  scored on.
 
-The sums over t of x[t-i] x[t-j], for all i and j up to P, follow from those with i = 0 and from the P first and the
-P last samples of each recording, without rounding but that of the additions:
+The sums over t of x[t-i] x[t-j], for all i and j up to P, follow from those with i = 0 and from the
+P first and the P last samples of each recording, without rounding but that of the additions:
 
     C[i, j] = sum over t = P ... N-1 of x[t-i] x[t-j]
     C[i+1, j+1] = C[i, j] + x[P-1-i] x[P-1-j] - x[N-1-i] x[N-1-j]
 
-So a block costs P + 1 inner products (or one correlation by FFT), and a recording P * P operations more.
+So a block costs P + 1 inner products (or one correlation by FFT), and a recording P * P operations
+more.
 """
 
 from __future__ import annotations
@@ -63,9 +68,13 @@ class Statistics:
     True
     """
 
-    def __init__(self, lags: int, edges: Edges = "covariance", differencing: int = 0, silence: float = 0.0):
+    def __init__(
+        self, lags: int, edges: Edges = "covariance", differencing: int = 0, silence: float = 0.0
+    ):
         if lags < 0 or differencing < 0:
-            raise ValueError(f"lags is {lags} and differencing {differencing}, they must be 0 or more")
+            raise ValueError(
+                f"lags is {lags} and differencing {differencing}, they must be 0 or more"
+            )
         if edges not in EDGES:
             raise ValueError(f"edges is {edges!r}, it must be one of {', '.join(EDGES)}")
         self.lags, self.edges, self.differencing, self.silence = lags, edges, differencing, silence
@@ -126,7 +135,9 @@ class Statistics:
         """The sums of x[t-i], (P + 1,)."""
         return self._sum + np.concatenate([[0.0], np.cumsum(self._sum_steps)])
 
-    def solve(self, order: int, *, constant: bool = False, ridge: float = RIDGE) -> tuple[np.ndarray, float]:
+    def solve(
+        self, order: int, *, constant: bool = False, ridge: float = RIDGE
+    ) -> tuple[np.ndarray, float]:
         """The predictor of so many lags that leaves the least energy, over the samples that all lags up to P see.
 
         Parameters
@@ -152,7 +163,9 @@ class Statistics:
         """
         left, right = self._equations(order, constant)
         places = np.arange(int(constant), order + int(constant))
-        left[places, places] += ridge * max(float(left[places, places].sum()) / max(order, 1), 1e-30)
+        left[places, places] += ridge * max(
+            float(left[places, places].sum()) / max(order, 1), 1e-30
+        )
         try:
             solution = np.linalg.solve(left, right)
         except np.linalg.LinAlgError:
@@ -172,16 +185,21 @@ class Statistics:
     def energies(self, *, constant: bool = False, ridge: float = RIDGE) -> np.ndarray:
         """`energy` of the best predictors of all orders, (P + 1,), from one Cholesky decomposition.
 
-        With G = L L' for the equations G a = g of the highest order, those of order k are its first rows, and the
-        energy that the first k lags take away is that of the first k elements of inverse(L) g.
+        With G = L L' for the equations G a = g of the highest order, those of order k are its first
+        rows, and the energy that the first k lags take away is that of the first k elements of
+        inverse(L) g.
         """
         left, right = self._equations(self.lags, constant)
         places = np.arange(int(constant), len(right))
-        left[places, places] += ridge * max(float(left[places, places].sum()) / max(self.lags, 1), 1e-30)
+        left[places, places] += ridge * max(
+            float(left[places, places].sum()) / max(self.lags, 1), 1e-30
+        )
         try:
             taken = np.linalg.solve(np.linalg.cholesky(left), right) ** 2 if len(right) else right
         except np.linalg.LinAlgError:
-            raise ValueError(f"fewer than {self.lags} lags predict these recordings exactly: raise the ridge") from None
+            raise ValueError(
+                f"fewer than {self.lags} lags predict these recordings exactly: raise the ridge"
+            ) from None
         found = self._row[0] - np.concatenate([[0.0], np.cumsum(taken)])
         return np.maximum(found[int(constant) :], 1e-30)
 
@@ -189,13 +207,21 @@ class Statistics:
         if not 0 <= order <= self.lags:
             raise ValueError(f"order is {order}, and products were summed up to lag {self.lags}")
         if not self.count:
-            raise ValueError(f"there are no samples to fit to: no recording is longer than {self.lags} samples")
+            raise ValueError(
+                f"there are no samples to fit to: no recording is longer than {self.lags} samples"
+            )
         products = self.products()
-        left, right = products[1 : order + 1, 1 : order + 1].copy(), products[1 : order + 1, 0].copy()
+        left, right = (
+            products[1 : order + 1, 1 : order + 1].copy(),
+            products[1 : order + 1, 0].copy(),
+        )
         if constant:
             sums = self.sums()
             left = np.block(
-                [[np.array([[float(self.count)]]), sums[None, 1 : order + 1]], [sums[1 : order + 1, None], left]]
+                [
+                    [np.array([[float(self.count)]]), sums[None, 1 : order + 1]],
+                    [sums[1 : order + 1, None], left],
+                ]
             )
             right = np.concatenate([sums[:1], right])
         return left, right
@@ -272,16 +298,19 @@ def _inner_products(joined: np.ndarray, block: np.ndarray) -> np.ndarray:
     return correlate(joined, block, "valid", method="fft")[::-1]
 
 
-def criterion(energies: np.ndarray, count: int, kind: Literal["aic", "bic"], *, constant: bool = False) -> np.ndarray:
+def criterion(
+    energies: np.ndarray, count: int, kind: Literal["aic", "bic"], *, constant: bool = False
+) -> np.ndarray:
     """An information criterion of each order, the less the better: of a normal law, up to what all orders share.
 
-    count * log(energy / count) + penalty * (order + 1 for the scale + 1 for a constant), with a penalty of 2 (Akaike,
-    1974) or log(count) (Schwarz, 1978).
+    count * log(energy / count) + penalty * (order + 1 for the scale + 1 for a constant), with a
+    penalty of 2 (Akaike, 1974) or log(count) (Schwarz, 1978).
 
     Parameters
     ----------
     energies : array, shape (P + 1,)
-        What the best predictor of each order leaves over, summed over the same samples: `Statistics.energies`.
+        What the best predictor of each order leaves over, summed over the same samples:
+        `Statistics.energies`.
     count : int
         Samples predicted.
     """
@@ -292,8 +321,8 @@ def criterion(energies: np.ndarray, count: int, kind: Literal["aic", "bic"], *, 
 def burg(signal: np.ndarray, order: int) -> tuple[np.ndarray, np.ndarray]:
     """Burg's method for one signal: each further lag is the one that the errors forward and backward agree on.
 
-    Always stable, and sharp on short signals; it needs the whole signal at once, and order times its length operations.
-    (Burg, 1975, "Maximum entropy spectral analysis".)
+    Always stable, and sharp on short signals; it needs the whole signal at once, and order times
+    its length operations. (Burg, 1975, "Maximum entropy spectral analysis".)
 
     Parameters
     ----------
@@ -315,14 +344,18 @@ def burg(signal: np.ndarray, order: int) -> tuple[np.ndarray, np.ndarray]:
     """
     forward = backward = np.asarray(signal, dtype=np.float64)
     if len(forward) <= order:
-        raise ValueError(f"the signal has {len(forward)} samples, order {order} needs more than that")
+        raise ValueError(
+            f"the signal has {len(forward)} samples, order {order} needs more than that"
+        )
     energies = [float(forward @ forward) / len(forward)]
     coefficients = np.zeros(0)
     for _ in range(order):
         forward, backward = forward[1:], backward[:-1]
         both = float(forward @ forward + backward @ backward)
         reflection = 2 * float(forward @ backward) / both if both > 0 else 0.0
-        coefficients = np.concatenate([coefficients - reflection * coefficients[::-1], [reflection]])
+        coefficients = np.concatenate(
+            [coefficients - reflection * coefficients[::-1], [reflection]]
+        )
         forward, backward = forward - reflection * backward, backward - reflection * forward
         energies.append(energies[-1] * max(1 - reflection**2, 0.0))
     return coefficients, np.maximum(energies, 1e-30)
@@ -343,9 +376,11 @@ def poles(coefficients: np.ndarray) -> np.ndarray:
 def reflected(coefficients: np.ndarray) -> np.ndarray:
     """The coefficients with each pole p outside the unit circle moved inside, to 1 / conj(p).
 
-    The spectrum of what the recursion makes keeps its shape; its level changes by the product of abs(p).
+    The spectrum of what the recursion makes keeps its shape; its level changes by the product of
+    abs(p).
 
-    Each such pole is divided out and its reflection multiplied in, by itself; the others are not touched.
+    Each such pole is divided out and its reflection multiplied in, by itself; the others are not
+    touched.
 
     Examples
     --------
@@ -353,11 +388,14 @@ def reflected(coefficients: np.ndarray) -> np.ndarray:
     [1.0, -0.25]
     """
     # 1 - a[1] / z - a[2] / z^2 - ..., in powers of 1 / z
-    polynomial = np.concatenate([[1.0], -np.asarray(coefficients, dtype=np.float64)]).astype(complex)
+    polynomial = np.concatenate([[1.0], -np.asarray(coefficients, dtype=np.float64)]).astype(
+        complex
+    )
     for pole in poles(coefficients):
         if abs(pole) <= 1:
             break
-        # polynomial = quotient * (1 - pole / z), from the highest power down: errors shrink by abs(pole) at each step.
+        # polynomial = quotient * (1 - pole / z), from the highest power down: errors shrink by
+        # abs(pole) at each step.
         quotient = np.zeros(len(polynomial) - 1, dtype=complex)
         carried = 0j
         for k in range(len(quotient) - 1, -1, -1):

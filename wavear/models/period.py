@@ -1,7 +1,7 @@
 """The period of the voice from a mel: a small network at the frame rate, trained before the network of the samples.
 
-The network of the samples meets the lags of this network when it generates, so it is trained with these too, and not
-with lags measured in the recordings.
+The network of the samples meets the lags of this network when it generates, so it is trained with
+these too, and not with lags measured in the recordings.
 """
 
 from __future__ import annotations
@@ -36,10 +36,14 @@ class PeriodNetwork(nn.Module):
 
     grid: Tensor
 
-    def __init__(self, bands: int, shortest: int, longest: int, width: int = 64, causal: bool = False):
+    def __init__(
+        self, bands: int, shortest: int, longest: int, width: int = 64, causal: bool = False
+    ):
         super().__init__()
         self.causal = causal
-        self.convolutions = nn.ModuleList(nn.Conv1d(bands if i == 0 else width, width, 3) for i in range(_LAYERS))
+        self.convolutions = nn.ModuleList(
+            nn.Conv1d(bands if i == 0 else width, width, 3) for i in range(_LAYERS)
+        )
         self.lag = nn.Conv1d(width, CLASSES, 1)
         self.voicing = nn.Conv1d(width, 1, 1)
         self.register_buffer("grid", torch.linspace(math.log(shortest), math.log(longest), CLASSES))
@@ -59,17 +63,22 @@ class PeriodNetwork(nn.Module):
     def track(self, mel: Tensor) -> tuple[Tensor, Tensor]:
         """Normalised mels (B, M, F + context) -> the logarithm of the lag in samples, and the voicing, (B, F) each.
 
-        The lag is the mean over the classes next to the likeliest one, weighted by their probabilities.
+        The lag is the mean over the classes next to the likeliest one, weighted by their
+        probabilities.
         """
         logits, voicing = self(mel)
         probability = logits.softmax(1)
         best = probability.argmax(1, keepdim=True)
-        near = (best + torch.arange(-NEIGHBOURS, NEIGHBOURS + 1, device=mel.device)[:, None]).clamp(0, CLASSES - 1)
+        near = (best + torch.arange(-NEIGHBOURS, NEIGHBOURS + 1, device=mel.device)[:, None]).clamp(
+            0, CLASSES - 1
+        )
         weight = probability.gather(1, near)
         return (weight * self.grid.to(weight.dtype)[near]).sum(1) / weight.sum(1), voicing.sigmoid()
 
 
-def period_loss(logits: Tensor, voicing: Tensor, log_lag: Tensor, correlation: Tensor, grid: Tensor) -> Tensor:
+def period_loss(
+    logits: Tensor, voicing: Tensor, log_lag: Tensor, correlation: Tensor, grid: Tensor
+) -> Tensor:
     """Cross-entropy with a Gaussian about the measured lag, weighted by how voiced it is, and the error of the voicing.
 
     Parameters

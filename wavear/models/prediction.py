@@ -1,8 +1,8 @@
 """Linear prediction from a mel, nothing trained: spectral envelope -> autocorrelation -> coefficients and scale.
 
-A mel is a smoothed power spectrum. Its inverse Fourier transform is an autocorrelation, and the predictor that fits an
-autocorrelation best is the solution of the normal equations (Makhoul, 1975, "Linear prediction: a tutorial review").
-With x the samples of the past:
+A mel is a smoothed power spectrum. Its inverse Fourier transform is an autocorrelation, and the
+predictor that fits an autocorrelation best is the solution of the normal equations (Makhoul, 1975,
+"Linear prediction: a tutorial review"). With x the samples of the past:
 
     p[t] = -sum over k = 1 .. P of a[k] x[t - k]        prediction
     e[t] = (x[t] - p[t]) / s[t]                         residual, of about unit scale
@@ -60,16 +60,18 @@ class Envelope:
         factor, shift = self._to_log_power
         density = (self.logarithm(mel).double() - shift) * factor
         below, above = density[:, low], density[:, (low + 1).clamp(max=self.config.bands - 1)]
-        spectrum = (below * weight[:, None] + above * (1 - weight)[:, None] + offset[:, None]).clamp(
-            min=_LEAST_LOG_DENSITY
-        )
+        spectrum = (
+            below * weight[:, None] + above * (1 - weight)[:, None] + offset[:, None]
+        ).clamp(min=_LEAST_LOG_DENSITY)
         return cosines.T @ spectrum.exp()
 
     def logarithm(self, mel: Tensor) -> Tensor:
         """The mel itself, or if it is none its logarithm."""
         if self.config.log_base != "none":
             return mel
-        value = ((mel - self.config.shift) / self.config.scale).clamp(min=max(self.config.floor, _LEAST_PLAIN))
+        value = ((mel - self.config.shift) / self.config.scale).clamp(
+            min=max(self.config.floor, _LEAST_PLAIN)
+        )
         return value.log()
 
     @property
@@ -78,7 +80,9 @@ class Envelope:
         config = self.config
         if config.log_base == "none":
             return 2 / config.power, 0.0
-        base = {"e": 1.0, "10": math.log(10), "db": math.log(10) * config.power / 20}[config.log_base]
+        base = {"e": 1.0, "10": math.log(10), "db": math.log(10) * config.power / 20}[
+            config.log_base
+        ]
         return base * 2 / config.power / config.scale, config.shift
 
     @property
@@ -109,7 +113,8 @@ def _tables(config: MelConfig, order: int) -> tuple[Tensor, Tensor, Tensor, Tens
         )
     bins = np.arange(config.n_fft // 2 + 1)
     centres = (filters * bins).sum(1) / area
-    # Linear interpolation of the logarithms between the centres of the bands, as numpy.interp has it.
+    # Linear interpolation of the logarithms between the centres of the bands, as numpy.interp has
+    # it.
     low = np.clip(np.searchsorted(centres, bins, side="right") - 1, 0, max(config.bands - 2, 0))
     high = np.minimum(low + 1, config.bands - 1)
     gap = np.where(high > low, centres[high] - centres[low], 1.0)
@@ -121,7 +126,8 @@ def _tables(config: MelConfig, order: int) -> tuple[Tensor, Tensor, Tensor, Tens
     offset[top:] -= 2 * TOP_FALL * (bins[top:] - top) / max(bins[-1] - top, 1)
     window = _window_energy(config)
     offset -= math.log(window)
-    # Power per bin -> autocorrelation: the inverse transform of the symmetric spectrum, and the lag window.
+    # Power per bin -> autocorrelation: the inverse transform of the symmetric spectrum, and the lag
+    # window.
     share = np.full(len(bins), 2.0 / config.n_fft)
     share[0] /= 2
     if config.n_fft % 2 == 0:
@@ -163,7 +169,8 @@ def predictor(autocorrelation: Tensor, gain: float | Tensor = 1.0) -> tuple[Tens
 def levinson(r: Tensor) -> tuple[Tensor, Tensor]:
     """Solve the normal equations of autocorrelations by the Levinson-Durbin recursion.
 
-    On the CPU in compiled code: one row after the other, so that a row is the same to the bit whatever is beside it.
+    On the CPU in compiled code: one row after the other, so that a row is the same to the bit
+    whatever is beside it.
 
     Parameters
     ----------
@@ -192,7 +199,13 @@ def levinson(r: Tensor) -> tuple[Tensor, Tensor]:
     for i in range(1, order + 1):
         k = -(a[..., :i] * r[..., 1 : i + 1].flip(-1)).sum(-1) / error
         a = torch.cat(
-            [a[..., :1], a[..., 1:i] + k[..., None] * a[..., 1:i].flip(-1), k[..., None], a[..., i + 1 :]], -1
+            [
+                a[..., :1],
+                a[..., 1:i] + k[..., None] * a[..., 1:i].flip(-1),
+                k[..., None],
+                a[..., i + 1 :],
+            ],
+            -1,
         )
         error = error * (1 - k * k)
     return a, error

@@ -5,9 +5,10 @@
     mel --convolutions-------> gate biases of every layer, at the frame rate
     e = (x - p) / s of the past, p, s, lag --gated layers--> mixture of logistics in units of e --> law of x
 
-The layers are WaveNet's (van den Oord et al., 2016), but for the last, whose dilation is the period, as in the
-quasi-periodic WaveNet (Wu et al., 2019, https://arxiv.org/abs/1907.00797). Prediction in front of a network is LPCNet's
-idea (Valin and Skoglund, 2019, https://arxiv.org/abs/1810.11846); here it needs no analysis of the waveform.
+The layers are WaveNet's (van den Oord et al., 2016), but for the last, whose dilation is the
+period, as in the quasi-periodic WaveNet (Wu et al., 2019, https://arxiv.org/abs/1907.00797).
+Prediction in front of a network is LPCNet's idea (Valin and Skoglund, 2019,
+https://arxiv.org/abs/1810.11846); here it needs no analysis of the waveform.
 """
 
 from __future__ import annotations
@@ -91,17 +92,32 @@ class PredictiveWaveNetConfig(CommonConfig):
         )  # fmt: skip
         super().__post_init__()
         if self.mel is None:
-            raise ValueError("a predictive WaveNet takes its prediction from a mel: give one, or choose a wavenet")
-        fixed = {"law": "logistic_mixture", "classes": 65536, "coarse_classes": 0, "pre_emphasis": 0.0}
+            raise ValueError(
+                "a predictive WaveNet takes its prediction from a mel: give one, or choose a wavenet"
+            )
+        fixed = {
+            "law": "logistic_mixture",
+            "classes": 65536,
+            "coarse_classes": 0,
+            "pre_emphasis": 0.0,
+        }
         for name, value in fixed.items():
             if getattr(self, name) != value:
-                raise ValueError(f"{name} is {getattr(self, name)!r}: a predictive WaveNet has {value!r}")
+                raise ValueError(
+                    f"{name} is {getattr(self, name)!r}: a predictive WaveNet has {value!r}"
+                )
         if self.layers > 12:
-            raise ValueError(f"layers is {self.layers}: the dilation triples from layer to layer, at most 12")
+            raise ValueError(
+                f"layers is {self.layers}: the dilation triples from layer to layer, at most 12"
+            )
         if self.longest_period > self.sample_rate:
-            raise ValueError(f"longest_period is {self.longest_period} samples, expected a second at most")
+            raise ValueError(
+                f"longest_period is {self.longest_period} samples, expected a second at most"
+            )
         if self.sub_frames > self.mel.hop_length:
-            raise ValueError(f"sub_frames is {self.sub_frames}, and a frame has {self.mel.hop_length} samples")
+            raise ValueError(
+                f"sub_frames is {self.sub_frames}, and a frame has {self.mel.hop_length} samples"
+            )
 
     @property
     def dilations(self) -> tuple[int, ...]:
@@ -143,8 +159,8 @@ class PredictiveWaveNetConfig(CommonConfig):
 class PredictiveConditioning(nn.Module):
     """Mel frames (B, M, F) and speakers (B,) -> `FrameConditioning`.
 
-    Two convolutions over frames, the speaker's vector, and one matrix to the gate biases of all layers and the skip;
-    the prediction and the period of the mel.
+    Two convolutions over frames, the speaker's vector, and one matrix to the gate biases of all
+    layers and the skip; the prediction and the period of the mel.
     """
 
     mel_mean: Tensor
@@ -160,14 +176,19 @@ class PredictiveConditioning(nn.Module):
         # Mean and deviation of each band over the training data: the networks see numbers near one.
         self.register_buffer("mel_mean", torch.zeros(mel.bands))
         self.register_buffer("mel_deviation", torch.ones(mel.bands))
-        # Factor on the scale of the residual, fitted to the training data: its mean absolute value is then 0.6.
+        # Factor on the scale of the residual, fitted to the training data: its mean absolute value
+        # is then 0.6.
         self.register_buffer("gain", torch.ones(1))
         self.first = nn.Conv1d(mel.bands, channels, 2 * config.conditioning_context + 1)
         self.second = nn.Conv1d(channels, channels, 3)
         self.projection = nn.Linear(channels, config.gates)
         self.speakers = nn.Embedding(config.speakers, channels) if config.speakers else None
         self.period = PeriodNetwork(
-            mel.bands, config.shortest_period, config.longest_period, config.period_channels, config.causal
+            mel.bands,
+            config.shortest_period,
+            config.longest_period,
+            config.period_channels,
+            config.causal,
         ).requires_grad_(False)  # trained on its own, before the rest
         self.envelope = Envelope(mel, config.prediction_order)
         self.hop_weights = interpolation_weights(mel.hop_length, config.causal)
@@ -188,7 +209,9 @@ class PredictiveConditioning(nn.Module):
         """Frames before its own that a sample depends on."""
         return self.context + 1 if self.config.causal else self.lookahead
 
-    def forward(self, mel: Tensor | None, speaker: Tensor | None = None, padded: bool = False) -> FrameConditioning:
+    def forward(
+        self, mel: Tensor | None, speaker: Tensor | None = None, padded: bool = False
+    ) -> FrameConditioning:
         """See `AutoregressiveModel.condition`."""
         assert mel is not None
         config = self.config
@@ -196,19 +219,29 @@ class PredictiveConditioning(nn.Module):
         frames = mel.shape[2] - self.lookback - self.lookahead
         offset = torch.zeros(len(mel), dtype=torch.long, device=mel.device)
         weights = self.hop_weights.to(mel.device)
-        from wavear.models import frame_kernel  # not before it is needed: Numba takes its time to import
+        from wavear.models import (
+            frame_kernel,
+        )  # not before it is needed: Numba takes its time to import
 
         if frame_kernel.usable(self, mel):
-            gates, coefficients, scale, lag, voicing = frame_kernel.condition(self, mel, speaker, frames)
+            gates, coefficients, scale, lag, voicing = frame_kernel.condition(
+                self, mel, speaker, frames
+            )
             gates = gates.unfold(1, 3, 1)
-            return FrameConditioning(gates, coefficients, scale, lag, voicing, offset, frames * self.hop, weights)
+            return FrameConditioning(
+                gates, coefficients, scale, lag, voicing, offset, frames * self.hop, weights
+            )
         gates = self._around(self.gate_biases(self.normalised(mel), speaker), frames)
         log_lag, voicing = self._around_period(mel, frames)
         with torch.no_grad():
             r = self.envelope.autocorrelation(self._neighbours(mel))
             r = interpolated(r, self.sub_weights.to(mel.device))
             coefficients, scale = predictor(r, self.gain.double())
-            lag = interpolated(log_lag, weights).exp().clamp(config.shortest_period, config.longest_period)
+            lag = (
+                interpolated(log_lag, weights)
+                .exp()
+                .clamp(config.shortest_period, config.longest_period)
+            )
             voicing = interpolated(voicing, weights)
         return FrameConditioning(
             gates=gates.unfold(1, 3, 1),
@@ -236,7 +269,9 @@ class PredictiveConditioning(nn.Module):
     def period_of(self, mel: Tensor) -> tuple[Tensor, Tensor]:
         """Mels (B, M, F) -> logarithm of the lag and voicing, (B, F) each; the ends are repeated as in `forward`."""
         before = self.period.context if self.config.causal else self.period.context // 2
-        return self.period.track(self.normalised(F.pad(mel, (before, self.period.context - before), "replicate")))
+        return self.period.track(
+            self.normalised(F.pad(mel, (before, self.period.context - before), "replicate"))
+        )
 
     @torch.no_grad()
     def _around_period(self, mel: Tensor, frames: int) -> tuple[Tensor, Tensor]:
@@ -245,7 +280,9 @@ class PredictiveConditioning(nn.Module):
 
     def _around(self, x: Tensor, frames: int) -> Tensor:
         """Cut (B, n, C), made of all frames, to the frames asked for and one on each side: (B, frames + 2, C)."""
-        if self.config.causal:  # the outputs end with the last frame; the one after it has the weight zero
+        if (
+            self.config.causal
+        ):  # the outputs end with the last frame; the one after it has the weight zero
             x = x[:, x.shape[1] - frames - 1 :]
             return torch.cat([x, x[:, -1:]], dim=1)
         surplus = (x.shape[1] - frames - 2) // 2
@@ -336,7 +373,9 @@ class PredictiveWaveNet(AutoregressiveModel):
         self.config = config
         self.input = nn.Linear(config.features, config.residual_channels)
         last = len(config.dilations) - 1
-        self.blocks = nn.ModuleList(PredictiveBlock(config, last=layer == last) for layer in range(last + 1))
+        self.blocks = nn.ModuleList(
+            PredictiveBlock(config, last=layer == last) for layer in range(last + 1)
+        )
         self.skip = nn.Linear(config.residual_channels * (last + 1), config.skip_channels)
         self.hidden = nn.Linear(config.skip_channels, config.head_channels)
         self.output = nn.Linear(config.head_channels, 3 * config.mixtures)
@@ -362,7 +401,9 @@ class PredictiveWaveNet(AutoregressiveModel):
     def multiply_adds(self) -> int:
         """See `AutoregressiveModel.multiply_adds`: each weight of each matrix once, and the prediction."""
         parts = (self.input, self.blocks, self.skip, self.hidden, self.output)
-        matrices = (module for part in parts for module in part.modules() if isinstance(module, nn.Linear))
+        matrices = (
+            module for part in parts for module in part.modules() if isinstance(module, nn.Linear)
+        )
         return sum(matrix.weight.numel() for matrix in matrices) + self.config.prediction_order
 
     def muon_parameters(self) -> list[nn.Parameter]:
@@ -371,10 +412,13 @@ class PredictiveWaveNet(AutoregressiveModel):
         matrices: list[Any] = [*blocks, self.skip, self.hidden]
         return [matrix.weight for matrix in matrices]
 
-    def input_noise(self, codes: Tensor, amount: float, generator: torch.Generator) -> dict[str, Tensor]:
+    def input_noise(
+        self, codes: Tensor, amount: float, generator: torch.Generator
+    ) -> dict[str, Tensor]:
         """Return noise (B, T) on the residuals at the input: Gaussian, of a level drawn from 0 to `amount` per row.
 
-        Prediction and target stay clean. The network learns not to trust every detail of a past that it made itself.
+        Prediction and target stay clean. The network learns not to trust every detail of a past
+        that it made itself.
         """
         level = torch.rand(len(codes), 1, generator=generator, device=codes.device) * amount
         noise = torch.randn(codes.shape, generator=generator, device=codes.device)
@@ -398,7 +442,8 @@ class PredictiveWaveNet(AutoregressiveModel):
         coefficients, scale, lag, voicing = cond.per_sample()
         x = self._value(codes)
         s = scale.double()
-        # The past: kept samples, the one before codes[:, 0], and the codes; time t lies at `now` + t.
+        # The past: kept samples, the one before codes[:, 0], and the codes; time t lies at `now` +
+        # t.
         if previous is None:
             before = x.new_zeros(batch, 1)
             before_residual = before
@@ -408,7 +453,9 @@ class PredictiveWaveNet(AutoregressiveModel):
         now = config.history + 1
         xs = torch.cat([tensors["samples"].float(), before, x], dim=1)
         p = self._predicted(xs[:, now - config.prediction_order :], coefficients)
-        clean = torch.cat([tensors["residuals"].float(), before_residual, _residual(x, p, s)], dim=1)
+        clean = torch.cat(
+            [tensors["residuals"].float(), before_residual, _residual(x, p, s)], dim=1
+        )
         es = clean if noise is None else torch.cat([clean[:, :now], clean[:, now:] + noise], dim=1)
         whole = torch.cat([tensors["lags"], lag.round().long()], dim=1)
         features = _features(self._past_of(xs, es, lag, now), p, s, lag, voicing)
@@ -420,16 +467,24 @@ class PredictiveWaveNet(AutoregressiveModel):
             skip = fused.interpolated_onto(skip, cond, *self.gate_span(len(gates)))
         else:
             gates = self._layers(h, cond, whole, tensors)
-            skip = self.skip(torch.cat(gates, dim=-1)) + cond.gates_at(*self.gate_span(len(gates))).to(h.dtype)
+            skip = self.skip(torch.cat(gates, dim=-1)) + cond.gates_at(
+                *self.gate_span(len(gates))
+            ).to(h.dtype)
         found = self._mixture(self._read(skip), p, s)
         if state is not None:
             kept = slice(total, total + config.history)
-            tensors |= {"samples": xs[:, kept], "residuals": clean[:, kept], "lags": whole[:, total:]}
+            tensors |= {
+                "samples": xs[:, kept],
+                "residuals": clean[:, kept],
+                "lags": whole[:, total:],
+            }
             tensors["pending"] = torch.stack([p[:, -1], s[:, -1]], dim=1)
             self._store(tensors, state)
         return found.transpose(1, 2)
 
-    def _layers(self, h: Tensor, cond: FrameConditioning, whole: Tensor, tensors: dict[str, Tensor]) -> list[Tensor]:
+    def _layers(
+        self, h: Tensor, cond: FrameConditioning, whole: Tensor, tensors: dict[str, Tensor]
+    ) -> list[Tensor]:
         """Gated units (B, T, R) of each layer; its queue in `tensors` becomes what it is after the last sample."""
         gates, total = [], h.shape[1]
         for i, (block, dilation) in enumerate(zip(self.blocks, self.config.dilations, strict=True)):
@@ -462,7 +517,9 @@ class PredictiveWaveNet(AutoregressiveModel):
     def _past_of(self, xs: Tensor, es: Tensor, lag: Tensor, now: int) -> _Past:
         """What each time's features are made of, from the whole past (B, now + T)."""
         config, total = self.config, lag.shape[1]
-        recent = es[:, now - config.recent_residuals : now + total - 1].unfold(1, config.recent_residuals, 1)
+        recent = es[:, now - config.recent_residuals : now + total - 1].unfold(
+            1, config.recent_residuals, 1
+        )
         back = torch.arange(total, device=xs.device) + now - lag.ceil().long()
         around = back[:, :, None] + self._around(xs.device)
         return _Past(
@@ -476,7 +533,9 @@ class PredictiveWaveNet(AutoregressiveModel):
         near = self.config.period_residuals
         return torch.arange(-near - 1, near + 3, device=device)
 
-    def _taps(self, full: Tensor, dilation: int, whole: Tensor, kept: int, total: int) -> list[Tensor]:
+    def _taps(
+        self, full: Tensor, dilation: int, whole: Tensor, kept: int, total: int
+    ) -> list[Tensor]:
         """The past inputs of a layer (B, T, R) at each tap but the current one, the oldest first."""
         before = self.config.kernel_size - 1
         if dilation:
@@ -516,7 +575,9 @@ class PredictiveWaveNet(AutoregressiveModel):
     def _fresh(self, batch: int) -> dict[str, Tensor]:
         """The state before the first sample: silence, whose residuals are zero."""
         config, weight = self.config, self.input.weight
-        pending = torch.tensor([0.0, 1.0], dtype=torch.float64, device=weight.device).repeat(batch, 1)
+        pending = torch.tensor([0.0, 1.0], dtype=torch.float64, device=weight.device).repeat(
+            batch, 1
+        )
         zeros = functools.partial(torch.zeros, device=weight.device)
         found = {
             "samples": zeros(batch, config.history),
@@ -531,7 +592,9 @@ class PredictiveWaveNet(AutoregressiveModel):
     def _queues(self, tensors: dict[str, Tensor]) -> list[Tensor]:
         return [tensors[f"queue.{i}"] for i in range(len(self.blocks))]
 
-    def step(self, previous: Tensor, state: PredictiveState, cond_t: Tensor | None = None) -> Tensor:
+    def step(
+        self, previous: Tensor, state: PredictiveState, cond_t: Tensor | None = None
+    ) -> Tensor:
         """See `AutoregressiveModel.step`; `cond_t` (B, C) is a column of `FrameConditioning.dense`."""
         assert cond_t is not None, "a predictive WaveNet is conditioned on mels"
         config, time = self.config, state.time
@@ -548,11 +611,15 @@ class PredictiveWaveNet(AutoregressiveModel):
         window = state.samples.index_select(1, (time - newest) % config.history)
         p = -(window.double() * coefficients.flip(1).double()).sum(1)
         state.pending.copy_(torch.stack([p, s], dim=1))
-        back = time + 1 - lag.ceil().long()  # slots hold the sample before: that of time t lies at t + 1
+        back = (
+            time + 1 - lag.ceil().long()
+        )  # slots hold the sample before: that of time t lies at t + 1
         newest = torch.arange(config.recent_residuals - 1, -1, -1, device=x.device)
         past = _Past(
             state.residuals.index_select(1, (time - newest) % config.history).double(),
-            state.residuals.gather(1, (back[:, None] + self._around(x.device)) % config.history).double(),
+            state.residuals.gather(
+                1, (back[:, None] + self._around(x.device)) % config.history
+            ).double(),
             x.double(),
             state.samples.gather(1, back[:, None] % config.history)[:, 0].double(),
         )
@@ -561,7 +628,9 @@ class PredictiveWaveNet(AutoregressiveModel):
         state.lags.index_copy_(1, (time % ring)[None], whole[:, None])
         h = self.input(_features(past, p, s, lag, voicing).to(self.input.weight.dtype))
         gates = []
-        for i, (block, dilation, queue) in enumerate(zip(self.blocks, config.dilations, state.queues, strict=True)):
+        for i, (block, dilation, queue) in enumerate(
+            zip(self.blocks, config.dilations, state.queues, strict=True)
+        ):
             length = queue.shape[1]
             taps: list[Tensor] = []
             where = time.expand(len(x))
@@ -581,9 +650,9 @@ class PredictiveWaveNet(AutoregressiveModel):
     def export_state(self, state: PredictiveState) -> dict[str, Tensor]:
         """See `AutoregressiveModel.export_state`: every ring with the oldest first.
 
-        `samples` and `residuals` (B, H) end with those before the last code; `lags` (B, lag history) and
-        `queue.0`, `queue.1`... (B, queue length, R) end with the last code's; `pending` (B, 2) are the prediction and
-        the scale of the last code.
+        `samples` and `residuals` (B, H) end with those before the last code; `lags` (B, lag
+        history) and `queue.0`, `queue.1`... (B, queue length, R) end with the last code's;
+        `pending` (B, 2) are the prediction and the scale of the last code.
         """
         time = int(state.time)
 
@@ -592,13 +661,23 @@ class PredictiveWaveNet(AutoregressiveModel):
 
         named = {"samples": state.samples, "residuals": state.residuals, "lags": state.lags}
         named |= {f"queue.{i}": queue for i, queue in enumerate(state.queues)}
-        return {name: unrolled(ring) for name, ring in named.items()} | {"pending": state.pending.clone()}
+        return {name: unrolled(ring) for name, ring in named.items()} | {
+            "pending": state.pending.clone()
+        }
 
     def import_state(self, tensors: dict[str, Tensor]) -> PredictiveState:
         """See `AutoregressiveModel.import_state`."""
         weight = self.input.weight
-        dtypes = {"lags": torch.long, "pending": torch.float64, "samples": torch.float32, "residuals": torch.float32}
-        mine = {name: t.to(weight.device, dtypes.get(name, weight.dtype), copy=True) for name, t in tensors.items()}
+        dtypes = {
+            "lags": torch.long,
+            "pending": torch.float64,
+            "samples": torch.float32,
+            "residuals": torch.float32,
+        }
+        mine = {
+            name: t.to(weight.device, dtypes.get(name, weight.dtype), copy=True)
+            for name, t in tensors.items()
+        }
         return PredictiveState(
             queues=self._queues(mine),
             time=torch.zeros((), dtype=torch.long, device=weight.device),
@@ -633,7 +712,11 @@ def _features(past: _Past, p: Tensor, s: Tensor, lag: Tensor, voicing: Tensor) -
     around = past.around.clamp(-LARGEST_RESIDUAL, LARGEST_RESIDUAL) * 0.7
     a, b, c, d = around[..., :-3], around[..., 1:-2], around[..., 2:-1], around[..., 3:]
     # Catmull-Rom: the cubic between b and c with the slopes of their neighbours.
-    period = (b + 0.5 * w * (c - a + w * (2 * a - 5 * b + 4 * c - d + w * (3 * (b - c) + d - a)))) * v
+    period = (
+        b + 0.5 * w * (c - a + w * (2 * a - 5 * b + 4 * c - d + w * (3 * (b - c) + d - a)))
+    ) * v
     levels = torch.stack([p / s, past.last / s, past.period_ago / s], dim=-1).asinh() * 0.3
     log_scale = (s.log()[..., None] + 6) * 0.5
-    return torch.cat([recent, levels[..., :2], log_scale, period, levels[..., 2:], v * 2 - 1], dim=-1).float()
+    return torch.cat(
+        [recent, levels[..., :2], log_scale, period, levels[..., 2:], v * 2 - 1], dim=-1
+    ).float()

@@ -1,10 +1,11 @@
 """Uniforms, and logits + one uniform -> one code: the definition that every engine follows.
 
-    logits --temperature--> probabilities --top_k--> the k likeliest --top_p--> the nucleus --inverse CDF--> code
+    logits --temperature--> probabilities --top_k--> the k likeliest --top_p--> the nucleus
+    --inverse CDF--> code
 
-In this order; each step sees what the one before has left, renormalised. Of codes of equal logits the lower one counts
-as the likelier. The inverse CDF runs through what is left in the order of the codes, so a neighbouring uniform gives a
-neighbouring sample.
+In this order; each step sees what the one before has left, renormalised. Of codes of equal logits
+the lower one counts as the likelier. The inverse CDF runs through what is left in the order of the
+codes, so a neighbouring uniform gives a neighbouring sample.
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ _PER_BLOCK = 4  # Philox4x64 makes four 64-bit words from each value of its coun
 def uniforms(seed: int, start: int, count: int) -> np.ndarray:
     """The uniforms of samples `start` to `start + count` of the utterance with this seed.
 
-    They come from NumPy's Philox4x64 (Salmon et al., 2011, "Parallel random numbers: as easy as 1, 2, 3"), a function
-    of key and counter: sample t of a seed has its uniform whatever was drawn before, in whatever chunks.
+    They come from NumPy's Philox4x64 (Salmon et al., 2011, "Parallel random numbers: as easy as 1,
+    2, 3"), a function of key and counter: sample t of a seed has its uniform whatever was drawn
+    before, in whatever chunks.
 
     Parameters
     ----------
@@ -50,12 +52,15 @@ def probabilities(logits: Tensor, temperature: Tensor | float = 1.0) -> Tensor:
     ----------
     logits : Tensor, shape (..., Q)
     temperature : float or Tensor that broadcasts against (..., 1)
-        Above 0. Below 1 the likely codes become likelier (duller, cleaner), above 1 less so (livelier, noisier).
+        Above 0. Below 1 the likely codes become likelier (duller, cleaner), above 1 less so
+        (livelier, noisier).
     """
     return torch.softmax(logits.double() / temperature, dim=-1)
 
 
-def kept(probabilities: Tensor, logits: Tensor, top_k: int | None = None, top_p: float | None = None) -> Tensor:
+def kept(
+    probabilities: Tensor, logits: Tensor, top_k: int | None = None, top_p: float | None = None
+) -> Tensor:
     """Which codes truncation leaves.
 
     Parameters
@@ -65,8 +70,8 @@ def kept(probabilities: Tensor, logits: Tensor, top_k: int | None = None, top_p:
     top_k : int, optional
         The k likeliest codes stay.
     top_p : float, optional
-        Of these, the smallest set of likeliest codes stays whose share of their probability is `top_p` or more
-        (Holtzman et al., 2020, "The curious case of neural text degeneration").
+        Of these, the smallest set of likeliest codes stays whose share of their probability is
+        `top_p` or more (Holtzman et al., 2020, "The curious case of neural text degeneration").
 
     Returns
     -------
@@ -80,7 +85,9 @@ def kept(probabilities: Tensor, logits: Tensor, top_k: int | None = None, top_p:
     if top_p is not None:
         cumulative = torch.where(stays, ranked, 0.0).cumsum(dim=-1)
         # A code stays if those before it have not reached the share yet.
-        stays &= torch.nn.functional.pad(cumulative[..., :-1], (1, 0)) < top_p * cumulative[..., -1:]
+        stays &= (
+            torch.nn.functional.pad(cumulative[..., :-1], (1, 0)) < top_p * cumulative[..., -1:]
+        )
     return torch.zeros_like(stays).scatter(-1, order, stays)
 
 
@@ -118,7 +125,11 @@ def sample(
     if top_k is not None or top_p is not None:
         weights = torch.where(kept(weights, logits, top_k, top_p), weights, 0.0)
     cumulative = weights.cumsum(dim=-1)
-    threshold = uniform[:, None] * cumulative[:, -1:]  # the sum is one up to rounding; so no code is out of reach
+    threshold = (
+        uniform[:, None] * cumulative[:, -1:]
+    )  # the sum is one up to rounding; so no code is out of reach
     codes = torch.searchsorted(cumulative, threshold, right=True)[:, 0]
     # Where rounding leads beyond the sum, the last code that has any probability.
-    return torch.minimum(codes, torch.searchsorted(cumulative, cumulative[:, -1:].contiguous())[:, 0])
+    return torch.minimum(
+        codes, torch.searchsorted(cumulative, cumulative[:, -1:].contiguous())[:, 0]
+    )

@@ -17,12 +17,17 @@ CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
 
 def save(
-    model: AutoregressiveModel, directory: str | Path, *, overwrite: bool = False, training: dict | None = None
+    model: AutoregressiveModel,
+    directory: str | Path,
+    *,
+    overwrite: bool = False,
+    training: dict | None = None,
 ) -> Path:
     """Write a model so that `load` needs nothing else.
 
-    Each file appears whole or not at all. The weights carry a copy of the configuration, so that files of two different
-    models, mixed by hand or by a crash between the two files, are told apart by `load`.
+    Each file appears whole or not at all. The weights carry a copy of the configuration, so that
+    files of two different models, mixed by hand or by a crash between the two files, are told apart
+    by `load`.
 
     Parameters
     ----------
@@ -32,7 +37,8 @@ def save(
     overwrite : bool
         Replace a checkpoint that is there.
     training : dict, optional
-        What is worth knowing of how it was trained (steps, bits per sample...), as JSON; see `read_config`.
+        What is worth knowing of how it was trained (steps, bits per sample...), as JSON; see
+        `read_config`.
 
     Returns
     -------
@@ -48,10 +54,14 @@ def save(
     directory = Path(directory)
     for name in (CONFIG, WEIGHTS):
         if not overwrite and (directory / name).exists():
-            raise FileExistsError(f"{directory / name} exists: choose another directory, or overwrite")
+            raise FileExistsError(
+                f"{directory / name} exists: choose another directory, or overwrite"
+            )
     family = vars(type(model)).get("family")  # its own: a subclass of a family is another class
     if family is None:
-        raise ValueError(f"{type(model).__name__} is not a family that this version can save: it has no `family`")
+        raise ValueError(
+            f"{type(model).__name__} is not a family that this version can save: it has no `family`"
+        )
     described = {
         "format": FORMAT,
         "family": family,
@@ -59,8 +69,12 @@ def save(
         "training": training or {},
     }
     text = json.dumps(described, indent=2)
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    tensors = {
+        name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()
+    }
     directory.mkdir(parents=True, exist_ok=True)
-    replace_file(directory / WEIGHTS, lambda path: save_file(tensors, path, metadata={"wavear": text}))
+    replace_file(
+        directory / WEIGHTS, lambda path: save_file(tensors, path, metadata={"wavear": text})
+    )
     replace_file(directory / CONFIG, lambda path: path.write_text(text + "\n", encoding="utf-8"))
     return directory

@@ -1,12 +1,13 @@
 """Transformer: causal self-attention over patches of samples, and a small network that names the samples in a patch.
 
-The line of GPT (Radford et al., 2018), with rotary positions, over a window of positions whose keys and values lie in a
-ring; in training the keys and values of the segment before are seen too, without a gradient (Dai et al., 2019,
-"Transformer-XL", https://arxiv.org/abs/1901.02860).
+The line of GPT (Radford et al., 2018), with rotary positions, over a window of positions whose keys
+and values lie in a ring; in training the keys and values of the segment before are seen too,
+without a gradient (Dai et al., 2019, "Transformer-XL", https://arxiv.org/abs/1901.02860).
 
-A position stands for `patch` samples. The sum over samples stays exact: position j sees the samples before the patch,
-and the head gives the law of each sample from the position's output and from the `patch` samples before it, so all
-that lie in the patch already (Mehri et al., 2017, "SampleRNN", https://arxiv.org/abs/1612.07837, divides time so).
+A position stands for `patch` samples. The sum over samples stays exact: position j sees the samples
+before the patch, and the head gives the law of each sample from the position's output and from the
+`patch` samples before it, so all that lie in the patch already (Mehri et al., 2017, "SampleRNN",
+https://arxiv.org/abs/1612.07837, divides time so).
 
     samples    | ... patch j-1 ... | x_t0  x_t0+1 ...  x_t ... |          t0 = j * patch
                         |                          |
@@ -25,7 +26,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from wavear.models.attention import Block, attend_within, normalised, rotation, rotation_period, turns
+from wavear.models.attention import (
+    Block,
+    attend_within,
+    normalised,
+    rotation,
+    rotation_period,
+    turns,
+)
 from wavear.models.base import AutoregressiveModel, CommonConfig, check_whole, in_parts
 from wavear.models.conditioning import make_conditioning
 from wavear.models.inputs import make_input
@@ -68,9 +76,10 @@ class TransformerConfig(CommonConfig):
     def receptive_field(self) -> int:
         """Past samples that the law of the next one depends on, at most.
 
-        A layer reaches window - 1 positions back, and the input of a position is the patch before it: so a position
-        that begins at sample t0 sees `layers * (window - 1) + 1` patches before t0. The last sample of its patch is
-        patch - 1 samples later and sees as far; those before it see less far, down to patch - 1 samples less.
+        A layer reaches window - 1 positions back, and the input of a position is the patch before
+        it: so a position that begins at sample t0 sees `layers * (window - 1) + 1` patches before
+        t0. The last sample of its patch is patch - 1 samples later and sees as far; those before it
+        see less far, down to patch - 1 samples less.
         """
         return (self.layers * (self.window - 1) + 2) * self.patch - 1
 
@@ -84,17 +93,22 @@ class Head(nn.Module):
         self.position = nn.Linear(config.channels, width, bias=False)
         self.samples = nn.Linear(config.patch * config.sample_channels, width)
         self.place = nn.Embedding(config.patch, width) if config.patch > 1 else None
-        self.conditioning = nn.Linear(config.conditioning_channels, width, bias=False) if conditioned else None
+        self.conditioning = (
+            nn.Linear(config.conditioning_channels, width, bias=False) if conditioned else None
+        )
         self.hidden = nn.Linear(width, width)
         self.out = nn.Linear(width, channels)
 
-    def forward(self, position: Tensor, samples: Tensor, place: Tensor, cond: Tensor | None) -> Tensor:
+    def forward(
+        self, position: Tensor, samples: Tensor, place: Tensor, cond: Tensor | None
+    ) -> Tensor:
         """Parameters of the law (..., P).
 
         Parameters
         ----------
         position : Tensor, shape (..., head channels)
-            `self.position` of the position's output: the same for all samples of a patch, and made once.
+            `self.position` of the position's output: the same for all samples of a patch, and made
+            once.
         samples : Tensor, shape (..., patch * sample channels)
             Those before, the oldest first.
         place : Tensor of int64, shape (...)
@@ -129,7 +143,8 @@ class TransformerState:
 class Transformer(AutoregressiveModel):
     """Causal self-attention over a window of patches of samples, conditioned on mels and speakers.
 
-    Conditioning enters twice: a position sees the vector of its first sample, and the head that of each sample.
+    Conditioning enters twice: a position sees the vector of its first sample, and the head that of
+    each sample.
 
     Parameters
     ----------
@@ -157,14 +172,19 @@ class Transformer(AutoregressiveModel):
         self.enter = nn.Linear(config.patch * config.sample_channels, config.channels)
         conditioned = self.conditioned
         self.enter_conditioning = (
-            nn.Linear(config.conditioning_channels, config.channels, bias=False) if conditioned else None
+            nn.Linear(config.conditioning_channels, config.channels, bias=False)
+            if conditioned
+            else None
         )
         self.blocks = nn.ModuleList(
-            Block(config.channels, config.heads, config.hidden_channels) for _ in range(config.layers)
+            Block(config.channels, config.heads, config.hidden_channels)
+            for _ in range(config.layers)
         )
         self.head = Head(config, self.law.channels, conditioned)
         self.conditioning = make_conditioning(config)
-        self.register_buffer("turns", turns(config.channels // config.heads, config.window), persistent=False)
+        self.register_buffer(
+            "turns", turns(config.channels // config.heads, config.window), persistent=False
+        )
         self.initialise()
 
     def initialise(self) -> None:
@@ -218,20 +238,30 @@ class Transformer(AutoregressiveModel):
     ) -> Tensor:
         """See `AutoregressiveModel.forward`."""
         past = self.init_state(len(codes)) if state is None else state
-        return self._run(self.shift(codes, previous), cond, past, keep=state is not None).transpose(1, 2)
+        return self._run(self.shift(codes, previous), cond, past, keep=state is not None).transpose(
+            1, 2
+        )
 
-    def prefill(self, previous: Tensor, state: TransformerState, cond: Tensor | None = None) -> None:
+    def prefill(
+        self, previous: Tensor, state: TransformerState, cond: Tensor | None = None
+    ) -> None:
         """See `AutoregressiveModel.prefill`."""
         with torch.no_grad():
             for part, given in in_parts(previous, cond):
                 self._run(part, given, state, read=False)
 
     def _run(
-        self, given: Tensor, cond: Tensor | None, state: TransformerState, keep: bool = True, read: bool = True
+        self,
+        given: Tensor,
+        cond: Tensor | None,
+        state: TransformerState,
+        keep: bool = True,
+        read: bool = True,
     ) -> Tensor:
         """Parameters (B, T, P) of the samples after each of `given` (B, T), all in parallel, going on from `state`.
 
-        Every row is at its own time, so its positions begin at its own samples, and it may have one fewer than others.
+        Every row is at its own time, so its positions begin at its own samples, and it may have one
+        fewer than others.
 
         Parameters
         ----------
@@ -242,12 +272,17 @@ class Transformer(AutoregressiveModel):
         """
         patch, window, device = self.config.patch, self.config.window, given.device
         batch, total = given.shape
-        joined = torch.cat([state.codes, given], dim=1)  # before sample s lie [s + 1, s + 1 + patch) of it
+        joined = torch.cat(
+            [state.codes, given], dim=1
+        )  # before sample s lie [s + 1, s + 1 + patch) of it
         vectors = self.embedding(joined)
         cond = None if cond is None else cond.transpose(1, 2).expand(batch, -1, -1)
         place = state.time % patch
-        # Where positions begin, in samples from the first of `given`; those at `total` or later are not reached.
-        begins = -state.time[:, None] % patch + patch * torch.arange(-(-total // patch), device=device)
+        # Where positions begin, in samples from the first of `given`; those at `total` or later are
+        # not reached.
+        begins = -state.time[:, None] % patch + patch * torch.arange(
+            -(-total // patch), device=device
+        )
         reached = (begins < total).sum(dim=1)
         begins = begins.clamp(max=total - 1)
         begun = -(-state.time // patch)  # positions so far
@@ -266,7 +301,9 @@ class Transformer(AutoregressiveModel):
         kept = last - (last - ring) % window - (begun[:, None] - window)
         for block, keys, values in zip(self.blocks, state.keys, state.values, strict=True):
 
-            def attend(q: Tensor, k: Tensor, v: Tensor, keys: Tensor = keys, values: Tensor = values) -> Tensor:
+            def attend(
+                q: Tensor, k: Tensor, v: Tensor, keys: Tensor = keys, values: Tensor = values
+            ) -> Tensor:
                 k = torch.cat([_take(keys, before % window, 2).to(k.dtype), k], dim=2)
                 v = torch.cat([_take(values, before % window, 2).to(v.dtype), v], dim=2)
                 if keep:
@@ -300,11 +337,13 @@ class Transformer(AutoregressiveModel):
             values=[weight.new_zeros(shape) for _ in range(config.layers)],
         )
 
-    def step(self, previous: Tensor, state: TransformerState, cond_t: Tensor | None = None) -> Tensor:
+    def step(
+        self, previous: Tensor, state: TransformerState, cond_t: Tensor | None = None
+    ) -> Tensor:
         """See `AutoregressiveModel.step`.
 
-        On the CPU the layers run where a row begins a patch. A captured graph cannot choose: there they run for every
-        sample, and rows that begin none keep what they had.
+        On the CPU the layers run where a row begins a patch. A captured graph cannot choose: there
+        they run for every sample, and rows that begin none keep what they had.
         """
         state.codes.copy_(torch.cat([state.codes[:, 1:], previous[:, None]], dim=1))
         samples = self.embedding(state.codes).flatten(1)
@@ -315,7 +354,9 @@ class Transformer(AutoregressiveModel):
         state.time += 1
         return self.head(state.position, samples, place, cond_t)
 
-    def _begin(self, samples: Tensor, begins: Tensor, state: TransformerState, cond_t: Tensor | None) -> None:
+    def _begin(
+        self, samples: Tensor, begins: Tensor, state: TransformerState, cond_t: Tensor | None
+    ) -> None:
         """The layers' next position, of the rows that begin one."""
         window = self.config.window
         x = self.enter(samples)
@@ -323,18 +364,26 @@ class Transformer(AutoregressiveModel):
             x = x + self.enter_conditioning(cond_t)
         number = state.time // self.config.patch
         by = rotation(number[:, None, None], self.turns, rotation_period(window), x)
-        slot = torch.where(begins, number % window, window)[:, None, None, None].expand(-1, *state.keys[0].shape[1:])
+        slot = torch.where(begins, number % window, window)[:, None, None, None].expand(
+            -1, *state.keys[0].shape[1:]
+        )
         slot = slot[:, :, :1]
         unseen = torch.arange(window, device=x.device) > number[:, None]
-        mask = torch.zeros_like(unseen, dtype=x.dtype).masked_fill(unseen, float("-inf"))[:, None, None]
+        mask = torch.zeros_like(unseen, dtype=x.dtype).masked_fill(unseen, float("-inf"))[
+            :, None, None
+        ]
         x = x[:, None]
         for block, keys, values in zip(self.blocks, state.keys, state.values, strict=True):
 
-            def attend(q: Tensor, k: Tensor, v: Tensor, keys: Tensor = keys, values: Tensor = values) -> Tensor:
+            def attend(
+                q: Tensor, k: Tensor, v: Tensor, keys: Tensor = keys, values: Tensor = values
+            ) -> Tensor:
                 keys.scatter_(2, slot, k)
                 values.scatter_(2, slot, v)
                 past = slice(None, window)
-                return F.scaled_dot_product_attention(q, keys[:, :, past], values[:, :, past], attn_mask=mask)
+                return F.scaled_dot_product_attention(
+                    q, keys[:, :, past], values[:, :, past], attn_mask=mask
+                )
 
             x = block(x, by, attend)
         position = self.head.position(normalised(x[:, 0]))
@@ -343,13 +392,22 @@ class Transformer(AutoregressiveModel):
     def export_state(self, state: TransformerState) -> dict[str, Tensor]:
         """See `AutoregressiveModel.export_state`.
 
-        `time` (B,), `codes` (B, patch) and `position` (B, head channels) as in `TransformerState`; `keys.0`,
-        `values.0`..., (B, window, channels) of each layer, one head after the other, the oldest position first; before
-        the first position they are zero. The last one is position (time - 1) // patch; keys are rotated.
+        `time` (B,), `codes` (B, patch) and `position` (B, head channels) as in `TransformerState`;
+        `keys.0`, `values.0`..., (B, window, channels) of each layer, one head after the other, the
+        oldest position first; before the first position they are zero. The last one is position
+        (time - 1) // patch; keys are rotated.
         """
         window = self.config.window
-        before = -(-state.time[:, None] // self.config.patch) - window + torch.arange(window, device=state.time.device)
-        tensors = {"time": state.time.clone(), "codes": state.codes.clone(), "position": state.position.clone()}
+        before = (
+            -(-state.time[:, None] // self.config.patch)
+            - window
+            + torch.arange(window, device=state.time.device)
+        )
+        tensors = {
+            "time": state.time.clone(),
+            "codes": state.codes.clone(),
+            "position": state.position.clone(),
+        }
         for i, rings in enumerate(zip(state.keys, state.values, strict=True)):
             for name, ring in zip(("keys", "values"), rings, strict=True):
                 tensors[f"{name}.{i}"] = _take(ring, before % window, 2).transpose(1, 2).flatten(2)
@@ -364,7 +422,10 @@ class Transformer(AutoregressiveModel):
             If the times or the codes are none.
         """
         time, codes, window = tensors["time"], tensors["codes"], self.config.window
-        if int(time.min()) < 0 or not 0 <= int(codes.min()) <= int(codes.max()) < self.config.classes:
+        if (
+            int(time.min()) < 0
+            or not 0 <= int(codes.min()) <= int(codes.max()) < self.config.classes
+        ):
             raise ValueError("the state is damaged: its time or its codes are out of range")
         state = self.init_state(len(time))
         state.time.copy_(time)
@@ -375,7 +436,12 @@ class Transformer(AutoregressiveModel):
         order = window - 1 - (last - torch.arange(window, device=state.time.device)) % window
         for i, rings in enumerate(zip(state.keys, state.values, strict=True)):
             for name, ring in zip(("keys", "values"), rings, strict=True):
-                past = tensors[f"{name}.{i}"].to(ring).unflatten(2, (self.config.heads, -1)).transpose(1, 2)
+                past = (
+                    tensors[f"{name}.{i}"]
+                    .to(ring)
+                    .unflatten(2, (self.config.heads, -1))
+                    .transpose(1, 2)
+                )
                 ring[:, :, :window] = _take(past, order, 2)
         return state
 

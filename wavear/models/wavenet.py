@@ -35,7 +35,15 @@ class WaveNetConfig(CommonConfig):
     """Channels between the two 1x1 convolutions of the head."""
 
     def __post_init__(self):
-        check_whole(self, layers=1, stacks=1, kernel_size=2, residual_channels=1, skip_channels=1, head_channels=1)
+        check_whole(
+            self,
+            layers=1,
+            stacks=1,
+            kernel_size=2,
+            residual_channels=1,
+            skip_channels=1,
+            head_channels=1,
+        )
         super().__post_init__()
         if self.layers % self.stacks:
             raise ValueError(f"{self.layers} layers do not divide into {self.stacks} stacks")
@@ -58,8 +66,9 @@ class WaveNetConfig(CommonConfig):
 class Block(nn.Module):
     """One layer: a dilated convolution, the conditioning, a tanh-sigmoid gate, and 1x1 outputs to residual and skip.
 
-    The convolution is one matrix over its taps side by side, oldest first, and channels are the last axis. So time is
-    an axis like the batch: `forward` and `step` share every line, and a layer is a few large matrix products.
+    The convolution is one matrix over its taps side by side, oldest first, and channels are the
+    last axis. So time is an axis like the batch: `forward` and `step` share every line, and a layer
+    is a few large matrix products.
     """
 
     def __init__(self, config: WaveNetConfig, last: bool):
@@ -67,7 +76,9 @@ class Block(nn.Module):
         r = config.residual_channels
         conditioned = config.conditioned
         self.dilated = nn.Linear(config.kernel_size * r, 2 * r)
-        self.conditioning = nn.Linear(config.conditioning_channels, 2 * r, bias=False) if conditioned else None
+        self.conditioning = (
+            nn.Linear(config.conditioning_channels, 2 * r, bias=False) if conditioned else None
+        )
         self.skip = nn.Linear(r, config.skip_channels)
         self.residual = None if last else nn.Linear(r, r)  # nothing reads the last one
 
@@ -123,7 +134,9 @@ class WaveNet(AutoregressiveModel):
         super().__init__()
         self.config = config
         self.embedding = make_input(self.law, config.residual_channels, config.coarse_classes)
-        self.blocks = nn.ModuleList(Block(config, last=layer == config.layers - 1) for layer in range(config.layers))
+        self.blocks = nn.ModuleList(
+            Block(config, last=layer == config.layers - 1) for layer in range(config.layers)
+        )
         self.head = make_head(self.law, config.skip_channels, config.head_channels)
         self.conditioning = make_conditioning(config)
 
@@ -153,7 +166,9 @@ class WaveNet(AutoregressiveModel):
         self._store(queues, state)
         return self._read(gates).transpose(1, 2)
 
-    def _layers(self, previous: Tensor, cond: Tensor | None, queues: list[Tensor] | None = None) -> Iterator[Tensor]:
+    def _layers(
+        self, previous: Tensor, cond: Tensor | None, queues: list[Tensor] | None = None
+    ) -> Iterator[Tensor]:
         """Gated units (B, T, R) of each layer, of all samples in parallel.
 
         Parameters
@@ -162,13 +177,18 @@ class WaveNet(AutoregressiveModel):
             The code before each sample.
         cond : Tensor, shape (B, C, T) or (B, C, 1), or None
         queues : list of Tensor, one per layer, shape (B, (kernel - 1) * dilation, R)
-            The past of each layer, the oldest first, replaced by what it is after the last sample; zeros if None.
+            The past of each layer, the oldest first, replaced by what it is after the last sample;
+            zeros if None.
         """
         x = self.embedding(previous)
-        cond = None if cond is None else cond.transpose(1, 2).contiguous()  # once, and not in the product of each layer
+        cond = (
+            None if cond is None else cond.transpose(1, 2).contiguous()
+        )  # once, and not in the product of each layer
         total = previous.shape[1]
         recompute = queues is None and self.activation_checkpointing and torch.is_grad_enabled()
-        for layer, (block, dilation) in enumerate(zip(self.blocks, self.config.dilations, strict=True)):
+        for layer, (block, dilation) in enumerate(
+            zip(self.blocks, self.config.dilations, strict=True)
+        ):
             if recompute:
                 x, gated = recomputed(block, functools.partial(self._taps, dilation), x, cond)
                 yield gated
@@ -189,8 +209,15 @@ class WaveNet(AutoregressiveModel):
     ) -> tuple[list[Tensor], Tensor | None]:
         """What a block takes: x (B, T, R) at each tap, the oldest first, and cond as it is."""
         before = self.config.kernel_size - 1
-        past = F.pad(x, (0, 0, before * dilation, 0)) if queue is None else torch.cat([queue, x], dim=1)
-        return [*(past[:, k * dilation : k * dilation + x.shape[1]] for k in range(before)), x], cond
+        past = (
+            F.pad(x, (0, 0, before * dilation, 0))
+            if queue is None
+            else torch.cat([queue, x], dim=1)
+        )
+        return [
+            *(past[:, k * dilation : k * dilation + x.shape[1]] for k in range(before)),
+            x,
+        ], cond
 
     def _read(self, gates: list[Tensor]) -> Tensor:
         """Gated units of each layer (..., R) -> logits (..., Q): the sum of the skips as one product, then the head."""
@@ -203,7 +230,9 @@ class WaveNet(AutoregressiveModel):
         weight = self.blocks[0].skip.weight
         past = [(self.config.kernel_size - 1) * dilation for dilation in self.config.dilations]
         return WaveNetState(
-            queues=[weight.new_zeros(batch, length, self.config.residual_channels) for length in past],
+            queues=[
+                weight.new_zeros(batch, length, self.config.residual_channels) for length in past
+            ],
             time=torch.zeros((), dtype=torch.long, device=weight.device),
         )
 
@@ -212,8 +241,11 @@ class WaveNet(AutoregressiveModel):
         x = self.embedding(previous)
         gates = []
         steps = torch.arange(self.config.kernel_size - 1, device=x.device)
-        for block, dilation, queue in zip(self.blocks, self.config.dilations, state.queues, strict=True):
-            # The oldest tap lies at time modulo the length, where the current sample then takes its place.
+        for block, dilation, queue in zip(
+            self.blocks, self.config.dilations, state.queues, strict=True
+        ):
+            # The oldest tap lies at time modulo the length, where the current sample then takes its
+            # place.
             slots = (state.time + steps * dilation) % queue.shape[1]
             past = queue.index_select(1, slots)
             queue.index_copy_(1, slots[:1], x[:, None])
@@ -238,10 +270,14 @@ class WaveNet(AutoregressiveModel):
     def export_state(self, state: WaveNetState) -> dict[str, Tensor]:
         """See `AutoregressiveModel.export_state`: `queue.0`, `queue.1`..., the past inputs of each layer.
 
-        Of shape (B, (kernel - 1) * dilation, R), the oldest first; before the first sample they are zero.
+        Of shape (B, (kernel - 1) * dilation, R), the oldest first; before the first sample they are
+        zero.
         """
         time = int(state.time)
-        return {f"queue.{i}": queue.roll(-(time % queue.shape[1]), dims=1) for i, queue in enumerate(state.queues)}
+        return {
+            f"queue.{i}": queue.roll(-(time % queue.shape[1]), dims=1)
+            for i, queue in enumerate(state.queues)
+        }
 
     def import_state(self, tensors: dict[str, Tensor]) -> WaveNetState:
         """See `AutoregressiveModel.import_state`."""

@@ -40,14 +40,23 @@ _NAMED = 8  # crops of a batch that a message names
 _SPIKES = 100  # kept in train.json
 SAMPLES = "samples"
 _SAMPLES_KEPT = 5  # validations whose clips stay in the folder
-_TOLD = ("score", "log_mel", "hnr_low", "hnr_low_recorded", "pesq", "stoi")  # of the free run, on the console
+_TOLD = (
+    "score",
+    "log_mel",
+    "hnr_low",
+    "hnr_low_recorded",
+    "pesq",
+    "stoi",
+)  # of the free run, on the console
 
 
 class ProgressBar(TQDMProgressBar):
     """Lightning's bar, counting steps to `max_steps` where there is one, with loss, held-out bits and samples/s."""
 
     def __init__(self, run: Run):
-        super().__init__(refresh_rate=1 if sys.stdout.isatty() else 100)  # a log file needs no bar ten times a second
+        super().__init__(
+            refresh_rate=1 if sys.stdout.isatty() else 100
+        )  # a log file needs no bar ten times a second
         self.run = run
 
     @override
@@ -102,7 +111,8 @@ class Run(L.Callback):
         self._interrupted = False
         self._handlers: dict[int, Any] = {}
         resumed = resumed or {}
-        # Since the last row of metrics.csv; kept in the state, so that a resumed run writes the same rows.
+        # Since the last row of metrics.csv; kept in the state, so that a resumed run writes the
+        # same rows.
         self._nats, self._samples = float(resumed.get("nats", 0.0)), int(resumed.get("samples", 0))
         self._spikes = Spikes(resumed.get("recent", ()), resumed.get("inside", False))
         self._since, self._counted = 0.0, 0
@@ -161,7 +171,12 @@ class Run(L.Callback):
 
     @override
     def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
     ) -> None:
         module, config, step = _training(pl_module), self.config, trainer.global_step
         for name, reason in batch.skipped:
@@ -213,9 +228,17 @@ class Run(L.Callback):
         if usual is None or not trainer.is_global_zero:
             return
         crops = crops_named(batch, self.train, module.layout.sample_rate, module.last["crop_nats"])
-        spike = {"step": trainer.global_step, "bits": round(bits, 5), "usual": round(usual, 5), "crops": crops}
+        spike = {
+            "step": trainer.global_step,
+            "bits": round(bits, 5),
+            "usual": round(usual, 5),
+            "crops": crops,
+        }
         self.record["spikes"] = [*self.record.get("spikes", []), spike][-_SPIKES:]
-        self.say(trainer, f"step {spike['step']}: the loss leaps to {bits:.2f} from {usual:.2f} bits: {_some(crops)}")
+        self.say(
+            trainer,
+            f"step {spike['step']}: the loss leaps to {bits:.2f} from {usual:.2f} bits: {_some(crops)}",
+        )
 
     def _agree(self, trainer: L.Trainer, elapsed: float, interrupted: bool) -> tuple[float, bool]:
         if trainer.world_size == 1:
@@ -244,7 +267,11 @@ class Run(L.Callback):
         if not self.config.progress:
             return
         bar = trainer.progress_bar_callback
-        if bar is not None and isinstance(bar, TQDMProgressBar) and bar._train_progress_bar is not None:
+        if (
+            bar is not None
+            and isinstance(bar, TQDMProgressBar)
+            and bar._train_progress_bar is not None
+        ):
             bar.train_progress_bar.write(printable(text))
         else:
             say(text)
@@ -285,11 +312,22 @@ class Run(L.Callback):
         world, step, history = trainer.world_size, trainer.global_step, self.record["history"]
         levels = ByLevel(module.layout.sample_rate)
         found = held_out_bits(
-            module.average, self.validation, self.speakers, rank=trainer.global_rank, world=world, note=levels.add
+            module.average,
+            self.validation,
+            self.speakers,
+            rank=trainer.global_rank,
+            world=world,
+            note=levels.add,
         )
         if world > 1:
-            sums = torch.from_numpy(np.concatenate([found.total, found.samples, levels.bits, levels.samples]))
-            sums = trainer.strategy.reduce(sums.to(trainer.strategy.root_device), reduce_op="sum").cpu().numpy()  # type: ignore
+            sums = torch.from_numpy(
+                np.concatenate([found.total, found.samples, levels.bits, levels.samples])
+            )
+            sums = (
+                trainer.strategy.reduce(sums.to(trainer.strategy.root_device), reduce_op="sum")
+                .cpu()
+                .numpy()
+            )  # type: ignore
             n, m = len(found.total), len(levels.bits)
             found = Bits(sums[:n], sums[n : 2 * n], found.skipped)
             levels.bits, levels.samples = sums[2 * n : 2 * n + m], sums[2 * n + m :]
@@ -299,9 +337,16 @@ class Run(L.Callback):
         self._heard = int(np.argmax(found.samples > 0))
         groups = {"level": levels.named(), "speaker": by_speaker(self.validation, found)}
         means = {
-            of: {name: round(value, 5) for name, (value, _) in them.items()} for of, them in groups.items() if them
+            of: {name: round(value, 5) for name, (value, _) in them.items()}
+            for of, them in groups.items()
+            if them
         }
-        entry = {"step": step, "seconds": elapsed, "bits": bits, "held_out": fingerprint(self.validation)} | means
+        entry = {
+            "step": step,
+            "seconds": elapsed,
+            "bits": bits,
+            "held_out": fingerprint(self.validation),
+        } | means
         heard = self._free_run(module) if trainer.is_global_zero and step > 0 else None
         if heard is not None:
             entry["free_run"] = {name: round(value, 5) for name, value in heard.measures.items()}
@@ -311,17 +356,28 @@ class Run(L.Callback):
         if trainer.is_global_zero:
             if heard is not None:
                 self._keep_samples(step, heard)
-                free = ", ".join(f"{name} {value:.3f}" for name, value in heard.measures.items() if name in _TOLD)
-                self.say(trainer, f"step {step}: {bits:.3f} bits; free run: {free}{' (best so far)' if best else ''}")
+                free = ", ".join(
+                    f"{name} {value:.3f}" for name, value in heard.measures.items() if name in _TOLD
+                )
+                self.say(
+                    trainer,
+                    f"step {step}: {bits:.3f} bits; free run: {free}{' (best so far)' if best else ''}",
+                )
                 rows = [("free run", name, value, None) for name, value in heard.measures.items()]
                 self.log_book.validation(trainer, step, rows)
             row = {"step": step, "seconds": elapsed, "validation_bits": round(bits, 5)}
             row |= {f"free_run_{name}": value for name, value in _scores(entry).items()}
             self.log_book.metrics(trainer, step, row)
-            rows = [(f"bits by {of}", name, *pair) for of, them in groups.items() for name, pair in them.items()]
+            rows = [
+                (f"bits by {of}", name, *pair)
+                for of, them in groups.items()
+                for name, pair in them.items()
+            ]
             self.log_book.validation(trainer, step, rows)
             if best:
-                module.average.save(self.out / "best", overwrite=True, training=self._described(step, bits))
+                module.average.save(
+                    self.out / "best", overwrite=True, training=self._described(step, bits)
+                )
         self._validated_at = time.monotonic()
         self._validation_cost = self._validated_at - began
         if step > 0 and self.config.sample_seconds > 0 and trainer.is_global_zero:
@@ -352,7 +408,9 @@ class Run(L.Callback):
                 audio.write(path, recorded, rate)
             audio.write(folder / f"step-{step:08}-{number}.wav", generated, rate)
         steps = sorted({path.name[:13] for path in folder.glob("step-*.wav")})
-        for path in (path for old in steps[:-_SAMPLES_KEPT] for path in folder.glob(f"{old}-*.wav")):
+        for path in (
+            path for old in steps[:-_SAMPLES_KEPT] for path in folder.glob(f"{old}-*.wav")
+        ):
             path.unlink()
 
     def comparable(self) -> list[dict[str, Any]]:
@@ -374,7 +432,9 @@ class Run(L.Callback):
         self.save_last(trainer, module)
 
     @override
-    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+    def on_save_checkpoint(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
         checkpoint["run"] = {
             "history": self.record["history"],
             "spikes": self.record.get("spikes", []),
@@ -388,15 +448,25 @@ class Run(L.Callback):
         """`last/` and `train.json`, of the state that was just written or read."""
         if trainer.is_global_zero:
             history = self.record["history"]
-            bits = history[-1]["bits"] if history and history[-1]["step"] == trainer.global_step else None
+            bits = (
+                history[-1]["bits"]
+                if history and history[-1]["step"] == trainer.global_step
+                else None
+            )
             described = self._described(trainer.global_step, bits)
             module.average.save(self.out / "last", overwrite=True, training=described)
-            self.record |= {"steps": trainer.global_step, "seconds": round(module.elapsed, 2), "skipped": self.skipped}
+            self.record |= {
+                "steps": trainer.global_step,
+                "seconds": round(module.elapsed, 2),
+                "skipped": self.skipped,
+            }
             self.write_record()
 
     def write_record(self) -> None:
         """`train.json`."""
-        text = json.dumps(self.record, indent=2) + "\n"  # ASCII: a name that is no Unicode can be written
+        text = (
+            json.dumps(self.record, indent=2) + "\n"
+        )  # ASCII: a name that is no Unicode can be written
         replace_file(self.out / "train.json", lambda path: path.write_text(text, encoding="utf-8"))
 
     def _sample(self, trainer: L.Trainer, module: TrainingModule) -> None:
@@ -407,9 +477,14 @@ class Run(L.Callback):
         model = copy.deepcopy(module.average).cpu()
         made = probe(model, self.validation[self._heard], self.config.sample_seconds, self.speakers)
         rate, step = model.config.sample_rate, trainer.global_step
-        for name, waveform in (("sample/original", made.original), ("sample/generated", made.generated)):
+        for name, waveform in (
+            ("sample/original", made.original),
+            ("sample/generated", made.generated),
+        ):
             self.log_book.sound(trainer, step, name, waveform, rate)
-        self.log_book.validation(trainer, step, [("probe", name, value, None) for name, value in made.measures.items()])
+        self.log_book.validation(
+            trainer, step, [("probe", name, value, None) for name, value in made.measures.items()]
+        )
         self._sampling_cost += time.monotonic() - began
 
 
@@ -419,7 +494,9 @@ def _scores(entry: dict[str, Any]) -> dict[str, float]:
 
 
 def _some(crops: list[str]) -> str:
-    return "; ".join(crops[:_NAMED]) + (f"; and {len(crops) - _NAMED} more" if len(crops) > _NAMED else "")
+    return "; ".join(crops[:_NAMED]) + (
+        f"; and {len(crops) - _NAMED} more" if len(crops) > _NAMED else ""
+    )
 
 
 def _training(module: L.LightningModule) -> TrainingModule:

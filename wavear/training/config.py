@@ -58,11 +58,23 @@ def family_defaults() -> dict[str, str]:
 
     def text(values: TrainingDefaults, name: str) -> str:
         value = getattr(values, name)
-        return f"{values.segment_frames} frames" if value is None else f"{value:g}" if name != "optimizer" else value
+        return (
+            f"{values.segment_frames} frames"
+            if value is None
+            else f"{value:g}"
+            if name != "optimizer"
+            else value
+        )
 
     names = [f.name for f in dataclasses.fields(TrainingDefaults) if f.name != "segment_frames"]
-    told = {"": TrainingDefaults(), **{f"{family}: ": values for family, values in TRAINING_DEFAULTS.items()}}
-    return {name: "; ".join(family + text(values, name) for family, values in told.items()) for name in names}
+    told = {
+        "": TrainingDefaults(),
+        **{f"{family}: ": values for family, values in TRAINING_DEFAULTS.items()},
+    }
+    return {
+        name: "; ".join(family + text(values, name) for family, values in told.items())
+        for name in names
+    }
 
 
 @dataclass(frozen=True)
@@ -88,8 +100,8 @@ class TrainConfig:
     # The model
     family: str | None = None
     """predictive, wavenet, gru, transformer or linear; see docs/families.md. None: predictive with mels, wavenet
-    without. The settings up to `coarse_classes` are of the model: None is the family's own default, and one that the
-    family does not have is refused."""
+    without. The settings up to `coarse_classes` are of the model: None is the family's own default,
+    and one that the family does not have is refused."""
     layers: int | None = None
     """predictive: layers of fixed dilation (4). wavenet: dilated convolutions (20), a multiple of `stacks`. gru:
     recurrent layers (1). transformer: layers."""
@@ -180,7 +192,8 @@ class TrainConfig:
     """Cut the ends of files that are this many dB below their peak (40, say), but for 50 ms. None: keep them."""
     pre_emphasis: float = 0.0
     """a of x[t] - a x[t-1], which the model's codes are of (0.85, say); what it makes is de-emphasised. Softens the
-    codes' noise at high frequencies. Bits are then of other codes, and not to be compared with those of 0."""
+    codes' noise at high frequencies. Bits are then of other codes, and not to be compared with
+    those of 0."""
     redraw_below: float | None = None
     """Draw a segment again, up to 4 times, if it is quieter than this many dB of full scale (-60, say), so that pauses
     do not fill the batches. None: take it."""
@@ -190,8 +203,9 @@ class TrainConfig:
     the mean of each band. Held-out bits are without."""
     input_noise: float | None = None
     """Noise on the past that the model sees in training; what it predicts stays clean. It then sees through its own
-    errors when it generates, and heeds the conditioning. Held-out bits are without. wavenet, gru, transformer: its
-    deviation in codes (2, say). predictive: the largest deviation, in units of the residual's scale."""
+    errors when it generates, and heeds the conditioning. Held-out bits are without. wavenet, gru,
+    transformer: its deviation in codes (2, say). predictive: the largest deviation, in units of the
+    residual's scale."""
 
     # The steps. Where the default is None it is the family's (`TRAINING_DEFAULTS`).
     segment: int | None = None
@@ -248,7 +262,8 @@ class TrainConfig:
     """Seconds of training audio that the baselines are fitted to."""
     sample_seconds: float = 2.0
     """Seconds of free-running audio to hear and to measure. With mels: of each of four held-out recordings, at every
-    validation; it chooses the best model, and its clips lie in samples/. 0: none, the bits choose."""
+    validation; it chooses the best model, and its clips lie in samples/. 0: none, the bits
+    choose."""
     wandb: str | None = None
     """Project at Weights & Biases to log to as well (which needs `pip install wandb`)."""
     checkpoint_every: int = 1000
@@ -266,7 +281,9 @@ class TrainConfig:
         if self.family is None:
             object.__setattr__(self, "family", "wavenet" if self.unconditional else "predictive")
         if self.family == "predictive" and self.unconditional:
-            raise ValueError("a predictive model takes its prediction from mels: drop --unconditional or --family")
+            raise ValueError(
+                "a predictive model takes its prediction from mels: drop --unconditional or --family"
+            )
         object.__setattr__(self, "data", os.fspath(self.data))
         object.__setattr__(self, "out", os.fspath(self.out))
         if self.validation is not None:
@@ -275,14 +292,29 @@ class TrainConfig:
             ("segment", "batch_size", "accumulate", "checkpoint_every", "keep_last"), 1
         )
         least |= dict.fromkeys(
-            ("warmup_steps", "weight_decay", "gradient_clip", "ema_decay", "hold", "sample_seconds", "input_noise"), 0
+            (
+                "warmup_steps",
+                "weight_decay",
+                "gradient_clip",
+                "ema_decay",
+                "hold",
+                "sample_seconds",
+                "input_noise",
+            ),
+            0,
         )
         least |= {"workers": 0, "seed": 0, "validate_every": 1, "max_steps": 1}
         for name, bound in least.items():
             value = getattr(self, name)
             if value is not None and not bound <= value < float("inf"):
                 raise ValueError(f"{name} is {value!r}, expected {bound:g} or more")
-        positive = ("learning_rate", "muon_learning_rate", "max_minutes", "validate_seconds", "validation_seconds")
+        positive = (
+            "learning_rate",
+            "muon_learning_rate",
+            "max_minutes",
+            "validate_seconds",
+            "validation_seconds",
+        )
         for name in (*positive, "final_seconds", "baseline_seconds"):
             value = getattr(self, name)
             if value is not None and not 0 < value < float("inf"):
@@ -292,9 +324,13 @@ class TrainConfig:
             if value is not None and not 0 <= value < 1:
                 raise ValueError(f"{name} is {value!r}, expected 0 to less than 1")
         if self.conditioning_dropout and self.unconditional:
-            raise ValueError("conditioning_dropout hides mel frames, and the model is unconditional: choose one")
+            raise ValueError(
+                "conditioning_dropout hides mel frames, and the model is unconditional: choose one"
+            )
         if not 0 < self.validation_fraction < 1:
-            raise ValueError(f"validation_fraction is {self.validation_fraction!r}, expected between 0 and 1")
+            raise ValueError(
+                f"validation_fraction is {self.validation_fraction!r}, expected between 0 and 1"
+            )
         if self.optimizer not in (None, "adamw", "muon"):
             raise ValueError(f"optimizer is {self.optimizer!r}, expected adamw or muon")
         if self.max_steps is None and self.max_minutes is None:
@@ -309,14 +345,28 @@ class TrainConfig:
             raise ValueError(f"criterion is {self.criterion!r}, expected aic or bic")
         for name in ("criterion", "stabilise"):
             if self.family != "linear" and getattr(self, name):
-                raise ValueError(f"{name} is of the family linear, and this one is {self.family}: leave it away")
+                raise ValueError(
+                    f"{name} is of the family linear, and this one is {self.family}: leave it away"
+                )
         if self.family == "linear" and self.resume:
-            raise ValueError("a linear model is fitted in one pass, there is nothing to resume: overwrite it instead")
+            raise ValueError(
+                "a linear model is fitted in one pass, there is nothing to resume: overwrite it instead"
+            )
         if self.family == "linear" and self.mel_preset is not None:
-            raise ValueError(f"mel_preset is {self.mel_preset!r}, and a linear model takes no mels: leave it away")
-        own = [f for f in dataclasses.fields(self) if f.name.startswith("mel_") and f.name != "mel_preset"]
-        if self.mel_preset is not None and (given := [f.name for f in own if getattr(self, f.name) != f.default]):
-            raise ValueError(f"mel_preset is {self.mel_preset!r} and says what the mels are: leave {given[0]} away")
+            raise ValueError(
+                f"mel_preset is {self.mel_preset!r}, and a linear model takes no mels: leave it away"
+            )
+        own = [
+            f
+            for f in dataclasses.fields(self)
+            if f.name.startswith("mel_") and f.name != "mel_preset"
+        ]
+        if self.mel_preset is not None and (
+            given := [f.name for f in own if getattr(self, f.name) != f.default]
+        ):
+            raise ValueError(
+                f"mel_preset is {self.mel_preset!r} and says what the mels are: leave {given[0]} away"
+            )
         batch = self.defaults.batch_size if self.batch_size is None else self.batch_size
         if batch % self.accumulate:
             raise ValueError(f"a batch of {batch} does not divide into {self.accumulate} parts")
@@ -347,7 +397,9 @@ class TrainConfig:
         octave = max(self.sample_rate / 22050, 1 / 16)
         hop = self.mel_hop_length or 2 ** round(torch.log2(torch.tensor(256 * octave)).item())
         n_fft = self.mel_n_fft or 4 * hop
-        fmax = self.mel_fmax or (min(8000.0, self.sample_rate / 2) if self.sample_rate <= 24000 else None)
+        fmax = self.mel_fmax or (
+            min(8000.0, self.sample_rate / 2) if self.sample_rate <= 24000 else None
+        )
         return MelConfig(
             sample_rate=self.sample_rate,
             n_fft=n_fft,
@@ -364,19 +416,25 @@ class TrainConfig:
             raise ValueError(f"family is {self.family!r}, it must be one of {', '.join(FAMILIES)}")
         config_class = FAMILIES[self.family][1]
         own = {f.name for f in dataclasses.fields(config_class)}
-        given = {name: value for name in _MODEL_FIELDS if (value := getattr(self, name)) is not None}
+        given = {
+            name: value for name in _MODEL_FIELDS if (value := getattr(self, name)) is not None
+        }
         if self.pre_emphasis:
             given["pre_emphasis"] = self.pre_emphasis
         if foreign := [name for name in given if name not in own]:
             has = ", ".join(name for name in _MODEL_FIELDS if name in own)
-            others = [name for name, (_, c) in FAMILIES.items() if foreign[0] in c.__dataclass_fields__]
+            others = [
+                name for name, (_, c) in FAMILIES.items() if foreign[0] in c.__dataclass_fields__
+            ]
             hint = f"; --family {' or '.join(others)} has {foreign[0]}" if others else ""
             raise ValueError(f"{foreign[0]} is not of the family {self.family}: it has {has}{hint}")
         return config_class(**given, sample_rate=self.sample_rate, mel=self.mel, speakers=speakers)
 
 
 _MODEL_FIELDS = [f.name for f in dataclasses.fields(TrainConfig)]
-_MODEL_FIELDS = _MODEL_FIELDS[_MODEL_FIELDS.index("family") + 1 : _MODEL_FIELDS.index("coarse_classes") + 1]
+_MODEL_FIELDS = _MODEL_FIELDS[
+    _MODEL_FIELDS.index("family") + 1 : _MODEL_FIELDS.index("coarse_classes") + 1
+]
 
 
 @dataclass(frozen=True)

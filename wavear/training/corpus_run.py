@@ -25,7 +25,8 @@ def manifest_of(config: TrainConfig) -> Path:
 def listed(corpus: PublishedCorpus, config: TrainConfig) -> TrainConfig:
     """`config`, with its `data` (the folder that holds `corpus`) replaced by a manifest, which is written.
 
-    A resumed run keeps the manifest that it began with. Where `data` is a file, it is a manifest already and stays.
+    A resumed run keeps the manifest that it began with. Where `data` is a file, it is a manifest
+    already and stays.
 
     Parameters
     ----------
@@ -43,7 +44,8 @@ def listed(corpus: PublishedCorpus, config: TrainConfig) -> TrainConfig:
     FileExistsError
         If there is another manifest already, and neither `resume` nor `overwrite` is set.
     ValueError
-        If the corpus cannot be listed, or `speakers` are to be told apart and the held-out ones are others.
+        If the corpus cannot be listed, or `speakers` are to be told apart and the held-out ones are
+        others.
     """
     if Path(config.data).is_file():
         return config

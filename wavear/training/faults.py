@@ -24,7 +24,8 @@ _LEAST_BITS = 0.25  # above the median: where all steps are alike, a small diffe
 class Spikes:
     """Tells when the loss of a step leaps: above the median of the last 100 by 8 deviations and a quarter of a bit.
 
-    The deviation is 1.4826 times the median absolute deviation, so a few wild steps do not hide the next one.
+    The deviation is 1.4826 times the median absolute deviation, so a few wild steps do not hide the
+    next one.
 
     Examples
     --------
@@ -40,14 +41,20 @@ class Spikes:
     def step(self, bits: float) -> float | None:
         """Take note of a step; the usual loss if a spike begins here. A spike lasts until the loss is usual again."""
         usual = median(self.recent) if len(self.recent) >= _LEAST else math.inf
-        spread = 1.4826 * median(abs(value - usual) for value in self.recent) if math.isfinite(usual) else 0.0
+        spread = (
+            1.4826 * median(abs(value - usual) for value in self.recent)
+            if math.isfinite(usual)
+            else 0.0
+        )
         high = bits > usual + max(_DEVIATIONS * spread, _LEAST_BITS)
         begins, self.inside = high and not self.inside, high
         self.recent = [*self.recent, bits][-_WINDOW:]
         return usual if begins else None
 
 
-def crops_named(batch: Batch, recordings: Sequence[Recording], rate: int, nats: torch.Tensor) -> list[str]:
+def crops_named(
+    batch: Batch, recordings: Sequence[Recording], rate: int, nats: torch.Tensor
+) -> list[str]:
     """The crops of a batch, those without a number first and then by loss: "a.wav at 1.25 s (3.21 bits)".
 
     Parameters
@@ -56,18 +63,33 @@ def crops_named(batch: Batch, recordings: Sequence[Recording], rate: int, nats: 
         Loss of each crop, summed over its samples.
     """
     samples = (batch.span[:, 1] - batch.span[:, 0]).tolist()
-    bits = [nat / max(count, 1) / math.log(2) for nat, count in zip(nats.tolist(), samples, strict=True)]
-    order = sorted(range(len(bits)), key=lambda n: (math.isfinite(bits[n]), -bits[n] if math.isfinite(bits[n]) else 0))
+    bits = [
+        nat / max(count, 1) / math.log(2) for nat, count in zip(nats.tolist(), samples, strict=True)
+    ]
+    order = sorted(
+        range(len(bits)),
+        key=lambda n: (math.isfinite(bits[n]), -bits[n] if math.isfinite(bits[n]) else 0),
+    )
     sources, starts = batch.source.tolist(), batch.start.tolist()
-    return [f"{recordings[sources[n]].name} at {starts[n] / rate:.2f} s ({bits[n]:.2f} bits)" for n in order]
+    return [
+        f"{recordings[sources[n]].name} at {starts[n] / rate:.2f} s ({bits[n]:.2f} bits)"
+        for n in order
+    ]
 
 
 def save_batch(
-    path: Path, batch: Batch, layout: Layout, grid: Grid, step: int, nats: torch.Tensor, crops: Sequence[str]
+    path: Path,
+    batch: Batch,
+    layout: Layout,
+    grid: Grid,
+    step: int,
+    nats: torch.Tensor,
+    crops: Sequence[str],
 ) -> None:
     """Write a batch as safetensors: waveform (the window, at the model's rate), codes, and what else it was made of.
 
-    `padded_waveform` is what the mels were computed from; the metadata have the step and the crops by name.
+    `padded_waveform` is what the mels were computed from; the metadata have the step and the crops
+    by name.
     """
     from safetensors.torch import save_file
 
@@ -84,5 +106,9 @@ def save_batch(
         "nats": nats,
     }
     whole = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    metadata = {"step": str(step), "sample_rate": str(layout.sample_rate), "crops": json.dumps(list(crops))}
+    metadata = {
+        "step": str(step),
+        "sample_rate": str(layout.sample_rate),
+        "crops": json.dumps(list(crops)),
+    }
     replace_file(path, lambda temporary: save_file(whole, temporary, metadata=metadata))

@@ -1,7 +1,8 @@
 """The free run of held-out clips, which chooses the best model of a run: bits with the true past do not.
 
-A model that is told the true past can have fewer bits and sound worse when it hears only itself. So at every
-validation it synthesizes the loudest stretches of a few held-out recordings from their mels, in one batch.
+A model that is told the true past can have fewer bits and sound worse when it hears only itself. So
+at every validation it synthesizes the loudest stretches of a few held-out recordings from their
+mels, in one batch.
 """
 
 from __future__ import annotations
@@ -46,7 +47,10 @@ class FreeRun:
 
 @torch.no_grad()
 def free_run(
-    model: AutoregressiveModel, recordings: Sequence[Recording], seconds: float, speakers: Sequence[str] = ()
+    model: AutoregressiveModel,
+    recordings: Sequence[Recording],
+    seconds: float,
+    speakers: Sequence[str] = (),
 ) -> FreeRun | None:
     """Synthesize the loudest `seconds` of the first recordings that can be read, and measure them.
 
@@ -71,11 +75,15 @@ def free_run(
     numbers: list[int] = []
     for recording in recordings:
         try:
-            whole = read_span(recording, rate, 0, min(layout.length(recording), round(_SEARCHED_SECONDS * rate)))
+            whole = read_span(
+                recording, rate, 0, min(layout.length(recording), round(_SEARCHED_SECONDS * rate))
+            )
         except (ValueError, OSError):
             continue  # the held-out bits name it
         originals.append(stretch(whole, seconds * rate, layout.hop, loudest=True))
-        numbers.append(list(speakers).index(recording.speaker or "") if model.config.speakers else 0)
+        numbers.append(
+            list(speakers).index(recording.speaker or "") if model.config.speakers else 0
+        )
         if len(originals) == CLIPS:
             break
     if not originals or layout.mel is None:
@@ -92,6 +100,11 @@ def free_run(
     measures = {name: statistics.fmean(row[name] for row in rows) for name in shared}
     if "log_mel" not in measures:
         return None
-    gaps = [abs(row[n] - row[f"{n}_recorded"]) for row in rows for n in HNR_BANDS if {n, f"{n}_recorded"} <= row.keys()]
+    gaps = [
+        abs(row[n] - row[f"{n}_recorded"])
+        for row in rows
+        for n in HNR_BANDS
+        if {n, f"{n}_recorded"} <= row.keys()
+    ]
     measures["score"] = measures["log_mel"] + HNR_WEIGHT * (statistics.fmean(gaps) if gaps else 0.0)
     return FreeRun(measures, clips)

@@ -20,7 +20,8 @@ _FRAME_SECONDS = 0.02  # of a level
 class ByLevel:
     """Bits by the RMS of the 20 ms that a sample lies in, counted from the recording's beginning.
 
-    As `wavear.evaluate` has them: samples in a rest shorter than 20 ms at the end of a recording are in no group.
+    As `wavear.evaluate` has them: samples in a rest shorter than 20 ms at the end of a recording
+    are in no group.
 
     Parameters
     ----------
@@ -67,7 +68,11 @@ def by_speaker(recordings: Sequence[Recording], bits: Bits) -> dict[str, tuple[f
             group = sums.setdefault(recording.speaker, [0.0, 0.0])
             group[0] += total
             group[1] += samples
-    return {name: (float(total / count), int(count)) for name, (total, count) in sorted(sums.items()) if len(sums) > 1}
+    return {
+        name: (float(total / count), int(count))
+        for name, (total, count) in sorted(sums.items())
+        if len(sums) > 1
+    }
 
 
 def turn_about(recordings: Sequence[Recording]) -> list[Recording]:

@@ -1,11 +1,11 @@
 """Training data for models whose past is unbounded: every row of the batches reads recordings from front to back.
 
-Row b of all batches is a lane. It plays stretches of recordings, segment after segment, and the state goes along from
-one batch to the next (truncated backpropagation through time: the state carries no gradient). Where a stretch begins,
-the state begins anew.
+Row b of all batches is a lane. It plays stretches of recordings, segment after segment, and the
+state goes along from one batch to the next (truncated backpropagation through time: the state
+carries no gradient). Where a stretch begins, the state begins anew.
 
-What a lane plays in its visit v (`VISIT` segments, batches v * VISIT and following) is a function of (seed, lane, v):
-so a resumed run reads on where it stopped, whatever workers there are.
+What a lane plays in its visit v (`VISIT` segments, batches v * VISIT and following) is a function
+of (seed, lane, v): so a resumed run reads on where it stopped, whatever workers there are.
 """
 
 from __future__ import annotations
@@ -28,8 +28,9 @@ VISIT = 32  # segments of a visit: a recording of more is played in stretches of
 class Lanes(Segments):
     """Item i is the segment of lane i % batch_size in batch i // batch_size.
 
-    A stretch is what a window of `VISIT` segments covers of a recording, at a random place, each place of all as likely
-    as another: so every second of audio counts the same, but for what the end of a visit cuts off.
+    A stretch is what a window of `VISIT` segments covers of a recording, at a random place, each
+    place of all as likely as another: so every second of audio counts the same, but for what the
+    end of a visit cuts off.
 
     Parameters
     ----------
@@ -70,7 +71,11 @@ class Lanes(Segments):
             place = int(generator.random() * self.ends[-1])
             source = int(np.searchsorted(self.ends, place, side="right"))
             total = self.layout.length(self.recordings[source])
-            first = (place - (int(self.ends[source - 1]) if source else 0)) * hop + min(segment, total) - self.span
+            first = (
+                (place - (int(self.ends[source - 1]) if source else 0)) * hop
+                + min(segment, total)
+                - self.span
+            )
             start, stop = max(first, 0), min(first + self.span, total)
             plan += [(source, at, at == start) for at in range(start, stop, segment)]
         return plan[:VISIT]
@@ -94,9 +99,13 @@ class Lanes(Segments):
 class Carried:
     """The states of the lanes of one process between two batches, as `AutoregressiveModel.export_state` has them."""
 
-    def __init__(self, model: AutoregressiveModel, lanes: int, tensors: dict[str, Tensor] | None = None):
+    def __init__(
+        self, model: AutoregressiveModel, lanes: int, tensors: dict[str, Tensor] | None = None
+    ):
         if tensors is None:
-            previous = torch.full((lanes,), model.start_code, device=next(model.parameters()).device)
+            previous = torch.full(
+                (lanes,), model.start_code, device=next(model.parameters()).device
+            )
             tensors = {"previous": previous, **model.export_state(model.init_state(lanes))}
         self.tensors = tensors
 
@@ -106,14 +115,19 @@ class Carried:
         mixed = {}
         for name, tensor in self.tensors.items():
             mask = begins.reshape(-1, *[1] * (tensor.dim() - 1))
-            mixed[name] = torch.where(mask, fresh[name].to(tensor.dtype), tensor[rows].to(mask.device))
+            mixed[name] = torch.where(
+                mask, fresh[name].to(tensor.dtype), tensor[rows].to(mask.device)
+            )
         previous = mixed.pop("previous")
         return model.import_state(mixed), previous
 
     @staticmethod
     def give(model: AutoregressiveModel, state: Any, codes: Tensor) -> dict[str, Tensor]:
         """What is to be carried on after a segment that ended in these codes, (lanes,)."""
-        return {"previous": codes, **{name: tensor.detach() for name, tensor in model.export_state(state).items()}}
+        return {
+            "previous": codes,
+            **{name: tensor.detach() for name, tensor in model.export_state(state).items()},
+        }
 
     def put(self, parts: list[dict[str, Tensor]]) -> None:
         """Take over what `give` gave of all lanes, in order."""

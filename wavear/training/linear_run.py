@@ -59,7 +59,9 @@ def fit(
         If the run is one of several processes, or has nothing to fit to.
     """
     if Processes.here().world > 1:
-        raise ValueError("a linear model is fitted in one pass by one process: run it without torchrun and srun")
+        raise ValueError(
+            "a linear model is fitted in one pass by one process: run it without torchrun and srun"
+        )
     began, out, wanted = time.monotonic(), Path(config.out), model.config
     fitter = Fitter(
         model.grid,
@@ -105,7 +107,8 @@ def fit(
         "fit": _as_json(fitted),
     }
     replace_file(
-        out / "train.json", lambda path: path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        out / "train.json",
+        lambda path: path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8"),
     )
     return TrainResult(
         bits_before=before,
@@ -121,7 +124,9 @@ def fit(
     )
 
 
-def add_recordings(fitter: Fitter, recordings: Sequence[Recording], sample_rate: int) -> Iterator[tuple[str, str]]:
+def add_recordings(
+    fitter: Fitter, recordings: Sequence[Recording], sample_rate: int
+) -> Iterator[tuple[str, str]]:
     """Let a fitter see recordings, read block by block ahead of it; (name, reason) of each that cannot be read.
 
     If that is beyond its beginning, what came before counts.
@@ -154,7 +159,9 @@ def _ahead(
 
     def read(recording: Recording, start: int) -> np.ndarray | Exception:
         try:
-            waveform = read_span(recording, sample_rate, start, min(start + length, recording.frames))
+            waveform = read_span(
+                recording, sample_rate, start, min(start + length, recording.frames)
+            )
             return grid.encode(torch.from_numpy(waveform)).numpy().astype(small)
         except (ValueError, OSError) as error:
             return error
@@ -178,7 +185,11 @@ def _ahead(
 
 def _describe(fitted: Fitted, seconds: float, say: Any) -> None:
     config = fitted.model.config
-    name = f"ARI({config.order}, {config.differencing})" if config.differencing else f"AR({config.order})"
+    name = (
+        f"ARI({config.order}, {config.differencing})"
+        if config.differencing
+        else f"AR({config.order})"
+    )
     say(
         f"{name} of {fitted.samples:,} samples in {seconds:.1f} s, {config.law} law of scale"
         f" {fitted.model.scale().item():.3g} on {fitted.model.grid}"
@@ -189,9 +200,13 @@ def _describe(fitted: Fitted, seconds: float, say: Any) -> None:
         say(f"the criterion took the highest order tried, {config.order}: --order allows more")
 
 
-def _baselines(config: TrainConfig, corpus: Corpus, recordings: Sequence[Recording], model: Linear) -> dict[str, float]:
+def _baselines(
+    config: TrainConfig, corpus: Corpus, recordings: Sequence[Recording], model: Linear
+) -> dict[str, float]:
     layout, grid = layout_of(model, 1), model.grid
-    counted = Counts.of(subset(corpus.train, config.baseline_seconds * config.sample_rate), layout, grid)
+    counted = Counts.of(
+        subset(corpus.train, config.baseline_seconds * config.sample_rate), layout, grid
+    )
     return baselines(counted, Counts.of(recordings, layout, grid))
 
 

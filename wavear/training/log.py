@@ -49,17 +49,25 @@ class Log:
     def metrics(self, trainer: L.Trainer, step: int, row: Mapping[str, Any]) -> None:
         """A row of metrics.csv, and points of curves."""
         self._append(METRICS, row)
-        self._points(trainer, step, {name: value for name, value in row.items() if name not in _UNSEEN})
+        self._points(
+            trainer, step, {name: value for name, value in row.items() if name not in _UNSEEN}
+        )
 
-    def validation(self, trainer: L.Trainer, step: int, rows: Iterable[tuple[str, str, float, int | None]]) -> None:
+    def validation(
+        self, trainer: L.Trainer, step: int, rows: Iterable[tuple[str, str, float, int | None]]
+    ) -> None:
         """Rows (measure, group, value, samples) of validation.csv, and points of the curves "measure/group"."""
         rows = list(rows)
         for measure, group, value, samples in rows:
             row = {"step": step, "measure": measure, "group": group, "value": round(value, 5)}
             self._append(VALIDATION, row | ({} if samples is None else {"samples": samples}))
-        self._points(trainer, step, {f"{measure}/{group}": value for measure, group, value, _ in rows})
+        self._points(
+            trainer, step, {f"{measure}/{group}": value for measure, group, value, _ in rows}
+        )
 
-    def sound(self, trainer: L.Trainer, step: int, name: str, waveform: torch.Tensor, rate: int) -> None:
+    def sound(
+        self, trainer: L.Trainer, step: int, name: str, waveform: torch.Tensor, rate: int
+    ) -> None:
         """A waveform (T,) to be heard and, as a spectrogram, seen."""
         picture = spectrogram(waveform, rate)
         for logger in trainer.loggers:
@@ -110,7 +118,9 @@ def _trim(path: Path, step: int, columns: list[str]) -> None:
     replace_file(path, write)
 
 
-def loggers(out: str, wandb: str | None, record: dict[str, Any], purge_step: int | None) -> list[Logger]:
+def loggers(
+    out: str, wandb: str | None, record: dict[str, Any], purge_step: int | None
+) -> list[Logger]:
     """TensorBoard's, and that of Weights & Biases where `wandb` names a project.
 
     The run there is named in `record`, so that a resumed run goes on with it.
@@ -136,7 +146,9 @@ def loggers(out: str, wandb: str | None, record: dict[str, Any], purge_step: int
         try:
             found.append(WandbLogger(project=wandb, name=Path(out).name, id=number, save_dir=out))
         except ModuleNotFoundError:
-            raise ValueError(f"wandb is {wandb!r}, and that package is not installed: pip install wandb") from None
+            raise ValueError(
+                f"wandb is {wandb!r}, and that package is not installed: pip install wandb"
+            ) from None
     return found
 
 

@@ -49,7 +49,12 @@ class _Data(L.LightningDataModule):
     @override
     def train_dataloader(self) -> torch.utils.data.DataLoader:
         assert self.trainer is not None
-        order = Order(self.batch_size, self.trainer.global_step, self.trainer.global_rank, self.trainer.world_size)
+        order = Order(
+            self.batch_size,
+            self.trainer.global_step,
+            self.trainer.global_rank,
+            self.trainer.world_size,
+        )
         gpu = self.trainer.strategy.root_device.type == "cuda"
         workers = self.config.workers
         if workers is None:
@@ -62,7 +67,9 @@ class _Data(L.LightningDataModule):
             pin_memory=gpu,
             worker_init_fn=partial(_begin_worker, os.getpid()),
             prefetch_factor=4 if workers else None,
-            generator=torch.Generator().manual_seed(self.config.seed),  # else it draws from that of everybody
+            generator=torch.Generator().manual_seed(
+                self.config.seed
+            ),  # else it draws from that of everybody
         )
 
 
@@ -86,8 +93,9 @@ def _safe_path() -> Iterator[None]:
 def _begin_worker(main: int, worker: int) -> None:
     """Ctrl-C reaches the whole group of processes: the main one decides when its workers end.
 
-    They also end when the main one, process `main`, is killed. The loader's own watch misses a death that comes before
-    it begins: it takes whoever is the parent by then for the main process, and its worker stays for ever.
+    They also end when the main one, process `main`, is killed. The loader's own watch misses a
+    death that comes before it begins: it takes whoever is the parent by then for the main process,
+    and its worker stays for ever.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
@@ -125,12 +133,16 @@ def fit(
     world = processes.world
     if config.batch_size % (world * config.accumulate):
         parts = f"{world} processes of {config.accumulate} parts each"
-        raise ValueError(f"a batch of {config.batch_size} crops cannot be shared by {parts}: choose a multiple")
+        raise ValueError(
+            f"a batch of {config.batch_size} crops cannot be shared by {parts}: choose a multiple"
+        )
     found = _resume(config, record, say) if config.resume else None
     if found is None:
         prepare(model, segments, config.seed, say)
     kind = _device_kind(config.device)
-    record["precision"], why = choose(config, model, kind, record.get("precision") if config.resume else None)
+    record["precision"], why = choose(
+        config, model, kind, record.get("precision") if config.resume else None
+    )
     bf16 = record["precision"] == "bf16"
     module = TrainingModule(model, layout, config, torch.bfloat16 if bf16 else None)
     run = Run(
@@ -204,10 +216,14 @@ def _device_kind(device: str) -> str:
     return kind
 
 
-def _trainer(config: TrainConfig, kind: str, run: Run, processes: Processes, found: Found | None) -> L.Trainer:
+def _trainer(
+    config: TrainConfig, kind: str, run: Run, processes: Processes, found: Found | None
+) -> L.Trainer:
     number = config.device.partition(":")[2]
     if number and int(number) >= torch.cuda.device_count():
-        raise ValueError(f"device is {config.device!r}, and there are {torch.cuda.device_count()} CUDA devices here")
+        raise ValueError(
+            f"device is {config.device!r}, and there are {torch.cuda.device_count()} CUDA devices here"
+        )
     world = processes.world
     devices: Any = [int(number)] if number and world == 1 else processes.local
     bar = [ProgressBar(run)] if config.progress else []
@@ -221,7 +237,9 @@ def _trainer(config: TrainConfig, kind: str, run: Run, processes: Processes, fou
         max_epochs=-1,
         limit_val_batches=0,
         num_sanity_val_steps=0,
-        logger=loggers(config.out, config.wandb, run.record, found.state["global_step"] + 1 if found else None),
+        logger=loggers(
+            config.out, config.wandb, run.record, found.state["global_step"] + 1 if found else None
+        ),
         callbacks=[run, *bar],
         plugins=[StateIO({str(found.path): found.state} if found else None), *processes.plugins()],
         enable_checkpointing=False,
@@ -249,7 +267,9 @@ def _finish(
     if trainer.is_global_zero and stopped_by != "interrupt":
         recordings = subset(corpus.validation, config.final_seconds * config.sample_rate)
         grid = module.model.grid
-        counted = Counts.of(subset(corpus.train, config.baseline_seconds * config.sample_rate), layout, grid)
+        counted = Counts.of(
+            subset(corpus.train, config.baseline_seconds * config.sample_rate), layout, grid
+        )
         best = load(out / "best", device=trainer.strategy.root_device)
         scored = held_out_bits(best, recordings, speakers)
         for name, why in scored.skipped.items():

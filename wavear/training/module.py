@@ -57,19 +57,30 @@ class TrainingModule(L.LightningModule):
 
     The weights are float32; the layers run in `dtype` if one is given.
 
-    The gradient is that of the sum of nats over a batch divided by (crops * segment), a constant: every sample of loss
-    weighs the same, and it is the same gradient however the batch is divided among processes and `accumulate` parts.
+    The gradient is that of the sum of nats over a batch divided by (crops * segment), a constant:
+    every sample of loss weighs the same, and it is the same gradient however the batch is divided
+    among processes and `accumulate` parts.
     """
 
-    def __init__(self, model: AutoregressiveModel, layout: Layout, config: Any, dtype: torch.dtype | None = None):
+    def __init__(
+        self,
+        model: AutoregressiveModel,
+        layout: Layout,
+        config: Any,
+        dtype: torch.dtype | None = None,
+    ):
         super().__init__()
         self.automatic_optimization = False
         self.model = model
         self.average = copy.deepcopy(model).requires_grad_(False)
         self.layout = layout
         if config.activation_checkpointing and model.activation_checkpointing is None:
-            raise ValueError(f"activation_checkpointing is not made for {type(model).__name__}: leave it away")
-        self.model.activation_checkpointing = config.activation_checkpointing or model.activation_checkpointing
+            raise ValueError(
+                f"activation_checkpointing is not made for {type(model).__name__}: leave it away"
+            )
+        self.model.activation_checkpointing = (
+            config.activation_checkpointing or model.activation_checkpointing
+        )
         if config.compile:
             check_compiler()
             self.model.compile_layers()  # after the copy: held-out bits do not depend on it
@@ -103,7 +114,9 @@ class TrainingModule(L.LightningModule):
         """The largest over processes, so that all of them see one clock."""
         if self.trainer.world_size == 1:
             return value
-        return float(self.trainer.strategy.reduce(torch.tensor(value, device=self.device), reduce_op="max"))
+        return float(
+            self.trainer.strategy.reduce(torch.tensor(value, device=self.device), reduce_op="max")
+        )
 
     @override
     def setup(self, stage: str) -> None:
@@ -121,12 +134,17 @@ class TrainingModule(L.LightningModule):
         optimizer: Any = self.optimizers()
         progress = self.progress
         for group, peak in zip(optimizer.param_groups, self.peaks, strict=True):
-            group["lr"] = learning_rate(self.global_step, progress, peak, config.warmup_steps, config.hold)
+            group["lr"] = learning_rate(
+                self.global_step, progress, peak, config.warmup_steps, config.hold
+            )
         crops: list[torch.Tensor] = []
         samples = torch.zeros((), dtype=torch.int64, device=self.device)
-        # All that is random in a step is a function of seed, step and process, so that a resumed run has the noise of
-        # one never stopped: there is no state of a generator to be saved. `fit` gives the caller's back.
-        seed = ((config.seed * 1_000_003 + self.global_step) * 1024 + self.trainer.global_rank) % 2**63
+        # All that is random in a step is a function of seed, step and process, so that a resumed
+        # run has the noise of one never stopped: there is no state of a generator to be saved.
+        # `fit` gives the caller's back.
+        seed = (
+            (config.seed * 1_000_003 + self.global_step) * 1024 + self.trainer.global_rank
+        ) % 2**63
         torch.manual_seed(seed)
         noise = torch.Generator(self.device)
         noise.manual_seed(seed)
@@ -152,10 +170,14 @@ class TrainingModule(L.LightningModule):
             self.manual_backward(total / (len(batch.source) * self.layout.segment))
             crops.append(losses.detach().sum(1, dtype=torch.float64))
             samples += mask.sum()
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.gradient_clip or math.inf)
+        norm = torch.nn.utils.clip_grad_norm_(
+            self.model.parameters(), config.gradient_clip or math.inf
+        )
         crop_nats = torch.cat(crops)
         # One wait for the device: nothing may reach the weights before it is known to be a number.
-        nats, count, length = torch.stack([crop_nats.sum(), samples.double(), norm.double()]).tolist()
+        nats, count, length = torch.stack(
+            [crop_nats.sum(), samples.double(), norm.double()]
+        ).tolist()
         good = math.isfinite(nats) and math.isfinite(length)
         if self.trainer.world_size > 1:
             good = not self._agreed(float(not good))
@@ -183,7 +205,9 @@ class TrainingModule(L.LightningModule):
     @torch.no_grad()
     def update_average(self) -> None:
         """One step of the moving average; `global_step` counts the step just taken."""
-        decay = min(self.settings.ema_decay, (1 + self.global_step) / (_AVERAGE_WARMUP + self.global_step))
+        decay = min(
+            self.settings.ema_decay, (1 + self.global_step) / (_AVERAGE_WARMUP + self.global_step)
+        )
         for average, weight in zip(self.average.parameters(), self.model.parameters(), strict=True):
             average.lerp_(weight, 1 - decay)
 
@@ -192,13 +216,17 @@ class TrainingModule(L.LightningModule):
         """Norm of what the weights differ in from their moving average, over the norm of the weights."""
         pairs = list(zip(self.model.parameters(), self.average.parameters(), strict=True))
         apart = torch.stack([(weight - average).norm() for weight, average in pairs]).norm()
-        return float(apart / torch.stack([weight.norm() for weight, _ in pairs]).norm().clamp(min=1e-30))
+        return float(
+            apart / torch.stack([weight.norm() for weight, _ in pairs]).norm().clamp(min=1e-30)
+        )
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["seconds"] = self.elapsed
         if self.carried is not None:
-            checkpoint["carried"] = {name: self._of_all(tensor) for name, tensor in self.carried.tensors.items()}
+            checkpoint["carried"] = {
+                name: self._of_all(tensor) for name, tensor in self.carried.tensors.items()
+            }
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

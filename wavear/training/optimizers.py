@@ -19,8 +19,9 @@ MOMENTUM = 0.95  # of Muon
 class Both(torch.optim.Optimizer):
     """Steps several optimizers, each with parameters of its own, as one.
 
-    Lightning counts the steps of every optimizer in `global_step`, and a run counts its steps by that: so a run has one
-    optimizer. `param_groups` are the groups of all parts, in order; changes to a group reach its part.
+    Lightning counts the steps of every optimizer in `global_step`, and a run counts its steps by
+    that: so a run has one optimizer. `param_groups` are the groups of all parts, in order; changes
+    to a group reach its part.
 
     Parameters
     ----------
@@ -74,7 +75,9 @@ class Both(torch.optim.Optimizer):
             If the state is of other optimizers, or of other parameters.
         """
         if len(states := state_dict.get("parts", [])) != len(self.parts):
-            raise ValueError(f"the state is of {len(states) or 'one'} and not of {len(self.parts)} optimizers")
+            raise ValueError(
+                f"the state is of {len(states) or 'one'} and not of {len(self.parts)} optimizers"
+            )
         for part, state in zip(self.parts, states, strict=True):
             part.load_state_dict(state)
         self._gather()
@@ -83,20 +86,26 @@ class Both(torch.optim.Optimizer):
 def body_matrices(model: AutoregressiveModel) -> list[torch.Tensor]:
     """Return the weights that Muon steps: matrices from hidden channels to hidden channels.
 
-    A model may name them itself, in a method `muon_parameters()`. By default they are the weights of all `nn.Linear`
-    but those of the input (`CodeEmbedding`, `ValueEmbedding`), of the conditioning network (`model.conditioning`) and
-    of the output (the last `nn.Linear`). Muon gives an update the same size in all directions, which suits a product
-    of matrices; rows of an embedding and logits, which are used one by one, are better served by AdamW.
+    A model may name them itself, in a method `muon_parameters()`. By default they are the weights
+    of all `nn.Linear` but those of the input (`CodeEmbedding`, `ValueEmbedding`), of the
+    conditioning network (`model.conditioning`) and of the output (the last `nn.Linear`). Muon gives
+    an update the same size in all directions, which suits a product of matrices; rows of an
+    embedding and logits, which are used one by one, are better served by AdamW.
     """
     if (own := getattr(model, "muon_parameters", None)) is not None:
         return list(own())
-    ends = [model.conditioning, *(m for m in model.modules() if isinstance(m, CodeEmbedding | ValueEmbedding))]
+    ends = [
+        model.conditioning,
+        *(m for m in model.modules() if isinstance(m, CodeEmbedding | ValueEmbedding)),
+    ]
     excluded = {module for end in ends if end is not None for module in end.modules()}
     linear = [m for m in model.modules() if isinstance(m, nn.Linear) and m not in excluded]
     return [module.weight for module in linear[:-1]]
 
 
-def make_optimizer(model: AutoregressiveModel, config: Any) -> tuple[torch.optim.Optimizer, list[float]]:
+def make_optimizer(
+    model: AutoregressiveModel, config: Any
+) -> tuple[torch.optim.Optimizer, list[float]]:
     """Return the optimizer of a run and the highest learning rate of each of its `param_groups`.
 
     Parameters
@@ -118,7 +127,8 @@ def make_optimizer(model: AutoregressiveModel, config: Any) -> tuple[torch.optim
     peaks = [config.learning_rate] * len(groups)
     if not body:
         return adamw, peaks
-    # Scaled to the size of AdamW's updates (Liu et al., 2025, arXiv:2502.16982): so weight decay is of the same use.
+    # Scaled to the size of AdamW's updates (Liu et al., 2025, arXiv:2502.16982): so weight decay is
+    # of the same use.
     muon = torch.optim.Muon(
         body,
         lr=config.muon_learning_rate,

@@ -10,16 +10,24 @@ import torch
 
 from wavear.models.base import AutoregressiveModel
 
-_ROWS, _INPUTS, _OUTPUTS = 6144, 144, 96  # a layer of 48 channels and three taps over a quarter of a second
+_ROWS, _INPUTS, _OUTPUTS = (
+    6144,
+    144,
+    96,
+)  # a layer of 48 channels and three taps over a quarter of a second
 _REPEATS = 5  # the fastest counts: another program can only slow a product down
-_LEAST_SPEEDUP = 1.3  # of the products: the rest of a step gains less, and the copies of the weights cost
+_LEAST_SPEEDUP = (
+    1.3  # of the products: the rest of a step gains less, and the copies of the weights cost
+)
 
 
-def choose(config: Any, model: AutoregressiveModel, kind: str, recorded: str | None = None) -> tuple[str, str]:
+def choose(
+    config: Any, model: AutoregressiveModel, kind: str, recorded: str | None = None
+) -> tuple[str, str]:
     """Return "32" or "bf16", and the reason to print.
 
-    A model decides by its attribute `bf16` whether its layers may run in bf16: by default if its law is categorical,
-    as a law over values needs more than the 8 bits that bf16 has.
+    A model decides by its attribute `bf16` whether its layers may run in bf16: by default if its
+    law is categorical, as a law over values needs more than the 8 bits that bf16 has.
 
     Parameters
     ----------
@@ -29,8 +37,8 @@ def choose(config: Any, model: AutoregressiveModel, kind: str, recorded: str | N
     kind : str
         cpu, cuda or mps.
     recorded : str, optional
-        What the run that is resumed has chosen. "auto" keeps it: a second measurement might come out otherwise, and
-        the run would no longer be the one never interrupted.
+        What the run that is resumed has chosen. "auto" keeps it: a second measurement might come
+        out otherwise, and the run would no longer be the one never interrupted.
 
     Raises
     ------
@@ -39,7 +47,9 @@ def choose(config: Any, model: AutoregressiveModel, kind: str, recorded: str | N
     """
     allowed = model.law.truncates if model.bf16 is None else model.bf16
     if config.precision == "bf16" and not allowed:
-        raise ValueError(f"bf16 has 8 bits, too few for the values of the law {config.law}: use precision 32")
+        raise ValueError(
+            f"bf16 has 8 bits, too few for the values of the law {config.law}: use precision 32"
+        )
     if config.precision != "auto":
         return config.precision, "as asked for"
     if recorded is not None:
@@ -48,19 +58,27 @@ def choose(config: Any, model: AutoregressiveModel, kind: str, recorded: str | N
         return "32", "bf16 is too coarse for this model"
     if kind == "cuda":
         has = torch.cuda.is_bf16_supported(including_emulation=False)
-        return ("bf16", "which the GPU has in hardware") if has else ("32", "the GPU has no bf16 in hardware")
+        return (
+            ("bf16", "which the GPU has in hardware")
+            if has
+            else ("32", "the GPU has no bf16 in hardware")
+        )
     if kind != "cpu":
         return "32", f"bf16 is not tried on {kind}"
     speedup = bf16_speedup(torch.get_num_threads())
-    return "bf16" if speedup >= _LEAST_SPEEDUP else "32", f"bf16 products are {speedup:.1f} times as fast here"
+    return (
+        "bf16" if speedup >= _LEAST_SPEEDUP else "32",
+        f"bf16 products are {speedup:.1f} times as fast here",
+    )
 
 
 @functools.cache
 def bf16_speedup(threads: int) -> float:
     """Return how many times as fast the CPU multiplies in bf16 as in float32, forward and backward.
 
-    It is measured once per process and number of threads, in a tenth of a second: the instructions that a CPU has do
-    not settle it. AVX-512 has bf16 products that are 2.5 times as fast on one CPU, and no faster on another.
+    It is measured once per process and number of threads, in a tenth of a second: the instructions
+    that a CPU has do not settle it. AVX-512 has bf16 products that are 2.5 times as fast on one
+    CPU, and no faster on another.
 
     Parameters
     ----------

@@ -35,7 +35,9 @@ GROSS = 0.05  # a lag that is off by more than this share counts as a gross erro
 _VOICED = 0.7  # correlation above which a frame counts as voiced
 
 
-def prepare(model: AutoregressiveModel, segments: Segments, seed: int, say: Callable[[str], None]) -> None:
+def prepare(
+    model: AutoregressiveModel, segments: Segments, seed: int, say: Callable[[str], None]
+) -> None:
     """Fit what is not trained by the loss, in place.
 
     Parameters
@@ -89,7 +91,9 @@ def fit_gain(model: PredictiveWaveNet, segments: Segments) -> None:
         gain.fill_(min(max(total / count / _MEAN_RESIDUAL, 1e-3), 1e3))
 
 
-def fit_period(model: PredictiveWaveNet, segments: Segments, seed: int, say: Callable[[str], None]) -> None:
+def fit_period(
+    model: PredictiveWaveNet, segments: Segments, seed: int, say: Callable[[str], None]
+) -> None:
     """Train the network for lag and voicing on periods measured in random crops, and say how well it does."""
     began = time.monotonic()
     network, config = model.conditioning.period, model.config
@@ -107,7 +111,8 @@ def fit_period(model: PredictiveWaveNet, segments: Segments, seed: int, say: Cal
             pairs = list(zip(rows, starts, strict=True))
             mel = torch.stack([mels[r, :, s : s + _FRAMES + context] for r, s in pairs])
             lag, correlation = (
-                torch.stack([x[r, s : s + _FRAMES] for r, s in pairs]) for x in (log_lags, correlations)
+                torch.stack([x[r, s : s + _FRAMES] for r, s in pairs])
+                for x in (log_lags, correlations)
             )
             logits, voicing = network(mel)
             loss = period_loss(logits, voicing, lag, correlation, network.grid)
@@ -134,17 +139,26 @@ def fit_period(model: PredictiveWaveNet, segments: Segments, seed: int, say: Cal
     )
 
 
-def _measured(model: PredictiveWaveNet, segments: Segments) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _measured(
+    model: PredictiveWaveNet, segments: Segments
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Normalised mels (n, M, F + context), logarithms of lags and correlations (n, F) of random crops."""
     layout, config, network = segments.layout, model.config, model.conditioning.period
     window = round(_WINDOW_SECONDS * config.sample_rate)
     before = network.context if config.causal else network.context // 2
-    around = math.ceil((window // 2 + config.longest_period + layout.hop) / layout.hop) + network.context
+    around = (
+        math.ceil((window // 2 + config.longest_period + layout.hop) / layout.hop) + network.context
+    )
     frames = max(math.ceil(_CROP_SECONDS * config.sample_rate / layout.hop), _FRAMES)
     crops = Segments(
         segments.recordings,
         dataclasses.replace(
-            layout, segment=frames * layout.hop, context=0, receptive_field=0, lookback=around, lookahead=around
+            layout,
+            segment=frames * layout.hop,
+            context=0,
+            receptive_field=0,
+            lookback=around,
+            lookahead=around,
         ),
         list(segments.speakers),
         segments.seed,
@@ -155,7 +169,9 @@ def _measured(model: PredictiveWaveNet, segments: Segments) -> tuple[torch.Tenso
     return model.conditioning.normalised(mels)[:, :, around - before : last], lags, correlations
 
 
-def _measure(batch: Batch, layout: Layout, window: int, config: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _measure(
+    batch: Batch, layout: Layout, window: int, config: Any
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Mel (M, frames + 2 * around), logarithm of the lag and correlation (frames,) of one crop."""
     own = log_mel(batch.waveform, layout.mel)[0][:, batch.frames[0]]  # type: ignore[arg-type]
     block = max(layout.hop // len(_QUARTERS), 1)
@@ -166,5 +182,11 @@ def _measure(batch: Batch, layout: Layout, window: int, config: Any) -> tuple[to
     places = layout.margin + (np.arange(frames)[:, None] + _QUARTERS) * layout.hop
     at = np.minimum((places / block).astype(int), len(lags) - 1)
     log_lag = np.log(lags[at[:, 1:-1]].mean(1))
-    live = (np.arange(frames) * layout.hop < int(batch.span[0, 1])).astype(np.float32)  # beyond the end is no sound
-    return own, torch.from_numpy(log_lag).float(), torch.from_numpy(correlation[at].mean(1) * live).float()
+    live = (np.arange(frames) * layout.hop < int(batch.span[0, 1])).astype(
+        np.float32
+    )  # beyond the end is no sound
+    return (
+        own,
+        torch.from_numpy(log_lag).float(),
+        torch.from_numpy(correlation[at].mean(1) * live).float(),
+    )

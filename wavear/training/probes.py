@@ -1,8 +1,8 @@
 """Free-running probes: the model makes a little audio by itself while it trains, which is heard, seen and measured.
 
-Held-out bits are of a model that is told the true past. What it makes of its own can be noise all the same: in a pause,
-say, where a code off by one is off by much. So a probe has two parts of a held-out recording, the loudest and the
-quietest, made side by side by the fast engine.
+Held-out bits are of a model that is told the true past. What it makes of its own can be noise all
+the same: in a pause, say, where a code off by one is off by much. So a probe has two parts of a
+held-out recording, the loudest and the quietest, made side by side by the fast engine.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ class Probe:
     """(T,), what the model made of its mel; of a model without mels, what it made by itself."""
     measures: dict[str, float]
     """`level_error`: level of the loud part over the recording's, dB. `stft_distance`: of the loud part from the
-    recording's. `noise_floor` and `noise_floor_recorded`: level of the quiet part, dB of full scale. Of a model without
-    mels the first alone."""
+    recording's. `noise_floor` and `noise_floor_recorded`: level of the quiet part, dB of full
+    scale. Of a model without mels the first alone."""
 
 
 @torch.no_grad()
@@ -59,7 +59,9 @@ def probe(
     speaker = list(speakers).index(recording.speaker or "") if model.config.speakers else None
     if layout.mel is None:
         made = generate(model, samples=loud.size, speaker=speaker, seed=0, engine=engine)[0]
-        return Probe(torch.from_numpy(loud), made, {"level_error": _level(made.numpy()) - _level(loud)})
+        return Probe(
+            torch.from_numpy(loud), made, {"level_error": _level(made.numpy()) - _level(loud)}
+        )
     mels = [log_mel(torch.from_numpy(part)[None], layout.mel)[0] for part in (loud, quiet)]
     both = generate(model, mels, speaker=speaker, seed=0, engine=engine)
     made, pause = both[0, : loud.size], both[1, : quiet.size]
@@ -93,7 +95,12 @@ def spectrogram(waveform: torch.Tensor, rate: int) -> np.ndarray:
     if waveform.numel() < hop:
         waveform = torch.nn.functional.pad(waveform, (0, hop - waveform.numel()))
     config = MelConfig(
-        sample_rate=rate, n_fft=n_fft, window_length=n_fft, hop_length=hop, bands=min(80, n_fft // 8), fmax=None
+        sample_rate=rate,
+        n_fft=n_fft,
+        window_length=n_fft,
+        hop_length=hop,
+        bands=min(80, n_fft // 8),
+        fmax=None,
     )
     decibels = log_mel(waveform[None], config)[0].flip(0).numpy() * (20 / math.log(10))
     shade = np.clip((decibels - decibels.max()) / 80 + 1, 0, 1)

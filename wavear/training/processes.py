@@ -7,7 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-_INTERACTIVE = ("bash", "interactive")  # names of SLURM jobs that somebody types in, as Lightning knows them
+_INTERACTIVE = (
+    "bash",
+    "interactive",
+)  # names of SLURM jobs that somebody types in, as Lightning knows them
 
 
 @dataclass(frozen=True)
@@ -32,8 +35,8 @@ class Processes:
     def here(cls, environment: Mapping[str, str] | None = None) -> Processes:
         """As the environment says.
 
-        Under srun that is SLURM_PROCID, SLURM_NTASKS and SLURM_NTASKS_PER_NODE (or SLURM_NNODES); where torchrun was
-        started by srun, torchrun's variables count.
+        Under srun that is SLURM_PROCID, SLURM_NTASKS and SLURM_NTASKS_PER_NODE (or SLURM_NNODES);
+        where torchrun was started by srun, torchrun's variables count.
 
         Raises
         ------
@@ -48,16 +51,25 @@ class Processes:
         given = os.environ if environment is None else environment
         if "WORLD_SIZE" in given:
             world = _number(given, "WORLD_SIZE", 1)
-            return cls(_number(given, "RANK", 0), world, _number(given, "LOCAL_WORLD_SIZE", world), "torchrun")
+            return cls(
+                _number(given, "RANK", 0),
+                world,
+                _number(given, "LOCAL_WORLD_SIZE", world),
+                "torchrun",
+            )
         if "SLURM_NTASKS" not in given or given.get("SLURM_JOB_NAME") in _INTERACTIVE:
             return cls()
         world, nodes = _number(given, "SLURM_NTASKS", 1), _number(given, "SLURM_NNODES", 1)
         local = _number(given, "SLURM_NTASKS_PER_NODE", 0)
         if world > 1 and not local:
-            raise ValueError(f"SLURM has {world} tasks: give sbatch --ntasks-per-node, so that each node has as many")
+            raise ValueError(
+                f"SLURM has {world} tasks: give sbatch --ntasks-per-node, so that each node has as many"
+            )
         local = local or 1
         if world != nodes * local:
-            raise ValueError(f"SLURM has {world} tasks on {nodes} nodes with {local} on each: these do not agree")
+            raise ValueError(
+                f"SLURM has {world} tasks on {nodes} nodes with {local} on each: these do not agree"
+            )
         return cls(_number(given, "SLURM_PROCID", 0), world, local, "slurm")
 
     def plugins(self) -> list[Any]:
@@ -66,7 +78,8 @@ class Processes:
             return []
         from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 
-        # Without Lightning's own requeueing, which writes states of its own to the directory it was started in.
+        # Without Lightning's own requeueing, which writes states of its own to the directory it was
+        # started in.
         return [SLURMEnvironment(auto_requeue=False)]
 
 

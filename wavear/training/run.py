@@ -30,8 +30,8 @@ from wavear.training.run_directory import open_directory
 def train(config: TrainConfig) -> TrainResult:
     """Make a model of recordings, or go on making it.
 
-    Ctrl-C (or SIGTERM) ends the run after the step it is at, with everything saved; `resume` goes on. Under torchrun
-    or srun each process takes its share of every batch.
+    Ctrl-C (or SIGTERM) ends the run after the step it is at, with everything saved; `resume` goes
+    on. Under torchrun or srun each process takes its share of every batch.
 
     Parameters
     ----------
@@ -73,7 +73,9 @@ def train(config: TrainConfig) -> TrainResult:
         progress=_bar if config.progress and writes else None,
     )
     if not len(corpus.train):
-        raise ValueError(f"{config.data}: every recording is in {config.validation} too, none is left to train on")
+        raise ValueError(
+            f"{config.data}: every recording is in {config.validation} too, none is left to train on"
+        )
     by_speaker = config.normalise_by == "speaker" and config.normalise != "none"
     if not corpus.speakers and (config.speakers or by_speaker):
         raise ValueError(
@@ -96,7 +98,9 @@ def train(config: TrainConfig) -> TrainResult:
             "fingerprint": fingerprint(corpus.train),
             "bad": dict(corpus.bad),
             "speakers": speakers,
-            "gains": _gains(corpus.validation) | _gains(corpus.train) if config.normalise_by == "speaker" else {},
+            "gains": _gains(corpus.validation) | _gains(corpus.train)
+            if config.normalise_by == "speaker"
+            else {},
         },
     }
     with _quiet(), torch.random.fork_rng(devices=[]):
@@ -109,14 +113,20 @@ def _check_same_model(record: dict[str, Any], config: TrainConfig, model: Any) -
     if record.get("model") is None:
         return
     if (family := record["config"].get("family", "wavenet")) != config.family:
-        raise ValueError(f"{config.out} is a run of the family {family}, now {config.family}: resume with the same")
+        raise ValueError(
+            f"{config.out} is a run of the family {family}, now {config.family}: resume with the same"
+        )
     before = record["model"]
     now = json.loads(json.dumps(dataclasses.asdict(model)))
     before = {name: value for name, value in LATER.items() if name in now} | before
-    if isinstance(before.get("mel"), dict):  # an older version's, without the fields that came later
+    if isinstance(
+        before.get("mel"), dict
+    ):  # an older version's, without the fields that came later
         before = before | {"mel": MelConfig.from_dict(before["mel"]).to_dict()}
     if different := [
-        f"{name} {before.get(name)!r}, now {now[name]!r}" for name in now if before.get(name) != now[name]
+        f"{name} {before.get(name)!r}, now {now[name]!r}"
+        for name in now
+        if before.get(name) != now[name]
     ]:
         raise ValueError(f"{config.out} is a run of another model: {'; '.join(different)}")
     if (optimizer := record["config"].get("optimizer", "adamw")) != config.optimizer:
@@ -125,11 +135,24 @@ def _check_same_model(record: dict[str, Any], config: TrainConfig, model: Any) -
             f" {optimizer}"
         )
     if (seed := record["config"].get("seed")) != config.seed:
-        raise ValueError(f"{config.out} is a run with seed {seed}, now {config.seed}: resume with the same")
+        raise ValueError(
+            f"{config.out} is a run with seed {seed}, now {config.seed}: resume with the same"
+        )
 
 
-_FREE = {"out", "resume", "overwrite", "progress", "workers", "keep_last", "checkpoint_every", "wandb"}
-_FREE |= {name for name in TrainConfig.__dataclass_fields__ if name.startswith(("validat", "sample_s"))}
+_FREE = {
+    "out",
+    "resume",
+    "overwrite",
+    "progress",
+    "workers",
+    "keep_last",
+    "checkpoint_every",
+    "wandb",
+}
+_FREE |= {
+    name for name in TrainConfig.__dataclass_fields__ if name.startswith(("validat", "sample_s"))
+}
 _FREE |= {"data", "final_seconds", "baseline_seconds"}  # the data count by what is in them
 
 
@@ -139,8 +162,12 @@ def _tell_changes(record: dict[str, Any], config: TrainConfig, corpus: Corpus, s
     for name in sorted(now.keys() & before.keys() - _FREE):
         if before[name] != now[name]:
             say(f"from here on {name} is {now[name]!r}; it was {before[name]!r}")
-    if record.get("data", {}).get("fingerprint", fingerprint(corpus.train)) != fingerprint(corpus.train):
-        say("the training data are not those that the run began with: from here on it draws from these")
+    if record.get("data", {}).get("fingerprint", fingerprint(corpus.train)) != fingerprint(
+        corpus.train
+    ):
+        say(
+            "the training data are not those that the run began with: from here on it draws from these"
+        )
 
 
 def _describe(corpus: Corpus, speakers: list[str], rate: int, say: Any) -> None:
@@ -155,7 +182,9 @@ def _describe(corpus: Corpus, speakers: list[str], rate: int, say: Any) -> None:
     told = f", {len(speakers)} speakers" if speakers else ""
     for purpose, recordings in (("training on", corpus.train), ("holding out", corpus.validation)):
         extent = _extent(recordings, rate)
-        say(f"{purpose} {extent['recordings']} recordings, {extent['seconds'] / 60:.1f} minutes{told}")
+        say(
+            f"{purpose} {extent['recordings']} recordings, {extent['seconds'] / 60:.1f} minutes{told}"
+        )
 
 
 def _gains(recordings: Recordings) -> dict[str, float]:
@@ -164,18 +193,25 @@ def _gains(recordings: Recordings) -> dict[str, float]:
         return {}
     numbers, rows = np.unique(recordings.speaker, return_index=True)
     names = recordings.listing.speakers
-    return {names[n]: float(recordings.gain[row]) for n, row in zip(numbers, rows, strict=True) if n >= 0}
+    return {
+        names[n]: float(recordings.gain[row])
+        for n, row in zip(numbers, rows, strict=True)
+        if n >= 0
+    }
 
 
 def _extent(recordings: Sequence[Recording], rate: int) -> dict[str, Any]:
-    return {"recordings": len(recordings), "seconds": round(int(frames_of(recordings).sum()) / rate, 2)}
+    return {
+        "recordings": len(recordings),
+        "seconds": round(int(frames_of(recordings).sum()) / rate, 2),
+    }
 
 
 def write_held_out(run: str | os.PathLike[str], manifest: str | os.PathLike[str]) -> Path:
     """Write a manifest of the recordings that a run holds out, to evaluate models on; over one that is there.
 
-    Speakers are named in it where the run tells them apart, or a manifest named them. The choice goes by the names of
-    the files: runs on the same data hold out the same.
+    Speakers are named in it where the run tells them apart, or a manifest named them. The choice
+    goes by the names of the files: runs on the same data hold out the same.
 
     Parameters
     ----------
@@ -189,8 +225,8 @@ def write_held_out(run: str | os.PathLike[str], manifest: str | os.PathLike[str]
     FileNotFoundError
         If there is no such run, or its data are gone.
     ValueError
-        If what it holds out lies in tar shards, whose members a manifest cannot name, or its train.json names data
-        that would have to be fetched.
+        If what it holds out lies in tar shards, whose members a manifest cannot name, or its
+        train.json names data that would have to be fetched.
     """
     record = Path(run) / "train.json"
     if not record.is_file():
@@ -215,7 +251,11 @@ def write_held_out(run: str | os.PathLike[str], manifest: str | os.PathLike[str]
         least_samples=mel["hop_length"] if mel else 2,
     )
     rows = [
-        {"path": str(Path(str(r.path)).resolve()), "start": r.start / rate, "duration": r.frames / rate}
+        {
+            "path": str(Path(str(r.path)).resolve()),
+            "start": r.start / rate,
+            "duration": r.frames / rate,
+        }
         | ({} if r.speaker is None else {"speaker": r.speaker})
         for r in corpus.validation
     ]
@@ -237,7 +277,9 @@ def _bar(items: Any, total: int, description: str) -> Any:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Lightning speaks of devices, workers and tips; we say ourselves what matters. Restored afterwards."""
-    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric", "lightning")]
+    loggers = [
+        logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric", "lightning")
+    ]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.ERROR)

@@ -19,7 +19,9 @@ def open_directory(config: TrainConfig, writes: bool) -> dict[str, Any]:
     if out.exists() and not out.is_dir():
         raise FileExistsError(f"{out} is a file: choose a directory for the run")
     # What a run killed before its first file leaves is nothing.
-    filled = out.is_dir() and any(not re.fullmatch(r"\.wavear-.*\.tmp", path.name) for path in out.iterdir())
+    filled = out.is_dir() and any(
+        not re.fullmatch(r"\.wavear-.*\.tmp", path.name) for path in out.iterdir()
+    )
     if config.resume:
         if not (out / "train.json").is_file():
             raise FileNotFoundError(f"{out} holds no run to resume (no train.json)")
@@ -29,9 +31,13 @@ def open_directory(config: TrainConfig, writes: bool) -> dict[str, Any]:
             raise ValueError(f"{out / 'train.json'} is damaged, it is not JSON: {error}") from None
     if filled and writes:
         if not config.overwrite:
-            raise FileExistsError(f"{out} is not empty: choose another directory, or give --resume or --overwrite")
+            raise FileExistsError(
+                f"{out} is not empty: choose another directory, or give --resume or --overwrite"
+            )
         if not (out / "train.json").is_file():
-            raise FileExistsError(f"{out} holds no run of ours (no train.json): choose another directory")
+            raise FileExistsError(
+                f"{out} holds no run of ours (no train.json): choose another directory"
+            )
     if writes:
         check_writable(out)
     return {"history": []}
@@ -49,5 +55,7 @@ def make_directory(config: TrainConfig) -> None:
             (out / name).unlink(missing_ok=True)
         for path in out.glob("bad-step-*.safetensors"):
             path.unlink()
-        (out / "train.json").unlink(missing_ok=True)  # the last: without it the rest would be no run of ours
+        (out / "train.json").unlink(
+            missing_ok=True
+        )  # the last: without it the rest would be no run of ours
     out.mkdir(parents=True, exist_ok=True)

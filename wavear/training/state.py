@@ -1,7 +1,7 @@
 """The training state on disk: tensors as safetensors, the rest as JSON, in one file that appears whole. No pickle.
 
-`encode` takes a nest of dictionaries, lists, tuples, tensors, numbers, strings and None apart, and refuses anything
-else: what it cannot write, it could not read back either.
+`encode` takes a nest of dictionaries, lists, tuples, tensors, numbers, strings and None apart, and
+refuses anything else: what it cannot write, it could not read back either.
 """
 
 from __future__ import annotations
@@ -38,12 +38,18 @@ def encode(value: Any, tensors: dict[str, torch.Tensor], where: str = "state") -
     if isinstance(value, dict):
         for key in value:
             if type(key) not in (str, int):
-                raise TypeError(f"{where} has a key of type {type(key).__name__}, expected str or int")
-        return {"dict": [[key, encode(item, tensors, f"{where}.{key}")] for key, item in value.items()]}
+                raise TypeError(
+                    f"{where} has a key of type {type(key).__name__}, expected str or int"
+                )
+        return {
+            "dict": [[key, encode(item, tensors, f"{where}.{key}")] for key, item in value.items()]
+        }
     if type(value) in (list, tuple):
         items = [encode(item, tensors, f"{where}.{number}") for number, item in enumerate(value)]
         return {type(value).__name__: items}
-    raise TypeError(f"{where} is of type {type(value).__name__}, which a training state cannot hold")
+    raise TypeError(
+        f"{where} is of type {type(value).__name__}, which a training state cannot hold"
+    )
 
 
 def decode(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
@@ -101,7 +107,9 @@ def load_state(path: str | Path) -> dict[str, Any]:
         raise ValueError(f"{path} is damaged or no training state: {error}") from None
     if (text := metadata.get(_KEY)) is None:
         raise ValueError(f"{path} is no training state: weights only")
-    if _SUM in metadata and metadata[_SUM] != _checksum(text, tensors):  # the first versions wrote none
+    if _SUM in metadata and metadata[_SUM] != _checksum(
+        text, tensors
+    ):  # the first versions wrote none
         raise ValueError(f"{path} is damaged: its bytes are not those that were written (CRC-32)")
     try:
         state = decode(json.loads(text), tensors)
@@ -127,11 +135,15 @@ class StateIO(CheckpointIO):
         self.read = read or {}
 
     @override
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None
+    ) -> None:
         save_state(checkpoint, path)
 
     @override
-    def load_checkpoint(self, path: Any, map_location: Any | None = None, weights_only: bool | None = None) -> dict:
+    def load_checkpoint(
+        self, path: Any, map_location: Any | None = None, weights_only: bool | None = None
+    ) -> dict:
         return self.read.pop(str(path), None) or load_state(path)
 
     @override

@@ -1,6 +1,7 @@
 """The last training states of a run: which are kept, which is the last good one, and what a killed run leaves behind.
 
-A run keeps them in `states/`, named by the steps taken; runs of the first versions have one `resume.safetensors`.
+A run keeps them in `states/`, named by the steps taken; runs of the first versions have one
+`resume.safetensors`.
 """
 
 from __future__ import annotations
@@ -29,7 +30,11 @@ def state_path(out: str | Path, step: int) -> Path:
 
 def state_paths(out: str | Path) -> list[Path]:
     """The states of a run, the last one first."""
-    found = [(int(match[1]), path) for path in (Path(out) / FOLDER).glob("*") if (match := _NAME.fullmatch(path.name))]
+    found = [
+        (int(match[1]), path)
+        for path in (Path(out) / FOLDER).glob("*")
+        if (match := _NAME.fullmatch(path.name))
+    ]
     old = Path(out) / OLD
     return [path for _, path in sorted(found, reverse=True)] + [old] * old.is_file()
 

@@ -123,7 +123,12 @@ def _of_transformer(config: TransformerConfig) -> _Matrices:
 
 
 def _of_predictive(config: PredictiveWaveNetConfig) -> _Matrices:
-    r, s, a, layers = config.residual_channels, config.skip_channels, config.head_channels, len(config.dilations)
+    r, s, a, layers = (
+        config.residual_channels,
+        config.skip_channels,
+        config.head_channels,
+        len(config.dilations),
+    )
     return [
         (r, config.features, 1, 1),
         (2 * r, config.kernel_size * r, layers, layers),
@@ -135,11 +140,17 @@ def _of_predictive(config: PredictiveWaveNetConfig) -> _Matrices:
 
 
 def _of_wavenet(config: WaveNetConfig) -> _Matrices:
-    r, s, a, q = config.residual_channels, config.skip_channels, config.head_channels, law_of(config).channels
+    r, s, a, q = (
+        config.residual_channels,
+        config.skip_channels,
+        config.head_channels,
+        law_of(config).channels,
+    )
     conditioned = config.conditioned
     channels = config.conditioning_channels if conditioned else 0
     layers, past = config.layers, config.kernel_size - 1
-    # Past taps of a layer of dilation d are read once for d samples; those of the first layer are in its table.
+    # Past taps of a layer of dilation d are read once for d samples; those of the first layer are
+    # in its table.
     rare = past * sum(1 / d for d in config.dilations[1:])
     return [
         (2 * r, r, layers, layers - 1),
@@ -167,7 +178,10 @@ class Ceiling:
         return float(np.interp(nbytes, sizes, [self.bandwidth[size] for size in sizes]))
 
 
-SIZES = tuple(int(mebibytes * 2**20) for mebibytes in (0.02, 0.25, 0.5, 1, 1.5, 1.75, 2, 2.25, 2.5, 3, 4, 6, 16, 64))
+SIZES = tuple(
+    int(mebibytes * 2**20)
+    for mebibytes in (0.02, 0.25, 0.5, 1, 1.5, 1.75, 2, 2.25, 2.5, 3, 4, 6, 16, 64)
+)
 
 
 def measure(seconds: float = 0.005, repeats: int = 20) -> Ceiling:
@@ -184,7 +198,9 @@ def measure(seconds: float = 0.005, repeats: int = 20) -> Ceiling:
         lines = size // (8 * VECTOR_BYTES)
         once = _best(lambda n=lines: read(address, n, 1), 3)
         times = max(1, int(seconds / once))
-        bandwidth[size] = size * times / _best(lambda n=lines, k=times: read(address, n, k), repeats)
+        bandwidth[size] = (
+            size * times / _best(lambda n=lines, k=times: read(address, n, k), repeats)
+        )
     return Ceiling(rate, bandwidth)
 
 
@@ -212,4 +228,6 @@ def _multiply_often(turns):
 
 @functools.cache
 def _kernels():
-    return compiled(_read_often, "float32(int64, int64, int64)"), compiled(_multiply_often, "float32(int64)")
+    return compiled(_read_often, "float32(int64, int64, int64)"), compiled(
+        _multiply_often, "float32(int64)"
+    )

@@ -24,8 +24,9 @@ from wavear.models.distributions import refuse_truncation
 class CompiledEngine:
     """Runs `batch` streams of a model in compiled code, one call per chunk.
 
-    The weights are packed when it is made: an engine made after the model changed runs the model as it then is. A
-    subclass packs them, names the parts that threads run side by side, and calls its kernel for one of them.
+    The weights are packed when it is made: an engine made after the model changed runs the model as
+    it then is. A subclass packs them, names the parts that threads run side by side, and calls its
+    kernel for one of them.
 
     Parameters
     ----------
@@ -34,8 +35,8 @@ class CompiledEngine:
     batch : int
         Streams, at least 1.
     weights : str
-        "float32"; "bfloat16" or "int8" (a scale for each output of a matrix): rounded once to nearest, half or a
-        quarter of the bytes to read. Arithmetic in float32.
+        "float32"; "bfloat16" or "int8" (a scale for each output of a matrix): rounded once to
+        nearest, half or a quarter of the bytes to read. Arithmetic in float32.
     threads : int, optional
         Cores to use; by default all that the process may run on.
 
@@ -69,11 +70,18 @@ class CompiledEngine:
         """What threads run side by side: groups of streams, or streams."""
         raise NotImplementedError
 
-    def _call(self, part: Any, arrays: tuple[np.ndarray, ...], condition: np.ndarray, mode: int, *rest: Any) -> int:
+    def _call(
+        self,
+        part: Any,
+        arrays: tuple[np.ndarray, ...],
+        condition: np.ndarray,
+        mode: int,
+        *rest: Any,
+    ) -> int:
         """Run the kernel for one part; the first sample whose law is no numbers, or -1.
 
-        `arrays` are uniforms, temperatures, codes and scores of all streams, `rest` whether codes are scored, and the
-        request of `numba_sampling`.
+        `arrays` are uniforms, temperatures, codes and scores of all streams, `rest` whether codes
+        are scored, and the request of `numba_sampling`.
         """
         raise NotImplementedError
 
@@ -103,7 +111,9 @@ class CompiledEngine:
         if not self.model.law.truncates:
             refuse_truncation(self.model.config.law, top_k, top_p)
         uniforms = np.require(uniforms, np.float64, ["C", "W"])
-        temperatures = np.require(np.broadcast_to(temperature, uniforms.shape), np.float64, ["C", "W"])
+        temperatures = np.require(
+            np.broadcast_to(temperature, uniforms.shape), np.float64, ["C", "W"]
+        )
         codes = np.empty(uniforms.shape, np.int64)
         scores = np.empty((self.batch, 1) if log_probability is None else codes.shape)
         request = sampling.request
@@ -117,7 +127,9 @@ class CompiledEngine:
         """See `Engine.score`."""
         codes = np.require(codes, np.int64, ["C", "W"])
         if codes.size and not 0 <= codes.min() <= codes.max() < self.classes:
-            raise ValueError(f"codes reach from {codes.min()} to {codes.max()}, expected 0 to {self.classes - 1}")
+            raise ValueError(
+                f"codes reach from {codes.min()} to {codes.max()}, expected 0 to {self.classes - 1}"
+            )
         scores, none = np.empty(codes.shape), np.empty((self.batch, 1))
         self._run((none, none, codes, scores), cond, 1, lambda: np.empty(0))
         return scores
@@ -126,17 +138,23 @@ class CompiledEngine:
         """See `Engine.fill`."""
         runner = ReferenceEngine(self._as_run(), 1)
         runner.load_state(0, self.state(stream))
-        runner.fill(0, codes, cond if cond is None else cond.to(next(runner.model.parameters()).dtype))
+        runner.fill(
+            0, codes, cond if cond is None else cond.to(next(runner.model.parameters()).dtype)
+        )
         self.load_state(stream, runner.state(0))
 
-    def _run(self, arrays: tuple[np.ndarray, ...], cond: Tensor | None, scoring: int, request: Any) -> None:
+    def _run(
+        self, arrays: tuple[np.ndarray, ...], cond: Tensor | None, scoring: int, request: Any
+    ) -> None:
         shape = arrays[2].shape
         if len(shape) != 2 or shape[0] != self.batch:
             raise ValueError(f"shape {shape} for {self.batch} streams: expected ({self.batch}, n)")
         condition, mode = self._condition(cond, shape[1])
 
         def one(part: Any) -> int:
-            return self._call(part, arrays, condition, mode, scoring, request())  # each thread works in its own
+            return self._call(
+                part, arrays, condition, mode, scoring, request()
+            )  # each thread works in its own
 
         parts = self._parts()
         results = list(self._pool.map(one, parts)) if self._pool else [one(part) for part in parts]
@@ -159,7 +177,9 @@ class CompiledEngine:
             raise ValueError("the model is unconditional, and cond is given")
         shape = tuple(cond.shape)
         if len(shape) != 3 or shape[:2] != (self.batch, channels) or shape[2] not in (1, samples):
-            raise ValueError(f"cond has shape {shape}, expected ({self.batch}, {channels}, {samples}) or (.., .., 1)")
+            raise ValueError(
+                f"cond has shape {shape}, expected ({self.batch}, {channels}, {samples}) or (.., .., 1)"
+            )
         rows = np.zeros((self.batch, shape[2], -(-channels // LANES) * LANES), np.float32)
         rows[:, :, :channels] = cond.detach().to("cpu", torch.float32).transpose(1, 2).numpy()
         return rows, CONSTANT_CONDITION if shape[2] == 1 else CONDITION
@@ -174,7 +194,14 @@ class GroupedEngine(CompiledEngine):
         Weights that are packed already, by the size of the groups they are for: see `resized`.
     """
 
-    def __init__(self, model: Any, batch: int, weights: str, threads: int | None, packings: dict[int, Any] | None):
+    def __init__(
+        self,
+        model: Any,
+        batch: int,
+        weights: str,
+        threads: int | None,
+        packings: dict[int, Any] | None,
+    ):
         super().__init__(model, batch, weights, threads)
         self._shares = packings is not None
         self._packings: dict[int, Any] = {} if packings is None else packings
@@ -187,8 +214,11 @@ class GroupedEngine(CompiledEngine):
         groups = min(self.batch, -(-groups // self.threads) * self.threads)
         bounds = [self.batch * g // groups for g in range(groups + 1)]
         sizes = [stop - start for start, stop in pairwise(bounds)]
-        # The first weights are for groups of this size; those to be shared are for the sizes that others may want.
-        size = max(sizes) if not self._shares else next(size for size in SIZES if size >= max(sizes))
+        # The first weights are for groups of this size; those to be shared are for the sizes that
+        # others may want.
+        size = (
+            max(sizes) if not self._shares else next(size for size in SIZES if size >= max(sizes))
+        )
         if size not in self._packings:
             self._packings[size] = pack(size)
         self._packed = self._packings[size]
@@ -204,4 +234,10 @@ class GroupedEngine(CompiledEngine):
     def resized(self, batch: int) -> Any:
         """See `Engine.resized`."""
         own: Any = type(self)
-        return own(self.model, batch, weights=self.weights, threads=self._asked_threads, packings=self._packings)
+        return own(
+            self.model,
+            batch,
+            weights=self.weights,
+            threads=self._asked_threads,
+            packings=self._packings,
+        )

@@ -1,7 +1,7 @@
 """The laws of `wavear.models.distributions` for compiled engines: one draw, and one log-probability, in float64.
 
-A law is three numbers: `kind`, its `mixtures`, and the `classes` of its linear grid. `row` is the address of the P
-float32 numbers that the network puts out.
+A law is three numbers: `kind`, its `mixtures`, and the `classes` of its linear grid. `row` is the
+address of the P float32 numbers that the network puts out.
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ _KINDS = {LogisticMixture: LOGISTIC_MIXTURE, Gaussian: GAUSSIAN, Laplace: LAPLAC
 _ROOT_HALF = math.sqrt(0.5)
 _LOG_2 = math.log(2)
 _LOG_ROOT_2_PI = 0.5 * math.log(2 * math.pi)
-_FAR = -20.0  # deviations: below, the asymptotic series of the normal law's tail is exact to float64
+_FAR = (
+    -20.0
+)  # deviations: below, the asymptotic series of the normal law's tail is exact to float64
 
 
 def numbers(law: Law) -> tuple[int, int, int]:
@@ -141,8 +143,13 @@ def _log_tail(kind, x):
     if kind == LAPLACE:
         return x - _LOG_2 if x <= 0 else math.log1p(-0.5 * math.exp(-x))
     if x > _FAR:
-        return math.log(0.5 * math.erfc(-x * _ROOT_HALF)) if x < 5.0 else math.log1p(-0.5 * math.erfc(x * _ROOT_HALF))
-    # Phi(x) = phi(x) / -x * (1 - 1/x^2 + 3/x^4 - 15/x^6 + 105/x^8 - ...), Abramowitz and Stegun 26.2.12
+        return (
+            math.log(0.5 * math.erfc(-x * _ROOT_HALF))
+            if x < 5.0
+            else math.log1p(-0.5 * math.erfc(x * _ROOT_HALF))
+        )
+    # Phi(x) = phi(x) / -x * (1 - 1/x^2 + 3/x^4 - 15/x^6 + 105/x^8 - ...), Abramowitz and Stegun
+    # 26.2.12
     square = 1.0 / (x * x)
     series = 1.0 - square * (1.0 - square * (3.0 - square * (15.0 - square * 105.0)))
     return -0.5 * x * x - math.log(-x) - _LOG_ROOT_2_PI + math.log(series)

@@ -1,20 +1,24 @@
 """The CPU engine of a GRU: the whole loop over samples in compiled code, one call per chunk.
 
-It stands on the pieces of the WaveNet's (`numba_cpu`): packed weights, the vector kernels, the draw. Its own are:
+It stands on the pieces of the WaveNet's (`numba_cpu`): packed weights, the vector kernels, the
+draw. Its own are:
 
 - the product of the first layer's input matrix with the input is a table over codes, in float32;
-- the conditioning, folded into one matrix for the first layer and the head, is projected ahead for blocks of samples;
-- the three gates of a layer are one matrix over its hidden units, and one kernel makes the new hidden units of them.
+- the conditioning, folded into one matrix for the first layer and the head, is projected ahead for
+  blocks of samples;
+- the three gates of a layer are one matrix over its hidden units, and one kernel makes the new
+  hidden units of them.
 
 A row of pre-activations holds, `gap` bytes apart from its second part on,
 
     head | n_x | r | u | n_h
 
-so that what the conditioning adds to (the first four parts), what a layer's input adds to (n_x, r, u) and what its
-hidden units add to (r, u, n_h) is each contiguous, and a product runs in place.
+so that what the conditioning adds to (the first four parts), what a layer's input adds to (n_x, r,
+u) and what its hidden units add to (r, u, n_h) is each contiguous, and a product runs in place.
 
-Every output element is one chain in a fixed order: bias, conditioning, input, hidden units. So a stream's audio has the
-same bits whatever the batch, the grouping, the number of threads and the cuts between calls.
+Every output element is one chain in a fixed order: bias, conditioning, input, hidden units. So a
+stream's audio has the same bits whatever the batch, the grouping, the number of threads and the
+cuts between calls.
 """
 
 from __future__ import annotations
@@ -76,8 +80,17 @@ class NumbaGRUEngine(GroupedEngine):
         group = next(g for g in reversed(self._groups) if g.net[N_FIRST] <= stream)
         return group, stream - int(group.net[N_FIRST])
 
-    def _call(self, part: Group, arrays: tuple[np.ndarray, ...], condition: np.ndarray, mode: int, *rest: Any) -> int:
-        return kernels().run(part.net, part.layers, part.previous, *arrays, condition.ctypes.data, mode, *rest)
+    def _call(
+        self,
+        part: Group,
+        arrays: tuple[np.ndarray, ...],
+        condition: np.ndarray,
+        mode: int,
+        *rest: Any,
+    ) -> int:
+        return kernels().run(
+            part.net, part.layers, part.previous, *arrays, condition.ctypes.data, mode, *rest
+        )
 
 
 def as_run(model: GRU, weights: str) -> GRU:
@@ -96,5 +109,13 @@ def rounded(model: GRU) -> list[Tensor]:
 
     The first layer's input matrix and the conditioning's are multiplied ahead.
     """
-    names = [name for name, _ in model.gru.named_parameters() if name.startswith("weight") and name != "weight_ih_l0"]
-    return [*(model.gru.get_parameter(name) for name in names), model.head.first.weight, model.head.last.weight]
+    names = [
+        name
+        for name, _ in model.gru.named_parameters()
+        if name.startswith("weight") and name != "weight_ih_l0"
+    ]
+    return [
+        *(model.gru.get_parameter(name) for name in names),
+        model.head.first.weight,
+        model.head.last.weight,
+    ]

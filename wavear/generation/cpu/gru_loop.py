@@ -66,11 +66,12 @@ from wavear.generation.cpu.wavenet_loop import (
     _tabulate,
 )
 
-# Fields of a layer: numbers of its matrices (of the first layer the input's is -1 where there is a table), addresses.
+# Fields of a layer: numbers of its matrices (of the first layer the input's is -1 where there is a
+# table), addresses.
 C_INPUT, C_HIDDEN, C_BIAS, C_H, C_Z, C_CONSTANT, C_FIELDS = range(7)
 
-# Further fields of the network, for laws over values: the value of each code in float32, the row of the table of each
-# code, and the product of the first layer's input matrix with a value of one.
+# Further fields of the network, for laws over values: the value of each code in float32, the row of
+# the table of each code, and the product of the first layer's input matrix with a value of one.
 G_VALUES, G_ROWS, G_LINE, G_FIELDS = range(N_FIELDS, N_FIELDS + 4)
 
 
@@ -82,7 +83,9 @@ def _start(net, layer, condition, mode):
                    net[N_Z_ROW] // VECTOR_BYTES)  # fmt: skip
     if mode == CONSTANT_CONDITION:
         vectors = net[N_CONDITION_VECTORS]
-        to_panels(condition, vectors * VECTOR_BYTES, net[N_STREAMS], vectors, net[N_CONDITION_PANELS], 0)
+        to_panels(
+            condition, vectors * VECTOR_BYTES, net[N_STREAMS], vectors, net[N_CONDITION_PANELS], 0
+        )
         project(net, net[N_CONDITION_CHANNELS], net[N_CONDITION_PANELS], vectors, net[N_STREAMS], net[N_ZEROS],
                  layer[C_CONSTANT], net[N_Z_ROW], layer[C_CONSTANT])  # fmt: skip
 
@@ -109,8 +112,8 @@ def _start_span(net, layer, condition, condition_row, mode, count):
 def _multiply_turned(net, matrix, x, bias, init, out, backwards):
     """`multiply_row`, whose blocks come in the order of memory or, `backwards`, from the last to the first.
 
-    What the sample before read last is then read first, while the cache still has it: weights that are larger than the
-    cache, and always read in one order, would find nothing of themselves there.
+    What the sample before read last is then read first, while the cache still has it: weights that
+    are larger than the cache, and always read in one order, would find nothing of themselves there.
     """
     address = net[N_MATRICES] + 8 * M_FIELDS * matrix
     weights = simd.load_int(address + 8 * M_ADDRESS)
@@ -121,7 +124,15 @@ def _multiply_turned(net, matrix, x, bias, init, out, backwards):
     size = simd.load_int(address + 8 * M_SIZE)
     for i in range(blocks):
         k = blocks - 1 - i if backwards != 0 else i
-        simd.call6(kernel, weights + k * size, inputs, x, bias + k * block, init + k * block, out + k * block)
+        simd.call6(
+            kernel,
+            weights + k * size,
+            inputs,
+            x,
+            bias + k * block,
+            init + k * block,
+            out + k * block,
+        )
 
 
 @numba.njit
@@ -143,7 +154,11 @@ def _input(net, layer, previous, z):
     if net[N_TABLE]:
         gates = 3 * net[N_H_VECTORS]
         for s in range(streams):
-            entry = previous[s] if net[N_LAW] == CATEGORICAL else simd.load_int(net[G_ROWS] + 8 * previous[s])
+            entry = (
+                previous[s]
+                if net[N_LAW] == CATEGORICAL
+                else simd.load_int(net[G_ROWS] + 8 * previous[s])
+            )
             simd.add(net[N_TABLE] + entry * gates * VECTOR_BYTES, z + s * net[N_Z_ROW], gates)
             if net[N_LAW] != CATEGORICAL:
                 value = simd.load_float(net[G_VALUES] + 4 * previous[s])
@@ -176,7 +191,9 @@ def _head(net, h, z):
               logits, net[N_LOGIT_ROW], VECTOR_BYTES, rows * net[N_LOGIT_ROW])  # fmt: skip
 
 
-def _run(net, layers, previous, uniforms, temperatures, codes, scores, condition, mode, scoring, asked):
+def _run(
+    net, layers, previous, uniforms, temperatures, codes, scores, condition, mode, scoring, asked
+):
     """The loop over samples, for one group of streams: as `numba_cpu._run`, but for `previous`, int64 (G,)."""
     streams, rows, first, samples = net[N_STREAMS], net[N_ROWS], net[N_FIRST], codes.shape[1]
     h_vectors = net[N_H_VECTORS]
@@ -204,7 +221,13 @@ def _run(net, layers, previous, uniforms, temperatures, codes, scores, condition
             else:
                 z = layer[C_Z] + gates
                 for s in range(streams):
-                    simd.copy(layer[C_BIAS] + gates, VECTOR_BYTES, z + s * z_row, VECTOR_BYTES, 4 * h_vectors)
+                    simd.copy(
+                        layer[C_BIAS] + gates,
+                        VECTOR_BYTES,
+                        z + s * z_row,
+                        VECTOR_BYTES,
+                        4 * h_vectors,
+                    )
                 _into(net, layer[C_INPUT], layers[i - 1, C_H], h_vectors, z, t & 1)
             h = layer[C_H]
             _into(net, layer[C_HIDDEN], h, h_vectors, z + gap, t & 1)

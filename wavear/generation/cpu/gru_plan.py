@@ -102,8 +102,12 @@ class Weights:
         self.law = numbers(model.law)
         self.tabulated = config.classes <= TABLE or self.law[0] != CATEGORICAL
 
-        def matrix(array: np.ndarray, rows: int, precision: str = weights, width: int | None = None) -> int:
-            matrices.append(put_matrix(region, array, width_for(rows) if width is None else width, precision))
+        def matrix(
+            array: np.ndarray, rows: int, precision: str = weights, width: int | None = None
+        ) -> int:
+            matrices.append(
+                put_matrix(region, array, width_for(rows) if width is None else width, precision)
+            )
             return len(matrices) - 1
 
         def vector(array: np.ndarray, vectors: int, fill: float = 0.0) -> int:
@@ -111,7 +115,9 @@ class Weights:
             padded[..., : array.shape[-1]] = array
             return region.put(padded)
 
-        def total(vectors: int, rows: int, precision: str = weights, width: int | None = None) -> int:
+        def total(
+            vectors: int, rows: int, precision: str = weights, width: int | None = None
+        ) -> int:
             """Vectors that a matrix writes."""
             width = width_for(rows) if width is None else width
             blocks, each = vectors_of(vectors * LANES, LANES, width, precision == "bfloat16")
@@ -139,24 +145,33 @@ class Weights:
         self.z_vectors = self.head_vectors + max(
             self.h_vectors + total(three, group),
             *(total(three, group, precision) for precision in ("float32", "bfloat16")),
-            *(total(self.head_vectors + three, rows, "float32") - self.head_vectors for rows in (group, 64, TALLEST)),
+            *(
+                total(self.head_vectors + three, rows, "float32") - self.head_vectors
+                for rows in (group, 64, TALLEST)
+            ),
         )
         first, last = model.head.first, model.head.last
-        # What every sample reads lies together, in the order of reading; what is read seldom follows.
+        # What every sample reads lies together, in the order of reading; what is read seldom
+        # follows.
         self.inputs, self.hiddens = [], []
         for layer in range(config.layers):
-            self.inputs.append(-1 if layer == 0 else matrix(gates(of("weight_ih", layer), "nru"), group))
+            self.inputs.append(
+                -1 if layer == 0 else matrix(gates(of("weight_ih", layer), "nru"), group)
+            )
             self.hiddens.append(matrix(gates(of("weight_hh", layer), "run"), group))
         self.head1 = matrix(to_numpy(first.weight), group)
         self.head2 = matrix(to_numpy(last.weight), group, width=narrow)
-        # The first layer's input matrix is multiplied ahead, with the input and with the conditioning: in float32.
+        # The first layer's input matrix is multiplied ahead, with the input and with the
+        # conditioning: in float32.
         entrance = gates(of("weight_ih", 0), "nru")
         if not self.tabulated:
             self.inputs[0] = matrix(entrance, group, "float32")
         self.condition = -1
         if model.condition_input is not None and model.head.conditioning is not None:
             folded = multiplied(to_numpy(model.condition_input.weight).T, entrance)
-            both = np.zeros((self.head_vectors * LANES + len(entrance), self.condition_channels), np.float32)
+            both = np.zeros(
+                (self.head_vectors * LANES + len(entrance), self.condition_channels), np.float32
+            )
             both[:head] = to_numpy(model.head.conditioning.weight)
             both[self.head_vectors * LANES :] = folded.T
             self.condition = matrix(both, self.span * group, "float32")
@@ -172,16 +187,26 @@ class Weights:
             self.biases.append(vector(row, self.z_vectors))
         # Outputs beyond the last class are never drawn.
         self.head2_bias = vector(to_numpy(last.bias), self.logit_vectors, fill=-np.inf)
-        self.zeros = region.reserve((self.z_vectors + self.logit_vectors + self.x_vectors) * VECTOR_BYTES)
+        self.zeros = region.reserve(
+            (self.z_vectors + self.logit_vectors + self.x_vectors) * VECTOR_BYTES
+        )
         self.embedding = self.first_table = self.values = self.rows = self.line = 0
         if isinstance(model.input, ValueEmbedding):
             # The line through the value as a product of its own, the rest of the input as a table.
             coarse = model.input.coarse
-            entries = to_numpy(model.input.line.bias[None] if coarse is None else coarse.weight + model.input.line.bias)
+            entries = to_numpy(
+                model.input.line.bias[None]
+                if coarse is None
+                else coarse.weight + model.input.line.bias
+            )
             self.first_table = vector(multiplied(entries, entrance), three)
             self.line = vector(multiplied(to_numpy(model.input.line.weight.T), entrance), three)
             self.values = region.put(to_numpy(model.input.values))
-            rows = np.zeros(config.classes, np.int64) if coarse is None else model.input.coarse_codes.cpu().numpy()
+            rows = (
+                np.zeros(config.classes, np.int64)
+                if coarse is None
+                else model.input.coarse_codes.cpu().numpy()
+            )
             self.rows = region.put(rows)
         elif self.tabulated:
             self.first_table = vector(multiplied(to_numpy(model.input.table()), entrance), three)
@@ -229,7 +254,12 @@ class Group:
         net[N_HEAD2_BIAS] = packed.head2_bias + base
         net[N_ZEROS] = packed.zeros + base
         net[N_TABLE] = packed.first_table + base if packed.tabulated else 0
-        net[[N_EMBEDDING, G_VALUES, G_ROWS, G_LINE]] = packed.embedding, packed.values, packed.rows, packed.line
+        net[[N_EMBEDDING, G_VALUES, G_ROWS, G_LINE]] = (
+            packed.embedding,
+            packed.values,
+            packed.rows,
+            packed.line,
+        )
         net[[N_EMBEDDING, G_VALUES, G_ROWS, G_LINE]] += base
         span = -(-packed.span * streams // TALLEST) * TALLEST
         vectors = {
@@ -257,5 +287,7 @@ class Group:
     def hidden(self, layer: int, row: int) -> np.ndarray:
         """Hidden units of a stream, (padded H,), the memory itself."""
         rows = int(self.net[N_ROWS])
-        memory = self.region.view(int(self.layers[layer, C_H]) - self.region.address, self.h_bytes).view(np.float32)
+        memory = self.region.view(
+            int(self.layers[layer, C_H]) - self.region.address, self.h_bytes
+        ).view(np.float32)
         return memory.reshape(-1, self.packed.h_vectors, rows, LANES)[row // rows, :, row % rows]

@@ -1,12 +1,13 @@
 """The CPU engine of linear prediction: the whole loop over samples in compiled code, one call per chunk.
 
-A sum over the past would be a chain of additions that begins when the newest sample is known. It is turned around: as
-soon as a sample is known, what it counts for is added to the predictions of all samples that will see it, which are
-independent of each other and fill vectors. Every prediction is still the same sum in the same order as the model's,
-from the constant over the oldest sample to the newest, a product and an addition at a time, in float64: the same bits.
+A sum over the past would be a chain of additions that begins when the newest sample is known. It is
+turned around: as soon as a sample is known, what it counts for is added to the predictions of all
+samples that will see it, which are independent of each other and fill vectors. Every prediction is
+still the same sum in the same order as the model's, from the constant over the oldest sample to the
+newest, a product and an addition at a time, in float64: the same bits.
 
-So a sample costs its share of two short vectors, and the draw: the inverse of the residual's cumulative distribution at
-its uniform, then the code whose interval that falls into.
+So a sample costs its share of two short vectors, and the draw: the inverse of the residual's
+cumulative distribution at its uniform, then the code whose interval that falls into.
 """
 
 from __future__ import annotations
@@ -22,7 +23,13 @@ from torch import Tensor
 
 from wavear.common.compiled import compiled
 from wavear.common.machine import available_cores
-from wavear.generation.cpu.distributions import GAUSSIAN, LAPLACE, _log_tail, laplace_quantile, normal_quantile
+from wavear.generation.cpu.distributions import (
+    GAUSSIAN,
+    LAPLACE,
+    _log_tail,
+    laplace_quantile,
+    normal_quantile,
+)
 from wavear.models.linear import Linear
 
 MULAW, LINEAR, COMPANDED = range(3)
@@ -59,10 +66,13 @@ def encode(grid, classes, x):
     return np.int64((y + 1.0) / 2.0 * mu + 0.5)
 
 
-def _run(law, grid, values, edges, taps, constant, scale, past, codes, uniforms, temperatures, scores):
+def _run(
+    law, grid, values, edges, taps, constant, scale, past, codes, uniforms, temperatures, scores
+):
     """Streams one after the other, a row each; `past` (B, p + d + 1) codes, the oldest first, is moved on.
 
-    With uniforms (B, n) the codes (B, n) are made, else they are given. `scores` (B, n) or (B, 0) are filled.
+    With uniforms (B, n) the codes (B, n) are made, else they are given. `scores` (B, n) or (B, 0)
+    are filled.
     """
     classes, reach = values.shape[0], taps.shape[0]
     generates, scored = uniforms.size > 0, scores.size > 0
@@ -77,7 +87,11 @@ def _run(law, grid, values, edges, taps, constant, scale, past, codes, uniforms,
         for t in range(samples):
             mean = ahead[t]
             if generates:
-                away = normal_quantile(uniforms[b, t]) if law == GAUSSIAN else laplace_quantile(uniforms[b, t])
+                away = (
+                    normal_quantile(uniforms[b, t])
+                    if law == GAUSSIAN
+                    else laplace_quantile(uniforms[b, t])
+                )
                 codes[b, t] = encode(grid, classes, mean + scale * temperatures[b, t] * away)
             code = codes[b, t]
             if scored:
@@ -116,16 +130,32 @@ class NumbaLinearEngine:
         If `weights` is something else.
     """
 
-    def __init__(self, model: Linear, batch: int, *, weights: str = "float32", threads: int | None = None):
+    def __init__(
+        self, model: Linear, batch: int, *, weights: str = "float32", threads: int | None = None
+    ):
         if weights != "float32":
-            raise ValueError(f"weights is {weights!r}: a linear predictor runs in float64 as it is, leave weights away")
+            raise ValueError(
+                f"weights is {weights!r}: a linear predictor runs in float64 as it is, leave weights away"
+            )
         config, predicted = model.config, model.predicted_grid
         self.model, self.threads = model, threads or available_cores()
         self._law = {"laplace": LAPLACE, "gaussian": GAUSSIAN}[config.law]
-        self._grid = COMPANDED if config.domain == "companded" else {"mulaw": MULAW, "linear": LINEAR}[config.grid]
+        self._grid = (
+            COMPANDED
+            if config.domain == "companded"
+            else {"mulaw": MULAW, "linear": LINEAR}[config.grid]
+        )
         numbers = (model.values, model.taps(), model.constant, model.scale())
-        values, taps, constant, scale = (tensor.detach().double().cpu().numpy() for tensor in numbers)
-        self._numbers: Any = (values.copy(), predicted.edges().copy(), taps.copy(), float(constant), float(scale))
+        values, taps, constant, scale = (
+            tensor.detach().double().cpu().numpy() for tensor in numbers
+        )
+        self._numbers: Any = (
+            values.copy(),
+            predicted.edges().copy(),
+            taps.copy(),
+            float(constant),
+            float(scale),
+        )
         self._past = np.full((batch, model.receptive_field + 1), model.start_code, dtype=np.int64)
         self._kernel = compiled(_run, _SIGNATURE)
 
@@ -141,9 +171,13 @@ class NumbaLinearEngine:
     ) -> np.ndarray:
         """See `Engine.generate`; `top_k` and `top_p` are not for laws over values."""
         if top_k is not None or top_p is not None:
-            raise ValueError(f"top_k and top_p choose among codes, and the law is {self.model.config.law}")
+            raise ValueError(
+                f"top_k and top_p choose among codes, and the law is {self.model.config.law}"
+            )
         codes = np.empty(uniforms.shape, dtype=np.int64)
-        temperatures = np.array(np.broadcast_to(np.asarray(temperature, np.float64), uniforms.shape), order="C")
+        temperatures = np.array(
+            np.broadcast_to(np.asarray(temperature, np.float64), uniforms.shape), order="C"
+        )
         scores = np.empty((len(codes), 0 if log_probability is None else uniforms.shape[1]))
         self._call(codes, np.array(uniforms, np.float64, order="C"), temperatures, scores)
         if log_probability is not None:
@@ -159,7 +193,12 @@ class NumbaLinearEngine:
     def _call(self, codes: np.ndarray, *arrays: np.ndarray) -> None:
         def run(rows: slice) -> None:
             self._kernel(
-                self._law, self._grid, *self._numbers, self._past[rows], codes[rows], *(each[rows] for each in arrays)
+                self._law,
+                self._grid,
+                *self._numbers,
+                self._past[rows],
+                codes[rows],
+                *(each[rows] for each in arrays),
             )
 
         parts = max(min(self.threads, len(codes) // _LEAST_ROWS), 1)

@@ -14,8 +14,9 @@ _HUGE = 2 << 20
 class Region:
     """Memory for many arrays, reserved first and then allocated in one piece.
 
-    The piece is aligned to, and advised for, huge pages: with small ones the physical addresses of 2 MB of weights
-    fall unevenly on the sets of an L2 cache of 2 MB, which then holds two thirds of them.
+    The piece is aligned to, and advised for, huge pages: with small ones the physical addresses of
+    2 MB of weights fall unevenly on the sets of an L2 cache of 2 MB, which then holds two thirds of
+    them.
     """
 
     def __init__(self):
@@ -92,9 +93,8 @@ def pack(matrix: np.ndarray, lanes: int, width: int, weights: str) -> tuple[np.n
     weights : str
         "float32", "bfloat16" or "int8".
 
-    Returns
-    -------
-    packed : ndarray, shape (blocks, inputs, vectors in a block * lanes), or half as many words for bfloat16; for int8
+    Returns ------- packed : ndarray, shape (blocks, inputs, vectors in a block * lanes), or half as
+    many words for bfloat16; for int8
         bytes (blocks, n), each block its scales in float32 and then (inputs, vectors * lanes)
     blocks, vectors : int
     """
@@ -108,7 +108,9 @@ def pack(matrix: np.ndarray, lanes: int, width: int, weights: str) -> tuple[np.n
     packed = columns.reshape(inputs, blocks, vectors * lanes).transpose(1, 0, 2)
     if weights == "bfloat16":
         bits = round_to_bfloat16(packed).reshape(blocks, inputs, vectors // 2, 2, lanes)
-        packed = (bits[:, :, :, 0] | (bits[:, :, :, 1] << np.uint32(16))).reshape(blocks, inputs, -1)
+        packed = (bits[:, :, :, 0] | (bits[:, :, :, 1] << np.uint32(16))).reshape(
+            blocks, inputs, -1
+        )
     if weights == "int8":
         parts = scales.view(np.uint8), packed.astype(np.int8).view(np.uint8)
         packed = np.concatenate([part.reshape(blocks, -1) for part in parts], axis=1)
@@ -125,7 +127,8 @@ def round_to_bfloat16(values: np.ndarray) -> np.ndarray:
 def quantise(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Whole numbers from -127 to 127, as float32, and a scale for each row, the last axis: their product is near.
 
-    A row of zeros has the scale zero. The scale of a row with a NaN or an infinity is one too, and so is its product.
+    A row of zeros has the scale zero. The scale of a row with a NaN or an infinity is one too, and
+    so is its product.
     """
     scales = (np.abs(values).max(axis=-1) / np.float32(127)).astype(np.float32)
     usable = np.where(np.isfinite(scales) & (scales > 0), scales, np.float32(1))

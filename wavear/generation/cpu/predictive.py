@@ -1,9 +1,10 @@
 """The CPU engine of a predictive WaveNet: the whole loop over samples in compiled code, one call per chunk.
 
-The network is small: its weights stay in the first two caches, so streams run one after the other and share nothing.
-Every output element of a product is one chain of fused multiply-adds in a fixed order: gate bias or the layer's input,
-bias, inputs from the first to the last (oldest tap first). Prediction, residual, features and draw are in float64. So
-a stream's audio has the same bits whatever the batch, the number of threads and the cuts between calls.
+The network is small: its weights stay in the first two caches, so streams run one after the other
+and share nothing. Every output element of a product is one chain of fused multiply-adds in a fixed
+order: gate bias or the layer's input, bias, inputs from the first to the last (oldest tap first).
+Prediction, residual, features and draw are in float64. So a stream's audio has the same bits
+whatever the batch, the number of threads and the cuts between calls.
 """
 
 from __future__ import annotations
@@ -33,11 +34,18 @@ class Weights:
     def __init__(self, model: PredictiveWaveNet, weights: str):
         config = model.config
         self.residual = _whole_vectors(config.residual_channels)
-        self.skip, self.head = _whole_vectors(config.skip_channels), _whole_vectors(config.head_channels)
+        self.skip, self.head = (
+            _whole_vectors(config.skip_channels),
+            _whole_vectors(config.head_channels),
+        )
         r, k, layers = self.residual, config.kernel_size, len(config.dilations)
-        parts: list[tuple[np.ndarray, Tensor | None]] = [(_padded(model.input.weight, r), model.input.bias)]
+        parts: list[tuple[np.ndarray, Tensor | None]] = [
+            (_padded(model.input.weight, r), model.input.bias)
+        ]
         for block in model.blocks:
-            taps = to_numpy(block.taps.weight).reshape(2, config.residual_channels, k, config.residual_channels)
+            taps = to_numpy(block.taps.weight).reshape(
+                2, config.residual_channels, k, config.residual_channels
+            )
             wide = np.zeros((2, r, k, r), np.float32)
             wide[:, : config.residual_channels, :, : config.residual_channels] = taps
             parts.append((wide.reshape(2 * r, k * r), None))
@@ -45,7 +53,9 @@ class Weights:
                 parts.append((np.zeros((r, r), np.float32), None))  # never multiplied
             else:
                 parts.append((_padded(block.residual.weight, r, r), block.residual.bias))
-        units = to_numpy(model.skip.weight).reshape(config.skip_channels, layers, config.residual_channels)
+        units = to_numpy(model.skip.weight).reshape(
+            config.skip_channels, layers, config.residual_channels
+        )
         wide = np.zeros((self.skip, layers, r), np.float32)
         wide[: config.skip_channels, :, : config.residual_channels] = units
         parts.append((wide.reshape(self.skip, layers * r), model.skip.bias))
@@ -84,14 +94,19 @@ class NumbaPredictiveEngine(CompiledEngine):
         self._packed = packed or Weights(model, weights)
         self._dilations = np.array(config.dilations, np.int64)
         # Rings hold the current input too, and their lengths are powers of two.
-        rows = np.array([power_of_two(n) * (2 if power_of_two(n) <= n else 1) for n in config.queue_lengths], np.int64)
+        rows = np.array(
+            [power_of_two(n) * (2 if power_of_two(n) <= n else 1) for n in config.queue_lengths],
+            np.int64,
+        )
         self._masks = rows - 1
         self._rings = [np.zeros((batch, n, self._packed.residual), np.float32) for n in rows]
         self._addresses = np.array(
             [[ring[b].ctypes.data for ring in self._rings] for b in range(batch)], np.int64
         ).reshape(batch, -1)
         self._times = np.zeros(batch, np.int64)
-        self._samples = np.zeros((batch, config.history + 1), np.float32)  # the last one is that of `previous`
+        self._samples = np.zeros(
+            (batch, config.history + 1), np.float32
+        )  # the last one is that of `previous`
         self._residuals = np.zeros((batch, config.history + 1), np.float32)
         self._lags = np.zeros((batch, config.lag_history), np.int64)
         self._pending = np.tile(np.array([0.0, 1.0]), (batch, 1))
@@ -107,11 +122,17 @@ class NumbaPredictiveEngine(CompiledEngine):
         config, batch = self.model.config, self.batch
         if not isinstance(cond, FrameConditioning) or (len(cond), cond.samples) != (batch, samples):
             shape = "None" if cond is None else tuple(cond.shape)
-            raise ValueError(f"cond is {shape}, expected the conditioning of {batch} streams of {samples} samples")
+            raise ValueError(
+                f"cond is {shape}, expected the conditioning of {batch} streams of {samples} samples"
+            )
         r, width = config.residual_channels, self._packed.residual
-        gates = cond.gates.detach().to("cpu", torch.float32).permute(0, 1, 3, 2).numpy()  # (B, F, 3, G)
+        gates = (
+            cond.gates.detach().to("cpu", torch.float32).permute(0, 1, 3, 2).numpy()
+        )  # (B, F, 3, G)
         parts = gates[..., : 2 * r * len(config.dilations)].reshape(*gates.shape[:3], -1, r)
-        padded = np.zeros((*gates.shape[:3], parts.shape[3] * width + self._packed.skip), np.float32)
+        padded = np.zeros(
+            (*gates.shape[:3], parts.shape[3] * width + self._packed.skip), np.float32
+        )
         padded[..., : parts.shape[3] * width].reshape(*parts.shape[:4], width)[..., :r] = parts
         skip = gates[..., 2 * r * len(config.dilations) :]
         padded[..., parts.shape[3] * width :][..., : skip.shape[3]] = skip
@@ -140,7 +161,9 @@ class NumbaPredictiveEngine(CompiledEngine):
             return
         super()._run(arrays, cond, scoring, request)
 
-    def _call(self, part: Any, arrays: tuple[np.ndarray, ...], condition: Any, mode: int, *rest: Any) -> int:
+    def _call(
+        self, part: Any, arrays: tuple[np.ndarray, ...], condition: Any, mode: int, *rest: Any
+    ) -> int:
         config, packed = self.model.config, self._packed
         scoring, asked = rest
         given: Any = condition
@@ -157,14 +180,20 @@ class NumbaPredictiveEngine(CompiledEngine):
         if bad < 0:
             rows = slice(*part)
             kept = config.history + 1
-            self._samples[rows], self._residuals[rows] = given["xs"][rows, -kept:], given["es"][rows, -kept:]
+            self._samples[rows], self._residuals[rows] = (
+                given["xs"][rows, -kept:],
+                given["es"][rows, -kept:],
+            )
             self._lags[rows] = given["whole"][rows, -self._lags.shape[1] :]
             self._pending[rows], self._times[rows] = given["pending"][rows], given["times"][rows]
             self._previous[rows] = arrays[2][rows, -1]
         return bad
 
     def _as_run(self) -> PredictiveWaveNet:
-        if self.weights == "float32" and next(self.model.parameters()).dtype in (torch.float32, torch.float64):
+        if self.weights == "float32" and next(self.model.parameters()).dtype in (
+            torch.float32,
+            torch.float64,
+        ):
             return self.model
         model = copy.deepcopy(self.model).float()
         for name, parameter in model.named_parameters():
@@ -176,7 +205,9 @@ class NumbaPredictiveEngine(CompiledEngine):
         """See `Engine.state`."""
         config, time = self.model.config, int(self._times[stream])
         queues = {}
-        for i, (ring, mask, length) in enumerate(zip(self._rings, self._masks, config.queue_lengths, strict=True)):
+        for i, (ring, mask, length) in enumerate(
+            zip(self._rings, self._masks, config.queue_lengths, strict=True)
+        ):
             rows = ring[stream, np.arange(time - length, time) & mask, : config.residual_channels]
             queues[f"queue.{i}"] = torch.from_numpy(rows)
         return {
@@ -192,7 +223,9 @@ class NumbaPredictiveEngine(CompiledEngine):
         """See `Engine.load_state`."""
         config = self.model.config
         self._times[stream] = 0
-        for i, (ring, mask, length) in enumerate(zip(self._rings, self._masks, config.queue_lengths, strict=True)):
+        for i, (ring, mask, length) in enumerate(
+            zip(self._rings, self._masks, config.queue_lengths, strict=True)
+        ):
             ring[stream] = 0
             queue = state[f"queue.{i}"].to("cpu", torch.float32).numpy()
             ring[stream, np.arange(-length, 0) & mask, : config.residual_channels] = queue
@@ -208,7 +241,11 @@ class NumbaPredictiveEngine(CompiledEngine):
     def resized(self, batch: int) -> NumbaPredictiveEngine:
         """See `Engine.resized`."""
         return NumbaPredictiveEngine(
-            self.model, batch, weights=self.weights, threads=self._asked_threads, packed=self._packed
+            self.model,
+            batch,
+            weights=self.weights,
+            threads=self._asked_threads,
+            packed=self._packed,
         )
 
 

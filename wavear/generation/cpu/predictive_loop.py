@@ -45,7 +45,10 @@ def _features(out, xs, es, now, back, fraction, voicing, p, s, log_s, recent, ne
     d = min(max(np.float64(es[back - near + 1]), -_LARGEST_RESIDUAL), _LARGEST_RESIDUAL) * 0.7
     for j in range(2 * near + 1):
         a, b, c = b, c, d
-        d = min(max(np.float64(es[back - near + 2 + j]), -_LARGEST_RESIDUAL), _LARGEST_RESIDUAL) * 0.7
+        d = (
+            min(max(np.float64(es[back - near + 2 + j]), -_LARGEST_RESIDUAL), _LARGEST_RESIDUAL)
+            * 0.7
+        )
         cubic = b + 0.5 * w * (c - a + w * (2 * a - 5 * b + 4 * c - d + w * (3 * (b - c) + d - a)))
         out[n] = np.float32(cubic * voicing)
         n += 1
@@ -72,24 +75,32 @@ def _run(first, last, sizes, matrices, biases, dilations, rings, ring_rows, time
          scored):  # fmt: skip
     """The streams `first` to `last`, one after the other.
 
-    Parameters
-    ----------
-    sizes : recent, near, mixtures, classes, taps, x vectors, skip vectors, head vectors, features, history
-    matrices : (n, 6) address, inputs, blocks, vectors, kernel, bytes of a block: input; taps and residual of each
+    Parameters ---------- sizes : recent, near, mixtures, classes, taps, x vectors, skip vectors,
+    head vectors, features, history matrices : (n, 6) address, inputs, blocks, vectors, kernel,
+    bytes of a block: input; taps and residual of each
         layer; skip; hidden; output
-    biases : (n, widest) float32, of each matrix
-    rings, ring_rows : (B, L) addresses of the past inputs of each layer, and their rows less one
-    times : (B,) samples made so far; moved on
-    xs, es : (B, history + 1 + n) samples and residuals, of which the last n are filled
-    whole : (B, lag history + n) whole lags
-    pending : (B, 2) prediction and scale of the last sample
-    gates : (B, F, 3, padded G); weights : (3, hop); the rest as in `FrameConditioning`, coefficients oldest first
+    biases : (n, widest) float32, of each matrix rings, ring_rows : (B, L) addresses of the past
+    inputs of each layer, and their rows less one times : (B,) samples made so far; moved on xs, es
+    : (B, history + 1 + n) samples and residuals, of which the last n are filled whole : (B, lag
+    history + n) whole lags pending : (B, 2) prediction and scale of the last sample gates : (B, F,
+    3, padded G); weights : (3, hop); the rest as in `FrameConditioning`, coefficients oldest first
 
     Returns
     -------
     int: the first sample of this call whose distribution is not finite, or -1
     """
-    recent, near, mixtures, classes, taps, x_vectors, skip_vectors, head_vectors, features, history = sizes
+    (
+        recent,
+        near,
+        mixtures,
+        classes,
+        taps,
+        x_vectors,
+        skip_vectors,
+        head_vectors,
+        features,
+        history,
+    ) = sizes
     layers, samples, hop = dilations.shape[0], codes.shape[1], weights.shape[1]
     order, per_frame = coefficients.shape[2], scales.shape[1] // gates.shape[1]
     width = x_vectors * LANES
@@ -99,11 +110,25 @@ def _run(first, last, sizes, matrices, biases, dilations, rings, ring_rows, time
     seen = np.zeros(features + LANES, np.float32)
     h, inside = np.zeros(room, np.float32), np.zeros(taps * width + LANES, np.float32)
     z, units = np.zeros(room, np.float32), np.zeros(layers * width + LANES, np.float32)
-    skip, hidden, raw = np.zeros(room, np.float32), np.zeros(room, np.float32), np.zeros(room, np.float32)
+    skip, hidden, raw = (
+        np.zeros(room, np.float32),
+        np.zeros(room, np.float32),
+        np.zeros(room, np.float32),
+    )
     zeros, row = np.zeros(room, np.float32), np.zeros(3 * mixtures, np.float32)
     bias_gates = np.zeros(gates.shape[3] + LANES, np.float32)
-    h_at, inside_at, z_at, units_at = h.ctypes.data, inside.ctypes.data, z.ctypes.data, units.ctypes.data
-    skip_at, hidden_at, raw_at, zeros_at = skip.ctypes.data, hidden.ctypes.data, raw.ctypes.data, zeros.ctypes.data
+    h_at, inside_at, z_at, units_at = (
+        h.ctypes.data,
+        inside.ctypes.data,
+        z.ctypes.data,
+        units.ctypes.data,
+    )
+    skip_at, hidden_at, raw_at, zeros_at = (
+        skip.ctypes.data,
+        hidden.ctypes.data,
+        raw.ctypes.data,
+        zeros.ctypes.data,
+    )
     gates_at, seen_at, row_at = bias_gates.ctypes.data, seen.ctypes.data, row.ctypes.data
     biases_at, bias_bytes = biases.ctypes.data, room * 4
     ring_of_lags = whole.shape[1] - samples
@@ -131,7 +156,11 @@ def _run(first, last, sizes, matrices, biases, dilations, rings, ring_rows, time
             ceiling = math.ceil(lag)
             _features(seen, x, e, now, now - np.int64(ceiling), np.float64(np.float32(ceiling) - lag),
                       np.float64(voicings[stream, place]), p, s, log_s, recent, near)  # fmt: skip
-            before, at, after = gates[stream, frame, 0], gates[stream, frame, 1], gates[stream, frame, 2]
+            before, at, after = (
+                gates[stream, frame, 0],
+                gates[stream, frame, 1],
+                gates[stream, frame, 2],
+            )
             w0, w1, w2 = weights[0, phase], weights[1, phase], weights[2, phase]
             for j in range(before.shape[0]):
                 bias_gates[j] = before[j] * w0 + at[j] * w1 + after[j] * w2
@@ -150,8 +179,12 @@ def _run(first, last, sizes, matrices, biases, dilations, rings, ring_rows, time
                         behind -= step
                     simd.copy(ring + (slot & mask) * row_bytes, VECTOR_BYTES,
                                inside_at + (taps - 2 - k) * row_bytes, VECTOR_BYTES, x_vectors)  # fmt: skip
-                simd.copy(h_at, VECTOR_BYTES, ring + (time & mask) * row_bytes, VECTOR_BYTES, x_vectors)
-                simd.copy(h_at, VECTOR_BYTES, inside_at + (taps - 1) * row_bytes, VECTOR_BYTES, x_vectors)
+                simd.copy(
+                    h_at, VECTOR_BYTES, ring + (time & mask) * row_bytes, VECTOR_BYTES, x_vectors
+                )
+                simd.copy(
+                    h_at, VECTOR_BYTES, inside_at + (taps - 1) * row_bytes, VECTOR_BYTES, x_vectors
+                )
                 _product(matrices[1 + 2 * i], biases_at + (1 + 2 * i) * bias_bytes, inside_at,
                          gates_at + 2 * i * row_bytes, z_at)  # fmt: skip
                 simd.gate(z_at, z_at + row_bytes, units_at + i * row_bytes, x_vectors, VECTOR_BYTES)
@@ -159,9 +192,17 @@ def _run(first, last, sizes, matrices, biases, dilations, rings, ring_rows, time
                     _product(matrices[2 + 2 * i], biases_at + (2 + 2 * i) * bias_bytes, units_at + i * row_bytes,
                              h_at, h_at)  # fmt: skip
             n = 2 * layers + 1
-            _product(matrices[n], biases_at + n * bias_bytes, units_at, gates_at + 2 * layers * row_bytes, skip_at)
+            _product(
+                matrices[n],
+                biases_at + n * bias_bytes,
+                units_at,
+                gates_at + 2 * layers * row_bytes,
+                skip_at,
+            )
             simd.relu(skip_at, skip_at, skip_vectors)
-            _product(matrices[n + 1], biases_at + (n + 1) * bias_bytes, skip_at, zeros_at, hidden_at)
+            _product(
+                matrices[n + 1], biases_at + (n + 1) * bias_bytes, skip_at, zeros_at, hidden_at
+            )
             simd.relu(hidden_at, hidden_at, head_vectors)
             _product(matrices[n + 2], biases_at + (n + 2) * bias_bytes, hidden_at, zeros_at, raw_at)
             _mixture(raw, row, mixtures, p, s, log_s)
@@ -174,7 +215,9 @@ def _run(first, last, sizes, matrices, biases, dilations, rings, ring_rows, time
                     return t
                 codes[stream, t] = code
             if scoring or scored:
-                scores[stream, t] = log_probability(LOGISTIC_MIXTURE, mixtures, classes, row_at, code)
+                scores[stream, t] = log_probability(
+                    LOGISTIC_MIXTURE, mixtures, classes, row_at, code
+                )
             value = np.float64(code - half) / half
             x[now] = np.float32(value)
             e[now] = np.float32((value - p) / s)

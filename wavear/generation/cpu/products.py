@@ -1,7 +1,8 @@
 """Matrix products of the CPU engines: a matrix by its fields, one row or many at a time, zeros left out.
 
-Everything here is compiled into the loops that use it, but for two functions that are compiled once and called by their
-address (`products`): Numba would compile the vector kernels once more into every function that multiplies.
+Everything here is compiled into the loops that use it, but for two functions that are compiled once
+and called by their address (`products`): Numba would compile the vector kernels once more into
+every function that multiplies.
 """
 
 # Numba's settings have no types.
@@ -19,8 +20,9 @@ from wavear.common.compiled import compiled
 from wavear.generation.cpu import simd
 from wavear.generation.cpu.simd import HEIGHTS, TALLEST, VECTOR_BYTES
 
-# Fields of a matrix: address of the packed weights, inputs, blocks, vectors in a block, kind of the weights, address of
-# the kernel for one row, bytes of a block, bytes of the weights of one input in a block.
+# Fields of a matrix: address of the packed weights, inputs, blocks, vectors in a block, kind of the
+# weights, address of the kernel for one row, bytes of a block, bytes of the weights of one input in
+# a block.
 M_ADDRESS, M_INPUTS, M_BLOCKS, M_VECTORS, M_KIND, M_ROW, M_SIZE, M_STEP, M_FIELDS = range(9)
 
 # Fields of the network for one group of streams.
@@ -32,7 +34,9 @@ M_ADDRESS, M_INPUTS, M_BLOCKS, M_VECTORS, M_KIND, M_ROW, M_SIZE, M_STEP, M_FIELD
  N_HEAD_SHARE, N_HEAD_PLACE, N_HEAD_ALL, N_LOGIT_SHARE, N_LOGIT_PLACE, N_LOGIT_ALL, N_MINE, N_THEIRS, N_SEQUENCE,
  N_GIVE_WAY, N_FUSED, N_LAW, N_MIXTURES, N_FIELDS) = range(58)  # fmt: skip
 
-NO_CONDITION, CONSTANT_CONDITION, CONDITION = range(3)  # whether there is one, of one sample for all or of each
+NO_CONDITION, CONSTANT_CONDITION, CONDITION = range(
+    3
+)  # whether there is one, of one sample for all or of each
 
 KINDS = {"float32": simd.FLOAT32, "bfloat16": simd.BFLOAT16, "int8": simd.INT8}
 
@@ -58,8 +62,8 @@ def _multiply_rows(matrix, rows, panel_rows, x, x_block, x_panel, bias, init, in
                    out_row, out_vector, out_panel):  # fmt: skip
     """out = init + bias + matrix @ x for `rows` rows in panels of `panel_rows`; each weight is read once.
 
-    `matrix` is the address of its fields. This is compiled on its own and called by address: Numba would otherwise
-    compile the vector kernels once more into every function that multiplies.
+    `matrix` is the address of its fields. This is compiled on its own and called by address: Numba
+    would otherwise compile the vector kernels once more into every function that multiplies.
     """
     weights = simd.load_int(matrix + 8 * M_ADDRESS)
     inputs = simd.load_int(matrix + 8 * M_INPUTS)
@@ -131,7 +135,9 @@ def rectified(net, matrix, x, bias, out):
     """out = bias + matrix @ relu(x) for one row, whose zeros, about half, are not multiplied nor their weights read."""
     address = net[N_MATRICES] + 8 * M_FIELDS * matrix
     row = simd.load_int(address + 8 * M_STEP)
-    count = simd.entries(x, simd.load_int(address + 8 * M_INPUTS), row, net[N_VALUES], net[N_OFFSETS])
+    count = simd.entries(
+        x, simd.load_int(address + 8 * M_INPUTS), row, net[N_VALUES], net[N_OFFSETS]
+    )
     simd.call7(net[N_SPARSE], address, count, net[N_VALUES], net[N_OFFSETS], bias, out, 0)
 
 

@@ -1,6 +1,7 @@
 """The draw of the CPU engine where it is truncated, or its log-probability is asked for.
 
-A call without either does not come here. `request` makes what the compiled code reads, `draw` is part of its loop.
+A call without either does not come here. `request` makes what the compiled code reads, `draw` is
+part of its loop.
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ import numpy as np
 
 from wavear.generation.cpu import simd
 
-# A request: float64 numbers. TOP_K is the number of classes, and TOP_P is 1, where nothing is cut off.
+# A request: float64 numbers. TOP_K is the number of classes, and TOP_P is 1, where nothing is cut
+# off.
 TOP_K, TOP_P, SCORED, HEAP = range(4)
 
 

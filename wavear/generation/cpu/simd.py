@@ -1,25 +1,22 @@
 """Vector code for Numba: small kernels emitted as LLVM IR on generic vector types.
 
-LLVM lowers the same IR to AVX-512, AVX2 or NEON, so nothing here names an instruction set; only the number of
-lanes and the size of a register tile follow the machine (`shape_of_machine`). Every multiply-add is an explicit
-`llvm.fma`, so no compiler may contract, split or reorder it: **an output element is one chain of fused
-multiply-adds over its inputs in ascending order**, whatever the tile that computes it. That is what makes the audio
-of a stream independent of the batch it rides in.
+LLVM lowers the same IR to AVX-512, AVX2 or NEON, so nothing here names an instruction set; only the
+number of lanes and the size of a register tile follow the machine (`shape_of_machine`). Every
+multiply-add is an explicit `llvm.fma`, so no compiler may contract, split or reorder it: **an
+output element is one chain of fused multiply-adds over its inputs in ascending order**, whatever
+the tile that computes it. That is what makes the audio of a stream independent of the batch it
+rides in.
 
 Kernels take plain addresses (int64) and strides in bytes.
 
-Panels
-------
-Activations that several streams share a weight read for lie in *panels*: `[channel block][row][lane]`, the lanes of
-one row and one block of channels contiguous, rows `LANES` floats apart. A tile of `rows` then finds every input at a
-constant displacement.
+Panels ------ Activations that several streams share a weight read for lie in *panels*: `[channel
+block][row][lane]`, the lanes of one row and one block of channels contiguous, rows `LANES` floats
+apart. A tile of `rows` then finds every input at a constant displacement.
 
-Weights
--------
-`[block of vectors][input][vector][lane]`. In bfloat16 two vectors share one vector of 32-bit words: the even one in
-the low half, the odd one in the high half. In int8 each block begins with the scales of its outputs, in float32: there
-the chain of an output runs over whole numbers times inputs, from zero, and one more multiply-add scales it and adds
-what it starts from.
+Weights ------- `[block of vectors][input][vector][lane]`. In bfloat16 two vectors share one vector
+of 32-bit words: the even one in the low half, the odd one in the high half. In int8 each block
+begins with the scales of its outputs, in float32: there the chain of an output runs over whole
+numbers times inputs, from zero, and one more multiply-add scales it and adds what it starts from.
 """
 
 # Numba's settings have no types.
@@ -78,7 +75,9 @@ VECTOR_BYTES = 4 * LANES
 TALLEST = 12 if REGISTERS == 32 else 4
 WIDEST = 12 if REGISTERS == 32 else 8
 # rows -> how many rows one tile kernel takes, by the vectors it is wide
-HEIGHTS = {2: (12, 8, 6, 4, 3, 2, 1), 4: (3, 2, 1)} if REGISTERS == 32 else {2: (4, 3, 2, 1), 4: (2, 1)}
+HEIGHTS = (
+    {2: (12, 8, 6, 4, 3, 2, 1), 4: (3, 2, 1)} if REGISTERS == 32 else {2: (4, 3, 2, 1), 4: (2, 1)}
+)
 # Vectors in a block of a matrix for `sparse`.
 SPARSE = (8, 4)
 
@@ -120,7 +119,8 @@ class Emitter:
 
     def fma(self, x, y, z):
         return self.b.call(
-            declare(self.b.module, f"llvm.fma.v{self.lanes}f32", self.vector, [self.vector] * 3), [x, y, z]
+            declare(self.b.module, f"llvm.fma.v{self.lanes}f32", self.vector, [self.vector] * 3),
+            [x, y, z],
         )
 
     def polynomial(self, x, coefficients):
@@ -144,8 +144,9 @@ class Emitter:
     def exp(self, x):
         """e^x, relative error below 2e-7 (subnormal results included: half a step), e^-inf = 0, e^inf = inf.
 
-        x = n ln 2 + r, |r| <= ln(2)/2; e^r by the polynomial of Cephes' expf; 2^n in two factors, so that results
-        beyond the range of one exponent field overflow and underflow as they should.
+        x = n ln 2 + r, |r| <= ln(2)/2; e^r by the polynomial of Cephes' expf; 2^n in two factors,
+        so that results beyond the range of one exponent field overflow and underflow as they
+        should.
         """
         b = self.b
         # e^-104 rounds to zero, e^89 overflows.
@@ -159,18 +160,29 @@ class Emitter:
         r = self.fma(n, self.f32(-0.693359375), x)
         r = self.fma(n, self.f32(2.12194440e-4), r)
         p = self.polynomial(
-            r, [1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1]
+            r,
+            [
+                1.9875691500e-4,
+                1.3981999507e-3,
+                8.3334519073e-3,
+                4.1665795894e-2,
+                1.6666665459e-1,
+                5.0000001201e-1,
+            ],
         )
         p = self.fma(p, b.fmul(r, r), b.fadd(r, self.f32(1.0)))
         half = b.ashr(integer, self.i32(1))
         for exponent in (half, b.sub(integer, half)):
-            p = b.fmul(p, b.bitcast(b.shl(b.add(exponent, self.i32(127)), self.i32(23)), self.vector))
+            p = b.fmul(
+                p, b.bitcast(b.shl(b.add(exponent, self.i32(127)), self.i32(23)), self.vector)
+            )
         return p
 
     def tanh_ratio(self, x):
         """Numerator and denominator of tanh(x): the 13/6 rational approximation used by Eigen, error below 3e-7.
 
-        Both are scaled so that they begin with x and 1, and nothing underflows that the result does not.
+        Both are scaled so that they begin with x and 1, and nothing underflows that the result does
+        not.
         """
         x = self.clamp(x, -7.90531110763549805, 7.90531110763549805)
         s = self.b.fmul(x, x)
@@ -185,7 +197,9 @@ class Emitter:
         ]
         q = [1.19825839466702e-06, 1.18534705686654e-04, 2.26843463243900e-03, 4.89352518554385e-03]
         numerator = self.polynomial(s, [coefficient / q[-1] for coefficient in p])
-        return self.b.fmul(x, numerator), self.polynomial(s, [coefficient / q[-1] for coefficient in q])
+        return self.b.fmul(x, numerator), self.polynomial(
+            s, [coefficient / q[-1] for coefficient in q]
+        )
 
     def sigmoid_denominator(self, x):
         return self.b.fadd(self.f32(1.0), self.exp(self.b.fneg(x)))
@@ -227,7 +241,9 @@ def emitted(module, symbol: str, lanes: int, result, arguments, emit) -> ir.Func
     found = module.globals.get(symbol)
     if found is not None:
         return found
-    function = ir.Function(module, ir.FunctionType(_KINDS[result], [_KINDS[kind] for kind in arguments]), symbol)
+    function = ir.Function(
+        module, ir.FunctionType(_KINDS[result], [_KINDS[kind] for kind in arguments]), symbol
+    )
     function.linkage = "internal"
     function.attributes.add("noinline")
     function.attributes.add("nounwind")
@@ -240,7 +256,9 @@ def emitted(module, symbol: str, lanes: int, result, arguments, emit) -> ir.Func
     return function
 
 
-def kernel(name: str, arguments: int, emit, lanes: int | None = None, result: Any = types.void, floats=()):
+def kernel(
+    name: str, arguments: int, emit, lanes: int | None = None, result: Any = types.void, floats=()
+):
     """A function for Numba code, emitted once per module and called.
 
     Parameters
@@ -311,15 +329,31 @@ def _first_weight(e: Emitter, block, vectors: int, kind: int):
 def _tile(rows: int, vectors: int, kind: int):
     """Emits out[row] = init[row] + bias + sum over inputs of x[row, input] * weights[input], for one tile of outputs.
 
-    Arguments: weights, inputs, x, block stride of x, bias, init, row and vector stride of init, out, row and vector
-    stride of out. `out` may be `init`.
+    Arguments: weights, inputs, x, block stride of x, bias, init, row and vector stride of init,
+    out, row and vector stride of out. `out` may be `init`.
     """
 
-    def emit(e: Emitter, weights, inputs, x, x_block, bias, init, init_row, init_vector, out, out_row, out_vector):
+    def emit(
+        e: Emitter,
+        weights,
+        inputs,
+        x,
+        x_block,
+        bias,
+        init,
+        init_row,
+        init_vector,
+        out,
+        out_row,
+        out_vector,
+    ):
         b = e.b
 
         def start(m, v):
-            row, vector = b.mul(init_row, ir.Constant(_I64, m)), b.mul(init_vector, ir.Constant(_I64, v))
+            row, vector = (
+                b.mul(init_row, ir.Constant(_I64, m)),
+                b.mul(init_vector, ir.Constant(_I64, v)),
+            )
             return b.fadd(e.load(e.at(init, b.add(row, vector))), e.load(e.at(bias, v * e.bytes)))
 
         sums = [[_begin(e, kind, start, m, v) for v in range(vectors)] for m in range(rows)]
@@ -349,7 +383,9 @@ def _tile(rows: int, vectors: int, kind: int):
         blocks = b.udiv(inputs, ir.Constant(_I64, e.lanes))
         e.loop(
             blocks,
-            lambda i: e.loop(ir.Constant(_I64, e.lanes // unroll), several(b.add(x, b.mul(i, x_block)), unroll)),
+            lambda i: e.loop(
+                ir.Constant(_I64, e.lanes // unroll), several(b.add(x, b.mul(i, x_block)), unroll)
+            ),
         )
         done = b.mul(blocks, ir.Constant(_I64, e.lanes))
         tail = b.add(x, b.mul(blocks, x_block))
@@ -357,7 +393,11 @@ def _tile(rows: int, vectors: int, kind: int):
         for v in range(vectors):
             for m in range(rows):
                 address = e.at(
-                    out, b.add(b.mul(out_row, ir.Constant(_I64, m)), b.mul(out_vector, ir.Constant(_I64, v)))
+                    out,
+                    b.add(
+                        b.mul(out_row, ir.Constant(_I64, m)),
+                        b.mul(out_vector, ir.Constant(_I64, v)),
+                    ),
                 )
                 e.store(_end(e, kind, sums[m][v], weights, start, m, v), address)
 
@@ -367,8 +407,8 @@ def _tile(rows: int, vectors: int, kind: int):
 def _sparse(vectors: int, kind: int):
     """Emits the product with a vector that is mostly zeros, given by its other entries.
 
-    Arguments: weights, number of entries, values, offsets of their rows in bytes, init, out. A fused multiply-add of
-    zero changes nothing, so leaving it out gives the same result.
+    Arguments: weights, number of entries, values, offsets of their rows in bytes, init, out. A
+    fused multiply-add of zero changes nothing, so leaving it out gives the same result.
     """
 
     def emit(e: Emitter, weights, entries, values, offsets, init, out):
@@ -385,8 +425,13 @@ def _sparse(vectors: int, kind: int):
                 first = b.add(begin, b.mul(i, ir.Constant(_I64, count)))
                 for k in range(count):
                     position = e.at(first, k)
-                    row = b.add(first_weight, e.load(b.add(offsets, b.mul(position, ir.Constant(_I64, 8))), _I64))
-                    value = e.splat(e.load(b.add(values, b.mul(position, ir.Constant(_I64, 4))), _F32))
+                    row = b.add(
+                        first_weight,
+                        e.load(b.add(offsets, b.mul(position, ir.Constant(_I64, 8))), _I64),
+                    )
+                    value = e.splat(
+                        e.load(b.add(values, b.mul(position, ir.Constant(_I64, 4))), _F32)
+                    )
                     for v, w in enumerate(_read_weights(e, row, vectors, kind)):
                         b.store(e.fma(value, w, b.load(sums[v])), sums[v])
 
@@ -409,7 +454,9 @@ def _sparses(e: Emitter, key, *arguments):
     for vectors in SPARSE:
         for kind in KINDS:
             name = f"wavear_sparse_{vectors}_{_NAMES[kind]}"
-            function = emitted(b.module, name, LANES, types.void, [types.int64] * 6, _sparse(vectors, kind))
+            function = emitted(
+                b.module, name, LANES, types.void, [types.int64] * 6, _sparse(vectors, kind)
+            )
             block = b.append_basic_block(name)
             switch.add_case(ir.Constant(_I64, vectors + 256 * kind), block)
             with b.goto_block(block):
@@ -445,8 +492,9 @@ entries = kernel("entries", 5, _entries, result=types.int64)
 def _row(vectors: int, kind: int):
     """Emits out = init + bias + x @ weights for one row and one block, everything contiguous; out may be init.
 
-    Arguments: weights, inputs, x, bias, init, out. Six fit the registers of a call: one stream makes sixty calls a
-    sample, and with strides on the stack each costs as much as a quarter of its work.
+    Arguments: weights, inputs, x, bias, init, out. Six fit the registers of a call: one stream
+    makes sixty calls a sample, and with strides on the stack each costs as much as a quarter of its
+    work.
     """
 
     def emit(e: Emitter, weights, inputs, x, bias, init, out):
@@ -473,7 +521,9 @@ def _row(vectors: int, kind: int):
         e.loop(b.udiv(inputs, ir.Constant(_I64, 4)), several(first_weight, x, 4))
         done = b.and_(inputs, ir.Constant(_I64, ~3))
         tail = several(
-            b.add(first_weight, b.mul(done, ir.Constant(_I64, step))), b.add(x, b.mul(done, ir.Constant(_I64, 4))), 1
+            b.add(first_weight, b.mul(done, ir.Constant(_I64, step))),
+            b.add(x, b.mul(done, ir.Constant(_I64, 4))),
+            1,
         )
         e.loop(b.sub(inputs, done), tail)
         for v in range(vectors):
@@ -494,7 +544,9 @@ def _row_address(e: Emitter, vectors, kind):
             if stored == BFLOAT16 and width % 2:
                 continue
             name = f"wavear_row_{width}_{_NAMES[stored]}"
-            function = emitted(b.module, name, e.lanes, types.void, [types.int64] * 6, _row(width, stored))
+            function = emitted(
+                b.module, name, e.lanes, types.void, [types.int64] * 6, _row(width, stored)
+            )
             block = b.append_basic_block(name)
             switch.add_case(ir.Constant(_I64, width + 256 * stored), block)
             with b.goto_block(block):
@@ -516,7 +568,14 @@ def _tiles(e: Emitter, key, *arguments):
         for rows in heights:
             for kind in KINDS:
                 name = f"wavear_tile_{rows}x{vectors}_{_NAMES[kind]}"
-                function = emitted(b.module, name, LANES, types.void, [types.int64] * 11, _tile(rows, vectors, kind))
+                function = emitted(
+                    b.module,
+                    name,
+                    LANES,
+                    types.void,
+                    [types.int64] * 11,
+                    _tile(rows, vectors, kind),
+                )
                 block = b.append_basic_block(name)
                 switch.add_case(ir.Constant(_I64, rows + 16 * vectors + 256 * kind), block)
                 with b.goto_block(block):
@@ -546,8 +605,8 @@ gate = kernel("gate", 5, _gate)
 def _cell(e: Emitter, z, gap, h, vectors, h_vector):
     """h = (1 - u) n + u h of a GRU, where n = tanh(n_x + sigmoid(r) n_h); `z` holds n_x, r, u, n_h, `gap` bytes apart.
 
-    u = 1 / (1 + w) with w = e^-u, and n = p / q, so h = (p w + q h) / (q (1 + w)): one division for both. e^60 leaves
-    room for q below 200.
+    u = 1 / (1 + w) with w = e^-u, and n = p / q, so h = (p w + q h) / (q (1 + w)): one division for
+    both. e^60 leaves room for q below 200.
     """
     b = e.b
 
@@ -581,13 +640,18 @@ def _pointwise(function):
 
 exp = kernel("exp", 3, _pointwise(Emitter.exp))
 tanh = kernel("tanh", 3, _pointwise(lambda e, x: e.b.fdiv(*e.tanh_ratio(x))))
-sigmoid = kernel("sigmoid", 3, _pointwise(lambda e, x: e.b.fdiv(e.f32(1.0), e.sigmoid_denominator(x))))
+sigmoid = kernel(
+    "sigmoid", 3, _pointwise(lambda e, x: e.b.fdiv(e.f32(1.0), e.sigmoid_denominator(x)))
+)
 relu = kernel("relu", 3, _pointwise(Emitter.relu))
 
 
 def _copy(e: Emitter, source, source_vector, out, out_vector, vectors):
     e.loop(
-        vectors, lambda i: e.store(e.load(e.at(source, e.b.mul(i, source_vector))), e.at(out, e.b.mul(i, out_vector)))
+        vectors,
+        lambda i: e.store(
+            e.load(e.at(source, e.b.mul(i, source_vector))), e.at(out, e.b.mul(i, out_vector))
+        ),
     )
 
 
@@ -627,7 +691,9 @@ def _halves(e: Emitter, value, combine):
     while width > 1:
         width //= 2
         parts = [
-            e.b.shuffle_vector(value, value, ir.Constant(ir.VectorType(_I32, width), list(range(s, s + width))))
+            e.b.shuffle_vector(
+                value, value, ir.Constant(ir.VectorType(_I32, width), list(range(s, s + width)))
+            )
             for s in (0, width)
         ]
         value = combine(*parts)
@@ -669,11 +735,18 @@ def _exponentials(e: Emitter, logits, blocks, weights, sums, largest, scale):
 
 
 exponentials = kernel(
-    "exponentials", 4, _exponentials, lanes=BLOCK, result=types.float64, floats=(types.float32, types.float32)
+    "exponentials",
+    4,
+    _exponentials,
+    lanes=BLOCK,
+    result=types.float64,
+    floats=(types.float32, types.float32),
 )
 
 load_float = kernel("load_float", 1, lambda e, address: e.load(address, _F32), result=types.float32)
-load_double = kernel("load_double", 1, lambda e, address: e.load(address, _F64), result=types.float64)
+load_double = kernel(
+    "load_double", 1, lambda e, address: e.load(address, _F64), result=types.float64
+)
 load_int = kernel("load_int", 1, lambda e, address: e.load(address, _I64), result=types.int64)
 
 
@@ -705,7 +778,9 @@ def _wait(e: Emitter, flag, value, give_way):
     """Spin until the flag is at least `value`; at times sleep by the C function at `give_way`."""
     b = e.b
     before = b.block
-    spin, late, call, after = (b.append_basic_block(name) for name in ("spin", "late", "call", "after"))
+    spin, late, call, after = (
+        b.append_basic_block(name) for name in ("spin", "late", "call", "after")
+    )
     b.branch(spin)
     b.position_at_end(spin)
     turns = b.phi(_I64)
@@ -720,7 +795,9 @@ def _wait(e: Emitter, flag, value, give_way):
     b.cbranch(b.and_(tired, able), call, spin)
     b.position_at_end(call)
     turns.add_incoming(following, call)
-    b.call(b.inttoptr(give_way, ir.FunctionType(_I32, [_I32]).as_pointer()), [ir.Constant(_I32, 50)])
+    b.call(
+        b.inttoptr(give_way, ir.FunctionType(_I32, [_I32]).as_pointer()), [ir.Constant(_I32, 50)]
+    )
     b.branch(spin)
     b.position_at_end(after)
 

@@ -1,7 +1,8 @@
 """The state of the CPU engine's streams, between its own layout and the one that all engines share.
 
-In the engine the past inputs of a layer lie in a ring, sample t at t modulo the length, for all streams of a group side
-by side and padded to whole vectors. Of the first layer, if it is tabulated, there is no ring: its past are codes.
+In the engine the past inputs of a layer lie in a ring, sample t at t modulo the length, for all
+streams of a group side by side and padded to whole vectors. Of the first layer, if it is tabulated,
+there is no ring: its past are codes.
 """
 
 from __future__ import annotations
@@ -29,14 +30,18 @@ def export_state(engine: NumbaEngine, stream: int) -> dict[str, Tensor]:
     from wavear.generation.cpu.products import N_TIME
     from wavear.generation.cpu.wavenet_loop import L_SLOTS
 
-    group, row = next(_seats(engine, stream))  # of two cores that share a stream, each holds all of its past
+    group, row = next(
+        _seats(engine, stream)
+    )  # of two cores that share a stream, each holds all of its past
     residual = engine.model.config.residual_channels
     tensors = {"previous": torch.tensor([group.previous[row, -1]])}
     for i, layer in enumerate(group.layers):
         if i == 0 and group.packed.tabulated:
             past = _embedding(group, residual)[group.previous[row, :-1]]
         else:
-            past = np.roll(_ring(group, i)[:, row, :residual], -(group.net[N_TIME] % layer[L_SLOTS]), axis=0)
+            past = np.roll(
+                _ring(group, i)[:, row, :residual], -(group.net[N_TIME] % layer[L_SLOTS]), axis=0
+            )
         tensors[f"queue.{i}"] = torch.from_numpy(past)
     return tensors
 
@@ -53,7 +58,9 @@ def load_state(engine: NumbaEngine, stream: int, state: dict[str, Tensor]) -> No
             if i == 0 and group.packed.tabulated:
                 group.previous[row, :-1] = _codes(past, _embedding(group, residual))
             else:
-                _ring(group, i)[:, row, :residual] = np.roll(past, group.net[N_TIME] % layer[L_SLOTS], axis=0)
+                _ring(group, i)[:, row, :residual] = np.roll(
+                    past, group.net[N_TIME] % layer[L_SLOTS], axis=0
+                )
         group.previous[row, -1] = int(state["previous"])
 
 
@@ -67,7 +74,9 @@ def as_run(model: WaveNet, weights: str) -> WaveNet:
             # Each tap of a dilated convolution is a matrix of its own.
             taps = model.config.kernel_size if name.endswith("dilated.weight") else 1
             matrices = parameter.detach().cpu().numpy().reshape(len(parameter), taps, -1)
-            parameter.data.copy_(torch.from_numpy(as_packed(matrices, weights)).reshape(parameter.shape))
+            parameter.data.copy_(
+                torch.from_numpy(as_packed(matrices, weights)).reshape(parameter.shape)
+            )
     return model
 
 
@@ -86,7 +95,11 @@ def _ring(group: Any, layer: int) -> np.ndarray:
     from wavear.generation.cpu.products import N_STREAMS
     from wavear.generation.cpu.wavenet_loop import L_RING, L_SLOTS
 
-    slots, streams, vectors = int(group.layers[layer, L_SLOTS]), int(group.net[N_STREAMS]), group.packed.x_vectors
+    slots, streams, vectors = (
+        int(group.layers[layer, L_SLOTS]),
+        int(group.net[N_STREAMS]),
+        group.packed.x_vectors,
+    )
     offset = int(group.layers[layer, L_RING]) - group.region.address
     memory = group.region.view(offset, slots * streams * vectors * VECTOR_BYTES)
     return memory.view(np.float32).reshape(slots, streams, vectors * LANES)
@@ -107,6 +120,8 @@ def _codes(past: np.ndarray, embedding: np.ndarray) -> list[int]:
         away = np.abs(embedding - vector).max(axis=1)
         nearest = int(away.argmin())
         if not away[nearest] <= _ROUNDING * (1 + np.abs(vector).max()):
-            raise ValueError("the state is of another model: its first layer's past is not of this embedding")
+            raise ValueError(
+                "the state is of another model: its first layer's past is not of this embedding"
+            )
         found.append(nearest)
     return found

@@ -2,15 +2,19 @@
 
 What it does that the plain loop does not:
 
-- weights are packed for the vector kernels of `_simd` and read once: those of the layers once per patch;
-- what a past sample adds to its position's input, and to the head, is looked up by its code and its place, where the
+- weights are packed for the vector kernels of `_simd` and read once: those of the layers once per
+  patch;
+- what a past sample adds to its position's input, and to the head, is looked up by its code and its
+  place, where the
   tables of these products fit a cache;
-- keys lie with their channels apart and their positions side by side, values the other way round, so both products of
+- keys lie with their channels apart and their positions side by side, values the other way round,
+  so both products of
   the attention run along whole vectors;
 - half of what a ReLU lets through is zero, and is neither multiplied nor are its weights read.
 
-Every output element is one chain of fused multiply-adds in a fixed order, and streams share nothing but the weights:
-so a stream's audio has the same bits whatever the batch, the threads and the cuts between calls.
+Every output element is one chain of fused multiply-adds in a fixed order, and streams share nothing
+but the weights: so a stream's audio has the same bits whatever the batch, the threads and the cuts
+between calls.
 """
 
 from __future__ import annotations
@@ -64,7 +68,11 @@ class NumbaTransformer(CompiledEngine):
     def resized(self, batch: int) -> NumbaTransformer:
         """See `Engine.resized`."""
         return NumbaTransformer(
-            self.model, batch, weights=self.weights, threads=self._asked_threads, packed=self._packed
+            self.model,
+            batch,
+            weights=self.weights,
+            threads=self._asked_threads,
+            packed=self._packed,
         )
 
     def _as_run(self) -> Transformer:
@@ -73,8 +81,17 @@ class NumbaTransformer(CompiledEngine):
     def _parts(self) -> Sequence[int]:
         return range(self.batch)
 
-    def _call(self, part: int, arrays: tuple[np.ndarray, ...], condition: np.ndarray, mode: int, *rest: Any) -> int:
+    def _call(
+        self,
+        part: int,
+        arrays: tuple[np.ndarray, ...],
+        condition: np.ndarray,
+        mode: int,
+        *rest: Any,
+    ) -> int:
         stream = self._streams[part]
         address = condition[part].ctypes.data if mode else 0
         rows = (array[part] for array in arrays)
-        return loop.run()(stream.net, stream.layers, stream.work, stream.history, *rows, address, mode, *rest)
+        return loop.run()(
+            stream.net, stream.layers, stream.work, stream.history, *rows, address, mode, *rest
+        )

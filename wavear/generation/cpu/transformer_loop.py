@@ -29,10 +29,12 @@ from wavear.generation.cpu.simd import BLOCK, LANES, VECTOR_BYTES
 
 _EPSILON = 1e-6  # of `normalised`
 
-# Fields of a layer: addresses of its matrices' fields; places of its keys and values in the stream's memory.
+# Fields of a layer: addresses of its matrices' fields; places of its keys and values in the
+# stream's memory.
 L_QKV, L_OUT, L_UP, L_DOWN, L_KEYS, L_VALUES, L_FIELDS = range(7)
 
-# Fields of the network for one stream. Sizes; addresses of weights; places in the stream's memory, in floats.
+# Fields of the network for one stream. Sizes; addresses of weights; places in the stream's memory,
+# in floats.
 (N_PATCH, N_CHANNELS, N_HEADS, N_WINDOW, N_PERIOD, N_CLASSES, N_TIME, N_X_VECTORS, N_Z_VECTORS,
  N_KEY_BLOCKS, N_KEY_VECTORS, N_KEY_ROW, N_VALUE_BLOCKS, N_VALUE_VECTORS, N_VALUE_ROW, N_SLOTS, N_CONDITION_VECTORS,
  N_SAMPLE_CHANNELS, N_SAMPLE_VECTORS,
@@ -131,7 +133,9 @@ def _attend(net, layer, work, number):
             work[place + i * key_width] = work[first + i]
         first += net[N_CHANNELS]
         for i in range(channels):
-            work[values + i // value_width * value_block + slot * value_width + i % value_width] = work[first + i]
+            work[values + i // value_width * value_block + slot * value_width + i % value_width] = (
+                work[first + i]
+            )
         query = base + 4 * (qkv + head * channels)
         for block in range(net[N_KEY_BLOCKS]):
             offset = 4 * block * key_width
@@ -184,7 +188,9 @@ def _head(net, work, history, place, condition, mode):
     """What the law of a sample takes: logits, for one."""
     base, patch, zeros, vectors = net[N_BASE], net[N_PATCH], net[N_ZEROS], net[N_Z_VECTORS]
     z, h = base + 4 * net[N_Z], base + 4 * net[N_H]
-    simd.copy(net[N_PLACES] + place * vectors * VECTOR_BYTES, VECTOR_BYTES, z, VECTOR_BYTES, vectors)
+    simd.copy(
+        net[N_PLACES] + place * vectors * VECTOR_BYTES, VECTOR_BYTES, z, VECTOR_BYTES, vectors
+    )
     simd.add(base + 4 * net[N_POSITION], z, vectors)
     if net[N_HEAD_TABLE]:
         for k in range(patch):
@@ -241,7 +247,20 @@ def _log_probability(net, logits, weights, sums, code):
     return np.float64(simd.load_float(logits + 4 * code)) - np.float64(largest) - np.log(total)
 
 
-def _run(net, layers, work, history, uniforms, temperatures, codes, scores, condition, mode, scoring, asked):
+def _run(
+    net,
+    layers,
+    work,
+    history,
+    uniforms,
+    temperatures,
+    codes,
+    scores,
+    condition,
+    mode,
+    scoring,
+    asked,
+):
     """The loop over the samples of one stream.
 
     Parameters
@@ -271,13 +290,19 @@ def _run(net, layers, work, history, uniforms, temperatures, codes, scores, cond
         The first sample whose parameters are no numbers, or -1.
     """
     base, patch, classes = net[N_BASE], net[N_PATCH], net[N_CLASSES]
-    logits, weights, sums = base + 4 * net[N_LOGITS], base + 4 * net[N_WEIGHTS], base + 4 * net[N_SUMS]
+    logits, weights, sums = (
+        base + 4 * net[N_LOGITS],
+        base + 4 * net[N_WEIGHTS],
+        base + 4 * net[N_SUMS],
+    )
     truncating = sampling.truncates(asked, classes)
     scored = asked.shape[0] > 0 and asked[sampling.SCORED] > 0.0
     row = net[N_CONDITION_VECTORS] * VECTOR_BYTES if mode == CONDITION else 0
     channels, sample_row = net[N_SAMPLE_CHANNELS], net[N_SAMPLE_VECTORS] * VECTOR_BYTES
     if mode == CONSTANT_CONDITION:
-        _row(net[N_HEAD_CONDITION], condition, net[N_ZEROS], net[N_ZEROS], base + 4 * net[N_CONSTANT])
+        _row(
+            net[N_HEAD_CONDITION], condition, net[N_ZEROS], net[N_ZEROS], base + 4 * net[N_CONSTANT]
+        )
     for t in range(codes.shape[0]):
         for k in range(patch):
             history[k] = history[k + 1]

@@ -29,7 +29,11 @@ def as_run(model: Transformer, weights: str) -> Transformer:
     model = copy.deepcopy(model).float()
     for name, parameter in model.named_parameters():
         # (The places in a patch are a table of vectors, which the loop adds as they are.)
-        if parameter.dim() == 2 and name.startswith(("blocks", "head", "enter")) and name != "head.place.weight":
+        if (
+            parameter.dim() == 2
+            and name.startswith(("blocks", "head", "enter"))
+            and name != "head.place.weight"
+        ):
             parameter.data.copy_(torch.from_numpy(as_packed(to_numpy(parameter), weights)))
     return model
 
@@ -65,12 +69,21 @@ class Weights:
 
         x_vectors, z_vectors = -(-config.channels // LANES), -(-width // LANES)
         blocks = [
-            (matrix(b.qkv.weight), matrix(b.out.weight), matrix(b.up.weight), matrix(b.down.weight, _SPARSE))
+            (
+                matrix(b.qkv.weight),
+                matrix(b.out.weight),
+                matrix(b.up.weight),
+                matrix(b.down.weight, _SPARSE),
+            )
             for b in model.blocks
         ]
         position = matrix(head.position.weight)
         hidden, out = matrix(head.hidden.weight, _SPARSE), matrix(head.out.weight, _SPARSE)
-        numbers = {loop.N_POSITION_MATRIX: position, loop.N_HIDDEN_MATRIX: hidden, loop.N_OUT_MATRIX: out}
+        numbers = {
+            loop.N_POSITION_MATRIX: position,
+            loop.N_HIDDEN_MATRIX: hidden,
+            loop.N_OUT_MATRIX: out,
+        }
         if model.enter_conditioning is not None and head.conditioning is not None:
             numbers[loop.N_ENTER_CONDITION] = matrix(model.enter_conditioning.weight)
             numbers[loop.N_HEAD_CONDITION] = matrix(head.conditioning.weight)
@@ -82,21 +95,33 @@ class Weights:
         fields[loop.N_ENTER_BIAS] = vector(to_numpy(model.enter.bias), room(config.channels))
         fields[loop.N_HIDDEN_BIAS] = vector(to_numpy(head.hidden.bias), z_vectors)
         kind, mixtures, _ = distributions.numbers(model.law)
-        logits = -(-room(model.law.channels, _SPARSE) // (BLOCK // LANES or 1)) * max(BLOCK // LANES, 1)
+        logits = -(-room(model.law.channels, _SPARSE) // (BLOCK // LANES or 1)) * max(
+            BLOCK // LANES, 1
+        )
         # Outputs beyond the last class are never drawn.
         fields[loop.N_OUT_BIAS] = vector(
-            to_numpy(head.out.bias), logits, fill=-np.inf if kind == distributions.CATEGORICAL else 0.0
+            to_numpy(head.out.bias),
+            logits,
+            fill=-np.inf if kind == distributions.CATEGORICAL else 0.0,
         )
         embedding = model.embedding.table().detach()
         if 4 * patch * classes * (x_vectors + z_vectors) * LANES <= _TABLES:
-            fields[loop.N_ENTER_TABLE] = vector(_products(rounded.enter.weight, embedding), x_vectors)
-            fields[loop.N_HEAD_TABLE] = vector(_products(rounded.head.samples.weight, embedding), z_vectors)
+            fields[loop.N_ENTER_TABLE] = vector(
+                _products(rounded.enter.weight, embedding), x_vectors
+            )
+            fields[loop.N_HEAD_TABLE] = vector(
+                _products(rounded.head.samples.weight, embedding), z_vectors
+            )
         else:
             numbers[loop.N_ENTER] = matrix(model.enter.weight)
             numbers[loop.N_SAMPLES_MATRIX] = matrix(head.samples.weight)
-            fields[loop.N_EMBEDDING] = vector(to_numpy(embedding), -(-config.sample_channels // LANES))
+            fields[loop.N_EMBEDDING] = vector(
+                to_numpy(embedding), -(-config.sample_channels // LANES)
+            )
         period = rotation_period(window)
-        cos, sin = rotation(torch.arange(period), model.turns.cpu(), period, torch.zeros(1, dtype=torch.float64))
+        cos, sin = rotation(
+            torch.arange(period), model.turns.cpu(), period, torch.zeros(1, dtype=torch.float64)
+        )
         angles = torch.stack([cos[:, : each // 2], sin[:, each // 2 :]], dim=2)
         fields[loop.N_ANGLES] = region.put(angles.float().numpy())
         fields[loop.N_ZEROS] = region.reserve((self.widest + WIDEST) * VECTOR_BYTES)
@@ -199,7 +224,9 @@ class Stream:
             "previous": torch.tensor([self.history[-1]]),
             "time": torch.tensor(self.net[loop.N_TIME]),
             "codes": torch.from_numpy(self.history[:-1].copy()),
-            "position": torch.from_numpy(self._part(self.net[loop.N_POSITION], (config.head_channels,)).copy()),
+            "position": torch.from_numpy(
+                self._part(self.net[loop.N_POSITION], (config.head_channels,)).copy()
+            ),
         }
         for i, layer in enumerate(self.layers):
             keys, values = self._rings(layer)
@@ -213,7 +240,9 @@ class Stream:
         self.net[loop.N_TIME] = int(state["time"])
         self.history[:-1] = state["codes"].cpu().numpy()
         self.history[-1] = int(state["previous"])
-        self._part(self.net[loop.N_POSITION], (config.head_channels,))[:] = _floats(state["position"])
+        self._part(self.net[loop.N_POSITION], (config.head_channels,))[:] = _floats(
+            state["position"]
+        )
         order = self._order()
         for i, layer in enumerate(self.layers):
             keys, values = self._rings(layer)
@@ -247,7 +276,11 @@ class Stream:
         keys = self._part(layer[loop.L_KEYS], self.packed.keys).transpose(1, 3, 0, 2)
         keys = keys.reshape(-1, config.channels)[: config.window].copy()
         values = self._part(layer[loop.L_VALUES], self.packed.values).transpose(2, 0, 1, 3)
-        values = values.reshape(config.window, config.heads, -1)[:, :, :each].reshape(config.window, -1).copy()
+        values = (
+            values.reshape(config.window, config.heads, -1)[:, :, :each]
+            .reshape(config.window, -1)
+            .copy()
+        )
         return keys, values
 
     def _put(self, layer: np.ndarray, keys: np.ndarray, values: np.ndarray) -> None:

@@ -121,7 +121,11 @@ def _start_span(net, layers, condition, condition_row, mode, count):
             vectors = streams * net[N_Z_ROW] // VECTOR_BYTES
             for t in range(count):
                 simd.copy(
-                    layer[L_CONSTANT], VECTOR_BYTES, layer[L_Z] + t * streams * net[N_Z_ROW], VECTOR_BYTES, vectors
+                    layer[L_CONSTANT],
+                    VECTOR_BYTES,
+                    layer[L_Z] + t * streams * net[N_Z_ROW],
+                    VECTOR_BYTES,
+                    vectors,
                 )
 
 
@@ -135,7 +139,8 @@ def _add_past(net, layer, time, position, count):
     taps = net[N_TAPS]
     z = layer[L_Z] + position * streams * net[N_Z_ROW]
     for tap in range(taps - 1):
-        # Tap 0 is the oldest, (taps - 1) * dilation samples back: the slot that the current sample will take.
+        # Tap 0 is the oldest, (taps - 1) * dilation samples back: the slot that the current sample
+        # will take.
         slot = (time + tap * layer[L_DILATION]) % slots
         matrix = layer[L_PAST] + tap
         ring = layer[L_RING]
@@ -175,7 +180,9 @@ def _sample(net, logits, uniform, temperature):
     """The smallest code whose cumulative probability exceeds the uniform; -1 if the logits are not numbers."""
     blocks = net[N_LOGIT_BLOCKS]
     largest = simd.largest(logits, blocks)
-    total = simd.exponentials(logits, blocks, net[N_WEIGHTS], net[N_SUMS], largest, np.float32(1.0 / temperature))
+    total = simd.exponentials(
+        logits, blocks, net[N_WEIGHTS], net[N_SUMS], largest, np.float32(1.0 / temperature)
+    )
     if not total > 0.0 or total == np.inf:
         return -1
     threshold = uniform * total
@@ -200,14 +207,18 @@ def _sample(net, logits, uniform, temperature):
 @numba.njit
 def _log_probability(net, logits, code):
     if net[N_LAW] != distributions.CATEGORICAL:
-        return distributions.log_probability(net[N_LAW], net[N_MIXTURES], net[N_CLASSES], logits, code)
+        return distributions.log_probability(
+            net[N_LAW], net[N_MIXTURES], net[N_CLASSES], logits, code
+        )
     blocks = net[N_LOGIT_BLOCKS]
     largest = simd.largest(logits, blocks)
     total = simd.exponentials(logits, blocks, net[N_WEIGHTS], net[N_SUMS], largest, np.float32(1.0))
     return np.float64(simd.load_float(logits + 4 * code)) - np.float64(largest) - np.log(total)
 
 
-def _run(net, layers, previous, uniforms, temperatures, codes, scores, condition, mode, scoring, asked):
+def _run(
+    net, layers, previous, uniforms, temperatures, codes, scores, condition, mode, scoring, asked
+):
     """The loop over samples, for one group of streams.
 
     Parameters
@@ -215,7 +226,8 @@ def _run(net, layers, previous, uniforms, temperatures, codes, scores, condition
     net, layers : int64 arrays
         The plan: see the fields above. `net[N_TIME]` is advanced.
     previous : int64 array (G, K)
-        The codes before the first sample, the last one last; `classes` stands for none. Becomes the last codes.
+        The codes before the first sample, the last one last; `classes` stands for none. Becomes the
+        last codes.
     uniforms, temperatures : float64 arrays (B, n)
     codes : int64 array (B, n)
         Written, or read if `scoring`.
@@ -248,7 +260,8 @@ def _run(net, layers, previous, uniforms, temperatures, codes, scores, condition
     z_row = net[N_Z_ROW]
     zeros = net[N_ZEROS]
     panel_count = (streams + rows - 1) // rows
-    # In a panel of `rows` rows: next row, next vector of channels; next panel, by its number of vectors.
+    # In a panel of `rows` rows: next row, next vector of channels; next panel, by its number of
+    # vectors.
     vector = rows * VECTOR_BYTES
     x, skip, head, logits = net[N_X], net[N_SKIP], net[N_HEAD], net[N_LOGITS]
     shared = net[N_PARTS] > 1
@@ -273,7 +286,13 @@ def _run(net, layers, previous, uniforms, temperatures, codes, scores, condition
             row = (s % rows) * VECTOR_BYTES
             simd.copy(net[N_EMBEDDING] + previous[s, taps - 1] * x_vectors * VECTOR_BYTES, VECTOR_BYTES,
                        x + panel * x_vectors * vector + row, vector, x_vectors)  # fmt: skip
-            simd.copy(net[N_SKIP_BIAS], VECTOR_BYTES, skip + panel * skip_vectors * vector + row, vector, skip_vectors)
+            simd.copy(
+                net[N_SKIP_BIAS],
+                VECTOR_BYTES,
+                skip + panel * skip_vectors * vector + row,
+                vector,
+                skip_vectors,
+            )
         h = net[N_H]
         sequence = net[N_SEQUENCE]
         for i in range(count):
@@ -310,7 +329,8 @@ def _run(net, layers, previous, uniforms, temperatures, codes, scores, condition
                 simd.wait(net[N_THEIRS], sequence, net[N_GIVE_WAY])
             if i < count - 1:
                 if streams == 1:
-                    # If fused, the skips ride along: their matrix and their sums follow those of the residual.
+                    # If fused, the skips ride along: their matrix and their sums follow those of
+                    # the residual.
                     multiply_row(net, layer[L_RESIDUAL], h, layer[L_RESIDUAL_BIAS], x, x)
                 else:
                     multiply(net, layer[L_RESIDUAL], streams, rows, h, vector, h_vectors * vector,

@@ -112,8 +112,9 @@ def put_matrix(region: Region, matrix: np.ndarray, width: int, weights: str) -> 
 class Weights:
     """The packed weights of a model and the plan of its network, shared by all groups of streams.
 
-    With two `parts` (for one stream on two cores) each has half of the outputs of every matrix, but all of the residual
-    ones: each core computes the whole input of the next layer, which costs less than another exchange.
+    With two `parts` (for one stream on two cores) each has half of the outputs of every matrix, but
+    all of the residual ones: each core computes the whole input of the next layer, which costs less
+    than another exchange.
     """
 
     def __init__(self, model: WaveNet, group: int, weights: str, part: int = 0, parts: int = 1):
@@ -140,7 +141,9 @@ class Weights:
             return region.put(padded)
 
         def total(outputs: int, rows: int, width: int | None = None) -> int:
-            blocks, vectors = vectors_of(outputs, LANES, width_for(rows) if width is None else width, even)
+            blocks, vectors = vectors_of(
+                outputs, LANES, width_for(rows) if width is None else width, even
+            )
             return blocks * vectors
 
         def bounds(outputs: int) -> tuple[int, int]:
@@ -163,23 +166,31 @@ class Weights:
         # The input of a layer, and for one stream on one core the sums of the skips behind it.
         self.residual_vectors = -(-residual // LANES)
         self.x_vectors = self.residual_vectors if fused else total(residual, group)
-        self.skip_bounds, self.head_bounds, self.logit_bounds = bounds(skip), bounds(head), bounds(model.law.channels)
+        self.skip_bounds, self.head_bounds, self.logit_bounds = (
+            bounds(skip),
+            bounds(head),
+            bounds(model.law.channels),
+        )
         self.gate_first, gate_last = bounds(residual)
         self.gate_vectors = gate_last - self.gate_first
         self.skip_vectors = total(_size(self.skip_bounds), group)
         self.out_vectors = self.x_vectors
         if fused:
             self.out_vectors = max(
-                total((self.x_vectors + -(-skip // LANES)) * LANES, 1), self.x_vectors + self.skip_vectors
+                total((self.x_vectors + -(-skip // LANES)) * LANES, 1),
+                self.x_vectors + self.skip_vectors,
             )
         self.head_vectors = total(_size(self.head_bounds), group, head_width)
         logits = total(_size(self.logit_bounds), group, head_width)
         self.logit_vectors = -(-logits // (BLOCK // LANES)) * (BLOCK // LANES)
-        self.condition_channels = config.conditioning_channels if model.conditioning is not None else 0
+        self.condition_channels = (
+            config.conditioning_channels if model.conditioning is not None else 0
+        )
         self.condition_vectors = -(-self.condition_channels // LANES)
         gate_rows = 2 * self.gate_vectors * LANES
         z_rows = [
-            total(gate_rows, rows) for rows in (group, TALLEST, self.span * group, *(a * group for a in self.ahead))
+            total(gate_rows, rows)
+            for rows in (group, TALLEST, self.span * group, *(a * group for a in self.ahead))
         ]
         self.z_vectors = max(z_rows)
 
@@ -200,23 +211,31 @@ class Weights:
             if not fused:
                 return residuals
             skips = share(to_numpy(getattr(block.skip, name)))
-            padded = np.zeros((self.residual_vectors * LANES + len(skips), *residuals.shape[1:]), np.float32)
+            padded = np.zeros(
+                (self.residual_vectors * LANES + len(skips), *residuals.shape[1:]), np.float32
+            )
             padded[:residual] = residuals
             if name == "weight":
                 padded[self.residual_vectors * LANES :] = skips
             return padded
 
-        dilated = [to_numpy(block.dilated.weight).reshape(2 * residual, taps, residual) for block in model.blocks]
+        dilated = [
+            to_numpy(block.dilated.weight).reshape(2 * residual, taps, residual)
+            for block in model.blocks
+        ]
         past, conditions = [], []
         now = []
-        # What every sample reads lies together, in the order of reading; what is read seldom follows.
+        # What every sample reads lies together, in the order of reading; what is read seldom
+        # follows.
         for block, taps_of in zip(model.blocks, dilated, strict=True):
             table = self.tabulated and not now
             now.append(
                 (
                     matrix(gates(taps_of[:, -1]), TALLEST if table else group),
                     -1 if block.residual is None else matrix(outwards(block, "weight"), group),
-                    -1 if fused and block.residual is not None else matrix(share(to_numpy(block.skip.weight)), group),
+                    -1
+                    if fused and block.residual is not None
+                    else matrix(share(to_numpy(block.skip.weight)), group),
                 )
             )
         readout: Any = model.head
@@ -224,23 +243,41 @@ class Weights:
         self.head2 = matrix(share(to_numpy(readout[3].weight)), group, head_width)
         for taps_of, ahead in zip(dilated, self.ahead, strict=True):
             table = self.tabulated and not past
-            past.append([matrix(gates(taps_of[:, k]), TALLEST if table else ahead * group) for k in range(taps - 1)])
+            past.append(
+                [
+                    matrix(gates(taps_of[:, k]), TALLEST if table else ahead * group)
+                    for k in range(taps - 1)
+                ]
+            )
         for block in model.blocks:
             if block.conditioning is None:
                 conditions.append(-1)
             else:
-                conditions.append(matrix(gates(to_numpy(block.conditioning.weight)), self.span * group))
-        self.biases = [vector(gates(to_numpy(block.dilated.bias)), self.z_vectors) for block in model.blocks]
-        self.residual_biases = [
-            0 if block.residual is None else vector(outwards(block, "bias"), self.out_vectors) for block in model.blocks
+                conditions.append(
+                    matrix(gates(to_numpy(block.conditioning.weight)), self.span * group)
+                )
+        self.biases = [
+            vector(gates(to_numpy(block.dilated.bias)), self.z_vectors) for block in model.blocks
         ]
-        skip_bias: Any = np.sum([to_numpy(block.skip.bias) for block in model.blocks], axis=0, dtype=np.float64)
+        self.residual_biases = [
+            0 if block.residual is None else vector(outwards(block, "bias"), self.out_vectors)
+            for block in model.blocks
+        ]
+        skip_bias: Any = np.sum(
+            [to_numpy(block.skip.bias) for block in model.blocks], axis=0, dtype=np.float64
+        )
         self.skip_bias = vector(share(skip_bias.astype(np.float32)), self.skip_vectors)
         self.head1_bias = vector(share(to_numpy(readout[1].bias)), self.head_vectors)
         # Outputs beyond the last class are never drawn.
         self.head2_bias = vector(share(to_numpy(readout[3].bias)), self.logit_vectors, fill=-np.inf)
         self.embedding = vector(to_numpy(model.embedding.table()), self.x_vectors)
-        widest = max(self.z_vectors, self.skip_vectors, self.head_vectors, self.logit_vectors, self.out_vectors)
+        widest = max(
+            self.z_vectors,
+            self.skip_vectors,
+            self.head_vectors,
+            self.logit_vectors,
+            self.out_vectors,
+        )
         self.zeros = region.reserve(widest * VECTOR_BYTES)
         entries = taps * (config.classes + 1) if self.tabulated else 0
         self.first_table = region.reserve(entries * self.z_vectors * VECTOR_BYTES)
@@ -284,7 +321,14 @@ def width_for(rows: int) -> int:
 class Group:
     """The state of some streams that one thread runs side by side, and the plan of the network for them."""
 
-    def __init__(self, packed: Weights, first: int, streams: int, start_code: int, shared: Shared | None = None):
+    def __init__(
+        self,
+        packed: Weights,
+        first: int,
+        streams: int,
+        start_code: int,
+        shared: Shared | None = None,
+    ):
         region = Region()
         base = packed.region.address
         panels = -(-streams // TALLEST)
@@ -376,7 +420,9 @@ class Shared:
         config = model.config
         self.region = region = Region()
         self.flags = [region.reserve(2 * LINE) for _ in range(2)]
-        self.h = region.reserve(config.layers * -(-config.residual_channels // LANES) * VECTOR_BYTES)
+        self.h = region.reserve(
+            config.layers * -(-config.residual_channels // LANES) * VECTOR_BYTES
+        )
         sizes = (config.skip_channels, config.head_channels, model.law.channels)
         padded = [-(-size // BLOCK) * BLOCK * 4 for size in sizes]
         self.all = [region.reserve(size) for size in padded]

@@ -1,7 +1,8 @@
 """What a CUDA card can give, from what it says of itself and one measurement: the limits of the Triton engine.
 
-A program of the kernel reads the weights anew for every sample, for its 16 streams together; the programs on different
-multiprocessors share what the second-level cache gives. Beyond that, tensor cores multiply the 16 rows.
+A program of the kernel reads the weights anew for every sample, for its 16 streams together; the
+programs on different multiprocessors share what the second-level cache gives. Beyond that, tensor
+cores multiply the 16 rows.
 """
 
 from __future__ import annotations
@@ -41,7 +42,9 @@ class Card:
 def card(device: torch.device) -> Card:
     """Measure a card: a second or two."""
     properties = torch.cuda.get_device_properties(device)
-    values = torch.zeros(2 * 2**20, device=device)  # 8 MiB: more than all first-level caches use, less than the second
+    values = torch.zeros(
+        2 * 2**20, device=device
+    )  # 8 MiB: more than all first-level caches use, less than the second
     reading = 4 * values.numel() / _seconds(lambda: values.sum(), device)
     tensor = {}
     for name in ("float32", "bfloat16", "float16"):

@@ -21,8 +21,8 @@ _CAPABILITY = (8, 0)  # tensor cores that multiply TF32 and bfloat16
 def pick(model: AutoregressiveModel, device: torch.device) -> str:
     """The engine that "auto" means for a model on a CUDA device; it warns where that is not the fastest there could be.
 
-    triton for a WaveNet of mu-law codes, whatever the batch: its programs run 16 streams in the time of one. cuda-graph
-    for the others.
+    triton for a WaveNet of mu-law codes, whatever the batch: its programs run 16 streams in the
+    time of one. cuda-graph for the others.
     """
     from wavear.models.wavenet import WaveNet
 
@@ -30,7 +30,9 @@ def pick(model: AutoregressiveModel, device: torch.device) -> str:
         return "cuda-graph"
     reason = why_not_triton(device)
     if reason is not None:
-        warnings.warn(f"{reason}: engine 'cuda-graph' is taken, which is slower than 'triton'", stacklevel=3)
+        warnings.warn(
+            f"{reason}: engine 'cuda-graph' is taken, which is slower than 'triton'", stacklevel=3
+        )
         return "cuda-graph"
     return "triton"
 
@@ -63,16 +65,24 @@ def make(model: AutoregressiveModel, batch: int, engine: str, weights: str) -> E
     device = next(model.parameters()).device
     if engine == "cuda-graph":
         if weights != "float32":
-            raise ValueError(f"engine 'cuda-graph' runs the model as it is: weights={weights!r} needs engine 'triton'")
+            raise ValueError(
+                f"engine 'cuda-graph' runs the model as it is: weights={weights!r} needs engine 'triton'"
+            )
         if device.type != "cuda":
-            raise ValueError(f"engine 'cuda-graph' needs a model on a CUDA device, this one is on {device}")
+            raise ValueError(
+                f"engine 'cuda-graph' needs a model on a CUDA device, this one is on {device}"
+            )
         from wavear.generation.cuda.graph import CudaGraphEngine
 
         return CudaGraphEngine(model, batch)
     if not isinstance(model, WaveNet):
-        raise ValueError(f"engine 'triton' serves WaveNet, not {type(model).__name__}: use engine 'cuda-graph'")
+        raise ValueError(
+            f"engine 'triton' serves WaveNet, not {type(model).__name__}: use engine 'cuda-graph'"
+        )
     if model.config.law != "categorical":
-        raise ValueError(f"engine 'triton' serves a categorical law, not {model.config.law}: use engine 'cuda-graph'")
+        raise ValueError(
+            f"engine 'triton' serves a categorical law, not {model.config.law}: use engine 'cuda-graph'"
+        )
     if (reason := why_not_triton(device)) is not None:
         raise ValueError(f"engine 'triton' cannot run: {reason}")
     from wavear.generation.cuda.triton import TritonEngine

@@ -1,12 +1,14 @@
 """The CUDA graph engine: any autoregressive model, a run of `model.step` captured once and replayed.
 
-A step launches hundreds of small kernels, and launching them from Python takes longer than running them. A CUDA graph
-launches all of a run of samples at once. For that everything a step reads and writes lies at fixed addresses (uniforms,
-temperatures, conditioning, codes, the model's state), and the number of the sample is a counter on the device: the host
-feeds a chunk, replays, and reads the codes when the chunk is done.
+A step launches hundreds of small kernels, and launching them from Python takes longer than running
+them. A CUDA graph launches all of a run of samples at once. For that everything a step reads and
+writes lies at fixed addresses (uniforms, temperatures, conditioning, codes, the model's state), and
+the number of the sample is a counter on the device: the host feeds a chunk, replays, and reads the
+codes when the chunk is done.
 
-The runner that captures is an argument: on CUDA a graph, elsewhere a stand-in that calls the same steps again on the
-same memory, so that all but the capture itself runs, and is tested, on any machine.
+The runner that captures is an argument: on CUDA a graph, elsewhere a stand-in that calls the same
+steps again on the same memory, so that all but the capture itself runs, and is tested, on any
+machine.
 """
 
 from __future__ import annotations
@@ -54,8 +56,8 @@ class CudaGraphEngine:
     Parameters
     ----------
     model : AutoregressiveModel
-        Its `step` must do the same operations for every sample, on tensors of its state alone, without asking the
-        device for values. Weights changed in place are used at once.
+        Its `step` must do the same operations for every sample, on tensors of its state alone,
+        without asking the device for values. Weights changed in place are used at once.
     batch : int
         Streams, at least 1.
     runner : callable, optional
@@ -97,7 +99,9 @@ class CudaGraphEngine:
     ) -> np.ndarray:
         """See `Engine.generate`."""
         draws = torch.from_numpy(np.ascontiguousarray(uniforms))
-        temperatures = torch.from_numpy(np.broadcast_to(temperature, uniforms.shape).astype(np.float64))
+        temperatures = torch.from_numpy(
+            np.broadcast_to(temperature, uniforms.shape).astype(np.float64)
+        )
         codes = np.empty(uniforms.shape, dtype=np.int64)
         law = (False, top_k, top_p, log_probability is not None)
         for part in self._chunks(uniforms.shape, cond):
@@ -143,9 +147,13 @@ class CudaGraphEngine:
     def fill(self, stream: int, codes: np.ndarray, cond: Tensor | None) -> None:
         """See `Engine.fill`."""
         tensors = self.model.export_state(self._state)
-        one = self.model.import_state({name: value[stream : stream + 1] for name, value in tensors.items()})
+        one = self.model.import_state(
+            {name: value[stream : stream + 1] for name, value in tensors.items()}
+        )
         given = torch.from_numpy(codes).to(self.device)
-        self.model.prefill(torch.cat([self._previous[stream : stream + 1], given[:-1]])[None], one, cond)
+        self.model.prefill(
+            torch.cat([self._previous[stream : stream + 1], given[:-1]])[None], one, cond
+        )
         for name, value in self.model.export_state(one).items():
             tensors[name][stream] = value[0]
         self._write(tensors)
@@ -160,13 +168,17 @@ class CudaGraphEngine:
         """An engine that goes on with these streams alone."""
         engine = self.resized(len(streams))
         chosen = torch.tensor(streams, device=self.device)
-        engine._write({name: value[chosen] for name, value in self.model.export_state(self._state).items()})
+        engine._write(
+            {name: value[chosen] for name, value in self.model.export_state(self._state).items()}
+        )
         engine._previous.copy_(self._previous[chosen])
         return engine
 
     def _write(self, tensors: dict[str, Tensor]) -> None:
         """The state that `export_state` gave, to the addresses that the graphs know."""
-        for mine, theirs in zip(tensors_of(self._state), tensors_of(self.model.import_state(tensors)), strict=True):
+        for mine, theirs in zip(
+            tensors_of(self._state), tensors_of(self.model.import_state(tensors)), strict=True
+        ):
             mine.copy_(theirs)
 
     def _chunks(self, shape: tuple[int, ...], cond: Tensor | None) -> Iterator[slice]:
@@ -174,28 +186,40 @@ class CudaGraphEngine:
             raise ValueError(f"shape {shape} for {self.batch} streams: expected ({self.batch}, n)")
         if (cond is not None) != self.model.conditioned:
             raise ValueError(
-                "the model is conditioned, and cond is None" if cond is None else "the model takes no cond"
+                "the model is conditioned, and cond is None"
+                if cond is None
+                else "the model takes no cond"
             )
-        if cond is not None and (cond.dim() != 3 or len(cond) != self.batch or cond.shape[2] not in (1, shape[1])):
-            raise ValueError(f"cond has shape {tuple(cond.shape)}, expected ({self.batch}, C, {shape[1]} or 1)")
+        if cond is not None and (
+            cond.dim() != 3 or len(cond) != self.batch or cond.shape[2] not in (1, shape[1])
+        ):
+            raise ValueError(
+                f"cond has shape {tuple(cond.shape)}, expected ({self.batch}, C, {shape[1]} or 1)"
+            )
         for start in range(0, shape[1], CHUNK):
             yield slice(start, min(start + CHUNK, shape[1]))
 
-    def _advance(self, samples: int, cond: Tensor | None, part: slice, law: tuple[Any, ...]) -> None:
+    def _advance(
+        self, samples: int, cond: Tensor | None, part: slice, law: tuple[Any, ...]
+    ) -> None:
         """Feed the conditioning of a chunk, and replay until its samples are made."""
         varying = cond is not None and cond.shape[2] > 1
         if cond is not None:
             given = dense(cond[:, :, part] if varying else cond)
             if varying not in self._cond:
                 length = CHUNK if varying else 1
-                self._cond[varying] = torch.zeros(length, *given.shape[:2], dtype=given.dtype, device=self.device)
+                self._cond[varying] = torch.zeros(
+                    length, *given.shape[:2], dtype=given.dtype, device=self.device
+                )
             self._cond[varying][: given.shape[2]] = given.permute(2, 0, 1)
         whole, rest = divmod(samples, RUN)
         self._replay(RUN if whole else 1, varying, law, whole or rest)
         if whole and rest:
             self._replay(1, varying, law, rest, begin=whole * RUN)
 
-    def _replay(self, run: int, varying: bool, law: tuple[Any, ...], times: int, begin: int = 0) -> None:
+    def _replay(
+        self, run: int, varying: bool, law: tuple[Any, ...], times: int, begin: int = 0
+    ) -> None:
         key = (run, varying, *law)
         if key not in self._replays:
             self._replays[key] = self._capture(run, varying, law)
@@ -218,18 +242,26 @@ class CudaGraphEngine:
             tensor.copy_(value)
         return replay
 
-    def _step(self, varying: bool, scoring: bool, top_k: int | None, top_p: float | None, scored: bool) -> None:
+    def _step(
+        self, varying: bool, scoring: bool, top_k: int | None, top_p: float | None, scored: bool
+    ) -> None:
         """One sample of all streams, on fixed memory and without asking the device for anything."""
         now = self._clock
         cond = None
         if self.model.conditioned:
-            cond = self._cond[varying].index_select(0, now)[0] if varying else self._cond[varying][0]
+            cond = (
+                self._cond[varying].index_select(0, now)[0] if varying else self._cond[varying][0]
+            )
         law, parameters = self.model.law, self.model.step(self._previous, self._state, cond)
         if scoring:
             codes = self._codes.index_select(0, now)[0]
         else:
-            uniform, temperature = (tensor.index_select(0, now)[0] for tensor in (self._uniforms, self._temperatures))
-            codes = law.sample(parameters, uniform, temperature, top_k, top_p).clamp(0, law.grid.classes - 1)
+            uniform, temperature = (
+                tensor.index_select(0, now)[0] for tensor in (self._uniforms, self._temperatures)
+            )
+            codes = law.sample(parameters, uniform, temperature, top_k, top_p).clamp(
+                0, law.grid.classes - 1
+            )
             fine = torch.isfinite(parameters.amax(dim=-1))  # of NaN the largest is NaN
             self._codes.index_copy_(0, now, torch.where(fine, codes, -1)[None])
         if scored:
@@ -272,5 +304,7 @@ def tensors_of(state: Any) -> list[Tensor]:
     elif state is None:
         parts = []
     else:
-        raise TypeError(f"a state of tensors cannot hold {state!r}: a captured graph would never change it")
+        raise TypeError(
+            f"a state of tensors cannot hold {state!r}: a captured graph would never change it"
+        )
     return [tensor for part in parts for tensor in tensors_of(part)]

@@ -1,8 +1,8 @@
 """The Triton engine: WaveNet's whole loop over samples in one kernel, a chunk for all streams per launch.
 
-Each program runs 16 streams (or what there is of them) from the first sample of the chunk to the last, with their
-queues, gates, head and draws; the programs fill the card and never wait for each other. `triton_kernels` has the
-kernels, `triton_packing` the weights.
+Each program runs 16 streams (or what there is of them) from the first sample of the chunk to the
+last, with their queues, gates, head and draws; the programs fill the card and never wait for each
+other. `triton_kernels` has the kernels, `triton_packing` the weights.
 """
 
 from __future__ import annotations
@@ -20,8 +20,12 @@ from wavear.models.wavenet import WaveNet
 
 kernels: Any = triton_kernels  # what `triton.jit` makes of functions has no types
 WARPS = 8
-_PROJECTED = 256 * 2**20  # bytes of conditioning projected ahead, at most: a launch covers as many samples
-_WRAP = 2**30  # samples after which the queues are turned to begin at 0 again: the kernel counts in 32 bits
+_PROJECTED = (
+    256 * 2**20
+)  # bytes of conditioning projected ahead, at most: a launch covers as many samples
+_WRAP = (
+    2**30
+)  # samples after which the queues are turned to begin at 0 again: the kernel counts in 32 bits
 PROJECTION = {"ROWS": 64, "STEP": 16}
 
 
@@ -33,17 +37,20 @@ def interpreted() -> bool:
 class TritonEngine:
     """Runs `batch` streams of a WaveNet in a Triton kernel.
 
-    The weights are packed when it is made: an engine made after the model changed runs the model as it then is.
+    The weights are packed when it is made: an engine made after the model changed runs the model as
+    it then is.
 
     Parameters
     ----------
     model : WaveNet
-        On a CUDA device of compute capability 8.0 or more (or, under Triton's interpreter, on the CPU).
+        On a CUDA device of compute capability 8.0 or more (or, under Triton's interpreter, on the
+        CPU).
     batch : int
         Streams, at least 1.
     weights : str
-        "float32": products as three in TF32, which is float32 up to rounding. "bfloat16", "float16": matrices and what
-        they are multiplied with rounded, sums, queues and the draw in float32 and float64.
+        "float32": products as three in TF32, which is float32 up to rounding. "bfloat16",
+        "float16": matrices and what they are multiplied with rounded, sums, queues and the draw in
+        float32 and float64.
     packed : dict, optional
         Weights that are packed already: see `resized`.
 
@@ -54,10 +61,17 @@ class TritonEngine:
     """
 
     def __init__(
-        self, model: WaveNet, batch: int, *, weights: str = "float32", packed: dict[str, Tensor] | None = None
+        self,
+        model: WaveNet,
+        batch: int,
+        *,
+        weights: str = "float32",
+        packed: dict[str, Tensor] | None = None,
     ):
         if not isinstance(model, WaveNet):
-            raise ValueError(f"engine 'triton' serves WaveNet, not {type(model).__name__}: use engine 'cuda-graph'")
+            raise ValueError(
+                f"engine 'triton' serves WaveNet, not {type(model).__name__}: use engine 'cuda-graph'"
+            )
         if weights not in TYPES:
             raise ValueError(f"weights is {weights!r}, it must be one of {', '.join(TYPES)}")
         if batch < 1:
@@ -65,13 +79,17 @@ class TritonEngine:
         self.model, self.batch, self.weights = model, batch, weights
         self.device = next(model.parameters()).device
         if self.device.type != "cuda" and not interpreted():
-            raise ValueError(f"engine 'triton' needs a model on a CUDA device, this one is on {self.device}")
+            raise ValueError(
+                f"engine 'triton' needs a model on a CUDA device, this one is on {self.device}"
+            )
         self._packed = pack(model, weights) if packed is None else packed
         self._shapes = shapes(model.config, weights)
         r, slots = self._shapes["R"], self._shapes["SLOTS"]
         self._programs = -(-batch // ROWS)
         self._now = 0
-        self._previous = torch.full((batch,), model.start_code, dtype=torch.int32, device=self.device)
+        self._previous = torch.full(
+            (batch,), model.start_code, dtype=torch.int32, device=self.device
+        )
         self._queues = torch.zeros(batch, slots, r, device=self.device)
         self._scratch = scratch(self._shapes, self._programs, TYPES[weights], self.device)
 
@@ -87,12 +105,20 @@ class TritonEngine:
     ) -> np.ndarray:
         """See `Engine.generate`."""
         draws = torch.from_numpy(np.ascontiguousarray(uniforms)).to(self.device)
-        sharpness = torch.from_numpy(np.broadcast_to(1.0 / np.asarray(temperature), uniforms.shape).astype(np.float32))
+        sharpness = torch.from_numpy(
+            np.broadcast_to(1.0 / np.asarray(temperature), uniforms.shape).astype(np.float32)
+        )
         codes = torch.empty(uniforms.shape, dtype=torch.int32, device=self.device)
         scores = None if log_probability is None else torch.empty_like(draws)
         classes = self.model.config.classes
         self._run(
-            codes, cond, draws, sharpness.to(self.device), scores, top_k=min(top_k or classes, classes), top_p=top_p
+            codes,
+            cond,
+            draws,
+            sharpness.to(self.device),
+            scores,
+            top_k=min(top_k or classes, classes),
+            top_p=top_p,
         )
         made = codes.cpu().numpy().astype(np.int64)
         self._refuse(made < 0)
@@ -124,14 +150,18 @@ class TritonEngine:
         """See `Engine.load_state`."""
         residual = self.model.config.residual_channels
         for i, slots in enumerate(self._slots()):
-            self._queues[stream, slots, :residual] = state[f"queue.{i}"].to(self.device, torch.float32)
+            self._queues[stream, slots, :residual] = state[f"queue.{i}"].to(
+                self.device, torch.float32
+            )
         self._previous[stream] = int(state["previous"])
 
     def fill(self, stream: int, codes: np.ndarray, cond: Tensor | None) -> None:
         """See `Engine.fill`."""
         runner = ReferenceEngine(rounded(self.model, self.weights), 1)
         runner.load_state(0, self.state(stream))
-        runner.fill(0, codes, cond if cond is None else cond.to(next(runner.model.parameters()).dtype))
+        runner.fill(
+            0, codes, cond if cond is None else cond.to(next(runner.model.parameters()).dtype)
+        )
         self.load_state(stream, runner.state(0))
 
     def resized(self, batch: int) -> TritonEngine:
@@ -142,7 +172,11 @@ class TritonEngine:
         """An engine that goes on with these streams alone."""
         engine = self.resized(len(streams))
         chosen = torch.tensor(streams, device=self.device)
-        engine._now, engine._previous, engine._queues = self._now, self._previous[chosen], self._queues[chosen]
+        engine._now, engine._previous, engine._queues = (
+            self._now,
+            self._previous[chosen],
+            self._queues[chosen],
+        )
         return engine
 
     def _slots(self) -> list[Tensor]:
@@ -150,7 +184,9 @@ class TritonEngine:
         found, first = [], 0
         for dilation in self.model.config.dilations:
             length = (self.model.config.kernel_size - 1) * dilation + 1
-            found.append((first + (self._now + 1 + torch.arange(length - 1)) % length).to(self.device))
+            found.append(
+                (first + (self._now + 1 + torch.arange(length - 1)) % length).to(self.device)
+            )
             first += length
         return found
 
@@ -176,7 +212,9 @@ class TritonEngine:
     ) -> None:
         """Launches for all samples of a call; scores given codes if there are no draws."""
         if codes.dim() != 2 or codes.shape[0] != self.batch:
-            raise ValueError(f"shape {tuple(codes.shape)} for {self.batch} streams: expected ({self.batch}, n)")
+            raise ValueError(
+                f"shape {tuple(codes.shape)} for {self.batch} streams: expected ({self.batch}, n)"
+            )
         total = codes.shape[1]
         self._check_condition(cond, total)
         none = torch.empty(1, dtype=torch.float64, device=self.device)
@@ -188,7 +226,9 @@ class TritonEngine:
             "length": total,
             "batch": self.batch,
             "top_k": top_k,
-            "top_p": none if top_p is None else torch.tensor([top_p], dtype=torch.float64, device=self.device),
+            "top_p": none
+            if top_p is None
+            else torch.tensor([top_p], dtype=torch.float64, device=self.device),
             "previous": self._previous,
             "SCORING": draws is None,
             "SCORED": scores is not None,
@@ -196,7 +236,11 @@ class TritonEngine:
             "TOP_P": top_p is not None,
             "UPCAST": interpreted() and self.weights != "float32",
         }
-        weights = {name: value for name, value in self._packed.items() if name not in ("bias", "conditioning")}
+        weights = {
+            name: value
+            for name, value in self._packed.items()
+            if name not in ("bias", "conditioning")
+        }
         span = total
         if cond is not None and cond.shape[2] > 1:
             span = max(1, _PROJECTED // (self.batch * self._packed["bias"].numel() * 4))
@@ -205,7 +249,11 @@ class TritonEngine:
                 samples = min(span, total - start)
                 if self._now + samples > _WRAP:
                     self._turn()
-                z, z_rows = (self._packed["bias"], 0) if cond is None else self._project(cond, start, samples)
+                z, z_rows = (
+                    (self._packed["bias"], 0)
+                    if cond is None
+                    else self._project(cond, start, samples)
+                )
                 kernels.run[(self._programs,)](
                     start=start,
                     samples=samples,
@@ -252,7 +300,9 @@ class TritonEngine:
             raise ValueError("the model is unconditional, and cond is given")
         shape = tuple(cond.shape)
         if len(shape) != 3 or shape[:2] != (self.batch, channels) or shape[2] not in (1, samples):
-            raise ValueError(f"cond has shape {shape}, expected ({self.batch}, {channels}, {samples}) or (.., .., 1)")
+            raise ValueError(
+                f"cond has shape {shape}, expected ({self.batch}, {channels}, {samples}) or (.., .., 1)"
+            )
 
     @staticmethod
     def _refuse(wrong: np.ndarray) -> None:
@@ -264,12 +314,16 @@ class TritonEngine:
             )
 
 
-def scratch(sizes: dict[str, int], programs: int, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
+def scratch(
+    sizes: dict[str, int], programs: int, dtype: torch.dtype, device: torch.device
+) -> dict[str, Tensor]:
     """Memory that the threads of each program pass values on in, by the names of the arguments of `run`."""
     rows = programs * ROWS
     return {
         "gates": torch.zeros(rows, sizes["GATES"], dtype=dtype, device=device),
-        "signal": torch.zeros(rows, sizes["R"] if sizes["R"] > sizes["R_TILE"] else 1, device=device),
+        "signal": torch.zeros(
+            rows, sizes["R"] if sizes["R"] > sizes["R_TILE"] else 1, device=device
+        ),
         "skips": torch.empty(rows, sizes["S"], dtype=dtype, device=device),
         "hidden": torch.empty(rows, sizes["A"], dtype=dtype, device=device),
         "logits": torch.empty(rows, sizes["Q"], device=device),

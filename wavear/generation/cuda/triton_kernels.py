@@ -1,14 +1,16 @@
 """The Triton kernels of WaveNet's loop over samples: what one program does for its group of streams.
 
-All matrices lie as `torch.nn.Linear` has them, (outputs, inputs), padded with zeros to whole tiles; `triton_packing`
-makes them. Every product is `tl.dot` on the rows of a whole group, also where streams are missing from it: so the sums
-of a stream are taken in the same order whatever batch it rides in.
+All matrices lie as `torch.nn.Linear` has them, (outputs, inputs), padded with zeros to whole tiles;
+`triton_packing` makes them. Every product is `tl.dot` on the rows of a whole group, also where
+streams are missing from it: so the sums of a stream are taken in the same order whatever batch it
+rides in.
 
-Threads of a program pass values on through global memory (the queues and the scratch, which stay in the first- and
-second-level caches) and meet at `tl.debug_barrier` in between. Programs never wait for each other.
+Threads of a program pass values on through global memory (the queues and the scratch, which stay in
+the first- and second-level caches) and meet at `tl.debug_barrier` in between. Programs never wait
+for each other.
 
-Sums over tiles are taken element by element and reduced after the loop, which is faster; the compiler's pass that would
-do so (Triton 3.8) fails where such a sum is used twice.
+Sums over tiles are taken element by element and reduced after the loop, which is faster; the
+compiler's pass that would do so (Triton 3.8) fails where such a sum is used twice.
 """
 
 # What is inside a kernel is Triton's language: its types are not Python's.
@@ -28,7 +30,8 @@ _LOWEST = tl.constexpr(-(2**31))  # below the key of every logit
 def _dot(x, w, acc, UPCAST: tl.constexpr):
     """acc + x @ w with float32 sums; float32 operands as three products on tensor cores ("tf32x3").
 
-    The interpreter works with NumPy, which has no bfloat16: there halves are multiplied as the float32 they stand for.
+    The interpreter works with NumPy, which has no bfloat16: there halves are multiplied as the
+    float32 they stand for.
     """
     if UPCAST:
         x, w = x.to(tl.float32), w.to(tl.float32)
@@ -61,7 +64,9 @@ def project(
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(1) * TILE + tl.arange(0, TILE)
     there = row < rows
-    start = (row // samples).to(tl.int64) * stride_stream + (row % samples).to(tl.int64) * stride_time
+    start = (row // samples).to(tl.int64) * stride_stream + (row % samples).to(
+        tl.int64
+    ) * stride_time
     acc = tl.zeros((ROWS, TILE), tl.float32) + tl.load(bias + column)[None, :]
     for k in range(0, CHANNELS, STEP):
         channel = k + tl.arange(0, STEP)
@@ -76,8 +81,8 @@ def project(
 def _queue(layer, now, KERNEL: tl.constexpr, DEPTH: tl.constexpr):
     """(dilation, length, first slot) of a layer's queue, and the slot of sample `now` in it.
 
-    The layers of a stack have dilations 1, 2, 4...; a queue has (KERNEL - 1) * dilation slots and one for the current
-    sample, and they lie one after the other.
+    The layers of a stack have dilations 1, 2, 4...; a queue has (KERNEL - 1) * dilation slots and
+    one for the current sample, and they lie one after the other.
     """
     place = layer % DEPTH
     dilation = 1 << place
@@ -95,8 +100,8 @@ def _layers_in_registers(
 ):  # fmt: skip
     """All layers, whose signal x (ROWS, R) never leaves the registers; gated units go to `gates`.
 
-    The weights of the layers to come, and their past, are fetched while a layer is computed: nothing of them depends
-    on the layers before.
+    The weights of the layers to come, and their past, are fetched while a layer is computed:
+    nothing of them depends on the layers before.
     """
     r = tl.arange(0, R)
     k = tl.arange(0, R)[:, None]
@@ -107,7 +112,9 @@ def _layers_in_registers(
         w = dilated + layer * KERNEL * 2 * R * R + r[None, :] * R + k
         for tap in tl.static_range(KERNEL - 1):  # the oldest first
             old = (slot + length - (KERNEL - 1 - tap) * dilation) % length
-            past = tl.load(queues + (first + old) * R + r[None, :], mask=there, other=0.0).to(dilated.dtype.element_ty)
+            past = tl.load(queues + (first + old) * R + r[None, :], mask=there, other=0.0).to(
+                dilated.dtype.element_ty
+            )
             a = _dot(past, tl.load(w + 2 * tap * R * R), a, UPCAST)
             b = _dot(past, tl.load(w + (2 * tap + 1) * R * R), b, UPCAST)
         current = x.to(dilated.dtype.element_ty)
@@ -122,7 +129,9 @@ def _layers_in_registers(
 
 
 @triton.jit
-def _add_tap(a, b, x, there, w, R: tl.constexpr, TILE: tl.constexpr, STEP: tl.constexpr, UPCAST: tl.constexpr):
+def _add_tap(
+    a, b, x, there, w, R: tl.constexpr, TILE: tl.constexpr, STEP: tl.constexpr, UPCAST: tl.constexpr
+):
     """Both halves of a gate's input and one tap's share of them; `x` and `w` point to the first input of each row."""
     k = tl.arange(0, STEP)
     for start in range(0, R, STEP):
@@ -151,7 +160,9 @@ def _layers_in_tiles(
                 a, b = _add_tap(
                     a, b, queues + (first + old) * R, there, w + 2 * tap * R * R, R, TILE, STEP, UPCAST
                 )  # fmt: skip
-            a, b = _add_tap(a, b, signal, there, w + 2 * (KERNEL - 1) * R * R, R, TILE, STEP, UPCAST)
+            a, b = _add_tap(
+                a, b, signal, there, w + 2 * (KERNEL - 1) * R * R, R, TILE, STEP, UPCAST
+            )
             gated = (_tanh(a) * _sigmoid(b)).to(dilated.dtype.element_ty)
             tl.store(gates + layer * R + r[None, :], gated)
             current = tl.load(signal + r[None, :])
@@ -178,7 +189,9 @@ def _outputs(
     acc = tl.zeros((ROWS, TILE), tl.float32) + tl.load(bias + column)[None, :]
     for start in tl.range(0, INPUTS, STEP, num_stages=STAGES):
         k = start + tl.arange(0, STEP)
-        acc = _dot(tl.load(x + k[None, :]), tl.load(w + column[None, :] * INPUTS + k[:, None]), acc, UPCAST)
+        acc = _dot(
+            tl.load(x + k[None, :]), tl.load(w + column[None, :] * INPUTS + k[:, None]), acc, UPCAST
+        )
     return acc
 
 
@@ -197,12 +210,16 @@ def _head(
     tl.debug_barrier()
     for tile in range(0, A, A_TILE):
         n = tile + tl.arange(0, A_TILE)
-        acc = _outputs(skips + row * S, head1, head1_bias, n, S, ROWS, A_TILE, S_STEP, STAGES, UPCAST)
+        acc = _outputs(
+            skips + row * S, head1, head1_bias, n, S, ROWS, A_TILE, S_STEP, STAGES, UPCAST
+        )
         tl.store(hidden + row * A + n[None, :], _relu(acc).to(hidden.dtype.element_ty))
     tl.debug_barrier()
     for tile in range(0, Q, Q_TILE):
         n = tile + tl.arange(0, Q_TILE)
-        acc = _outputs(hidden + row * A, head2, head2_bias, n, A, ROWS, Q_TILE, A_STEP, STAGES, UPCAST)
+        acc = _outputs(
+            hidden + row * A, head2, head2_bias, n, A, ROWS, Q_TILE, A_STEP, STAGES, UPCAST
+        )
         tl.store(logits + row * Q + n[None, :], acc)
     tl.debug_barrier()
 
@@ -247,7 +264,9 @@ def _count(logits, key, Q: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr)
 
 
 @triton.jit
-def _total(logits, largest, sharpness, key, Q: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr):
+def _total(
+    logits, largest, sharpness, key, Q: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr
+):
     """The weight of the logits of each row that have at least this key."""
     total = tl.zeros((ROWS, TILE), tl.float64)
     for tile in range(0, Q, TILE):
@@ -294,7 +313,8 @@ def _cut(
             low = tl.where(enough, middle, low)
             high = tl.where(enough, high, middle - 1)
         reached = _total(logits, largest, sharpness, (low + 1).to(tl.int32), Q, ROWS, TILE)
-        # Of equal logits, code number i (from 0) stays if those before it have not reached the share yet.
+        # Of equal logits, code number i (from 0) stays if those before it have not reached the
+        # share yet.
         cut = low.to(tl.int32)
         each = _weight(_logit(cut), largest, sharpness)
         needed = tl.where(each > 0.0, tl.ceil((share - reached) / each), 1.0)
@@ -373,7 +393,9 @@ def _log_probability(logits, code, Q: tl.constexpr, ROWS: tl.constexpr, TILE: tl
     return tl.sum(chosen, axis=1).to(tl.float64) - largest.to(tl.float64) - tl.log(total)
 
 
-@triton.jit(do_not_specialize=["start", "samples", "length", "batch", "top_k", "now", "z_rows", "z_moves"])
+@triton.jit(
+    do_not_specialize=["start", "samples", "length", "batch", "top_k", "now", "z_rows", "z_moves"]
+)
 def run(
     uniforms, sharpness, codes, scores, start, samples, length, batch, top_k, top_p,
     previous, queues, now, z, z_rows, z_moves,
@@ -405,8 +427,8 @@ def run(
     now : int32
         Samples that the queues have seen.
     z : float32 (rows, LAYERS, 2, R)
-        What each gate's input starts with: `z_rows` rows for each stream (0: the same for all), of which each sample
-        takes the next if `z_moves` is 1.
+        What each gate's input starts with: `z_rows` rows for each stream (0: the same for all), of
+        which each sample takes the next if `z_moves` is 1.
     gates, signal, skips, hidden, logits
         Scratch: ROWS rows for each program.
     """

@@ -15,7 +15,9 @@ WIDEST = 64  # residual channels of a layer that the registers hold
 _OUTPUTS, _INPUTS = 128, 64  # of a tile of the head, at most
 _DRAWN = 256  # classes that are drawn among at once, at most
 _LEAST = 16  # of any axis of a product
-_SHARED = 160 * 1024  # bytes of shared memory for weights fetched ahead; an sm_80 or sm_90 block may have 163 KB
+_SHARED = (
+    160 * 1024
+)  # bytes of shared memory for weights fetched ahead; an sm_80 or sm_90 block may have 163 KB
 
 TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -81,8 +83,8 @@ def rounded(model: WaveNet, weights: str) -> WaveNet:
 def pack(model: WaveNet, weights: str) -> dict[str, Tensor]:
     """Weights by the names of the arguments of `run` and `project`, on the model's device.
 
-    Matrices in the type that `weights` names, the rest in float32. What is added has no effect: inputs and outputs of
-    zero, classes of logit minus infinity.
+    Matrices in the type that `weights` names, the rest in float32. What is added has no effect:
+    inputs and outputs of zero, classes of logit minus infinity.
     """
     config, sizes = model.config, shapes(model.config, weights)
     layers, kernel, residual = config.layers, config.kernel_size, config.residual_channels
@@ -91,7 +93,9 @@ def pack(model: WaveNet, weights: str) -> dict[str, Tensor]:
     blocks: list[Any] = list(model.blocks)
     head: Any = model.head
 
-    def made(shape: tuple[int, ...], value: Tensor, dtype: torch.dtype = torch.float32, fill: float = 0.0) -> Tensor:
+    def made(
+        shape: tuple[int, ...], value: Tensor, dtype: torch.dtype = torch.float32, fill: float = 0.0
+    ) -> Tensor:
         out = torch.full(shape, fill, dtype=dtype, device=value.device)
         out[tuple(slice(length) for length in value.shape)] = value.detach().to(dtype)
         return out
@@ -109,7 +113,9 @@ def pack(model: WaveNet, weights: str) -> dict[str, Tensor]:
         "residual": torch.zeros(layers, r, r, dtype=kind, device=dilated.device),
         "residual_bias": torch.zeros(layers, r, device=dilated.device),
         "skip": made((s, sizes["GATES"]), skip.flatten(1), kind),
-        "skip_bias": made((s,), torch.stack([block.skip.bias for block in blocks]).detach().float().sum(dim=0)),
+        "skip_bias": made(
+            (s,), torch.stack([block.skip.bias for block in blocks]).detach().float().sum(dim=0)
+        ),
         "head1": made((a, s), head[1].weight, kind),
         "head1_bias": made((a,), head[1].bias),
         "head2": made((q, a), head[3].weight, kind),
@@ -119,9 +125,13 @@ def pack(model: WaveNet, weights: str) -> dict[str, Tensor]:
         packed["residual"][:-1] = made(
             (layers - 1, r, r), torch.stack([block.residual.weight for block in inner]), kind
         )
-        packed["residual_bias"][:-1] = made((layers - 1, r), torch.stack([block.residual.bias for block in inner]))
+        packed["residual_bias"][:-1] = made(
+            (layers - 1, r), torch.stack([block.residual.bias for block in inner])
+        )
     if model.conditioned:
         channels = padded(config.conditioning_channels, _INPUTS)[0]
-        cond = torch.stack([block.conditioning.weight for block in blocks]).reshape(layers, 2, residual, -1)
+        cond = torch.stack([block.conditioning.weight for block in blocks]).reshape(
+            layers, 2, residual, -1
+        )
         packed["conditioning"] = made((layers, 2, r, channels), cond, kind)
     return packed
