@@ -1,1 +1,1 @@
-"""Parts that know nothing about audio: atomic files, the cache of compiled code."""
+"""Parts that are independent of audio: atomic files, logging, the cache of compiled code."""

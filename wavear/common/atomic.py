@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and lines that name them."""
+"""Replace files atomically and lock them between processes."""
 
 from __future__ import annotations
 
@@ -12,32 +12,31 @@ from pathlib import Path
 
 
 def printable(line: str) -> str:
-    """A line with what stdout cannot take escaped, as stderr does of itself: names of files that are no Unicode."""
+    """Escape the characters that stdout cannot encode, such as file names that are not Unicode."""
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
     return line.encode(encoding, "backslashreplace").decode(encoding)
 
 
 def say(line: str) -> None:
-    """Print such a line at once."""
+    """Print a line with unencodable characters escaped, and flush."""
     print(printable(line), flush=True)
 
 
 def replace_file(path: str | Path, write: Callable[[Path], object]) -> None:
-    """Let `write` make a temporary file beside `path`, then move it into place.
+    """Write a temporary file next to `path`, then move it into place.
 
-    Whatever goes wrong, `path` holds what it held, or nothing, and the temporary file is gone. The
-    folder is not made.
+    If anything fails, `path` is unchanged and the temporary file is removed. The folder must exist.
 
     Parameters
     ----------
     path : str or Path
     write : callable
-        Takes the temporary file's name; the file exists and is empty.
+        Receives the path of the temporary file, which exists and is empty.
 
     Raises
     ------
     OSError
-        What `write` raised, or the move.
+        If the file cannot be written or moved. Exceptions of `write` pass through.
     """
     path = Path(path)
     temporary = path.parent / f".wavear-{uuid.uuid4().hex}.tmp"
@@ -45,11 +44,10 @@ def replace_file(path: str | Path, write: Callable[[Path], object]) -> None:
         with open(temporary, "xb") as file:
             mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
         write(temporary)
+        # Without fsync, a crash after the move could leave an empty file under the final name.
         with open(temporary, "rb") as file:
-            os.fsync(
-                file.fileno()
-            )  # a crash after the move must not leave an empty file under the name
-        os.chmod(temporary, mode)  # some libraries write files that only their owner may read
+            os.fsync(file.fileno())
+        os.chmod(temporary, mode)  # some libraries create files that only their owner can read
         os.replace(temporary, path)
     except BaseException:
         with contextlib.suppress(OSError):
@@ -59,27 +57,25 @@ def replace_file(path: str | Path, write: Callable[[Path], object]) -> None:
 
 @contextlib.contextmanager
 def locked(path: str | Path, wait: Callable[[], object] = lambda: None) -> Iterator[None]:
-    """One process at a time; where the file system knows no locks, all of them.
+    """Hold a lock between processes; without support in the file system, hold none.
 
     Parameters
     ----------
     path : str or Path
-        A file for this purpose; it is made, and stays.
+        The lock file; it is created, and stays.
     wait : callable
-        Called if another process is at it, before waiting for that.
+        Called before waiting for another process.
     """
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(path)
+    with contextlib.suppress(OSError):
+        try:
+            lock.acquire(blocking=False)
+        except Timeout:
+            wait()
+            lock.acquire()
     try:
-        import fcntl
-    except ImportError:  # Windows
         yield
-        return
-    with open(
-        path, "a+b", buffering=0
-    ) as file:  # to read and write: so a pipe of that name does not block
-        with contextlib.suppress(OSError):
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                wait()
-                fcntl.flock(file, fcntl.LOCK_EX)
-        yield  # closing it opens the lock
+    finally:
+        lock.release()

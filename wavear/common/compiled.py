@@ -1,4 +1,4 @@
-"""Compiled code kept on disk between processes."""
+"""Compile kernels with Numba and keep the machine code on disk between processes."""
 
 # Numba's settings have no types.
 # pyright: reportPrivateImportUsage=false, reportAttributeAccessIssue=false
@@ -6,8 +6,11 @@
 from __future__ import annotations
 
 import ast
+import contextlib
+import functools
 import hashlib
 import os
+import stat
 import sys
 import tempfile
 import threading
@@ -15,28 +18,66 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from platformdirs import user_cache_path
+
 _lock = threading.RLock()
 
 
 def cache_directory() -> Path:
-    """Where compiled code lies: `NUMBA_CACHE_DIR` if set, else the user's cache directory."""
+    """Return the folder of compiled code.
+
+    It is `NUMBA_CACHE_DIR` if that is set, else the user's cache folder, else a temporary folder if
+    that one cannot be written (no home, a read-only home, an unknown user).
+    """
     if chosen := os.environ.get("NUMBA_CACHE_DIR"):
         return Path(chosen)
-    if sys.platform == "win32":
-        base = os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local"
-    elif sys.platform == "darwin":
-        base = Path.home() / "Library" / "Caches"
-    else:
-        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "wavear"
+    return _user_directory() or _temporary_directory()
+
+
+def _user_directory() -> Path | None:
+    """Return the user's cache folder if there is one that can be written."""
+    try:
+        folder = user_cache_path("wavear", appauthor=False)
+        if not folder.is_absolute():  # older platformdirs: "~" of an unknown user
+            return None
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except (OSError, RuntimeError):
+        return None
+    return folder
+
+
+@functools.cache
+def _temporary_directory() -> Path:
+    # Compiled code is unpickled, so a folder that another user could write is unsafe.
+    user = getattr(os, "getuid", lambda: 0)()
+    folder = Path(tempfile.gettempdir()) / f"wavear-{user}"
+    with contextlib.suppress(OSError):
+        folder.mkdir(mode=0o700, exist_ok=True)
+        status = folder.lstat()
+        if stat.S_ISDIR(status.st_mode) and status.st_uid == user and not status.st_mode & 0o022:
+            return folder
+    return Path(tempfile.mkdtemp(prefix="wavear-"))
+
+
+def prepare_numba() -> None:
+    """Point Numba at a writable cache where it would find none; call it before importing librosa.
+
+    Importing librosa fails if neither its own folder nor the user's cache folder can be written,
+    unless `NUMBA_CACHE_DIR` is set. This sets it, and only in that case.
+    """
+    if os.environ.get("NUMBA_CACHE_DIR") or _user_directory():
+        return
+    os.environ["NUMBA_CACHE_DIR"] = str(_temporary_directory())
+    if "numba" in sys.modules:  # it has already read the environment
+        sys.modules["numba"].config.CACHE_DIR = os.environ["NUMBA_CACHE_DIR"]
 
 
 def source_key(path: Path) -> str:
-    """Changes with every source of this package that the code of a file is compiled from, and with the compiler.
+    """Return a key that changes with the compiler and with every source that a file imports.
 
-    Numba itself looks at the file of the compiled function alone, and the kernels it calls lie in
-    others: here every file is read that this one imports, and those that they do. (That the
-    processor is the same is part of Numba's own key.)
+    Numba's own key covers the processor and the file of the compiled function, but not the kernels
+    that it calls in other files of this package.
     """
     import llvmlite
     import numba
@@ -48,40 +89,38 @@ def source_key(path: Path) -> str:
 
 
 def _sources(path: Path) -> set[Path]:
-    """A file, and the files of this package that it imports at its top, and so on."""
+    """Return a file and the files of this package that it imports at its top, recursively."""
     root = Path(__file__).resolve().parent.parent
     found, waiting = set(), [path.resolve()]
     while waiting:
         source = waiting.pop()
         found.add(source)
         for statement in ast.parse(source.read_bytes()).body:
-            if isinstance(statement, ast.ImportFrom) and f"{statement.module}.".startswith(
-                "wavear."
-            ):
-                module = root.joinpath(*str(statement.module).split(".")[1:])
-                files = [
-                    module.with_suffix(".py"),
-                    *(module / f"{alias.name}.py" for alias in statement.names),
-                ]
+            if not isinstance(statement, ast.ImportFrom):
+                continue
+            package, *parts = str(statement.module).split(".")
+            if package == "wavear":
+                module = root.joinpath(*parts)
+                files = [module.with_suffix(".py")]
+                files += [module / f"{alias.name}.py" for alias in statement.names]
                 waiting += [file for file in files if file.is_file() and file not in found]
     return found
 
 
 def compiled(function, signature: str, callback: bool = False, **options: Any) -> Any:
-    """`function` compiled for one signature, from the cache if it is there.
+    """Compile a function for one signature, or load it from the cache.
 
-    Called from Python it releases the GIL; as a `callback` it is called by its `address` from other
-    compiled code. `options` are Numba's, such as `error_model`.
+    Called from Python, the result releases the GIL; a `callback` is called by its `address` from
+    other compiled code. `options` are Numba's, such as `error_model`.
     """
     with _lock:
         try:
-            directory = (
-                cache_directory() / f"kernels-{source_key(Path(function.__code__.co_filename))}"
-            )
+            key = source_key(Path(function.__code__.co_filename))
+            directory = cache_directory() / f"kernels-{key}"
             directory.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=directory).close()
             return _compile(function, signature, callback, directory, options)
-        except Exception as error:  # whatever is wrong with a cache, the engine works without
+        except Exception as error:  # a cache that fails for any reason must not stop the engine
             _warn_once(error)
             return _compile(function, signature, callback, None, options)
 
@@ -94,7 +133,7 @@ def _warn_once(error: Exception) -> None:
     if not _warned:
         _warned = True
         warnings.warn(
-            f"compiled code is not kept ({error}), so every process compiles anew, for some seconds; "
+            f"compiled code is not kept ({error}), so every process compiles for some seconds; "
             "set NUMBA_CACHE_DIR to a directory that can be written",
             stacklevel=2,
         )
@@ -105,9 +144,11 @@ def _compile(
 ):
     import numba
 
-    compiler = numba.cfunc(signature, cache=bool(directory), **options) if callback else None
-    compiler = compiler or numba.njit(signature, nogil=True, cache=bool(directory), **options)
-    # Where to cache is read when the cache of a function is made, and is no argument.
+    if callback:
+        compiler = numba.cfunc(signature, cache=bool(directory), **options)
+    else:
+        compiler = numba.njit(signature, nogil=True, cache=bool(directory), **options)
+    # Numba reads the cache folder from its configuration when it creates a function's cache.
     before = numba.config.CACHE_DIR
     if directory:
         numba.config.CACHE_DIR = str(directory)

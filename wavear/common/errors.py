@@ -1,4 +1,4 @@
-"""The one exception of wavear's refusals."""
+"""The exception with which wavear refuses an input."""
 
 from __future__ import annotations
 
@@ -7,5 +7,5 @@ class WavearError(ValueError):
     """An input that wavear refuses: a file, a value, a combination of options.
 
     The message is one line: what is wrong, the value, the remedy. It is raised at the public edge;
-    the command line prints it without a traceback. Any other exception is a bug of wavear.
+    the command line prints it without a traceback. Any other exception is a bug in wavear.
     """

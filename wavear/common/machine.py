@@ -1,4 +1,4 @@
-"""This machine: its processor, its cores and the versions that make its speed."""
+"""This machine: its processor, its cores and the versions that determine its speed."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ def available_cores() -> int:
 
 
 def machine() -> str:
-    """Return the processor as its system names it, its cores, and the versions of what makes the speed."""
+    """Return the processor's name, its cores, and the versions of Python, torch, numba, wavear."""
     name = platform.processor() or platform.machine()
     with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as file:
-        name = next(
-            (line.split(":")[1].strip() for line in file if line.startswith("model name")), name
-        )
-    versions = f"Python {platform.python_version()}, torch {version('torch').split('+')[0]}, numba {version('numba')}"
+        models = (line.split(":")[1].strip() for line in file if line.startswith("model name"))
+        name = next(models, name)
+    torch = version("torch").split("+")[0]
+    versions = f"Python {platform.python_version()}, torch {torch}, numba {version('numba')}"
     return f"{name}, {available_cores()} cores; {versions}, wavear {version('wavear')}"
