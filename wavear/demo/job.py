@@ -238,6 +238,9 @@ def compare_pitch(waveform: np.ndarray, note: Note, sample_rate: int) -> tuple[f
     float
         Share of the frames within `CENTS` of what YIN finds in the note itself.
     """
+    from wavear.common.compiled import prepare_numba
+
+    prepare_numba()
     from librosa import yin
 
     frame = 2 ** round(np.log2(0.064 * sample_rate))

@@ -50,6 +50,9 @@ def griffin_lim(mel: np.ndarray, config: MelConfig, seed: int = 0) -> np.ndarray
     -------
     array, shape (F * hop,), float32 in [-1, 1]
     """
+    from wavear.common.compiled import prepare_numba
+
+    prepare_numba()
     import librosa
 
     bands = _uncompressed(np.asarray(mel, np.float64), config)

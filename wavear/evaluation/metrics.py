@@ -369,6 +369,9 @@ def pitch_error(
 
 def pitch(waveform: np.ndarray, rate: int) -> np.ndarray:
     """Pitch of each frame in Hz, NaN where there is none; see `pitch_error`."""
+    from wavear.common.compiled import prepare_numba
+
+    prepare_numba()
     import librosa
 
     frame = 2 ** math.ceil(math.log2(4 * rate / PITCH_RANGE[0]))
