@@ -1,13 +1,12 @@
-"""Pre-emphasis: the model's codes are of y[t] = x[t] - a x[t-1], and what it makes is x[t] = y[t] + a x[t-1].
+"""Pre-emphasis: codes are of y[t] = x[t] - a x[t-1], and the output is x[t] = y[t] + a x[t-1].
 
-The rounding of the codes is noise that is as strong at every frequency. Taking the emphasis off
-again makes its amplitude 1 / |1 - a exp(-iw)|, louder below and softer above, where speech is soft
-and the noise is heard. (Makhoul and Berouti, "Adaptive noise spectral shaping and entropy coding in
-predictive coding of speech", 1979; with mu-law codes in LPCNet, Valin and Skoglund, 2019,
+The rounding of the codes is white noise. De-emphasis shapes its amplitude by 1 / |1 - a exp(-iw)|:
+louder at low frequencies and quieter at high ones, where speech is weak and noise is audible.
+(Makhoul and Berouti, "Adaptive noise spectral shaping and entropy coding in predictive coding of
+speech", 1979; with mu-law codes in LPCNet, Valin and Skoglund, 2019,
 https://arxiv.org/abs/1810.11846, section 3.1, a = 0.85.)
 
-Everything else in wavear is of x: mels, levels, measures. Codes alone, and so bits and
-log-probabilities, are of y.
+Mels, levels and measures are of x. Only codes, and so bits and log-probabilities, are of y.
 """
 
 from __future__ import annotations
@@ -20,18 +19,18 @@ from torch import Tensor
 
 
 def coefficient(config: Any) -> float:
-    """Of a model's configuration; 0 for those that know none."""
+    """Return a model configuration's coefficient; 0 if it has no such field."""
     return float(getattr(config, "pre_emphasis", 0.0))
 
 
 def emphasised(waveform: Tensor, a: float, before: Tensor | None = None) -> Tensor:
-    """What the codes are of: x[t] - a x[t-1]. It may leave [-1, 1], where the codes end.
+    """Return x[t] - a x[t-1], which the codes represent. It may exceed [-1, 1].
 
     Parameters
     ----------
     waveform : Tensor, shape (..., T), floating point
     a : float
-        0 leaves the waveform as it is.
+        0 returns the waveform itself.
     before : Tensor, shape (...), optional
         The sample before the first; 0 if None.
 
@@ -47,13 +46,13 @@ def emphasised(waveform: Tensor, a: float, before: Tensor | None = None) -> Tens
 
 
 class Deemphasis:
-    """The way back, in pieces of any length: in float64, sample by sample, so that pieces are to the bit the whole.
+    """Undo `emphasised` in pieces of any length; the pieces equal the whole bit for bit.
 
     Parameters
     ----------
     a : float
     memory : float
-        The last sample so far, before it was clipped to [-1, 1].
+        The previous output sample, before it was clipped to [-1, 1].
 
     Examples
     --------
@@ -66,14 +65,14 @@ class Deemphasis:
         self.a, self.memory = a, memory
 
     def __call__(self, decoded: Tensor) -> Tensor:
-        """What the next decoded codes (T,) sound like: (T,), float32 in [-1, 1]."""
+        """Return the output (T,), float32 in [-1, 1], for the next decoded codes (T,)."""
         if self.a == 0 or not decoded.numel():
             return decoded
         from scipy.signal import lfilter
 
-        # Direct form II transposed: x[t] = y[t] + z, z = a x[t], the same two operations wherever a
-        # piece begins.
-        given = decoded.detach().cpu().numpy().astype(np.float64)
-        made: Any = lfilter([1.0], [1.0, -self.a], given, zi=np.array([self.a * self.memory]))[0]
-        self.memory = float(made[-1])
-        return torch.from_numpy(made.astype(np.float32)).clamp(-1.0, 1.0)
+        # Direct form II transposed in float64: x[t] = y[t] + z, z = a x[t], the same two operations
+        # wherever a piece begins.
+        y = decoded.detach().cpu().numpy().astype(np.float64)
+        x: Any = lfilter([1.0], [1.0, -self.a], y, zi=np.array([self.a * self.memory]))[0]
+        self.memory = float(x[-1])
+        return torch.from_numpy(x.astype(np.float32)).clamp(-1.0, 1.0)

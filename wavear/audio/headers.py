@@ -1,18 +1,16 @@
-"""What an audio file's header says about its length, against the bytes that are there.
+"""Compare the length in an audio file's header with the bytes that are there.
 
-libsndfile believes headers, so it drops the end of a file whose header promises too little (a WAV
-from a pipe says 0), and takes a WAV or OGG file that was cut off for a shorter one. `examine` looks
-at the bytes and tells these apart:
+libsndfile trusts headers: it drops the end of a file whose header gives too small a length (a WAV
+from a pipe gives 0), and reads a WAV or OGG file that was cut off as a shorter one. `examine` reads
+the bytes and distinguishes two cases:
 
-- *cut off inside* is refused: the file ends in the middle of a unit (an Ogg page, an MP3 frame),
-  or, where there are no
-  units, before what all its headers agree on;
-- *a header that lies* is put right in a copy in memory, which libsndfile then reads to the real
-  end: lengths that stand
-  for "unknown" in streams, lengths shorter than the audio, and those that contradict the length of
-  the whole file.
+- A truncated file is refused: it ends in the middle of a unit (an Ogg page, an MP3 frame), or,
+  where there are no units, before the length on which all its headers agree.
+- A wrong header is corrected in a copy in memory, which libsndfile then reads to the real end:
+  lengths that mean "unknown" in streams, lengths shorter than the audio, and lengths that
+  contradict the length of the whole file.
 
-Formats that libsndfile knows beyond WAV, AIFF, FLAC, OGG and MP3 are left to it.
+Formats other than WAV, AIFF, FLAC, OGG and MP3 are left to libsndfile.
 """
 
 from __future__ import annotations
@@ -22,32 +20,47 @@ import mmap
 import os
 import zlib
 from dataclasses import dataclass
+from typing import NamedTuple
+
+from wavear.common.errors import WavearError
 
 Bytes = bytes | mmap.mmap
 
 
+class HeaderError(WavearError):
+    """A file that is truncated or damaged; the message gives the reason but not the file's name."""
+
+
+class Splice(NamedTuple):
+    """A change to the bytes of a file."""
+
+    offset: int
+    removed: int
+    """Number of bytes to remove at the offset."""
+    inserted: bytes
+
+
 @dataclass(frozen=True)
 class Findings:
-    """What has to be known before libsndfile opens a file."""
+    """Facts that are needed before libsndfile opens a file."""
 
-    splice: tuple[int, int, bytes] | None = None
-    """Offset, number of bytes there, and what to put in their place, so that the header says the truth."""
+    splice: Splice | None = None
+    """The correction of the header."""
     is_mp3: bool = False
     last_seek: int | None = None
-    """Latest sample where a seek arrives exactly; None: every one."""
+    """Latest sample that a seek reaches exactly; None: every one."""
 
 
 def examine(path: str | os.PathLike[str], stretch: tuple[int, int] | None = None) -> Findings:
-    """Compare a file's header with its bytes. Costs some reads; the result is kept while the file stays as it is.
+    """Compare a file's header with its bytes; cached until the file changes.
 
-    With a `stretch` (offset, length in bytes) the file is what lies there, a member of an archive
-    say.
+    With a `stretch` (offset, length in bytes), examine only these bytes, such as a member of an
+    archive.
 
     Raises
     ------
-    ValueError
-        If the file ends before its audio does. The message gives the reason, and leaves the file's
-        name to the caller.
+    HeaderError
+        If the file ends before its audio does.
     OSError
         If it cannot be read.
     """
@@ -79,11 +92,25 @@ def _examine_bytes(data: Bytes) -> Findings:
     return Findings()
 
 
-# --- WAV and AIFF: chunks of four letters, a length, and that many bytes
-# ----------------------------------------------
+def _after_id3(data: Bytes) -> int:
+    """Return where the audio begins: ID3v2 tags give their length in four times seven bits."""
+    position = 0
+    while data[position : position + 3] == b"ID3" and position + 10 <= len(data):
+        length = 0
+        for byte in data[position + 6 : position + 10]:
+            length = length << 7 | byte & 0x7F
+        position += 10 + length + (10 if data[position + 5] & 0x10 else 0)
+    return position
 
-# Lengths from here on mean "unknown" where the file has less: ffmpeg and others write 2**32 - 1,
-# sox 0x7FFFF000.
+
+def _big(data: Bytes, position: int, count: int) -> int:
+    return int.from_bytes(data[position : position + count], "big")
+
+
+# --- WAV and AIFF: chunks of four letters, a length, and that many bytes
+
+# From here on, a length beyond the end of the file means "unknown": ffmpeg writes 2**32 - 1, sox
+# 0x7FFFF000.
 _UNKNOWN_LENGTH = 0x7FFF0000
 
 
@@ -94,39 +121,34 @@ def _examine_chunks(data: Bytes, magic: bytes) -> Findings:
     position = 12
     while data[position : position + 4] != audio:
         if position + 8 > len(data):
-            return Findings()  # no audio in there: libsndfile has the words for it
+            return Findings()  # there is no audio: libsndfile reports it
         length = int.from_bytes(data[position + 4 : position + 8], order)
         position += 8 + length + length % 2
     claimed = int.from_bytes(data[position + 4 : position + 8], order)
     first = position + 8
     there = len(data) - first
     if magic == b"RF64" and data[12:16] == b"ds64":
-        whole, claimed = (
-            int.from_bytes(data[20:28], "little") + 8,
-            int.from_bytes(data[28:36], "little"),
-        )
+        whole = int.from_bytes(data[20:28], order) + 8
+        claimed = int.from_bytes(data[28:36], order)
     if claimed > there:
-        if claimed >= _UNKNOWN_LENGTH and magic != b"RF64":
-            return Findings()  # libsndfile takes what there is
-        if abs(whole - len(data)) <= 1:
-            return (
-                Findings()
-            )  # so the file as a whole is complete, and the length of this chunk is wrong
-        raise ValueError(
+        unknown = claimed >= _UNKNOWN_LENGTH and magic != b"RF64"
+        # If the length of the whole file is right, only that of this chunk is wrong. libsndfile
+        # reads to the end in both cases.
+        if unknown or abs(whole - len(data)) <= 1:
+            return Findings()
+        raise HeaderError(
             f"truncated inside: its header promises {claimed} bytes of audio, {there} are there"
         )
     end = first + claimed
-    if claimed == there or any(_is_no_audio(data, at, claimed) for at in (end, end + end % 2)):
+    complete = claimed == there or any(_no_audio(data, at, claimed) for at in (end, end + end % 2))
+    if complete or magic == b"RF64":
         return Findings()
-    if magic == b"RF64":
-        return Findings()
-    return Findings(splice=(position + 4, 4, b"\xff\xff\xff\xff"))
+    return Findings(Splice(position + 4, 4, b"\xff\xff\xff\xff"))
 
 
-def _is_no_audio(data: Bytes, position: int, claimed: int) -> bool:
-    """Whether what follows the audio chunk is something else: another chunk, a tag, or filling."""
-    rest = len(data) - position
-    if rest < 8:
+def _no_audio(data: Bytes, position: int, claimed: int) -> bool:
+    """Return whether another chunk, a tag, or padding follows the audio chunk."""
+    if len(data) - position < 8:
         return claimed > 0
     name = data[position : position + 8]
     if name.startswith((b"TAG", b"ID3", b"APETAGEX")):
@@ -137,20 +159,19 @@ def _is_no_audio(data: Bytes, position: int, claimed: int) -> bool:
 
 
 # --- FLAC: frames that begin with a synchronisation code and their own number
-# -----------------------------------------
 
 
 def _examine_flac(data: Bytes, start: int) -> Findings:
-    # STREAMINFO is the first block: its last 36 bits before the checksum are the number of samples,
+    # STREAMINFO is the first block: the last 36 bits before the checksum are the number of samples,
     # 0 if unknown.
     position = start + 8
-    block = int.from_bytes(data[position + 2 : position + 4], "big")
-    claimed = int.from_bytes(data[position + 10 : position + 18], "big") & (2**36 - 1)
+    block = _big(data, position + 2, 2)
+    field = _big(data, position + 10, 8)
+    claimed = field & (2**36 - 1)
     ends = _flac_frame_ends(data, position, block)
     if not ends or claimed in ends:
         return Findings()
-    # A synchronisation code can occur by chance; a frame that follows another (ends one block
-    # later) cannot.
+    # A synchronisation code can occur by chance; one that follows another by one block cannot.
     sure = [
         end for end in ends if len(ends) == 1 or any(0 < end - other <= block for other in ends)
     ]
@@ -158,62 +179,51 @@ def _examine_flac(data: Bytes, start: int) -> Findings:
         return Findings()
     total = max(sure)
     if claimed > total:
-        raise ValueError(
+        raise HeaderError(
             f"truncated inside: its header promises {claimed} samples, {total} are there"
         )
-    truth = int.from_bytes(data[position + 10 : position + 18], "big") & ~(2**36 - 1) | total
-    return Findings(splice=(position + 10, 8, truth.to_bytes(8, "big")))
+    return Findings(Splice(position + 10, 8, (field - claimed | total).to_bytes(8, "big")))
 
 
 def _flac_frame_ends(data: Bytes, streaminfo: int, block: int) -> set[int]:
-    """The sample where each of the last frames ends."""
-    largest = int.from_bytes(data[streaminfo + 7 : streaminfo + 10], "big") or 65536
-    first = max(len(data) - 4 * largest, streaminfo)
-    tail = data[first:]
+    """Return the sample where each of the last frames ends."""
+    largest = _big(data, streaminfo + 7, 3) or 65536
+    tail = data[max(len(data) - 4 * largest, streaminfo) :]
     ends = set()
-    for sync in (
-        b"\xff\xf8",
-        b"\xff\xf9",
-    ):  # blocks of fixed size (numbered), of variable size (by their first sample)
+    for sync, fixed_size in ((b"\xff\xf8", True), (b"\xff\xf9", False)):
         at = tail.find(sync)
         while at >= 0:
             if header := _flac_frame_header(tail[at : at + 16]):
-                number, length = header
-                ends.add((number if sync[1] & 1 else number * block) + length)
+                number, length = header  # of the block, or of its first sample
+                ends.add((number * block if fixed_size else number) + length)
             at = tail.find(sync, at + 1)
     return ends
 
 
 def _flac_frame_header(header: bytes) -> tuple[int, int] | None:
-    """Number and length in samples of a frame, or None if this is no frame header (RFC 9639, section 9.1)."""
+    """Return a frame's number and length in samples; None if this is not a frame header.
+
+    RFC 9639, section 9.1.
+    """
     header = header.ljust(16, b"\0")  # the last frame can be shorter than the longest header
-    if header[3] & 1:
-        return None
     # The number is coded as in UTF-8, up to seven bytes: as many leading ones as bytes, then six
     # bits in each.
     ones = 8 - (header[4] ^ 0xFF).bit_length()
-    if ones in (1, 8):
+    size_code, rate_code = header[2] >> 4, header[2] & 0x0F
+    if header[3] & 1 or ones in (1, 8) or size_code == 0 or rate_code == 15:
         return None
     number = header[4] & (0x7F >> ones)
-    position = 5
-    for _ in range(ones - 1):
-        number = number << 6 | header[position] & 0x3F
-        position += 1
-    size_code, rate_code = header[2] >> 4, header[2] & 0x0F
-    if size_code == 0 or rate_code == 15:
-        return None
+    position = 4 + max(ones, 1)
+    for byte in header[5:position]:
+        number = number << 6 | byte & 0x3F
     if size_code in (6, 7):
         width = size_code - 5
-        length = int.from_bytes(header[position : position + width], "big") + 1
+        length = _big(header, position, width) + 1
         position += width
+    elif size_code == 1:
+        length = 192
     else:
-        length = (
-            192
-            if size_code == 1
-            else 576 << size_code - 2
-            if size_code < 6
-            else 256 << size_code - 8
-        )
+        length = 576 << size_code - 2 if size_code < 6 else 256 << size_code - 8
     position += {12: 1, 13: 2, 14: 2}.get(rate_code, 0)
     checksum = 0
     for byte in header[:position]:
@@ -224,7 +234,6 @@ def _flac_frame_header(header: bytes) -> tuple[int, int] | None:
 
 
 # --- Ogg: pages
-# -------------------------------------------------------------------------------------------------------
 
 
 def _examine_ogg(data: Bytes, start: int) -> Findings:
@@ -232,10 +241,10 @@ def _examine_ogg(data: Bytes, start: int) -> Findings:
     while data[position : position + 4] == b"OggS":
         end = _ogg_page_end(data, position)
         if end > len(data):
-            raise ValueError("truncated inside: it ends in the middle of an Ogg page")
+            raise HeaderError("truncated inside: it ends in the middle of an Ogg page")
         page = data[position:end]
         if int.from_bytes(page[22:26], "little") != _ogg_checksum(page):
-            raise ValueError(
+            raise HeaderError(
                 f"damaged inside: the checksum of the Ogg page at byte {position} is wrong"
             )
         # The sample at which the last packet that ends on this page ends; -1 if none does.
@@ -243,10 +252,10 @@ def _examine_ogg(data: Bytes, start: int) -> Findings:
         end_of_stream = bool(page[5] & 4)
         position = end
     if not end_of_stream and position < len(data):
-        raise ValueError(f"damaged or truncated inside: no Ogg page at byte {position}")
-    # libsndfile (1.2.2) counts back from the sample at which a page says it ends, but the last page
-    # says where the audio ends, not its blocks: a seek into it arrives at other samples. So seeks
-    # have to stop short of that page.
+        raise HeaderError(f"damaged or truncated inside: no Ogg page at byte {position}")
+    # libsndfile (1.2.2) counts back from the sample at which a page ends, but the last page gives
+    # the end of the audio, not of its blocks: a seek into it reaches other samples. So seeks have
+    # to stop before that page.
     return Findings(last_seek=max(samples[:-1]))
 
 
@@ -260,20 +269,23 @@ _REVERSED = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))
 
 
 def _ogg_checksum(page: bytes) -> int:
-    """CRC-32 with the highest bit first, from 0, over the page with a checksum of 0 (RFC 3533, section 6).
+    """Return CRC-32 with the highest bit first, from 0, over the page with a checksum of 0.
 
-    zlib's is the same with the lowest bit first, and complemented before and after.
+    RFC 3533, section 6. zlib's has the lowest bit first, and is complemented before and after.
     """
     mirrored = (page[:22] + bytes(4) + page[26:]).translate(_REVERSED)
     return int(f"{zlib.crc32(mirrored, 0xFFFFFFFF) ^ 0xFFFFFFFF:032b}"[::-1], 2)
 
 
 # --- MP3: frames that begin with their own length
-# ---------------------------------------------------------------------
+
+_MP3_KBITS = (
+    (0, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320),  # MPEG 1
+    (0, 8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160),  # MPEG 2 and 2.5
+)
 
 
-@dataclass(frozen=True)
-class _Mp3Frame:
+class _Mp3Frame(NamedTuple):
     """The header of a frame of MPEG 1, 2 or 2.5, layer III."""
 
     kind: tuple[int, int]  # version and sample rate, which do not change within a file
@@ -285,75 +297,70 @@ class _Mp3Frame:
     def parse(header: bytes) -> _Mp3Frame | None:
         if len(header) < 4 or header[0] != 0xFF or header[1] & 0xE0 != 0xE0:
             return None
-        version, layer = header[1] >> 3 & 3, header[1] >> 1 & 3  # 0: 2.5, 2: 2, 3: 1
+        version, layer = header[1] >> 3 & 3, header[1] >> 1 & 3  # version 0: 2.5, 2: 2, 3: 1
         bitrate, rate, padding = header[2] >> 4, header[2] >> 2 & 3, header[2] >> 1 & 1
         if version == 1 or layer != 1 or bitrate in (0, 15) or rate == 3:
             return None
-        mono = header[3] >> 6 == 3
+        first, mono = version == 3, header[3] >> 6 == 3
         sample_rate = (44100, 48000, 32000)[rate] // {3: 1, 2: 2, 0: 4}[version]
-        if version == 3:
-            kbit = (0, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320)[bitrate]
-            return _Mp3Frame(
-                (version, rate), 144_000 * kbit // sample_rate + padding, 17 if mono else 32
-            )
-        kbit = (0, 8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160)[bitrate]
-        return _Mp3Frame((version, rate), 72_000 * kbit // sample_rate + padding, 9 if mono else 17)
+        bytes_per_kbit = 144_000 if first else 72_000
+        length = bytes_per_kbit * _MP3_KBITS[not first][bitrate] // sample_rate + padding
+        return _Mp3Frame(
+            (version, rate), length, (17 if mono else 32) if first else 9 if mono else 17
+        )
 
 
 def _examine_mp3(data: Bytes, start: int) -> Findings:
-    first = _next_mp3_frame(data, start, None)
-    if first is None:
+    found = _next_mp3_frame(data, start, None)
+    if found is None:
         return Findings(is_mp3=True)  # not MP3 after all, or another layer: left to libsndfile
-    position, head = first
-    info = data[position : position + head.length]
+    first, head = found
+    info = data[first : first + head.length]
     at = 4 + head.side_info
     has_info = info[at : at + 4] in (b"Xing", b"Info") and bool(info[at + 7] & 1)
-    count, position = 0, position + (head.length if has_info else 0)
+    count, position = 0, first + (head.length if has_info else 0)
     while True:
         frame = _Mp3Frame.parse(data[position : position + 4])
         if frame is None or frame.kind != head.kind:
-            following = _next_mp3_frame(data, position, head.kind)
-            if following is None:
+            found = _next_mp3_frame(data, position, head.kind)
+            if found is None:
                 break
-            position, frame = following
+            position, frame = found
         if position + frame.length > len(data):
-            raise ValueError(f"truncated inside: it ends in the middle of MP3 frame {count + 1}")
+            raise HeaderError(f"truncated inside: it ends in the middle of MP3 frame {count + 1}")
         count += 1
         position += frame.length
-    number = count.to_bytes(4, "big")
-    if has_info:
-        at += first[0] + 8
-        return Findings(
-            is_mp3=True, splice=None if data[at : at + 4] == number else (at, 4, number)
-        )
-    # Without that header the decoder guesses the length from the first frame's bit rate. So put one
-    # in front, and behind it a frame of silence: once it knows the length, the decoder (mpg123)
-    # drops the encoder's delay, as the header gives it, and 529 samples of its own from the
-    # beginning. Here that is just the frame of silence.
-    samples = 1152 if head.kind[0] == 3 else 576
-    delay = (samples - 529) << 12  # 12 bits of delay, 12 of padding at the end
-    made = b"Xing" + (1).to_bytes(4, "big") + (count + 1).to_bytes(4, "big")
-    made += b"LAME3.100".ljust(21, b"\0") + delay.to_bytes(3, "big") + bytes(12)
-    header = bytes(data[first[0] : first[0] + 4])
-    for bitrate in range(1, 15):
-        header = bytes(
-            [0xFF, header[1] | 1, bitrate << 4 | header[2] & 0x0C, header[3]]
-        )  # no checksum, no padding
+    if not has_info:
+        inserted = _mp3_info(data[first : first + 4], head, count)
+        return Findings(Splice(first, 0, inserted), is_mp3=True)
+    number, at = count.to_bytes(4, "big"), first + at + 8
+    right = data[at : at + 4] == number
+    return Findings(None if right else Splice(at, 4, number), is_mp3=True)
+
+
+def _mp3_info(header: bytes, head: _Mp3Frame, count: int) -> bytes:
+    """Return an information frame for a file of `count` frames, and a frame of silence.
+
+    Without the former, the decoder guesses the length from the first frame's bit rate. With it, the
+    decoder (mpg123) drops the encoder's delay as given there, and its own 529 samples, from the
+    beginning: here exactly the frame of silence.
+    """
+    delay = ((1152 if head.kind[0] == 3 else 576) - 529) << 12  # 12 bits; 12 of padding at the end
+    info = b"Xing" + (1).to_bytes(4, "big") + (count + 1).to_bytes(4, "big")
+    info += b"LAME3.100".ljust(21, b"\0") + delay.to_bytes(3, "big") + bytes(12)
+    for bitrate in range(1, 15):  # without checksum and padding
+        header = bytes([0xFF, header[1] | 1, bitrate << 4 | header[2] & 0x0C, header[3]])
         frame = _Mp3Frame.parse(header)
-        if frame and frame.length >= 4 + frame.side_info + len(made):
-            silence = header.ljust(frame.length, b"\0")
-            at = 4 + frame.side_info
-            return Findings(
-                is_mp3=True,
-                splice=(first[0], 0, silence[:at] + made + silence[at + len(made) :] + silence),
-            )
+        if frame and frame.length >= 4 + frame.side_info + len(info):
+            silence, at = header.ljust(frame.length, b"\0"), 4 + frame.side_info
+            return silence[:at] + info + silence[at + len(info) :] + silence
     raise AssertionError("every kind of MP3 has a frame of 100 bytes")
 
 
 def _next_mp3_frame(
     data: Bytes, position: int, kind: tuple[int, int] | None
 ) -> tuple[int, _Mp3Frame] | None:
-    """The next place where two frames of a kind follow each other, or one ends the file."""
+    """Return the next place where two frames of a kind are adjacent, or one ends the file."""
     while (position := data.find(b"\xff", position)) >= 0:
         frame = _Mp3Frame.parse(data[position : position + 4])
         if frame and kind in (None, frame.kind):
@@ -363,14 +370,3 @@ def _next_mp3_frame(
                 return position, frame
         position += 1
     return None
-
-
-def _after_id3(data: Bytes) -> int:
-    """Where the audio begins: ID3v2 tags say their length in four times seven bits."""
-    position = 0
-    while data[position : position + 3] == b"ID3" and position + 10 <= len(data):
-        length = 0
-        for byte in data[position + 6 : position + 10]:
-            length = length << 7 | byte & 0x7F
-        position += 10 + length + (10 if data[position + 5] & 0x10 else 0)
-    return position

@@ -1,41 +1,40 @@
-"""Mu-law companding: waveforms in [-1, 1] to integer codes and back; the one place that knows which code is silence.
+"""Mu-law companding: waveforms in [-1, 1] to integer codes and back.
 
-With mu = classes - 1, a sample x is bent by
+With mu = classes - 1, a sample x is companded to
 
     y = sign(x) * log(1 + mu * abs(x)) / log(1 + mu)
 
-which spends the codes where the ear (and speech) needs them, near zero, and y in [-1, 1] is rounded
-to one of `classes` even steps. The ends -1 and 1 are the first and the last code. (ITU-T G.711
-approximates this curve for mu = 255 by straight pieces; van den Oord et al., "WaveNet", 2016,
-section 2.2, use the curve itself, as torchaudio does and we do.)
+which gives small samples finer steps, and y in [-1, 1] is rounded to one of `classes` even steps.
+The ends -1 and 1 are the first and the last code. (ITU-T G.711 approximates this curve for mu = 255
+piecewise linearly; van den Oord et al., "WaveNet", 2016, section 2.2, use the curve itself.)
 
-The order of the operations is that of `torchaudio.functional.mu_law_encoding`, so that both give
-the same codes even on the edge between two. float32 suffices for all 65536 classes: its rounding
-moves a code by 0.004, 0.5 is allowed.
+The operations have the order of `torchaudio.functional.mu_law_encoding`, so that both return the
+same codes even on the edge between two. float32 suffices for all 65536 classes: its rounding moves
+a code by 0.004, and 0.5 is allowed.
 """
 
 from __future__ import annotations
 
 import operator
-from typing import Any, overload
+from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
+
+from wavear.audio.waveforms import Waveform
+from wavear.common.errors import WavearError
 
 MAX_CLASSES = 65536  # 16 bits
 
 
-@overload
-def mulaw_encode(waveform: torch.Tensor, classes: int = 256) -> torch.Tensor: ...
-@overload
-def mulaw_encode(waveform: np.ndarray, classes: int = 256) -> np.ndarray: ...
-def mulaw_encode(waveform: Any, classes: int = 256) -> Any:
-    """Waveform to mu-law codes.
+def mulaw_encode(waveform: Waveform, classes: int = 256) -> Waveform:
+    """Encode a waveform as mu-law codes.
 
     Parameters
     ----------
     waveform : Tensor or array, any shape, floating point in [-1, 1]
-        What lies outside, infinity too, is clamped.
+        Values outside, including infinity, are clamped.
     classes : int
         Number of codes Q, 2 to 65536.
 
@@ -46,7 +45,7 @@ def mulaw_encode(waveform: Any, classes: int = 256) -> Any:
 
     Raises
     ------
-    ValueError
+    WavearError
         If `waveform` is not floating point or holds NaN, or `classes` is out of range.
 
     Examples
@@ -55,34 +54,16 @@ def mulaw_encode(waveform: Any, classes: int = 256) -> Any:
     tensor([  0,  98, 128, 157, 255, 255])
     """
     mu = _check_classes(classes) - 1
-    if not isinstance(waveform, torch.Tensor):
-        return mulaw_encode(_to_tensor(waveform, "waveform"), classes).numpy()
-    if not waveform.dtype.is_floating_point:
-        raise ValueError(
-            f"waveform is {waveform.dtype}, expected floating point in [-1, 1] (16-bit PCM: / 32768)"
-        )
-    x = waveform.detach()
-    if x.dtype.itemsize < 4:  # half precision has fewer digits than 1024 classes need
-        x = x.to(torch.float32)
-    if torch.isnan(x).any():
-        raise ValueError("waveform holds NaN, which has no code")
-    x = x.clamp(-1.0, 1.0)
-    y = (
-        torch.sign(x)
-        * torch.log1p(mu * torch.abs(x))
-        / torch.log1p(torch.tensor(mu, dtype=x.dtype))
-    )
-    return ((y + 1) / 2 * mu + 0.5).to(
-        torch.int64
-    )  # to() drops the fraction: this rounds, halves up
+    if not isinstance(waveform, Tensor):
+        return mulaw_encode(as_tensor(waveform, "waveform"), classes).numpy()
+    x = check_waveform(waveform).clamp(-1.0, 1.0)
+    y = torch.sign(x) * torch.log1p(mu * torch.abs(x))
+    y = y / torch.log1p(torch.tensor(mu, dtype=x.dtype))
+    return ((y + 1) / 2 * mu + 0.5).to(torch.int64)  # truncated: rounds to nearest, halves up
 
 
-@overload
-def mulaw_decode(codes: torch.Tensor, classes: int = 256) -> torch.Tensor: ...
-@overload
-def mulaw_decode(codes: np.ndarray, classes: int = 256) -> np.ndarray: ...
-def mulaw_decode(codes: Any, classes: int = 256) -> Any:
-    """Mu-law codes to waveform; `mulaw_encode` gives back the same codes.
+def mulaw_decode(codes: Waveform, classes: int = 256) -> Waveform:
+    """Decode mu-law codes to a waveform; `mulaw_encode` returns the same codes.
 
     Parameters
     ----------
@@ -97,11 +78,13 @@ def mulaw_decode(codes: Any, classes: int = 256) -> Any:
 
     Raises
     ------
-    ValueError
+    WavearError
         If `codes` are not integers or lie outside [0, Q), or `classes` is out of range.
 
-    Notes ----- An even `classes` has no code for exactly 0: silence (`silence_code`) decodes to
-    half the smallest step, 8.6e-5 for 256 classes.
+    Notes
+    -----
+    An even `classes` has no code for exactly 0: silence (`silence_code`) decodes to half the
+    smallest step, 8.6e-5 for 256 classes.
 
     Examples
     --------
@@ -109,37 +92,19 @@ def mulaw_decode(codes: Any, classes: int = 256) -> Any:
     tensor([-1.0000, -0.0102,  0.0102,  1.0000])
     """
     mu = _check_classes(classes) - 1
-    if not isinstance(codes, torch.Tensor):
-        return mulaw_decode(_to_tensor(codes, "codes"), classes).numpy()
-    if codes.dtype.is_floating_point or codes.dtype.is_complex or codes.dtype == torch.bool:
-        raise ValueError(f"codes are {codes.dtype}, expected integers in [0, {classes})")
-    codes = codes.to(torch.int64)
-    if codes.numel():
-        low, high = (int(bound) for bound in torch.aminmax(codes))
-        if low < 0 or high >= classes:
-            raise ValueError(
-                f"codes reach from {low} to {high}, outside [0, {classes}) of {classes} classes"
-            )
-    y = codes.to(torch.float32) / mu * 2 - 1
-    x = (
-        torch.sign(y)
-        * (torch.exp(torch.abs(y) * torch.log1p(torch.tensor(mu, dtype=y.dtype))) - 1.0)
-        / mu
-    )
-    return x.clamp(-1.0, 1.0)  # rounding passes 1 by one bit in some classes
+    if not isinstance(codes, Tensor):
+        return mulaw_decode(as_tensor(codes, "codes"), classes).numpy()
+    y = check_codes(codes, classes).to(torch.float32) / mu * 2 - 1
+    x = torch.exp(torch.abs(y) * torch.log1p(torch.tensor(mu, dtype=y.dtype))) - 1.0
+    return (torch.sign(y) * x / mu).clamp(-1.0, 1.0)  # rounding exceeds 1 by one bit at some ends
 
 
 def silence_code(classes: int = 256) -> int:
-    """The code of a zero sample, `mulaw_encode` of 0: the middle one, Q // 2.
-
-    Parameters
-    ----------
-    classes : int
-        Number of codes Q, 2 to 65536.
+    """Return the code of a zero sample: the middle one, Q // 2.
 
     Raises
     ------
-    ValueError
+    WavearError
         If `classes` is out of range.
 
     Examples
@@ -147,31 +112,50 @@ def silence_code(classes: int = 256) -> int:
     >>> silence_code(256)
     128
     """
-    return _check_classes(classes) // 2  # (0 + 1) / 2 * (Q - 1) + 0.5 = Q / 2, its fraction dropped
+    return _check_classes(classes) // 2  # (0 + 1) / 2 * (Q - 1) + 0.5 = Q / 2, truncated
+
+
+def check_waveform(waveform: Tensor) -> Tensor:
+    """Return a waveform in at least float32, without its graph, or raise WavearError."""
+    if not waveform.dtype.is_floating_point:
+        raise WavearError(
+            f"waveform is {waveform.dtype}, expected floating point in [-1, 1]; "
+            "divide 16-bit PCM by 32768"
+        )
+    if torch.isnan(waveform).any():
+        raise WavearError("waveform holds NaN, which has no code")
+    return waveform.detach().to(torch.promote_types(waveform.dtype, torch.float32))
+
+
+def check_codes(codes: Tensor, classes: int) -> Tensor:
+    """Return codes as int64, or raise WavearError if they are not integers in [0, classes)."""
+    if codes.dtype.is_floating_point or codes.dtype.is_complex or codes.dtype == torch.bool:
+        raise WavearError(f"codes are {codes.dtype}, expected integers in [0, {classes})")
+    codes = codes.to(torch.int64)
+    if codes.numel():
+        low, high = (int(bound) for bound in torch.aminmax(codes))
+        if low < 0 or high >= classes:
+            raise WavearError(f"codes reach from {low} to {high}, outside [0, {classes})")
+    return codes
+
+
+def as_tensor(values: Any, name: str) -> Tensor:
+    """Return numbers as a tensor of int64, float32 or float64."""
+    array = np.asarray(values)
+    if array.dtype.kind not in "fiu":
+        raise WavearError(f"{name} of type {array.dtype} cannot be read as numbers")
+    kind = "i8" if array.dtype.kind != "f" else "f8" if array.dtype.itemsize > 4 else "f4"
+    # A copy in native byte order: torch refuses negative strides and warns about read-only memory.
+    return torch.from_numpy(np.array(array, dtype=kind, order="C"))
 
 
 def _check_classes(classes: int) -> int:
     try:
         count = operator.index(classes)
     except TypeError:
-        raise ValueError(
+        raise WavearError(
             f"classes is {classes!r}, expected an integer from 2 to {MAX_CLASSES}"
         ) from None
     if isinstance(classes, bool) or not 2 <= count <= MAX_CLASSES:
-        raise ValueError(f"classes is {classes!r}, expected 2 to {MAX_CLASSES}")
+        raise WavearError(f"classes is {classes!r}, expected 2 to {MAX_CLASSES}")
     return count
-
-
-def _to_tensor(values: Any, name: str) -> torch.Tensor:
-    array = np.asarray(values)
-    if array.dtype.kind not in "fiu":
-        raise ValueError(f"{name} of type {array.dtype} cannot be read as numbers")
-    dtype = (
-        np.int64
-        if array.dtype.kind != "f"
-        else np.float64
-        if array.dtype.itemsize > 4
-        else np.float32
-    )
-    # A copy in native byte order: torch refuses negative strides and warns about read-only memory.
-    return torch.from_numpy(np.array(array, dtype=dtype, order="C"))

@@ -7,7 +7,10 @@ from typing import Any
 
 import numpy as np
 
-_BETTER = 0.02  # by which the correlation at a longer lag must exceed that at a shorter one: else twice the period wins
+from wavear.common.errors import WavearError
+
+# A longer lag must exceed the correlation at a shorter one by this, or twice the period would win.
+_BETTER = 0.02
 _SILENCE = 1e-9  # least energy of a window
 
 
@@ -16,16 +19,16 @@ def measure_period(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Measure the period of each block of a waveform.
 
-    The correlation of the `window` samples around the middle of the block with those one lag
-    before, divided by the root of both energies (Talkin, 1995, "A robust algorithm for pitch
-    tracking"). The lag is the first maximum that no longer lag exceeds by 0.02, refined by the
-    parabola through its neighbours.
+    Correlate the `window` samples around the middle of the block with those one lag earlier, and
+    divide by the root of both energies (Talkin, 1995, "A robust algorithm for pitch tracking"). The
+    lag is the first maximum that no longer lag exceeds by 0.02, refined by the parabola through its
+    neighbours.
 
     Parameters
     ----------
     waveform : ndarray, shape (T,), floating point
     shortest, longest : int
-        The range of the lags, in samples.
+        Range of the lags, samples.
     block : int
         Samples per result.
     window : int
@@ -35,31 +38,27 @@ def measure_period(
     -------
     lags : ndarray of float32, shape (T // block,), in samples
     correlation : ndarray of float32, shape (T // block,), 0 to 1
-        0, with the shortest lag, where the window or what it is compared with reaches beyond the
-        waveform.
+        0, with the shortest lag, where a window reaches beyond the waveform.
 
     Raises
     ------
-    ValueError
+    WavearError
         If the waveform is not one-dimensional, or the sizes do not fit.
 
     Examples
     --------
-    >>> lags, correlation = measure_period(np.sin(2 * np.pi * np.arange(4000) / 100.25), 40, 440, 64, 512)
+    >>> wave = np.sin(2 * np.pi * np.arange(4000) / 100.25)
+    >>> lags, correlation = measure_period(wave, 40, 440, 64, 512)
     >>> round(float(lags[30]), 1), round(float(correlation[30]), 3)
     (100.3, 1.0)
     """
     x = np.ascontiguousarray(waveform, np.float32)
     if x.ndim != 1:
-        raise ValueError(f"waveform has shape {x.shape}, expected (T,): pass one channel at a time")
+        raise WavearError(f"waveform has shape {x.shape}, expected (T,): pass one channel")
     if not 1 <= shortest <= longest:
-        raise ValueError(
-            f"lags from {shortest} to {longest}: the shortest must be at least 1 and the longest no less"
-        )
+        raise WavearError(f"lags from {shortest} to {longest}: expected 1 <= shortest <= longest")
     if not 1 <= block <= window:
-        raise ValueError(
-            f"block is {block} and window {window}: a block must be at least 1 and a window no less"
-        )
+        raise WavearError(f"block is {block} and window {window}: expected 1 <= block <= window")
     count = len(x) // block
     lags, correlation = np.full(count, shortest, np.float32), np.zeros(count, np.float32)
     # The window of block b begins at b block + offset, and the longest lag must fit before it.
@@ -74,8 +73,8 @@ def measure_period(
 def _run(x, shortest, longest, block, window, offset, first, last, lags, correlation):
     """Measure the blocks from `first` to before `last`.
 
-    Windows overlap. The products of a stretch of `block` samples are summed once, and every window
-    that holds the stretch adds that sum: at 8 blocks per window an eighth of the multiplications.
+    Windows overlap: the products of a stretch of `block` samples are summed once, and every window
+    that contains the stretch adds that sum.
     """
     total, count = x.shape[0], longest + 1 - shortest
     backwards = np.empty(total, np.float32)  # so that the lags of one sample lie in rising order
@@ -103,7 +102,7 @@ def _run(x, shortest, longest, block, window, offset, first, last, lags, correla
         for part in range(parts):
             for k in range(count):
                 values[k] += products[part, k]
-        for i in range(begin + parts * block, end):  # what a window has beyond whole stretches
+        for i in range(begin + parts * block, end):  # the rest beyond whole stretches
             value, row = x[i], backwards[total - 1 - i + shortest : total - i + longest]
             for k in range(count):
                 values[k] += value * row[k]
@@ -119,12 +118,8 @@ def _run(x, shortest, longest, block, window, offset, first, last, lags, correla
             at += 1
         lags[b] = shortest + at
         if 0 < at < count - 1:
-            left, middle, right = (
-                np.float64(values[at - 1]),
-                np.float64(values[at]),
-                np.float64(values[at + 1]),
-            )
-            bend = left - 2 * middle + right
+            left, right = np.float64(values[at - 1]), np.float64(values[at + 1])
+            bend = left - 2 * np.float64(values[at]) + right
             if bend < -1e-9:
                 lags[b] += max(-0.5, min(0.5, 0.5 * (left - right) / bend))
         correlation[b] = min(max(values[at], np.float32(0)), np.float32(1))
@@ -134,5 +129,5 @@ def _run(x, shortest, longest, block, window, offset, first, last, lags, correla
 def _kernel() -> Any:
     from wavear.common.compiled import compiled
 
-    signature = "void(float32[::1], int64, int64, int64, int64, int64, int64, int64, float32[::1], float32[::1])"
-    return compiled(_run, signature, error_model="numpy")
+    integers, array = ", int64" * 7, "float32[::1]"
+    return compiled(_run, f"void({array}{integers}, {array}, {array})", error_model="numpy")
