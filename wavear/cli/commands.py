@@ -544,7 +544,7 @@ def _generate() -> Callable[..., int]:
         output
             How it is written.
         """
-        from wavear.audio.waveforms import info
+        from wavear.audio import info
         from wavear.generation.files import generate_file
 
         _check_file(out, overwrite, sorted({suffix for suffix, _ in FORMATS.values()}))

@@ -14,7 +14,7 @@ from typing import Any, overload
 
 import numpy as np
 
-from wavear.audio.waveforms import Member
+from wavear.audio import Member
 
 SPLIT_NAMES = ("train", "validation", "test")  # by their number; -1 where nothing is said
 
