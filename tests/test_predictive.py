@@ -1,4 +1,7 @@
-"""The predictive WaveNet: step = forward = the equations written out, causality, reach, states, files, refusals."""
+"""The predictive WaveNet: step = forward = the equations, reach, states, configurations.
+
+The promises of every family are tested in `test_families`.
+"""
 
 from __future__ import annotations
 
@@ -36,8 +39,8 @@ SMALL: dict[str, Any] = {
 
 def mel_config(rate: int = 16000, hop: int = 24, **changes: Any) -> MelConfig:
     return MelConfig(**{
-        "sample_rate": rate, "n_fft": 256, "window_length": 256, "hop_length": hop, "bands": 10, "fmin": 60.0,
-        "fmax": None, **changes,
+        "sample_rate": rate, "n_fft": 256, "window_length": 256, "hop_length": hop, "bands": 10,
+        "fmin": 60.0, "fmax": None, **changes,
     })  # fmt: skip
 
 
@@ -71,7 +74,7 @@ configs = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys()
 
 
 def make(config: PredictiveWaveNetConfig, dtype: torch.dtype = torch.float64, seed: int = 0) -> Any:
-    """A model as lively as a trained one: its lags, voicing and mixtures change from frame to frame."""
+    """A model as lively as a trained one: lags, voicing and mixtures change by frame."""
     torch.manual_seed(seed)
     model = PredictiveWaveNet(config)
     with torch.no_grad():
@@ -268,8 +271,8 @@ def test_forward_in_pieces_equals_the_whole(config):
 
 @configs
 @torch.no_grad()
-def test_an_exported_state_resumes_wherever_its_rings_are(config):
-    """Rows taken after different times, side by side in one state: each goes on as it would have alone."""
+def test_an_exported_state_resumes_at_any_place_of_its_rings(config):
+    """Rows exported after different times, in one state: each continues as alone."""
     model = make(config)
     cond = conditioning(model, 2, frames_for(config, long_enough(config) + 40))
     codes = random_codes(model, 2, cond.samples)
@@ -296,53 +299,12 @@ def test_an_exported_state_resumes_wherever_its_rings_are(config):
             torch.testing.assert_close(found[row], whole[row, :, time + n], rtol=0, atol=1e-12)
 
 
-@torch.no_grad()
-def test_prefill_equals_steps():
-    model = make(CONFIGS["speakers"])
-    cond = conditioning(model, 2, 9)
-    codes = random_codes(model, 2, cond.samples)
-    state, stepped, previous = model.init_state(2), model.init_state(2), model.shift(codes)
-    model.prefill(previous, state, cond)
-    for t in range(cond.samples):
-        model.step(previous[:, t], stepped, cond[:, :, t])
-    expected = model.export_state(stepped)
-    for name, tensor in model.export_state(state).items():
-        torch.testing.assert_close(tensor, expected[name], rtol=0, atol=1e-12)
-
-
-def test_no_gradient_reaches_into_a_state():
-    model = make(CONFIGS["kernel 3"])
-    cond = model.condition(random_mel(model, 2, 4))
-    codes = random_codes(model, 2, cond.samples)
-    state = model.init_state(2)
-    first = model(codes[:, :40], cond[:, :, :40], state, start(model, 2))
-    assert all(not tensor.requires_grad for tensor in model.export_state(state).values())
-    model(codes[:, 40:], cond[:, :, 40:], state, codes[:, 39]).sum().backward(retain_graph=True)
-    first.sum().backward()
-
-
 # ---- causality and reach
 
 
 @configs
-@torch.no_grad()
-def test_a_code_changes_what_follows_and_nothing_before(config):
-    model = make(config)
-    cond = conditioning(model, 1, frames_for(config, 100))
-    codes = random_codes(model, 1, cond.samples)
-    whole = model(codes, cond)
-    for t in (0, 1, 50, cond.samples - 1):
-        changed = codes.clone()
-        changed[:, t] += 3000
-        after = model(changed, cond)
-        assert torch.equal(after[:, :, : t + 1], whole[:, :, : t + 1])
-        if t + 1 < cond.samples:
-            assert (after[:, :, t + 1] - whole[:, :, t + 1]).abs().max() > 1e-3
-
-
-@configs
 def test_gradients_with_respect_to_noise_vanish_at_and_after_the_sample(config):
-    """Noise at t is on the residual of sample t, which no law up to that of sample t has seen."""
+    """Noise at t is on the residual of sample t, which outputs up to t have not seen."""
     model = make(config)
     cond = conditioning(model, 1, frames_for(config, long_enough(config)))
     codes = random_codes(model, 1, cond.samples)
@@ -357,8 +319,7 @@ def test_gradients_with_respect_to_noise_vanish_at_and_after_the_sample(config):
 
 
 @torch.no_grad()
-def test_noise_leaves_prediction_and_target_alone():
-    """The mixture's means move by what the network makes of the noise; their common shift, the prediction, does not."""
+def test_noise_does_not_change_prediction_and_target():
     model = make(CONFIGS["kernel 3"])
     cond = conditioning(model, 1, 4)
     codes = random_codes(model, 1, cond.samples)
@@ -375,11 +336,9 @@ def test_noise_leaves_prediction_and_target_alone():
     assert 0.45 < many.max() < 0.6  # deviations from 0 to the amount, a row each
 
 
-@pytest.mark.parametrize(
-    "name", ["kernel 3", "kernel 4", "no period", "two periods", "causal", "16 kHz"]
-)
+@pytest.mark.parametrize("name", ["kernel 4", "no period", "two periods", "causal", "16 kHz"])
 @torch.no_grad()
-def test_a_crop_behind_the_receptive_field_equals_the_whole(name):
+def test_a_crop_after_the_receptive_field_equals_the_whole(name):
     """And a sample further back changes nothing, while the samples inside the field do."""
     config = CONFIGS[name]
     model = make(config)
@@ -411,12 +370,11 @@ def test_a_crop_behind_the_receptive_field_equals_the_whole(name):
     assert moved[6:12].all()
 
 
-@pytest.mark.parametrize("hop", [1, 7, 24])
+@pytest.mark.parametrize(("hop", "context"), [(1, 2), (7, 0), (24, 5)])
 @pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("context", [0, 2, 5])
 @torch.no_grad()
-def test_a_mel_frame_reaches_lookahead_frames_forward_and_lookback_back(hop, causal, context):
-    """A change of frame f moves samples of the frames f - lookahead to f + lookback, and the ends of both are moved."""
+def test_a_mel_frame_reaches_from_lookahead_to_lookback(hop, causal, context):
+    """Frame f changes samples of the frames f - lookahead to f + lookback, both included."""
     model = make(small(hop=hop, causal=causal, conditioning_context=context, sub_frames=1))
     assert (model.lookahead == 0) == causal
     frames, f = 40, 18
@@ -438,7 +396,7 @@ def test_a_mel_frame_reaches_lookahead_frames_forward_and_lookback_back(hop, cau
     "name", ["kernel 3", "causal", "wide context", "hop that sub-frames do not divide"]
 )
 @torch.no_grad()
-def test_conditioning_of_a_crop_with_context_is_that_of_the_whole(name):
+def test_conditioning_of_a_padded_crop_equals_that_of_the_whole(name):
     config = CONFIGS[name]
     model = make(config)
     hop = config.mel.hop_length  # type: ignore[union-attr]
@@ -454,27 +412,8 @@ def test_conditioning_of_a_crop_with_context_is_that_of_the_whole(name):
     )
 
 
-@torch.no_grad()
-def test_lags_stay_in_their_range_and_voicing_is_a_probability():
-    config = CONFIGS["kernel 3"]
-    model = make(config)
-    cond = conditioning(model, 2, 30)
-    assert cond.lag.min() >= config.shortest_period
-    assert cond.lag.max() <= config.longest_period
-    assert (cond.lag.max() - cond.lag.min()) > 10
-    assert 0 <= cond.voicing.min() < cond.voicing.max() <= 1
-
-
-def test_every_parameter_but_those_of_the_period_learns():
-    """No parameter is without a gradient; the period network is trained on its own, before."""
+def test_muon_trains_the_matrices_inside_the_network():
     model = make(CONFIGS["speakers"])
-    cond = model.condition(random_mel(model, 3, 5), random_speakers(model, 3))
-    codes = random_codes(model, 3, cond.samples)
-    (-model.law.log_prob(model(codes, cond), codes)).mean().backward()
-    without = {name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()}
-    assert without == {
-        name for name, _ in model.named_parameters() if name.startswith("conditioning.period.")
-    }
     muon = {id(p) for p in model.muon_parameters()}
     named = {name for name, p in model.named_parameters() if id(p) in muon}
     layers = [
@@ -484,16 +423,6 @@ def test_every_parameter_but_those_of_the_period_learns():
         if (i, part) != (2, "residual")
     ]
     assert named == {*layers, "skip.weight", "hidden.weight"}
-
-
-@torch.no_grad()
-def test_speaker_and_mel_reach_the_law():
-    model = make(CONFIGS["speakers"])
-    mel = random_mel(model, 1, 4)
-    codes = random_codes(model, 1, 4 * 24)
-    base = model(codes, model.condition(mel, torch.tensor([0])))
-    assert (model(codes, model.condition(mel, torch.tensor([1]))) - base).abs().max() > 1e-3
-    assert (model(codes, model.condition(mel + 1, torch.tensor([0]))) - base).abs().max() > 1e-3
 
 
 # ---- the configuration
@@ -523,7 +452,7 @@ def test_lengths_follow_the_sample_rate():
 
 def test_sizes_of_the_default():
     model = PredictiveWaveNet(PredictiveWaveNetConfig(mel=MelConfig()))
-    # sound.md: about 100,000 multiply-adds, 48,000 parameters of the period network.
+    # About 100,000 multiply-adds, 48,000 parameters of the period network.
     assert 85_000 < model.multiply_adds < 115_000
     assert 45_000 < sum(p.numel() for p in model.conditioning.period.parameters()) < 60_000
     assert model.config.dilations == (1, 3, 9, 27, 0)
@@ -535,7 +464,7 @@ def test_sizes_of_the_default():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"mel": None}, "takes its prediction from a mel: give one, or choose a wavenet"),
+        ({"mel": None}, "takes its prediction from a mel: give one, or use wavenet"),
         ({"law": "gaussian"}, "law is 'gaussian'"),
         ({"law": "categorical"}, "law is 'categorical'"),
         ({"classes": 256}, "classes is 256"),
@@ -557,13 +486,13 @@ def test_sizes_of_the_default():
     ],
     ids=str,
 )
-def test_nonsense_is_refused_in_one_line(settings, message):
+def test_invalid_configurations_are_refused_in_one_line(settings, message):
     with pytest.raises(ValueError, match=message) as error:
         small(**settings) if "sample_rate" not in settings else small(22050, mel=mel_config(16000))
     assert "\n" not in str(error.value)
 
 
-def test_a_mel_is_needed():
+def test_generation_without_a_mel_is_refused():
     model = make(CONFIGS["kernel 3"])
     with pytest.raises(ValueError, match="the model needs a mel: 10 bands"):
         wavear.generate(model, samples=100)
@@ -572,20 +501,7 @@ def test_a_mel_is_needed():
 # ---- files
 
 
-@pytest.mark.parametrize("name", ["speakers", "causal", "44.1 kHz"])
-def test_a_checkpoint_holds_all(name, tmp_path):
-    """The statistics, the gain and the period network too: laws are equal to the bit."""
-    model = make(CONFIGS[name], torch.float32)
-    model.save(tmp_path / "model")
-    again: Any = wavear.load(tmp_path / "model")
-    assert again.config == model.config
-    cond = conditioning(model, 1, 5)
-    codes = random_codes(model, 1, cond.samples)
-    with torch.no_grad():
-        assert torch.equal(again(codes, conditioning(again, 1, 5)), model(codes, cond))
-
-
-def test_info_describes_it(tmp_path):
+def test_info_describes_a_predictive_wavenet(tmp_path):
     model = make(CONFIGS["kernel 3"], torch.float32)
     model.save(tmp_path / "model")
     rows = dict(describe(tmp_path / "model"))

@@ -1,5 +1,4 @@
-"""Training pieces of the predictive WaveNet: layers in bfloat16 with compiled code between products, and what is fitted
-before the first step."""
+"""Training a predictive WaveNet: compiled layers in bfloat16, and fits before the first step."""
 
 from __future__ import annotations
 
@@ -26,8 +25,8 @@ from wavear.training import prepare
 HALF = 2.0**-8  # a step of bfloat16, relative
 
 
-def test_the_fused_gate_is_tanh_times_sigmoid():
-    """On the same bfloat16 numbers: its results are rounded to a step, and so are the factors that its gradient has."""
+def test_the_fused_gate_equals_tanh_times_sigmoid():
+    """Up to bfloat16 rounding of the result, and of the factors in its gradient."""
     z = (3 * torch.randn(200, 14)).bfloat16()
     z[0], z[1] = 30.0, -30.0
     gradient = torch.randn(200, 7).bfloat16()
@@ -50,7 +49,7 @@ def test_the_fused_gate_is_tanh_times_sigmoid():
 
 @pytest.mark.parametrize("dilation", [1, 5, 0])
 @pytest.mark.parametrize("taps", [1, 2, 3])
-def test_fused_taps_gather_what_a_loop_does(dilation, taps):
+def test_fused_taps_equal_a_loop(dilation, taps):
     """Values exactly; gradients as float32 sums, rounded once."""
     batch, total, r = 3, 40, 4
     whole = torch.randint(2, 12, (batch, total))
@@ -75,7 +74,7 @@ def test_fused_taps_gather_what_a_loop_does(dilation, taps):
     torch.testing.assert_close(given.grad.float(), exact.grad, rtol=HALF, atol=1e-6)
 
 
-def test_biases_are_interpolated_onto_the_product():
+def test_interpolated_biases_are_added():
     model: Any = test_predictive.make(small(), torch.float32)
     cond = test_predictive.conditioning(model, 2, 4)
     z = torch.randn(2, cond.samples, 10)
@@ -117,7 +116,7 @@ def gradients(model: Any, dtype: torch.dtype | None) -> tuple[float, dict[str, T
     ids=str,
 )
 def test_fused_layers_train_like_plain_ones(changes, monkeypatch):
-    """Loss within 1e-3 nats of float32, the gradient within 2 %; and as near as torch's layers in bfloat16."""
+    """Loss within 1e-3 nats of float32, gradient within 2 %, as torch's layers in bfloat16."""
     sizes = {"residual_channels": 24, "skip_channels": 32, "head_channels": 32, "layers": 3}
     torch.manual_seed(0)
     model: Any = PredictiveWaveNet(small(**{**sizes, **changes}))
@@ -144,23 +143,12 @@ def test_fused_layers_train_like_plain_ones(changes, monkeypatch):
 
     assert 0 < off(found) < 0.02
     assert off(found) < off(plain) + 0.005
-    # No matrix is left out: each for itself, which has fewer numbers to average rounding over.
+    # Each matrix on its own, with fewer numbers to average rounding over.
     for name, gradient in exact.items():
         assert (found[name] - gradient).norm() < 0.1 * gradient.norm() + 1e-6, name
 
 
-def test_fused_layers_are_for_training_on_whole_frames():
-    model: Any = test_predictive.make(small(), torch.float32)
-    cond = test_predictive.conditioning(model, 1, 4).to(torch.bfloat16)
-    h = torch.zeros(1, cond.samples, 5, dtype=torch.bfloat16)
-    assert fused.usable(h, cond)
-    assert not fused.usable(h.float(), cond)
-    assert not fused.usable(h[:, 3:], cond[:, :, 3:])
-    with torch.no_grad():
-        assert not fused.usable(h, cond)
-
-
-# ---- what is fitted before the first step
+# ---- fits before the first step
 
 RATE, HOP = 8000, 64
 
@@ -203,8 +191,8 @@ def voiced_model(**changes: Any) -> Any:
 
 @pytest.fixture
 def _fast(monkeypatch) -> None:
-    for name, value in {"_CROPS": 40, "_CROP_SECONDS": 0.25, "_STEPS": 250, "_ROWS": 16, "_FRAMES": 16,
-                        "_STATISTICS_CROPS": 16, "_GAIN_CROPS": 16}.items():  # fmt: skip
+    values = {"_CROPS": 40, "_CROP_SECONDS": 0.25, "_STEPS": 250, "_ROWS": 16, "_FRAMES": 16}
+    for name, value in {**values, "_STATISTICS_CROPS": 16, "_GAIN_CROPS": 16}.items():
         monkeypatch.setattr(prepare, name, value)
 
 
@@ -235,12 +223,12 @@ def test_prepare_fits_statistics_period_and_gain(recordings, causal):
     ).median().abs() < 12  # a third of a frame late or early at most
     assert cents.abs().quantile(0.9) < 60
     assert voicing[0, 10:-10].median() > 0.8
-    # Nothing else has moved, and the period network rests.
+    # Nothing else has changed, and the period network is frozen.
     changed = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
     assert changed == {name for name in before if name.startswith("conditioning.period.")}
     assert not any(p.requires_grad for p in model.conditioning.period.parameters())
     assert all(p.grad is None for name, p in model.named_parameters() if name not in changed)
-    # Residuals of what training draws have the mean 0.6, mels the mean 0 and the deviation 1.
+    # Residuals of training crops have the mean 0.6, mels the mean 0 and the deviation 1.
     total, mels = [], []
     for index in range(16, 40):
         codes, cond, mask = inputs(model, collate([segments[index]]), segments.layout)
@@ -254,7 +242,7 @@ def test_prepare_fits_statistics_period_and_gain(recordings, causal):
 
 
 @pytest.mark.usefixtures("_fast")
-def test_the_gain_follows_the_residuals_and_not_the_gain_before(recordings):
+def test_the_gain_does_not_depend_on_the_gain_before(recordings):
     model = voiced_model()
     segments = Segments(recordings, layout_of(model, 16 * HOP))
     prepare.fit_gain(model, segments)
@@ -273,8 +261,8 @@ def test_the_gain_follows_the_residuals_and_not_the_gain_before(recordings):
 
 
 @pytest.mark.usefixtures("_fast")
-def test_silence_is_no_reason_to_fail(tmp_path, monkeypatch):
-    """Digital silence has no scale, no period and no spread: all is fitted to something finite."""
+def test_fits_to_digital_silence_are_finite(tmp_path, monkeypatch):
+    """It has no scale, no period and no spread."""
     monkeypatch.setattr(prepare, "_STEPS", 3)
     audio.write(tmp_path / "a.wav", np.zeros(12000, np.float32), RATE)
     audio.write(tmp_path / "b.wav", np.zeros(12000, np.float32), RATE)
@@ -288,7 +276,7 @@ def test_silence_is_no_reason_to_fail(tmp_path, monkeypatch):
 
 
 @pytest.mark.usefixtures("_fast")
-def test_prepare_depends_on_its_seeds_alone(recordings, monkeypatch):
+def test_prepare_depends_on_its_seed_only(recordings, monkeypatch):
     monkeypatch.setattr(prepare, "_STEPS", 3)
 
     def fitted(seed: int) -> Any:
@@ -307,7 +295,7 @@ def test_prepare_depends_on_its_seeds_alone(recordings, monkeypatch):
     assert not torch.equal(first[name], other[name])
 
 
-def test_the_loss_of_a_period_is_least_where_it_is_measured():
+def test_the_period_loss_is_least_at_the_measured_lag():
     grid = torch.linspace(math.log(40), math.log(440), CLASSES)
     log_lag = torch.tensor([[grid[50], grid[90]]])
     correlation = torch.tensor([[0.9, 0.3]])
@@ -324,8 +312,8 @@ def test_the_loss_of_a_period_is_least_where_it_is_measured():
 
 
 @pytest.mark.parametrize("causal", [False, True])
-def test_crop_loss_is_the_slice_of_the_whole(recordings, causal):
-    """Crops have the look-back and the look-ahead that the model needs, which differ where it is causal."""
+def test_crop_loss_equals_the_slice_of_the_whole(recordings, causal):
+    """Crops have the model's look-back and look-ahead, which differ where it is causal."""
     model = voiced_model(causal=causal).double()
     layout = layout_of(model, 10 * HOP)
     assert (layout.lookahead == 0) == causal

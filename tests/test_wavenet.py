@@ -1,5 +1,9 @@
-"""The contract of a model, held by WaveNet: step = forward, causality, reach, alignment of the conditioning."""
+"""WaveNet: the equations of the paper, the receptive field, alignment of the conditioning.
 
+The promises of every family are tested in `test_families`.
+"""
+
+import math
 from typing import Any
 
 import pytest
@@ -45,25 +49,8 @@ def make_cond(model, batch, frames):
 
 
 @shapes
-def test_step_equals_forward(config):
-    model = make(config)
-    codes = torch.randint(config.classes, (3, 36))
-    with torch.no_grad():
-        cond = make_cond(model, 3, 3)
-        expected = model(codes, cond)
-        state = model.init_state(3)
-        previous = torch.full((3,), model.start_code)
-        for t in range(36):
-            cond_t = None if cond is None else cond[:, :, min(t, cond.shape[2] - 1)]
-            logits = model.step(previous, state, cond_t)
-            # The same float64 sums in another order.
-            torch.testing.assert_close(logits, expected[:, :, t], rtol=0, atol=1e-12)
-            previous = codes[:, t]
-
-
-@shapes
-def test_output_depends_on_the_receptive_field_and_no_further(config):
-    """The gradient of the logits at t with respect to each sample: zero from t on and past the field, else not."""
+def test_output_depends_on_exactly_the_receptive_field(config):
+    """The gradient of the logits at t is zero at samples from t on and before the field."""
     model = make(config)
     field = model.receptive_field
     t, total = field + 2, field + 6
@@ -92,18 +79,15 @@ def test_receptive_field_of_a_known_shape():
     assert WaveNetConfig(layers=24, stacks=4, kernel_size=3).receptive_field == 1 + 4 * 2 * 63
 
 
-def test_silence_stands_before_the_first_sample():
+def test_silence_precedes_the_first_sample():
     model = make(SHAPES["two stacks"])
     codes = torch.randint(16, (1, 5))
     assert model.shift(codes).tolist() == [[8, *codes[0, :4].tolist()]]
 
 
-@pytest.mark.parametrize("hop", [1, 2, 7, 12, 80, 200, 256, 257, 300, 512, 1024, 1102])
-def test_scales_of_any_hop(hop):
-    product = 1
-    for scale in upsampling_scales(hop):
-        product *= scale
-    assert product == hop
+def test_the_product_of_the_scales_is_the_hop():
+    for hop in (1, 2, 7, 12, 80, 200, 256, 257, 300, 512, 1024, 1102):
+        assert math.prod(upsampling_scales(hop)) == hop
 
 
 def test_interpolation_starts_linear():
@@ -116,9 +100,9 @@ def test_interpolation_starts_linear():
     )
 
 
-@pytest.mark.parametrize("hop", [1, 2, 7, 12, 60, 256, 257])
+@pytest.mark.parametrize("hop", [1, 7, 12, 256])
 def test_conditioning_is_aligned(hop):
-    """A change of mel frame f moves the samples of the frames f - lookahead .. f + lookahead, and no others."""
+    """Mel frame f changes samples of the frames f - lookahead .. f + lookahead, and no others."""
     mel = MelConfig(
         sample_rate=8000, n_fft=1024, window_length=1024, hop_length=hop, bands=5, fmax=4000.0
     )
@@ -136,7 +120,7 @@ def test_conditioning_is_aligned(hop):
     assert moved[f - model.conditioning.context : f + model.conditioning.context + 1].all()
 
 
-@pytest.mark.parametrize("hop", [1, 7, 12, 256])
+@pytest.mark.parametrize("hop", [1, 256])
 def test_conditioning_of_a_crop_with_context(hop):
     mel = MelConfig(
         sample_rate=8000, n_fft=1024, window_length=1024, hop_length=hop, bands=5, fmax=4000.0
@@ -149,31 +133,6 @@ def test_conditioning_of_a_crop_with_context(hop):
         whole = model.condition(x, speaker)
         crop = model.condition(x[:, :, 12 - p : 18 + p], speaker, padded=True)
     torch.testing.assert_close(crop, whole[:, :, 12 * hop : 18 * hop], rtol=0, atol=1e-12)
-
-
-def test_conditioning_and_speaker_reach_the_output():
-    model = make(SHAPES["mel and speakers"])
-    codes = torch.randint(16, (1, 24))
-    mel = torch.randn(1, 5, 2, dtype=torch.float64)
-    with torch.no_grad():
-        base = model(codes, model.condition(mel, torch.tensor([0])))
-        assert (model(codes, model.condition(mel + 1, torch.tensor([0]))) - base).abs().max() > 1e-3
-        assert (model(codes, model.condition(mel, torch.tensor([1]))) - base).abs().max() > 1e-3
-
-
-def test_every_parameter_learns():
-    """No parameter is without a gradient: none is wasted, and distributed training needs no search for unused ones."""
-    model = make(SHAPES["mel and speakers"])
-    codes = torch.randint(16, (2, 24))
-    cond = make_cond(model, 2, 2)
-    torch.nn.functional.cross_entropy(model(codes, cond), codes).backward()
-    assert [
-        name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()
-    ] == []
-    # Gradients that share memory would be clipped, or accumulated, once for each of them.
-    assert len({p.grad.untyped_storage().data_ptr() for p in model.parameters()}) == len(
-        list(model.parameters())
-    )
 
 
 @pytest.mark.parametrize(
@@ -190,13 +149,13 @@ def test_every_parameter_learns():
         ({"mel": MEL, "sample_rate": 16000}, "8000 Hz audio and the model of 16000 Hz"),
     ],
 )
-def test_nonsense_is_refused(settings, message):
+def test_invalid_configurations_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         WaveNetConfig(**settings)
 
 
-def test_the_network_is_that_of_the_paper():
-    """Against the equations written out with matrix products, one sample at a time, from the whole history."""
+def test_forward_equals_the_equations_of_the_paper():
+    """Written out with matrix products, one sample at a time, from the whole history."""
     config = WaveNetConfig(layers=4, stacks=2, kernel_size=3, classes=16, mel=MEL, **SMALL)
     model = make(config)
     codes = torch.randint(16, (1, 24))

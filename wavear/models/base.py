@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -11,61 +10,66 @@ import torch
 from torch import Tensor, nn
 
 from wavear.audio.grid import Grid
-from wavear.mel.spectrogram import MelConfig
-from wavear.models.distributions import LAWS, Law, law_of
+from wavear.common.errors import WavearError
+from wavear.models.distributions import Law, law_of
+from wavear.models.saving import save
 
-_PREFILL = (
-    4096  # samples that `prefill` computes at once: its memory does not grow with the past given
-)
+_PREFILL = 4096  # samples that `prefill` computes at once, so that its memory stays bounded
 
 
 class AutoregressiveModel(nn.Module):
-    """Base of every family: what training, scoring and generation rely on.
+    """Base of every family: the interface that training, scoring and generation rely on.
 
     Letters: B batch, T samples, F mel frames, M mel bands, C conditioning channels, Q code classes,
-    P numbers that the output law takes for each sample (`model.law.channels`; of a categorical law
-    its Q logits).
+    P parameters of the output distribution for each sample (`model.law.channels`; of a categorical
+    one its Q logits).
 
     A subclass defines `forward` (all samples in parallel) and `init_state` with `step` (one sample
-    at a time). The two are the same law: `step` fed with `codes` one by one returns the columns of
-    `forward(codes)`. State is an argument, never an attribute, and nothing is cached past the
+    at a time). The two agree: `step` fed with `codes` one by one returns the columns of
+    `forward(codes)`. State is an argument, never an attribute; nothing is cached besides the
     weights.
     """
 
     family: ClassVar[str | None] = None
-    """The name of the family in checkpoints and on the command line; None of a class that cannot be saved."""
+    """Name of the family in checkpoints and on the command line; None: it cannot be saved."""
     config: Any
-    """Frozen dataclass, saved with the weights: of a network a `CommonConfig`."""
+    """Frozen dataclass, saved with the weights; of a network a `CommonConfig`."""
     conditioning: Any
-    """What a mel and a speaker become, a module with `lookahead`: often `make_conditioning(config)`; None without."""
+    """Module that computes the conditioning (see `make_conditioning`), with `hop`, `lookahead` and
+    `lookback`; None without."""
 
     frames_are_exact: bool = False
-    """Whether `condition` makes a frame's values to the bit alike on the CPU, however many frames it makes at once."""
+    """Whether `condition` returns the same bits for a frame on the CPU, however many frames it
+    computes at once."""
     bf16: bool | None = None
-    """Whether the layers can be trained in bfloat16; None: if the law is categorical, whose input is a look-up."""
+    """Whether the layers can be trained in bfloat16; None: if the distribution is categorical,
+    whose input is a look-up."""
     activation_checkpointing: bool | None = None
-    """Whether `forward` keeps only the inputs of its layers for the backward pass; None: the family cannot."""
+    """Whether `forward` keeps only the inputs of its layers for the backward pass; None: not
+    supported."""
 
     @property
     def receptive_field(self) -> int | None:
-        """How many past samples the law of the next one depends on; None where unbounded."""
-        raise NotImplementedError
+        """Number of past samples that the next one depends on; None: unbounded."""
+        return self.config.receptive_field
 
     @property
     def carries(self) -> bool:
-        """Whether training carries the state from segment to segment of a recording, instead of cutting random crops
-        with the receptive field in front of each: so it is where the past that counts is unbounded,
-        or very long."""
+        """Whether training carries the state from segment to segment of a recording.
+
+        True for models with unbounded (or very long) context. Otherwise training cuts random crops,
+        each with the receptive field before it.
+        """
         return self.receptive_field is None
 
     @property
     def law(self) -> Law:
-        """What the output means: its probability of every code, and how a code is drawn."""
+        """Output distribution: the probability of every code, and how a code is drawn."""
         return law_of(self.config)
 
     @property
     def grid(self) -> Grid:
-        """What the codes stand for."""
+        """Values and intervals that the codes stand for."""
         return self.law.grid
 
     @property
@@ -75,9 +79,9 @@ class AutoregressiveModel(nn.Module):
 
     @property
     def multiply_adds(self) -> int:
-        """Multiplications and additions, a pair counted once, of the network for one sample of one stream.
+        """Multiplications and additions, a pair counted once, of the network per generated sample.
 
-        Without the conditioning's upsampling, which runs once per utterance
+        Without the conditioning, which runs once per utterance
         (`wavear.models.info.multiply_adds`).
         """
         raise NotImplementedError
@@ -89,13 +93,13 @@ class AutoregressiveModel(nn.Module):
 
     @property
     def lookahead(self) -> int:
-        """How many mel frames after frame f the samples of frame f depend on."""
+        """Number of mel frames after its own that a sample depends on."""
         return self.conditioning.lookahead if self.conditioning is not None else 0
 
     @property
     def lookback(self) -> int:
-        """How many mel frames before frame f the samples of frame f depend on."""
-        return self.lookahead
+        """Number of mel frames before its own that a sample depends on."""
+        return self.conditioning.lookback if self.conditioning is not None else 0
 
     @property
     def conditioned(self) -> bool:
@@ -103,8 +107,10 @@ class AutoregressiveModel(nn.Module):
         return self.config.mel is not None or self.config.speakers > 0
 
     def shift(self, codes: Tensor, previous: Tensor | None = None) -> Tensor:
-        """`codes` (B, T) one sample later, with `previous` (B,), the start code if None, in front: what the network
-        sees at each t."""
+        """Return the code before each of `codes` (B, T), the network's input.
+
+        Before the first one lies `previous` (B,), or the start code if None.
+        """
         if previous is None:
             return torch.nn.functional.pad(codes[:, :-1], (1, 0), value=self.start_code)
         return torch.cat([previous[:, None], codes[:, :-1]], dim=1)
@@ -112,196 +118,153 @@ class AutoregressiveModel(nn.Module):
     def condition(
         self, mel: Tensor | None, speaker: Tensor | None = None, *, padded: bool = False
     ) -> Any:
-        """One vector per sample from a mel and a speaker.
+        """Return one vector per sample, from a mel and a speaker.
 
         Parameters
         ----------
         mel : Tensor, shape (B, M, F), or None for a model without mel conditioning
         speaker : Tensor of int64, shape (B,), or None for a model without speakers
         padded : bool
-            `mel` has shape (B, M, lookback + F + lookahead): it carries its own context on both
+            `mel` has shape (B, M, lookback + F + lookahead): it includes the context on both
             sides, as a crop does. Otherwise the first and the last frame are repeated.
 
-        Returns ------- Tensor, shape (B, C, F * hop), or a `FrameConditioning` that stands for one;
-        of a speaker alone (B, C, 1), the same for every sample
+        Returns
+        -------
+        Tensor, shape (B, C, F * hop), or a `FrameConditioning` that stands for one; of a speaker
+        without a mel (B, C, 1), the same for every sample
         """
         if self.conditioning is None:
-            raise ValueError("the model is unconditional: it takes neither a mel nor a speaker")
+            raise WavearError("the model is unconditional: it takes neither a mel nor a speaker")
         return self.conditioning(mel, speaker, padded)
 
     def forward(
         self,
         codes: Tensor,
-        cond: Tensor | None = None,
+        cond: Any = None,
         state: Any = None,
         previous: Tensor | None = None,
     ) -> Tensor:
-        """Parameters of the law (B, P, T) of `codes` (B, T): [..., t] is that of codes[:, t] given codes[:, :t].
+        """Return the parameters of the distribution of each code given those before it.
 
         Parameters
         ----------
         codes : Tensor of int64, shape (B, T)
         cond : Tensor, shape (B, C, T), or (B, C, 1) the same for every sample, or None
-            Of a family that conditions at the frame rate, the `FrameConditioning` that stands for
-            it.
-        state : what `init_state` returned, optional
-            The codes go on from it, and it is brought to where `step` would be after as many calls.
-            Gradients do not reach into it. Without one the codes are the beginning of the audio.
+            Of a family that conditions at the frame rate, a `FrameConditioning`.
+        state : optional
+            From `init_state`: the codes continue from it, and it is advanced as by T calls of
+            `step`. Gradients do not reach into it. Without one the codes begin the audio.
         previous : Tensor of int64, shape (B,)
             With a state: the code before codes[:, 0].
+
+        Returns
+        -------
+        Tensor, shape (B, P, T): [..., t] from codes[:, :t]
         """
         raise NotImplementedError
 
     def input_noise(
         self, codes: Tensor, amount: float, generator: torch.Generator
     ) -> dict[str, Tensor]:
-        """Return what `forward` is given in training for `codes` (B, T), with noise on the past that it sees.
+        """Return the arguments of `forward` in training for `codes` (B, T), with noise on the past.
 
-        Here the codes are off by a normal number of deviation `amount`; what is to be predicted
-        stays clean.
+        The default adds a normal number of deviation `amount` to each code; targets stay clean.
         """
         off = torch.randn(codes.shape, generator=generator, device=codes.device) * amount
         return {"codes": (codes + off.round().long()).clamp(0, self.grid.classes - 1)}
 
     def init_state(self, batch: int) -> Any:
-        """State of `batch` streams before their first sample, preallocated, batch first."""
+        """Return the state of `batch` streams before their first sample, preallocated."""
         raise NotImplementedError
 
     def step(self, previous: Tensor, state: Any, cond_t: Tensor | None = None) -> Tensor:
-        """Parameters of the law (B, P) of the next sample.
+        """Return the parameters (B, P) of the distribution of the next sample.
 
         Parameters
         ----------
         previous : Tensor of int64, shape (B,)
             The code of the sample before; `start_code` for the first.
-        state : what `init_state` returned; updated in place
+        state : from `init_state`; updated in place
         cond_t : Tensor, shape (B, C), or None
         """
         raise NotImplementedError
 
-    def prefill(self, previous: Tensor, state: Any, cond: Tensor | None = None) -> None:
-        """Bring the state to where `step` fed with each of `previous` in turn would, if the family can in parallel.
+    def advance(self, previous: Tensor, state: Any, cond: Any = None) -> Any:
+        """Advance the state past `previous` (B, T); families override it to skip the output."""
+        # The last code that `forward` gets matters for the shape only: the next call consumes it.
+        codes = torch.cat([previous[:, 1:], previous[:, :1]], dim=1)
+        self.forward(codes, cond, state, previous[:, 0])
+
+    def prefill(self, previous: Tensor, state: Any, cond: Any = None) -> None:
+        """Advance the state as `step` fed with each of `previous` in turn does, but in parallel.
 
         Parameters
         ----------
         previous : Tensor of int64, shape (B, T)
             The code before each sample: of a recording `shift(codes)`.
-        state : what `init_state` returned; updated in place
+        state : from `init_state`; updated in place
         cond : Tensor, shape (B, C, T), or (B, C, 1) the same for every sample, or None
         """
-        for part, given in in_parts(previous, cond):
-            # The last code that `forward` is given counts for the shape alone: it would be consumed
-            # by the next call.
-            self.forward(torch.cat([part[:, 1:], part[:, :1]], dim=1), given, state, part[:, 0])
+        for part, given in _parts(previous, cond):
+            self.advance(part, state, given)
 
     def export_state(self, state: Any) -> dict[str, Tensor]:
-        """What the state holds as tensors by name, batch first, in an order that every engine can make and read.
+        """Return copies of the state's tensors by name, batch first, in a form all engines share.
 
-        Copies, on the device and in the precision of the state.
+        On the device and in the precision of the state.
         """
         raise NotImplementedError
 
     def import_state(self, tensors: dict[str, Tensor]) -> Any:
-        """The state that `export_state` gave these tensors of, from any device and precision."""
+        """Return the state that `export_state` made tensors of, from any device and precision."""
         raise NotImplementedError
 
     def compile_layers(self) -> None:
-        """Let torch.compile make kernels for `forward`, in place, for the shapes of training."""
+        """Compile `forward` with torch.compile, in place, for the fixed shapes of training."""
         self.compile(dynamic=False)
 
     def save(
         self, directory: str | Path, *, overwrite: bool = False, training: dict | None = None
     ) -> Path:
-        """Write `config.json` and `model.safetensors` to `directory`; see `wavear.models.checkpoint.save`."""
-        from wavear.models.saving import save
+        """Write `config.json` and `model.safetensors` to `directory`, for `wavear.load`.
 
-        return save(self, directory, overwrite=overwrite, training=training)
+        Parameters
+        ----------
+        directory : str or Path
+            Created where it is missing.
+        overwrite : bool
+            Replace an existing checkpoint.
+        training : dict, optional
+            A record of the training (steps, bits per sample...), as JSON.
+
+        Returns
+        -------
+        Path: the directory
+
+        Raises
+        ------
+        FileExistsError
+            If there is a checkpoint already and `overwrite` is false.
+        WavearError
+            If the class has no `family` of its own, as a subclass of a family has not.
+        """
+        family = vars(type(self)).get("family")
+        if family is None:
+            raise WavearError(
+                f"{type(self).__name__} cannot be saved: its class has no `family` of its own"
+            )
+        weights = self.state_dict()
+        return save(directory, family, self.config, weights, overwrite=overwrite, training=training)
 
 
-def in_parts(previous: Tensor, cond: Tensor | None) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """`previous` (B, T) and `cond` (B, C, T or 1) of `_PREFILL` samples after the other."""
+def matrix_entries(*modules: nn.Module) -> int:
+    """Return the number of weights of all linear layers in `modules`, biases excluded."""
+    inside = (module for part in modules for module in part.modules())
+    return sum(module.weight.numel() for module in inside if isinstance(module, nn.Linear))
+
+
+def _parts(previous: Tensor, cond: Any) -> Iterator[tuple[Tensor, Any]]:
+    """Yield `previous` (B, T) and `cond` in blocks of `_PREFILL` samples."""
     for start in range(0, previous.shape[1], _PREFILL):
         part = slice(start, start + _PREFILL)
         yield previous[:, part], cond if cond is None or cond.shape[2] == 1 else cond[:, :, part]
-
-
-@dataclass(frozen=True, kw_only=True)
-class CommonConfig:
-    """What the configuration of every network has beside its own fields.
-
-    Raises
-    ------
-    ValueError
-        Naming the field, its value, and what it may be.
-    """
-
-    classes: int = 0
-    """Codes Q, 2 to 65536; 0: 256 mu-law codes of a categorical law, 65536 linear values (16 bits) of the others."""
-    sample_rate: int = 22050
-    """Of the audio, in Hz."""
-    mel: MelConfig | None = None
-    """The mels the model is conditioned on; None: unconditional."""
-    speakers: int = 0
-    """Speakers the model is conditioned on; 0: none."""
-    conditioning_channels: int = 80
-    """Channels of the conditioning, one vector per sample."""
-    conditioning_context: int = 2
-    """Mel frames that the first convolution of the conditioning sees before and after each frame."""
-    law: str = "categorical"
-    """Of the next sample: categorical, logistic_mixture, gaussian or laplace; see `wavear.models.distributions`."""
-    mixtures: int = 10
-    """Components of a mixture of logistics."""
-    coarse_classes: int = 0
-    """For the laws over values: mu-law codes of the embedding beside the value at the input; 0: none."""
-    pre_emphasis: float = 0.0
-    """a of x[t] - a x[t-1], which the codes are of; 0: of the audio itself. See `wavear.audio.emphasis`."""
-
-    def __post_init__(self):
-        if self.law not in LAWS:
-            raise ValueError(f"law is {self.law!r}, it must be one of {', '.join(LAWS)}")
-        if self.classes == 0:
-            object.__setattr__(self, "classes", 256 if self.law == "categorical" else 65536)
-        check_whole(
-            self,
-            mixtures=1,
-            coarse_classes=0,
-            speakers=0,
-            conditioning_channels=1,
-            conditioning_context=0,
-        )
-        law_of(self)  # it checks `classes`
-        if self.coarse_classes and self.law == "categorical":
-            raise ValueError(
-                f"coarse_classes is {self.coarse_classes}: a categorical law embeds its own codes, leave it 0"
-            )
-        if self.coarse_classes == 1 or self.coarse_classes > 65536:
-            raise ValueError(
-                f"coarse_classes is {self.coarse_classes}, it must be 0, or 2 to 65536"
-            )
-        if not isinstance(self.sample_rate, int) or not 1000 <= self.sample_rate <= 384000:
-            raise ValueError(f"sample_rate is {self.sample_rate!r}, it must be 1000 to 384000 Hz")
-        if self.mel is not None and self.mel.sample_rate != self.sample_rate:
-            raise ValueError(
-                f"the mel is of {self.mel.sample_rate} Hz audio and the model of {self.sample_rate} Hz: they must agree"
-            )
-        if not 0 <= self.pre_emphasis < 1:
-            raise ValueError(f"pre_emphasis is {self.pre_emphasis!r}, it must be 0 to less than 1")
-
-    @property
-    def conditioned(self) -> bool:
-        """Whether the model takes conditioning, from a mel or a speaker."""
-        return self.mel is not None or self.speakers > 0
-
-
-def check_whole(config: Any, **least: int) -> None:
-    """Check that fields are whole numbers of at least so much.
-
-    Raises
-    ------
-    ValueError
-        Naming the field and its value.
-    """
-    for name, bound in least.items():
-        value = getattr(config, name)
-        if not isinstance(value, int) or isinstance(value, bool) or value < bound:
-            raise ValueError(f"{name} is {value!r}, it must be a whole number of at least {bound}")

@@ -1,4 +1,4 @@
-"""Checkpoints: a directory with `config.json` and `model.safetensors`, the Hugging Face layout. Never a pickle."""
+"""Load checkpoints: a directory with `config.json` and `model.safetensors`, never a pickle."""
 
 from __future__ import annotations
 
@@ -9,21 +9,22 @@ from typing import Any
 
 import torch
 
+from wavear.common.errors import WavearError
 from wavear.mel.spectrogram import MelConfig
 from wavear.models.base import AutoregressiveModel
 from wavear.models.families import FAMILIES
 from wavear.models.saving import CONFIG, FORMAT, WEIGHTS
 
-# Fields that came later than the first checkpoints, which mean these by their absence.
+# Fields added after the first checkpoints, with the values that their absence means.
 LATER = {"law": "categorical", "mixtures": 10, "coarse_classes": 0, "pre_emphasis": 0.0}
 
 
-class CheckpointError(ValueError):
-    """What was given is not a checkpoint that this version can read; the message says why."""
+class CheckpointError(WavearError):
+    """A checkpoint that is damaged, foreign or of another version; the message gives the reason."""
 
 
 def load(source: str | Path, device: str | torch.device = "cpu") -> Any:
-    """A saved model, ready to generate (in evaluation mode).
+    """Load a saved model, ready to generate (in evaluation mode).
 
     Parameters
     ----------
@@ -33,14 +34,14 @@ def load(source: str | Path, device: str | torch.device = "cpu") -> Any:
 
     Returns
     -------
-    AutoregressiveModel: of the class of its family, `WaveNet` for one
+    AutoregressiveModel: of the class of its family, such as `WaveNet`
 
     Raises
     ------
     FileNotFoundError
         If there is no such directory, and no such model on the hub.
     CheckpointError
-        If it is damaged or foreign; the message names the file and what is wrong.
+        If it is damaged or foreign; the message names the file and the fault.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -51,9 +52,9 @@ def load(source: str | Path, device: str | torch.device = "cpu") -> Any:
     try:
         tensors = load_file(path)
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} is damaged or no safetensors file: {error}") from None
+        raise CheckpointError(f"{path} is damaged or not a safetensors file: {error}") from None
     _check_tensors(model, tensors, path)
-    dtypes = {tensor.dtype for name, tensor in tensors.items() if tensor.is_floating_point()}
+    dtypes = {tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()}
     if len(dtypes) == 1:
         model.to(dtypes.pop())
     model.load_state_dict(tensors)
@@ -61,7 +62,11 @@ def load(source: str | Path, device: str | torch.device = "cpu") -> Any:
 
 
 def read_config(source: str | Path) -> dict:
-    """What a checkpoint says of itself, without its weights: format, family, config, training.
+    """Return the description in a checkpoint, without its weights.
+
+    Returns
+    -------
+    dict with the keys "format", "family", "config" and "training"
 
     Raises
     ------
@@ -73,8 +78,10 @@ def read_config(source: str | Path) -> dict:
     directory = _find(source)
     for name in (CONFIG, WEIGHTS):
         if not (directory / name).is_file():
+            found = [str(path.parent) for path in sorted(directory.glob(f"*/{CONFIG}"))]
+            hint = f" (there is one in {', '.join(found)})" if found else ""
             raise CheckpointError(
-                f"{directory} is no wavear checkpoint: {name} is missing{_hint(directory)}"
+                f"{directory} is not a wavear checkpoint: {name} is missing{hint}"
             )
     described = _parse((directory / CONFIG).read_bytes(), directory / CONFIG)
     _settings(described, directory / CONFIG)
@@ -83,12 +90,12 @@ def read_config(source: str | Path) -> dict:
             text = (file.metadata() or {}).get("wavear")
     except (SafetensorError, OSError) as error:
         raise CheckpointError(
-            f"{directory / WEIGHTS} is damaged or no safetensors file: {error}"
+            f"{directory / WEIGHTS} is damaged or not a safetensors file: {error}"
         ) from None
-    own = {} if text is None else _parse(text.encode(), directory / WEIGHTS)
-    if own and (own["family"] != described["family"] or own["config"] != described["config"]):
+    own = described if text is None else _parse(text.encode(), directory / WEIGHTS)
+    if (own["family"], own["config"]) != (described["family"], described["config"]):
         raise CheckpointError(
-            f"{directory}: {CONFIG} and {WEIGHTS} are not of one model: their configurations differ"
+            f"{directory}: {CONFIG} and {WEIGHTS} are of two models: their configurations differ"
         )
     return described
 
@@ -97,38 +104,34 @@ def _parse(text: bytes, path: Path) -> dict:
     try:
         described = json.loads(text.decode("utf-8"))
     except ValueError as error:
-        raise CheckpointError(f"{path} is damaged, it is not JSON: {error}") from None
-    if not isinstance(described, dict) or "family" not in described or "format" not in described:
+        raise CheckpointError(f"{path} is damaged, not valid JSON: {error}") from None
+    if not isinstance(described, dict) or not {"family", "format"} <= set(described):
         raise CheckpointError(
             f"{path} is not of a wavear checkpoint: it has no 'format' and 'family'"
         )
     if described["format"] != FORMAT:
         raise CheckpointError(
-            f"{path} has format {described['format']!r}, this version of wavear reads format {FORMAT}"
+            f"{path} has format {described['format']!r}; this version of wavear reads {FORMAT}"
         )
-    if not isinstance(described["family"], str) or described["family"] not in FAMILIES:
-        raise CheckpointError(
-            f"{path} has family {described['family']!r}, known are {', '.join(FAMILIES)}"
-        )
-    if not isinstance(described.get("config"), dict):
-        raise CheckpointError(f"{path} has no 'config'")
-    if not isinstance(described.get("training", {}), dict):
-        raise CheckpointError(f"{path} has no 'training' that could be one")
+    family = described["family"]
+    if not isinstance(family, str) or family not in FAMILIES:
+        raise CheckpointError(f"{path} has family {family!r}, known are {', '.join(FAMILIES)}")
+    for name in ("config", "training"):
+        if not isinstance(described.get(name, {} if name == "training" else None), dict):
+            raise CheckpointError(f"{path}: {name!r} is missing or not an object")
     return described
 
 
 def _settings(described: dict, path: Path) -> dict:
-    """The fields of the configuration, all of them and no others."""
+    """Return the fields of the configuration, all of them and no others."""
     config_class = FAMILIES[described["family"]][1]
     known = {field.name for field in dataclasses.fields(config_class)}
     settings = {name: value for name, value in LATER.items() if name in known} | described["config"]
-    missing, unknown = sorted(known - set(settings)), sorted(set(settings) - known)
-    if missing or unknown:
-        wrong = [f"{', '.join(missing)} missing"] * bool(missing) + [
-            f"{', '.join(unknown)} unknown"
-        ] * bool(unknown)
+    wrong = [f"{name} missing" for name in sorted(known - set(settings))]
+    wrong += [f"{name} unknown" for name in sorted(set(settings) - known)]
+    if wrong:
         raise CheckpointError(
-            f"{path}: 'config' does not fit a {described['family']}: {'; '.join(wrong)}"
+            f"{path}: 'config' does not fit a {described['family']}: {', '.join(wrong)}"
         )
     return settings
 
@@ -148,17 +151,15 @@ def _check_tensors(
     model: AutoregressiveModel, tensors: dict[str, torch.Tensor], path: Path
 ) -> None:
     expected = model.state_dict()
-    missing, unknown = sorted(set(expected) - set(tensors)), sorted(set(tensors) - set(expected))
-    if missing:
+    if missing := sorted(set(expected) - set(tensors)):
         raise CheckpointError(f"{path} lacks {_some(missing)}")
-    if unknown:
-        raise CheckpointError(
-            f"{path} holds {_some(unknown)}, which the configuration has no place for"
-        )
+    if unknown := sorted(set(tensors) - set(expected)):
+        raise CheckpointError(f"{path} holds {_some(unknown)}, unknown to the configuration")
     for name, tensor in tensors.items():
-        if tensor.shape != expected[name].shape:
+        shape = expected[name].shape
+        if tensor.shape != shape:
             raise CheckpointError(
-                f"{path}: {name} has shape {tuple(tensor.shape)}, by the configuration {tuple(expected[name].shape)}"
+                f"{path}: {name} has shape {tuple(tensor.shape)}, expected {tuple(shape)}"
             )
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise CheckpointError(f"{path}: {name} holds NaN or infinity")
@@ -166,11 +167,6 @@ def _check_tensors(
 
 def _some(names: list[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-
-
-def _hint(directory: Path) -> str:
-    found = [str(path.parent) for path in sorted(directory.glob(f"*/{CONFIG}"))]
-    return f" (there is one in {', '.join(found)})" if found else ""
 
 
 def _find(source: str | Path) -> Path:
@@ -192,7 +188,7 @@ def _find(source: str | Path) -> Path:
     except HFValidationError:
         raise FileNotFoundError(f"{source}: no such directory") from None
     except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise FileNotFoundError(
-            f"{source}: no such directory, and not to be had from the hub: {reason}"
+            f"{source}: no such directory, and the hub did not provide it: {reason}"
         ) from None

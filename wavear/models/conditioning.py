@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from wavear.models.config import CommonConfig
+
 
 def upsampling_scales(hop: int) -> tuple[int, ...]:
-    """Factors of `hop`, each near 16 where the divisors allow it, whose product is `hop`.
+    """Return factors of `hop` whose product is `hop`, each near 16 where the divisors allow it.
 
-    Stages near 16 keep the learned kernels short: `hop` phases in one stage would need `hop`
-    kernels of their own.
+    Stages near 16 keep the learned kernels short: one stage would need `hop` kernels of its own.
 
     Examples
     --------
@@ -32,7 +32,7 @@ def upsampling_scales(hop: int) -> tuple[int, ...]:
 
 
 class Interpolation(nn.Module):
-    """`scale` samples for each input sample, each a learned mix of the input's neighbours before, at and after it.
+    """`scale` samples for each input sample, each a learned mix of the input's three neighbours.
 
     out[c, f * scale + p] = sum over j in (-1, 0, 1) of weight[c, j + 1, p] * x[c, f + j]
 
@@ -44,14 +44,13 @@ class Interpolation(nn.Module):
 
     def __init__(self, channels: int, scale: int):
         super().__init__()
-        centre = (
-            torch.arange(scale) + 0.5
-        ) / scale - 0.5  # where phase p lies, in input samples from the centre
+        # Position of phase p, in input samples from the centre.
+        centre = (torch.arange(scale) + 0.5) / scale - 0.5
         weight = torch.stack([(-centre).clamp(min=0), 1 - centre.abs(), centre.clamp(min=0)])
         self.weight = nn.Parameter(weight.repeat(channels, 1, 1))
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C, n + 2) -> (B, C, n * scale): the first and last input samples serve as context only."""
+        """(B, C, n + 2) -> (B, C, n * scale): the outer input samples serve as context only."""
         w = self.weight[:, :, None]
         x = x[..., None]
         mixed = x[:, :, :-2] * w[:, 0] + x[:, :, 1:-1] * w[:, 1] + x[:, :, 2:] * w[:, 2]
@@ -59,7 +58,7 @@ class Interpolation(nn.Module):
 
 
 class Conditioning(nn.Module):
-    """Mel frames (B, M, F) and speakers (B,) -> conditioning (B, C, F * hop), or (B, C, 1) of a speaker alone.
+    """Mel frames (B, M, F) and speakers (B,) -> (B, C, F * hop); without a mel (B, C, 1).
 
     A convolution over 2 * context + 1 frames mixes the bands, then `Interpolation` stages raise the
     rate to one vector per sample, then the speaker's vector is added. Frames beyond the ends repeat
@@ -73,13 +72,10 @@ class Conditioning(nn.Module):
 
     def __init__(self, bands: int, channels: int, hop: int, context: int, speakers: int):
         super().__init__()
-        self.hop = hop
-        self.bands = bands
-        self.context = context
+        self.hop, self.bands, self.context = hop, bands, context
         self.scales = upsampling_scales(hop) if bands else ()
         if bands:
-            # Mean and deviation of each band over the training data: the network sees numbers near
-            # one.
+            # Mean and deviation of each band over the training data, for inputs near one.
             self.register_buffer("mel_mean", torch.zeros(bands))
             self.register_buffer("mel_deviation", torch.ones(bands))
             self.frames = nn.Conv1d(bands, channels, 2 * context + 1)
@@ -88,20 +84,21 @@ class Conditioning(nn.Module):
 
     @property
     def lookahead(self) -> int:
-        """Frames after its own that a sample depends on (and before): the convolution's and one per stage."""
+        """Frames after its own that a sample depends on: the convolution's and one per stage."""
         return self.context + len(self.scales) if self.bands else 0
+
+    @property
+    def lookback(self) -> int:
+        """Frames before its own that a sample depends on."""
+        return self.lookahead
 
     def forward(
         self, mel: Tensor | None, speaker: Tensor | None = None, padded: bool = False
     ) -> Tensor:
-        """See `AutoregressiveModel.condition`."""
         parts = []
         if mel is not None:
-            parts.append(
-                self.upsample(
-                    mel if padded else F.pad(mel, (self.lookahead, self.lookahead), "replicate")
-                )
-            )
+            pad = (self.lookback, self.lookahead)
+            parts.append(self.upsample(mel if padded else F.pad(mel, pad, "replicate")))
         if speaker is not None:
             assert self.speakers is not None
             parts.append(self.speakers(speaker)[:, :, None])
@@ -111,22 +108,26 @@ class Conditioning(nn.Module):
         """(B, M, F + 2 * lookahead) -> (B, C, F * hop)."""
         x = (mel - self.mel_mean[:, None]) / self.mel_deviation[:, None]
         x = F.leaky_relu(self.frames(x), 0.2)
-        # Before a stage x carries one sample of context per stage to come, on either side and at
-        # its own rate.
-        for rest, (stage, scale) in enumerate(
-            zip(self.stages, self.scales, strict=True), 1 - len(self.scales)
-        ):
-            surplus = -rest * (scale - 1)
+        # Before a stage, x has one sample of context per remaining stage, at its own rate.
+        for done, (stage, scale) in enumerate(zip(self.stages, self.scales, strict=True), 1):
+            surplus = (len(self.scales) - done) * (scale - 1)
             x = stage(x)
             x = x[:, :, surplus : x.shape[2] - surplus]
         return x
 
 
-def make_conditioning(config: Any) -> Conditioning | None:
-    """The conditioning that a model's configuration asks for: of its `mel` and its `speakers`; None without both."""
-    if config.mel is None and config.speakers == 0:
+def make_conditioning(config: CommonConfig) -> Conditioning | None:
+    """Return the conditioning for a configuration's mel and speakers; None without both."""
+    if not config.conditioned:
         return None
     bands, hop = (config.mel.bands, config.mel.hop_length) if config.mel else (0, 1)
     return Conditioning(
         bands, config.conditioning_channels, hop, config.conditioning_context, config.speakers
     )
+
+
+def conditioning_matrix(config: CommonConfig, outputs: int) -> nn.Linear | None:
+    """Return a matrix from the conditioning to `outputs` channels; None without conditioning."""
+    if not config.conditioned:
+        return None
+    return nn.Linear(config.conditioning_channels, outputs, bias=False)

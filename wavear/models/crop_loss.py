@@ -1,4 +1,4 @@
-"""Crops of recordings as the input of a model, and the loss of a crop: training and validation share it."""
+"""Crops as the input of a model, and their loss, shared by training and validation."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def inputs(
     noise: torch.Generator | None = None,
     dropout: float = 0.0,
 ) -> tuple[torch.Tensor, Any, torch.Tensor]:
-    """What `forward` needs, computed on the device of `batch`.
+    """Return the arguments of `forward`, computed on the device of `batch`.
 
     Returns
     -------
@@ -54,12 +54,8 @@ def inputs(
         own = log_mel(batch.waveform, layout.mel)
         mel = own.gather(2, batch.frames[:, None].expand(-1, own.shape[1], -1))
         if noise is not None and dropout > 0:
-            hidden = (
-                torch.rand(mel.shape[0], 1, mel.shape[2], generator=noise, device=mel.device)
-                < dropout
-            )
-            conditioning: Any = model.conditioning
-            mel = torch.where(hidden, conditioning.mel_mean[:, None], mel)
+            drawn = torch.rand(mel.shape[0], 1, mel.shape[2], generator=noise, device=mel.device)
+            mel = torch.where(drawn < dropout, model.conditioning.mel_mean[:, None], mel)
     speaker = batch.speaker if model.config.speakers else None
     cond = model.condition(mel, speaker, padded=True) if model.conditioned else None
     return codes, cond, mask
@@ -75,20 +71,23 @@ def crop_loss(
     carried: tuple[Any, torch.Tensor] | None = None,
     dropout: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Negative log-likelihood of every sample, (B, window) in nats, 0 where no loss is carried; and the mask.
+    """Return the negative log-likelihood of every sample in nats, and the mask, (B, window) each.
 
-    With a `dtype` the layers run in it, activations and all, on copies of the weights; gradients
-    arrive at the weights in their own type. (Autocast leaves the additions between the layers in
-    float32, whose traffic costs a third of the time on a CPU.) The conditioning and the loss stay
-    in float32.
+    It is 0 where no loss is carried.
 
-    With `noise` the past that the model sees is off by noise of the amount `input_noise`
-    (`model.input_noise`), and what it has to predict is not: so it learns to see through its own
-    errors, and to look at the conditioning. And so many mel frames as `dropout` says (a share) are
-    the mean of the training data instead.
-
-    With a state and the code before the window, `carried`, the window goes on from there, and the
-    state with it.
+    Parameters
+    ----------
+    dtype : torch.dtype, optional
+        Run the layers in it, activations and all, on copies of the weights; gradients arrive at the
+        weights in their own type. (Autocast leaves the additions between the layers in float32,
+        whose traffic costs a third of the time on a CPU.) Conditioning and loss stay in float32.
+    noise : torch.Generator, optional
+        Add noise of amount `input_noise` to the past that the model sees, not to the targets
+        (`model.input_noise`): so it learns to correct its own errors and to use the conditioning.
+    dropout : float
+        Share of mel frames that `noise` replaces by the mean of the training data.
+    carried : optional
+        State and previous code: the window continues from there, and the state is advanced.
     """
     codes, cond, mask = inputs(model, batch, layout, noise, dropout)
     given: dict[str, Any] = {"codes": codes}
@@ -99,14 +98,10 @@ def crop_loss(
     if dtype is None:
         parameters = model(cond=cond, **given)
     else:
-        weights = {
-            name: p.to(dtype)
-            for name, p in model.named_parameters()
-            if not name.startswith("conditioning.")
-        }
+        named = model.named_parameters()
+        weights = {n: p.to(dtype) for n, p in named if not n.startswith("conditioning.")}
         given["cond"] = None if cond is None else cond.to(dtype)
         parameters = torch.func.functional_call(model, weights, (), given)
-    parameters = parameters.to(
-        torch.promote_types(parameters.dtype, torch.float32)
-    )  # bf16 would round the loss
+    # bf16 would round the loss.
+    parameters = parameters.to(torch.promote_types(parameters.dtype, torch.float32))
     return -model.law.log_prob(parameters, codes) * mask, mask

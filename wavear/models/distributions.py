@@ -1,17 +1,21 @@
-"""Output laws: what a network puts out for each sample -> the probability of every code, and one code from one uniform.
+"""Output distributions, called laws in the code: parameters -> probability of a code.
 
-    parameters (B, P, T) --log_prob(codes)--> nats (B, T)        parameters (B, P), uniforms (B,) --sample--> codes (B,)
+A `Law` is the distribution of the next code that the network's output stands for. `law` is its name
+in configurations, and P the number of its parameters:
 
-"categorical" names the probability of every code by itself (van den Oord et al., 2016, "WaveNet").
-The others are densities over the sample's value x, integrated over the interval that each code of
-the grid stands for; the first and the last code take the tails, so the probabilities of all codes
-sum to one:
+    parameters (B, P, T), codes (B, T)       --log_prob--> nats (B, T)
+    parameters (B, P),    uniforms (B,)      --sample----> codes (B,)
+
+"categorical" gives every code a probability of its own (van den Oord et al., 2016, "WaveNet"). The
+others are densities over the sample's value x, integrated over the interval that each code of the
+grid stands for; the first and the last code take the tails, so the probabilities of all codes sum
+to one:
 
     P(c) = F(upper(c)) - F(lower(c))
 
 "logistic_mixture" is that of PixelCNN++ (Salimans et al., 2017, https://arxiv.org/abs/1701.05517)
 and of the 16-bit WaveNet (van den Oord et al., 2017, "Parallel WaveNet"): sum over k of w_k times a
-logistic law of mean m_k, scale s_k.
+logistic distribution of mean m_k, scale s_k. "gaussian" and "laplace" have one mean and one scale.
 """
 
 from __future__ import annotations
@@ -19,48 +23,57 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from wavear.audio.grid import Grid
-from wavear.models.sampling import sample as sample_categorical
+from wavear.common.errors import WavearError
+from wavear.models import sampling
 
-_SHARPEST = (
-    0.05  # of the grid's finest step: below it a scale makes one code certain, and gradients vanish
-)
+# Scales below this share of the grid's finest step make one code certain: gradients vanish.
+_SHARPEST = 0.05
 _LARGEST_LOG_SCALE = 5.0
+_BELOW_ONE = 1 - 2.0**-53
+LAWS = ("categorical", "logistic_mixture", "gaussian", "laplace")
 
 
-class Law(Protocol):
-    """What models, engines and training ask of a law."""
+@dataclass(frozen=True)
+class Law:
+    """A distribution over the codes of a grid. A subclass over values defines the unset methods."""
 
-    truncates: ClassVar[bool]
+    grid: Grid
+    truncates: ClassVar[bool] = False
     """Whether `sample` takes `top_k` and `top_p`."""
 
     @property
-    def grid(self) -> Grid:
-        """Of the codes."""
-        ...
-
-    @property
     def channels(self) -> int:
-        """Numbers P that the network puts out for each sample."""
-        ...
+        """Parameters P that the network returns for each sample."""
+        raise NotImplementedError
 
     def initial_bias(self) -> Tensor | None:
-        """(P,), where the network's last bias begins; None: as it is."""
-        ...
+        """Return the first value (P,) of the network's last bias; None: torch's own."""
+        raise NotImplementedError
 
     def log_prob(self, parameters: Tensor, codes: Tensor) -> Tensor:
-        """log P(code), (B, T) in nats, from parameters (B, P, T) and codes (B, T); in the precision of `parameters`."""
-        ...
+        """Return log P(code) in nats, in the precision of `parameters`.
+
+        Parameters
+        ----------
+        parameters : Tensor, shape (B, P, T)
+        codes : Tensor of int64, shape (B, T)
+
+        Returns
+        -------
+        Tensor, shape (B, T)
+        """
+        return self.log_prob_between(parameters, codes, codes)
 
     def log_prob_between(self, parameters: Tensor, first: Tensor, last: Tensor) -> Tensor:
-        """log P(first <= code <= last), (B, T) in nats, from parameters (B, P, T) and codes (B, T)."""
-        ...
+        """Return log P(first <= code <= last), as `log_prob`."""
+        raise NotImplementedError
 
     def sample(
         self,
@@ -70,12 +83,35 @@ class Law(Protocol):
         top_k: int | None = None,
         top_p: float | None = None,
     ) -> Tensor:
-        """Codes (B,) from parameters (B, P) and one uniform each (B,), float64 in [0, 1)."""
-        ...
+        """Draw one code from each row by inverse CDF.
+
+        Parameters
+        ----------
+        parameters : Tensor, shape (B, P)
+        uniform : Tensor of float64, shape (B,), in [0, 1)
+        temperature : float, or Tensor of shape (B,)
+        top_k, top_p : optional
+            See `wavear.models.sampling.kept`.
+
+        Returns
+        -------
+        Tensor of int64, shape (B,)
+
+        Raises
+        ------
+        WavearError
+            If a distribution over values is to be truncated.
+        """
+        refuse_truncation(type(self).__name__, top_k, top_p)
+        return self.draw(parameters.double(), uniform, temperature)
+
+    def draw(self, parameters: Tensor, uniform: Tensor, temperature: Tensor | float) -> Tensor:
+        """Return one code (B,) from each row of float64 parameters, without truncation."""
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)
-class Categorical:
+class Categorical(Law):
     """softmax over the codes. A temperature divides the logits.
 
     Examples
@@ -84,23 +120,20 @@ class Categorical:
     tensor([[0.2500]])
     """
 
-    grid: Grid
     truncates: ClassVar[bool] = True
 
     @property
     def channels(self) -> int:
-        """See `Law.channels`: a logit for each code."""
+        """A logit for each code."""
         return self.grid.classes
 
     def initial_bias(self) -> None:
-        """See `Law.initial_bias`."""
+        return None
 
     def log_prob(self, parameters: Tensor, codes: Tensor) -> Tensor:
-        """See `Law.log_prob`."""
         return -F.cross_entropy(parameters, codes, reduction="none")
 
     def log_prob_between(self, parameters: Tensor, first: Tensor, last: Tensor) -> Tensor:
-        """See `Law.log_prob_between`."""
         every = torch.arange(self.grid.classes, device=parameters.device)[:, None]
         inside = (every >= first[:, None]) & (every <= last[:, None])
         chosen = parameters.masked_fill(~inside, -math.inf)
@@ -114,63 +147,47 @@ class Categorical:
         top_k: int | None = None,
         top_p: float | None = None,
     ) -> Tensor:
-        """See `Law.sample`: by inverse CDF, see `wavear.models.sampling`."""
-        return sample_categorical(parameters, uniform, temperature, top_k, top_p)
+        """See `Law.sample` and `wavear.models.sampling`."""
+        return sampling.sample(parameters, uniform, temperature, top_k, top_p)
 
 
 @dataclass(frozen=True)
-class LogisticMixture:
-    """Mixture of K logistic laws over the sample's value; parameters: K logits, K means, K log-scales.
+class LogisticMixture(Law):
+    """Mixture of K logistic distributions over the value: K logits, K means, K log-scales.
 
-    One uniform picks the component, by inverse CDF over their weights, and what is left of it,
-    uniform again, picks the value. A temperature T divides the logits of the weights and multiplies
-    the scales.
+    One uniform picks the component, by inverse CDF over the weights, and the remainder, uniform
+    again, picks the value. A temperature divides the logits of the weights and multiplies the
+    scales.
 
     Examples
     --------
     >>> law = LogisticMixture(Grid("linear", 256), mixtures=2)
     >>> every_code = torch.arange(256)[None]
-    >>> round(law.log_prob(torch.randn(1, 6, 1).expand(-1, -1, 256), every_code).exp().sum().item(), 3)
+    >>> nats = law.log_prob(torch.randn(1, 6, 1).expand(-1, -1, 256), every_code)
+    >>> round(nats.exp().sum().item(), 3)
     1.0
     """
 
-    grid: Grid
     mixtures: int = 10
-    truncates: ClassVar[bool] = False
 
     @property
     def channels(self) -> int:
-        """See `Law.channels`."""
         return 3 * self.mixtures
 
     def initial_bias(self) -> Tensor:
-        """See `Law.initial_bias`: all weights alike, means about silence as far apart as the scales."""
+        """Return equal weights, and means about silence as far apart as the scales."""
         k, scale = self.mixtures, math.exp(-3)
         means = (torch.arange(k) - (k - 1) / 2) * scale
         return torch.cat([torch.zeros(k), means, torch.full((k,), math.log(scale))])
 
-    def log_prob(self, parameters: Tensor, codes: Tensor) -> Tensor:
-        """See `Law.log_prob`."""
-        return self.log_prob_between(parameters, codes, codes)
-
     def log_prob_between(self, parameters: Tensor, first: Tensor, last: Tensor) -> Tensor:
-        """See `Law.log_prob_between`."""
         logits, means, log_scales = parameters.unflatten(1, (3, self.mixtures)).unbind(1)
         ends = _interval(self.grid, first[:, None], last[:, None], means)
-        inside = _log_mass_logistic(*ends, _scale(self.grid, log_scales))
+        inside = _log_mass_logistic(ends, _scale(self.grid, log_scales))
         return torch.logsumexp(torch.log_softmax(logits, dim=1) + inside, dim=1)
 
-    def sample(
-        self,
-        parameters: Tensor,
-        uniform: Tensor,
-        temperature: Tensor | float = 1.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
-    ) -> Tensor:
-        """See `Law.sample`."""
-        refuse_truncation("logistic_mixture", top_k, top_p)
-        logits, means, log_scales = parameters.double().unflatten(1, (3, self.mixtures)).unbind(1)
+    def draw(self, parameters: Tensor, uniform: Tensor, temperature: Tensor | float) -> Tensor:
+        logits, means, log_scales = parameters.unflatten(1, (3, self.mixtures)).unbind(1)
         heat = temperature[:, None] if isinstance(temperature, Tensor) else temperature
         weights = torch.softmax(logits / heat, dim=1)
         above = weights.cumsum(dim=1)
@@ -179,114 +196,80 @@ class LogisticMixture:
         below = F.pad(above[:, :-1], (1, 0)).gather(1, which)
         left = ((threshold - below) / weights.gather(1, which)).clamp(0, _BELOW_ONE)
         spread = _scale(self.grid, log_scales.gather(1, which)) * heat
-        return self.grid.nearest(
-            (means.gather(1, which) + spread * (left.log() - (-left).log1p()))[:, 0]
-        )
+        value = means.gather(1, which) + spread * (left.log() - (-left).log1p())
+        return self.grid.nearest(value[:, 0])
 
 
-@dataclass(frozen=True)
-class _OneLaw:
-    """A law of one mean and one scale; parameters: mean, log-scale. A temperature multiplies the scale."""
+class _OneMean(Law):
+    """A distribution of a mean and a scale; parameters: mean, log-scale.
 
-    grid: Grid
-    truncates: ClassVar[bool] = False
+    A temperature multiplies the scale.
+    """
 
     @property
     def channels(self) -> int:
-        """See `Law.channels`."""
         return 2
 
     def initial_bias(self) -> Tensor:
-        """See `Law.initial_bias`."""
         return torch.tensor([0.0, -2.0])
 
-    def log_prob(self, parameters: Tensor, codes: Tensor) -> Tensor:
-        """See `Law.log_prob`; computed in float64, for it is the small difference of two numbers near one."""
-        return self.log_prob_between(parameters, codes, codes)
-
     def log_prob_between(self, parameters: Tensor, first: Tensor, last: Tensor) -> Tensor:
-        """See `Law.log_prob_between`."""
+        """See `Law.log_prob_between`; in float64, as the small difference of numbers near one."""
         mean, log_scale = parameters.double().unbind(1)
-        mass = self._log_mass(
-            *_interval(self.grid, first, last, mean), _scale(self.grid, log_scale)
-        )
-        return mass.to(parameters.dtype)
+        ends = _interval(self.grid, first, last, mean)
+        return self._log_mass(ends, _scale(self.grid, log_scale)).to(parameters.dtype)
 
-    def sample(
-        self,
-        parameters: Tensor,
-        uniform: Tensor,
-        temperature: Tensor | float = 1.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
-    ) -> Tensor:
-        """See `Law.sample`."""
-        refuse_truncation(type(self).__name__.lower(), top_k, top_p)
-        mean, log_scale = parameters.double().unbind(1)
-        return self.grid.nearest(
-            mean + _scale(self.grid, log_scale) * temperature * self._quantile(uniform)
-        )
+    def draw(self, parameters: Tensor, uniform: Tensor, temperature: Tensor | float) -> Tensor:
+        mean, log_scale = parameters.unbind(1)
+        away = _scale(self.grid, log_scale) * temperature * self._quantile(uniform)
+        return self.grid.nearest(mean + away)
 
-    def _log_mass(
-        self,
-        lower: Tensor,
-        upper: Tensor,
-        width: Tensor,
-        first: Tensor,
-        last: Tensor,
-        scale: Tensor,
-    ) -> Tensor:
-        """log(F(upper) - F(lower)) of the law of that scale about 0."""
+    def _log_mass(self, ends: _Interval, scale: Tensor) -> Tensor:
+        """Return log(F(upper) - F(lower)) with that scale and mean 0."""
         raise NotImplementedError
 
     def _quantile(self, uniform: Tensor) -> Tensor:
-        """F^-1 of the law of scale 1 about 0."""
+        """Return F^-1 with scale 1 and mean 0."""
         raise NotImplementedError
 
 
-class Gaussian(_OneLaw):
-    """Normal law of the sample's value; its scale is the deviation."""
+class Gaussian(_OneMean):
+    """Normal distribution of the sample's value; its scale is the standard deviation."""
 
-    def _log_mass(
-        self,
-        lower: Tensor,
-        upper: Tensor,
-        width: Tensor,
-        first: Tensor,
-        last: Tensor,
-        scale: Tensor,
-    ) -> Tensor:
-        return _log_mass_normal(lower, upper, first, last, scale)
+    def _log_mass(self, ends: _Interval, scale: Tensor) -> Tensor:
+        """Compute it in whichever tail is the smaller one."""
+        a, b = (end / scale for end in ends.lower_half())
+        top = torch.special.log_ndtr(b)
+        gap = (torch.special.log_ndtr(a) - top).clamp(max=-1e-300)
+        inside = top + (-torch.expm1(gap)).log()
+        tail = torch.special.log_ndtr(ends.open_end() / scale)
+        return torch.where(ends.first | ends.last, tail, inside)
 
     def _quantile(self, uniform: Tensor) -> Tensor:
         return torch.special.ndtri(uniform)
 
 
-class Laplace(_OneLaw):
+class Laplace(_OneMean):
     """exp(-abs(x - mean) / scale) / (2 scale)."""
 
-    def _log_mass(
-        self,
-        lower: Tensor,
-        upper: Tensor,
-        width: Tensor,
-        first: Tensor,
-        last: Tensor,
-        scale: Tensor,
-    ) -> Tensor:
-        return _log_mass_laplace(lower, upper, width, first, last, scale)
+    def _log_mass(self, ends: _Interval, scale: Tensor) -> Tensor:
+        """Compute it on one side of the mean, across it, or for the tail of an end."""
+        a, b = (end / scale for end in ends.lower_half())
+        aside = b.clamp(max=0) - math.log(2) + (-torch.expm1(-ends.width / scale)).log()
+        across = -(torch.expm1(a.clamp(max=0)) + torch.expm1(-b.clamp(min=1e-300))) / 2
+        across = across.clamp(min=1e-300).log()
+        end = ends.open_end() / scale
+        below = end.clamp(max=0) - math.log(2)
+        tail = torch.where(end <= 0, below, torch.log1p(-0.5 * torch.exp(-end.clamp(min=0))))
+        return torch.where(ends.first | ends.last, tail, torch.where(b <= 0, aside, across))
 
     def _quantile(self, uniform: Tensor) -> Tensor:
         tail = torch.minimum(uniform, 1 - uniform)
         return torch.where(uniform < 0.5, 1.0, -1.0) * (2 * tail).log()
 
 
-LAWS = ("categorical", "logistic_mixture", "gaussian", "laplace")
-_BELOW_ONE = 1 - 2.0**-53
-
-
 def law_of(config: Any) -> Law:
-    """The law that a model's configuration names: `config.law`, of `classes` codes and `mixtures` components."""
+    """Return the law of a configuration: `config.law`, with its `classes` and `mixtures`."""
     if config.law == "categorical":
         return Categorical(Grid("mulaw", config.classes))
     grid = Grid("linear", config.classes)
@@ -296,11 +279,11 @@ def law_of(config: Any) -> Law:
 
 
 def log_prob_on(law: Law, parameters: Tensor, codes: Tensor, grid: Grid) -> Tensor:
-    """Return the log-probability of samples on another grid than the law's own, so that laws compare on one scale.
+    """Return the log-probability of samples on another grid than the law's own, for comparisons.
 
     On a coarser grid, the exact probability of all codes that become the coarser one
-    (`Grid.spans`). On a finer one, each of the finer codes in a code's interval is as likely as
-    another (`Grid.refinement`).
+    (`Grid.spans`). On a finer one, the finer codes in a code's interval are equally likely
+    (`Grid.refinement`).
 
     Parameters
     ----------
@@ -316,113 +299,99 @@ def log_prob_on(law: Law, parameters: Tensor, codes: Tensor, grid: Grid) -> Tens
 
     Raises
     ------
-    ValueError
+    WavearError
         If each of the two grids is the finer one in places.
 
     Examples
     --------
     >>> law = LogisticMixture(Grid("linear", 65536), mixtures=1)
-    >>> silent = torch.tensor([[[0.0], [0.0], [-9.0]]])
-    >>> on_mulaw = log_prob_on(law, silent, torch.tensor([[32768]]), Grid("mulaw", 256))
-    >>> round(on_mulaw.exp().item(), 3), round(law.log_prob(silent, torch.tensor([[32768]])).exp().item(), 3)
-    (0.327, 0.062)
+    >>> silent, code = torch.tensor([[[0.0], [0.0], [-9.0]]]), torch.tensor([[32768]])
+    >>> round(log_prob_on(law, silent, code, Grid("mulaw", 256)).exp().item(), 3)
+    0.327
+    >>> round(law.log_prob(silent, code).exp().item(), 3)
+    0.062
     """
     own = law.grid
     if grid == own:
         return law.log_prob(parameters, codes)
     if (spans := own.spans(grid)) is not None:
         first, last = torch.from_numpy(spans.copy()).to(codes.device)
-        # The codes rise with the samples: the one coarser code that begins at or below a code is
-        # that which it becomes.
+        # Codes increase with the samples: the coarser code of a code is the last that begins at or
+        # below it.
         coarse = torch.searchsorted(first, codes.contiguous(), right=True) - 1
         return law.log_prob_between(parameters, first[coarse], last[coarse])
     if (refinement := own.refinement(grid)) is not None:
         finer = torch.from_numpy(refinement).to(codes.device, parameters.dtype)
         return law.log_prob(parameters, codes) - math.log(2) * finer[codes]
-    raise ValueError(
-        f"{own} and {grid} are each finer than the other in places: bits on one say nothing of the other"
-    )
+    raise WavearError(f"{own} and {grid} cannot be compared: each is the finer grid in places")
 
 
 def converts(own: Grid, grid: Grid) -> bool:
-    """Return whether `log_prob_on` can give the probabilities of a law over `own` on `grid`."""
+    """Return whether `log_prob_on` can convert probabilities from `own` to `grid`."""
     return grid == own or own.spans(grid) is not None or own.refinement(grid) is not None
 
 
 def refuse_truncation(law: str, top_k: int | None, top_p: float | None) -> None:
-    """Of a law over values, which has no likeliest codes to choose among."""
+    """Raise a WavearError if a distribution over values is to be truncated."""
     if top_k is not None or top_p is not None:
-        raise ValueError(
-            f"top_k, top_p and argmax choose among the codes of a categorical law, this is {law}: use temperature"
+        raise WavearError(
+            "top_k, top_p and argmax choose among the codes of a categorical distribution, "
+            f"and this one is {law}: use temperature"
         )
 
 
 def _scale(grid: Grid, log_scale: Tensor) -> Tensor:
-    """The scale, kept from where one code is certain or none more likely than another."""
+    """Return the scale, clamped where one code is certain or all are equally likely."""
     least = math.log(_SHARPEST * grid.finest)
     return log_scale.clamp(least, _LARGEST_LOG_SCALE).exp()
 
 
 @functools.cache  # captured graphs read them by address
 def _table(grid: Grid, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Lower and upper end of each code's interval, (Q,); where they are infinite any finite number."""
+    """Lower and upper end of each code's interval, (Q,); infinite ones replaced by any number."""
     edges = torch.from_numpy(grid.edges().copy()).nan_to_num(posinf=2.0, neginf=-2.0)
     return edges[:-1].to(device, dtype), edges[1:].to(device, dtype)
 
 
-def _interval(
-    grid: Grid, first: Tensor, last: Tensor, mean: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(lower - mean, upper - mean, upper - lower) of the codes from `first` to `last`; and where these reach the first
-    code of the grid, and the last."""
+class _Interval(NamedTuple):
+    """The interval of a range of codes, relative to a mean."""
+
+    lower: Tensor
+    upper: Tensor
+    width: Tensor
+    first: Tensor
+    """Whether it contains the grid's first code, so that it is open below."""
+    last: Tensor
+    """Whether it contains the last one."""
+
+    def lower_half(self) -> tuple[Tensor, Tensor]:
+        """Return both ends, mirrored if their middle lies above the mean."""
+        flip = self.lower + self.upper > 0
+        return torch.where(flip, -self.upper, self.lower), torch.where(
+            flip, -self.lower, self.upper
+        )
+
+    def open_end(self) -> Tensor:
+        """Return the finite end of an open interval, mirrored to be the upper one."""
+        return torch.where(self.first, self.upper, -self.lower)
+
+
+def _interval(grid: Grid, first: Tensor, last: Tensor, mean: Tensor) -> _Interval:
     low, high = _table(grid, mean.device, mean.dtype)
     lower, upper = low[first], high[last]
-    return lower - mean, upper - mean, upper - lower, first == 0, last == grid.classes - 1
+    return _Interval(
+        lower - mean, upper - mean, upper - lower, first == 0, last == grid.classes - 1
+    )
 
 
-def _log_mass_logistic(
-    lower: Tensor, upper: Tensor, width: Tensor, first: Tensor, last: Tensor, scale: Tensor
-) -> Tensor:
-    """log(F(upper) - F(lower)) of a logistic law, F(x) = 1 / (1 + exp(-x / scale)), at any scale:
+def _log_mass_logistic(ends: _Interval, scale: Tensor) -> Tensor:
+    """Return log(F(upper) - F(lower)) with F(x) = 1 / (1 + exp(-x / scale)), at any scale.
 
     F(a) - F(b) = F(a) F(-b) (1 - exp(-(a - b))), whose factors have logarithms without
     cancellation.
     """
     zero = torch.zeros((), dtype=scale.dtype, device=scale.device)
-    above = torch.where(last, zero, -F.softplus(-upper / scale))
-    below = torch.where(first, zero, -F.softplus(lower / scale))
-    return above + below + torch.where(first | last, zero, (-torch.expm1(-width / scale)).log())
-
-
-def _log_mass_normal(
-    lower: Tensor, upper: Tensor, first: Tensor, last: Tensor, scale: Tensor
-) -> Tensor:
-    """log(F(upper) - F(lower)) of the normal law, in whichever tail is the smaller one."""
-    flip = lower + upper > 0
-    a = torch.where(flip, -upper, lower) / scale
-    b = torch.where(flip, -lower, upper) / scale
-    top = torch.special.log_ndtr(b)
-    gap = (torch.special.log_ndtr(a) - top).clamp(max=-1e-300)
-    inside = top + (-torch.expm1(gap)).log()
-    tail = torch.special.log_ndtr(torch.where(first, upper, -lower) / scale)
-    return torch.where(first | last, tail, inside)
-
-
-def _log_mass_laplace(
-    lower: Tensor, upper: Tensor, width: Tensor, first: Tensor, last: Tensor, scale: Tensor
-) -> Tensor:
-    """log(F(upper) - F(lower)) of the Laplace law: on one side of the mean, across it, or the tail of an end."""
-    flip = lower + upper > 0
-    a = torch.where(flip, -upper, lower) / scale
-    b = torch.where(flip, -lower, upper) / scale
-    aside = b.clamp(max=0) - math.log(2) + (-torch.expm1(-width / scale)).log()
-    across = (
-        (-(torch.expm1(a.clamp(max=0)) + torch.expm1(-b.clamp(min=1e-300))) / 2)
-        .clamp(min=1e-300)
-        .log()
-    )
-    end = torch.where(first, upper, -lower) / scale
-    tail = torch.where(
-        end <= 0, end.clamp(max=0) - math.log(2), torch.log1p(-0.5 * torch.exp(-end.clamp(min=0)))
-    )
-    return torch.where(first | last, tail, torch.where(b <= 0, aside, across))
+    above = torch.where(ends.last, zero, -F.softplus(-ends.upper / scale))
+    below = torch.where(ends.first, zero, -F.softplus(ends.lower / scale))
+    inside = (-torch.expm1(-ends.width / scale)).log()
+    return above + below + torch.where(ends.first | ends.last, zero, inside)

@@ -1,13 +1,12 @@
-"""Fitting a linear model: one pass over recordings of any number and length, in memory that does not grow with them.
+"""Fitting a linear model: one pass over any number of recordings, in bounded memory.
 
     recordings -> codes -+-> sums of products (`wavear.models.lpc`) -> coefficients --+
                          +-> pieces spread over all of them -> residuals -> scale by maximum
                          likelihood -> Linear
 
-The coefficients minimise the energy of what is left over, whatever law that follows. The scale
-maximises the likelihood of the codes themselves, of the law integrated over their intervals; it has
-a minimum of one variable to find, and finds it on at most a quarter of a million samples, pieces
-spread evenly over the recordings.
+The coefficients minimise the residual energy, whatever distribution follows. The scale maximises
+the likelihood of the codes themselves, integrated over their intervals: a minimum of one variable,
+found on at most a quarter of a million samples, pieces spread evenly over the recordings.
 """
 
 from __future__ import annotations
@@ -23,13 +22,14 @@ import torch
 from torch import Tensor
 
 from wavear.audio.grid import Grid
+from wavear.common.errors import WavearError
 from wavear.models import lpc
 from wavear.models.linear import DOMAINS, LAWS, Linear, LinearConfig
 
 METHODS = (*lpc.EDGES, "burg")
 MAX_ORDER = 64
 _ENCODED = 2**20  # samples of a recording that are encoded at once
-_PIECE = 8  # consecutive samples: few, since loud stretches last long, and what lies side by side says little more
+_PIECE = 8  # consecutive samples: few, since loud stretches last long and neighbours are alike
 _PIECES = 2**15  # at most, of the recordings
 
 Order = int | Literal["aic", "bic"]
@@ -51,36 +51,39 @@ def fit_linear(
     ridge: float = lpc.RIDGE,
     stabilise: bool = False,
 ) -> Linear:
-    """The AR(p) or ARI(p, d) model of recordings, in closed form.
+    """Fit an AR(p) or ARI(p, d) model to recordings, in closed form.
 
-    Parameters ---------- recordings : Tensor or array, shape (T,) or (B, T), or an iterable of
-    them, shape (T_i,), in [-1, 1]
-        Gone through once; one of them is in memory at a time. They are seen through the codes of
-        `grid`, as the model sees them.
+    Parameters
+    ----------
+    recordings : Tensor or array, shape (T,) or (B, T), or an iterable of them, shape (T_i,)
+        In [-1, 1], read once, one in memory at a time. They are seen through the codes of `grid`,
+        as the model sees them.
     sample_rate : int
         Of the recordings, in Hz.
     order : int, "aic" or "bic"
-        Lags p; or the one that an information criterion finds best, of up to `max_order` (of long
-        recordings mostly that: sound is no autoregressive process, and every lag helps a little).
+        Lags p; or the best by an information criterion, up to `max_order` (for long recordings
+        mostly `max_order`: sound is not an autoregressive process, and every lag helps a little).
+    max_order : int
+        The largest order that a criterion may choose.
     differencing : int
         Order d of the differences that are predicted.
     law : "laplace", "gaussian" or "auto"
-        Of the residual; auto: the likelier one.
+        Distribution of the residual; auto: the likelier one.
     domain : "linear", "companded" or "auto"
-        What is predicted, samples or mu-law companded values; auto: what is likelier.
+        Signal that is predicted, samples or mu-law companded values; auto: the likelier one.
     grid : "mulaw" or "linear"
     classes : int
         Codes; 0: 256 of mu-law, 65536 linear ones (16 bits).
     method : str
         "covariance": least squares over the samples with a whole past, as statsmodels' `AutoReg`.
         "silence": over all of them, silence before the first, as the model is scored.
-        "autocorrelation": Yule-Walker, stable always. "burg": of one recording, stable always.
+        "autocorrelation": Yule-Walker, always stable. "burg": of one recording, always stable.
     constant : bool
         Fit a constant too.
     ridge : float
         On the diagonal of the normal equations, as a share of the mean power.
     stabilise : bool
-        Move poles outside the unit circle inside, to 1 / conj(pole). Otherwise they are warned of.
+        Move poles outside the unit circle inside, to 1 / conj(pole). Otherwise warn about them.
 
     Returns
     -------
@@ -88,14 +91,14 @@ def fit_linear(
 
     Raises
     ------
-    ValueError
-        If an argument makes no sense, or there is nothing to fit to.
+    WavearError
+        If an argument is out of range, or there is nothing to fit to.
 
     Examples
     --------
     >>> x = np.sin(np.arange(8000) / 5) / 2
     >>> model = fit_linear(x, sample_rate=8000, order=2)
-    >>> (model.coefficients / 2).tolist()  # near cos(1 / 5) = 0.980 and -0.5, were it not for the codes
+    >>> (model.coefficients / 2).tolist()  # cos(1 / 5) = 0.980 and -0.5 but for the codes
     [0.97..., -0.49...]
     """
     fitter = Fitter(
@@ -126,17 +129,17 @@ class Fitted:
 
     model: Linear
     nats: float
-    """Mean negative log-probability of the codes it was fitted to, or of pieces spread evenly over them."""
+    """Mean negative log-probability of the codes it was fitted to (of pieces of them)."""
     samples: int
-    """That the coefficients were fitted to."""
+    """Samples that the coefficients were fitted to."""
     criteria: np.ndarray | None
     """The information criterion of each order from 0 on, if one was asked for."""
     unstable: str
-    """What is to be said of poles outside the unit circle; empty without any."""
+    """A warning about poles outside the unit circle; empty without any."""
 
 
 class Fitter:
-    """What is kept of recordings while they pass by: sums, and pieces for the scale. See `fit_linear`.
+    """Sums over recordings, and pieces for the scale, collected in one pass. See `fit_linear`.
 
     Call `begin`, `push` with the codes of a recording block by block, and `end`, for each
     recording; then `fit`.
@@ -162,38 +165,31 @@ class Fitter:
         }
         for name, (value, known) in named.items():
             if value not in known:
-                raise ValueError(f"{name} is {value!r}, it must be one of {', '.join(known)}")
+                raise WavearError(f"{name} is {value!r}, it must be one of {', '.join(known)}")
         if isinstance(order, str) and order not in ("aic", "bic"):
-            raise ValueError(f"order is {order!r}, it must be a whole number, aic or bic")
+            raise WavearError(f"order is {order!r}, it must be a whole number, aic or bic")
         if not 0 <= ridge < math.inf:
-            raise ValueError(f"ridge is {ridge!r}, it must be 0 or more")
+            raise WavearError(f"ridge is {ridge!r}, it must be 0 or more")
         if method == "burg" and constant:
-            raise ValueError(
-                "method 'burg' has no constant: leave constant away, or choose another method"
+            raise WavearError(
+                "method 'burg' has no constant: leave constant False, or choose another method"
             )
         self.grid, self.order, self.differencing = grid, order, differencing
         self.method, self.constant, self.ridge = method, constant, ridge
         self.laws = LAWS if law == "auto" else (law,)
-        self.domains = (
-            DOMAINS
-            if domain == "auto" and grid.kind == "mulaw"
-            else (domain.replace("auto", "linear"),)
-        )
+        if domain == "auto":
+            domains = DOMAINS if grid.kind == "mulaw" else ("linear",)
+        else:
+            domains = (domain,)
         lags = max_order if isinstance(order, str) else order
-        # It checks all that a configuration can be wrong in.
-        self._models = {
-            domain: Linear(self._config(lags, self.laws[0], domain)) for domain in self.domains
-        }
-        self._values = {domain: model.values.numpy() for domain, model in self._models.items()}
-        self._sums = {
-            domain: lpc.Statistics(
-                lags,
-                "covariance" if method == "burg" else method,  # type: ignore[arg-type]  # checked
-                differencing,
-                float(values[grid.silence]),
-            )
-            for domain, values in self._values.items()
-        }
+        edges: Any = "covariance" if method == "burg" else method
+        self._values, self._sums = {}, {}
+        for name in domains:
+            # Its configuration checks the remaining arguments.
+            values = Linear(self._config(lags, self.laws[0], name)).values.numpy()
+            self._values[name] = values
+            silence = float(values[grid.silence])
+            self._sums[name] = lpc.Statistics(lags, edges, differencing, silence)
         self._pieces = _Pieces(lags + differencing, grid)
         self._adding: list[lpc.Adding] = []
         self._signal: list[np.ndarray] = []  # codes of the one recording, for Burg's method
@@ -211,17 +207,17 @@ class Fitter:
         )
 
     def begin(self) -> None:
-        """A recording begins."""
+        """Begin a recording."""
         self._recordings += 1
         if self.method == "burg" and self._recordings > 1:
-            raise ValueError(
-                "method 'burg' is for one recording: choose covariance or autocorrelation for several"
+            raise WavearError(
+                "method 'burg' is for one recording: choose covariance or autocorrelation"
             )
         self._adding = [sums.begin() for sums in self._sums.values()]
         self._pieces.begin()
 
     def push(self, codes: np.ndarray | Tensor) -> None:
-        """Its next codes (n,)."""
+        """Add its next codes (n,)."""
         codes = np.asarray(codes)
         for adding, values in zip(self._adding, self._values.values(), strict=True):
             adding.push(values[codes])
@@ -230,52 +226,49 @@ class Fitter:
             self._signal.append(codes)
 
     def end(self) -> None:
-        """It has ended."""
+        """End the recording."""
         for adding in self._adding:
             adding.close()
         self._pieces.end()
 
     def fit(self, sample_rate: int = 22050, *, stabilise: bool = False) -> Fitted:
-        """The likeliest model of what was seen.
+        """Return the likeliest model of the recordings.
 
         Raises
         ------
-        ValueError
+        WavearError
             If there were no samples, or too few.
         """
         found = [
             self._fit(domain, law, sample_rate, stabilise)
-            for domain in self.domains
+            for domain in self._sums
             for law in self.laws
         ]
         return min(found, key=lambda fitted: fitted.nats)
 
     def _fit(self, domain: str, law: str, sample_rate: int, stabilise: bool) -> Fitted:
         coefficients, constant, criteria = self._coefficients(domain)
-        outside = int((np.abs(lpc.poles(coefficients)) > 1).sum()) if len(coefficients) else 0
-        unstable = ""
+        sizes = np.abs(lpc.poles(coefficients))
+        outside, unstable = int((sizes > 1).sum()), ""
         if outside and stabilise:
             coefficients = lpc.reflected(coefficients)
         elif outside:
-            largest = abs(lpc.poles(coefficients)[0])
             unstable = (
-                f"{outside} of {len(coefficients)} poles lie outside the unit circle, the largest at {largest:.4f}:"
-                " what the model generates may grow until it is clipped"
+                f"{outside} of {len(coefficients)} poles lie outside the unit circle, the largest "
+                f"at {sizes[0]:.4f}: generated audio may grow until it is clipped"
             )
         model = Linear(self._config(len(coefficients), law, domain, sample_rate))
         model.set(coefficients, constant, 1.0)
-        predictions, codes = self._pieces.predicted(
-            self._values[domain], model.taps().detach().numpy(), constant
-        )
-        scale, nats = _likeliest_scale(model, predictions, codes, self._values[domain])
+        values = self._values[domain]
+        predictions, codes = self._pieces.predicted(values, model.taps().detach().numpy(), constant)
+        scale, nats = _likeliest_scale(model, predictions, codes, values)
         model.set(coefficients, constant, scale)
         return Fitted(model.eval(), nats, self._sums[domain].count, criteria, unstable)
 
     def _coefficients(self, domain: str) -> tuple[np.ndarray, float, np.ndarray | None]:
-        """Coefficients, constant, and the criteria of all orders if one was asked for."""
-        sums, criteria = self._sums[domain], None
+        """Return coefficients, constant, and the criteria of all orders if one was asked for."""
+        sums, criteria, signal = self._sums[domain], None, np.zeros(0)
         order = sums.lags if isinstance(self.order, str) else self.order
-        signal = np.zeros(0)
         if self.method == "burg":
             signal = self._values[domain][np.concatenate([np.zeros(0, np.int64), *self._signal])]
             signal = np.diff(signal, n=self.differencing)
@@ -283,10 +276,8 @@ class Fitter:
             if self.method == "burg":
                 energies, count = lpc.burg(signal, order)[1] * len(signal), len(signal)
             else:
-                energies, count = (
-                    sums.energies(constant=self.constant, ridge=self.ridge),
-                    sums.count,
-                )
+                energies = sums.energies(constant=self.constant, ridge=self.ridge)
+                count = sums.count
             criteria = lpc.criterion(energies, count, self.order, constant=self.constant)  # type: ignore[arg-type]
             least = 0 if self.differencing else 1  # a model sees some of the past
             order = least + int(np.argmin(criteria[least:]))
@@ -296,7 +287,7 @@ class Fitter:
 
 
 class _Pieces:
-    """Codes of pieces of recordings, each with the past it is predicted from; evenly spread, of a limited number.
+    """Codes of evenly spread pieces of recordings, each with its past; at most `_PIECES`.
 
     Piece i of all is kept where i is a multiple of a stride, which doubles when there are too many.
     """
@@ -317,9 +308,7 @@ class _Pieces:
         n = -self.seen % self.stride
         while n < whole:
             self._keep(joined[n * _PIECE : (n + 1) * _PIECE + self.past])
-            n += (
-                self.stride
-            )  # if it has just doubled, n is a multiple of the new one: `_PIECES` is even
+            n += self.stride  # a multiple also of a stride that has just doubled: `_PIECES` is even
         self.seen += whole
         self._waiting = joined[whole * _PIECE :].copy()
 
@@ -337,9 +326,9 @@ class _Pieces:
     def predicted(
         self, values: np.ndarray, taps: np.ndarray, constant: float
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Prediction and code of every sample of the pieces, (n,) each."""
+        """Return prediction and code of every sample of the pieces, (n,) each."""
         if not self.kept:
-            raise ValueError("there are no samples to fit to")
+            raise WavearError("there are no samples to fit to")
         predictions = [
             constant + np.convolve(values[piece[self.past - len(taps) : -1]], taps, "valid")
             for piece in self.kept
@@ -351,7 +340,7 @@ class _Pieces:
 def _likeliest_scale(
     model: Linear, predictions: np.ndarray, codes: np.ndarray, values: np.ndarray
 ) -> tuple[float, float]:
-    """The scale that makes codes likeliest, and their mean negative log-probability with it, in nats."""
+    """Return the scale of maximum likelihood, and the mean negative log-probability in nats."""
     from scipy.optimize import minimize_scalar
 
     given, means, law = torch.from_numpy(codes)[None], torch.from_numpy(predictions), model.law
@@ -370,15 +359,17 @@ def _likeliest_scale(
 
 
 def _each(recordings: Any) -> Iterator[Tensor]:
-    """Every recording as a tensor (T,)."""
+    """Yield every recording as a tensor (T,)."""
     if isinstance(recordings, Tensor | np.ndarray):
         recordings = [recordings] if recordings.ndim == 1 else recordings
     for number, recording in enumerate(recordings):
         waveform = torch.as_tensor(recording).detach().cpu()
         if waveform.dim() != 1:
-            raise ValueError(f"recording {number} has shape {tuple(waveform.shape)}, expected (T,)")
+            raise WavearError(
+                f"recording {number} has shape {tuple(waveform.shape)}, expected (T,)"
+            )
         if not waveform.is_floating_point():
-            raise ValueError(
+            raise WavearError(
                 f"recording {number} is {waveform.dtype}, expected floating point in [-1, 1]"
             )
         yield waveform

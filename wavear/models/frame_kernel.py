@@ -1,33 +1,41 @@
 """`PredictiveConditioning` in compiled code: one frame after the other, for generation on the CPU.
 
 A convolution library rounds differently for inputs of different lengths, and costs a millisecond
-for a single frame. Here every number of a frame is one chain of operations in a fixed order: it is
-the same to the bit however many frames are made at once, so a stream that gets frame by frame
-equals the whole.
+for a single frame. Here every number of a frame is one chain of operations in a fixed order: the
+same bits however many frames are computed at once, so a stream that gets frame by frame equals the
+whole.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import Any
 
 import numba
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from wavear.models.prediction import _ROUNDING_POWER, LEAST_SCALE, WHITE_NOISE, _levinson
-
-if TYPE_CHECKING:
-    from wavear.models.predictive import PredictiveConditioning
+from wavear.models.period import NEIGHBOURS, PeriodNetwork
+from wavear.models.prediction import (
+    LEAST_LOG_DENSITY,
+    LEAST_SCALE,
+    ROUNDING_POWER,
+    WHITE_NOISE,
+    Envelope,
+    _levinson,
+)
 
 _solve = numba.njit(_levinson)
 
 
 @numba.njit
-def _convolve(x, weight, bias, relu, out):
-    """Frames (F, in) -> (F - k + 1, out) with weights (k, in, out); every output sums from the oldest frame on."""
+def _convolve(x, layer, relu):
+    """Frames (F, in) -> (F - k + 1, out); weights (k, in, out), summed from the oldest frame on."""
+    weight, bias = layer
+    out = np.empty((len(x) - weight.shape[0] + 1, weight.shape[2]), np.float32)
     for f in range(out.shape[0]):
         row = out[f]
         row[:] = bias
@@ -40,11 +48,12 @@ def _convolve(x, weight, bias, relu, out):
         if relu:
             for o in range(row.shape[0]):
                 row[o] = max(row[o], np.float32(0))
+    return out
 
 
 @numba.njit
 def _lag(logits, grid, near):
-    """The logarithm of the lag: the mean over the classes next to the likeliest."""
+    """Return the log-lag: the mean over the classes next to the likeliest."""
     best = 0
     for k in range(1, logits.shape[0]):
         if logits[k] > logits[best]:
@@ -58,40 +67,31 @@ def _lag(logits, grid, near):
     return mean / total
 
 
-def _run(mel, first, first_bias, second, second_bias, speaker, projection, projection_bias, c1, b1, c2, b2, c3, b3,
-         lag_weight, lag_bias, voicing_weight, voicing_bias, grid, near, trims, low, high, lowest, log_power, offset,
-         cosines, least_density, white, rounding, least_scale, gain, hop_weights, sub_weights, shortest, longest, gates,
-         coefficients, scales, lags, voicings):  # fmt: skip
-    """Normalised and plain mels (2, F', M) -> all of `FrameConditioning`; see `PredictiveConditioning.forward`.
+def _run(mel, layers, speaker, grid, near, trims, low, high, lowest, log_power, offset, cosines,
+         least_density, white, rounding, least_scale, gain, hop_weights, sub_weights, shortest,
+         longest, gates, coefficients, scales, lags, voicings):  # fmt: skip
+    """Plain and normalised mels (2, F', M) -> all of `FrameConditioning`.
 
-    `trims` are, of the outputs of each network, how many to leave out at the beginning; and of the
-    mel. `low`, `high` (bins,) and `lowest` (bins,) are the bands next to each bin, and the weight
-    of the lower one.
+    `trims` are the outputs to leave out at the beginning: of the gate biases, of the period
+    network, of its residual connections, and of the mel. `low`, `high` and `lowest` (bins,) are the
+    bands next to each bin, and the weight of the lower one.
     """
+    first, second, projection, c1, c2, c3, lag_layer, voicing_layer = layers
     plain, x = mel[0], mel[1]
     total = x.shape[0]
     frames = gates.shape[0] - 2
-    h1 = np.empty((total - first.shape[0] + 1, first.shape[2]), np.float32)
-    _convolve(x, first, first_bias, True, h1)
-    h2 = np.empty((len(h1) - second.shape[0] + 1, second.shape[2]), np.float32)
-    _convolve(h1, second, second_bias, True, h2)
+    h2 = _convolve(_convolve(x, first, True), second, True)
     for f in range(len(h2)):
         for i in range(h2.shape[1]):
             h2[f, i] += speaker[i]
-    made = np.empty((len(h2), gates.shape[1]), np.float32)
-    _convolve(h2, projection, projection_bias, False, made)
-    p1 = np.empty((total - 2, c1.shape[2]), np.float32)
-    _convolve(x, c1, b1, True, p1)
-    p2 = np.empty((total - 4, c2.shape[2]), np.float32)
-    _convolve(p1, c2, b2, True, p2)
+    made = _convolve(h2, projection, False)
+    p1 = _convolve(x, c1, True)
+    p2 = _convolve(p1, c2, True)
     p2 += p1[trims[2] : trims[2] + len(p2)]
-    p3 = np.empty((total - 6, c3.shape[2]), np.float32)
-    _convolve(p2, c3, b3, True, p3)
+    p3 = _convolve(p2, c3, True)
     p3 += p2[trims[2] : trims[2] + len(p3)]
-    logits = np.empty((len(p3), lag_weight.shape[2]), np.float32)
-    _convolve(p3, lag_weight, lag_bias, False, logits)
-    voiced = np.empty((len(p3), 1), np.float32)
-    _convolve(p3, voicing_weight, voicing_bias, False, voiced)
+    logits = _convolve(p3, lag_layer, False)
+    voiced = _convolve(p3, voicing_layer, False)
     log_lags, voicing = np.empty(frames + 2), np.empty(frames + 2)
     r = np.empty((frames + 2, cosines.shape[1]))
     for f in range(frames + 2):
@@ -132,13 +132,11 @@ def _run(mel, first, first_bias, second, second_bias, speaker, projection, proje
 
 
 _SIGNATURE = (
-    "void(float32[:, :, ::1], float32[:, :, ::1], float32[::1], float32[:, :, ::1], float32[::1], float32[::1], "
-    "float32[:, :, ::1], float32[::1], "
-    + "float32[:, :, ::1], float32[::1], "
-    * 5
-    + "float32[::1], int64, UniTuple(int64, 4), int64[::1], int64[::1], float64[::1], UniTuple(float64, 2), "
-    "float64[::1], float64[:, ::1], float64, float64, float64, float64, float64, float64[:, ::1], float64[:, ::1], "
-    "float64, float64, float32[:, ::1], float32[:, ::1], float32[::1], float32[::1], float32[::1])"
+    "void(float32[:, :, ::1], UniTuple(Tuple((float32[:, :, ::1], float32[::1])), 8), float32[::1],"
+    " float32[::1], int64, UniTuple(int64, 4), int64[::1], int64[::1], float64[::1], "
+    "UniTuple(float64, 2), float64[::1], float64[:, ::1], float64, float64, float64, float64, "
+    "float64, float64[:, ::1], float64[:, ::1], float64, float64, float32[:, ::1], "
+    "float32[:, ::1], float32[::1], float32[::1], float32[::1])"
 )
 
 
@@ -149,65 +147,53 @@ def _kernel() -> Any:
     return compiled(_run, _SIGNATURE)
 
 
-def usable(conditioning: PredictiveConditioning, mel: Tensor) -> bool:
-    """Whether the compiled code can run: one utterance in float32 on the CPU, and no gradient is asked for."""
-    weight = conditioning.projection.weight
-    plain = (
-        mel.device.type == "cpu" and mel.dtype == weight.dtype == torch.float32 and len(mel) == 1
-    )
-    return plain and not torch.is_grad_enabled()
-
-
 def condition(
-    conditioning: PredictiveConditioning, mel: Tensor, speaker: Tensor | None, frames: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return gates (1, frames + 2, G), coefficients, scale, lag and voicing of a padded mel (1, M, F')."""
-    from wavear.models.period import NEIGHBOURS
+    mels: Tensor,
+    layers: Sequence[nn.Module],
+    speaker: Tensor,
+    period: PeriodNetwork,
+    envelope: Envelope,
+    trims: tuple[int, ...],
+    weights: tuple[Tensor, Tensor],
+    gain: float,
+    range_of_lags: tuple[int, int],
+    frames: int,
+) -> tuple[Tensor, ...]:
+    """Return gates (1, frames + 2, G), coefficients, scale, lag and voicing of one utterance.
 
-    config, network, envelope = conditioning.config, conditioning.period, conditioning.envelope
+    Parameters
+    ----------
+    mels : Tensor, shape (2, M, F')
+        Log-mels with their context, plain and normalised.
+    layers : the two convolutions and the projection to gate biases
+    speaker : Tensor, shape (C,)
+        Added before the projection.
+    trims : see `_run`
+    weights : interpolation weights of samples and of sub-frames
+    """
 
     def matrix(layer: Any) -> tuple[np.ndarray, np.ndarray]:
         weight = layer.weight.detach()
         weight = weight[:, :, None] if weight.dim() == 2 else weight
         return np.ascontiguousarray(weight.permute(2, 1, 0).numpy()), layer.bias.detach().numpy()
 
-    both = (
-        torch.stack([envelope.logarithm(mel)[0], conditioning.normalised(mel)[0]])
-        .transpose(1, 2)
-        .contiguous()
-        .detach()
-        .numpy()
+    every = [*layers, *period.convolutions, period.lag, period.voicing]
+    matrices = tuple(matrix(layer) for layer in every)
+    hop, subs = weights[0].shape[1], weights[1].shape[1]
+    tables = envelope.tables
+    found = (
+        np.empty((frames + 2, len(matrices[2][1])), np.float32),
+        np.empty((frames * subs, envelope.order), np.float32),
+        np.empty(frames * subs, np.float32),
+        np.empty(frames * hop, np.float32),
+        np.empty(frames * hop, np.float32),
     )
-    voice = torch.zeros(config.conditioning_channels)
-    if conditioning.speakers is not None:
-        assert speaker is not None
-        voice = conditioning.speakers.weight[int(speaker)].detach()
-    made = both.shape[1] - 2 * config.conditioning_context - 2
-    tracked = both.shape[1] - network.context
-    if config.causal:
-        trims = (made - frames - 1, tracked - frames - 1, 2, conditioning.lookback - 1)
-    else:
-        trims = (
-            (made - frames - 2) // 2,
-            (tracked - frames - 2) // 2,
-            1,
-            conditioning.lookback - 1,
-        )
-    gates = np.empty((frames + 2, config.gates), np.float32)
-    coefficients = np.empty((frames * config.sub_frames, config.prediction_order), np.float32)
-    scales = np.empty(frames * config.sub_frames, np.float32)
-    lags, voicings = (
-        np.empty(frames * conditioning.hop, np.float32),
-        np.empty(frames * conditioning.hop, np.float32),
-    )
-    layers = [conditioning.first, conditioning.second]
-    networks = [*network.convolutions, network.lag, network.voicing]
     _kernel()(
-        both, *matrix(layers[0]), *matrix(layers[1]), voice.numpy(), *matrix(conditioning.projection),
-        *(part for layer in networks for part in matrix(layer)), network.grid.numpy(), NEIGHBOURS, trims,
-        *envelope.compiled, WHITE_NOISE, _ROUNDING_POWER, LEAST_SCALE, float(conditioning.gain),
-        conditioning.hop_weights.numpy(), conditioning.sub_weights.numpy(),
-        float(config.shortest_period), float(config.longest_period), gates, coefficients, scales, lags, voicings,
+        mels.transpose(1, 2).contiguous().detach().numpy(), matrices, speaker.numpy(),
+        period.grid.numpy(), NEIGHBOURS, trims,
+        tables.low.numpy(), tables.high.numpy(), tables.weight.numpy(), envelope.log_power,
+        tables.offset.numpy(), tables.cosines.numpy(), LEAST_LOG_DENSITY, WHITE_NOISE,
+        ROUNDING_POWER, LEAST_SCALE, gain, *(each.numpy() for each in weights),
+        *map(float, range_of_lags), *found,
     )  # fmt: skip
-    found = (gates, coefficients, scales, lags, voicings)
-    return tuple(torch.from_numpy(array)[None] for array in found)  # type: ignore[return-value]
+    return tuple(torch.from_numpy(array)[None] for array in found)

@@ -1,9 +1,9 @@
 """Conditioning at the frame rate: a few numbers per mel frame that stand for one vector per sample.
 
-A network that projects its conditioning to every layer has some hundred numbers per sample of it.
+A network that projects its conditioning to every layer has some hundred numbers of it per sample.
 They change slowly: kept once per frame and interpolated where they are used, they take a hundredth
 of the memory and of the time. `FrameConditioning` is indexed like the tensor (B, C, T) that it
-stands for, and `dense` is that tensor.
+stands for; `dense` returns that tensor.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Conditioned = Any  # Tensor (B, C, T) or (B, C, 1), or a FrameConditioning
 
 
 def interpolation_weights(steps: int, causal: bool = False) -> Tensor:
-    """Return the weights (3, steps), float64, of the frames before, at and after a frame for `steps` places inside it.
+    """Return weights (3, steps), float64, of the frames before, at and after `steps` places.
 
     Linear interpolation between frame centres; with `causal` between the ends of the frames, so
     that a frame's end has its own value and the frame after it has the weight zero.
@@ -40,7 +40,7 @@ def interpolation_weights(steps: int, causal: bool = False) -> Tensor:
 
 
 def interpolated(frames: Tensor, weights: Tensor) -> Tensor:
-    """Interpolate (..., F + 2) frames to (..., F * steps) with weights (3, steps); the outer frames are context."""
+    """Interpolate frames (..., F + 2), the outer ones context, to (..., F * steps)."""
     w = weights.to(frames.dtype)
     x = frames[..., None]
     mixed = x[..., :-2, :] * w[0] + x[..., 1:-1, :] * w[1] + x[..., 2:, :] * w[2]
@@ -49,7 +49,7 @@ def interpolated(frames: Tensor, weights: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class FrameConditioning:
-    """What a `PredictiveWaveNet` is conditioned on, for `samples` samples of B streams.
+    """Conditioning of a `PredictiveWaveNet`, for `samples` samples of B streams.
 
     Letters: B batch, F frames, K sub-frames per frame, G gate biases, P prediction order, T = F *
     hop. It stands for a tensor (B, C, samples) with C = G + P + 3: gate biases, coefficients,
@@ -57,14 +57,16 @@ class FrameConditioning:
 
     Examples
     --------
-    >>> frames = FrameConditioning(torch.zeros(1, 2, 4, 3), torch.zeros(1, 4, 5), torch.ones(1, 4), torch.ones(1, 6),
-    ...                            torch.ones(1, 6), torch.zeros(1, dtype=torch.long), 6, interpolation_weights(3))
+    >>> frames = FrameConditioning(
+    ...     gates=torch.zeros(1, 2, 4, 3), coefficients=torch.zeros(1, 4, 5),
+    ...     scale=torch.ones(1, 4), lag=torch.ones(1, 6), voicing=torch.ones(1, 6),
+    ...     offset=torch.tensor([0]), samples=6, weights=interpolation_weights(3))
     >>> frames.shape, frames[:, :, 2:5].shape, frames[:, :, 0].shape
     ((1, 12, 6), (1, 12, 3), torch.Size([1, 12]))
     """
 
     gates: Tensor
-    """(B, F, G, 3): of each frame its own values between those of the frames before and after it."""
+    """(B, F, G, 3): values of the frame before each frame, of its own, and of the one after."""
     coefficients: Tensor
     """(B, F * K, P), float32: of the prediction, constant over a sub-frame."""
     scale: Tensor
@@ -102,7 +104,7 @@ class FrameConditioning:
         return len(self.gates)
 
     def __getitem__(self, index: tuple[slice | Tensor, slice, slice | int]) -> Any:
-        """Index streams and samples: [rows, :, a:b] is a FrameConditioning, [rows, :, t] a tensor (B, C)."""
+        """Return [rows, :, a:b] as a FrameConditioning, [rows, :, t] as a tensor (B, C)."""
         rows, channels, times = index
         assert channels == slice(None), "all channels go together"
         everything = isinstance(rows, slice) and rows == slice(None)
@@ -118,9 +120,8 @@ class FrameConditioning:
         """Move to a device, or cast the gate biases; all else keeps its precision."""
         if isinstance(target, torch.dtype):
             return dataclasses.replace(self, gates=self.gates.to(target))
-        return dataclasses.replace(
-            self._map(lambda x: x.to(target)), weights=self.weights.to(target)
-        )
+        moved = self._map(lambda x: x.to(target))
+        return dataclasses.replace(moved, weights=self.weights.to(target))
 
     def times(self) -> Tensor:
         """Return the place (B, samples), int64, of each sample, counted from the first frame."""
@@ -131,7 +132,7 @@ class FrameConditioning:
         return times // self.hop * self.sub_frames + times % self.hop * self.sub_frames // self.hop
 
     def gates_at(self, first: int, last: int) -> Tensor:
-        """Interpolate the gate biases [first, last) to the sample rate: (B, samples, last - first)."""
+        """Interpolate gate biases [first, last) to samples: (B, samples, last - first)."""
         chosen = self.gates[:, :, first:last]  # (B, F, g, 3)
         w = self.weights.to(chosen.dtype)[:, :, None]
         before, at, after = (chosen[:, :, None, :, j] for j in range(3))
@@ -140,27 +141,17 @@ class FrameConditioning:
     def per_sample(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return coefficients (B, samples, P), scale, lag and voicing (B, samples), float32."""
         sub = self.sub_frame_of(self.times())
-        coefficients = self.coefficients.gather(
-            1, sub[:, :, None].expand(-1, -1, self.coefficients.shape[2])
-        )
-        return (
-            coefficients,
-            self.scale.gather(1, sub),
-            self._aligned(self.lag),
-            self._aligned(self.voicing),
-        )
+        every = sub[:, :, None].expand(-1, -1, self.coefficients.shape[2])
+        coefficients, scale = self.coefficients.gather(1, every), self.scale.gather(1, sub)
+        return coefficients, scale, self._aligned(self.lag), self._aligned(self.voicing)
 
     def dense(self) -> Tensor:
-        """Return the tensor (B, C, samples), float32 or float64: of a cast the gate biases alone are rounded."""
+        """Return the tensor (B, C, samples), float32 or float64; a cast rounds only gate biases."""
         coefficients, *rest = self.per_sample()
         gates = self.gates_at(0, self.gates.shape[2])
         dtype = torch.promote_types(gates.dtype, torch.float32)
-        rows = [
-            gates.to(dtype),
-            coefficients.to(dtype),
-            *(each[:, :, None].to(dtype) for each in rest),
-        ]
-        return torch.cat(rows, dim=2).transpose(1, 2)
+        rows = [gates, coefficients, *(each[:, :, None] for each in rest)]
+        return torch.cat([row.to(dtype) for row in rows], dim=2).transpose(1, 2)
 
     def _aligned(self, at_samples: Tensor) -> Tensor:
         """Cut (B, T, ...) to the samples asked for, which begin at another place in each stream."""
@@ -175,14 +166,13 @@ class FrameConditioning:
         begin = self.offset + start
         first = int(begin.min()) // self.hop
         last = -(-(int(begin.max()) + stop - start) // self.hop)
-        frames, k = self.gates.shape[1], self.sub_frames
-        if (first, last) == (0, frames):
-            return dataclasses.replace(self, offset=begin, samples=stop - start)
-        sub, at = slice(first * k, last * k), slice(first * self.hop, last * self.hop)
-        return FrameConditioning(
-            self.gates[:, first:last], self.coefficients[:, sub], self.scale[:, sub], self.lag[:, at],
-            self.voicing[:, at], begin - first * self.hop, stop - start, self.weights,
-        )  # fmt: skip
+        k = self.sub_frames
+        cut = {
+            name: getattr(self, name)[:, first * rate : last * rate]
+            for name, rate in zip(_ALONG_TIME, (1, k, k, self.hop, self.hop), strict=True)
+        }
+        offset = begin - first * self.hop
+        return dataclasses.replace(self, **cut, offset=offset, samples=stop - start)
 
     def _map(self, change: Any) -> FrameConditioning:
         tensors = {name: change(getattr(self, name)) for name in (*_ALONG_TIME, "offset")}
@@ -193,7 +183,7 @@ _ALONG_TIME = ("gates", "coefficients", "scale", "lag", "voicing")
 
 
 def joined(parts: Sequence[Conditioned]) -> Conditioned:
-    """Put blocks of whole frames of the same streams one after the other."""
+    """Concatenate blocks of whole frames of the same streams."""
     if not isinstance(parts[0], FrameConditioning):
         return torch.cat(list(parts), dim=2)
     if len(parts) == 1:
@@ -205,7 +195,7 @@ def joined(parts: Sequence[Conditioned]) -> Conditioned:
 
 
 def stacked(rows: Sequence[Conditioned]) -> Conditioned:
-    """Put streams side by side that have equally many samples, which may begin at different places of a frame."""
+    """Stack streams of equally many samples, which may begin at different places of a frame."""
     if not isinstance(rows[0], FrameConditioning):
         return torch.cat(list(rows))
     if len(rows) == 1:
@@ -216,13 +206,8 @@ def stacked(rows: Sequence[Conditioned]) -> Conditioned:
         length = max(tensor.shape[1] for tensor in tensors)
         # A stream that begins early in its frame may need a frame less: its last one is repeated,
         # and never read.
-        filled = [
-            t
-            if t.shape[1] == length
-            else torch.cat([t, t[:, -1:].expand(-1, length - t.shape[1], *t.shape[2:])], dim=1)
-            for t in tensors
-        ]
-        found[name] = torch.cat(filled)
+        places = torch.arange(length, device=tensors[0].device)
+        found[name] = torch.cat([t[:, places.clamp(max=t.shape[1] - 1)] for t in tensors])
     return dataclasses.replace(rows[0], **found)  # type: ignore[arg-type]
 
 

@@ -1,8 +1,8 @@
-"""Training steps of a predictive WaveNet on the CPU: the gated layers in bfloat16, with compiled code between products.
+"""Gated layers of a predictive WaveNet in bfloat16, compiled, for training on the CPU.
 
 torch makes a pass over memory for each operation between two matrix products, and gathers a row at
-a time. Here a gate is one pass forward and one back, and so is gathering the taps of a layer: with
-it a step takes two fifths of the time. The arithmetic inside a pass is float32, rounded to bfloat16
+a time. Here a gate is one pass forward and one back, and so is gathering the taps of a layer: a
+step takes two fifths of the time. The arithmetic inside a pass is float32, rounded to bfloat16
 where torch rounds its results.
 """
 
@@ -12,7 +12,8 @@ where torch rounds its results.
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
 import numba
 import numpy as np
@@ -23,23 +24,18 @@ from numba.extending import intrinsic
 from torch import Tensor
 from torch.nn import functional as F
 
-if TYPE_CHECKING:
-    from wavear.models.frames import FrameConditioning
-    from wavear.models.predictive import PredictiveWaveNet
+from wavear.models.frames import FrameConditioning
+from wavear.models.predictive_config import PredictiveWaveNetConfig
 
 
 @intrinsic
 def _as_float(context, bits):
-    return types.float32(types.uint32), lambda c, builder, s, args: builder.bitcast(
-        args[0], ir.FloatType()
-    )
+    return types.float32(types.uint32), lambda c, b, s, a: b.bitcast(a[0], ir.FloatType())
 
 
 @intrinsic
 def _as_bits(context, value):
-    return types.uint32(types.float32), lambda c, builder, s, args: builder.bitcast(
-        args[0], ir.IntType(32)
-    )
+    return types.uint32(types.float32), lambda c, b, s, a: b.bitcast(a[0], ir.IntType(32))
 
 
 @numba.njit(inline="always")
@@ -50,16 +46,15 @@ def _load(half):
 
 @numba.njit(inline="always")
 def _store(value):
-    """The bfloat16 of a float32, rounded to nearest, ties to even."""
+    """Return the bfloat16 of a float32, rounded to nearest, ties to even."""
     bits = _as_bits(np.float32(value))
-    return np.uint16(
-        (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
-    )
+    half = np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))
+    return np.uint16((bits + half) >> np.uint32(16))
 
 
 @numba.njit(inline="always")
 def _tanh_ratio(x):
-    """Numerator and denominator of tanh(x): the rational approximation of `wavear.generation.cpu.simd`."""
+    """Return numerator and denominator of tanh(x), as `wavear.generation.cpu.simd`."""
     x = min(max(x, np.float32(-7.9)), np.float32(7.9))
     y = x * x
     p = np.float32(-2.76076847742355e-16) * y + np.float32(2.00018790482477e-13)
@@ -106,7 +101,7 @@ def _gate_backward(kept, gradient, out):
 
 
 def _taps_forward(x, rows, out):
-    """out (N, (K + 1) R): of each row of x (N, R) the rows (K, N) before it, -1 for zeros, and itself."""
+    """out (N, (K + 1) R): the rows (K, N) before each row of x (N, R), -1 for zeros, and itself."""
     k_taps, n = rows.shape
     r = x.shape[1]
     for i in range(n):
@@ -121,7 +116,7 @@ def _taps_forward(x, rows, out):
 
 
 def _taps_backward(gradient, rows, sums, out):
-    """Gradient of x (N, R): from the end, where every row that looks back has been seen before the row it sees."""
+    """Gradient of x (N, R), from the end: each row after those that read it."""
     k_taps, n = rows.shape
     r = out.shape[1]
     for i in range(n - 1, -1, -1):
@@ -197,20 +192,24 @@ class _Taps(torch.autograd.Function):
 
 
 def usable(h: Tensor, cond: FrameConditioning) -> bool:
-    """Whether the fused layers can run: bfloat16 on the CPU, whole frames, and a gradient asked for."""
+    """Return whether the fused layers can run: bfloat16 on the CPU, whole frames, a gradient."""
     whole = cond.samples == cond.gates.shape[1] * cond.hop  # then the offset is 0
-    return (
-        h.dtype == torch.bfloat16 and h.device.type == "cpu" and whole and torch.is_grad_enabled()
-    )
+    half = h.dtype == torch.bfloat16 and h.device.type == "cpu"
+    return half and whole and torch.is_grad_enabled()
 
 
 def gated_layers(
-    model: PredictiveWaveNet, h: Tensor, cond: FrameConditioning, whole: Tensor
+    blocks: Iterable[Any],
+    config: PredictiveWaveNetConfig,
+    h: Tensor,
+    cond: FrameConditioning,
+    whole: Tensor,
 ) -> list[Tensor]:
     """Run the gated layers from the beginning of B crops.
 
     Parameters
     ----------
+    blocks : the `PredictiveBlock` of each layer
     h : Tensor, shape (B, T, R), bfloat16
         The first layer's input.
     cond : FrameConditioning
@@ -225,13 +224,11 @@ def gated_layers(
     batch, total, r = h.shape
     x = h.reshape(batch * total, r)
     found = []
-    for i, (block, dilation) in enumerate(zip(model.blocks, model.config.dilations, strict=True)):
-        first, last = model.gate_span(i)
-        taps = _Taps.apply(x, _rows(dilation, whole, model.config.kernel_size - 1))
-        z = interpolated_onto(
-            F.linear(taps, block.taps.weight).view(batch, total, -1), cond, first, last
-        )
-        units = _Gate.apply(z.view(batch * total, -1))
+    for i, (block, dilation) in enumerate(zip(blocks, config.dilations, strict=True)):
+        taps: Tensor = _Taps.apply(x, _rows(dilation, whole, config.kernel_size - 1))  # type: ignore[assignment]
+        z = F.linear(taps, block.taps.weight).view(batch, total, -1)
+        z = interpolated_onto(z, cond, *config.gate_span(i))
+        units: Tensor = _Gate.apply(z.view(batch * total, -1))  # type: ignore[assignment]
         found.append(units.view(batch, total, r))
         if block.residual is not None:
             x = x + block.residual(units)
@@ -239,18 +236,15 @@ def gated_layers(
 
 
 def interpolated_onto(z: Tensor, cond: FrameConditioning, first: int, last: int) -> Tensor:
-    """Add the gate biases [first, last), interpolated, to z (B, T, last - first): one product per frame."""
-    frames, hop = cond.gates.shape[1], cond.hop
-    width = last - first
-    biases = (
-        cond.gates[:, :, first:last].transpose(2, 3).reshape(len(z) * frames, 3, width).to(z.dtype)
-    )
+    """Add interpolated gate biases [first, last) to z (B, T, last - first)."""
+    hop, width = cond.hop, last - first
+    biases = cond.gates[:, :, first:last].transpose(2, 3).reshape(-1, 3, width).to(z.dtype)
     weights = cond.weights.T.to(z.dtype).expand(len(biases), hop, 3)
     return torch.baddbmm(z.view(-1, hop, width), weights, biases).view(z.shape)
 
 
 def _rows(dilation: int, whole: Tensor, taps: int) -> np.ndarray:
-    """Which row of (B T, R) each tap reads, the oldest first, (taps, B T), int32; -1 before the beginning."""
+    """Return the row that each tap reads, (taps, B T), int32; -1 before the beginning."""
     batch, total = whole.shape
     at = torch.arange(total).expand(batch, -1)
     begin = torch.arange(batch)[:, None] * total

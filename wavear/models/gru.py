@@ -1,4 +1,7 @@
-"""GRU: a recurrent network over codes, the WaveRNN line (Kalchbrenner et al., 2018, https://arxiv.org/abs/1802.08435)."""
+"""GRU: a recurrent network over codes, the WaveRNN line.
+
+Kalchbrenner et al., 2018, https://arxiv.org/abs/1802.08435.
+"""
 
 from __future__ import annotations
 
@@ -10,21 +13,24 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from wavear.models.base import AutoregressiveModel, CommonConfig, check_whole, in_parts
-from wavear.models.conditioning import make_conditioning
-from wavear.models.inputs import ValueEmbedding, make_input
+from wavear.models.base import AutoregressiveModel, matrix_entries
+from wavear.models.conditioning import conditioning_matrix, make_conditioning
+from wavear.models.config import CommonConfig, check_whole
+from wavear.models.distributions import Law
+from wavear.models.inputs import ValueEmbedding, initialise_output, make_input
 
 
 @dataclass(frozen=True)
 class GRUConfig(CommonConfig):
-    """What a GRU is made of; saved with its weights."""
+    """Configuration of a GRU; saved with its weights."""
 
     layers: int = 1
     """Recurrent layers, one on the other."""
     channels: int = 352
     """Hidden units of each layer."""
     input_channels: int = 128
-    """Channels in which the sample before and the conditioning are added, before the first layer."""
+    """Channels in which the previous sample and the conditioning are added, before the first
+    layer."""
     head_channels: int = 256
     """Units between the two layers of the head."""
 
@@ -34,21 +40,13 @@ class GRUConfig(CommonConfig):
 
 
 class Head(nn.Module):
-    """Hidden units (..., H), and the conditioning (..., C) -> parameters of the law (..., P)."""
+    """Hidden units (..., H) and the conditioning (..., C) -> parameters (..., P)."""
 
-    def __init__(self, config: GRUConfig, outputs: int, bias: Tensor | None):
+    def __init__(self, config: GRUConfig, law: Law):
         super().__init__()
-        conditioned = config.conditioned
         self.first = nn.Linear(config.channels, config.head_channels)
-        self.conditioning = (
-            nn.Linear(config.conditioning_channels, config.head_channels, False)
-            if conditioned
-            else None
-        )
-        self.last = nn.Linear(config.head_channels, outputs)
-        if bias is not None:
-            with torch.no_grad():
-                self.last.bias.copy_(bias)
+        self.conditioning = conditioning_matrix(config, config.head_channels)
+        self.last = initialise_output(nn.Linear(config.head_channels, law.channels), law)
 
     def forward(self, h: Tensor, cond: Tensor | None) -> Tensor:
         """h (..., H), cond (..., C) -> (..., P)."""
@@ -60,22 +58,21 @@ class Head(nn.Module):
 
 @dataclass
 class GRUState:
-    """What each layer has kept of the samples so far."""
+    """The hidden units of each layer."""
 
     h: Tensor
-    """Hidden units, (B, layers, H)."""
+    """(B, layers, H)."""
 
 
 class GRU(AutoregressiveModel):
-    """Recurrent model: the sample before and the conditioning, GRU layers (Cho et al., 2014), a head of two layers.
+    """Recurrent model: an input layer, GRU layers (Cho et al., 2014), a head of two layers.
 
-        r = sigmoid(W_ir x + b_ir + W_hr h + b_hr)            which of the hidden units the candidate sees
-        u = sigmoid(W_iu x + b_iu + W_hu h + b_hu)            which of them stay
+        r = sigmoid(W_ir x + b_ir + W_hr h + b_hr)            hidden units that the candidate sees
+        u = sigmoid(W_iu x + b_iu + W_hu h + b_hu)            hidden units that stay
         n = tanh(W_in x + b_in + r * (W_hn h + b_hn))         the candidate
         h = (1 - u) * n + u * h
 
-    `forward` leaves them to `torch.nn.GRU` (cuDNN on a GPU), `step` writes them out, from the same
-    weights.
+    `forward` uses torch's own GRU (cuDNN on a GPU), `step` writes it out, with the same weights.
 
     Parameters
     ----------
@@ -98,31 +95,17 @@ class GRU(AutoregressiveModel):
         self.config = config
         self.input = make_input(self.law, config.input_channels, config.coarse_classes)
         self.conditioning = make_conditioning(config)
-        self.condition_input = (
-            nn.Linear(config.conditioning_channels, config.input_channels, bias=False)
-            if self.conditioned
-            else None
-        )
+        self.condition_input = conditioning_matrix(config, config.input_channels)
         self.gru = nn.GRU(config.input_channels, config.channels, config.layers, batch_first=True)
-        self.head = Head(config, self.law.channels, self.law.initial_bias())
-
-    @property
-    def receptive_field(self) -> None:
-        """None: the hidden units keep what they keep for as long as the gates let them."""
-        return None
+        self.head = Head(config, self.law)
 
     @property
     def multiply_adds(self) -> int:
-        """Per generated sample, as the definition has it: the input and all matrices of the layers and the head."""
-        c = self.config
-        line = c.input_channels if isinstance(self.input, ValueEmbedding) else 0
-        condition = (
-            c.conditioning_channels * (c.input_channels + c.head_channels)
-            if self.conditioned
-            else 0
-        )
-        layers = 3 * c.channels * (c.input_channels + c.channels + (c.layers - 1) * 2 * c.channels)
-        return line + condition + layers + c.head_channels * (c.channels + self.law.channels)
+        """See `AutoregressiveModel.multiply_adds`. (The input of a code is a look-up.)"""
+        recurrent = sum(weight.numel() for weight in self.gru.parameters() if weight.dim() == 2)
+        line = [self.input] if isinstance(self.input, ValueEmbedding) else []
+        condition = [] if self.condition_input is None else [self.condition_input]
+        return recurrent + matrix_entries(*line, *condition, self.head)
 
     def forward(
         self,
@@ -131,40 +114,36 @@ class GRU(AutoregressiveModel):
         state: GRUState | None = None,
         previous: Tensor | None = None,
     ) -> Tensor:
-        """See `AutoregressiveModel.forward`."""
+        shifted = self.shift(codes, previous)
         if state is None:
-            x = self._inputs(self.shift(codes), cond)
-            hidden, _ = self._layers(
-                x, x.new_zeros(self.config.layers, len(codes), self.config.channels)
-            )
+            x = self._inputs(shifted, cond)
+            begin = x.new_zeros(self.config.layers, len(codes), self.config.channels)
+            hidden, _ = self._layers(x, begin)
         else:
-            hidden = self._advance(self.shift(codes, previous), state, cond)
+            hidden = self.advance(shifted, state, cond)
         return self.head(hidden, None if cond is None else cond.transpose(1, 2)).transpose(1, 2)
 
     def _inputs(self, previous: Tensor, cond: Tensor | None) -> Tensor:
-        """What the first layer sees (B, T, R): of the code before each sample (B, T), and cond (B, C, T or 1)."""
+        """Previous codes (B, T), cond (B, C, T or 1) -> input of the first layer (B, T, R)."""
         x = self.input(previous)
         if self.condition_input is not None:
             assert cond is not None
             x = x + self.condition_input(cond.transpose(1, 2))
         return x
 
-    def _layers(self, x: Tensor, begin: Tensor) -> tuple[Tensor, Tensor]:
-        """Hidden units of the last layer (B, T, H), of all layers after the last sample (layers, B, H).
-
-        What `torch.nn.GRU` does, but for its care of the weights: those that
-        `torch.func.functional_call` puts in for a call, as training in bfloat16 does, it would lay
-        out anew in place each time.
-        """
+    def _weights(self, layer: int) -> list[Tensor]:
         names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
-        weights = [
-            getattr(self.gru, f"{name}_l{layer}")
-            for layer in range(self.config.layers)
-            for name in names
-        ]
+        return [getattr(self.gru, f"{name}_l{layer}") for name in names]
+
+    def _layers(self, x: Tensor, begin: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the last layer's units (B, T, H), and all layers' last ones (layers, B, H).
+
+        Calls the function under `torch.nn.GRU`: the module lays out its weights anew in place, also
+        those that `torch.func.functional_call` substitutes in bfloat16 training.
+        """
+        weights = [weight for layer in range(self.config.layers) for weight in self._weights(layer)]
         with warnings.catch_warnings():
-            # cuDNN gathers weights that do not lie side by side, as rounded ones do not: a copy of
-            # them per call.
+            # cuDNN copies weights that are not contiguous in one chunk, as rounded ones are not.
             warnings.filterwarnings(
                 "ignore", message="RNN module weights are not part of single contiguous chunk"
             )
@@ -172,34 +151,24 @@ class GRU(AutoregressiveModel):
                 x, begin, weights, True, self.config.layers, 0.0, self.training, False, True
             )
 
-    def _advance(self, previous: Tensor, state: GRUState, cond: Tensor | None) -> Tensor:
-        """Hidden units (B, T, H) of the last layer, going on from the state, which moves past `previous` (B, T)."""
+    def advance(self, previous: Tensor, state: GRUState, cond: Tensor | None = None) -> Tensor:
+        """See `AutoregressiveModel.advance`; return the last layer's hidden units (B, T, H)."""
         x = self._inputs(previous, cond)
-        # A copy, even of one stream, for which the transpose would be a view: autograd keeps it,
-        # and the state goes on.
-        begin = (
-            state.h.detach()
-            .to(x.dtype)
-            .transpose(0, 1)
-            .clone(memory_format=torch.contiguous_format)
-        )
-        hidden, last = self._layers(x, begin)
+        # A copy, even of one stream, for which the transpose would be a view: autograd keeps it
+        # while the state advances.
+        begin = state.h.detach().to(x.dtype).transpose(0, 1)
+        hidden, last = self._layers(x, begin.clone(memory_format=torch.contiguous_format))
         state.h.copy_(last.detach().transpose(0, 1))
         return hidden
 
     def init_state(self, batch: int) -> GRUState:
-        """See `AutoregressiveModel.init_state`."""
         weight = self.head.first.weight
         return GRUState(weight.new_zeros(batch, self.config.layers, self.config.channels))
 
     def step(self, previous: Tensor, state: GRUState, cond_t: Tensor | None = None) -> Tensor:
-        """See `AutoregressiveModel.step`."""
         x = self._inputs(previous[:, None], None if cond_t is None else cond_t[:, :, None])[:, 0]
         for layer in range(self.config.layers):
-            w_x, w_h, b_x, b_h = (
-                getattr(self.gru, f"{name}_l{layer}")
-                for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
-            )
+            w_x, w_h, b_x, b_h = self._weights(layer)
             h = state.h[:, layer]
             r_x, u_x, n_x = F.linear(x, w_x, b_x).chunk(3, dim=-1)
             r_h, u_h, n_h = F.linear(h, w_h, b_h).chunk(3, dim=-1)
@@ -208,17 +177,11 @@ class GRU(AutoregressiveModel):
             h.copy_(x.detach())
         return self.head(x, cond_t)
 
-    def prefill(self, previous: Tensor, state: GRUState, cond: Tensor | None = None) -> None:
-        """See `AutoregressiveModel.prefill`: the layers of `forward`, begun with the state."""
-        for part, given in in_parts(previous, cond):
-            self._advance(part, state, given)
-
     def export_state(self, state: GRUState) -> dict[str, Tensor]:
-        """See `AutoregressiveModel.export_state`: `h`, hidden units of each layer (B, layers, H)."""
+        """See `AutoregressiveModel.export_state`: `h`, the hidden units (B, layers, H)."""
         return {"h": state.h.clone()}
 
     def import_state(self, tensors: dict[str, Tensor]) -> GRUState:
-        """See `AutoregressiveModel.import_state`."""
-        state = self.init_state(tensors["h"].shape[0])
+        state = self.init_state(len(tensors["h"]))
         state.h.copy_(tensors["h"])
         return state

@@ -1,4 +1,4 @@
-"""What a checkpoint is: its size, its cost per sample, what it expects, how it was trained."""
+"""Describe a checkpoint: its size, cost per sample, configuration and training."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from wavear.models.conditioning import Interpolation
 
 
 def multiply_adds(model: AutoregressiveModel) -> tuple[int, float]:
-    """Multiplications and additions per sample, a pair counted once.
+    """Count multiplications and additions per sample, a pair counted once.
 
     Returns
     -------
@@ -35,11 +35,10 @@ def multiply_adds(model: AutoregressiveModel) -> tuple[int, float]:
     conditioning = getattr(model, "conditioning", None)
     if conditioning is None:
         return model.multiply_adds, 0.0
-    ahead = sum(
-        module.weight.numel() for module in conditioning.modules() if isinstance(module, nn.Conv1d)
-    )
-    cost, rate = ahead / conditioning.hop, 1 / conditioning.hop
-    for stage in (module for module in conditioning.modules() if isinstance(module, Interpolation)):
+    rate = 1 / conditioning.hop
+    modules = list(conditioning.modules())
+    cost = rate * sum(m.weight.numel() for m in modules if isinstance(m, nn.Conv1d))
+    for stage in (module for module in modules if isinstance(module, Interpolation)):
         channels, _, scale = stage.weight.shape
         rate *= scale
         cost += 3 * channels * rate
@@ -47,12 +46,12 @@ def multiply_adds(model: AutoregressiveModel) -> tuple[int, float]:
 
 
 def describe(source: str | Path) -> list[tuple[str, str]]:
-    """What a checkpoint is, as labels and values, ready to print.
+    """Return labels and values that describe a checkpoint, ready to print.
 
     Parameters
     ----------
     source : str or Path
-        As `wavear.load` takes it. The weights are loaded, so a damaged one is refused.
+        As for `wavear.load`. The weights are loaded, so a damaged one is refused.
 
     Raises
     ------
@@ -61,47 +60,30 @@ def describe(source: str | Path) -> list[tuple[str, str]]:
     """
     model = checkpoint.load(source)
     described = checkpoint.read_config(source)
-    config = model.config
-    field = model.receptive_field
+    config, field = model.config, model.receptive_field
     network, conditioning = multiply_adds(model)
-    ahead = f" + {conditioning:,.0f} of the conditioning" if conditioning else ""
-    span = (
-        "unbounded"
-        if field is None
-        else f"{field:,} samples ({1000 * field / config.sample_rate:.0f} ms)"
-    )
-    rows = [
-        ("model", f"{described['family']}, checkpoint format {described['format']}"),
-        ("parameters", f"{sum(p.numel() for p in model.parameters()):,}"),
-        ("multiply-adds per sample", f"{network:,}{ahead}"),
-        (
-            "at its sample rate",
-            f"{network * config.sample_rate / 1e9:.2f} G multiply-adds per second of audio",
-        ),
-        ("receptive field", span),
-    ]
-    rows += [(name, _value(value)) for name, value in described["config"].items() if name != "mel"]
-    if config.mel is None:
-        rows.append(("mel", "none: unconditional"))
-    else:
-        hop, rate = config.mel.hop_length, config.mel.sample_rate
-        rows.append(
-            (
-                "mel",
-                f"{config.mel.bands} bands, a frame per {hop} samples ({1000 * hop / rate:.1f} ms)",
-            )
-        )
-        rows += [(f"mel {name}", _value(value)) for name, value in config.mel.to_dict().items()]
-        rows.append(
-            (
-                "mel look-ahead",
-                f"{model.lookahead} frames ({1000 * model.lookahead * hop / rate:.0f} ms)",
-            )
-        )
-    rows += [
-        (f"training {name}", _value(value)) for name, value in described.get("training", {}).items()
-    ]
-    return rows
+    cost = f"{network:,}" + (f" + {conditioning:,.0f} of the conditioning" if conditioning else "")
+    span = "unbounded"
+    if field is not None:
+        span = f"{field:,} samples ({1000 * field / config.sample_rate:.0f} ms)"
+    billions = network * config.sample_rate / 1e9
+    rows = {
+        "model": f"{described['family']}, checkpoint format {described['format']}",
+        "parameters": f"{sum(p.numel() for p in model.parameters()):,}",
+        "multiply-adds per sample": cost,
+        "at its sample rate": f"{billions:.2f} G multiply-adds per second of audio",
+        "receptive field": span,
+    }
+    rows |= {name: _value(value) for name, value in described["config"].items() if name != "mel"}
+    rows["mel"] = "none: unconditional"
+    if config.mel is not None:
+        hop, step = config.mel.hop_length, 1000 * config.mel.hop_length / config.sample_rate
+        rows["mel"] = f"{config.mel.bands} bands, a frame per {hop} samples ({step:.1f} ms)"
+        rows |= {f"mel {name}": _value(value) for name, value in config.mel.to_dict().items()}
+        rows["mel look-ahead"] = f"{model.lookahead} frames ({model.lookahead * step:.0f} ms)"
+    training = described.get("training", {})
+    rows |= {f"training {name}": _value(value) for name, value in training.items()}
+    return list(rows.items())
 
 
 def _value(value: Any) -> str:
@@ -110,7 +92,6 @@ def _value(value: Any) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{name} {_value(item)}" for name, item in value.items())
     if isinstance(value, list | tuple):
-        return ", ".join(map(_value, value[:8])) + (
-            f" and {len(value) - 8} more" if len(value) > 8 else ""
-        )
+        more = f" and {len(value) - 8} more" if len(value) > 8 else ""
+        return ", ".join(map(_value, value[:8])) + more
     return str(value)

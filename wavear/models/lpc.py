@@ -1,19 +1,16 @@
 """Linear prediction in closed form: x[t] = c + a[1] x[t-1] + ... + a[p] x[t-p] + e[t].
 
 Least squares over any number of recordings from sufficient statistics, sums of products of a signal
-with itself that are added up block by block in float64; or, for one signal, Burg's method. Which
-samples are predicted, and what stands beyond the ends, is the edge of the problem, and decides
-which method of the literature it is (Makhoul, 1975, "Linear prediction: a tutorial review"; P: the
-longest lag):
+with itself that are added up block by block in float64; or, for one signal, Burg's method. The
+edges define which samples are predicted, and the values beyond the ends, hence which method of the
+literature it is (Makhoul, 1975, "Linear prediction: a tutorial review"; P: the longest lag):
 
-- "covariance": every sample that has P samples before it, and nothing is made up. Ordinary least
-  squares, as
-  statsmodels' `AutoReg`.
+- "covariance": every sample that has P samples before it. Ordinary least squares, as statsmodels'
+  `AutoReg`.
 - "autocorrelation": zeros on both sides, and all samples that see any of the signal. The
-  Yule-Walker equations, whose
-  solution is always stable.
-- "silence": every sample, the first ones after silence. What a model that begins in silence is
-  scored on.
+  Yule-Walker equations, whose solution is always stable.
+- "silence": every sample, the first ones after silence, as a model that begins in silence is
+  scored.
 
 The sums over t of x[t-i] x[t-j], for all i and j up to P, follow from those with i = 0 and from the
 P first and the P last samples of each recording, without rounding but that of the additions:
@@ -32,13 +29,14 @@ from typing import Literal, get_args
 
 import numpy as np
 
+from wavear.common.errors import WavearError
+
 Edges = Literal["covariance", "autocorrelation", "silence"]
 EDGES: tuple[str, ...] = get_args(Edges)
 RIDGE = 1e-9
-"""Of the mean power, on the diagonal: less than what rounding to 16 bits adds to loud sound, enough for signals that
-one lag less predicts exactly."""
+"""Share of the mean power, on the diagonal: less than the noise of rounding loud sound to 16 bits,
+enough for signals that one lag less predicts exactly."""
 _BLOCK = 2**16  # samples at once
-_DIRECT = 64  # lags up to which inner products are faster than the FFT
 
 
 class Statistics:
@@ -53,7 +51,7 @@ class Statistics:
     differencing : int
         Predict the d-th difference of the signal, x[t] - x[t-1] for 1, from its own past.
     silence : float
-        What stands before the first sample with the edges "silence".
+        Value before the first sample with the edges "silence".
 
     Examples
     --------
@@ -71,12 +69,8 @@ class Statistics:
     def __init__(
         self, lags: int, edges: Edges = "covariance", differencing: int = 0, silence: float = 0.0
     ):
-        if lags < 0 or differencing < 0:
-            raise ValueError(
-                f"lags is {lags} and differencing {differencing}, they must be 0 or more"
-            )
         if edges not in EDGES:
-            raise ValueError(f"edges is {edges!r}, it must be one of {', '.join(EDGES)}")
+            raise WavearError(f"edges is {edges!r}, it must be one of {', '.join(EDGES)}")
         self.lags, self.edges, self.differencing, self.silence = lags, edges, differencing, silence
         self.count = 0
         """Samples predicted."""
@@ -99,7 +93,7 @@ class Statistics:
 
         Raises
         ------
-        ValueError
+        WavearError
             If a sample is NaN or infinite; nothing is added then.
         """
         adding = self.begin()
@@ -107,22 +101,8 @@ class Statistics:
             adding.push(block)
         adding.close()
 
-    def __iadd__(self, other: Statistics) -> Statistics:
-        """Add what others have summed up over other recordings."""
-        ours, theirs = ((s.lags, s.edges, s.differencing, s.silence) for s in (self, other))
-        if ours != theirs:
-            raise ValueError(
-                f"these are sums of another kind: (lags, edges, differencing, silence) {theirs}, not {ours}"
-            )
-        self.count += other.count
-        self._row += other._row
-        self._steps += other._steps
-        self._sum += other._sum
-        self._sum_steps += other._sum_steps
-        return self
-
     def products(self) -> np.ndarray:
-        """The sums of x[t-i] x[t-j], (P + 1, P + 1)."""
+        """Return the sums of x[t-i] x[t-j], (P + 1, P + 1)."""
         size = self.lags + 1
         found = np.empty((size, size))
         found[0] = self._row
@@ -132,13 +112,13 @@ class Statistics:
         return found
 
     def sums(self) -> np.ndarray:
-        """The sums of x[t-i], (P + 1,)."""
+        """Return the sums of x[t-i], (P + 1,)."""
         return self._sum + np.concatenate([[0.0], np.cumsum(self._sum_steps)])
 
     def solve(
         self, order: int, *, constant: bool = False, ridge: float = RIDGE
     ) -> tuple[np.ndarray, float]:
-        """The predictor of so many lags that leaves the least energy, over the samples that all lags up to P see.
+        """Return the predictor of least residual energy, over the samples that all P lags see.
 
         Parameters
         ----------
@@ -147,7 +127,7 @@ class Statistics:
         constant : bool
             Fit c too; otherwise it is 0.
         ridge : float
-            Of the mean power of the lags, added on the diagonal.
+            Share of the mean power of the lags, added on the diagonal.
 
         Returns
         -------
@@ -158,77 +138,57 @@ class Statistics:
 
         Raises
         ------
-        ValueError
+        WavearError
             If there are no samples, or the equations have no single solution and `ridge` is 0.
         """
-        left, right = self._equations(order, constant)
-        places = np.arange(int(constant), order + int(constant))
-        left[places, places] += ridge * max(
-            float(left[places, places].sum()) / max(order, 1), 1e-30
-        )
+        left, right = self._equations(order, constant, ridge)
         try:
             solution = np.linalg.solve(left, right)
         except np.linalg.LinAlgError:
-            raise ValueError(
-                f"fewer than {order} lags predict these recordings exactly: give a ridge above 0"
-            ) from None
+            raise _singular(order) from None
         return solution[int(constant) :], float(solution[0]) if constant else 0.0
 
-    def energy(self, coefficients: np.ndarray, constant: float = 0.0) -> float:
-        """The sum of the squares of what a predictor leaves over."""
-        order = len(coefficients)
-        weights = np.concatenate([[1.0], -np.asarray(coefficients)])
-        left = float(weights @ self.products()[: order + 1, : order + 1] @ weights)
-        linear = float(weights @ self.sums()[: order + 1])
-        return max(left - 2 * constant * linear + self.count * constant**2, 0.0)
-
     def energies(self, *, constant: bool = False, ridge: float = RIDGE) -> np.ndarray:
-        """`energy` of the best predictors of all orders, (P + 1,), from one Cholesky decomposition.
+        """Return the residual energy of the best predictors of all orders, (P + 1,).
 
-        With G = L L' for the equations G a = g of the highest order, those of order k are its first
-        rows, and the energy that the first k lags take away is that of the first k elements of
-        inverse(L) g.
+        From one Cholesky decomposition: with G = L L' for the equations G a = g of the highest
+        order, those of order k are its first rows, and the energy that the first k lags take away
+        is that of the first k elements of inverse(L) g.
         """
-        left, right = self._equations(self.lags, constant)
-        places = np.arange(int(constant), len(right))
-        left[places, places] += ridge * max(
-            float(left[places, places].sum()) / max(self.lags, 1), 1e-30
-        )
+        left, right = self._equations(self.lags, constant, ridge)
         try:
             taken = np.linalg.solve(np.linalg.cholesky(left), right) ** 2 if len(right) else right
         except np.linalg.LinAlgError:
-            raise ValueError(
-                f"fewer than {self.lags} lags predict these recordings exactly: raise the ridge"
-            ) from None
+            raise _singular(self.lags) from None
         found = self._row[0] - np.concatenate([[0.0], np.cumsum(taken)])
         return np.maximum(found[int(constant) :], 1e-30)
 
-    def _equations(self, order: int, constant: bool) -> tuple[np.ndarray, np.ndarray]:
-        if not 0 <= order <= self.lags:
-            raise ValueError(f"order is {order}, and products were summed up to lag {self.lags}")
+    def _equations(self, order: int, constant: bool, ridge: float) -> tuple[np.ndarray, np.ndarray]:
+        """Return the normal equations, those of the constant first."""
         if not self.count:
-            raise ValueError(
+            raise WavearError(
                 f"there are no samples to fit to: no recording is longer than {self.lags} samples"
             )
-        products = self.products()
-        left, right = (
-            products[1 : order + 1, 1 : order + 1].copy(),
-            products[1 : order + 1, 0].copy(),
-        )
+        lags, products = slice(1, order + 1), self.products()
+        left, right = products[lags, lags].copy(), products[lags, 0].copy()
+        left += ridge * max(float(np.trace(left)) / max(order, 1), 1e-30) * np.eye(order)
         if constant:
             sums = self.sums()
             left = np.block(
-                [
-                    [np.array([[float(self.count)]]), sums[None, 1 : order + 1]],
-                    [sums[1 : order + 1, None], left],
-                ]
+                [[np.full((1, 1), self.count), sums[None, lags]], [sums[lags, None], left]]
             )
             right = np.concatenate([sums[:1], right])
         return left, right
 
 
+def _singular(order: int) -> WavearError:
+    return WavearError(
+        f"fewer than {order} lags predict these recordings exactly: give a ridge above 0"
+    )
+
+
 class Adding:
-    """A recording on its way into `Statistics`, block by block: they take it in when it is closed."""
+    """A recording in blocks, added to `Statistics` when it is closed."""
 
     def __init__(self, statistics: Statistics):
         self._to = statistics
@@ -242,7 +202,7 @@ class Adding:
             self._take(np.zeros(statistics.lags))
 
     def push(self, block: np.ndarray) -> None:
-        """The next samples (n,)."""
+        """Add the next samples (n,)."""
         block, order = np.asarray(block, dtype=np.float64), self._to.differencing
         if order:
             joined = np.concatenate([self._before, block])
@@ -251,6 +211,8 @@ class Adding:
         self._take(block)
 
     def _take(self, block: np.ndarray) -> None:
+        from scipy.signal import correlate
+
         lags = self._to.lags
         for start in range(0, len(block), _BLOCK):
             new = block[start : start + _BLOCK]
@@ -261,23 +223,24 @@ class Adding:
                     continue
                 self._first, new = joined[:lags], joined[lags:]
             if len(new):
-                self._row += _inner_products(joined, new)
+                # The sums over t of x[t] x[t-j] for j = 0 ... P, by inner products or by FFT.
+                self._row += correlate(joined, new, "valid")[::-1]
                 self._sum += float(new.sum())
                 self._count += len(new)
 
     def close(self) -> None:
-        """The recording has ended.
+        """End the recording.
 
         Raises
         ------
-        ValueError
+        WavearError
             If a sample is NaN or infinite; nothing is added then.
         """
         to = self._to
         if to.edges == "autocorrelation":
             self._take(np.zeros(to.lags))
         if not (np.isfinite(self._row).all() and np.isfinite(self._past).all()):
-            raise ValueError("the signal holds NaN or infinity")
+            raise WavearError("the signal holds NaN or infinity")
         if self._first is None or not self._count:
             return  # it is shorter than the longest lag: no sample can be predicted
         first, last = self._first[::-1], self._past[::-1]  # x[P-1-i], x[N-1-i]
@@ -288,28 +251,19 @@ class Adding:
         to._sum_steps += first - last
 
 
-def _inner_products(joined: np.ndarray, block: np.ndarray) -> np.ndarray:
-    """The sums over t of x[t] x[t-j] for j = 0 ... P, of a block (n,) and it with the P samples before it (P + n,)."""
-    lags = len(joined) - len(block)
-    if lags <= _DIRECT:
-        return np.correlate(joined, block, "valid")[::-1]
-    from scipy.signal import correlate
-
-    return correlate(joined, block, "valid", method="fft")[::-1]
-
-
 def criterion(
     energies: np.ndarray, count: int, kind: Literal["aic", "bic"], *, constant: bool = False
 ) -> np.ndarray:
-    """An information criterion of each order, the less the better: of a normal law, up to what all orders share.
+    """Return an information criterion of each order, of a normal distribution; less is better.
 
     count * log(energy / count) + penalty * (order + 1 for the scale + 1 for a constant), with a
-    penalty of 2 (Akaike, 1974) or log(count) (Schwarz, 1978).
+    penalty of 2 (Akaike, 1974) or log(count) (Schwarz, 1978); terms that all orders share are left
+    out.
 
     Parameters
     ----------
     energies : array, shape (P + 1,)
-        What the best predictor of each order leaves over, summed over the same samples:
+        Residual energy of the best predictor of each order over the same samples:
         `Statistics.energies`.
     count : int
         Samples predicted.
@@ -319,10 +273,11 @@ def criterion(
 
 
 def burg(signal: np.ndarray, order: int) -> tuple[np.ndarray, np.ndarray]:
-    """Burg's method for one signal: each further lag is the one that the errors forward and backward agree on.
+    """Fit one signal by Burg's method ("Maximum entropy spectral analysis", 1975).
 
     Always stable, and sharp on short signals; it needs the whole signal at once, and order times
-    its length operations. (Burg, 1975, "Maximum entropy spectral analysis".)
+    its length operations. librosa.lpc finds the same coefficients, but not the energies of all
+    orders, which the information criteria need.
 
     Parameters
     ----------
@@ -335,16 +290,16 @@ def burg(signal: np.ndarray, order: int) -> tuple[np.ndarray, np.ndarray]:
     array, shape (order,)
         Coefficients, that of the sample before first.
     array, shape (order + 1,)
-        Mean energy left over by each order.
+        Mean residual energy of each order.
 
     Raises
     ------
-    ValueError
+    WavearError
         If the signal is too short.
     """
     forward = backward = np.asarray(signal, dtype=np.float64)
     if len(forward) <= order:
-        raise ValueError(
+        raise WavearError(
             f"the signal has {len(forward)} samples, order {order} needs more than that"
         )
     energies = [float(forward @ forward) / len(forward)]
@@ -353,16 +308,14 @@ def burg(signal: np.ndarray, order: int) -> tuple[np.ndarray, np.ndarray]:
         forward, backward = forward[1:], backward[:-1]
         both = float(forward @ forward + backward @ backward)
         reflection = 2 * float(forward @ backward) / both if both > 0 else 0.0
-        coefficients = np.concatenate(
-            [coefficients - reflection * coefficients[::-1], [reflection]]
-        )
+        coefficients = np.append(coefficients - reflection * coefficients[::-1], reflection)
         forward, backward = forward - reflection * backward, backward - reflection * forward
         energies.append(energies[-1] * max(1 - reflection**2, 0.0))
     return coefficients, np.maximum(energies, 1e-30)
 
 
 def poles(coefficients: np.ndarray) -> np.ndarray:
-    """Poles of the recursion, the largest first: it is stable where all of them lie inside the unit circle.
+    """Return the poles of the recursion, largest first: stable if all are in the unit circle.
 
     Examples
     --------
@@ -374,32 +327,25 @@ def poles(coefficients: np.ndarray) -> np.ndarray:
 
 
 def reflected(coefficients: np.ndarray) -> np.ndarray:
-    """The coefficients with each pole p outside the unit circle moved inside, to 1 / conj(p).
+    """Return the coefficients with each pole p outside the unit circle moved to 1 / conj(p).
 
-    The spectrum of what the recursion makes keeps its shape; its level changes by the product of
-    abs(p).
-
-    Each such pole is divided out and its reflection multiplied in, by itself; the others are not
-    touched.
+    The recursion's spectrum keeps its shape; its level changes by the product of abs(p). Each such
+    pole is divided out and its reflection multiplied in, one by one; the others stay untouched.
 
     Examples
     --------
     >>> reflected(np.array([2.5, -1.0])).round(6).tolist()  # poles 2 and 0.5
     [1.0, -0.25]
     """
+    from scipy.signal import lfilter
+
     # 1 - a[1] / z - a[2] / z^2 - ..., in powers of 1 / z
-    polynomial = np.concatenate([[1.0], -np.asarray(coefficients, dtype=np.float64)]).astype(
-        complex
-    )
+    polynomial = np.concatenate([[1.0], -np.asarray(coefficients)]).astype(complex)
     for pole in poles(coefficients):
         if abs(pole) <= 1:
             break
         # polynomial = quotient * (1 - pole / z), from the highest power down: errors shrink by
         # abs(pole) at each step.
-        quotient = np.zeros(len(polynomial) - 1, dtype=complex)
-        carried = 0j
-        for k in range(len(quotient) - 1, -1, -1):
-            carried = (carried - polynomial[k + 1]) / pole
-            quotient[k] = carried
+        quotient = np.asarray(lfilter([-1 / pole], [1, -1 / pole], polynomial[:0:-1]))[::-1]
         polynomial = np.convolve(quotient, [1, -1 / np.conj(pole)])
     return -np.real(polynomial)[1:]

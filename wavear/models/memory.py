@@ -1,4 +1,4 @@
-"""How layers are run in training: activation checkpointing, and what torch.compile needs.
+"""Memory and compilation of layers in training: activation checkpointing, torch.compile.
 
 Checkpointing is from Chen et al., "Training deep nets with sublinear memory cost", 2016,
 https://arxiv.org/abs/1604.06174.
@@ -15,12 +15,14 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
+from wavear.common.errors import WavearError
+
 
 def recomputed(module: nn.Module, prepare: Callable[..., tuple], *inputs: Any) -> Any:
-    """`module(*prepare(*inputs))`, of which the backward pass finds only `inputs` kept and computes the rest anew.
+    """Return `module(*prepare(*inputs))`; the backward pass keeps `inputs` and recomputes the rest.
 
-    With the weights that the module has now: in `torch.func.functional_call` (which gives it bf16
-    copies, say) these are gone when the backward pass comes. Nothing may be random in it.
+    With the weights that the module has now: those that `torch.func.functional_call` substitutes
+    (bf16 copies, say) are gone by then. Nothing in it may be random.
     """
     weights: dict[str, Tensor] = dict(module.named_parameters())
     return checkpoint(
@@ -32,15 +34,9 @@ def recomputed(module: nn.Module, prepare: Callable[..., tuple], *inputs: Any) -
 
 
 def check_compiler() -> None:
-    """Refuse to compile where that cannot work.
-
-    Raises
-    ------
-    ValueError
-        If there is no C++ compiler.
-    """
+    """Raise a WavearError if there is no C++ compiler for torch.compile."""
     names = [os.environ.get("CXX", "g++"), "clang++", "cl"]
     if not any(map(shutil.which, names)):
-        raise ValueError(
+        raise WavearError(
             f"compile needs a C++ compiler, and there is none here (looked for {', '.join(names)})"
         )

@@ -1,7 +1,7 @@
-"""The period of the voice from a mel: a small network at the frame rate, trained before the network of the samples.
+"""The period of the voice from a mel: a small network at the frame rate.
 
-The network of the samples meets the lags of this network when it generates, so it is trained with
-these too, and not with lags measured in the recordings.
+It is trained before the network of the samples, which then sees the same lags in training and in
+generation (not lags measured in the recordings).
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ CLASSES = 128
 """Lags, evenly spaced in their logarithm."""
 NEIGHBOURS = 3  # classes on each side of the likeliest one that the lag is the mean of
 _LAYERS = 3
+_TARGET_WIDTH = 0.012  # of the log-lag: 20 cents
 
 
 class PeriodNetwork(nn.Module):
@@ -31,7 +32,7 @@ class PeriodNetwork(nn.Module):
     width : int
         Channels.
     causal : bool
-        See the frames before each frame only.
+        See only the frames before each frame.
     """
 
     grid: Tensor
@@ -50,28 +51,26 @@ class PeriodNetwork(nn.Module):
 
     @property
     def context(self) -> int:
-        """Frames that the output is shorter than the input: as many before as after each frame, or all before."""
+        """Frames that the output is shorter than the input: half on each side, or all before."""
         return 2 * _LAYERS
 
     def forward(self, mel: Tensor) -> tuple[Tensor, Tensor]:
-        """Normalised mels (B, M, F + context) -> logits of lags (B, CLASSES, F) and of voicing (B, F)."""
+        """Normalised mels (B, M, F + context) -> logits of lags (B, CLASSES, F), voicing (B, F)."""
         h = F.relu(self.convolutions[0](mel))
         for convolution in list(self.convolutions)[1:]:
             h = (h[:, :, 2:] if self.causal else h[:, :, 1:-1]) + F.relu(convolution(h))
         return self.lag(h), self.voicing(h)[:, 0]
 
     def track(self, mel: Tensor) -> tuple[Tensor, Tensor]:
-        """Normalised mels (B, M, F + context) -> the logarithm of the lag in samples, and the voicing, (B, F) each.
+        """Normalised mels (B, M, F + context) -> log-lag in samples, and voicing, (B, F) each.
 
         The lag is the mean over the classes next to the likeliest one, weighted by their
         probabilities.
         """
         logits, voicing = self(mel)
         probability = logits.softmax(1)
-        best = probability.argmax(1, keepdim=True)
-        near = (best + torch.arange(-NEIGHBOURS, NEIGHBOURS + 1, device=mel.device)[:, None]).clamp(
-            0, CLASSES - 1
-        )
+        offsets = torch.arange(-NEIGHBOURS, NEIGHBOURS + 1, device=mel.device)[:, None]
+        near = (probability.argmax(1, keepdim=True) + offsets).clamp(0, CLASSES - 1)
         weight = probability.gather(1, near)
         return (weight * self.grid.to(weight.dtype)[near]).sum(1) / weight.sum(1), voicing.sigmoid()
 
@@ -79,7 +78,9 @@ class PeriodNetwork(nn.Module):
 def period_loss(
     logits: Tensor, voicing: Tensor, log_lag: Tensor, correlation: Tensor, grid: Tensor
 ) -> Tensor:
-    """Cross-entropy with a Gaussian about the measured lag, weighted by how voiced it is, and the error of the voicing.
+    """Return the cross-entropy of the lag, weighted by the voicing, plus the voicing's error.
+
+    The target is a Gaussian about the measured lag.
 
     Parameters
     ----------
@@ -94,6 +95,3 @@ def period_loss(
     weight = ((correlation - 0.5) / 0.3).clamp(0, 1)
     cross = -(target * F.log_softmax(logits, 1)).sum(1)
     return (cross * weight).mean() + 5 * (voicing.sigmoid() - correlation).square().mean()
-
-
-_TARGET_WIDTH = 0.012  # of the logarithm of the lag: 20 cents

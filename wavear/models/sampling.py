@@ -3,9 +3,9 @@
     logits --temperature--> probabilities --top_k--> the k likeliest --top_p--> the nucleus
     --inverse CDF--> code
 
-In this order; each step sees what the one before has left, renormalised. Of codes of equal logits
-the lower one counts as the likelier. The inverse CDF runs through what is left in the order of the
-codes, so a neighbouring uniform gives a neighbouring sample.
+In this order; each step sees the result of the one before, renormalised. Of codes of equal logits
+the lower one ranks as the likelier. The inverse CDF runs through the remaining codes in their own
+order, so a neighbouring uniform gives a neighbouring sample.
 """
 
 from __future__ import annotations
@@ -13,16 +13,17 @@ from __future__ import annotations
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 _PER_BLOCK = 4  # Philox4x64 makes four 64-bit words from each value of its counter
 
 
 def uniforms(seed: int, start: int, count: int) -> np.ndarray:
-    """The uniforms of samples `start` to `start + count` of the utterance with this seed.
+    """Return the uniforms of samples `start` to `start + count` of the utterance with this seed.
 
     They come from NumPy's Philox4x64 (Salmon et al., 2011, "Parallel random numbers: as easy as 1,
-    2, 3"), a function of key and counter: sample t of a seed has its uniform whatever was drawn
-    before, in whatever chunks.
+    2, 3"), a function of key and counter: sample t of a seed has the same uniform, in whatever
+    chunks it is drawn.
 
     Parameters
     ----------
@@ -45,32 +46,19 @@ def uniforms(seed: int, start: int, count: int) -> np.ndarray:
     return (words >> np.uint64(11)) * 2.0**-53
 
 
-def probabilities(logits: Tensor, temperature: Tensor | float = 1.0) -> Tensor:
-    """softmax(logits / temperature) over the last axis, in float64.
-
-    Parameters
-    ----------
-    logits : Tensor, shape (..., Q)
-    temperature : float or Tensor that broadcasts against (..., 1)
-        Above 0. Below 1 the likely codes become likelier (duller, cleaner), above 1 less so
-        (livelier, noisier).
-    """
-    return torch.softmax(logits.double() / temperature, dim=-1)
-
-
 def kept(
     probabilities: Tensor, logits: Tensor, top_k: int | None = None, top_p: float | None = None
 ) -> Tensor:
-    """Which codes truncation leaves.
+    """Return which codes truncation keeps.
 
     Parameters
     ----------
     probabilities, logits : Tensor, shape (..., Q)
         The likelier code is the one of the larger logit, or of equal ones the lower code.
     top_k : int, optional
-        The k likeliest codes stay.
+        Keep the k likeliest codes.
     top_p : float, optional
-        Of these, the smallest set of likeliest codes stays whose share of their probability is
+        Of these, keep the smallest set of likeliest codes whose share of their probability is
         `top_p` or more (Holtzman et al., 2020, "The curious case of neural text degeneration").
 
     Returns
@@ -85,9 +73,7 @@ def kept(
     if top_p is not None:
         cumulative = torch.where(stays, ranked, 0.0).cumsum(dim=-1)
         # A code stays if those before it have not reached the share yet.
-        stays &= (
-            torch.nn.functional.pad(cumulative[..., :-1], (1, 0)) < top_p * cumulative[..., -1:]
-        )
+        stays &= F.pad(cumulative[..., :-1], (1, 0)) < top_p * cumulative[..., -1:]
     return torch.zeros_like(stays).scatter(-1, order, stays)
 
 
@@ -98,13 +84,15 @@ def sample(
     top_k: int | None = None,
     top_p: float | None = None,
 ) -> Tensor:
-    """Inverse-CDF sampling: the smallest code whose cumulative probability exceeds `uniform`.
+    """Draw the smallest code whose cumulative probability exceeds `uniform` (inverse CDF).
 
     Parameters
     ----------
     logits : Tensor, shape (B, Q)
     uniform : Tensor of float64, shape (B,), in [0, 1)
     temperature : float, or Tensor of shape (B,)
+        Divides the logits; above 0. Below 1 likely codes become likelier (duller, cleaner), above 1
+        less so (livelier, noisier).
     top_k, top_p : optional
         See `kept`. A `top_k` of 1 is the argmax.
 
@@ -121,15 +109,13 @@ def sample(
     """
     if isinstance(temperature, Tensor):
         temperature = temperature[:, None]
-    weights = probabilities(logits, temperature)
+    weights = torch.softmax(logits.double() / temperature, dim=-1)
     if top_k is not None or top_p is not None:
         weights = torch.where(kept(weights, logits, top_k, top_p), weights, 0.0)
     cumulative = weights.cumsum(dim=-1)
-    threshold = (
-        uniform[:, None] * cumulative[:, -1:]
-    )  # the sum is one up to rounding; so no code is out of reach
+    # The sum is one up to rounding: scale the uniform, so that every code can be drawn.
+    threshold = uniform[:, None] * cumulative[:, -1:]
     codes = torch.searchsorted(cumulative, threshold, right=True)[:, 0]
-    # Where rounding leads beyond the sum, the last code that has any probability.
-    return torch.minimum(
-        codes, torch.searchsorted(cumulative, cumulative[:, -1:].contiguous())[:, 0]
-    )
+    # Where rounding leads beyond the sum, take the last code that has any probability.
+    last = torch.searchsorted(cumulative, cumulative[:, -1:].contiguous())[:, 0]
+    return torch.minimum(codes, last)

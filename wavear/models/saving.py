@@ -1,53 +1,36 @@
-"""Write a checkpoint: `config.json` and `model.safetensors` in a directory, the Hugging Face layout. No pickle."""
+"""Write a checkpoint: a directory of `config.json` and `model.safetensors`, without pickle.
+
+This is the layout of Hugging Face.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
+
+from torch import Tensor
 
 from wavear.common.atomic import replace_file
-
-if TYPE_CHECKING:
-    from wavear.models.base import AutoregressiveModel
 
 FORMAT = 1
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
 
 def save(
-    model: AutoregressiveModel,
     directory: str | Path,
+    family: str,
+    config: Any,
+    weights: dict[str, Tensor],
     *,
     overwrite: bool = False,
     training: dict | None = None,
 ) -> Path:
-    """Write a model so that `load` needs nothing else.
+    """Write a model so that `wavear.load` needs nothing else; see `AutoregressiveModel.save`.
 
-    Each file appears whole or not at all. The weights carry a copy of the configuration, so that
-    files of two different models, mixed by hand or by a crash between the two files, are told apart
-    by `load`.
-
-    Parameters
-    ----------
-    model : AutoregressiveModel
-    directory : str or Path
-        Made where it is missing.
-    overwrite : bool
-        Replace a checkpoint that is there.
-    training : dict, optional
-        What is worth knowing of how it was trained (steps, bits per sample...), as JSON; see
-        `read_config`.
-
-    Returns
-    -------
-    Path: the directory
-
-    Raises
-    ------
-    FileExistsError
-        If there is a checkpoint already and `overwrite` is false.
+    Each file appears whole or not at all. The weights carry a copy of the configuration: `load`
+    detects files of two different models, mixed by hand or by a crash between the two files.
     """
     from safetensors.torch import save_file
 
@@ -57,21 +40,14 @@ def save(
             raise FileExistsError(
                 f"{directory / name} exists: choose another directory, or overwrite"
             )
-    family = vars(type(model)).get("family")  # its own: a subclass of a family is another class
-    if family is None:
-        raise ValueError(
-            f"{type(model).__name__} is not a family that this version can save: it has no `family`"
-        )
     described = {
         "format": FORMAT,
         "family": family,
-        "config": dataclasses.asdict(model.config),
+        "config": dataclasses.asdict(config),
         "training": training or {},
     }
     text = json.dumps(described, indent=2)
-    tensors = {
-        name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()
-    }
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
     directory.mkdir(parents=True, exist_ok=True)
     replace_file(
         directory / WEIGHTS, lambda path: save_file(tensors, path, metadata={"wavear": text})

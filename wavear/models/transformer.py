@@ -1,17 +1,17 @@
-"""Transformer: causal self-attention over patches of samples, and a small network that names the samples in a patch.
+"""Transformer: causal self-attention over patches of samples, and a small network within a patch.
 
 The line of GPT (Radford et al., 2018), with rotary positions, over a window of positions whose keys
 and values lie in a ring; in training the keys and values of the segment before are seen too,
 without a gradient (Dai et al., 2019, "Transformer-XL", https://arxiv.org/abs/1901.02860).
 
-A position stands for `patch` samples. The sum over samples stays exact: position j sees the samples
-before the patch, and the head gives the law of each sample from the position's output and from the
-`patch` samples before it, so all that lie in the patch already (Mehri et al., 2017, "SampleRNN",
-https://arxiv.org/abs/1612.07837, divides time so).
+A position stands for `patch` samples. The product over samples stays exact: position j sees the
+samples before the patch, and the head computes the distribution of each sample from the position's
+output and from the `patch` samples before it, so from all that lie in the patch already (as in
+SampleRNN, Mehri et al., 2017, https://arxiv.org/abs/1612.07837).
 
     samples    | ... patch j-1 ... | x_t0  x_t0+1 ...  x_t ... |          t0 = j * patch
                         |                          |
-    positions  ... -> layers -> output j --------> head -> law of x_t
+    positions  ... -> layers -> output j --------> head -> distribution of x_t
                         |                          |
                    keys, values of             the samples t - patch .. t - 1
                    the window before
@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from wavear.common.errors import WavearError
 from wavear.models.attention import (
     Block,
     attend_within,
@@ -34,47 +35,48 @@ from wavear.models.attention import (
     rotation_period,
     turns,
 )
-from wavear.models.base import AutoregressiveModel, CommonConfig, check_whole, in_parts
-from wavear.models.conditioning import make_conditioning
-from wavear.models.inputs import make_input
+from wavear.models.base import AutoregressiveModel
+from wavear.models.conditioning import conditioning_matrix, make_conditioning
+from wavear.models.config import CommonConfig, check_whole
+from wavear.models.inputs import initialise_output, make_input
 
 
 @dataclass(frozen=True)
 class TransformerConfig(CommonConfig):
-    """What a Transformer is made of; saved with its weights."""
+    """Configuration of a Transformer; saved with its weights."""
 
     layers: int = 4
-    """Of attention."""
+    """Attention layers."""
     channels: int = 256
-    """Of a position; a multiple of 2 * `heads`."""
+    """Channels of a position; a multiple of 2 * `heads`."""
     heads: int = 4
-    """Of the attention."""
+    """Attention heads."""
     window: int = 128
     """Positions that a position attends to in each layer, itself among them."""
     patch: int = 8
     """Samples that a position stands for."""
     hidden_channels: int = 0
-    """Between the two matrices of a layer; 0: four times `channels`."""
+    """Channels between the two matrices of a layer; 0: four times `channels`."""
     sample_channels: int = 64
-    """Of the vector that a past sample becomes."""
+    """Channels of a past sample's vector."""
     head_channels: int = 256
-    """Of the two hidden layers of the head, which runs for every sample."""
+    """Channels of the two hidden layers of the head, which runs for every sample."""
 
     def __post_init__(self):
         check_whole(self, layers=1, channels=2, heads=1, window=1, patch=1, hidden_channels=0)
         check_whole(self, sample_channels=1, head_channels=1)
         super().__post_init__()
         if self.channels % (2 * self.heads):
-            raise ValueError(
-                f"{self.channels} channels do not divide into {self.heads} heads of an even number: "
-                f"choose a multiple of {2 * self.heads}"
+            raise WavearError(
+                f"{self.channels} channels do not divide into {self.heads} heads of an even number:"
+                f" choose a multiple of {2 * self.heads}"
             )
         if self.hidden_channels == 0:
             object.__setattr__(self, "hidden_channels", 4 * self.channels)
 
     @property
     def receptive_field(self) -> int:
-        """Past samples that the law of the next one depends on, at most.
+        """Past samples that the next one depends on, at most.
 
         A layer reaches window - 1 positions back, and the input of a position is the patch before
         it: so a position that begins at sample t0 sees `layers * (window - 1) + 1` patches before
@@ -85,34 +87,31 @@ class TransformerConfig(CommonConfig):
 
 
 class Head(nn.Module):
-    """The law of a sample from its position's output, the `patch` samples before it, and its own conditioning."""
+    """A sample's distribution from its position, the `patch` samples before it, and cond."""
 
-    def __init__(self, config: TransformerConfig, channels: int, conditioned: bool):
+    def __init__(self, config: TransformerConfig, channels: int):
         super().__init__()
         width = config.head_channels
         self.position = nn.Linear(config.channels, width, bias=False)
         self.samples = nn.Linear(config.patch * config.sample_channels, width)
         self.place = nn.Embedding(config.patch, width) if config.patch > 1 else None
-        self.conditioning = (
-            nn.Linear(config.conditioning_channels, width, bias=False) if conditioned else None
-        )
+        self.conditioning = conditioning_matrix(config, width)
         self.hidden = nn.Linear(width, width)
         self.out = nn.Linear(width, channels)
 
     def forward(
         self, position: Tensor, samples: Tensor, place: Tensor, cond: Tensor | None
     ) -> Tensor:
-        """Parameters of the law (..., P).
+        """Return parameters (..., P).
 
         Parameters
         ----------
         position : Tensor, shape (..., head channels)
-            `self.position` of the position's output: the same for all samples of a patch, and made
-            once.
+            `self.position` of the position's output: one for all samples of a patch.
         samples : Tensor, shape (..., patch * sample channels)
             Those before, the oldest first.
         place : Tensor of int64, shape (...)
-            Where in its patch the sample lies.
+            Place of the sample in its patch.
         cond : Tensor, shape (..., C), or None
         """
         x = position + self.samples(samples)
@@ -126,18 +125,26 @@ class Head(nn.Module):
 
 @dataclass
 class TransformerState:
-    """The past of every row, each at its own time: a ring of keys and values, where position n lies at n % window."""
+    """The past of every row, each at its own time; ring position n lies at n % window."""
 
     time: Tensor
     """Samples stepped, (B,) int64."""
     codes: Tensor
-    """The last `patch` codes consumed, the oldest first, (B, patch); before the first, silence."""
+    """The last `patch` codes consumed, the oldest first, (B, patch); silence before the first."""
     position: Tensor
-    """What the head knows of the position that the last sample lay in, (B, head channels)."""
+    """`Head.position` of the position that the last sample lay in, (B, head channels)."""
     keys: list[Tensor]
-    """Per layer, (B, heads, window + 1, channels / heads), rotated. The last place takes what is not to be kept."""
+    """Per layer, (B, heads, window + 1, channels / heads), rotated. The last place takes writes
+    that are to be discarded."""
     values: list[Tensor]
     """Likewise."""
+
+    def rings(self) -> dict[str, Tensor]:
+        """Return all keys and values by name."""
+        named: dict[str, Tensor] = {}
+        for i, (keys, values) in enumerate(zip(self.keys, self.values, strict=True)):
+            named |= {f"keys.{i}": keys, f"values.{i}": values}
+        return named
 
 
 class Transformer(AutoregressiveModel):
@@ -153,7 +160,7 @@ class Transformer(AutoregressiveModel):
     Examples
     --------
     >>> model = Transformer(TransformerConfig(layers=2, channels=16, heads=2, window=8, patch=4))
-    >>> model.receptive_field  # 2 layers of 7 patches, the patch before, and up to 3 samples of its own
+    >>> model.receptive_field  # 2 layers of 7 patches, the patch before, up to 3 samples of its own
     63
     >>> model(torch.zeros(1, 100, dtype=torch.long)).shape
     torch.Size([1, 256, 100])
@@ -170,25 +177,19 @@ class Transformer(AutoregressiveModel):
         self.config = config
         self.embedding = make_input(self.law, config.sample_channels, config.coarse_classes)
         self.enter = nn.Linear(config.patch * config.sample_channels, config.channels)
-        conditioned = self.conditioned
-        self.enter_conditioning = (
-            nn.Linear(config.conditioning_channels, config.channels, bias=False)
-            if conditioned
-            else None
-        )
+        self.enter_conditioning = conditioning_matrix(config, config.channels)
         self.blocks = nn.ModuleList(
             Block(config.channels, config.heads, config.hidden_channels)
             for _ in range(config.layers)
         )
-        self.head = Head(config, self.law.channels, conditioned)
+        self.head = Head(config, self.law.channels)
         self.conditioning = make_conditioning(config)
-        self.register_buffer(
-            "turns", turns(config.channels // config.heads, config.window), persistent=False
-        )
+        frequencies = turns(config.channels // config.heads, config.window)
+        self.register_buffer("turns", frequencies, persistent=False)
         self.initialise()
 
     def initialise(self) -> None:
-        """Where training begins: each layer adds little, so that the sum of all has the size of one."""
+        """Let each layer add little at first, so that the sum of all has the size of one."""
         with torch.no_grad():
             for block in self.blocks:
                 for matrix in (block.qkv, block.up):
@@ -197,13 +198,7 @@ class Transformer(AutoregressiveModel):
                     matrix.weight.normal_(std=(matrix.in_features * 2 * self.config.layers) ** -0.5)
             if self.head.place is not None:
                 self.head.place.weight.zero_()
-            if (bias := self.law.initial_bias()) is not None:
-                self.head.out.bias.copy_(bias)
-
-    @property
-    def receptive_field(self) -> int:
-        """Past samples that the law of the next one depends on, at most; see `TransformerConfig`."""
-        return self.config.receptive_field
+        initialise_output(self.head.out, self.law)
 
     @property
     def carries(self) -> bool:
@@ -212,14 +207,14 @@ class Transformer(AutoregressiveModel):
 
     @property
     def multiply_adds(self) -> int:
-        """Per generated sample: the layers' share, once per patch, and the head; a full window, and conditioning."""
+        """Per generated sample, with a full window: the head, and the layers once per patch."""
         config = self.config
         attention = 2 * config.layers * config.window * config.channels
         return round((self._weights(False) + attention) / config.patch) + self._weights(True)
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of float32 weights read per generated sample: the layers' share, once per patch, and the head."""
+        """Bytes of float32 weights read per generated sample: the layers' share, and the head."""
         return 4 * (round(self._weights(False) / self.config.patch) + self._weights(True))
 
     def _weights(self, per_sample: bool) -> int:
@@ -236,19 +231,16 @@ class Transformer(AutoregressiveModel):
         state: TransformerState | None = None,
         previous: Tensor | None = None,
     ) -> Tensor:
-        """See `AutoregressiveModel.forward`."""
         past = self.init_state(len(codes)) if state is None else state
-        return self._run(self.shift(codes, previous), cond, past, keep=state is not None).transpose(
-            1, 2
-        )
+        found = self._run(self.shift(codes, previous), cond, past, keep=state is not None)
+        return found.transpose(1, 2)
 
-    def prefill(
+    @torch.no_grad()
+    def advance(
         self, previous: Tensor, state: TransformerState, cond: Tensor | None = None
     ) -> None:
-        """See `AutoregressiveModel.prefill`."""
-        with torch.no_grad():
-            for part, given in in_parts(previous, cond):
-                self._run(part, given, state, read=False)
+        """See `AutoregressiveModel.advance`: the layers without the head."""
+        self._run(previous, cond, state, read=False)
 
     def _run(
         self,
@@ -258,7 +250,7 @@ class Transformer(AutoregressiveModel):
         keep: bool = True,
         read: bool = True,
     ) -> Tensor:
-        """Parameters (B, T, P) of the samples after each of `given` (B, T), all in parallel, going on from `state`.
+        """Return parameters (B, T, P) of the samples after each of `given` (B, T), from `state` on.
 
         Every row is at its own time, so its positions begin at its own samples, and it may have one
         fewer than others.
@@ -266,23 +258,21 @@ class Transformer(AutoregressiveModel):
         Parameters
         ----------
         keep : bool
-            Bring the state to where it is after the last of `given`.
+            Advance the state past the last of `given`.
         read : bool
-            Else nothing but the state is wanted, and the result is empty.
+            Run the head. Otherwise the result is empty.
         """
         patch, window, device = self.config.patch, self.config.window, given.device
         batch, total = given.shape
-        joined = torch.cat(
-            [state.codes, given], dim=1
-        )  # before sample s lie [s + 1, s + 1 + patch) of it
+        # Before sample s lie [s + 1, s + 1 + patch) of `joined`.
+        joined = torch.cat([state.codes, given], dim=1)
         vectors = self.embedding(joined)
         cond = None if cond is None else cond.transpose(1, 2).expand(batch, -1, -1)
         place = state.time % patch
-        # Where positions begin, in samples from the first of `given`; those at `total` or later are
-        # not reached.
-        begins = -state.time[:, None] % patch + patch * torch.arange(
-            -(-total // patch), device=device
-        )
+        # Begin of each position, in samples from the first of `given`; those at `total` or later
+        # are not reached.
+        numbers = torch.arange(-(-total // patch), device=device)
+        begins = -state.time[:, None] % patch + patch * numbers
         reached = (begins < total).sum(dim=1)
         begins = begins.clamp(max=total - 1)
         begun = -(-state.time // patch)  # positions so far
@@ -292,8 +282,7 @@ class Transformer(AutoregressiveModel):
             assert cond is not None
             x = x + self.enter_conditioning(cond if cond.shape[1] == 1 else _take(cond, begins))
 
-        numbers = begun[:, None] + torch.arange(x.shape[1], device=device)
-        by = rotation(numbers[:, None], self.turns, rotation_period(window), x)
+        by = rotation((begun[:, None] + numbers)[:, None], self.turns, rotation_period(window), x)
         ring = torch.arange(window, device=device)
         before = begun[:, None] - window + ring  # the positions in the ring, the oldest first
         # Afterwards slot s holds the last position that is s modulo the window.
@@ -326,7 +315,6 @@ class Transformer(AutoregressiveModel):
         return self.head(position, samples, steps % patch, cond)
 
     def init_state(self, batch: int) -> TransformerState:
-        """See `AutoregressiveModel.init_state`."""
         config, weight = self.config, self.enter.weight
         shape = (batch, config.heads, config.window + 1, config.channels // config.heads)
         return TransformerState(
@@ -343,7 +331,7 @@ class Transformer(AutoregressiveModel):
         """See `AutoregressiveModel.step`.
 
         On the CPU the layers run where a row begins a patch. A captured graph cannot choose: there
-        they run for every sample, and rows that begin none keep what they had.
+        they run for every sample, and rows that begin none keep their state.
         """
         state.codes.copy_(torch.cat([state.codes[:, 1:], previous[:, None]], dim=1))
         samples = self.embedding(state.codes).flatten(1)
@@ -357,21 +345,18 @@ class Transformer(AutoregressiveModel):
     def _begin(
         self, samples: Tensor, begins: Tensor, state: TransformerState, cond_t: Tensor | None
     ) -> None:
-        """The layers' next position, of the rows that begin one."""
+        """Run the layers for the next position, of the rows that begin one."""
         window = self.config.window
         x = self.enter(samples)
         if self.enter_conditioning is not None:
             x = x + self.enter_conditioning(cond_t)
         number = state.time // self.config.patch
         by = rotation(number[:, None, None], self.turns, rotation_period(window), x)
-        slot = torch.where(begins, number % window, window)[:, None, None, None].expand(
-            -1, *state.keys[0].shape[1:]
-        )
-        slot = slot[:, :, :1]
+        slot = torch.where(begins, number % window, window)[:, None, None, None]
+        slot = slot.expand(-1, *state.keys[0].shape[1:])[:, :, :1]
         unseen = torch.arange(window, device=x.device) > number[:, None]
-        mask = torch.zeros_like(unseen, dtype=x.dtype).masked_fill(unseen, float("-inf"))[
-            :, None, None
-        ]
+        mask = torch.zeros_like(unseen, dtype=x.dtype).masked_fill(unseen, float("-inf"))
+        mask = mask[:, None, None]
         x = x[:, None]
         for block, keys, values in zip(self.blocks, state.keys, state.values, strict=True):
 
@@ -380,9 +365,8 @@ class Transformer(AutoregressiveModel):
             ) -> Tensor:
                 keys.scatter_(2, slot, k)
                 values.scatter_(2, slot, v)
-                past = slice(None, window)
                 return F.scaled_dot_product_attention(
-                    q, keys[:, :, past], values[:, :, past], attn_mask=mask
+                    q, keys[:, :, :window], values[:, :, :window], attn_mask=mask
                 )
 
             x = block(x, by, attend)
@@ -394,23 +378,15 @@ class Transformer(AutoregressiveModel):
 
         `time` (B,), `codes` (B, patch) and `position` (B, head channels) as in `TransformerState`;
         `keys.0`, `values.0`..., (B, window, channels) of each layer, one head after the other, the
-        oldest position first; before the first position they are zero. The last one is position
+        oldest position first; zero before the first position. The last one is position
         (time - 1) // patch; keys are rotated.
         """
+        begun = -(-state.time[:, None] // self.config.patch)
         window = self.config.window
-        before = (
-            -(-state.time[:, None] // self.config.patch)
-            - window
-            + torch.arange(window, device=state.time.device)
-        )
-        tensors = {
-            "time": state.time.clone(),
-            "codes": state.codes.clone(),
-            "position": state.position.clone(),
-        }
-        for i, rings in enumerate(zip(state.keys, state.values, strict=True)):
-            for name, ring in zip(("keys", "values"), rings, strict=True):
-                tensors[f"{name}.{i}"] = _take(ring, before % window, 2).transpose(1, 2).flatten(2)
+        order = (begun + torch.arange(window, device=begun.device)) % window
+        tensors = {name: getattr(state, name).clone() for name in ("time", "codes", "position")}
+        for name, ring in state.rings().items():
+            tensors[name] = _take(ring, order, 2).transpose(1, 2).flatten(2)
         return tensors
 
     def import_state(self, tensors: dict[str, Tensor]) -> TransformerState:
@@ -418,36 +394,28 @@ class Transformer(AutoregressiveModel):
 
         Raises
         ------
-        ValueError
-            If the times or the codes are none.
+        WavearError
+            If the times or the codes are out of range.
         """
         time, codes, window = tensors["time"], tensors["codes"], self.config.window
-        if (
-            int(time.min()) < 0
-            or not 0 <= int(codes.min()) <= int(codes.max()) < self.config.classes
-        ):
-            raise ValueError("the state is damaged: its time or its codes are out of range")
+        low, high = int(codes.min()), int(codes.max())
+        if int(time.min()) < 0 or not 0 <= low <= high < self.config.classes:
+            raise WavearError("the state is damaged: its time or its codes are out of range")
         state = self.init_state(len(time))
         state.time.copy_(time)
         state.codes.copy_(codes)
         state.position.copy_(tensors["position"])
         # Slot s takes the last position that is s modulo the window.
         last = -(-state.time[:, None] // self.config.patch) - 1
-        order = window - 1 - (last - torch.arange(window, device=state.time.device)) % window
-        for i, rings in enumerate(zip(state.keys, state.values, strict=True)):
-            for name, ring in zip(("keys", "values"), rings, strict=True):
-                past = (
-                    tensors[f"{name}.{i}"]
-                    .to(ring)
-                    .unflatten(2, (self.config.heads, -1))
-                    .transpose(1, 2)
-                )
-                ring[:, :, :window] = _take(past, order, 2)
+        order = window - 1 - (last - torch.arange(window, device=last.device)) % window
+        for name, ring in state.rings().items():
+            past = tensors[name].to(ring).unflatten(2, (self.config.heads, -1)).transpose(1, 2)
+            ring[:, :, :window] = _take(past, order, 2)
         return state
 
 
 def _take(x: Tensor, index: Tensor, dim: int = 1) -> Tensor:
-    """Of each row of `x` the entries `index` (B, n) along `dim`, which the last axis follows. A copy."""
+    """Copy each row's entries `index` (B, n) along `dim`, which the last axis follows."""
     shape = [1] * x.dim()
     shape[0], shape[dim] = index.shape
     wide = list(x.shape)
