@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from wavear import GRU, GRUConfig, MelConfig, Stream, audio, generate, load, score
-from wavear.benchmark import speed
+from wavear.benchmark import networks, speed
 from wavear.data.corpus import open_corpus
 from wavear.evaluation import held_out
 from wavear.generation.cpu.ceiling import cost
@@ -383,7 +383,7 @@ def test_wavear_bench_measures_it():
     exact = speed.measure(model, "reference", seconds=0.01)
     assert exact.samples_per_second > 0
     assert exact.error < 1e-5
-    assert {"gru", "gru-512", "wavernn"} <= set(speed.SHAPES)
+    assert {"gru", "gru-512", "wavernn"} <= set(networks.SHAPES)
 
 
 @pytest.mark.parametrize(
