@@ -1,4 +1,4 @@
-"""Writes the part of docs/benchmarks.md on how a layer can be computed: matrix products, convolutions, fused gates.
+"""Write the part of docs/benchmarks.md on the forms of a layer: products, convolutions, gates.
 
     python bench/forms.py                      # both shapes and types, some minutes
     python bench/forms.py --device cuda
@@ -181,7 +181,8 @@ def compare(shape: str, kind: str, device: str, rounds: int, batch: int) -> list
         worst = float((nats - first).abs().max())
         if max(apart[form], worst) > TOLERANCE[kind]:
             raise SystemExit(
-                f"{form} is another function: loss off by {worst:.2g}, gradient by {apart[form]:.2g}"
+                f"{form} is another function: loss off by {worst:.2g}, gradient by "
+                f"{apart[form]:.2g}"
             )
     times: dict[str, list[float]] = {form: [] for form in FORMS}
     for _ in range(rounds):
@@ -215,9 +216,12 @@ def main() -> None:
     lines = [
         f"## Forms of a layer, {'GPU' if arguments.device == 'cuda' else 'CPU'}",
         "",
-        f"Written by `python bench/forms.py --device {arguments.device}`, on {machine(arguments.device)}.",
-        f"Loss and gradient of batches of {BATCH[arguments.device]} crops of {SEGMENT} samples; median of"
-        f" {arguments.rounds} rounds, in turns. **gradient**: how far it is from the first form's, relative.",
+        f"Written by `python bench/forms.py --device {arguments.device}`, on "
+        f"{machine(arguments.device)}.",
+        f"Loss and gradient of batches of {BATCH[arguments.device]} crops of {SEGMENT} samples; "
+        "median of"
+        f" {arguments.rounds} rounds, in turns. **gradient**: how far it is from the first "
+        "form's, relative.",
         "",
         "| shape | type | form | samples/s | of the first | gradient |",
         "|---|---|---|---:|---:|---:|",

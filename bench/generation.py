@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from wavear.benchmark import speed
+from wavear.benchmark import networks, speed
 from wavear.common.atomic import replace_file
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
@@ -55,37 +55,43 @@ CUDA_PLAN = [
 
 CUDA_HEAD = """# Benchmarks on a CUDA card
 
-Written by `python bench/generation.py --device cuda`; `wavear bench --device cuda` measures one network likewise.
+Written by `python bench/generation.py --device cuda`; `wavear bench --device cuda` measures one
+network likewise.
 
-- **samples/s**: of all streams together, uniforms, conditioning and engine. The fastest of several runs.
-- **of the limit**: samples/s over what the card allows (`wavear/generation/cuda/card.py`): every program of the kernel,
-  with up to 16 streams, reads all weights for every sample at 64 bytes a cycle; all programs share what the second-level
-  cache gives, measured in the same run; tensor cores multiply as fast as in a large product, also measured.
-- **error**: the largest difference of a log-probability from `forward` in float64, teacher-forced, over 1,024 samples
-  of 4 streams. **cost**: bits per sample lost against float64 on audio drawn from the model.
+- **samples/s**: of all streams together, uniforms, conditioning and engine. The fastest of
+  several runs.
+- **of the limit**: samples/s over what the card allows (`wavear/generation/cuda/card.py`): every
+  program of the kernel, with up to 16 streams, reads all weights for every sample at 64 bytes a
+  cycle; all programs share what the second-level cache gives, measured in the same run; tensor
+  cores multiply as fast as in a large product, also measured.
+- **error**: the largest difference of a log-probability from `forward` in float64,
+  teacher-forced, over 1,024 samples of 4 streams. **cost**: bits per sample lost against float64
+  on audio drawn from the model.
 """
 
 HEAD = """# Benchmarks
 
 Written by `python bench/generation.py`; `wavear bench` measures one network in the same way.
 
-- **samples/s**: of all streams together, as `wavear.generate` works: uniforms, conditioning and engine. The fastest of
-  many calls in several rounds through all shapes, so that other work on the machine counts least.
-- **of the limit**: samples/s over what this machine allows, the highest of all rounds. For a stream every weight that
-  cannot be used for several samples is read once per sample, at the rate at which this core reads a working set of that
-  size (measured in the same run); a batch shares each read and is bound by the multiply-adds of a core, also measured.
-  Embedding tables and skipped zeros can carry an engine past it.
-- **error**: the largest difference of a log-probability from `forward` in float64, teacher-forced, over
-  1,024 samples of 4 streams. **cost**: bits per sample lost against float64 on audio drawn from the model.
-  The weights are random here; `wavear bench CHECKPOINT` tells the cost for trained ones.
-- Compare figures of one run: the cores of a virtual machine drift, here by a factor of up to 1.6 within minutes.
+- **samples/s**: of all streams together, as `wavear.generate` works: uniforms, conditioning and
+  engine. The fastest of many calls in several rounds through all shapes, so that other work on
+  the machine counts least.
+- **of the limit**: samples/s over what this machine allows, the highest of all rounds. For a
+  stream every weight that cannot be used for several samples is read once per sample, at the rate
+  at which this core reads a working set of that size (measured in the same run); a batch shares
+  each read and is bound by the multiply-adds of a core, also measured. Embedding tables and
+  skipped zeros can carry an engine past it.
+- **error**: the largest difference of a log-probability from `forward` in float64,
+  teacher-forced, over 1,024 samples of 4 streams. **cost**: bits per sample lost against float64
+  on audio drawn from the model. The weights are random here; `wavear bench CHECKPOINT` tells the
+  cost for trained ones.
+- Compare figures of one run: the cores of a virtual machine drift, here by a factor of up to 1.6
+  within minutes.
 """
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description="Write docs/benchmarks.md, or benchmarks_cuda.md: how fast each engine generates."
-    )
+    parser = argparse.ArgumentParser(description="Write docs/benchmarks.md, or benchmarks_cuda.md.")
     parser.add_argument(
         "--seconds", type=float, default=3.0, help="to measure each row for, at least (default 3)"
     )
@@ -108,7 +114,7 @@ def main() -> None:
 
 
 def write(page: Path, lines: Sequence[str]) -> None:
-    """Put the tables into a page; what stands behind them, by hand and by other programs (see `pages`), stays."""
+    """Put the tables into a page, and keep the sections behind them (see `pages`)."""
     whole = page.read_text(encoding="utf-8") if page.exists() else ""
     begin = min(
         (at for at in (whole.find(LIMITS), whole.find("<!-- begin ")) if at >= 0),
@@ -118,75 +124,63 @@ def write(page: Path, lines: Sequence[str]) -> None:
     replace_file(page, lambda path: path.write_text(text, encoding="utf-8"))
 
 
+def section(name: str, costs: Sequence[str], rows: Sequence[speed.Measurement]) -> list[str]:
+    """Return the page's lines about a network."""
+    text = networks.SHAPES[name][0]
+    lines = [f"## {name}", "", f"{text[0].upper()}{text[1:]}.", ""]
+    if costs:
+        lines += [*(f"- {line}" for line in costs), ""]
+    return [*lines, speed.table(rows), ""]
+
+
 def on_card(seconds: float) -> list[str]:
-    """The page's lines."""
+    """Return the page's lines."""
     lines = [CUDA_HEAD]
     for name, engines in CUDA_PLAN:
-        said: list[str] = []
         rows = []
         for engine, weights, batches in engines:
             for batch in batches:
-                arguments = {
-                    "shape": name,
-                    "engines": (engine,),
-                    "weights": weights,
-                    "batches": (batch,),
-                }
-                rows += speed.run(**arguments, device="cuda", seconds=seconds, say=said.append)
+                report = speed.measure_all(
+                    shape=name, engines=(engine,), weights=weights, batches=(batch,),
+                    device="cuda", seconds=seconds,
+                )  # fmt: skip
+                rows += report.rows
         if name == CUDA_PLAN[0][0]:
-            lines += ["## Machine", "", f"{said[0]}.", "", f"{said[1]}.", ""]
-        text = speed.SHAPES[name][0]
-        lines += [f"## {name}", "", f"{text[0].upper()}{text[1:]}.", "", speed.table(rows), ""]
+            lines += ["## Machine", "", f"{report.machine}.", "", f"{report.core}.", ""]
+        lines += section(name, (), rows)
         print(f"{name}\n{speed.table(rows)}", flush=True)
     return lines
 
 
 def on_cpu(seconds: float, rounds: int) -> list[str]:
-    """The page's lines."""
-    said: dict[str, list[str]] = {}
+    """Return the page's lines."""
+    first: dict[str, speed.Report] = {}
     rows = {name: [] for name, *_ in PLAN}
     for number in range(rounds):
         for name, engines, weights, batches in PLAN:
-            said[name], found = [], []
-            for batch, threads in batches:
-                found += speed.run(
-                    shape=name,
-                    engines=engines if batch == 1 else ("numba",),
-                    weights=weights,
-                    batches=(batch,),
-                    threads=threads,
-                    seconds=seconds,
-                    say=said[name].append,
+            reports = [
+                speed.measure_all(
+                    shape=name, engines=engines if batch == 1 else ("numba",), weights=weights,
+                    batches=(batch,), threads=threads, seconds=seconds,
                 )
-            rows[name].append(found)
-            print(f"{name}, round {number + 1} of {rounds}\n{speed.table(found)}", flush=True)
-    machine, core, *_ = said[PLAN[0][0]]
-    lines = [
-        HEAD,
-        "## Machine",
-        "",
-        f"{machine}.",
-        "",
-        f"{core[0].upper()}{core[1:]} (in the last round).",
-        "",
-    ]
-    for name, _, weights, _ in PLAN:
-        text, _ = speed.SHAPES[name]
-        costs = [line for line in said[name] if "per sample" in line][: len(weights)]
-        lines += [
-            f"## {name}",
-            "",
-            f"{text[0].upper()}{text[1:]}.",
-            "",
-            *(f"- {line}" for line in costs),
-            "",
-        ]
-        lines += [speed.table([fastest(same) for same in zip(*rows[name], strict=True)]), ""]
+                for batch, threads in batches
+            ]  # fmt: skip
+            first[name] = reports[0]
+            rows[name].append([row for report in reports for row in report.rows])
+            print(
+                f"{name}, round {number + 1} of {rounds}\n{speed.table(rows[name][-1])}", flush=True
+            )
+    report = first[PLAN[0][0]]
+    core = f"{report.core[0].upper()}{report.core[1:]} (in the last round)."
+    lines = [HEAD, "## Machine", "", f"{report.machine}.", "", core, ""]
+    for name, report in first.items():
+        best = [fastest(same) for same in zip(*rows[name], strict=True)]
+        lines += section(name, report.costs, best)
     return lines
 
 
 def fastest(rounds: Sequence[speed.Measurement]) -> speed.Measurement:
-    """The fastest of measurements of the same, over the highest of the limits measured with them."""
+    """Return the fastest of equal measurements, over the highest of their limits."""
     best = max(rounds, key=lambda row: row.samples_per_second)
     limits = [row.samples_per_second / row.share for row in rounds if row.share is not None]
     return replace(best, share=best.samples_per_second / max(limits)) if limits else best

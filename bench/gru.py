@@ -1,4 +1,4 @@
-"""How many hidden units a GRU may have to run at 22,050 samples per second on one core, in each precision.
+"""Find the most hidden units with which a GRU runs at 22,050 samples per second on one core.
 
     python bench/gru.py                # about a minute
     python bench/gru.py --seconds 10 --sizes 256 512 --weights int8
@@ -21,7 +21,7 @@ from wavear.generation.cpu.ceiling import cost
 from wavear.generation.engines import make_engine
 
 RATE = 22050
-SAMPLES = 1024  # per run, some hundredths of a second: short enough to fall between what else the machine does
+SAMPLES = 1024  # per run, some hundredths of a second: short enough to run undisturbed
 SIZES = {
     "float32": (256, 320, 336, 352, 368, 384, 416),
     "bfloat16": (384, 448, 480, 512, 544, 576),
@@ -71,7 +71,8 @@ def measure(weights: str, sizes: tuple[int, ...], layers: int, seconds: float) -
         read = cost(model.config, weights).hot_bytes / 1e6
         count = sum(parameter.numel() for parameter in model.parameters())
         print(
-            f"| {weights} | {size} | {count:,} | {read:.2f} | {best[size]:,.0f} | {best[size] / RATE:.2f} |",
+            f"| {weights} | {size} | {count:,} | {read:.2f} | {best[size]:,.0f} | "
+            f"{best[size] / RATE:.2f} |",
             flush=True,
         )
 

@@ -1,4 +1,4 @@
-"""How long a large corpus takes to index and to open again, and how much memory; writes it into docs/data.md.
+"""Measure the time and memory to index and open a large corpus; write it into docs/data.md.
 
     python bench/index.py --out docs/data.md
 
@@ -41,7 +41,8 @@ def make(root: Path, files: int, rows: int) -> None:
         audio.write(root / f"source-{number}.wav", waveform, RATE)
     names = []
     for number in range(files):
-        name = f"folder/reader-{number // 1000:03}/chapter-{number // 100 % 10}/utterance-{number:07}.wav"
+        folder = f"folder/reader-{number // 1000:03}/chapter-{number // 100 % 10}"
+        name = f"{folder}/utterance-{number:07}.wav"
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         os.link(root / f"source-{number % _WAVS}.wav", root / name)
         names.append(name)
@@ -156,7 +157,8 @@ def table(results: dict[str, dict[str, float]], files: int, rows: int, load: flo
 
     def row(text: str, name: str) -> str:
         r = results[name]
-        return f"| {text} | {r['seconds']:.1f} s | {r['cpu']:.1f} s | {r['peak'] - r['before']:.0f} MB |"
+        memory = f"{r['peak'] - r['before']:.0f} MB"
+        return f"| {text} | {r['seconds']:.1f} s | {r['cpu']:.1f} s | {memory} |"
 
     first = results["index folder"]
     new = first["new"] / first["seconds"]
@@ -166,10 +168,14 @@ def table(results: dict[str, dict[str, float]], files: int, rows: int, load: flo
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return "\n".join(
         [
-            f"Measured on {cores} cores of {_processor()}, Python {platform.python_version()}, files in the page cache."
-            f" Memory is the peak of the main process above the {first['before']:.0f} MB that `import wavear` takes",
-            "(torch); the processes that read headers take about as much as that each. The load of the machine was"
-            f" {load:.0f} when it began: where that is more than its cores, other work slowed it down, and the seconds"
+            f"Measured on {cores} cores of {_processor()}, Python {platform.python_version()}, "
+            "files in the page cache."
+            f" Memory is the peak of the main process above the {first['before']:.0f} MB that "
+            "`import wavear` takes",
+            "(torch); the processes that read headers take about as much as that each. The load "
+            "of the machine was"
+            f" {load:.0f} when it began: where that is more than its cores, other work slowed "
+            "it down, and the seconds"
             " of computing, of all its processes, say more than those of the clock.",
             "",
             "| | time | computing | memory |",
@@ -182,13 +188,18 @@ def table(results: dict[str, dict[str, float]], files: int, rows: int, load: flo
             ),
             row(f"open that manifest ({rows:,} rows), indexed", "open manifest"),
             "",
-            f"- The first time {new:,.0f} files a second are looked into, so a million files take about"
-            f" {1e6 / new / 60:.0f} minutes, or {1e6 * each / 60:.0f} minutes of one core (extrapolated from"
+            f"- The first time {new:,.0f} files a second are looked into, so a million files "
+            "take about"
+            f" {1e6 / new / 60:.0f} minutes, or {1e6 * each / 60:.0f} minutes of one core "
+            "(extrapolated from"
             f" {files:,}).",
-            f"- Drawing a batch of 16 crops from the {rows:,} rows takes {1000 * draw['batch']:.1f} ms (median of 100),"
-            f" of which finding and making the 16 recordings {1000 * draw['lookup']:.2f} ms; the process that draws"
+            f"- Drawing a batch of 16 crops from the {rows:,} rows takes "
+            f"{1000 * draw['batch']:.1f} ms (median of 100),"
+            f" of which finding and making the 16 recordings {1000 * draw['lookup']:.2f} ms; "
+            "the process that draws"
             f" has held {draw['peak'] - draw['before']:.0f} MB at most.",
-            f"- A list of as many Python objects would take {scaled:,.0f} MB or more (extrapolated from"
+            f"- A list of as many Python objects would take {scaled:,.0f} MB or more "
+            "(extrapolated from"
             f" {objects['rows']:,.0f}).",
         ]
     )

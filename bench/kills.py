@@ -1,4 +1,4 @@
-"""Kill a training run at random moments (SIGKILL), resume it until it is done, and compare it with one never killed.
+"""Kill a training run at random moments, resume it, and compare it with one never killed.
 
     python bench/kills.py --kills 50
 
@@ -191,14 +191,17 @@ def main() -> int:
             found = differences(root / "straight", out)
             unequal += bool(found)
             print(
-                f"run {runs}: {here} kills, {'differs in ' + ', '.join(found[:5]) if found else 'equal'}",
+                f"run {runs}: {here} kills, "
+                f"{'differs in ' + ', '.join(found[:5]) if found else 'equal'}",
                 flush=True,
             )
             runs += 1
             shutil.rmtree(out)
         print(
-            f"{kills} kills ({writing} while a file was being written, {resumed} with a run to resume) in {runs} runs"
-            f" of {arguments.steps} steps: {runs - unequal} of {runs} equal to the uninterrupted one, bit for bit"
+            f"{kills} kills ({writing} while a file was being written, {resumed} with a run to "
+            f"resume) in {runs} runs"
+            f" of {arguments.steps} steps: {runs - unequal} of {runs} equal to the "
+            "uninterrupted one, bit for bit"
         )
         return 1 if unequal else 0
     finally:

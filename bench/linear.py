@@ -1,6 +1,6 @@
-"""What fitting a linear model costs: seconds and memory for a data set, and how near others' coefficients it comes.
+"""Measure the fit of a linear model: seconds, memory, and its distance from others' coefficients.
 
-    python bench/linear.py my/recordings                      # at 22.05 kHz, order 32, with the order chosen, 16 bits
+    python bench/linear.py my/recordings    # 22.05 kHz, order 32, the order chosen, 16 bits
     python bench/linear.py my/recordings --rate 16000 --fits order-32 order-1024
 
 Besides the seconds by the clock there are those of the processor, which other work on the machine
@@ -91,7 +91,8 @@ def compare(recording: Recording, rate: int) -> None:
 
     x = wavear.audio.read(recording.path, rate).numpy()[:_COMPARED].astype(np.float64)
     print(
-        f"\n{recording.name}, {len(x):,} samples, order {_ORDER}, the larger of each coefficient's differences:\n"
+        f"\n{recording.name}, {len(x):,} samples, order {_ORDER}, the larger of each "
+        "coefficient's differences:\n"
     )
     print("| | ours, s | theirs, s | difference | largest coefficient |")
     print("|---|---:|---:|---:|---:|")
@@ -117,7 +118,8 @@ def compare(recording: Recording, rate: int) -> None:
         other = theirs()
         ended = time.perf_counter()
         print(
-            f"| {name} | {middle - began:.3f} | {ended - middle:.3f} | {np.abs(own - other).max():.1e} "
+            f"| {name} | {middle - began:.3f} | {ended - middle:.3f} | "
+            f"{np.abs(own - other).max():.1e} "
             f"| {np.abs(other).max():.2f} |"
         )
 
@@ -132,7 +134,8 @@ def speed(model: Linear, seconds: float = 1.0) -> str:
         began = time.perf_counter()
         engine.generate(draws, None)
         best = max(best, samples / (time.perf_counter() - began))
-    return f"order {model.config.order}, {model.config.law}, {model.grid}: {best / 1e6:.1f} M samples/s"
+    config = model.config
+    return f"order {config.order}, {config.law}, {model.grid}: {best / 1e6:.1f} M samples/s"
 
 
 def main() -> None:
@@ -150,7 +153,8 @@ def main() -> None:
     print(f"{peak():.0f} MiB before the first file")
     made = [fit(recordings, arguments.rate, *FITS[name]) for name in arguments.fits]
     print(
-        "\n| order | codes | minutes | s | processor s | of it sums | of it scale | MiB more | bits | law |"
+        "\n| order | codes | minutes | s | processor s | of it sums | of it scale | MiB more | "
+        "bits | law |"
     )
     print("|---|---|---:|---:|---:|---:|---:|---:|---:|---|")
     print("\n".join(row for _, row in made))

@@ -1,4 +1,4 @@
-"""How many crops a second the loader makes, and whether training waits for them; writes it into docs/data.md.
+"""Measure the loader's crops per second and training's wait; write it into docs/data.md.
 
     python bench/loader.py --out docs/data.md
 
@@ -74,7 +74,7 @@ def _one_thread(worker: int) -> None:
 def rates(
     segments: Segments, batch_size: int, workers: Sequence[int] = (0, 2, 4), seconds: float = 1.5
 ) -> list[float]:
-    """Crops per second with each number of workers, over `seconds`, not counting the start of the workers."""
+    """Return the crops per second of each number of workers, without the start of the workers."""
     found = []
     for number in workers:
         batches = iter(loader_of(segments, batch_size, number))
@@ -91,7 +91,7 @@ def rates(
 def waiting(
     model: wavear.AutoregressiveModel, segments: Segments, batch_size: int, workers: int, steps: int
 ) -> tuple[float, float]:
-    """Seconds of a step (its forward, backward and update), and the share of all time spent waiting for a batch."""
+    """Return the seconds of a step, and the share of all time spent waiting for a batch."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
     waited = worked = 0.0
     batches = iter(loader_of(segments, batch_size, workers))
@@ -128,10 +128,13 @@ def main() -> None:
         layout = layout_of(model, SEGMENT)
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         lines = [
-            f"On {cores} cores of {_processor()}, torch {torch.__version__}: crops per second of {layout.segment}"
-            f" samples of loss and {layout.context} of context at {RATE} Hz, from clips of {_SECONDS} s in the page"
+            f"On {cores} cores of {_processor()}, torch {torch.__version__}: crops per second "
+            f"of {layout.segment}"
+            f" samples of loss and {layout.context} of context at {RATE} Hz, from clips of "
+            f"{_SECONDS} s in the page"
             " cache, in batches of 8; each worker is one process. The load of the machine was"
-            f" {os.getloadavg()[0]:.0f} when it began: where that is more than its cores, other work slowed it down.",
+            f" {os.getloadavg()[0]:.0f} when it began: where that is more than its cores, other "
+            "work slowed it down.",
             "",
             "| | " + " | ".join(f"{n} workers" for n in workers) + " | samples/s, 0 workers |",
             "|---|" + "---:|" * (len(workers) + 1),
@@ -142,14 +145,16 @@ def main() -> None:
             kept = segments if form == "flac" else kept
             found = rates(segments, 8, workers, arguments.seconds)
             lines.append(
-                f"| {form} | {' | '.join(f'{rate:,.0f}' for rate in found)} | {found[0] * layout.segment:,.0f} |"
+                f"| {form} | {' | '.join(f'{rate:,.0f}' for rate in found)} | "
+                f"{found[0] * layout.segment:,.0f} |"
             )
             print(lines[-1], flush=True)
         assert kept is not None
         config = model.config
         lines += [
             "",
-            f"Training {config.layers} layers of {config.residual_channels} residual and {config.skip_channels} skip"
+            f"Training {config.layers} layers of {config.residual_channels} residual and "
+            f"{config.skip_channels} skip"
             " channels from the FLAC clips, 2 crops a step, float32, one thread:",
             "",
             "| workers | a step | waiting for data |",

@@ -1,4 +1,4 @@
-"""Trains a model with each option for the same steps, and writes to docs/training.md what each does to its audio.
+"""Train a model with each option for the same steps; write the effects to docs/training.md.
 
     python bench/options.py --data train.csv --validation dev.csv --out runs/options --minutes 20
     python bench/options.py --data my/recordings --out runs/options --steps 3000 --layers 12
@@ -73,14 +73,15 @@ def run(config: TrainConfig) -> bool:
 
 
 def check_runs(out: str, base: TrainConfig) -> None:
-    """End here if the folder holds runs of other data, or of another model: their numbers are not those asked for."""
+    """Exit if the folder holds runs of other data, or of another model."""
     for path in sorted(Path(out).glob("*/train.json")):
         before = json.loads(path.read_text(encoding="utf-8")).get("config", {})
         for name in ("data", "validation", *VALUES):
             if before and before.get(name) != getattr(base, name):
                 now = getattr(base, name)
                 sys.exit(
-                    f"{path.parent} is a run with {name} {before.get(name)}, now {now}: choose another --out"
+                    f"{path.parent} is a run with {name} {before.get(name)}, now {now}: choose "
+                    "another --out"
                 )
 
 
@@ -115,7 +116,7 @@ def steps_of(arguments: argparse.Namespace, config: TrainConfig) -> int:
 def clips_of(
     config: TrainConfig, count: int, seconds: float
 ) -> list[tuple[str, np.ndarray, float]]:
-    """Held-out clips, evenly spread: name, waveform of whole frames, and the gain that the training gives it."""
+    """Return held-out clips, evenly spread: name, waveform of whole frames, gain in training."""
     corpus = open_corpus(
         config.data,
         sample_rate=config.sample_rate,
@@ -180,16 +181,19 @@ def shown(interval: Interval, digits: int, sign: str = "") -> str:
     """Mean and interval."""
     if interval.low is None or interval.high is None:
         return f"{interval.mean:{sign}.{digits}f}"
-    return f"{interval.mean:{sign}.{digits}f} ({interval.low:{sign}.{digits}f} to {interval.high:{sign}.{digits}f})"
+    low, high = f"{interval.low:{sign}.{digits}f}", f"{interval.high:{sign}.{digits}f}"
+    return f"{interval.mean:{sign}.{digits}f} ({low} to {high})"
 
 
 def table(found: dict[str, Any], steps: int, about: str) -> str:
     """Markdown: the means, and what each option changes, clip by clip."""
     plain, bound = found["plain"], found["bounds"]
     lines = [
-        f"Written by `bench/options.py`. {about[:1].upper()}{about[1:]}, {steps:,} steps each, {len(plain)} held-out"
+        f"Written by `bench/options.py`. {about[:1].upper()}{about[1:]}, {steps:,} steps each, "
+        f"{len(plain)} held-out"
         " clips.",
-        "Means over clips, and 95 % intervals by bootstrap over clips, which say nothing of another seed or run.",
+        "Means over clips, and 95 % intervals by bootstrap over clips, which say nothing of "
+        "another seed or run.",
         "",
         f"| | {' | '.join(MEASURES.values())} |",
         "|---|---:|---:|---:|---:|",
@@ -310,8 +314,12 @@ def main() -> int:
             )
     if "plain" in found:
         made = base.model_config()
-        shape = f"{made.layers} layers, {made.stacks} stacks, {made.residual_channels} residual, {made.skip_channels} skip"
-        about = f"{arguments.about or Path(arguments.data).name}; {shape}, batches of {base.batch_size} x {base.segment}"
+        shape = (
+            f"{made.layers} layers, {made.stacks} stacks, {made.residual_channels} residual, "
+            f"{made.skip_channels} skip"
+        )
+        data = arguments.about or Path(arguments.data).name
+        about = f"{data}; {shape}, batches of {base.batch_size} x {base.segment}"
         write_section(arguments.page, "options", table(found, steps, about))
         print(f"wrote {arguments.page}")
     return 0

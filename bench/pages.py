@@ -1,4 +1,4 @@
-"""Sections of a page that programs write, each between two comments, so that one does not lose what another wrote."""
+"""Sections of a page, each between two comments, that programs write independently."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from wavear.common.atomic import replace_file
 
 
 def write_section(page: Path, name: str, text: str) -> None:
-    """Put `text` between `<!-- begin name -->` and `<!-- end name -->` of a page; without these, at its end."""
+    """Put `text` between `<!-- begin name -->` and `<!-- end name -->`, else at the page's end."""
     begin, end = f"<!-- begin {name} -->", f"<!-- end {name} -->"
     whole = page.read_text(encoding="utf-8") if page.exists() else ""
     section = f"{begin}\n\n{text.strip()}\n\n{end}"

@@ -1,6 +1,6 @@
-"""Where the time of a sample goes in the CPU engine: each part of the network left out in turn, in one run.
+"""Measure each part of the CPU engine's time per sample, by omitting each part in turn.
 
-    python bench/parts.py                              # shape A, one stream on one core, every precision
+    python bench/parts.py                  # one stream on one core, every precision
     python bench/parts.py r9y9 --weights bfloat16 int8 --batch 16 --threads 2
 
 A part is left out in the plan of the network that the compiled loop reads, so the code that runs is
@@ -18,34 +18,37 @@ import numpy as np
 import torch
 
 from wavear import WaveNet, WaveNetConfig
-from wavear.benchmark import speed
-from wavear.generation.cpu import ceiling, products, simd
+from wavear.benchmark import networks, speed
+from wavear.generation.cpu import ceiling, simd
 from wavear.generation.cpu.wavenet import NumbaEngine
 from wavear.models.sampling import uniforms
 
+# The layers' or the network's numbers of the matrices of each part.
+MATRICES = {
+    "current sample": ("now",),
+    "residual and skip": ("residual", "skip"),
+    "conditioning": ("condition",),
+    "head": ("head1", "head2"),
+}
+
 
 def without(engine: NumbaEngine, part: str) -> None:
-    """Leave a part out of an engine's plan: matrices of no blocks, gates of no vectors, a law of one block."""
+    """Leave a part out of an engine's plan: no blocks, no vectors, a law of one block."""
     for group in engine._groups:
-        packed, net = group.packed, group.net
-        now, outwards, skips = ([layer[k] for layer in packed.now] for k in range(3))
-        matrices = {
-            "current sample": now,
-            "residual and skip": [*outwards, *skips],
-            "past taps": [number for taps in packed.past for number in taps],
-            "conditioning": packed.conditions,
-            "head": [packed.head1, packed.head2],
-        }
+        net, layers, blocks = group.net, group.layers, group.packed.matrices["blocks"]
         if part == "products":
-            packed.table[:, products.M_BLOCKS] = 0
+            blocks[:] = 0
         elif part == "gates":
-            net[products.N_GATE_VECTORS] = 0
+            net["gate_vectors"] = 0
         elif part == "softmax and draw":
-            net[products.N_LOGIT_BLOCKS], net[products.N_CLASSES] = 1, simd.BLOCK
+            net["logit_blocks"], net["classes"] = 1, simd.BLOCK
+        elif part == "past taps":
+            for layer in layers[1 if net["table"] else 0 :]:
+                blocks[layer["past"] : layer["past"] + net["taps"] - 1] = 0
         elif part != "nothing":
-            packed.table[
-                [number for number in matrices[part] if number >= 0], products.M_BLOCKS
-            ] = 0
+            for field in MATRICES[part]:
+                numbers = np.atleast_1d(net[field] if part == "head" else layers[field])
+                blocks[numbers[numbers >= 0]] = 0
 
 
 PARTS: tuple[str, ...] = (
@@ -79,7 +82,7 @@ def runner(
 def measure(
     model: WaveNet, weights: str, batch: int, threads: int, samples: int, seconds: float
 ) -> dict[str, float]:
-    """Microseconds per sample of all streams together without each part: the best of rounds over all parts."""
+    """Return the microseconds per sample of all streams without each part, the best of rounds."""
     calls = {part: runner(model, weights, batch, threads, samples, part) for part in PARTS}
     best = dict.fromkeys(PARTS, np.inf)
     began, rounds = time.perf_counter(), 0
@@ -101,10 +104,12 @@ def table(rows: Sequence[tuple[str, dict[str, float]]]) -> str:
     lines.append(f"| whole | {' | '.join(format(best['nothing'], '.2f') for _, best in rows)} |")
     for part in PARTS[1:-1]:
         lines.append(
-            f"| {part} | {' | '.join(format(best['nothing'] - best[part], '.2f') for _, best in rows)} |"
+            f"| {part} | "
+            f"{' | '.join(format(best['nothing'] - best[part], '.2f') for _, best in rows)} |"
         )
     lines.append(
-        f"| whole without all products | {' | '.join(format(best['products'], '.2f') for _, best in rows)} |"
+        "| whole without all products | "
+        f"{' | '.join(format(best['products'], '.2f') for _, best in rows)} |"
     )
     return "\n".join(lines)
 
@@ -113,7 +118,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description="Where the time of a sample goes in the CPU engine."
     )
-    parser.add_argument("shape", nargs="?", default="nv-wavenet", choices=list(speed.SHAPES))
+    parser.add_argument("shape", nargs="?", default="nv-wavenet", choices=list(networks.SHAPES))
     parser.add_argument(
         "--weights", nargs="+", default=["float32", "bfloat16", "int8"], choices=speed.WEIGHTS
     )
@@ -127,21 +132,26 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     torch.manual_seed(0)
-    config = speed.SHAPES[arguments.shape][1]
+    config = networks.SHAPES[arguments.shape][1]
     if not isinstance(config, WaveNetConfig):
-        parser.error(f"{arguments.shape} is no WaveNet: its engine is not taken apart")
+        parser.error(f"{arguments.shape} is not a WaveNet")
     model = WaveNet(config).eval()
     print(speed.machine())
     core = ceiling.measure()
     for weights in arguments.weights:
         cost = ceiling.cost(model.config, weights)
-        print(f"{weights}: multiplying {cost.multiply_adds / core.multiply_adds * 1e6:.1f} us per sample, reading "
-              f"{cost.hot_bytes / core.read_rate(cost.hot_bytes) * 1e6:.1f} us, as this core does at best")  # fmt: skip
+        multiplying = cost.multiply_adds / core.multiply_adds * 1e6
+        reading = cost.hot_bytes / core.read_rate(cost.hot_bytes) * 1e6
+        print(
+            f"{weights}: multiplying {multiplying:.1f} us per sample, reading {reading:.1f} us, "
+            "as this core does at best"
+        )
     with torch.inference_mode():
         shape = arguments.batch, arguments.threads, arguments.samples, arguments.seconds
         rows = [(weights, measure(model, weights, *shape)) for weights in arguments.weights]
     print(
-        f"{arguments.shape}, {arguments.batch} streams on {arguments.threads} cores\n\n{table(rows)}"
+        f"{arguments.shape}, {arguments.batch} streams on {arguments.threads} "
+        f"cores\n\n{table(rows)}"
     )
 
 

@@ -1,4 +1,4 @@
-"""What streaming costs: bits, memory, latency, one core's time; members of a batch; the parallel pass over a prime.
+"""Measure streaming: bits, memory, latency, one core's time; batches; the pass over a prime.
 
     python bench/streaming.py                       # all of it, on a random mel, some minutes
     python bench/streaming.py live --weights bfloat16 --seconds 10
@@ -81,7 +81,8 @@ def live(model: WaveNet, mel: torch.Tensor, weights: str) -> None:
     seconds = stream.position / MEL.sample_rate
     assert first is not None
     print(
-        f"live, {weights}: first sound {stream.latency} frames ({stream.latency * FRAME * 1000:.1f} ms) after the first"
+        f"live, {weights}: first sound {stream.latency} frames "
+        f"({stream.latency * FRAME * 1000:.1f} ms) after the first"
         f" frame begins, {first * 1000:.1f} ms after the last of them is there; frame by frame"
         f" {seconds / spent:.2f} x real time, {cpu / seconds:.0%} of a core"
     )
@@ -114,7 +115,8 @@ def members(model: WaveNet, mel: torch.Tensor, weights: str, count: int = 12) ->
         torch.equal(torch.cat(a), torch.cat(b)) for a, b in zip(apart, together, strict=True)
     )
     print(
-        f"members, {weights}: {count} streams on one core, apart {samples / seconds[0]:.0f} samples/s, together"
+        f"members, {weights}: {count} streams on one core, apart {samples / seconds[0]:.0f} "
+        "samples/s, together"
         f" {samples / seconds[1]:.0f}, {seconds[0] / seconds[1]:.1f} times; the same bits: {same}"
     )
     start = time.perf_counter()
@@ -162,8 +164,10 @@ def prime(model: WaveNet, mel: torch.Tensor, weights: str) -> None:
             e.score(codes[:, :2000], conditioner.span(samples, samples + 2000)) for e in engines
         ]
     print(
-        f"prime, {weights}: 10 s filled in {filled * 1000:.0f} ms, stepped in {stepped:.1f} s; the states differ by"
-        f" {apart:.1e} at most (their numbers reach {size:.1f}), log-probabilities of the next 2000 samples by"
+        f"prime, {weights}: 10 s filled in {filled * 1000:.0f} ms, stepped in {stepped:.1f} s; "
+        "the states differ by"
+        f" {apart:.1e} at most (their numbers reach {size:.1f}), log-probabilities of the next "
+        "2000 samples by"
         f" {np.abs(later[0] - later[1]).max():.1e} nats"
     )
 

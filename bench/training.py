@@ -1,6 +1,6 @@
-"""Writes the part on training of docs/benchmarks.md: samples/s, memory, and the share of time that waits for data.
+"""Write the part on training of docs/benchmarks.md: samples/s, memory, the wait for data.
 
-    python bench/training.py                              # on the CPU: all shapes, about a quarter of an hour
+    python bench/training.py                 # on the CPU: all shapes, a quarter of an hour
     python bench/training.py --device cuda
     python bench/training.py --shapes A --variants bf16 bf16+compile --steps 12
 
@@ -140,8 +140,10 @@ def table(results: dict[str, Any], device: str) -> str:
     lines = [
         f"## Training, {'GPU' if device == 'cuda' else 'CPU'}",
         "",
-        f"Written by `python bench/training.py --device {device}`, on {results['machine']}. Batches of"
-        f" {BATCH[device]} crops of {SEGMENT} samples and the receptive field before them, mels and all.",
+        f"Written by `python bench/training.py --device {device}`, on {results['machine']}. "
+        "Batches of"
+        f" {BATCH[device]} crops of {SEGMENT} samples and the receptive field before them, mels "
+        "and all.",
         "",
         "- **samples/s**: of loss; median over the steps of all rounds but the first two of each.",
         "- **memory**: "
@@ -150,8 +152,10 @@ def table(results: dict[str, Any], device: str) -> str:
             if device == "cuda"
             else "most that the process grew by."
         ),
-        "- **waiting**: share of the time from the end of a step to the beginning of the next, most of it for data.",
-        "- **loader**: samples of loss per second that one process reads, crops and decodes: FLAC, no resampling.",
+        "- **waiting**: share of the time from the end of a step to the beginning of the next, "
+        "most of it for data.",
+        "- **loader**: samples of loss per second that one process reads, crops and decodes: "
+        "FLAC, no resampling.",
     ]
     for shape, (text, _) in SHAPES.items():
         found = {

@@ -1,4 +1,4 @@
-"""The programs in bench/ that measure training: their forms are one function, their pages keep what others wrote."""
+"""The programs in bench/ that measure training and quality, and the pages they write."""
 
 from __future__ import annotations
 
@@ -26,25 +26,20 @@ RATE = 8000
 
 @pytest.fixture
 def program(monkeypatch: pytest.MonkeyPatch):
-    """Imports a module of bench/, which is no package."""
+    """Import a module of bench/, which is not a package."""
     monkeypatch.syspath_prepend(str(BENCH))
     return importlib.import_module
 
 
 @pytest.mark.parametrize("kernel_size", [2, 3])
-def test_all_forms_of_a_layer_are_the_models_own_function(program: Any, kernel_size: int):
+def test_all_forms_of_a_layer_equal_the_models_own(program: Any, kernel_size: int):
     """In float64: losses and gradients to 1e-10."""
     forms = program("forms")
     torch.manual_seed(0)
     config = WaveNetConfig(
-        layers=6,
-        stacks=2,
-        kernel_size=kernel_size,
-        residual_channels=5,
-        skip_channels=7,
-        classes=16,
-        mel=MelConfig(),
-    )
+        layers=6, stacks=2, kernel_size=kernel_size, residual_channels=5, skip_channels=7,
+        classes=16, mel=MelConfig(),
+    )  # fmt: skip
     model = WaveNet(config).double()
     codes = torch.randint(0, 16, (2, 40))
     cond = torch.randn(2, config.conditioning_channels, 40, dtype=torch.float64)
@@ -76,7 +71,7 @@ def test_a_section_is_replaced_and_the_rest_stays(program: Any, tmp_path: Path):
     assert page.read_text() == before
 
 
-def test_tables_of_engines_leave_what_others_and_people_wrote(program: Any, tmp_path: Path):
+def test_tables_of_engines_keep_the_rest_of_a_page(program: Any, tmp_path: Path):
     generation = program("generation")
     page = tmp_path / "page.md"
     generation.write(page, ["# Title", "", "| a table |", ""])
@@ -88,7 +83,7 @@ def test_tables_of_engines_leave_what_others_and_people_wrote(program: Any, tmp_
         assert page.read_text() == "# Title\n\n| another |\n\n" + behind
 
 
-def test_options_of_another_shape_are_not_taken_for_those_asked_for(
+def test_options_of_another_shape_are_refused(
     program: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     options, out = program("options"), tmp_path / "runs"
@@ -99,18 +94,11 @@ def test_options_of_another_shape_are_not_taken_for_those_asked_for(
     (out / "plain" / "train.json").write_text(json.dumps({"config": dataclasses.asdict(config)}))
     begin = ["options.py", "--out", str(out), "--steps", "2", "--learning-rate", "0.001"]
     for words, told in {
-        ("--data", "data", "--layers", "20"): "with layers 10, now 20",
-        ("--data", "more", "--layers", "10"): "with data data, now more",
-        (
-            "--data",
-            "data",
-            "--validation",
-            "dev",
-            "--layers",
-            "10",
-        ): "with validation None, now dev",
+        "--data data --layers 20": "with layers 10, now 20",
+        "--data more --layers 10": "with data data, now more",
+        "--data data --validation dev --layers 10": "with validation None, now dev",
     }.items():
-        monkeypatch.setattr(sys, "argv", [*begin, *words])
+        monkeypatch.setattr(sys, "argv", [*begin, *words.split()])
         with pytest.raises(SystemExit, match=f"plain is a run {told}: choose another --out"):
             options.main()
     monkeypatch.setattr(sys, "argv", [*begin, "--data", "data", "--layers", "10"])
@@ -118,7 +106,8 @@ def test_options_of_another_shape_are_not_taken_for_those_asked_for(
         options.main()
 
 
-def test_options_are_trained_measured_and_not_repeated(tmp_path: Path):
+@pytest.mark.slow
+def test_options_are_trained_measured_and_reused(tmp_path: Path):
     """Two options on noise, some steps: a table, and the second time nothing but the table."""
     generator = np.random.default_rng(0)
     (tmp_path / "data").mkdir()
@@ -128,17 +117,10 @@ def test_options_are_trained_measured_and_not_repeated(tmp_path: Path):
         audio.write(tmp_path / "data" / f"{number}.wav", noise, RATE)
     page = tmp_path / "page.md"
     page.write_text("# Page\n")
-    words = f"--data {tmp_path / 'data'} --out {tmp_path / 'runs'} --page {page} --steps 2 --options plain level"
-    words += " --layers 4 --stacks 2 --residual-channels 8 --skip-channels 8 --segment 512 --sample-rate 8000"
-    command = [
-        sys.executable,
-        str(BENCH / "options.py"),
-        *words.split(),
-        "--clips",
-        "2",
-        "--device",
-        "cpu",
-    ]
+    words = f"--data {tmp_path / 'data'} --out {tmp_path / 'runs'} --page {page} --steps 2"
+    words += " --options plain level --layers 4 --stacks 2 --residual-channels 8"
+    words += " --skip-channels 8 --segment 512 --sample-rate 8000 --clips 2 --device cpu"
+    command = [sys.executable, str(BENCH / "options.py"), *words.split()]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(BENCH.parent)}
 
     def run() -> str:

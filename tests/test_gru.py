@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from wavear import GRU, GRUConfig, MelConfig, audio, score
-from wavear.benchmark import speed
+from wavear.benchmark import networks, speed
 from wavear.data.corpus import open_corpus
 from wavear.evaluation import held_out
 from wavear.generation.cpu.ceiling import cost
@@ -207,7 +207,7 @@ def test_wavear_bench_measures_a_gru():
     exact = speed.measure(model, "reference", seconds=0.01)
     assert exact.samples_per_second > 0
     assert exact.error < 1e-5
-    assert {"gru", "gru-512", "wavernn"} <= set(speed.SHAPES)
+    assert {"gru", "gru-512", "wavernn"} <= set(networks.SHAPES)
 
 
 @pytest.mark.parametrize(

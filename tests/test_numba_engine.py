@@ -1,599 +1,363 @@
-"""The CPU engine against the model's forward and the reference loop, and against itself, to the bit."""
-
-# Numba's settings have no types.
-# pyright: reportPrivateImportUsage=false, reportAttributeAccessIssue=false
+"""The contract of compiled engines, for every family: against forward, the reference, itself."""
 
 from __future__ import annotations
 
-import os
-import shutil
-import subprocess
-import sys
-import warnings
+import copy
+import threading
 from itertools import pairwise
-from pathlib import Path
+from typing import Any
 
-import numba
 import numpy as np
 import pytest
 import torch
-from hypothesis import Phase, example, given, settings
-from hypothesis import strategies as st
-from scipy.stats import chi2
-from torch import Tensor
+from engine_cases import (
+    CASES,
+    PREDICTIVE,
+    WEIGHTS,
+    assert_codes_follow,
+    conditioning,
+    make_gru,
+    make_transformer,
+    make_wavenet,
+    parallel,
+    piece,
+    random_codes,
+    random_uniforms,
+    scored_in_parts,
+)
 
-import wavear
-from wavear.common import compiled as compiled_module
-from wavear.common.compiled import compiled, source_key
-from wavear.generation.cpu.wavenet import NumbaEngine
+from wavear import Stream, generate
+from wavear.generation.engines import make_engine
 from wavear.generation.reference import ReferenceEngine
-from wavear.models.wavenet import WaveNet, WaveNetConfig
 
-# Nats. Sums of some hundred float32 products round to about 1e-6 of their size.
-TOLERANCE = 1e-4
-
-
-def make(gain: float = 2.0, seed: int = 0, **config) -> WaveNet:
-    """A model whose weights are so large that its logits differ, as those of a trained one do."""
-    torch.manual_seed(seed)
-    model = WaveNet(
-        WaveNetConfig(
-            **{"layers": 4, "stacks": 2, "residual_channels": 16, "skip_channels": 32, **config}
-        )
-    )
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.startswith(("blocks", "head")):
-                parameter.mul_(gain)
-    return model.eval()
+cases = pytest.mark.parametrize(("case", "config"), CASES.values(), ids=CASES.keys())
+FIRST = {name: CASES[name] for name in ("wavenet", "gru", "transformer", "predictive")}
+families = pytest.mark.parametrize(("case", "config"), FIRST.values(), ids=FIRST.keys())
+weights_ = pytest.mark.parametrize("weights", WEIGHTS)
 
 
-def conditioning(model: WaveNet, batch: int, samples: int) -> Tensor | None:
-    return (
-        torch.randn(batch, model.config.conditioning_channels, samples)
-        if model.conditioned
-        else None
-    )
+@cases
+def test_scores_equal_forward_whatever_the_cuts(case, config):
+    model = case.make(**config)
+    codes, cond = random_codes(model, 5, 150), conditioning(model, 5, 150)
+    expected = parallel(model, codes, cond)
+    for cuts, threads in (((0, 150), 1), ((0, 1, 2, 70, 150), 2)):
+        engine = case.engine(model, 5, threads=threads)
+        found = scored_in_parts(engine, codes, cond, cuts)
+        np.testing.assert_allclose(found, expected, atol=case.tolerance, rtol=1e-5)
 
 
-def piece(cond: Tensor | None, start: int, stop: int) -> Tensor | None:
-    return cond if cond is None or cond.shape[2] == 1 else cond[:, :, start:stop]
+GROUPINGS = [(1, 1), (2, 2), (3, 1), (5, 2), (13, 1), (29, 2), (40, 1)]
 
 
-@torch.inference_mode()
-def parallel(model: WaveNet, codes: np.ndarray, cond: Tensor | None) -> np.ndarray:
-    """Log-probabilities (B, T) of codes by the model's forward pass."""
-    given = torch.from_numpy(codes)
-    logs = torch.log_softmax(model(given, cond).double(), dim=1)
-    return logs.gather(1, given[:, None])[:, 0].numpy()
-
-
-def random_codes(model: WaveNet, batch: int, samples: int, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, model.config.classes, (batch, samples))
-
-
-def random_uniforms(batch: int, samples: int, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).random((batch, samples))
-
-
-small = st.integers(1, 40)
-
-
-# Shrinking a failure takes minutes; the example found says enough.
-@settings(max_examples=40, deadline=None, derandomize=True, phases=[Phase.explicit, Phase.generate])
-@given(
-    stacks=st.integers(1, 3),
-    depth=st.integers(1, 7),
-    kernel=st.integers(2, 5),
-    residual=small,
-    skip=small,
-    head=small,
-    classes=st.sampled_from([2, 3, 17, 256, 1024, 5003]),
-    speakers=st.sampled_from([0, 3]),
-    channels=small,
-    batch=st.sampled_from([1, 2, 3, 5, 13, 30]),
-    samples=st.integers(1, 150),
-    cut=st.integers(0, 150),
-    constant=st.booleans(),
-    threads=st.sampled_from([1, 2]),
-)
-@example(3, 8, 2, 64, 128, 256, 256, 3, 80, 1, 700, 333, False, 1)
-@example(2, 5, 3, 128, 96, 100, 512, 3, 31, 7, 150, 1, False, 2)
-@example(1, 1, 2, 1, 1, 1, 2, 0, 1, 1, 5, 2, False, 1)
-def test_scores_equal_the_forward_pass(
-    stacks,
-    depth,
-    kernel,
-    residual,
-    skip,
-    head,
-    classes,
-    speakers,
-    channels,
-    batch,
-    samples,
-    cut,
-    constant,
-    threads,
-):
-    model = make(
-        layers=stacks * depth, stacks=stacks, kernel_size=kernel, residual_channels=residual, skip_channels=skip,
-        head_channels=head, classes=classes, speakers=speakers, conditioning_channels=channels,
-    )  # fmt: skip
-    codes = random_codes(model, batch, samples)
-    cond = conditioning(model, batch, 1 if constant else samples)
-    engine = NumbaEngine(model, batch, threads=min(threads, batch))
-    cut = min(cut, samples)
-    found = [
-        engine.score(codes[:, a:b], piece(cond, a, b))
-        for a, b in ((0, cut), (cut, samples))
-        if b > a
-    ]
-    expected = parallel(model, codes, None if cond is None else cond.expand(-1, -1, samples))
-    np.testing.assert_allclose(np.concatenate(found, axis=1), expected, atol=TOLERANCE, rtol=1e-6)
-
-
-@pytest.mark.parametrize("classes", [2, 65536])
-def test_the_fewest_and_the_most_classes(classes):
-    model = make(classes=classes)
-    codes = random_codes(model, 2, 50)
-    codes[0, -2:] = classes - 1
-    np.testing.assert_allclose(
-        NumbaEngine(model, 2).score(codes, None),
-        parallel(model, codes, None),
-        atol=TOLERANCE,
-        rtol=1e-6,
-    )
-    generated = NumbaEngine(model, 2).generate(random_uniforms(2, 50), None)
-    np.testing.assert_array_equal(
-        generated, ReferenceEngine(model, 2).generate(random_uniforms(2, 50), None)
-    )
-
-
-def assert_codes_follow(
-    model: WaveNet, codes: np.ndarray, uniforms: np.ndarray, cond: Tensor | None, tolerance: float
-):
-    """Every code is the one its uniform selects from the law of the forward pass, or the uniform lies within
-    `tolerance` of a boundary between the two."""
-    with torch.inference_mode():
-        law = (
-            torch.softmax(model(torch.from_numpy(codes), cond).double(), dim=1)
-            .cumsum(dim=1)
-            .numpy()
-        )
-    upper = np.take_along_axis(law, codes[:, None], axis=1)[:, 0]
-    lower = np.take_along_axis(law, np.maximum(codes - 1, 0)[:, None], axis=1)[:, 0] * (codes > 0)
-    assert (uniforms >= lower - tolerance).all()
-    assert (uniforms < upper + tolerance).all()
-
-
-@pytest.mark.parametrize(
-    "config",
-    [
-        {"layers": 10, "stacks": 1, "residual_channels": 32},
-        {"kernel_size": 3, "speakers": 2, "classes": 1024},
-    ],
-    ids=["ten layers", "kernel 3, conditioned, 1024 classes"],
-)
-def test_free_running_codes_equal_the_reference(config):
-    model = make(**config)
-    batch, samples = 2, 1500
-    uniforms, cond = random_uniforms(batch, samples), conditioning(model, batch, samples)
-    with torch.inference_mode():
-        found = NumbaEngine(model, batch).generate(uniforms, cond)
-        expected = ReferenceEngine(model, batch).generate(uniforms, cond)
-    # Rounding moves a boundary by about 1e-7; a uniform that near selects another code, and then
-    # another future.
-    assert_codes_follow(model, found, uniforms, cond, 1e-5)
-    for row in range(batch):
-        # The first code that differs: the reference's, too, is within tolerance of being drawn.
-        differ = np.flatnonzero(found[row] != expected[row])
-        part = slice(0, differ[0] + 1 if differ.size else samples)
-        rows = slice(row, row + 1)
-        assert_codes_follow(
-            model,
-            expected[rows, part],
-            uniforms[rows, part],
-            None if cond is None else cond[rows, :, part],
-            1e-5,
-        )
-    assert (found == expected).mean() > 0.5
-    assert len(np.unique(found)) > 20
-
-
-GROUPINGS = [(1, 1), (2, 1), (2, 2), (3, 1), (3, 2), (5, 2), (12, 1), (13, 1), (29, 2), (75, 2)]
-
-
-@pytest.mark.parametrize("weights", ["float32", "bfloat16", "int8"])
-@pytest.mark.parametrize(
-    "config",
-    [{}, {"kernel_size": 3, "residual_channels": 37, "layers": 6, "stacks": 1, "speakers": 2}],
-)
-def test_a_stream_has_the_same_bits_in_every_batch_grouping_and_cut(config, weights):
-    model = make(**config)
-    samples, most = 120, max(batch for batch, _ in GROUPINGS)
+@weights_
+@cases
+def test_a_stream_has_the_same_bits_in_every_batch_grouping_and_cut(case, config, weights):
+    model = case.make(**config)
+    samples, most = 90, max(batch for batch, _ in GROUPINGS)
     uniforms, codes = random_uniforms(most, samples), random_codes(model, most, samples)
     cond = conditioning(model, most, samples)
     temperatures = np.random.default_rng(1).uniform(0.5, 1.5, (most, samples))
-    generated, scored = {}, {}
+    bits: dict[tuple[str, int], set[bytes]] = {}
+    packed = case.engine(model, 1, weights=weights)
     for number, (batch, threads) in enumerate(GROUPINGS):
         # Other streams in other places: every seventh, beginning with the number of the grouping.
         chosen = (np.arange(batch) * 7 + number) % most
         cuts = [0, *sorted({1, 17 + number, 64, 64 + 3 * number}), samples]
-        rows = None if cond is None else cond[chosen]
-        runner = NumbaEngine(model, batch, weights=weights, threads=threads)
-        scorer = NumbaEngine(model, batch, weights=weights, threads=threads)
-        found, scores = [], []
-        for start, stop in pairwise(cuts):
-            part = slice(start, stop)
-            found.append(
-                runner.generate(
-                    uniforms[chosen, part], piece(rows, start, stop), temperatures[chosen, part]
-                )
-            )
-            scores.append(scorer.score(codes[chosen, part], piece(rows, start, stop)))
-        for place, stream in enumerate(chosen):
-            generated.setdefault(stream, set()).add(np.concatenate(found, axis=1)[place].tobytes())
-            scored.setdefault(stream, set()).add(np.concatenate(scores, axis=1)[place].tobytes())
-    assert len(generated) == most
-    assert all(len(found) == 1 for found in generated.values())
-    assert all(len(found) == 1 for found in scored.values())
+        packed._asked_threads = threads
+        runner, scorer = packed.resized(batch), packed.resized(batch)
+        found = [
+            runner.generate(uniforms[chosen, a:b], piece(cond, a, b, chosen),
+                            temperatures[chosen, a:b])
+            for a, b in pairwise(cuts)
+        ]  # fmt: skip
+        scores = [
+            scorer.score(codes[chosen, a:b], piece(cond, a, b, chosen)) for a, b in pairwise(cuts)
+        ]
+        for place, stream in enumerate(chosen.tolist()):
+            for name, parts in (("drawn", found), ("scored", scores)):
+                row = np.concatenate(parts, axis=1)[place].tobytes()
+                bits.setdefault((name, stream), set()).add(row)
+    assert len(bits) == 2 * most
+    assert all(len(rows) == 1 for rows in bits.values())
 
 
-@pytest.mark.parametrize("weights", ["float32", "bfloat16", "int8"])
 @pytest.mark.parametrize(
-    "config",
+    ("case", "config"),
     [
-        {"residual_channels": 64, "skip_channels": 128},
-        {
-            "kernel_size": 3,
-            "residual_channels": 37,
-            "skip_channels": 53,
-            "head_channels": 67,
-            "classes": 333,
-            "speakers": 2,
-        },
-        {
-            "layers": 1,
-            "stacks": 1,
-            "residual_channels": 17,
-            "skip_channels": 18,
-            "head_channels": 19,
-            "classes": 20,
-        },
+        (CASES["wavenet"][0], {"layers": 10, "stacks": 1, "residual_channels": 32}),
+        (CASES["wavenet"][0], {"kernel_size": 3, "speakers": 2, "classes": 1024}),
+        (CASES["gru"][0], {"layers": 1, "channels": 64}),
+        (CASES["gru"][0], {"layers": 3, "channels": 21, "speakers": 2, "classes": 1024}),
+        (CASES["transformer"][0], {"speakers": 2}),
     ],
 )
-def test_a_stream_on_two_cores_has_the_same_bits(config, weights):
-    model = make(**config)
-    codes, uniforms, cond = (
-        random_codes(model, 1, 40),
-        random_uniforms(1, 40),
-        conditioning(model, 1, 40),
-    )
-    one, two = (NumbaEngine(model, 1, weights=weights, threads=threads) for threads in (1, 2))
-    assert len(two._groups) == 2
-    scores = [two.score(codes[:, a:b], piece(cond, a, b)) for a, b in ((0, 11), (11, 12), (12, 40))]
-    np.testing.assert_array_equal(np.concatenate(scores, axis=1), one.score(codes, cond))
-    one, two = (NumbaEngine(model, 1, weights=weights, threads=threads) for threads in (1, 2))
-    np.testing.assert_array_equal(two.generate(uniforms, cond), one.generate(uniforms, cond))
+@torch.inference_mode()
+def test_free_running_codes_equal_the_reference(case, config):
+    model = case.make(**config)
+    samples = 300
+    uniforms, cond = random_uniforms(2, samples), conditioning(model, 2, samples)
+    nats = np.empty((2, samples))
+    found = case.engine(model, 2).generate(uniforms, cond, log_probability=nats)
+    expected = ReferenceEngine(model, 2).generate(uniforms, cond)
+    assert_codes_follow(model, found, uniforms, cond)
+    for row in range(2):
+        # A uniform near a boundary selects another code, and then another future: up to the first
+        # code that differs, the reference's codes are within tolerance too.
+        differ = np.flatnonzero(found[row] != expected[row])
+        stop, rows = differ[0] + 1 if differ.size else samples, slice(row, row + 1)
+        assert_codes_follow(
+            model, expected[rows, :stop], uniforms[rows, :stop], piece(cond, 0, stop, [row])
+        )
+    assert (found == expected).mean() > 0.5
+    assert len(np.unique(found)) > 20
+    np.testing.assert_allclose(nats, parallel(model, found, cond), atol=case.tolerance, rtol=1e-5)
 
 
-def test_constant_conditioning_has_the_bits_of_the_same_for_every_sample():
-    model = make(speakers=2)
-    cond, codes = torch.randn(3, model.config.conditioning_channels, 1), random_codes(model, 3, 40)
-    constant = NumbaEngine(model, 3).score(codes, cond)
-    repeated = NumbaEngine(model, 3).score(codes, cond.expand(-1, -1, 40))
-    np.testing.assert_array_equal(constant, repeated)
+@pytest.mark.parametrize("make", [make_wavenet, make_gru, make_transformer])
+@torch.inference_mode()
+def test_temperature_top_k_and_top_p_equal_those_of_the_reference(make):
+    model, uniforms = make(), random_uniforms(1, 120)
+    temperature = np.where(np.arange(120) < 60, 0.25, 2.0)[None]
+    options: tuple[dict[str, Any], ...] = (
+        {}, {"top_k": 1}, {"top_k": 5}, {"top_p": 0.8}, {"top_k": 9, "top_p": 0.6},
+    )  # fmt: skip
+    for given in options:
+        nats = np.empty((2, 1, 120))
+        found, expected = (
+            engine.generate(uniforms, None, temperature, log_probability=row, **given)
+            for engine, row in zip(
+                (make_engine(model, 1, "numba")[1], ReferenceEngine(model, 1)), nats, strict=True
+            )
+        )
+        np.testing.assert_array_equal(found, expected)
+        np.testing.assert_allclose(nats[0], nats[1], atol=1e-4)
 
 
-def test_bfloat16_is_float32_with_rounded_matrices():
-    model = make(kernel_size=3, speakers=2, residual_channels=20)
-    codes, cond = random_codes(model, 2, 80), torch.randn(2, model.config.conditioning_channels, 80)
-    found = NumbaEngine(model, 2, weights="bfloat16").score(codes, cond)
-    assert np.abs(found - NumbaEngine(model, 2).score(codes, cond)).max() > 1e-3
+@pytest.mark.parametrize("name", ["wavenet, odd", "gru", "gru, mixture", "transformer"])
+def test_constant_conditioning_equals_the_same_for_every_sample(name):
+    case, config = CASES[name]
+    model = case.make(**config)
+    cond, codes = conditioning(model, 3, 1), random_codes(model, 3, 100)
+    constant = case.engine(model, 3).score(codes, cond)
+    repeated = case.engine(model, 3).score(codes, cond.expand(-1, -1, 100))
+    if name == "transformer":  # the head adds it in another place of the sum
+        np.testing.assert_allclose(constant, repeated, atol=case.tolerance)
+    else:
+        np.testing.assert_array_equal(constant, repeated)
+
+
+# The parts of each family that `weights` rounds, by the definition and not by the engine's.
+def is_rounded(model: Any, name: str) -> bool:
+    kind = type(model).__name__
+    if model.get_parameter(name).dim() != 2:
+        return False
+    if kind == "GRU":
+        return name.startswith(("gru.", "head.first", "head.last")) and name != "gru.weight_ih_l0"
+    if kind == "PredictiveWaveNet":
+        return not name.startswith("conditioning.")
+    return name.startswith(("blocks", "head", "enter")) and name != "head.place.weight"
+
+
+@pytest.mark.parametrize("weights", ["bfloat16", "int8"])
+@families
+def test_rounded_weights_equal_a_model_of_rounded_matrices(case, config, weights):
+    model = case.make(**config)
+    codes, cond = random_codes(model, 2, 80), conditioning(model, 2, 80)
+    before = copy.deepcopy(model.state_dict())
+    engine = case.engine(model, 2, weights=weights)
+    found = engine.score(codes, cond)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert np.abs(found - case.engine(model, 2).score(codes, cond)).max() > 1e-4
+    as_run = engine._as_run()
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.dim() > 1 and name.startswith(("blocks", "head")):
-                parameter.copy_(parameter.bfloat16().float())
-    np.testing.assert_array_equal(found, NumbaEngine(model, 2).score(codes, cond))
+        for name, matrix in model.named_parameters():
+            if not is_rounded(model, name):
+                assert torch.equal(matrix, as_run.get_parameter(name)), name
+                continue
+            if weights == "bfloat16":
+                matrix.copy_(matrix.bfloat16().float())
+            else:  # each tap of a dilated convolution is a matrix of its own
+                taps = model.config.kernel_size if name.endswith("dilated.weight") else 1
+                rows = matrix.reshape(len(matrix), taps, -1).double()
+                step = rows.abs().amax(dim=2, keepdim=True) / 127
+                matrix.copy_((torch.round(rows / step) * step).reshape(matrix.shape))
+            torch.testing.assert_close(matrix, as_run.get_parameter(name), rtol=1e-6, atol=1e-8)
+    np.testing.assert_allclose(found, parallel(model, codes, cond), atol=case.tolerance, rtol=1e-5)
 
 
-def test_temperature_divides_the_logits():
-    model, uniforms = make(gain=3.0), random_uniforms(1, 200)
-    temperature = np.where(np.arange(200) < 100, 0.25, 2.0)[None]
-    with torch.inference_mode():
-        found = NumbaEngine(model, 1).generate(uniforms, None, temperature)
-        np.testing.assert_array_equal(
-            found, ReferenceEngine(model, 1).generate(uniforms, None, temperature)
-        )
-        np.testing.assert_array_equal(
-            NumbaEngine(model, 1).generate(uniforms, None, 0.7),
-            ReferenceEngine(model, 1).generate(uniforms, None, 0.7),
-        )
+@cases
+@torch.inference_mode()
+def test_a_state_resumes_on_any_engine(case, config):
+    model = case.make(**config)
+    codes, cond = random_codes(model, 3, 110), conditioning(model, 3, 110)
+    expected = parallel(model, codes, cond)
+    engine, reference = case.engine(model, 3), ReferenceEngine(model, 3)
+    for each in (engine, reference):
+        each.score(codes[:, :60], piece(cond, 0, 60))
+    found = engine.state(1)
+    for name, tensor in reference.state(1).items():
+        assert (found[name].shape, found[name].dtype) == (tensor.shape, tensor.dtype)
+        torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=1e-4)
+    order, rest = [2, 0, 1], (60, 110)
+    goals = engine.resized(3), case.engine(model, 3, threads=1), ReferenceEngine(model, 3)
+    for source in (engine, reference):
+        for goal in goals:
+            goal.score(codes[:, :9], piece(cond, 0, 9))  # it was elsewhere before
+            for place, stream in enumerate(order):
+                goal.load_state(place, source.state(stream))
+            scores = goal.score(codes[order, 60:], piece(cond, *rest, order))
+            np.testing.assert_allclose(
+                scores, expected[order, 60:], atol=2 * case.tolerance, rtol=1e-5
+            )
 
 
-def with_bias_alone(logits: list[float], **config) -> WaveNet:
-    """A model whose law is the softmax of `logits` at every sample."""
-    model = make(
-        layers=1,
-        stacks=1,
-        residual_channels=1,
-        skip_channels=1,
-        head_channels=1,
-        classes=len(logits),
-        **config,
-    )
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.zero_()
-        model.state_dict()["head.3.bias"].copy_(torch.tensor(logits))
-    return model
+@cases
+@torch.inference_mode()
+def test_resuming_from_its_own_state_changes_no_bit_and_a_state_is_a_copy(case, config):
+    model = case.make(**config)
+    uniforms, cond = random_uniforms(3, 100), conditioning(model, 3, 100)
+    whole = case.engine(model, 3).generate(uniforms, cond)
+    first = case.engine(model, 3)
+    first.generate(uniforms[:, :41], piece(cond, 0, 41))
+    order = [2, 0, 1]
+    other = first.resized(3)
+    for place, stream in enumerate(order):
+        other.load_state(place, first.state(stream))
+    found = other.generate(uniforms[order, 41:], piece(cond, 41, 100, order))
+    np.testing.assert_array_equal(found, whole[order, 41:])
+    state = first.state(0)
+    kept = {name: tensor.clone() for name, tensor in state.items()}
+    first.generate(uniforms[:, 41:], piece(cond, 41, 100))
+    assert all(torch.equal(state[name], kept[name]) for name in kept)
+    assert not all(torch.equal(first.state(0)[name], kept[name]) for name in kept)
 
 
-def test_a_million_draws_follow_the_law():
-    logits = np.random.default_rng(0).normal(0, 2, 200)
-    model, draws = with_bias_alone(logits.tolist()), 1_000_000
-    codes = NumbaEngine(model, 100).generate(random_uniforms(100, draws // 100), None)
-    law = np.exp(logits - logits.max())
-    expected = draws * law / law.sum()
-    counts = np.bincount(codes.ravel(), minlength=len(logits))
-    statistic = ((counts - expected) ** 2 / expected).sum()
-    # Both tails: too good a fit is as wrong as a bad one.
-    assert 1e-4 < chi2.sf(statistic, len(logits) - 1) < 1 - 1e-4
+@weights_
+@families
+@torch.inference_mode()
+def test_filling_equals_scoring(case, config, weights):
+    model = case.make(**{"speakers": 2, **config})
+    codes, cond = random_codes(model, 2, 150), conditioning(model, 2, 150)
+    filled, scored = (case.engine(model, 2, weights=weights) for _ in range(2))
+    for stream in range(2):
+        filled.fill(stream, codes[stream, :100], piece(cond, 0, 100, [stream]))
+    scored.score(codes[:, :100], piece(cond, 0, 100))
+    for name, tensor in scored.state(1).items():
+        torch.testing.assert_close(filled.state(1)[name], tensor, rtol=1e-4, atol=1e-4)
+    rest = [engine.score(codes[:, 100:], piece(cond, 100, 150)) for engine in (filled, scored)]
+    np.testing.assert_allclose(rest[0], rest[1], atol=case.tolerance, rtol=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("first", "second", "classes"), [(2, 4, 7), (2, 20, 40), (20, 37, 40), (16, 32, 64)]
-)
-def test_codes_without_probability_are_never_drawn(first, second, classes):
-    """Not even by a uniform on the very boundary, within a block of the sums or between two."""
-    logits = np.full(classes, -300.0)
-    logits[[0, -1]] = -np.inf
-    logits[[first, second]] = 0.0
-    ends = np.array([[0.0, 2.0**-53, 0.25, 0.5 - 2.0**-53, 0.5, 0.75, 1 - 2.0**-53]])
-    codes = NumbaEngine(with_bias_alone(logits.tolist()), 1).generate(ends, None)
-    assert codes.tolist() == [[first] * 4 + [second] * 3]
-
-
-def test_weights_changed_in_place_loaded_or_swapped_are_the_ones_used():
-    model, other = make(seed=0), make(seed=1)
-    codes = random_codes(model, 1, 30)
-
-    def agrees() -> bool:
-        return (
-            np.abs(NumbaEngine(model, 1).score(codes, None) - parallel(model, codes, None)).max()
-            < TOLERANCE
-        )
-
-    assert agrees()
+@families
+def test_a_new_engine_runs_the_weights_changed_in_place(case, config):
+    model = case.make(**config)
+    codes, cond = random_codes(model, 1, 30), conditioning(model, 1, 30)
+    other = case.make(**config, seed=1)
     for change in (
         lambda: model.load_state_dict(other.state_dict()),
         lambda: [parameter.data.mul_(1.1) for parameter in model.parameters()],
-        lambda: [
-            parameter.data.copy_(parameter.data * 0.9 + 0.01) for parameter in model.parameters()
-        ],
-        lambda: setattr(
-            model.embedding, "weight", torch.nn.Parameter(torch.randn_like(model.embedding.weight))
-        ),
     ):
-        before = NumbaEngine(model, 1).score(codes, None)
+        before = case.engine(model, 1).score(codes, cond)
         change()
-        assert np.abs(NumbaEngine(model, 1).score(codes, None) - before).max() > 1e-3
-        assert agrees()
+        found = case.engine(model, 1).score(codes, cond)
+        assert np.abs(found - before).max() > 1e-3
+        expected = parallel(model, codes, cond)
+        np.testing.assert_allclose(found, expected, atol=case.tolerance, rtol=1e-5)
 
 
 @pytest.mark.parametrize("precision", [torch.float16, torch.bfloat16, torch.float64])
-def test_a_model_of_another_precision(precision):
-    model = make(speakers=2).to(precision)
-    codes, cond = (
-        random_codes(model, 1, 40),
-        torch.randn(1, model.config.conditioning_channels, 40).to(precision),
-    )
-    found = NumbaEngine(model, 1).score(codes, cond)
-    np.testing.assert_allclose(found, parallel(model.float(), codes, cond.float()), atol=TOLERANCE)
+@families
+def test_a_model_of_another_precision_runs_in_float32(case, config, precision):
+    model = case.make(**{"speakers": 2, **config}).to(precision)
+    codes, cond = random_codes(model, 2, 40), conditioning(model, 2, 40).to(precision)
+    found = case.engine(model, 2).score(codes, cond)
+    expected = parallel(model.float(), codes, cond.to(torch.float32))
+    np.testing.assert_allclose(found, expected, atol=case.tolerance, rtol=1e-5)
 
 
 @pytest.mark.cuda
-def test_a_model_on_another_device():
-    model = make(speakers=2)
-    codes, cond = random_codes(model, 1, 40), torch.randn(1, model.config.conditioning_channels, 40)
+def test_a_model_on_another_device_runs_on_the_cpu():
+    case, config = CASES["wavenet, odd"]
+    model = case.make(**config)
+    codes, cond = random_codes(model, 1, 40), conditioning(model, 1, 40)
     expected = parallel(model, codes, cond)
-    found = NumbaEngine(model.cuda(), 1).score(codes, cond.cuda())
-    np.testing.assert_allclose(found, expected, atol=TOLERANCE)
+    found = case.engine(model.cuda(), 1).score(codes, cond.cuda())
+    np.testing.assert_allclose(found, expected, atol=case.tolerance)
 
 
-def test_what_cannot_be_run_is_refused_by_name():
-    model = make(speakers=2)
-    channels = model.config.conditioning_channels
-    cond = torch.zeros(2, channels, 10)
-    for arguments, message in (
-        ((2, torch.zeros(2, 10), cond, "int4"), "int4"),
-        ((0, torch.zeros(2, 10), cond, "float32"), "batch is 0"),
-        ((3, torch.zeros(2, 10), cond, "float32"), "for 3 streams"),
-        ((2, torch.zeros(2, 10), None, "float32"), "conditioned"),
-        ((2, torch.zeros(2, 10), cond[:, :-1], "float32"), f"expected \\(2, {channels}, 10\\)"),
+@families
+def test_unusable_arguments_are_refused_by_name(case, config):
+    model = case.make(**{"speakers": 2, **config})
+    cond, uniforms, classes = conditioning(model, 2, 10), np.zeros((2, 10)), model.config.classes
+    for call, message in (
+        (lambda: case.engine(model, 2, weights="int4"), "weights is 'int4'"),
+        (lambda: case.engine(model, 0), "batch is 0"),
+        (lambda: case.engine(model, 1, threads=0), "threads is 0"),
+        (lambda: case.engine(torch.nn.Linear(1, 1), 1), "not Linear: use engine 'reference'"),
+        (lambda: case.engine(model, 3).generate(uniforms, cond), "for 3 streams"),
+        (lambda: case.engine(model, 2).generate(uniforms, None), "cond"),
+        (lambda: case.engine(model, 2).generate(uniforms, cond[:, :, :9]), "9"),
+        (
+            lambda: case.engine(model, 2).score(np.full((2, 10), classes), cond),
+            f"reach from {classes} to {classes}, expected 0 to {classes - 1}",
+        ),
     ):
-        batch, uniforms, condition, weights = arguments
         with pytest.raises(ValueError, match=message):
-            NumbaEngine(model, batch, weights=weights).generate(uniforms.numpy(), condition)
-    with pytest.raises(ValueError, match="expected 0 to 255"):
-        NumbaEngine(model, 2).score(np.full((2, 10), 256), cond)
-    with pytest.raises(ValueError, match="reference"):
-        NumbaEngine(torch.nn.Linear(1, 1), 1)  # type: ignore[arg-type]
+            call()
+    assert case.engine(model, 2).generate(uniforms[:, :0], piece(cond, 0, 0)).shape == (2, 0)
 
 
-@pytest.mark.parametrize("batch", [1, 4])
-def test_logits_that_are_no_numbers_are_an_error(batch):
-    model = make()
+def test_unusable_conditioning_is_refused():
+    model, free = make_wavenet(speakers=2), make_gru()
+    channels = model.config.conditioning_channels
+    engine = make_engine(model, 2, "numba")[1]
+    with pytest.raises(ValueError, match=rf"expected \(2, {channels}, 10\)"):
+        engine.generate(np.zeros((2, 10)), torch.zeros(2, channels - 1, 10))
+    with pytest.raises(ValueError, match="unconditional, and cond is given"):
+        make_engine(free, 1, "numba")[1].generate(np.zeros((1, 3)), torch.zeros(1, 80, 3))
+
+
+@families
+def test_non_finite_values_are_an_error(case, config):
+    model = case.make(**config)
+    names = "head.3.bias", "head.last.bias", "head.out.bias", "output.bias"
+    (last,) = (value for name, value in model.named_parameters() if name in names)
+    cond = conditioning(model, 4, 10)
     with torch.no_grad():
-        model.blocks[1].dilated.bias[3] = torch.nan
-    with pytest.raises(ValueError, match="NaN"):
-        NumbaEngine(model, batch).generate(random_uniforms(batch, 10), None)
+        last[0] = torch.nan
+    for batch in (1, 4):
+        engine = case.engine(model, batch)
+        with pytest.raises(ValueError, match="infinite or NaN: check the model's weights"):
+            engine.generate(random_uniforms(batch, 10), piece(cond, 0, 10, range(batch)))
 
 
-# The cache of compiled code, tried with functions that compile in an instant.
+@families
+def test_auto_is_numba_on_the_cpu_and_a_stream_equals_the_recording(case, config):
+    model = case.make(**config)
+    name, engine = make_engine(model, 2, weights="bfloat16")
+    assert (name, type(engine)) == ("numba", case.engine)
+    if case is PREDICTIVE:  # in test_numba_predictive: its streams need mels
+        return
+    speaker = 1 if model.config.speakers else None
+    whole = generate(model, samples=1000, speaker=speaker, seed=5)[0]
+    stream = Stream(model, seed=5, speaker=speaker)
+    parts = [stream.pull(n) for n in (1, 300, 400)]
+    later = Stream.load(model, stream.state())
+    assert torch.equal(torch.cat([*parts, later.pull(299)]), whole)
 
 
-def _double(x):
-    return 2 * x
-
-
-@pytest.fixture
-def cache(tmp_path, monkeypatch) -> Path:
-    monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setattr(compiled_module, "_warned", False)
-    return tmp_path / "cache"
-
-
-def stored(cache: Path) -> list[Path]:
-    return sorted(cache.rglob("*.nbc"))
-
-
-def test_compiled_code_is_kept_and_found_again(cache):
-    before = numba.config.CACHE_DIR
-    first = compiled(_double, "int64(int64)")
-    assert first(4) == 8
-    assert len(stored(cache)) == 1
-    assert sum(first.stats.cache_hits.values()) == 0
-    again = compiled(_double, "int64(int64)")
-    assert again(4) == 8
-    assert sum(again.stats.cache_hits.values()) == 1
-    assert before == numba.config.CACHE_DIR
-
-
-def test_a_changed_source_compiles_anew(cache, monkeypatch):
-    compiled(_double, "int64(int64)")
-    monkeypatch.setattr(compiled_module, "source_key", lambda path: "other")
-    assert sum(compiled(_double, "int64(int64)").stats.cache_hits.values()) == 0
-
-
-def test_sources_of_the_kernels_and_the_compiler_are_in_the_key_and_others_are_not(
-    tmp_path, monkeypatch
-):
-    package = tmp_path / "wavear"
-    shutil.copytree(
-        Path(wavear.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__")
-    )
-    engines = package / "generation" / "cpu"
-    monkeypatch.setattr(compiled_module, "__file__", str(package / "common" / "compiled.py"))
-    loop, ceiling = engines / "wavenet_loop.py", engines / "ceiling.py"
-    before = source_key(loop)
-    for name, source in {"simd.py": True, "../../common/compiled.py": True, "wavenet_loop.py": True, "products.py": True,
-                         "__init__.py": False, "wavenet.py": False, "wavenet_plan.py": False, "packing.py": False,
-                         "../streams.py": False}.items():  # fmt: skip
-        text = (engines / name).read_bytes()
-        (engines / name).write_bytes(text + b"# changed\n")
-        assert (source_key(loop) != before) == source, name
-        (engines / name).write_bytes(text)
-    assert source_key(loop) == before != source_key(ceiling)
-    before = source_key(ceiling)
-    (package / "models" / "wavenet.py").write_text("")
-    assert source_key(ceiling) != before  # in other directories too
-    before = source_key(loop)
-    monkeypatch.setattr(numba, "__version__", "0.0.0")
-    assert source_key(loop) != before
-
-
-_CHANGES = """
-import sys
-from wavear.generation.cpu import kernel_of_a_test
-print(kernel_of_a_test.outer(4), sum(kernel_of_a_test.outer.stats.cache_hits.values()))
-"""
-
-
-def test_a_change_in_a_file_that_a_kernel_calls_recompiles_and_another_does_not(tmp_path):
-    package = tmp_path / "wavear"
-    shutil.copytree(
-        Path(wavear.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__")
-    )
-    inner = package / "generation" / "cpu" / "part_of_a_test.py"
-    (package / "generation" / "cpu" / "kernel_of_a_test.py").write_text(
-        "from wavear.common.compiled import compiled\n"
-        "from wavear.generation.cpu.part_of_a_test import inner\n"
-        "def _outer(x):\n    return inner(x)\n"
-        "outer = compiled(_outer, 'int64(int64)')\n"
-    )
-    environment = {
-        **os.environ,
-        "PYTHONPATH": str(tmp_path),
-        "NUMBA_CACHE_DIR": str(tmp_path / "cache"),
-    }
-    found = []
-    for factor, comment in ((2, ""), (2, "# another"), (3, "# another")):
-        inner.write_text(f"import numba\n@numba.njit\ndef inner(x):\n    return {factor} * x\n")
-        (package / "generation" / "cpu" / "wavenet.py").write_text(comment)
-        result = subprocess.run([sys.executable, "-c", _CHANGES], capture_output=True, text=True, check=True,
-                                env=environment, cwd=tmp_path)  # fmt: skip
-        found.append(result.stdout.split())
-    assert found == [["8", "0"], ["8", "1"], ["12", "0"]]
-
-
-def test_another_processor_compiles_anew(cache, tmp_path):
-    program = tmp_path / "program.py"
-    program.write_text(
-        "from wavear.common.compiled import compiled\n"
-        "def double(x):\n    return 2 * x\n"
-        "assert compiled(double, 'int64(int64)')(4) == 8\n"
-    )
-    for processor in ({}, {"NUMBA_CPU_NAME": "generic"}):
-        subprocess.run([sys.executable, program], check=True, env={**os.environ, **processor})
-    assert len(stored(cache)) == 2
-
-
-def test_a_cache_that_cannot_be_written_is_said_once_and_does_without(tmp_path, monkeypatch):
-    (tmp_path / "file").write_text("")
-    monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path / "file" / "cache"))
-    monkeypatch.setattr(compiled_module, "_warned", False)
-    with pytest.warns(UserWarning, match="NUMBA_CACHE_DIR"):
-        assert compiled(_double, "int64(int64)")(4) == 8
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert compiled(_double, "int64(int64)")(4) == 8
-
-
-def test_a_damaged_cache_does_without(cache):
-    compiled(_double, "int64(int64)")
-    for path in cache.rglob("*.nb?"):
-        path.write_bytes(b"damaged")
-    with pytest.warns(UserWarning, match="not kept"):
-        assert compiled(_double, "int64(int64)")(4) == 8
-
-
-_ON_ANOTHER_PROCESSOR = """
-import numpy as np
-import torch
-from wavear.generate import _simd
-from wavear.generation.cpu.wavenet import NumbaEngine
-from wavear.generation.cpu.wavenet_loop import kernels
-from wavear.models.wavenet import WaveNet, WaveNetConfig
-assert kernels.cache_info().currsize == 0  # importing compiles nothing
-torch.manual_seed(0)
-model = WaveNet(WaveNetConfig(layers=4, stacks=2, residual_channels=24, skip_channels=20))
-codes = np.random.default_rng(0).integers(0, 256, (5, 40))
-scores = [NumbaEngine(model, b).score(codes[:b], None)[0] for b in (1, 2, 5)]
-print(_simd.LANES, *(row.tobytes().hex() for row in scores))
-"""
-
-
-def test_narrower_vectors_give_the_same_bits():
-    """As on a processor with AVX2 and without AVX-512. (Compiles once, then comes from the cache.)"""
-    outputs = []
-    narrow = {
-        "NUMBA_CPU_NAME": "haswell",
-        "NUMBA_CPU_FEATURES": "+avx2,+avx,+fma,+sse4.2,+bmi,+bmi2,+popcnt",
-    }
-    if not {"avx2", "fma"} <= _features():
-        pytest.skip("needs a processor with AVX2")
-    for environment in ({}, narrow):
-        command = [sys.executable, "-c", _ON_ANOTHER_PROCESSOR]
-        result = subprocess.run(command, capture_output=True, text=True, check=True,
-                                env={**os.environ, **environment})  # fmt: skip
-        outputs.append(result.stdout.split())
-    assert outputs[1][0] == "8"
-    assert len({row for found in outputs for row in found[1:]}) == 1
-
-
-def _features() -> set[str]:
-    from wavear.generation.cpu.simd import machine_features
-
-    return {name for name, present in machine_features()[1].items() if present}
+def test_other_threads_run_during_a_call():
+    """The loop over samples holds no lock of the interpreter."""
+    model = make_gru(channels=200, layers=2)
+    engine = make_engine(model, 1, "numba", threads=1)[1]
+    engine.generate(random_uniforms(1, 10), None)
+    turns, done = [0], threading.Event()
+    uniforms = random_uniforms(1, 10000)
+    runner = threading.Thread(target=lambda: (engine.generate(uniforms, None), done.set()))
+    runner.start()
+    while not done.is_set():
+        turns[0] += 1
+    runner.join()
+    # With the lock held this thread would get a turn before the call and one after it.
+    assert turns[0] > 500

@@ -1,4 +1,4 @@
-"""The predictive WaveNet on the CPU engine: against forward, the reference loop, its own rounding, and to the bit."""
+"""The predictive WaveNet on the CPU engine: law, streams, states, primes, CUDA graphs."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ CONFIGS = {
 }
 configs = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
 few = settings(
-    max_examples=12, deadline=None, derandomize=True, phases=[Phase.explicit, Phase.generate]
+    max_examples=6, deadline=None, derandomize=True, phases=[Phase.explicit, Phase.generate]
 )
 ROUNDED = ["float32", "bfloat16", "int8"]
 ENGINES = [("reference", "float32"), *(("numba", weights) for weights in ROUNDED)]
@@ -62,13 +62,8 @@ def conditioning(model: Any, batch: int, samples: int) -> Any:
 
 def codes_of(model: Any, batch: int, samples: int) -> np.ndarray:
     codes = random_codes(model, batch, samples).numpy()
-    codes[:, samples // 2] = (
-        0,
-        65535,
-        32768,
-        1000,
-        60000,
-    )  # clipped residuals, and the ends of the grid
+    # Clipped residuals, and the ends of the grid.
+    codes[:, samples // 2] = 0, 65535, 32768, 1000, 60000
     return codes
 
 
@@ -86,12 +81,12 @@ def parallel(model: Any, codes: np.ndarray, cond: Any) -> np.ndarray:
 
 
 @configs
-@pytest.mark.parametrize("cuts", [[0, 311], [0, 1, 2, 100, 311]], ids=str)
-def test_scores_equal_forward(config, cuts):
+def test_scores_equal_forward_whatever_the_cuts(config):
     model = make(config)
     codes, cond = codes_of(model, 5, 311), conditioning(model, 5, 311)
     engine = NumbaPredictiveEngine(model, 5, threads=1)
-    found = [engine.score(codes[:, a:b], cond[:, :, a:b]) for a, b in pairwise(cuts)]
+    cuts = pairwise([0, 1, 2, 100, 311])
+    found = [engine.score(codes[:, a:b], cond[:, :, a:b]) for a, b in cuts]
     # Far from the law, nats are many: 1e-6 of them.
     np.testing.assert_allclose(
         np.concatenate(found, axis=1), parallel(model, codes, cond), atol=TOLERANCE, rtol=1e-6
@@ -100,7 +95,7 @@ def test_scores_equal_forward(config, cuts):
 
 @configs
 def test_the_same_uniforms_give_the_codes_of_the_reference(config):
-    """And every code is the one that its uniform selects from the law of forward, to a step of the grid."""
+    """And every uniform selects its code from the law of forward, to a step of the grid."""
     model = make(config)
     with torch.inference_mode():
         u, cond = draws(1, 600), conditioning(model, 1, 600)
@@ -129,43 +124,6 @@ def test_the_same_uniforms_give_the_codes_of_the_reference(config):
     assert len(np.unique(found)) > 200
 
 
-@configs
-@pytest.mark.parametrize("weights", ["bfloat16", "int8"])
-def test_rounded_weights_are_those_of_the_rounded_network(config, weights):
-    model = make(config)
-    codes, cond = codes_of(model, 5, 120), conditioning(model, 5, 120)
-    engine = NumbaPredictiveEngine(model, 5, weights=weights)
-    rounded: Any = engine._as_run()
-    found = engine.score(codes, cond)
-    # A scale multiplies an int8's sum, instead of each weight.
-    np.testing.assert_allclose(found, parallel(rounded, codes, cond), atol=TOLERANCE, rtol=1e-6)
-    assert np.abs(found - parallel(model, codes, cond)).max() > 1e-4
-    for name, parameter in model.named_parameters():
-        same = torch.equal(parameter, rounded.get_parameter(name))
-        assert same == (name.startswith("conditioning.") or name.endswith("bias")), name
-
-
-@pytest.mark.parametrize("precision", [torch.float64, torch.bfloat16, torch.float16])
-def test_a_model_of_another_precision(precision):
-    model = make(CONFIGS["causal, speakers"]).to(precision)
-    codes, cond = codes_of(model, 5, 100), conditioning(model, 5, 100)
-    found = NumbaPredictiveEngine(model, 5).score(codes, cond)
-    wide = cond.to(torch.float32)
-    np.testing.assert_allclose(found, parallel(model.float(), codes, wide), atol=2e-5, rtol=1e-6)
-
-
-def test_scores_of_the_public_function_do_not_depend_on_the_engine():
-    model = make(CONFIGS["causal, speakers"])
-    waveform = model.grid.decode(random_codes(model, 2, 500))
-    mel = random_mel(model, 2, 21)
-    expected = score(model, waveform, mel, speaker=[2, 0])
-    for engine in ("numba", "reference"):
-        found = score(model, waveform, mel, speaker=[2, 0], engine=engine)
-        torch.testing.assert_close(found, expected, rtol=1e-6, atol=TOLERANCE)
-    rounded = score(model, waveform, mel, speaker=[2, 0], engine="numba", weights="int8")
-    assert 1e-4 < (rounded - expected).abs().max() < 1
-
-
 def test_scores_do_not_depend_on_the_chunks_of_the_parallel_pass(monkeypatch):
     model = make(CONFIGS["kernel 3"], torch.float64)
     waveform, mel = model.grid.decode(random_codes(model, 1, 700)), random_mel(model, 1, 30)
@@ -186,39 +144,6 @@ def test_silence_for_a_mel_makes_finite_quiet_audio():
 
 # ---- to the bit
 
-GROUPINGS = [(1, 1), (2, 1), (3, 2), (7, 1), (9, 2)]
-
-
-@pytest.mark.parametrize("weights", ROUNDED)
-@configs
-def test_a_stream_has_the_same_bits_in_every_batch_chunking_and_thread(config, weights):
-    model, samples = make(config), 130
-    u, codes = draws(9, samples), random_codes(model, 9, samples).numpy()
-    with torch.inference_mode():
-        cond = conditioning(model, 9, samples)
-    temperatures = np.random.default_rng(1).uniform(0.5, 1.5, (9, samples))
-    generated: dict[int, set[bytes]] = {}
-    scored: dict[int, set[bytes]] = {}
-    for number, (batch, threads) in enumerate(GROUPINGS):
-        chosen = (np.arange(batch) * 4 + number) % 9
-        cuts = sorted({0, 1, 17 + number, 64, 64 + 3 * number, samples})
-        rows = cond[torch.from_numpy(chosen), :, :]
-        runner, scorer = (
-            NumbaPredictiveEngine(model, batch, weights=weights, threads=threads) for _ in range(2)
-        )
-        found, scores = [], []
-        for a, b in pairwise(cuts):
-            part = rows[:, :, a:b]
-            found.append(runner.generate(u[chosen, a:b], part, temperatures[chosen, a:b]))
-            scores.append(scorer.score(codes[chosen, a:b], part))
-        for place, stream in enumerate(chosen.tolist()):
-            generated.setdefault(stream, set()).add(np.concatenate(found, axis=1)[place].tobytes())
-            scored.setdefault(stream, set()).add(np.concatenate(scores, axis=1)[place].tobytes())
-    assert len(generated) == 9
-    assert all(len(found) == 1 for found in generated.values())
-    assert all(len(found) == 1 for found in scored.values())
-    assert len({row for found in generated.values() for row in found}) == 9
-
 
 @few
 @given(
@@ -231,7 +156,7 @@ def test_a_stream_has_the_same_bits_in_every_batch_chunking_and_thread(config, w
 @example([1, 2, 3, 4, 5, 6, 7], True, False, 1, ("numba", "float32"))
 @example([0, 0, 13, 30], False, True, 2, ("numba", "int8"))
 @example([5, 6], False, False, 3, ("reference", "float32"))
-def test_the_parts_of_a_stream_are_the_whole(cuts, causal, speakers, seed, engine):
+def test_the_parts_of_a_stream_equal_the_whole(cuts, causal, speakers, seed, engine):
     model = make(small(causal=causal, speakers=2 if speakers else 0))
     frames = 7 if engine[0] == "reference" else 30
     mel = random_mel(model, 1, frames)[0]
@@ -275,7 +200,7 @@ def test_a_causal_model_needs_no_frame_to_come():
     "int8",
     2,
 )
-def test_members_of_a_batch_are_to_the_bit_what_they_are_alone(events, weights, threads):
+def test_members_of_a_batch_have_the_bits_of_single_streams(events, weights, threads):
     """At different places of their frames, side by side, coming and going."""
     model, frames = make(small(speakers=3)), 26
     batch = StreamBatch(model, engine="numba", weights=weights, threads=threads)
@@ -344,79 +269,8 @@ def test_members_at_different_places_of_a_frame_share_an_engine():
 # ---- states
 
 
-@pytest.mark.parametrize("name", ["kernel 3", "kernel 5, two periods", "causal, speakers"])
-def test_the_state_goes_on_on_any_engine(name, monkeypatch):
-    monkeypatch.setattr(graph, "CHUNK", 40)
-    monkeypatch.setattr(graph, "RUN", 8)
-    model = make(CONFIGS[name])
-    codes, cond = codes_of(model, 5, 170)[:3], conditioning(model, 5, 170)[:3, :, :]
-    kinds: list[Any] = [NumbaPredictiveEngine, ReferenceEngine, CudaGraphEngine]
-    with torch.inference_mode():
-        expected = parallel(model, codes, cond)
-        begun = [kind(model, 3) for kind in kinds]
-        for engine in begun:
-            engine.score(codes[:, :120], cond[:, :, :120])
-        states = [engine.state(1) for engine in begun]
-        for name, tensor in states[1].items():
-            for state in (states[0], states[2]):
-                assert (state[name].shape, state[name].dtype) == (tensor.shape, tensor.dtype)
-                torch.testing.assert_close(state[name], tensor, rtol=1e-5, atol=1e-5)
-        for source in begun:
-            for kind in kinds:
-                goal = kind(model, 2)
-                goal.score(codes[:2, :9], cond[:2, :, :9])  # it was elsewhere before
-                goal.load_state(1, source.state(2))
-                rows = [0, 2]
-                found = goal.score(codes[rows, 120:], cond[torch.tensor(rows), :, 120:])
-                np.testing.assert_allclose(
-                    found[1], expected[2, 120:], atol=2 * TOLERANCE, rtol=1e-6
-                )
-                if kind is type(source):
-                    again = kind(model, 2)
-                    again.load_state(1, goal.state(1))
-                    assert all(
-                        torch.equal(again.state(1)[name], tensor)
-                        for name, tensor in goal.state(1).items()
-                    )
-
-
-def test_going_on_from_its_own_state_changes_no_bit():
-    model = make()
-    u, cond = draws(3, 200), conditioning(model, 3, 200)
-    whole = NumbaPredictiveEngine(model, 3).generate(u, cond)
-    first = NumbaPredictiveEngine(model, 3)
-    first.generate(u[:, :77], cond[:, :, :77])
-    order = [2, 0, 1]
-    for other in (NumbaPredictiveEngine(model, 3, threads=1), first.resized(3)):
-        for place, stream in enumerate(order):
-            other.load_state(place, first.state(stream))
-        rest = other.generate(u[order, 77:], cond[torch.tensor(order), :, 77:])
-        np.testing.assert_array_equal(rest, whole[order, 77:])
-    state = first.state(0)
-    kept = {name: tensor.clone() for name, tensor in state.items()}
-    first.generate(u[:, 77:], cond[:, :, 77:])
-    assert all(torch.equal(state[name], kept[name]) for name in kept)
-    assert not torch.equal(first.state(0)["queue.0"], kept["queue.0"])
-
-
-@pytest.mark.parametrize("weights", ROUNDED)
-def test_filling_is_scoring(weights):
-    model = make(CONFIGS["causal, speakers"])
-    codes, cond = codes_of(model, 5, 300)[:2], conditioning(model, 2, 300)
-    with torch.inference_mode():
-        filled, scored = (NumbaPredictiveEngine(model, 2, weights=weights) for _ in range(2))
-        for stream in range(2):
-            filled.fill(stream, codes[stream, :200], cond[stream : stream + 1, :, :200])
-        scored.score(codes[:, :200], cond[:, :, :200])
-        for name, tensor in scored.state(1).items():
-            torch.testing.assert_close(filled.state(1)[name], tensor, rtol=1e-5, atol=1e-5)
-        rest = [engine.score(codes[:, 200:], cond[:, :, 200:]) for engine in (filled, scored)]
-    np.testing.assert_allclose(rest[0], rest[1], atol=TOLERANCE, rtol=1e-6)
-
-
-@pytest.mark.parametrize("cut", [0, 1, 9, 20, 33])
-@pytest.mark.parametrize("causal", [False, True])
-def test_a_saved_stream_is_one_that_never_stopped(tmp_path, cut, causal):
+@pytest.mark.parametrize(("cut", "causal"), [(0, False), (9, True), (20, False), (33, True)])
+def test_a_saved_stream_equals_one_that_never_stopped(tmp_path, cut, causal):
     model = make(small(speakers=2, causal=causal))
     mel = random_mel(model, 1, 33)[0]
     whole = generate(model, mel, seed=7, speaker=1)[0]
@@ -435,8 +289,8 @@ def test_a_saved_stream_is_one_that_never_stopped(tmp_path, cut, causal):
 
 
 @pytest.mark.parametrize(("engine", "weights"), ENGINES)
-def test_a_prime_goes_on_as_the_recording_did(engine, weights):
-    """What was made with a seed and is given back as a prime; its state is filled in by the parallel pass."""
+def test_a_prime_continues_as_the_recording_did(engine, weights):
+    """A recording made with a seed, as a prime; the parallel pass fills in its state."""
     model = make(small(speakers=2))
     mel = random_mel(model, 1, 13)
     given: dict[str, Any] = {"seed": 5, "speaker": 1, "engine": engine, "weights": weights}
@@ -456,7 +310,7 @@ def test_a_prime_goes_on_as_the_recording_did(engine, weights):
 # ---- generation
 
 
-def test_utterances_of_a_batch_are_what_they_are_alone():
+def test_utterances_of_a_batch_equal_single_ones():
     """Of different lengths, with candidates, log-probabilities and temperatures."""
     model = make(small(speakers=3))
     mels = [random_mel(model, 1, frames, seed=frames)[0] for frames in (9, 21, 14)]
@@ -499,28 +353,10 @@ def test_a_lower_temperature_is_nearer_to_the_prediction():
     assert torch.equal(found, model.grid.decode(torch.from_numpy(expected)))
 
 
-def test_auto_takes_the_engine_on_the_cpu():
-    model = make()
-    assert make_engine(model, 1)[0] == "numba"
-    assert isinstance(make_engine(model, 2, weights="int8")[1], NumbaPredictiveEngine)
-
-
-def test_weights_changed_in_place_are_the_ones_of_the_next_engine():
-    model = make()
-    codes, cond = random_codes(model, 1, 60).numpy(), conditioning(model, 1, 60)
-    before = NumbaPredictiveEngine(model, 1).score(codes, cond)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(1.1)
-    after = NumbaPredictiveEngine(model, 1).score(codes, cond)
-    assert np.abs(after - before).max() > 1e-3
-    np.testing.assert_allclose(after, parallel(model, codes, cond), atol=TOLERANCE, rtol=1e-6)
-
-
 # ---- on a CUDA graph
 
 
-@pytest.mark.parametrize("name", ["kernel 3", "causal, speakers", "kernel 5, two periods"])
+@pytest.mark.parametrize("name", ["causal, speakers", "kernel 5, two periods"])
 @torch.inference_mode()
 def test_the_graph_engine_equals_the_reference(name, monkeypatch):
     """By the stand-in, in float64, so that no uniform lies on an edge between codes."""
@@ -535,8 +371,12 @@ def test_the_graph_engine_equals_the_reference(name, monkeypatch):
              for a, b in pairwise([0, 1, 53, 107])]  # fmt: skip
     np.testing.assert_array_equal(np.concatenate(parts, axis=1), expected)
     np.testing.assert_allclose(nats[1], nats[0], rtol=0, atol=1e-9)
-    for name_, tensor in ReferenceEngine(model, 3).state(0).items():
-        assert CudaGraphEngine(model, 3).state(0)[name_].shape == tensor.shape
+    other = ReferenceEngine(model, 1)
+    other.load_state(0, engine.state(2))
+    back = CudaGraphEngine(model, 2)
+    back.load_state(1, other.state(0))
+    for name_, tensor in engine.state(2).items():
+        assert torch.equal(back.state(1)[name_], tensor)
     filled, by_steps = CudaGraphEngine(model, 3), CudaGraphEngine(model, 3)
     by_steps.score(expected[:, :60], cond[:, :, :60])
     for stream in range(3):
@@ -594,31 +434,16 @@ def test_triton_refuses_the_family_in_one_line():
         make_engine(make(), 1, "numba", weights="float16")
 
 
-def test_what_cannot_be_run_is_refused_by_name():
+def test_unusable_conditioning_is_refused_by_name():
     model = make()
     cond = conditioning(model, 2, 10)
-    for batch, condition, weights, message in (
-        (2, cond, "int4", "int4"),
-        (0, cond, "float32", "batch is 0"),
-        (3, cond, "float32", "for 3 streams"),
-        (2, None, "float32", "cond is None, expected the conditioning of 2 streams of 10 samples"),
-        (2, cond.dense(), "float32", r"cond is \(2, 45, 10\)"),
-        (2, cond[:, :, :9], "float32", r"cond is \(2, 45, 9\)"),
+    for condition, message in (
+        (None, "cond is None, expected the conditioning of 2 streams of 10 samples"),
+        (cond.dense(), r"cond is \(2, 45, 10\)"),
+        (cond[:, :, :9], r"cond is \(2, 45, 9\)"),
     ):
         with pytest.raises(ValueError, match=message):
-            NumbaPredictiveEngine(model, batch, weights=weights).generate(
-                np.zeros((2, 10)), condition
-            )
-    with pytest.raises(ValueError, match="expected 0 to 65535"):
-        NumbaPredictiveEngine(model, 2).score(np.full((2, 10), 65536), cond)
-    with pytest.raises(
-        ValueError, match="serves a PredictiveWaveNet, not Linear: use engine 'reference'"
-    ):
-        NumbaPredictiveEngine(torch.nn.Linear(1, 1), 1)  # type: ignore[arg-type]
-    assert NumbaPredictiveEngine(model, 2).generate(np.zeros((2, 0)), cond[:, :, :0]).shape == (
-        2,
-        0,
-    )
+            NumbaPredictiveEngine(model, 2).generate(np.zeros((2, 10)), condition)
 
 
 NAMED = ["blocks.0.taps.weight", "output.bias", "conditioning.gain", "conditioning.first.weight"]
@@ -626,7 +451,7 @@ NAMED += ["conditioning.period.voicing.bias", "conditioning.period.lag.weight"]
 
 
 @pytest.mark.parametrize("part", NAMED)
-def test_weights_that_are_no_numbers_are_an_error(part):
+def test_non_finite_weights_are_an_error(part):
     model = make()
     model.state_dict()[part].fill_(torch.nan)
     with pytest.raises(
@@ -635,7 +460,7 @@ def test_weights_that_are_no_numbers_are_an_error(part):
         generate(model, random_mel(model, 1, 3), engine="numba")
 
 
-def test_a_lag_that_is_no_number_is_an_error_where_it_is_scored():
+def test_a_non_finite_lag_is_an_error_at_its_sample():
     """It would be an address outside of the arrays."""
     model = make()
     cond = conditioning(model, 2, 60)

@@ -1,4 +1,4 @@
-"""The vector kernels: accuracy of exp, tanh and sigmoid, one order of summation whatever the tile, other processors."""
+"""The vector kernels: accuracy, one order of summation whatever the tile, other processors."""
 
 from __future__ import annotations
 
@@ -11,10 +11,9 @@ import pytest
 from llvmlite import ir
 from numba.core import types
 
-from wavear.generation.cpu import simd
+from wavear.generation.cpu import emitter, simd
+from wavear.generation.cpu.emitter import LANES, VECTOR_BYTES
 from wavear.generation.cpu.packing import as_packed, pack, quantise, round_to_bfloat16, vectors_of
-
-LANES = simd.LANES
 
 
 @numba.njit("void(int64,int64,int64,int64)")
@@ -41,8 +40,8 @@ def exact(x: np.ndarray) -> np.ndarray:
 
 WIDE = np.concatenate(
     [
-        np.linspace(-110, 95, 400_003),
-        np.linspace(-10, 10, 400_003),
+        np.linspace(-110, 95, 100_003),
+        np.linspace(-10, 10, 100_003),
         np.geomspace(1e-45, 3e38, 100_003),
         -np.geomspace(1e-45, 3e38, 100_003),
     ]
@@ -71,7 +70,7 @@ def test_infinities_zero_and_nan():
     np.testing.assert_array_equal(found[2], np.array([0, 1, 0.5, 0.5, np.nan], np.float32))
 
 
-def test_tanh_is_odd_and_neither_leaves_its_range():
+def test_tanh_is_odd_and_both_stay_in_range():
     _, tanh, sigmoid = functions(WIDE)
     assert (functions(-WIDE)[1] == -tanh).all()
     assert np.abs(tanh).max() <= 1
@@ -81,7 +80,7 @@ def test_tanh_is_odd_and_neither_leaves_its_range():
 
 @numba.njit("void(int64,int64,int64,int64,int64,int64,int64,int64,int64)")
 def _tile(key, weights, inputs, x, x_block, bias, zeros, out, row):
-    simd.tile(key, weights, inputs, x, x_block, bias, zeros, 0, 0, out, row, simd.VECTOR_BYTES)
+    simd.tile(key, weights, inputs, x, x_block, bias, zeros, 0, 0, out, row, VECTOR_BYTES)
 
 
 @numba.njit("void(int64,int64,int64,int64,int64,int64,int64,int64)")
@@ -92,12 +91,9 @@ def _row(vectors, kind, weights, inputs, x, bias, init, out):
 @pytest.mark.parametrize("inputs", [1, 3, LANES, 2 * LANES + 5])
 @pytest.mark.parametrize("weights", ["float32", "bfloat16", "int8"])
 def test_an_output_has_the_same_bits_in_every_kernel(inputs, weights):
-    """In every tile of rows by vectors, and alone."""
+    """In every tile of rows by vectors, and in the kernel of one row."""
     draw = np.random.default_rng(inputs)
-    kind, zeros = (
-        ["float32", "bfloat16", "int8"].index(weights),
-        np.zeros(simd.WIDEST * LANES, np.float32),
-    )
+    kind, zeros = simd.KINDS[weights], np.zeros(simd.WIDEST * LANES, np.float32)
     even = kind == simd.BFLOAT16
     matrix = as_packed(
         draw.standard_normal((simd.WIDEST * LANES, inputs)).astype(np.float32), weights
@@ -119,11 +115,12 @@ def test_an_output_has_the_same_bits_in_every_kernel(inputs, weights):
         assert (blocks, each) == (1, vectors)
         out = np.empty((height, vectors * LANES), np.float32)
         if panelled:
-            _tile(height + 16 * vectors + 256 * kind, packed.ctypes.data, inputs, panel.ctypes.data, panel[0].nbytes,
-                  bias.ctypes.data, zeros.ctypes.data, out.ctypes.data, out[0].nbytes)  # fmt: skip
+            _tile(height + 16 * vectors + 256 * kind, packed.ctypes.data, inputs,
+                  panel.ctypes.data, panel[0].nbytes, bias.ctypes.data, zeros.ctypes.data,
+                  out.ctypes.data, out[0].nbytes)  # fmt: skip
         else:
-            _row(vectors, kind, packed.ctypes.data, inputs, rows.ctypes.data, bias.ctypes.data, zeros.ctypes.data,
-                 out.ctypes.data)  # fmt: skip
+            _row(vectors, kind, packed.ctypes.data, inputs, rows.ctypes.data, bias.ctypes.data,
+                 zeros.ctypes.data, out.ctypes.data)  # fmt: skip
         np.testing.assert_allclose(out, expected[:height, : vectors * LANES], atol=1e-5)
         for r, v in np.ndindex(height, vectors):
             results.setdefault((r, v), set()).add(out[r, v * LANES : (v + 1) * LANES].tobytes())
@@ -139,9 +136,9 @@ def _sparse(key, weights, x, inputs, row, values, offsets, init, out):
 
 @pytest.mark.parametrize("inputs", [1, 6, 37])
 @pytest.mark.parametrize("weights", ["float32", "bfloat16", "int8"])
-def test_leaving_zeros_out_changes_no_bit(inputs, weights):
+def test_omitting_zeros_changes_no_bit(inputs, weights):
     draw = np.random.default_rng(inputs)
-    kind = ["float32", "bfloat16", "int8"].index(weights)
+    kind = simd.KINDS[weights]
     for vectors in simd.SPARSE:
         matrix = draw.standard_normal((vectors * LANES, inputs)).astype(np.float32)
         x = draw.standard_normal(inputs).astype(np.float32)
@@ -154,17 +151,18 @@ def test_leaving_zeros_out_changes_no_bit(inputs, weights):
             np.empty(inputs + 1, np.int64),
         )
         row = vectors * LANES * simd.WEIGHT_BYTES[kind]
-        count = _sparse(vectors + 256 * kind, packed.ctypes.data, x.ctypes.data, inputs, row, values.ctypes.data,
-                        offsets.ctypes.data, init.ctypes.data, found.ctypes.data)  # fmt: skip
+        count = _sparse(vectors + 256 * kind, packed.ctypes.data, x.ctypes.data, inputs, row,
+                        values.ctypes.data, offsets.ctypes.data, init.ctypes.data,
+                        found.ctypes.data)  # fmt: skip
         assert count == (x > 0).sum()
         packed, _, _ = pack(matrix, LANES, simd.WIDEST, weights)
         rectified, zeros, dense = np.maximum(x, 0), np.zeros_like(init), np.empty_like(init)
-        _row(vectors, kind, packed.ctypes.data, inputs, rectified.ctypes.data, zeros.ctypes.data, init.ctypes.data,
-             dense.ctypes.data)  # fmt: skip
+        _row(vectors, kind, packed.ctypes.data, inputs, rectified.ctypes.data, zeros.ctypes.data,
+             init.ctypes.data, dense.ctypes.data)  # fmt: skip
         np.testing.assert_array_equal(found, dense)
 
 
-def test_rounding_to_bfloat16_is_torchs():
+def test_rounding_to_bfloat16_equals_torch():
     import torch
 
     values = np.random.default_rng(0).standard_normal(10_000).astype(np.float32) * np.float32(1e3)
@@ -205,7 +203,7 @@ def test_the_same_source_becomes_vector_code_elsewhere(
         pytest.skip(f"this LLVM has no such target: {error}")
     module = ir.Module()
     module.triple = triple
-    function = simd.emitted(
+    function = emitter.emitted(
         module, "tile", lanes, types.void, [types.int64] * 11, simd._tile(rows, 2, simd.FLOAT32)
     )
     function.linkage = "external"
@@ -229,7 +227,7 @@ def test_every_block_that_packing_makes_has_a_kernel():
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (7, 1), (5, 40), (3, 4, 9)])
-def test_quantised_rows_are_whole_numbers_times_a_scale_within_half_a_step(shape):
+def test_quantised_rows_are_integers_times_a_scale_within_half_a_step(shape):
     draw = np.random.default_rng(0)
     values = (
         draw.standard_normal(shape) * np.exp(draw.normal(0, 20, shape[:-1]))[..., None]
@@ -241,10 +239,12 @@ def test_quantised_rows_are_whole_numbers_times_a_scale_within_half_a_step(shape
     np.testing.assert_array_equal(as_packed(values, "int8"), numbers * scales[..., None])
 
 
-def test_rows_that_are_zero_tiny_or_no_numbers_are_quantised_as_what_they_are():
+def test_zero_tiny_and_non_finite_rows_keep_their_nature():
     tiny = np.float32(1e-45)
-    values = np.array([[0, 0, -0.0], [tiny, -tiny, 0], [2.65e-43, -1e-43, 0], [3.4e38, -1.7e38, 0], [np.nan, 1, 2],
-                       [1, -np.inf, 2]], np.float32)  # fmt: skip
+    values = np.array(
+        [[0, 0, -0.0], [tiny, -tiny, 0], [2.65e-43, -1e-43, 0], [3.4e38, -1.7e38, 0],
+         [np.nan, 1, 2], [1, -np.inf, 2]], np.float32,
+    )  # fmt: skip
     numbers = quantise(values)[0]
     assert np.abs(numbers).max() <= 127
     product = as_packed(values, "int8")

@@ -1,41 +1,41 @@
-"""How fast a network generates on this machine, what share of the machine's limit that is, and how exact it is."""
+"""How fast a network generates on this machine, its share of the machine's limit, and its error."""
 
 from __future__ import annotations
 
 import copy
 import itertools
+import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
+from wavear.benchmark.networks import config_of, described
+from wavear.common.errors import WavearError
 from wavear.common.machine import available_cores, machine
+from wavear.generation.conditioner import Conditioner
 from wavear.generation.cpu.ceiling import Ceiling, Config, cost
 from wavear.generation.cpu.ceiling import measure as measure_ceiling
 from wavear.generation.cuda.card import card
 from wavear.generation.cuda.card import limit as card_limit
 from wavear.generation.cuda.choice import pick
-from wavear.generation.engines import WEIGHTS, Conditioner, make_engine
-from wavear.mel.spectrogram import MelConfig
+from wavear.generation.engines import WEIGHTS, make_engine
 from wavear.models.base import AutoregressiveModel
 from wavear.models.families import FAMILIES
-from wavear.models.gru import GRUConfig
 from wavear.models.linear import LinearConfig
-from wavear.models.predictive import PredictiveWaveNetConfig
 from wavear.models.sampling import uniforms
-from wavear.models.transformer import TransformerConfig
-from wavear.models.wavenet import WaveNetConfig
+
+logger = logging.getLogger(__name__)
 
 _CHUNK = 2048  # samples per call of the numba engine, as `wavear.generate` calls it
-_REFERENCE_CHUNK = 64  # of the reference engine, which takes a thousandth of a second for each
+_REFERENCE_CHUNK = 64  # of the reference engine, which needs a thousandth of a second for each
 _MOST = 2**22  # samples per call of an engine on a card: of 8192 streams 512 each
 _DISTINCT = 1024  # streams whose conditioning is computed; more repeat it
 _LENGTH = 16384  # samples of the mels, which are repeated
 _SCORED_STREAMS, _SCORED = 4, 1024  # streams and samples whose log-probabilities are compared
-
 _SHOWN = (0.25, 1, 1.5, 2, 2.5, 4, 64)  # MiB
 
 PRECISIONS = {
@@ -44,66 +44,12 @@ PRECISIONS = {
     "cuda-graph": ("float32",),
     "reference": ("float32",),
 }
+ENGINES: dict[str, tuple[str, ...]] = {
+    "cpu": ("numba", "reference"),
+    "cuda": ("triton", "cuda-graph", "reference"),
+}
 BATCHES = {"cpu": (1, 24), "cuda": (1, 16, 128, 1024, 8192)}
 """Streams at once that are measured by default, by device."""
-
-_A = WaveNetConfig(layers=20, stacks=2, residual_channels=64, skip_channels=128, mel=MelConfig())
-
-# The networks that the field publishes and measures; all of them here with 256 mu-law codes and 80
-# mels.
-SHAPES: dict[str, tuple[str, Config]] = {
-    "predictive": (
-        "the predictive WaveNet that wavear train makes",
-        PredictiveWaveNetConfig(mel=MelConfig()),
-    ),
-    "nv-wavenet": (
-        "the shape that nv-wavenet (2018) is measured with: 20 layers, 64 residual, 128 skip",
-        _A,
-    ),
-    "nv-wavenet-free": ("the same without conditioning", replace(_A, mel=None)),
-    "small": (
-        "20 layers, 32 residual, 128 skip, no conditioning",
-        replace(_A, residual_channels=32, mel=None),
-    ),
-    "r9y9": (
-        "r9y9/wavenet_vocoder's usual vocoder: 24 layers, 4 stacks, kernel 3, 128 residual, 128 skip",
-        replace(_A, layers=24, stacks=4, kernel_size=3, residual_channels=128),
-    ),
-    "wide": (
-        "30 layers, 3 stacks, kernel 3, 128 residual, 128 skip",
-        replace(_A, layers=30, stacks=3, kernel_size=3, residual_channels=128),
-    ),
-    "ibab": (
-        "ibab/tensorflow-wavenet: 50 layers, 5 stacks, 32 residual, 512 skip, 16 kHz, no conditioning",
-        replace(
-            _A,
-            layers=50,
-            stacks=5,
-            residual_channels=32,
-            skip_channels=512,
-            head_channels=512,
-            sample_rate=16000,
-            mel=None,
-        ),
-    ),
-    "kan-bayashi": (
-        "kan-bayashi/PytorchWaveNetVocoder: 30 layers, 3 stacks, 512 residual, 256 skip",
-        replace(_A, layers=30, stacks=3, residual_channels=512, skip_channels=256),
-    ),
-    "gru": (
-        "the GRU that the family makes by default: one layer of 352",
-        GRUConfig(mel=MelConfig()),
-    ),
-    "gru-512": ("a GRU of 512 units", GRUConfig(channels=512, mel=MelConfig())),
-    "wavernn": (
-        "the size of WaveRNN (2018): one GRU of 896 units, without its two halves of 8 bits and its sparse weights",
-        GRUConfig(channels=896, mel=MelConfig()),
-    ),
-    "transformer": (
-        "the transformer that the family makes by default",
-        TransformerConfig(mel=MelConfig()),
-    ),
-}
 
 
 @dataclass(frozen=True)
@@ -115,20 +61,20 @@ class Measurement:
     batch: int
     threads: int
     samples_per_second: float
-    """Of all streams together: the fastest of several runs, so that what else the machine does counts least."""
+    """Of all streams together: the fastest of several runs, as other programs slow some down."""
     real_time: float
     """Seconds of audio per second, of all streams together."""
     share: float | None
-    """Of what the machine's bandwidth and arithmetic allow (`limit`); None for an engine without a known limit."""
+    """Of `limit`; None for an engine without a known limit."""
     error: float
-    """Largest difference of a log-probability from `forward` in float64, teacher-forced, in nats."""
+    """Largest difference of a log-probability from `forward` in float64, in nats."""
     cost: float
-    """Bits per sample that the engine's law loses against float64, on audio drawn from the model."""
+    """Bits per sample lost against float64, on audio drawn from the model."""
     device: str = "cpu"
 
 
 def limit(ceiling: Ceiling, config: Config, weights: str, batch: int, threads: int) -> float:
-    """Samples per second that cores of this machine can reach with a batch.
+    """Return the samples per second that cores of this machine can reach with a batch.
 
     Each core runs its share of the streams; they share each read of the weights, and each has its
     own multiply-adds.
@@ -149,7 +95,7 @@ def measure(
     seconds: float = 2.0,
     ceiling: Ceiling | None = None,
 ) -> Measurement:
-    """Generate for a while, with random mels, as `wavear.generate` does: uniforms, conditioning and engine together.
+    """Measure an engine as `wavear.generate` runs it: uniforms, conditioning and engine together.
 
     Parameters
     ----------
@@ -208,7 +154,7 @@ def _conditioner(model: AutoregressiveModel, batch: int) -> Conditioner:
 def _calls(
     model: AutoregressiveModel, engine: str, weights: str, batch: int, threads: int
 ) -> Iterator[int]:
-    """Samples made by each call of the engine, without end."""
+    """Yield the number of samples that each call of the engine made, without end."""
     _, runner = make_engine(model, batch, engine, weights=weights, threads=threads)
     conditioner = _conditioner(model, min(batch, _DISTINCT))
     chunk = _REFERENCE_CHUNK if engine == "reference" else max(16, min(_CHUNK, _MOST // batch))
@@ -241,7 +187,24 @@ def _compare(
     return float(np.abs(scores - expected).max()), float((expected - scores).mean() / np.log(2))
 
 
-def run(
+@dataclass(frozen=True)
+class Report:
+    """The measurements of one network."""
+
+    machine: str
+    core: str
+    """The measured rates of a core, or of a card; empty for a linear model."""
+    network: str
+    costs: list[str]
+    """A line for each precision."""
+    rows: list[Measurement]
+
+    def __str__(self) -> str:
+        lines = [self.machine, self.core, self.network, *self.costs]
+        return "\n".join([*filter(None, lines), "", table(self.rows)])
+
+
+def measure_all(
     model: AutoregressiveModel | None = None,
     *,
     shape: str | None = None,
@@ -253,19 +216,19 @@ def run(
     device: str = "cpu",
     threads: int | None = None,
     seconds: float = 2.0,
-    say: Callable[[str], None] = print,
-) -> list[Measurement]:
-    """Measure a network with each engine, precision and batch, and say what came out.
+) -> Report:
+    """Measure a network with each engine, precision and batch.
 
     Parameters
     ----------
-    model : WaveNet, GRU or Transformer, optional
-        Otherwise one with random weights is made: of `shape`, a name in `SHAPES`, or of `settings`.
+    model : AutoregressiveModel, optional
+        Otherwise one with random weights is made: of `shape`, a name in `networks.SHAPES`, or of
+        `settings`.
     settings : dict, optional
         Fields of `WaveNetConfig`; mels of 80 bands are added unless `unconditional`.
     engines, weights, batches
-        What to combine, by default what the device is for; the reference engine runs float32 and
-        one stream only, the CUDA graph float32 only.
+        What to combine, by default what suits the device; the reference engine runs float32 and one
+        stream only, the CUDA graph float32 only.
     device : str
         "cpu", or a CUDA device.
     threads : int, optional
@@ -275,30 +238,28 @@ def run(
 
     Returns
     -------
-    list of Measurement
+    Report
 
     Raises
     ------
-    ValueError
-        If a name or number is not one that can be measured.
+    WavearError
+        If a name or number cannot be measured.
     """
     kind = torch.device(device).type
-    of_device = ("triton", "cuda-graph", "reference") if kind == "cuda" else ("numba", "reference")
+    asked = (("engine", engines or (), ENGINES[kind]), ("weights", weights or (), WEIGHTS))
+    for name, given, known in asked:
+        if unknown := [value for value in given if value not in known]:
+            raise WavearError(f"{name} is {unknown[0]!r}, expected {' or '.join(known)}")
     batches = batches or BATCHES[kind]
-    for name, given, known in (("engine", engines, of_device), ("weights", weights, WEIGHTS)):
-        if unknown := [value for value in given or () if value not in known]:
-            raise ValueError(f"{name} is {unknown[0]!r}, expected {' or '.join(known)}")
-    if wrong := [
-        value for value in (*batches, *([] if threads is None else [threads])) if value < 1
-    ]:
-        raise ValueError(f"batches and threads are {wrong[0]}, expected 1 or more")
+    if wrong := [n for n in (*batches, 1 if threads is None else threads) if n < 1]:
+        raise WavearError(f"batches and threads are {wrong[0]}, expected 1 or more")
     if not 0 < seconds < 3600:
-        raise ValueError(f"seconds is {seconds}, expected more than 0 and less than 3600")
+        raise WavearError(f"seconds is {seconds}, expected more than 0 and less than 3600")
     if model is None:
-        config = _config(shape, settings or {}, unconditional)
+        config = config_of(shape, settings or {}, unconditional)
         model = next(cls for cls, own in FAMILIES.values() if type(config) is own)(config).eval()
     elif shape is not None:
-        raise ValueError(
+        raise WavearError(
             f"shape is {shape!r}, and a checkpoint has a shape of its own: give one of them"
         )
     model = model.to(device)
@@ -306,13 +267,10 @@ def run(
     linear = isinstance(config, LinearConfig)
     if not engines:  # None, or none named on the command line
         fastest = kind == "cpu" or pick(model, torch.device(device)) == "triton"
-        engines = of_device[:2] if fastest else of_device[1:2]
+        engines = ENGINES[kind][:2] if fastest else ENGINES[kind][1:2]
     if not weights:
-        weights = (
-            ("float32",)
-            if linear
-            else ("float32", "bfloat16", "float16" if kind == "cuda" else "int8")
-        )
+        weights = ("float32", "bfloat16", "float16" if kind == "cuda" else "int8")
+        weights = weights[: 1 if linear else None]
     plan = [
         (engine, precision, batch)
         for engine, precision, batch in itertools.product(engines, weights, batches)
@@ -320,96 +278,48 @@ def run(
         and (engine != "reference" or batch == 1)
     ]
     if lacking := [precision for precision in weights if precision not in {row[1] for row in plan}]:
-        raise ValueError(
-            f"there is nothing to measure with weights={lacking[0]!r}: {' and '.join(engines)} cannot have them here"
-            " (or runs one stream only)"
+        raise WavearError(
+            f"there is nothing to measure with weights={lacking[0]!r}: {' and '.join(engines)} "
+            "cannot have them here (or runs one stream only)"
         )
-    say(machine())
-    ceiling = None
+    ceiling, core = None, ""
     if kind == "cuda":
-        say(str(card(torch.device(device))))
+        core = str(card(torch.device(device)))
     elif not linear:  # it reads and multiplies next to nothing
         ceiling = measure_ceiling()
         rates = ", ".join(
             f"{ceiling.read_rate(size * 2**20) / 1e9:.0f} GB/s from {size:g} MiB" for size in _SHOWN
         )
-        say(
-            f"one core: {ceiling.multiply_adds / 1e9:.0f} G multiply-adds/s in float32; reads {rates}"
-        )
-    mel = (
-        "no mel" if config.mel is None else f"{config.mel.bands} mels, hop {config.mel.hop_length}"
-    )
-    head = "" if linear else f"{config.head_channels} head, "
-    say(f"{_layers(config)}, {head}{config.classes} classes, {mel}, {config.sample_rate} Hz")
+        rate = ceiling.multiply_adds / 1e9
+        core = f"one core: {rate:.0f} G multiply-adds/s in float32; reads {rates}"
+    costs = []
     for precision in () if linear else weights:
         asked = cost(config, precision)
-        say(
-            f"{precision}: {asked.multiply_adds:,} multiply-adds per sample, {asked.weight_bytes:,} bytes of weights, "
-            f"of which {asked.hot_bytes:,} are read for every sample"
+        costs.append(
+            f"{precision}: {asked.multiply_adds:,} multiply-adds per sample, "
+            f"{asked.weight_bytes:,} bytes of weights, of which {asked.hot_bytes:,} are read for "
+            "every sample"
         )
     rows = []
     for engine, precision, batch in plan:
+        logger.info("measuring %s, %s, %d streams", engine, precision, batch)
         cores = threads or (1 if batch == 1 or kind == "cuda" else available_cores())
-        rows.append(
-            measure(
-                model,
-                engine,
-                weights=precision,
-                batch=batch,
-                threads=cores,
-                seconds=seconds,
-                ceiling=ceiling,
-            )
-        )
-    say("")
-    say(table(rows))
-    return rows
-
-
-def _layers(config: Config) -> str:
-    if isinstance(config, LinearConfig):
-        return f"linear, order {config.order}, differencing {config.differencing}"
-    if isinstance(config, TransformerConfig):
-        return (
-            f"transformer, {config.layers} layers of {config.channels}, {config.heads} heads, window {config.window}, "
-            f"patch {config.patch}"
-        )
-    if isinstance(config, GRUConfig):
-        return f"GRU, {config.layers} x {config.channels} units"
-    if isinstance(config, PredictiveWaveNetConfig):
-        return (
-            f"{config.layers} layers and {config.period_layers} of the period, kernel {config.kernel_size}, "
-            f"{config.residual_channels} residual, {config.skip_channels} skip, prediction of order "
-            f"{config.prediction_order}"
-        )
-    return (
-        f"{config.layers} layers, {config.stacks} stacks, kernel {config.kernel_size}, "
-        f"{config.residual_channels} residual, {config.skip_channels} skip"
-    )
-
-
-def _config(shape: str | None, settings: dict[str, Any], unconditional: bool) -> Config:
-    if shape is not None:
-        if shape not in SHAPES:
-            raise ValueError(f"shape is {shape!r}, expected one of {', '.join(SHAPES)}")
-        config = SHAPES[shape][1]
-        return replace(config, mel=None) if unconditional else config
-    config = replace(WaveNetConfig(), **settings)
-    rate = config.sample_rate
-    mel = MelConfig(sample_rate=rate, fmax=min(8000.0, rate / 2))
-    return config if unconditional else replace(config, mel=mel)
+        given: Any = {"weights": precision, "batch": batch, "threads": cores, "seconds": seconds}
+        rows.append(measure(model, engine, **given, ceiling=ceiling))
+    return Report(machine(), core, described(config), costs, rows)
 
 
 def table(rows: Sequence[Measurement]) -> str:
-    """Measurements as a Markdown table."""
+    """Return measurements as a Markdown table."""
     lines = [
-        "| engine | weights | streams | cores | samples/s | x real time | of the limit | error, nats | cost, bits |",
+        "| engine | weights | streams | cores | samples/s | x real time | of the limit |"
+        " error, nats | cost, bits |",
         "|---|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for r in rows:
         share = "" if r.share is None else f"{100 * r.share:.0f} %"
         lines.append(
-            f"| {r.engine} | {r.weights} | {r.batch} | {r.threads} | {r.samples_per_second:,.0f} | {r.real_time:.2f} "
-            f"| {share} | {r.error:.1e} | {r.cost:+.5f} |"
+            f"| {r.engine} | {r.weights} | {r.batch} | {r.threads} | {r.samples_per_second:,.0f} "
+            f"| {r.real_time:.2f} | {share} | {r.error:.1e} | {r.cost:+.5f} |"
         )
     return "\n".join(lines)

@@ -903,10 +903,10 @@ def _bench() -> Callable[..., int]:
         seconds
             To measure each for, at least.
         """
-        from wavear.benchmark import speed as benchmark
+        from wavear.benchmark import networks, speed
 
         if shape == "list":
-            for name, (text, _) in benchmark.SHAPES.items():
+            for name, (text, _) in networks.SHAPES.items():
                 say(f"{name:<16}{text}")
             return 0
         flags = {
@@ -926,7 +926,7 @@ def _bench() -> Callable[..., int]:
             raise ValueError(
                 f"{given} says what the network is: leave --{changed[0].replace('_', '-')} away"
             )
-        benchmark.run(
+        report = speed.measure_all(
             None if checkpoint is None else _load(checkpoint, "cpu"),
             device=_device(device),
             shape=shape,
@@ -937,8 +937,8 @@ def _bench() -> Callable[..., int]:
             batches=batches,
             threads=threads,
             seconds=seconds,
-            say=say,
         )
+        say(str(report))
         return 0
 
     return bench

@@ -1,55 +1,69 @@
-"""What a network asks of the machine per sample, and what the machine can give: the two sides of a speed limit."""
+"""Both sides of a speed limit: the cost of a network per sample, and the rates of this machine."""
 
 from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
+from llvmlite import ir
+from numba.core import types
 
 from wavear.common.compiled import compiled
-from wavear.generation.cpu import simd
+from wavear.generation.cpu.emitter import LANES, VECTOR_BYTES, Emitter, kernel
 from wavear.generation.cpu.packing import Region
-from wavear.generation.cpu.simd import LANES, VECTOR_BYTES
 from wavear.models.distributions import law_of
 from wavear.models.gru import GRUConfig
 from wavear.models.predictive import PredictiveWaveNetConfig
 from wavear.models.transformer import TransformerConfig
 from wavear.models.wavenet import WaveNetConfig
 
+Config = WaveNetConfig | GRUConfig | TransformerConfig | PredictiveWaveNetConfig
+_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
+
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one sample of one stream, as the definition of the network has it: no table, no zero left out."""
+    """The cost of a sample of a stream by definition: no tables, no zeros left out."""
 
     multiply_adds: int
     """All of them, the conditioning's included."""
     weight_bytes: int
-    """Bytes of all weights of the layers and the head in the given precision, with the scales of int8."""
+    """Bytes of all weights of the layers and the head, with the scales of int8."""
     hot_bytes: int
-    """Bytes that one stream must read anew for every sample: without those of past taps and conditioning that are
-    read once for many samples, and of the first layer, which is a table."""
+    """Bytes that one stream must read anew for every sample: without those of past taps and
+    conditioning, which are read once for many samples, and of the first layer, which is a table."""
     patch: int = field(default=1, repr=False)
-    """Samples for which the weights are read together: a reading is of `hot_bytes` times as many."""
+    """Samples for which the weights are read together, `patch * hot_bytes` at a time."""
 
     def seconds(self, read_rate: Callable[[float], float]) -> float:
-        """For the reading of one sample, by the rate (bytes per second) at which so many bytes are read."""
+        """Return the seconds to read one sample's weights.
+
+        `read_rate(nbytes)` is the rate (bytes per second) of reading so many bytes.
+        """
         return self.hot_bytes / read_rate(self.hot_bytes * self.patch)
 
 
-Config = WaveNetConfig | GRUConfig | TransformerConfig | PredictiveWaveNetConfig
+class _Matrix(NamedTuple):
+    outputs: int
+    inputs: int
+    multiplied: float
+    """How many such are multiplied for a sample."""
+    read: float
+    """How many such are read for a sample."""
 
 
 def cost(config: Config, weights: str = "float32") -> Cost:
-    """What one sample costs.
+    """Return the cost of one sample.
 
     Parameters
     ----------
     config : WaveNetConfig, GRUConfig, TransformerConfig or PredictiveWaveNetConfig
     weights : str
-        "float32", "bfloat16" or "int8".
+        "float32", "bfloat16", "float16" or "int8".
 
     Examples
     --------
@@ -64,30 +78,25 @@ def cost(config: Config, weights: str = "float32") -> Cost:
     if isinstance(config, TransformerConfig):
         patch = config.patch
         attention = 2 * config.layers * config.window * config.channels / patch
-        matrices = _of_transformer(config)
+        rows = _of_transformer(config)
     elif isinstance(config, PredictiveWaveNetConfig):
-        matrices = _of_predictive(config)
+        rows = _of_predictive(config)
     else:
-        matrices = _of_gru(config) if isinstance(config, GRUConfig) else _of_wavenet(config)
-    size = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}[weights]
-    scale = 4 if weights == "int8" else 0
-
-    def nbytes(outputs: int, inputs: int) -> int:
-        return outputs * (inputs * size + scale) if inputs else 0
-
+        rows = _of_gru(config) if isinstance(config, GRUConfig) else _of_wavenet(config)
+    matrices = [_Matrix(*row) for row in rows if row[1]]
+    nbytes = [m.outputs * (m.inputs * _BYTES[weights] + 4 * (weights == "int8")) for m in matrices]
     return Cost(
-        int(sum(outputs * inputs * count for outputs, inputs, count, _ in matrices) + attention),
-        int(sum(nbytes(outputs, inputs) * count for outputs, inputs, count, _ in matrices)),
-        int(sum(nbytes(outputs, inputs) * count for outputs, inputs, _, count in matrices)),
+        int(sum(m.outputs * m.inputs * m.multiplied for m in matrices) + attention),
+        int(sum(n * m.multiplied for n, m in zip(nbytes, matrices, strict=True))),
+        int(sum(n * m.read for n, m in zip(nbytes, matrices, strict=True))),
         patch,
     )
 
 
-# Of each matrix: outputs, inputs, how many such are multiplied for a sample, how many are read.
-_Matrices = list[tuple[int, int, float, float]]
+_Rows = list[tuple[int, int, float, float]]  # the fields of a _Matrix
 
 
-def _of_gru(config: GRUConfig) -> _Matrices:
+def _of_gru(config: GRUConfig) -> _Rows:
     h, r, a = config.channels, config.input_channels, config.head_channels
     channels = config.conditioning_channels if config.conditioned else 0
     line = 0 if config.law == "categorical" else 1
@@ -102,7 +111,7 @@ def _of_gru(config: GRUConfig) -> _Matrices:
     ]
 
 
-def _of_transformer(config: TransformerConfig) -> _Matrices:
+def _of_transformer(config: TransformerConfig) -> _Rows:
     d, f, a, share = config.channels, config.hidden_channels, config.head_channels, 1 / config.patch
     channels = config.conditioning_channels if config.conditioned else 0
     layers, samples = config.layers * share, config.patch * config.sample_channels
@@ -122,7 +131,7 @@ def _of_transformer(config: TransformerConfig) -> _Matrices:
     ]
 
 
-def _of_predictive(config: PredictiveWaveNetConfig) -> _Matrices:
+def _of_predictive(config: PredictiveWaveNetConfig) -> _Rows:
     r, s, a, layers = (
         config.residual_channels,
         config.skip_channels,
@@ -139,7 +148,7 @@ def _of_predictive(config: PredictiveWaveNetConfig) -> _Matrices:
     ]
 
 
-def _of_wavenet(config: WaveNetConfig) -> _Matrices:
+def _of_wavenet(config: WaveNetConfig) -> _Rows:
     r, s, a, q = (
         config.residual_channels,
         config.skip_channels,
@@ -165,15 +174,15 @@ def _of_wavenet(config: WaveNetConfig) -> _Matrices:
 
 @dataclass(frozen=True)
 class Ceiling:
-    """What one core of this machine does, measured."""
+    """Measured rates of one core of this machine."""
 
     multiply_adds: float
     """float32 multiply-adds per second, from registers."""
     bandwidth: dict[int, float]
-    """Bytes per second when reading a working set of so many bytes again and again."""
+    """Bytes per second of repeated reading, by the bytes of the working set."""
 
     def read_rate(self, nbytes: float) -> float:
-        """Bytes per second of reading `nbytes` per turn, interpolated."""
+        """Return the bytes per second of reading `nbytes` per turn, interpolated."""
         sizes = sorted(self.bandwidth)
         return float(np.interp(nbytes, sizes, [self.bandwidth[size] for size in sizes]))
 
@@ -185,14 +194,14 @@ SIZES = tuple(
 
 
 def measure(seconds: float = 0.005, repeats: int = 20) -> Ceiling:
-    """Measure this core: the best of some short runs for each of `SIZES`, about `seconds` each; some seconds in all."""
+    """Measure this core: the best of short runs of about `seconds` for each of `SIZES`."""
     read, multiply = _kernels()
     turns = 200_000
     rate = 12 * LANES * turns / _best(lambda: multiply(turns), repeats)
     region = Region()
     region.reserve(max(SIZES))
     address = region.allocate()
-    region.bytes[:] = 0
+    region.bytes[:] = 0  # physical memory for every page
     bandwidth = {}
     for size in SIZES:
         lines = size // (8 * VECTOR_BYTES)
@@ -205,7 +214,7 @@ def measure(seconds: float = 0.005, repeats: int = 20) -> Ceiling:
 
 
 def _best(function, repeats: int) -> float:
-    """Seconds of the fastest of some calls."""
+    """Return the seconds of the fastest of some calls."""
     best = np.inf
     for _ in range(repeats):
         start = time.perf_counter()
@@ -214,16 +223,49 @@ def _best(function, repeats: int) -> float:
     return float(best)
 
 
+def _emit_read(e: Emitter, address, lines):
+    """Read `lines` times eight vectors, one multiply-add for each; returns their sum."""
+    sums = [e.variable(e.f32(0.0)) for _ in range(8)]
+
+    def body(i):
+        start = e.at(address, i, 8 * e.bytes)
+        for j, total in enumerate(sums):
+            value = e.load(e.at(start, j, e.bytes))
+            e.b.store(e.fma(value, e.f32(1.0), e.b.load(total)), total)
+
+    return _looped(e, lines, body, sums)
+
+
+def _emit_multiply_adds(e: Emitter, turns):
+    """Twelve independent chains of `turns` multiply-adds in registers."""
+    chains = [e.variable(e.f32(float(j))) for j in range(12)]
+
+    def body(i):
+        for chain in chains:
+            e.b.store(e.fma(e.b.load(chain), e.f32(0.999), e.f32(0.5)), chain)
+
+    return _looped(e, turns, body, chains)
+
+
+def _looped(e: Emitter, count, body, sums: Sequence[ir.Value]):
+    e.loop(count, body)
+    return e.halves(functools.reduce(e.b.fadd, [e.b.load(total) for total in sums]), e.b.fadd)
+
+
+_read = kernel("read", 2, _emit_read, result=types.float32)
+_multiply_adds = kernel("multiply_adds", 1, _emit_multiply_adds, result=types.float32)
+
+
 def _read_often(address, lines, times):
     from_all = np.float32(0.0)
     for turn in range(times):
         # Another address each time, or the compiler reads once.
-        from_all += simd.read(address + 64 * (turn & 1), lines)
+        from_all += _read(address + 64 * (turn & 1), lines)
     return from_all
 
 
 def _multiply_often(turns):
-    return simd.multiply_adds(turns)
+    return _multiply_adds(turns)
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-"""The laws of `wavear.models.distributions` for compiled engines: one draw, and one log-probability, in float64.
+"""The laws of `wavear.models.distributions` in compiled code, in float64.
 
 A law is three numbers: `kind`, its `mixtures`, and the `classes` of its linear grid. `row` is the
 address of the P float32 numbers that the network puts out.
@@ -15,21 +15,17 @@ from wavear.generation.cpu import simd
 from wavear.models.distributions import Gaussian, Laplace, Law, LogisticMixture
 
 CATEGORICAL, LOGISTIC_MIXTURE, GAUSSIAN, LAPLACE = range(4)
-_SHARPEST, _LARGEST_LOG_SCALE = (
-    0.05,
-    5.0,
-)  # those of `wavear.models.distributions`; what is compiled depends on this directory alone
+# As in `wavear.models.distributions`; the key of the compiled code covers this directory only.
+_SHARPEST, _LARGEST_LOG_SCALE = 0.05, 5.0
 _KINDS = {LogisticMixture: LOGISTIC_MIXTURE, Gaussian: GAUSSIAN, Laplace: LAPLACE}
 _ROOT_HALF = math.sqrt(0.5)
 _LOG_2 = math.log(2)
 _LOG_ROOT_2_PI = 0.5 * math.log(2 * math.pi)
-_FAR = (
-    -20.0
-)  # deviations: below, the asymptotic series of the normal law's tail is exact to float64
+_FAR = -20.0  # deviations; below, the series of the normal tail is exact to float64
 
 
 def numbers(law: Law) -> tuple[int, int, int]:
-    """(kind, mixtures, classes) of a law."""
+    """Return (kind, mixtures, classes) of a law."""
     kind = _KINDS.get(type(law), CATEGORICAL)
     return kind, law.mixtures if isinstance(law, LogisticMixture) else 1, law.grid.classes
 
@@ -47,14 +43,14 @@ def _scale(log_scale, classes):
 
 @numba.njit
 def _encode(value, classes):
-    """The code of a value, as `Grid.encode` rounds it."""
+    """Return the code of a value, as `Grid.encode` rounds it."""
     half = classes // 2
     return min(np.int64(math.floor(min(max(value, -1.0), 1.0) * half + 0.5)) + half, classes - 1)
 
 
 @numba.njit
 def draw_value(kind, mixtures, classes, row, uniform, temperature):
-    """The code of a uniform; -1 if the parameters are not numbers."""
+    """Return the code of a uniform; -1 if the parameters are not finite."""
     if kind == LOGISTIC_MIXTURE:
         return _draw_mixture(mixtures, classes, row, uniform, temperature)
     mean, log_scale = _at(row, 0), _at(row, 1)
@@ -114,29 +110,29 @@ def log_probability(kind, mixtures, classes, row, code):
 
 @numba.njit
 def _log_mass(kind, classes, mean, scale, code):
-    """log(F((upper - mean) / scale) - F((lower - mean) / scale)) of a code's interval; see `distributions`."""
+    """log(F((upper - mean) / scale) - F((lower - mean) / scale)) of a code's interval."""
     half = classes // 2
     a = ((code - half - 0.5) / half - mean) / scale
     b = ((code - half + 0.5) / half - mean) / scale
     width = 1.0 / (half * scale)
     if code == 0:
-        return _log_tail(kind, b)
+        return log_tail(kind, b)
     if code == classes - 1:
-        return _log_tail(kind, -a)
+        return log_tail(kind, -a)
     if kind == LOGISTIC_MIXTURE:
-        return _log_tail(kind, b) + _log_tail(kind, -a) + math.log(-math.expm1(-width))
+        return log_tail(kind, b) + log_tail(kind, -a) + math.log(-math.expm1(-width))
     if a + b > 0:
         a, b = -b, -a
     if kind == LAPLACE:
         if b <= 0:
             return b - _LOG_2 + math.log(-math.expm1(-width))
         return math.log(-(math.expm1(a) + math.expm1(-b)) / 2)
-    top = _log_tail(kind, b)
-    return top + math.log(-math.expm1(min(_log_tail(kind, a) - top, -1e-300)))
+    top = log_tail(kind, b)
+    return top + math.log(-math.expm1(min(log_tail(kind, a) - top, -1e-300)))
 
 
 @numba.njit
-def _log_tail(kind, x):
+def log_tail(kind, x):
     """log F(x)."""
     if kind == LOGISTIC_MIXTURE:
         return -math.log1p(math.exp(-x)) if x > -30.0 else x - math.log1p(math.exp(x))
@@ -163,36 +159,54 @@ def laplace_quantile(uniform):
     return -math.log(2.0 * (1.0 - uniform))
 
 
+# Wichura (1988), algorithm AS 241, PPND16: numerators and denominators, highest power first, in
+# the middle, in the tails, and far out.
+_MIDDLE = (
+    (2509.0809287301226727, 33430.575583588128105, 67265.770927008700853, 45921.953931549871457,
+     13731.693765509461125, 1971.5909503065514427, 133.14166789178437745, 3.387132872796366608),
+    (5226.495278852545925, 28729.085735721942674, 39307.89580009271061, 21213.794301586595867,
+     5394.1960214247511077, 687.1870074920579083, 42.313330701600911252, 1.0),
+)  # fmt: skip
+_TAIL = (
+    (7.7454501427834140764e-4, 0.0227238449892691845833, 0.24178072517745061177,
+     1.27045825245236838258, 3.64784832476320460504, 5.7694972214606914055, 4.6303378461565452959,
+     1.42343711074968357734),
+    (1.05075007164441684324e-9, 5.475938084995344946e-4, 0.0151986665636164571966,
+     0.14810397642748007459, 0.68976733498510000455, 1.6763848301838038494, 2.05319162663775882187,
+     1.0),
+)  # fmt: skip
+_FAR_TAIL = (
+    (2.01033439929228813265e-7, 2.71155556874348757815e-5, 0.0012426609473880784386,
+     0.026532189526576123093, 0.29656057182850489123, 1.7848265399172913358, 5.4637849111641143699,
+     6.6579046435011037772),
+    (2.04426310338993978564e-15, 1.4215117583164458887e-7, 1.8463183175100546818e-5,
+     7.868691311456132591e-4, 0.0148753612908506148525, 0.13692988092273580531,
+     0.59983220655588793769, 1.0),
+)  # fmt: skip
+
+
+@numba.njit
+def _polynomials(coefficients, r):
+    above = below = 0.0
+    for k in range(8):
+        above = above * r + coefficients[0][k]
+        below = below * r + coefficients[1][k]
+    return above, below
+
+
 @numba.njit
 def normal_quantile(uniform):
-    """F^-1 of the standard normal law, to about 1e-16: Wichura (1988), algorithm AS 241, PPND16."""
+    """F^-1 of the standard normal law, to about 1e-16."""
     if uniform <= 0.0:
         return -math.inf
     q = uniform - 0.5
     if abs(q) <= 0.425:
         r = 0.180625 - q * q
-        above = (((((((2509.0809287301226727 * r + 33430.575583588128105) * r + 67265.770927008700853) * r
-                + 45921.953931549871457) * r + 13731.693765509461125) * r + 1971.5909503065514427) * r
-                + 133.14166789178437745) * r + 3.387132872796366608)  # fmt: skip
-        below = (((((((5226.495278852545925 * r + 28729.085735721942674) * r + 39307.89580009271061) * r
-                + 21213.794301586595867) * r + 5394.1960214247511077) * r + 687.1870074920579083) * r
-                + 42.313330701600911252) * r + 1.0)  # fmt: skip
+        above, below = _polynomials(_MIDDLE, r)
         return q * above / below
     r = math.sqrt(-math.log(uniform if q < 0 else 1.0 - uniform))
     if r <= 5.0:
-        r -= 1.6
-        above = (((((((7.7454501427834140764e-4 * r + 0.0227238449892691845833) * r + 0.24178072517745061177) * r
-                + 1.27045825245236838258) * r + 3.64784832476320460504) * r + 5.7694972214606914055) * r
-                + 4.6303378461565452959) * r + 1.42343711074968357734)  # fmt: skip
-        below = (((((((1.05075007164441684324e-9 * r + 5.475938084995344946e-4) * r + 0.0151986665636164571966) * r
-                + 0.14810397642748007459) * r + 0.68976733498510000455) * r + 1.6763848301838038494) * r
-                + 2.05319162663775882187) * r + 1.0)  # fmt: skip
+        above, below = _polynomials(_TAIL, r - 1.6)
     else:
-        r -= 5.0
-        above = (((((((2.01033439929228813265e-7 * r + 2.71155556874348757815e-5) * r + 0.0012426609473880784386) * r
-                + 0.026532189526576123093) * r + 0.29656057182850489123) * r + 1.7848265399172913358) * r
-                + 5.4637849111641143699) * r + 6.6579046435011037772)  # fmt: skip
-        below = (((((((2.04426310338993978564e-15 * r + 1.4215117583164458887e-7) * r + 1.8463183175100546818e-5) * r
-                + 7.868691311456132591e-4) * r + 0.0148753612908506148525) * r + 0.13692988092273580531) * r
-                + 0.59983220655588793769) * r + 1.0)  # fmt: skip
+        above, below = _polynomials(_FAR_TAIL, r - 5.0)
     return math.copysign(above / below, q)

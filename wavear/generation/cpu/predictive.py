@@ -1,4 +1,4 @@
-"""The CPU engine of a predictive WaveNet: the whole loop over samples in compiled code, one call per chunk.
+"""The CPU engine of a predictive WaveNet: the whole loop over samples in compiled code.
 
 The network is small: its weights stay in the first two caches, so streams run one after the other
 and share nothing. Every output element of a product is one chain of fused multiply-adds in a fixed
@@ -9,9 +9,7 @@ whatever the batch, the number of threads and the cuts between calls.
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -19,59 +17,76 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from wavear.common.errors import WavearError
+from wavear.generation.cpu import distributions
 from wavear.generation.cpu.compiled_engine import CompiledEngine
-from wavear.generation.cpu.packing import Region, as_packed, to_numpy
-from wavear.generation.cpu.predictive_loop import kernel
-from wavear.generation.cpu.simd import LANES, WIDEST
-from wavear.generation.cpu.wavenet_plan import power_of_two, put_matrix
+from wavear.generation.cpu.emitter import LANES
+from wavear.generation.cpu.packing import (
+    Packer,
+    named_matrices,
+    power_of_two,
+    to_numpy,
+    vectors_for,
+)
+from wavear.generation.cpu.predictive_loop import LAYER, PLAN, Frames, run
+from wavear.generation.cpu.products import NO_CONDITION
+from wavear.generation.cpu.sampling import Call
+from wavear.generation.cpu.simd import WIDEST
 from wavear.models.frames import FrameConditioning
 from wavear.models.predictive import PredictiveWaveNet
 
 
 class Weights:
-    """The packed weights of a model: a table of its matrices, and their biases."""
+    """The packed weights of a model and its plan."""
 
     def __init__(self, model: PredictiveWaveNet, weights: str):
         config = model.config
-        self.residual = _whole_vectors(config.residual_channels)
-        self.skip, self.head = (
-            _whole_vectors(config.skip_channels),
-            _whole_vectors(config.head_channels),
+        self.packer = packer = Packer(weights)
+        self.plan, self.layers = np.zeros(1, PLAN), np.zeros(len(config.dilations), LAYER)
+        net, own, count = self.plan[0], config.residual_channels, len(config.dilations)
+        r, skip, head = (
+            vectors_for(channels) * LANES
+            for channels in (own, config.skip_channels, config.head_channels)
         )
-        r, k, layers = self.residual, config.kernel_size, len(config.dilations)
-        parts: list[tuple[np.ndarray, Tensor | None]] = [
-            (_padded(model.input.weight, r), model.input.bias)
-        ]
-        for block in model.blocks:
-            taps = to_numpy(block.taps.weight).reshape(
-                2, config.residual_channels, k, config.residual_channels
-            )
-            wide = np.zeros((2, r, k, r), np.float32)
-            wide[:, : config.residual_channels, :, : config.residual_channels] = taps
-            parts.append((wide.reshape(2 * r, k * r), None))
-            if block.residual is None:
-                parts.append((np.zeros((r, r), np.float32), None))  # never multiplied
-            else:
-                parts.append((_padded(block.residual.weight, r, r), block.residual.bias))
-        units = to_numpy(model.skip.weight).reshape(
-            config.skip_channels, layers, config.residual_channels
-        )
-        wide = np.zeros((self.skip, layers, r), np.float32)
-        wide[: config.skip_channels, :, : config.residual_channels] = units
-        parts.append((wide.reshape(self.skip, layers * r), model.skip.bias))
-        parts.append((_padded(model.hidden.weight, self.head, self.skip), model.hidden.bias))
-        outputs = 3 * config.mixtures
-        parts.append((_padded(model.output.weight, outputs, self.head), model.output.bias))
-        self.region = Region()
-        fields = [put_matrix(self.region, matrix, WIDEST, weights) for matrix, _ in parts]
-        base = self.region.allocate()
-        # address, inputs, blocks, vectors, kernel of a row, bytes of a block
-        self.matrices = np.array([[f[0] + base, *f[1:4], f[5], f[6]] for f in fields], np.int64)
-        widest = int((self.matrices[:, 2] * self.matrices[:, 3]).max()) * LANES
-        self.biases = np.zeros((len(parts), widest), np.float32)
-        for row, (_, bias) in zip(self.biases, parts, strict=True):
-            if bias is not None:
-                row[: len(bias)] = to_numpy(bias)
+        rooms = []
+
+        def product(plan: Any, field: str, matrix: np.ndarray, bias: Tensor | None) -> None:
+            room = packer.room(len(matrix), WIDEST)
+            rooms.append(room)
+            plan[field] = packer.matrix(matrix, WIDEST)
+            values = np.zeros(0) if bias is None else to_numpy(bias)
+            packer.vector(plan, f"{field}_bias", values, room)
+
+        product(net, "input", _padded(to_numpy(model.input.weight), r, -1), model.input.bias)
+        for layer, block in zip(self.layers, model.blocks, strict=True):
+            taps = to_numpy(block.taps.weight).reshape(2, own, config.kernel_size, own)
+            taps = _padded(taps, 2, r, config.kernel_size, r).reshape(2 * r, -1)
+            product(layer, "taps", taps, None)
+            if block.residual is not None:
+                residual = _padded(to_numpy(block.residual.weight), r, r)
+                product(layer, "residual", residual, block.residual.bias)
+        units = to_numpy(model.skip.weight).reshape(config.skip_channels, count, own)
+        units = _padded(units, skip, count, r).reshape(skip, -1)
+        product(net, "skip", units, model.skip.bias)
+        hidden = _padded(to_numpy(model.hidden.weight), head, skip)
+        product(net, "hidden", hidden, model.hidden.bias)
+        output = _padded(to_numpy(model.output.weight), -1, head)
+        product(net, "output", output, model.output.bias)
+        packer.allocate()
+        self.matrices = packer.matrices
+        # Rings hold the current input too, and their lengths are powers of two.
+        self.rows = [power_of_two(2 * n) for n in config.queue_lengths]
+        self.layers["dilation"] = config.dilations
+        self.layers["mask"] = np.array(self.rows) - 1
+        net["law"], net["mixtures"], net["classes"] = distributions.numbers(model.law)
+        sizes = {
+            "recent": config.recent_residuals, "near": config.period_residuals,
+            "tap_count": config.kernel_size,
+            "x_vectors": r // LANES, "skip_vectors": skip // LANES, "head_vectors": head // LANES,
+            "features": config.features, "history": config.history, "room": max(rooms) * LANES,
+        }  # fmt: skip
+        for field, size in sizes.items():
+            net[field] = size
 
 
 class NumbaPredictiveEngine(CompiledEngine):
@@ -80,126 +95,77 @@ class NumbaPredictiveEngine(CompiledEngine):
     serves = PredictiveWaveNet
     model: PredictiveWaveNet
 
-    def __init__(
-        self,
-        model: PredictiveWaveNet,
-        batch: int,
-        *,
-        weights: str = "float32",
-        threads: int | None = None,
-        packed: Weights | None = None,
-    ):
-        super().__init__(model, batch, weights, threads)
-        config = model.config
-        self._packed = packed or Weights(model, weights)
-        self._dilations = np.array(config.dilations, np.int64)
-        # Rings hold the current input too, and their lengths are powers of two.
-        rows = np.array(
-            [power_of_two(n) * (2 if power_of_two(n) <= n else 1) for n in config.queue_lengths],
-            np.int64,
-        )
-        self._masks = rows - 1
-        self._rings = [np.zeros((batch, n, self._packed.residual), np.float32) for n in rows]
+    def _prepare(self) -> None:
+        model, config, batch = self.model, self.model.config, self.batch
+        packed = self._packed = self._packed or Weights(model, self.weights)
+        self._width, self._masks = int(packed.plan[0]["x_vectors"]) * LANES, packed.layers["mask"]
+        self._rings = [np.zeros((batch, n, self._width), np.float32) for n in packed.rows]
         self._addresses = np.array(
             [[ring[b].ctypes.data for ring in self._rings] for b in range(batch)], np.int64
         ).reshape(batch, -1)
         self._times = np.zeros(batch, np.int64)
-        self._samples = np.zeros(
-            (batch, config.history + 1), np.float32
-        )  # the last one is that of `previous`
+        # The last one is that of `previous`.
+        self._samples = np.zeros((batch, config.history + 1), np.float32)
         self._residuals = np.zeros((batch, config.history + 1), np.float32)
         self._lags = np.zeros((batch, config.lag_history), np.int64)
         self._pending = np.tile(np.array([0.0, 1.0]), (batch, 1))
         self._previous = np.full(batch, model.start_code, np.int64)
-        bounds = [batch * part // self.threads for part in range(self.threads + 1)]
-        self._spans = list(pairwise(bounds))
-        self._pool = ThreadPoolExecutor(self.threads) if self.threads > 1 else None
 
-    def _parts(self) -> Sequence[Any]:
-        return self._spans
+    def _parts(self) -> Sequence[tuple[int, int]]:
+        bounds = [self.batch * part // self.threads for part in range(self.threads + 1)]
+        return list(pairwise(bounds))
 
-    def _condition(self, cond: Any, samples: int) -> tuple[Any, int]:
+    @staticmethod
+    def matrices_of(model: Any) -> Iterable[Tensor]:
+        """See `CompiledEngine.matrices_of`."""
+        for name, matrix in named_matrices(model, ""):
+            if not name.startswith("conditioning."):
+                yield matrix
+
+    def _condition(self, cond: Any, samples: int) -> tuple[Frames, int]:
         config, batch = self.model.config, self.batch
         if not isinstance(cond, FrameConditioning) or (len(cond), cond.samples) != (batch, samples):
             shape = "None" if cond is None else tuple(cond.shape)
-            raise ValueError(
-                f"cond is {shape}, expected the conditioning of {batch} streams of {samples} samples"
+            raise WavearError(
+                f"cond is {shape}, expected the conditioning of {batch} streams of {samples} "
+                "samples"
             )
-        r, width = config.residual_channels, self._packed.residual
-        gates = (
-            cond.gates.detach().to("cpu", torch.float32).permute(0, 1, 3, 2).numpy()
-        )  # (B, F, 3, G)
-        parts = gates[..., : 2 * r * len(config.dilations)].reshape(*gates.shape[:3], -1, r)
-        padded = np.zeros(
-            (*gates.shape[:3], parts.shape[3] * width + self._packed.skip), np.float32
-        )
-        padded[..., : parts.shape[3] * width].reshape(*parts.shape[:4], width)[..., :r] = parts
-        skip = gates[..., 2 * r * len(config.dilations) :]
-        padded[..., parts.shape[3] * width :][..., : skip.shape[3]] = skip
-        lags = cond.lag.cpu()
+        r, count = config.residual_channels, len(config.dilations)
+        gates = cond.gates.detach().to("cpu", torch.float32).permute(0, 1, 3, 2).numpy()
+        parts = gates[..., : 2 * r * count].reshape(*gates.shape[:3], 2 * count, r)
+        skip = gates[..., 2 * r * count :]
+        inner = _padded(parts, *parts.shape[:4], self._width)
+        inner = inner.reshape(*gates.shape[:3], 2 * count * self._width)
+        outer = _padded(skip, *skip.shape[:3], int(self._packed.plan[0]["skip_vectors"]) * LANES)
         first = cond.offset.cpu()[:, None] + torch.arange(samples)
-        whole = np.concatenate([self._lags, lags.gather(1, first).round().long().numpy()], axis=1)
+        new_lags = cond.lag.cpu().gather(1, first).round().long().numpy()
         new = np.zeros((batch, samples), np.float32)
-        return {
-            "xs": np.concatenate([self._samples, new], axis=1),
-            "es": np.concatenate([self._residuals, new], axis=1),
-            "whole": np.ascontiguousarray(whole),
-            "pending": self._pending.copy(),
-            "times": self._times.copy(),
-            "gates": padded,
-            "weights": cond.weights.cpu().float().numpy(),
-            "coefficients": np.ascontiguousarray(cond.coefficients.cpu().numpy()[:, :, ::-1]),
-            "scales": np.ascontiguousarray(cond.scale.cpu().numpy()),
-            "lags": np.ascontiguousarray(lags.numpy()),
-            "voicings": np.ascontiguousarray(cond.voicing.cpu().numpy()),
-            "offsets": np.ascontiguousarray(cond.offset.cpu().numpy()),
-        }, 0  # fmt: skip
+        given = cond.weights.cpu().float(), cond.coefficients.cpu().flip(2), cond.scale.cpu()
+        arrays = [*given, cond.lag.cpu(), cond.voicing.cpu(), cond.offset.cpu()]
+        frames = Frames(
+            self._addresses,
+            self._times.copy(),
+            np.concatenate([self._samples, new], axis=1),
+            np.concatenate([self._residuals, new], axis=1),
+            np.concatenate([self._lags, new_lags], axis=1),
+            self._pending.copy(),
+            np.concatenate([inner, outer], axis=3),
+            *(np.ascontiguousarray(each.numpy()) for each in arrays),
+        )
+        return frames, NO_CONDITION
 
-    def _run(self, arrays: tuple[np.ndarray, ...], cond: Any, scoring: int, request: Any) -> None:
-        codes = arrays[2]
-        if codes.ndim == 2 and codes.shape[1] == 0:
-            return
-        super()._run(arrays, cond, scoring, request)
-
-    def _call(
-        self, part: Any, arrays: tuple[np.ndarray, ...], condition: Any, mode: int, *rest: Any
-    ) -> int:
-        config, packed = self.model.config, self._packed
-        scoring, asked = rest
-        given: Any = condition
-        sizes = (
-            config.recent_residuals, config.period_residuals, config.mixtures, config.classes, config.kernel_size,
-            packed.residual // LANES, packed.skip // LANES, packed.head // LANES, config.features, config.history,
-        )  # fmt: skip
-        bad = kernel()(
-            *part, sizes, packed.matrices, packed.biases, self._dilations, self._addresses, self._masks,
-            given["times"], given["xs"], given["es"], given["whole"], given["pending"], given["gates"],
-            given["weights"], given["coefficients"], given["scales"], given["lags"], given["voicings"],
-            given["offsets"], *arrays, bool(scoring), len(asked) > 0,
-        )  # fmt: skip
+    def _call(self, part: tuple[int, int], condition: Frames, call: Call) -> int:
+        packed = self._packed
+        bad = run()(*part, packed.plan, packed.layers, packed.matrices, condition, call)
         if bad < 0:
-            rows = slice(*part)
-            kept = config.history + 1
-            self._samples[rows], self._residuals[rows] = (
-                given["xs"][rows, -kept:],
-                given["es"][rows, -kept:],
-            )
-            self._lags[rows] = given["whole"][rows, -self._lags.shape[1] :]
-            self._pending[rows], self._times[rows] = given["pending"][rows], given["times"][rows]
-            self._previous[rows] = arrays[2][rows, -1]
+            rows, kept = slice(*part), self.model.config.history + 1
+            self._samples[rows] = condition.samples[rows, -kept:]
+            self._residuals[rows] = condition.residuals[rows, -kept:]
+            self._lags[rows] = condition.whole_lags[rows, -self._lags.shape[1] :]
+            self._pending[rows] = condition.pending[rows]
+            self._times[rows] = condition.times[rows]
+            self._previous[rows] = call.codes[rows, -1]
         return bad
-
-    def _as_run(self) -> PredictiveWaveNet:
-        if self.weights == "float32" and next(self.model.parameters()).dtype in (
-            torch.float32,
-            torch.float64,
-        ):
-            return self.model
-        model = copy.deepcopy(self.model).float()
-        for name, parameter in model.named_parameters():
-            if parameter.dim() == 2 and not name.startswith("conditioning."):
-                parameter.data.copy_(torch.from_numpy(as_packed(to_numpy(parameter), self.weights)))
-        return model
 
     def state(self, stream: int) -> dict[str, Tensor]:
         """See `Engine.state`."""
@@ -238,24 +204,10 @@ class NumbaPredictiveEngine(CompiledEngine):
         self._pending[stream] = state["pending"].to("cpu", torch.float64).numpy()
         self._previous[stream] = previous
 
-    def resized(self, batch: int) -> NumbaPredictiveEngine:
-        """See `Engine.resized`."""
-        return NumbaPredictiveEngine(
-            self.model,
-            batch,
-            weights=self.weights,
-            threads=self._asked_threads,
-            packed=self._packed,
-        )
 
-
-def _whole_vectors(channels: int) -> int:
-    return -(-channels // LANES) * LANES
-
-
-def _padded(matrix: Tensor, outputs: int, inputs: int | None = None) -> np.ndarray:
-    """A matrix with rows and columns of zeros behind its own."""
-    own = to_numpy(matrix)
-    padded = np.zeros((outputs, own.shape[1] if inputs is None else inputs), np.float32)
-    padded[: own.shape[0], : own.shape[1]] = own
+def _padded(array: np.ndarray, *shape: int) -> np.ndarray:
+    """Return an array with zeros behind its own values on each axis; -1: as it is."""
+    sizes = [own if size < 0 else size for own, size in zip(array.shape, shape, strict=True)]
+    padded = np.zeros(sizes, np.float32)
+    padded[tuple(slice(own) for own in array.shape)] = array
     return padded

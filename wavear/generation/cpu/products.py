@@ -1,44 +1,98 @@
-"""Matrix products of the CPU engines: a matrix by its fields, one row or many at a time, zeros left out.
+"""Matrix products of the CPU engines: one row or many at a time, zeros left out; and plans.
 
-Everything here is compiled into the loops that use it, but for two functions that are compiled once
-and called by their address (`products`): Numba would compile the vector kernels once more into
-every function that multiplies.
+A plan is a NumPy record with named fields (`record`), which Numba reads in place. Everything here
+is compiled into the loops that use it, but for three functions that are compiled once and called by
+address (`products`): Numba would compile the vector kernels once more into every function that
+multiplies.
 """
 
 # Numba's settings have no types.
-# pyright: reportPrivateImportUsage=false, reportAttributeAccessIssue=false
+# pyright: reportPrivateImportUsage=false, reportAttributeAccessIssue=false, reportCallIssue=false
 
 from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numba
+import numpy as np
+from numba.core import types
+from numba.extending import intrinsic
 
 from wavear.common.compiled import compiled
 from wavear.generation.cpu import simd
-from wavear.generation.cpu.simd import HEIGHTS, TALLEST, VECTOR_BYTES
+from wavear.generation.cpu.emitter import I64, VECTOR_BYTES
+from wavear.generation.cpu.simd import HEIGHTS, TALLEST
 
-# Fields of a matrix: address of the packed weights, inputs, blocks, vectors in a block, kind of the
-# weights, address of the kernel for one row, bytes of a block, bytes of the weights of one input in
-# a block.
-M_ADDRESS, M_INPUTS, M_BLOCKS, M_VECTORS, M_KIND, M_ROW, M_SIZE, M_STEP, M_FIELDS = range(9)
+# Conditioning of a call: none, one vector for all samples, or one for each.
+NO_CONDITION, CONSTANT_CONDITION, CONDITION = range(3)
 
-# Fields of the network for one group of streams.
-(N_TAPS, N_CLASSES, N_STREAMS, N_ROWS, N_SPAN, N_X_VECTORS, N_H_VECTORS, N_SKIP_VECTORS, N_HEAD_VECTORS, N_Z_ROW,
- N_LOGIT_ROW, N_LOGIT_BLOCKS, N_EMBEDDING, N_CONDITION_CHANNELS, N_CONDITION_VECTORS, N_HEAD1, N_HEAD2, N_HEAD1_BIAS,
- N_HEAD2_BIAS, N_SKIP_BIAS, N_ZEROS, N_X, N_H, N_SKIP, N_HEAD, N_LOGITS, N_WEIGHTS, N_SUMS, N_PANELS,
- N_CONDITION_PANELS, N_TIME, N_FIRST, N_MULTIPLY, N_MATRICES, N_SPARSE,
- N_TABLE, N_VALUES, N_OFFSETS, N_PARTS, N_GATE_VECTORS, N_H_OFFSET, N_SKIP_SHARE, N_SKIP_PLACE, N_SKIP_ALL,
- N_HEAD_SHARE, N_HEAD_PLACE, N_HEAD_ALL, N_LOGIT_SHARE, N_LOGIT_PLACE, N_LOGIT_ALL, N_MINE, N_THEIRS, N_SEQUENCE,
- N_GIVE_WAY, N_FUSED, N_LAW, N_MIXTURES, N_FIELDS) = range(58)  # fmt: skip
 
-NO_CONDITION, CONSTANT_CONDITION, CONDITION = range(
-    3
-)  # whether there is one, of one sample for all or of each
+def record(names: str) -> np.dtype:
+    """Return the type of a plan: an int64 field for each name."""
+    return np.dtype([(name, np.int64) for name in names.split()])
 
-KINDS = {"float32": simd.FLOAT32, "bfloat16": simd.BFLOAT16, "int8": simd.INT8}
+
+def array_of(dtype: np.dtype) -> Any:
+    """Return Numba's type of a contiguous array of records."""
+    return numba.from_dtype(dtype)[::1]
+
+
+# A packed matrix: address of the weights, inputs, blocks, vectors in a block, how the weights are
+# stored, address of the kernel for one row, bytes of a block, bytes of one input in a block.
+MATRIX = record("address inputs blocks vectors kind row size step")
+_MATRIX = numba.from_dtype(MATRIX)
+
+
+@intrinsic
+def _address(context, matrix):
+    def codegen(context, builder, signature, args):
+        return builder.ptrtoint(args[0], I64)
+
+    return types.int64(matrix), codegen
+
+
+@intrinsic
+def _matrix(context, address):
+    def codegen(context, builder, signature, args):
+        return builder.inttoptr(args[0], context.get_value_type(_MATRIX))
+
+    return _MATRIX(address), codegen
+
+
+class Place(NamedTuple):
+    """Where the rows of a product lie: strides in bytes to the next row, vector and panel."""
+
+    address: int
+    row: int
+    vector: int
+    panel: int
+
+
+@numba.njit
+def in_panels(address, rows, vectors):
+    """Panels of `rows` rows of `vectors` vectors."""
+    return Place(address, VECTOR_BYTES, rows * VECTOR_BYTES, vectors * rows * VECTOR_BYTES)
+
+
+@numba.njit
+def in_lines(address, rows, row_bytes):
+    """Rows `row_bytes` apart, `rows` of which correspond to a panel."""
+    return Place(address, row_bytes, VECTOR_BYTES, rows * row_bytes)
+
+
+@numba.njit
+def seat(address, stream, rows, vectors):
+    """The address of a stream's row in panels."""
+    return address + ((stream // rows) * vectors * rows + stream % rows) * VECTOR_BYTES
+
+
+@numba.njit
+def copy_row(source, out, vectors):
+    """Copy contiguous vectors."""
+    simd.copy(source, VECTOR_BYTES, out, VECTOR_BYTES, vectors)
+
 
 _TALL2 = HEIGHTS[2]
 _TALL4 = HEIGHTS[4]
@@ -58,19 +112,13 @@ def _height(rows, vectors):
     return 1
 
 
-def _multiply_rows(matrix, rows, panel_rows, x, x_block, x_panel, bias, init, init_row, init_vector, init_panel, out,
-                   out_row, out_vector, out_panel):  # fmt: skip
-    """out = init + bias + matrix @ x for `rows` rows in panels of `panel_rows`; each weight is read once.
-
-    `matrix` is the address of its fields. This is compiled on its own and called by address: Numba
-    would otherwise compile the vector kernels once more into every function that multiplies.
-    """
-    weights = simd.load_int(matrix + 8 * M_ADDRESS)
-    inputs = simd.load_int(matrix + 8 * M_INPUTS)
-    vectors = simd.load_int(matrix + 8 * M_VECTORS)
-    kind = 16 * vectors + 256 * simd.load_int(matrix + 8 * M_KIND)
-    size = simd.load_int(matrix + 8 * M_SIZE)
-    for _ in range(simd.load_int(matrix + 8 * M_BLOCKS)):
+def _multiply_rows(address, rows, panel_rows, x, x_block, x_panel, bias, init, init_row,
+                   init_vector, init_panel, out, out_row, out_vector, out_panel):  # fmt: skip
+    """See `multiply`."""
+    matrix = _matrix(address)
+    weights, vectors = matrix.address, matrix.vectors
+    kind = 16 * vectors + 256 * matrix.kind
+    for _ in range(matrix.blocks):
         done = 0
         panel = 0
         while done < rows:
@@ -79,37 +127,34 @@ def _multiply_rows(matrix, rows, panel_rows, x, x_block, x_panel, bias, init, in
             while row < last:
                 height = _height(last - row, vectors)
                 simd.tile(
-                    height + kind, weights, inputs, x + panel * x_panel + row * VECTOR_BYTES, x_block, bias,
+                    height + kind, weights, matrix.inputs,
+                    x + panel * x_panel + row * VECTOR_BYTES, x_block, bias,
                     init + panel * init_panel + row * init_row, init_row, init_vector,
                     out + panel * out_panel + row * out_row, out_row, out_vector,
                 )  # fmt: skip
                 row += height
             done += last
             panel += 1
-        weights += size
+        weights += matrix.size
         bias += vectors * VECTOR_BYTES
         init += vectors * init_vector
         out += vectors * out_vector
 
 
 @numba.njit
-def multiply(net, matrix, rows, panel_rows, x, x_block, x_panel, bias, init, init_row, init_vector, init_panel, out,
-              out_row, out_vector, out_panel):  # fmt: skip
-    """`_multiply_rows`, by the number of the matrix."""
-    simd.call15(net[N_MULTIPLY], net[N_MATRICES] + 8 * M_FIELDS * matrix, rows, panel_rows, x, x_block, x_panel, bias,
-                 init, init_row, init_vector, init_panel, out, out_row, out_vector, out_panel)  # fmt: skip
+def multiply(net, matrix, rows, panel_rows, x, bias, init, out):
+    """out = init + bias + matrix @ x for rows in panels of `panel_rows`; reads each weight once."""
+    simd.call15(net.multiply, _address(matrix), rows, panel_rows, x.address, x.vector, x.panel,
+                bias, init.address, init.row, init.vector, init.panel,
+                out.address, out.row, out.vector, out.panel)  # fmt: skip
 
 
 @numba.njit
-def multiply_row(net, matrix, x, bias, init, out):
+def multiply_row(matrix, x, bias, init, out):
     """out = init + bias + matrix @ x for one row, everything contiguous."""
-    address = net[N_MATRICES] + 8 * M_FIELDS * matrix
-    weights = simd.load_int(address + 8 * M_ADDRESS)
-    inputs = simd.load_int(address + 8 * M_INPUTS)
-    kernel = simd.load_int(address + 8 * M_ROW)
-    block = simd.load_int(address + 8 * M_VECTORS) * VECTOR_BYTES
-    size = simd.load_int(address + 8 * M_SIZE)
-    for _ in range(simd.load_int(address + 8 * M_BLOCKS)):
+    weights, inputs, kernel, size = matrix.address, matrix.inputs, matrix.row, matrix.size
+    block = matrix.vectors * VECTOR_BYTES
+    for _ in range(matrix.blocks):
         simd.call6(kernel, weights, inputs, x, bias, init, out)
         weights += size
         bias += block
@@ -117,78 +162,109 @@ def multiply_row(net, matrix, x, bias, init, out):
         out += block
 
 
-def _multiply_sparse(matrix, count, values, offsets, init, out, unused):
+def _multiply_sparse(address, count, values, offsets, init, out, unused):
     """out = init + matrix @ x for one row, given by its entries above zero."""
-    weights = simd.load_int(matrix + 8 * M_ADDRESS)
-    vectors = simd.load_int(matrix + 8 * M_VECTORS)
-    kind = vectors + 256 * simd.load_int(matrix + 8 * M_KIND)
-    size = simd.load_int(matrix + 8 * M_SIZE)
-    for _ in range(simd.load_int(matrix + 8 * M_BLOCKS)):
+    matrix = _matrix(address)
+    weights, vectors = matrix.address, matrix.vectors
+    kind = vectors + 256 * matrix.kind
+    for _ in range(matrix.blocks):
         simd.sparse(kind, weights, count, values, offsets, init, out)
-        weights += size
+        weights += matrix.size
         init += vectors * VECTOR_BYTES
         out += vectors * VECTOR_BYTES
 
 
 @numba.njit
-def rectified(net, matrix, x, bias, out):
-    """out = bias + matrix @ relu(x) for one row, whose zeros, about half, are not multiplied nor their weights read."""
-    address = net[N_MATRICES] + 8 * M_FIELDS * matrix
-    row = simd.load_int(address + 8 * M_STEP)
-    count = simd.entries(
-        x, simd.load_int(address + 8 * M_INPUTS), row, net[N_VALUES], net[N_OFFSETS]
-    )
-    simd.call7(net[N_SPARSE], address, count, net[N_VALUES], net[N_OFFSETS], bias, out, 0)
+def multiply_entries(net, matrix, count, init, out):
+    """out = init + matrix @ x for one row, whose entries lie at `net.values`, `net.offsets`."""
+    simd.call7(net.sparse, _address(matrix), count, net.values, net.offsets, init, out, 0)
+
+
+@numba.njit
+def rectified(net, matrix, x, init, out):
+    """out = init + matrix @ relu(x) for one row: omits zeros, about half, and their weights."""
+    count = simd.entries(x, matrix.inputs, matrix.step, net.values, net.offsets)
+    multiply_entries(net, matrix, count, init, out)
 
 
 @numba.njit
 def to_panels(first, row_bytes, rows, vectors, panels, done):
-    """Copy rows of channels, `row_bytes` apart, to the rows from `done` on of panels of TALLEST rows."""
+    """Copy rows of channels, `row_bytes` apart, to row `done` and later of panels of TALLEST."""
     for r in range(rows):
-        panel = (done + r) // TALLEST
-        row = (done + r) % TALLEST
         simd.copy(
             first + r * row_bytes,
             VECTOR_BYTES,
-            panels + (panel * vectors * TALLEST + row) * VECTOR_BYTES,
+            seat(panels, done + r, TALLEST, vectors),
             TALLEST * VECTOR_BYTES,
             vectors,
         )
 
 
 @numba.njit
-def project(net, matrix, panels, vectors, rows, bias, init, init_row, out):
+def condition_to_panels(net, condition, condition_row, count):
+    """Copy the conditioning of the next `count` samples of every stream to `net.condition_panels`.
+
+    That of a stream begins `condition_row` bytes after that of the stream before.
+    """
+    row = net.condition_vectors * VECTOR_BYTES
+    for t in range(count):
+        for s in range(net.streams):
+            to_panels(condition + s * condition_row + t * row, row, 1, net.condition_vectors,
+                      net.condition_panels, t * net.streams + s)  # fmt: skip
+
+
+@numba.njit
+def project(net, matrix, panels, vectors, rows, init, init_row, out):
     """Rows gathered in panels of TALLEST times a matrix, to rows of the pre-activations."""
-    row = net[N_Z_ROW]
-    multiply(net, matrix, rows, TALLEST, panels, TALLEST * VECTOR_BYTES, vectors * TALLEST * VECTOR_BYTES, bias,
-              init, init_row, VECTOR_BYTES, TALLEST * init_row, out, row, VECTOR_BYTES, TALLEST * row)  # fmt: skip
+    multiply(net, matrix, rows, TALLEST, in_panels(panels, TALLEST, vectors), net.zeros,
+             in_lines(init, TALLEST, init_row), in_lines(out, TALLEST, net.z_row))  # fmt: skip
 
 
-def _simd_row_address(vectors, kind):
+def _tabulate(multiply, address, rows, x, x_vectors, panels, zeros, out, out_row):
+    """out = matrix @ x for rows of float32, `x_vectors` wide, by way of one panel of TALLEST."""
+    done = 0
+    x_row = x_vectors * VECTOR_BYTES
+    while done < rows:
+        count = min(TALLEST, rows - done)
+        to_panels(x + done * x_row, x_row, count, x_vectors, panels, 0)
+        simd.call15(
+            multiply, address, count, TALLEST, panels, TALLEST * VECTOR_BYTES, 0, zeros, zeros, 0,
+            VECTOR_BYTES, 0, out + done * out_row, out_row, VECTOR_BYTES, 0,
+        )  # fmt: skip
+        done += count
+
+
+def _row_address(vectors, kind):
     return simd.row_address(vectors, kind)
 
 
 @dataclass(frozen=True)
 class Products:
-    """What is compiled on its own: addresses of functions, and one that gives the address of a kernel for one row."""
+    """What is compiled on its own: addresses of functions, and functions to call from Python."""
 
     multiply: int
     sparse: int
     row: Any
+    """`row(vectors, kind)`: the address of the kernel for one row."""
+    tabulate: Any
 
 
 @functools.cache
 def products() -> Products:
-    """Compiled at the first call, or read from the cache."""
-    multiply_rows = compiled(_multiply_rows, void(15), callback=True)
-    multiply_sparse = compiled(_multiply_sparse, void(7), callback=True)
+    """Compile at the first call, or read from the cache."""
+    multiply_rows = compiled(_multiply_rows, _void(15), callback=True)
+    multiply_sparse = compiled(_multiply_sparse, _void(7), callback=True)
     _kept.extend([multiply_rows, multiply_sparse])
-    row = compiled(_simd_row_address, "int64(int64, int64)")
-    return Products(multiply_rows.address, multiply_sparse.address, row)
+    return Products(
+        multiply_rows.address,
+        multiply_sparse.address,
+        compiled(_row_address, "int64(int64, int64)"),
+        compiled(_tabulate, _void(9)),
+    )
 
 
 _kept: list = []  # the code at an address lives as long as its object
 
 
-def void(arguments: int) -> str:
+def _void(arguments: int) -> str:
     return f"void({', '.join(['int64'] * arguments)})"

@@ -1,41 +1,128 @@
-"""The draw of the CPU engine where it is truncated, or its log-probability is asked for.
-
-A call without either does not come here. `request` makes what the compiled code reads, `draw` is
-part of its loop.
-"""
+"""From the parameters of a sample's law to its code and log-probability, in compiled code."""
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import numba
 import numpy as np
+from numba.core import types
 
-from wavear.generation.cpu import simd
-
-# A request: float64 numbers. TOP_K is the number of classes, and TOP_P is 1, where nothing is cut
-# off.
-TOP_K, TOP_P, SCORED, HEAP = range(4)
+from wavear.generation.cpu import distributions, simd
+from wavear.generation.cpu.simd import BLOCK
 
 
-def request(classes: int, top_k: int | None, top_p: float | None, scored: bool) -> np.ndarray:
-    """What is asked for, with memory to work in for one thread; empty where that is nothing."""
-    if top_k is None and top_p is None and not scored:
-        return np.empty(0)
-    made = np.zeros(HEAP + classes)
-    made[TOP_K] = classes if top_k is None else min(top_k, classes)
-    made[TOP_P] = 1.0 if top_p is None else top_p
-    made[SCORED] = scored
-    return made
+class Call(NamedTuple):
+    """The input and output of one call of an engine, for its compiled loop."""
+
+    uniforms: Any
+    """float64 (B, n), or empty if `scoring`."""
+    temperatures: Any
+    """float64 (B, n), or empty if `scoring`."""
+    codes: Any
+    """int64 (B, n): written, or read if `scoring`."""
+    scores: Any
+    """float64 (B, n): written if `scoring` or `scored`."""
+    scoring: bool
+    """Whether the codes are given."""
+    scored: bool
+    """Whether the log-probabilities of new codes are wanted."""
+    top_k: int
+    """The number of classes where nothing is cut off."""
+    top_p: float
+    """1 where nothing is cut off."""
+    heap: Any
+    """float64 (classes,): memory of one thread for a truncated draw, or empty."""
+    condition: int
+    """Address of float32 (B, n, padded C), or (B, 1, padded C)."""
+    mode: int
+    """NO_CONDITION, CONSTANT_CONDITION or CONDITION."""
+
+    def truncates(self) -> bool:
+        return not self.scoring and (self.top_k < len(self.heap) or self.top_p < 1.0)
+
+
+_table = types.float64[:, ::1]
+CALL = types.NamedTuple(
+    (_table, _table, types.int64[:, ::1], _table, types.boolean, types.boolean, types.int64,
+     types.float64, types.float64[::1], types.int64, types.int64),
+    Call,
+)  # fmt: skip
+
+
+@numba.njit(forceinline=True)
+def settle(net, row, call, b, t):
+    """Return the code of sample t of stream b, drawn or given; -1 if `row` is not finite.
+
+    `row` is the address of what the network puts out. `net` has `law`, `mixtures`, `classes`, and
+    for a categorical law `logit_blocks` and memory for as many `weights` and `sums`.
+    """
+    if call.scoring:
+        code = call.codes[b, t]
+    else:
+        uniform, temperature = call.uniforms[b, t], call.temperatures[b, t]
+        if net.law != distributions.CATEGORICAL:
+            code = distributions.draw_value(
+                net.law, net.mixtures, net.classes, row, uniform, temperature
+            )
+        elif call.top_k < net.classes or call.top_p < 1.0:
+            code = _draw_truncated(
+                net, row, uniform, temperature, call.top_k, call.top_p, call.heap
+            )
+        else:
+            code = _draw(net, row, uniform, temperature)
+        if code < 0:
+            return code
+        call.codes[b, t] = code
+    if call.scoring or call.scored:
+        call.scores[b, t] = _log_probability(net, row, code)
+    return code
 
 
 @numba.njit
-def truncates(asked, classes):
-    """Whether a request cuts anything off."""
-    return asked.shape[0] > 0 and (np.int64(asked[TOP_K]) < classes or asked[TOP_P] < 1.0)
+def _draw(net, logits, uniform, temperature):
+    """Return the smallest code whose cumulative probability exceeds the uniform."""
+    blocks = net.logit_blocks
+    total = _exponentials(net, logits, np.float32(1.0 / temperature))
+    if not total > 0.0 or total == np.inf:
+        return -1
+    threshold = uniform * total
+    before = 0.0
+    block = 0
+    while block < blocks - 1:
+        after = before + simd.load_double(net.sums + 8 * block)
+        if after > threshold:
+            break
+        before = after
+        block += 1
+    code = block * BLOCK
+    last = min(code + BLOCK, net.classes) - 1
+    while code < last:
+        before += simd.load_float(net.weights + 4 * code)
+        if before > threshold:
+            break
+        code += 1
+    return code
+
+
+@numba.njit
+def _exponentials(net, logits, sharpness):
+    largest = simd.largest(logits, net.logit_blocks)
+    return simd.exponentials(logits, net.logit_blocks, net.weights, net.sums, largest, sharpness)
+
+
+@numba.njit
+def _log_probability(net, logits, code):
+    if net.law != distributions.CATEGORICAL:
+        return distributions.log_probability(net.law, net.mixtures, net.classes, logits, code)
+    total = _exponentials(net, logits, np.float32(1.0))
+    largest = np.float64(simd.largest(logits, net.logit_blocks))
+    return np.float64(simd.load_float(logits + 4 * code)) - largest - np.log(total)
 
 
 @numba.njit
 def _before(logits, one, other):
-    """Whether a code is likelier than another: by its logit, and of equal ones the lower."""
+    """Return whether a code is likelier than another; of equal logits the lower code is."""
     first, second = simd.load_float(logits + 4 * one), simd.load_float(logits + 4 * other)
     return first > second or (first == second and one < other)
 
@@ -57,7 +144,7 @@ def _sift(heap, logits, root, size):
 
 @numba.njit
 def _pop(heap, logits, size):
-    """Take the likeliest of `size` codes off the heap."""
+    """Remove and return the likeliest of `size` codes."""
     code = np.int64(heap[0])
     heap[0] = heap[size - 1]
     _sift(heap, logits, 0, size - 1)
@@ -66,7 +153,7 @@ def _pop(heap, logits, size):
 
 @numba.njit
 def _fill(heap, logits, classes):
-    """All codes, as a heap."""
+    """Order all codes as a heap."""
     for code in range(classes):
         heap[code] = code
     for root in range(classes // 2 - 1, -1, -1):
@@ -75,9 +162,9 @@ def _fill(heap, logits, classes):
 
 @numba.njit
 def _cutoff(logits, weights, heap, classes, total, top_k, top_p):
-    """The least likely code that stays, and the weight of all that stay, likeliest first."""
+    """Return the least likely code that stays."""
     if top_p < 1.0 and top_k < classes:
-        # The share is one of what top_k leaves: that is summed up first.
+        # The share is of what top_k leaves: sum that first.
         total = 0.0
         _fill(heap, logits, classes)
         for taken in range(top_k):
@@ -94,13 +181,13 @@ def _cutoff(logits, weights, heap, classes, total, top_k, top_p):
 
 
 @numba.njit
-def truncated(logits, classes, weights, total, uniform, asked):
-    """The code of a uniform among those that stay, in the order of codes.
-
-    `weights` are exp((logits - largest) / temperature), as addresses of float32; `asked` a request.
-    """
-    heap = asked[HEAP:]
-    last = _cutoff(logits, weights, heap, classes, total, np.int64(asked[TOP_K]), asked[TOP_P])
+def _draw_truncated(net, logits, uniform, temperature, top_k, top_p, heap):
+    """Return the code of a uniform among those that stay, in the order of codes; or -1."""
+    weights, classes = net.weights, net.classes
+    total = _exponentials(net, logits, np.float32(1.0 / temperature))
+    if not total > 0.0 or total == np.inf:
+        return -1
+    last = _cutoff(logits, weights, heap, classes, total, top_k, top_p)
     total = 0.0
     for code in range(classes):
         if code == last or _before(logits, code, last):
@@ -117,13 +204,3 @@ def truncated(logits, classes, weights, total, uniform, asked):
                 if before > threshold:
                     break
     return drawn
-
-
-@numba.njit
-def draw(logits, blocks, classes, weights, sums, uniform, temperature, asked):
-    """The code of a uniform; -1 if the logits are not numbers. `weights` become those of this temperature."""
-    largest = simd.largest(logits, blocks)
-    total = simd.exponentials(logits, blocks, weights, sums, largest, np.float32(1.0 / temperature))
-    if not total > 0.0 or total == np.inf:
-        return -1
-    return truncated(logits, classes, weights, total, uniform, asked)

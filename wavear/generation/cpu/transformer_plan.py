@@ -1,232 +1,176 @@
-"""The plan of a transformer for its CPU engine: its weights packed, and the state of a stream."""
+"""The plan of a transformer for its compiled loop: packed weights, and the state of a stream."""
 
 from __future__ import annotations
 
-import copy
-from typing import Any
+from collections.abc import Iterable
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from wavear.generation.cpu import distributions
-from wavear.generation.cpu import transformer_loop as loop
-from wavear.generation.cpu.packing import Region, as_packed, to_numpy, vectors_of
-from wavear.generation.cpu.products import M_ADDRESS, M_FIELDS, products
-from wavear.generation.cpu.simd import BLOCK, FLOAT32, LANES, VECTOR_BYTES, WIDEST
-from wavear.generation.cpu.wavenet_plan import put_matrix
+from wavear.generation.cpu.emitter import LANES
+from wavear.generation.cpu.packing import (
+    SPARSE_WIDTH,
+    Packer,
+    Region,
+    named_matrices,
+    rounded,
+    to_numpy,
+    vectors_for,
+    vectors_of,
+)
+from wavear.generation.cpu.products import products
+from wavear.generation.cpu.simd import BLOCK, FLOAT32, WIDEST
+from wavear.generation.cpu.transformer_loop import LAYER, PLAN
 from wavear.models.attention import rotation, rotation_period
 from wavear.models.transformer import Transformer
 
 _TABLES = 64 << 20  # bytes of products by code, at most
-_SPARSE = 0  # the width of a matrix for `_simd.sparse`, see `packing.pack`
 
 
-def as_run(model: Transformer, weights: str) -> Transformer:
-    """The model that the engine runs: in float32 or more, its matrices rounded as they are packed."""
-    if weights == "float32" and next(model.parameters()).dtype in (torch.float32, torch.float64):
-        return model
-    model = copy.deepcopy(model).float()
-    for name, parameter in model.named_parameters():
-        # (The places in a patch are a table of vectors, which the loop adds as they are.)
-        if (
-            parameter.dim() == 2
-            and name.startswith(("blocks", "head", "enter"))
-            and name != "head.place.weight"
-        ):
-            parameter.data.copy_(torch.from_numpy(as_packed(to_numpy(parameter), weights)))
-    return model
+def matrices_of(model: Transformer) -> Iterable[Tensor]:
+    """Yield the matrices that `weights` rounds.
+
+    Not the places in a patch: a table of vectors, which the loop adds as they are.
+    """
+    for name, matrix in named_matrices(model, "blocks", "head", "enter"):
+        if name != "head.place.weight":
+            yield matrix
 
 
 class Weights:
-    """The packed weights of a model and the plan of its network, shared by all streams."""
+    """The packed weights of a model and its plan, shared by all streams."""
 
     def __init__(self, model: Transformer, weights: str):
         config = self.config = model.config
-        rounded, even = as_run(model, weights), weights == "bfloat16"
-        self.region = region = Region()
-        matrices: list[list[int]] = []
-        fields: dict[int, int] = {}
-        head, width = model.head, config.head_channels
+        self.packer = packer = Packer(weights)
+        self.plan, self.layers = np.zeros(1, PLAN), np.zeros(config.layers, LAYER)
+        net, head, width = self.plan[0], model.head, config.head_channels
         window, patch, classes = config.window, config.patch, config.classes
         each = config.channels // config.heads
-        self.widest = 0
-
-        def matrix(weight: Tensor, width: int = WIDEST) -> int:
-            matrices.append(put_matrix(region, to_numpy(weight), width, weights))
-            self.widest = max(self.widest, room(len(weight), width))
-            return len(matrices) - 1
-
-        def vector(array: np.ndarray, vectors: int, fill: float = 0.0) -> int:
-            padded = np.full((*array.shape[:-1], vectors * LANES), fill, np.float32)
-            padded[..., : array.shape[-1]] = array
-            self.widest = max(self.widest, vectors)
-            return region.put(padded)
+        x_vectors, z_vectors = vectors_for(config.channels), vectors_for(width)
+        sample_vectors = vectors_for(config.sample_channels)
+        rooms = [x_vectors, z_vectors]  # vectors that a product may read as zeros
 
         def room(outputs: int, width: int = WIDEST) -> int:
-            """Vectors that a product with so many outputs fills."""
-            return int(np.prod(vectors_of(outputs, LANES, width, even)))
+            return packer.room(outputs, width)
 
-        x_vectors, z_vectors = -(-config.channels // LANES), -(-width // LANES)
-        blocks = [
-            (
-                matrix(b.qkv.weight),
-                matrix(b.out.weight),
-                matrix(b.up.weight),
-                matrix(b.down.weight, _SPARSE),
-            )
-            for b in model.blocks
-        ]
-        position = matrix(head.position.weight)
-        hidden, out = matrix(head.hidden.weight, _SPARSE), matrix(head.out.weight, _SPARSE)
-        numbers = {
-            loop.N_POSITION_MATRIX: position,
-            loop.N_HIDDEN_MATRIX: hidden,
-            loop.N_OUT_MATRIX: out,
-        }
+        def matrix(weight: Tensor, width: int = WIDEST) -> int:
+            rooms.append(room(len(weight), width))
+            return packer.matrix(to_numpy(weight), width)
+
+        for layer, block in zip(self.layers, model.blocks, strict=True):
+            layer["qkv"], layer["out"] = matrix(block.qkv.weight), matrix(block.out.weight)
+            layer["up"] = matrix(block.up.weight)
+            layer["down"] = matrix(block.down.weight, SPARSE_WIDTH)
+        net["position_matrix"] = matrix(head.position.weight)
+        net["hidden_matrix"] = matrix(head.hidden.weight, SPARSE_WIDTH)
+        net["out_matrix"] = matrix(head.out.weight, SPARSE_WIDTH)
         if model.enter_conditioning is not None and head.conditioning is not None:
-            numbers[loop.N_ENTER_CONDITION] = matrix(model.enter_conditioning.weight)
-            numbers[loop.N_HEAD_CONDITION] = matrix(head.conditioning.weight)
-        # What does not depend on the code: of each place in the patch one vector.
+            net["enter_condition"] = matrix(model.enter_conditioning.weight)
+            net["head_condition"] = matrix(head.conditioning.weight)
+        # The part that does not depend on the code: of each place in the patch one vector.
         places = np.tile(to_numpy(head.samples.bias), (patch, 1))
         if head.place is not None:
             places = places + to_numpy(head.place.weight)
-        fields[loop.N_PLACES] = vector(places, z_vectors)
-        fields[loop.N_ENTER_BIAS] = vector(to_numpy(model.enter.bias), room(config.channels))
-        fields[loop.N_HIDDEN_BIAS] = vector(to_numpy(head.hidden.bias), z_vectors)
+        packer.vector(net, "places", places, z_vectors)
+        packer.vector(net, "enter_bias", to_numpy(model.enter.bias), room(config.channels))
+        packer.vector(net, "hidden_bias", to_numpy(head.hidden.bias), z_vectors)
         kind, mixtures, _ = distributions.numbers(model.law)
-        logits = -(-room(model.law.channels, _SPARSE) // (BLOCK // LANES or 1)) * max(
-            BLOCK // LANES, 1
-        )
+        step = max(BLOCK // LANES, 1)
+        logits = -(-room(model.law.channels, SPARSE_WIDTH) // step) * step
         # Outputs beyond the last class are never drawn.
-        fields[loop.N_OUT_BIAS] = vector(
-            to_numpy(head.out.bias),
-            logits,
-            fill=-np.inf if kind == distributions.CATEGORICAL else 0.0,
-        )
+        fill = -np.inf if kind == distributions.CATEGORICAL else 0.0
+        packer.vector(net, "out_bias", to_numpy(head.out.bias), logits, fill)
+        rooms.append(logits)
         embedding = model.embedding.table().detach()
         if 4 * patch * classes * (x_vectors + z_vectors) * LANES <= _TABLES:
-            fields[loop.N_ENTER_TABLE] = vector(
-                _products(rounded.enter.weight, embedding), x_vectors
-            )
-            fields[loop.N_HEAD_TABLE] = vector(
-                _products(rounded.head.samples.weight, embedding), z_vectors
-            )
+            run = rounded(model, weights, matrices_of)
+            table = _products(run.enter.weight, embedding)
+            packer.vector(net, "enter_table", table, x_vectors)
+            table = _products(run.head.samples.weight, embedding)
+            packer.vector(net, "head_table", table, z_vectors)
         else:
-            numbers[loop.N_ENTER] = matrix(model.enter.weight)
-            numbers[loop.N_SAMPLES_MATRIX] = matrix(head.samples.weight)
-            fields[loop.N_EMBEDDING] = vector(
-                to_numpy(embedding), -(-config.sample_channels // LANES)
-            )
+            net["enter"] = matrix(model.enter.weight)
+            net["samples_matrix"] = matrix(head.samples.weight)
+            packer.vector(net, "embedding", to_numpy(embedding), sample_vectors)
         period = rotation_period(window)
-        cos, sin = rotation(
-            torch.arange(period), model.turns.cpu(), period, torch.zeros(1, dtype=torch.float64)
-        )
+        none = torch.zeros(1, dtype=torch.float64)
+        cos, sin = rotation(torch.arange(period), model.turns.cpu(), period, none)
         angles = torch.stack([cos[:, : each // 2], sin[:, each // 2 :]], dim=2)
-        fields[loop.N_ANGLES] = region.put(angles.float().numpy())
-        fields[loop.N_ZEROS] = region.reserve((self.widest + WIDEST) * VECTOR_BYTES)
-        base = region.allocate()
-        self.table = np.array(matrices, dtype=np.int64)
-        self.table[:, M_ADDRESS] += base
-
-        def of(number: int) -> int:
-            return self.table.ctypes.data + 8 * M_FIELDS * number
-
-        self.net = net = np.zeros(loop.N_FIELDS, np.int64)
-        for field, offset in fields.items():
-            net[field] = base + offset
-        for field, number in numbers.items():
-            net[field] = of(number)
-        self.layers = np.zeros((config.layers, loop.L_FIELDS), np.int64)
-        self.layers[:, : loop.L_DOWN + 1] = [[of(number) for number in block] for block in blocks]
+        packer.point(net, "angles", packer.put(angles.float().numpy()))
+        packer.space(net, "zeros", max(rooms) + WIDEST)
+        packer.allocate()
+        self.matrices = packer.matrices
         key_blocks, key_vectors = vectors_of(-(-window // BLOCK) * BLOCK, LANES, WIDEST, False)
         value_blocks, value_vectors = vectors_of(each, LANES, WIDEST, False)
         sizes = {
-            loop.N_PATCH: patch,
-            loop.N_CHANNELS: config.channels,
-            loop.N_HEADS: config.heads,
-            loop.N_WINDOW: window,
-            loop.N_PERIOD: period,
-            loop.N_CLASSES: classes,
-            loop.N_LAW: kind,
-            loop.N_MIXTURES: mixtures,
-            loop.N_SPARSE: products().sparse,
-            loop.N_X_VECTORS: x_vectors,
-            loop.N_Z_VECTORS: z_vectors,
-            loop.N_KEY_BLOCKS: key_blocks,
-            loop.N_KEY_VECTORS: key_vectors,
-            loop.N_KEY_ROW: products().row(key_vectors, FLOAT32),
-            loop.N_VALUE_BLOCKS: value_blocks,
-            loop.N_VALUE_VECTORS: value_vectors,
-            loop.N_VALUE_ROW: products().row(value_vectors, FLOAT32),
-            loop.N_CONDITION_VECTORS: -(-config.conditioning_channels // LANES),
-            loop.N_SAMPLE_CHANNELS: config.sample_channels,
-            loop.N_SAMPLE_VECTORS: -(-config.sample_channels // LANES),
-        }
+            "patch": patch, "channels": config.channels, "heads": config.heads, "window": window,
+            "period": period, "classes": classes, "law": kind, "mixtures": mixtures,
+            "sparse": products().sparse, "x_vectors": x_vectors, "z_vectors": z_vectors,
+            "key_blocks": key_blocks, "key_vectors": key_vectors,
+            "key_row": products().row(key_vectors, FLOAT32),
+            "value_blocks": value_blocks, "value_vectors": value_vectors,
+            "value_row": products().row(value_vectors, FLOAT32),
+            "condition_vectors": vectors_for(config.conditioning_channels),
+            "sample_channels": config.sample_channels, "sample_vectors": sample_vectors,
+            "logit_blocks": -(-classes // BLOCK),
+        }  # fmt: skip
         for field, size in sizes.items():
             net[field] = size
         self.keys = (config.heads, key_blocks, each, key_vectors * LANES)
         self.values = (config.heads, value_blocks, window, value_vectors * LANES)
         most = max(config.hidden_channels, width)
-        x_room = max(room(config.channels), room(config.channels, _SPARSE)) + BLOCK // LANES
-        z_room = max(room(width), room(width, _SPARSE))
+        x_room = max(room(config.channels), room(config.channels, SPARSE_WIDTH)) + BLOCK // LANES
+        z_room = max(room(width), room(width, SPARSE_WIDTH))
         slots = key_blocks * key_vectors
-        self.rooms = {  # floats of what a stream works in
-            loop.N_X: x_room * LANES,
-            loop.N_Y: x_room * LANES,
-            loop.N_QKV: room(3 * config.channels) * LANES,
-            loop.N_FOUND: config.channels + value_blocks * value_vectors * LANES,
-            loop.N_SCORES: slots * LANES,
-            loop.N_WEIGHTS: max(slots, logits) * LANES,
-            loop.N_SUMS: 2 * max(slots, logits) * LANES,
-            loop.N_MASK: slots * LANES,
-            loop.N_UP: room(config.hidden_channels) * LANES,
-            loop.N_VALUES: most + LANES,
-            loop.N_OFFSETS: 2 * most + LANES,
-            loop.N_POSITION: z_room * LANES,
-            loop.N_Z: z_room * LANES,
-            loop.N_H: z_room * LANES,
-            loop.N_LOGITS: logits * LANES,
-            loop.N_SAMPLES: patch * config.sample_channels + LANES,
-            loop.N_CONSTANT: z_room * LANES,
-        }
+        self.slots = slots * LANES
+        self.rooms = {  # vectors of a stream's memory
+            "x": x_room, "y": x_room, "qkv": room(3 * config.channels),
+            "found": x_vectors + value_blocks * value_vectors, "scores": slots,
+            "weights": max(slots, logits), "sums": 2 * max(slots, logits), "mask": slots,
+            "up": room(config.hidden_channels), "values": vectors_for(most) + 1,
+            "offsets": 2 * vectors_for(most) + 1, "position": z_room, "z": z_room, "h": z_room,
+            "logits": logits, "constant": z_room,
+            "samples": vectors_for(patch * config.sample_channels) + 1,
+        }  # fmt: skip
 
 
 def _products(weight: Tensor, embedding: Tensor) -> np.ndarray:
-    """What each code adds, by the place it has among the samples of a patch: (patch * classes, outputs)."""
+    """Return what each code adds by its place in a patch: (patch * classes, outputs)."""
     taps = weight.detach().double().cpu().unflatten(1, (-1, embedding.shape[1]))
     products = torch.einsum("oke,qe->kqo", taps, embedding.double().cpu())
     return products.flatten(0, 1).float().numpy()
 
 
 class Stream:
-    """The state of one stream, and the plan of the network for it."""
+    """The state of one stream, and its plan."""
 
-    def __init__(self, packed: Weights, start_code: int):
+    def __init__(self, packed: Weights, number: int, start_code: int):
         self.packed, config = packed, packed.config
         self.region = region = Region()
-        self.net, self.layers = packed.net.copy(), packed.layers.copy()
-        for field, floats in packed.rooms.items():
-            self.net[field] = region.reserve(4 * floats) // 4
-        for i in range(config.layers):
-            self.layers[i, loop.L_KEYS] = region.reserve(4 * int(np.prod(packed.keys))) // 4
-            self.layers[i, loop.L_VALUES] = region.reserve(4 * int(np.prod(packed.values))) // 4
-        self.net[loop.N_SLOTS] = config.window
-        self.net[loop.N_BASE] = region.allocate()
+        self.plan, self.layers = packed.plan.copy(), packed.layers.copy()
+        net = self.net = self.plan[0]
+        net["first"] = number
+        for field, vectors in packed.rooms.items():
+            region.space(net, field, vectors)
+        for layer in self.layers:
+            region.space(layer, "keys", np.prod(packed.keys) // LANES)
+            region.space(layer, "values", np.prod(packed.values) // LANES)
+        net["base"] = region.allocate()
         self.work = region.bytes.view(np.float32)
         self.history = np.full(config.patch + 1, start_code, np.int64)
-        self._mask(0)
+        self._mask()
 
     def export(self) -> dict[str, Tensor]:
         """See `Engine.state`."""
-        config, order = self.packed.config, self._order()
+        order = self._order()
         tensors = {
             "previous": torch.tensor([self.history[-1]]),
-            "time": torch.tensor(self.net[loop.N_TIME]),
+            "time": torch.tensor(int(self.net["time"])),
             "codes": torch.from_numpy(self.history[:-1].copy()),
-            "position": torch.from_numpy(
-                self._part(self.net[loop.N_POSITION], (config.head_channels,)).copy()
-            ),
+            "position": torch.from_numpy(self._position().copy()),
         }
         for i, layer in enumerate(self.layers):
             keys, values = self._rings(layer)
@@ -236,64 +180,56 @@ class Stream:
 
     def load(self, state: dict[str, Tensor]) -> None:
         """See `Engine.load_state`."""
-        config = self.packed.config
-        self.net[loop.N_TIME] = int(state["time"])
+        self.net["time"] = int(state["time"])
         self.history[:-1] = state["codes"].cpu().numpy()
         self.history[-1] = int(state["previous"])
-        self._part(self.net[loop.N_POSITION], (config.head_channels,))[:] = _floats(
-            state["position"]
-        )
+        self._position()[:] = _floats(state["position"])
         order = self._order()
         for i, layer in enumerate(self.layers):
             keys, values = self._rings(layer)
             keys[order], values[order] = _floats(state[f"keys.{i}"]), _floats(state[f"values.{i}"])
             self._put(layer, keys, values)
-        self._mask(self._begun())
+        self._mask()
 
     def _begun(self) -> int:
-        """Positions so far."""
-        return -(-int(self.net[loop.N_TIME]) // self.packed.config.patch)
+        """Return the number of positions so far."""
+        return -(-int(self.net["time"]) // self.packed.config.patch)
 
     def _order(self) -> np.ndarray:
-        """The slots of the ring, that of the oldest position first."""
+        """Return the slots of the ring, that of the oldest position first."""
         window = self.packed.config.window
         return (self._begun() + np.arange(window)) % window
 
-    def _mask(self, begun: int) -> None:
-        """What is added to the scores: the slots that no position has filled yet are not to be seen."""
-        mask = self._part(self.net[loop.N_MASK], (self.packed.rooms[loop.N_MASK],))
+    def _mask(self) -> None:
+        """Hide the slots that no position has filled yet: the mask is added to the scores."""
+        mask = self.region.floats(self.net["mask"], self.packed.slots)
         mask[:] = -np.inf
-        mask[: min(begun, self.packed.config.window)] = 0.0
+        mask[: min(self._begun(), self.packed.config.window)] = 0.0
 
-    def _part(self, first: Any, shape: tuple[int, ...]) -> np.ndarray:
-        """Of the stream's memory, the memory itself."""
-        return self.work[int(first) : int(first) + int(np.prod(shape))].reshape(shape)
+    def _position(self) -> np.ndarray:
+        return self.region.floats(self.net["position"], self.packed.config.head_channels)
 
-    def _rings(self, layer: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Keys and values of a layer, (window, channels) each, copies."""
+    def _rings(self, layer: np.void) -> tuple[np.ndarray, np.ndarray]:
+        """Return keys and values of a layer, (window, channels) each, copies."""
         config = self.packed.config
-        each = config.channels // config.heads
-        keys = self._part(layer[loop.L_KEYS], self.packed.keys).transpose(1, 3, 0, 2)
+        keys = self.region.floats(layer["keys"], *self.packed.keys).transpose(1, 3, 0, 2)
         keys = keys.reshape(-1, config.channels)[: config.window].copy()
-        values = self._part(layer[loop.L_VALUES], self.packed.values).transpose(2, 0, 1, 3)
-        values = (
-            values.reshape(config.window, config.heads, -1)[:, :, :each]
-            .reshape(config.window, -1)
-            .copy()
-        )
-        return keys, values
+        values = self.region.floats(layer["values"], *self.packed.values).transpose(2, 0, 1, 3)
+        values = values.reshape(config.window, config.heads, -1)
+        each = config.channels // config.heads
+        return keys, values[:, :, :each].reshape(config.window, -1).copy()
 
-    def _put(self, layer: np.ndarray, keys: np.ndarray, values: np.ndarray) -> None:
+    def _put(self, layer: np.void, keys: np.ndarray, values: np.ndarray) -> None:
         """The reverse of `_rings`."""
         heads, blocks, each, width = self.packed.keys
         padded = np.zeros((blocks * width, heads * each), np.float32)
         padded[: len(keys)] = keys
-        memory = self._part(layer[loop.L_KEYS], self.packed.keys)
+        memory = self.region.floats(layer["keys"], *self.packed.keys)
         memory[:] = padded.reshape(blocks, width, heads, each).transpose(2, 0, 3, 1)
         heads, blocks, window, width = self.packed.values
         padded = np.zeros((window, heads, blocks * width), np.float32)
         padded[:, :, :each] = values.reshape(window, heads, each)
-        memory = self._part(layer[loop.L_VALUES], self.packed.values)
+        memory = self.region.floats(layer["values"], *self.packed.values)
         memory[:] = padded.reshape(window, heads, blocks, width).transpose(1, 2, 0, 3)
 
 

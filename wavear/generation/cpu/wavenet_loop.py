@@ -1,4 +1,4 @@
-"""The loop over samples of the CPU engine, as it is compiled: layers, head, draw."""
+"""The loop over samples of a WaveNet, as it is compiled: layers, head, draw."""
 
 # Numba's settings have no types.
 # pyright: reportPrivateImportUsage=false, reportAttributeAccessIssue=false
@@ -6,413 +6,232 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
 from typing import Any
 
 import numba
-import numpy as np
+from numba.core import types
 
 from wavear.common.compiled import compiled
-from wavear.generation.cpu import distributions, sampling, simd
+from wavear.generation.cpu import simd
+from wavear.generation.cpu.emitter import VECTOR_BYTES
 from wavear.generation.cpu.products import (
     CONDITION,
     CONSTANT_CONDITION,
-    N_CLASSES,
-    N_CONDITION_PANELS,
-    N_CONDITION_VECTORS,
-    N_EMBEDDING,
-    N_FIRST,
-    N_FUSED,
-    N_GATE_VECTORS,
-    N_GIVE_WAY,
-    N_H,
-    N_H_OFFSET,
-    N_H_VECTORS,
-    N_HEAD,
-    N_HEAD1,
-    N_HEAD1_BIAS,
-    N_HEAD2,
-    N_HEAD2_BIAS,
-    N_HEAD_ALL,
-    N_HEAD_PLACE,
-    N_HEAD_SHARE,
-    N_HEAD_VECTORS,
-    N_LAW,
-    N_LOGIT_ALL,
-    N_LOGIT_BLOCKS,
-    N_LOGIT_PLACE,
-    N_LOGIT_ROW,
-    N_LOGIT_SHARE,
-    N_LOGITS,
-    N_MINE,
-    N_MIXTURES,
-    N_PANELS,
-    N_PARTS,
-    N_ROWS,
-    N_SEQUENCE,
-    N_SKIP,
-    N_SKIP_ALL,
-    N_SKIP_BIAS,
-    N_SKIP_PLACE,
-    N_SKIP_SHARE,
-    N_SKIP_VECTORS,
-    N_SPAN,
-    N_SPARSE,
-    N_STREAMS,
-    N_SUMS,
-    N_TABLE,
-    N_TAPS,
-    N_THEIRS,
-    N_TIME,
-    N_WEIGHTS,
-    N_X,
-    N_X_VECTORS,
-    N_Z_ROW,
-    N_ZEROS,
+    MATRIX,
+    Place,
+    array_of,
+    condition_to_panels,
+    copy_row,
+    in_lines,
+    in_panels,
     multiply,
     multiply_row,
     project,
+    record,
     rectified,
+    seat,
     to_panels,
-    void,
 )
-from wavear.generation.cpu.simd import BLOCK, TALLEST, VECTOR_BYTES
+from wavear.generation.cpu.sampling import CALL, settle
 
-# Fields of a layer; matrices by their number. PAST is the first of the past taps, the oldest.
-(L_DILATION, L_AHEAD, L_SLOTS, L_RING, L_PAST, L_NOW, L_SKIP, L_RESIDUAL, L_CONDITION, L_BIAS, L_RESIDUAL_BIAS, L_Z,
- L_CONSTANT, L_FIELDS) = range(14)  # fmt: skip
+# Of a layer: sizes; numbers of matrices (`past` is the first of the past taps, the oldest);
+# addresses. `ahead`: samples that the past taps are computed ahead; `slots`: length of the ring.
+LAYER = record(
+    "dilation ahead slots past now skip residual condition bias residual_bias ring z constant"
+)
+# Of a network, for one group of streams: sizes (vectors of a row, bytes of a row), numbers of
+# matrices, addresses of weights (`table`: of the first layer's products, or 0) and of memory.
+PLAN = record(
+    "taps law mixtures classes first streams rows span time fused "
+    "x_vectors h_vectors gate_vectors skip_vectors head_vectors condition_vectors "
+    "z_row logit_row logit_blocks head1 head2 multiply sparse "
+    "embedding table skip_bias head1_bias head2_bias zeros "
+    "x h skips head logits weights sums values offsets panels condition_panels"
+)
 
 
 @numba.njit
-def _prepare_constants(net, layers, condition, mode):
-    """Bias and constant conditioning of every layer and stream, where the pre-activations start."""
-    streams = net[N_STREAMS]
+def _start_constants(net, layers, matrices, condition, mode):
+    """Write bias and constant conditioning of every layer and stream."""
+    vectors = net.condition_vectors
     if mode == CONSTANT_CONDITION:
-        to_panels(condition, net[N_CONDITION_VECTORS] * VECTOR_BYTES, streams, net[N_CONDITION_VECTORS],
-                   net[N_CONDITION_PANELS], 0)  # fmt: skip
+        row = vectors * VECTOR_BYTES
+        to_panels(condition, row, net.streams, vectors, net.condition_panels, 0)
     for i in range(layers.shape[0]):
         layer = layers[i]
         if mode == CONSTANT_CONDITION:
-            project(net, layer[L_CONDITION], net[N_CONDITION_PANELS], net[N_CONDITION_VECTORS], streams,
-                     net[N_ZEROS], layer[L_BIAS], 0, layer[L_CONSTANT])  # fmt: skip
+            project(net, matrices[layer.condition], net.condition_panels, vectors, net.streams,
+                    layer.bias, 0, layer.constant)  # fmt: skip
         else:
-            for s in range(streams):
-                simd.copy(layer[L_BIAS], VECTOR_BYTES, layer[L_CONSTANT] + s * net[N_Z_ROW], VECTOR_BYTES,
-                           2 * net[N_GATE_VECTORS])  # fmt: skip
+            for s in range(net.streams):
+                copy_row(layer.bias, layer.constant + s * net.z_row, 2 * net.gate_vectors)
 
 
 @numba.njit
-def _start_span(net, layers, condition, condition_row, mode, count):
-    """Bias and conditioning of the next `count` samples of every layer and stream."""
-    streams = net[N_STREAMS]
+def _start_span(net, layers, matrices, condition, condition_row, mode, count):
+    """Write bias and conditioning of the next `count` samples of every layer and stream."""
+    rows = net.streams * net.z_row
     if mode == CONDITION:
-        vectors = net[N_CONDITION_VECTORS]
-        row = vectors * VECTOR_BYTES
-        for t in range(count):
-            for s in range(streams):
-                to_panels(condition + s * condition_row + t * row, row, 1, vectors, net[N_CONDITION_PANELS],
-                           t * streams + s)  # fmt: skip
+        condition_to_panels(net, condition, condition_row, count)
     for i in range(layers.shape[0]):
         layer = layers[i]
         if mode == CONDITION:
-            project(net, layer[L_CONDITION], net[N_CONDITION_PANELS], net[N_CONDITION_VECTORS],
-                     count * streams, net[N_ZEROS], layer[L_BIAS], 0, layer[L_Z])  # fmt: skip
+            project(net, matrices[layer.condition], net.condition_panels, net.condition_vectors,
+                    count * net.streams, layer.bias, 0, layer.z)  # fmt: skip
         else:
-            vectors = streams * net[N_Z_ROW] // VECTOR_BYTES
             for t in range(count):
-                simd.copy(
-                    layer[L_CONSTANT],
-                    VECTOR_BYTES,
-                    layer[L_Z] + t * streams * net[N_Z_ROW],
-                    VECTOR_BYTES,
-                    vectors,
-                )
+                copy_row(layer.constant, layer.z + t * rows, rows // VECTOR_BYTES)
 
 
 @numba.njit
-def _add_past(net, layer, time, position, count):
+def _add_past(net, layer, matrices, position, count):
     """Add the past taps of the next `count` samples of a layer; all of them are in its ring."""
-    streams = net[N_STREAMS]
-    vectors = net[N_X_VECTORS]
+    streams, vectors, slots = net.streams, net.x_vectors, layer.slots
     x_row = vectors * VECTOR_BYTES
-    slots = layer[L_SLOTS]
-    taps = net[N_TAPS]
-    z = layer[L_Z] + position * streams * net[N_Z_ROW]
-    for tap in range(taps - 1):
+    z = layer.z + position * streams * net.z_row
+    for tap in range(net.taps - 1):
         # Tap 0 is the oldest, (taps - 1) * dilation samples back: the slot that the current sample
         # will take.
-        slot = (time + tap * layer[L_DILATION]) % slots
-        matrix = layer[L_PAST] + tap
-        ring = layer[L_RING]
+        slot = (net.time + tap * layer.dilation) % slots
+        matrix = matrices[layer.past + tap]
         if streams * count == 1:
-            multiply_row(net, matrix, ring + slot * x_row, net[N_ZEROS], z, z)
+            multiply_row(matrix, layer.ring + slot * x_row, net.zeros, z, z)
             continue
         before = min(count, slots - slot)
-        panels = net[N_PANELS]
-        to_panels(ring + slot * streams * x_row, x_row, before * streams, vectors, panels, 0)
-        to_panels(ring, x_row, (count - before) * streams, vectors, panels, before * streams)
-        project(net, matrix, panels, vectors, count * streams, net[N_ZEROS], z, net[N_Z_ROW], z)
+        first = layer.ring + slot * streams * x_row
+        to_panels(first, x_row, before * streams, vectors, net.panels, 0)
+        after = (count - before) * streams
+        to_panels(layer.ring, x_row, after, vectors, net.panels, before * streams)
+        project(net, matrix, net.panels, vectors, count * streams, z, net.z_row, z)
 
 
 @numba.njit
-def _skip(net, matrix, h, skip):
-    """Add a layer's outputs to the skips."""
-    if net[N_STREAMS] == 1:
-        multiply_row(net, matrix, h, net[N_ZEROS], skip, skip)
+def _add_current(net, layer, matrices, z):
+    """Store the input of a layer in its ring, and add its product."""
+    streams, rows, vectors = net.streams, net.rows, net.x_vectors
+    slot = layer.ring + (net.time % layer.slots) * streams * vectors * VECTOR_BYTES
+    for s in range(streams):
+        simd.copy(seat(net.x, s, rows, vectors), rows * VECTOR_BYTES,
+                  slot + s * vectors * VECTOR_BYTES, VECTOR_BYTES, vectors)  # fmt: skip
+    if streams == 1:
+        multiply_row(matrices[layer.now], net.x, net.zeros, z, z)
+    else:
+        place = in_lines(z, rows, net.z_row)
+        multiply(net, matrices[layer.now], streams, rows, in_panels(net.x, rows, vectors),
+                 net.zeros, place, place)  # fmt: skip
+
+
+@numba.njit
+def _add_outputs(net, matrix, bias, out, vectors):
+    """Add a layer's residual or skip outputs to panels of `vectors` vectors."""
+    rows = net.rows
+    if net.streams == 1:
+        multiply_row(matrix, net.h, bias, out, out)
+    else:
+        place = in_panels(out, rows, vectors)
+        multiply(net, matrix, net.streams, rows, in_panels(net.h, rows, net.h_vectors), bias,
+                 place, place)  # fmt: skip
+
+
+@numba.njit
+def _head(net, matrices):
+    """From the skips to the logits."""
+    first, second = matrices[net.head1], matrices[net.head2]
+    if net.sparse:
+        rectified(net, first, net.skips, net.head1_bias, net.head)
+        rectified(net, second, net.head, net.head2_bias, net.logits)
         return
-    rows, h_vectors, skip_vectors = net[N_ROWS], net[N_H_VECTORS], net[N_SKIP_VECTORS]
-    vector = rows * VECTOR_BYTES
-    multiply(net, matrix, net[N_STREAMS], rows, h, vector, h_vectors * vector, net[N_ZEROS],
-              skip, VECTOR_BYTES, vector, skip_vectors * vector,
-              skip, VECTOR_BYTES, vector, skip_vectors * vector)  # fmt: skip
+    rows, streams = net.rows, net.streams
+    panels = (streams + rows - 1) // rows
+    skips = in_panels(net.skips, rows, net.skip_vectors)
+    head = in_panels(net.head, rows, net.head_vectors)
+    simd.relu(net.skips, net.skips, panels * net.skip_vectors * rows)
+    bias = Place(net.head1_bias, 0, VECTOR_BYTES, 0)
+    multiply(net, first, streams, rows, skips, net.zeros, bias, head)
+    simd.relu(net.head, net.head, panels * net.head_vectors * rows)
+    bias = Place(net.head2_bias, 0, VECTOR_BYTES, 0)
+    multiply(net, second, streams, rows, head, net.zeros, bias,
+             in_lines(net.logits, rows, net.logit_row))  # fmt: skip
 
 
-@numba.njit
-def _exchange(net, values, place, vectors, sequence):
-    """Put this core's values to their place in memory of both, and wait for the other's."""
-    simd.copy(values, VECTOR_BYTES, place, VECTOR_BYTES, vectors)
-    simd.publish(net[N_MINE], sequence)
-    simd.wait(net[N_THEIRS], sequence, net[N_GIVE_WAY])
-
-
-@numba.njit
-def _sample(net, logits, uniform, temperature):
-    """The smallest code whose cumulative probability exceeds the uniform; -1 if the logits are not numbers."""
-    blocks = net[N_LOGIT_BLOCKS]
-    largest = simd.largest(logits, blocks)
-    total = simd.exponentials(
-        logits, blocks, net[N_WEIGHTS], net[N_SUMS], largest, np.float32(1.0 / temperature)
-    )
-    if not total > 0.0 or total == np.inf:
-        return -1
-    threshold = uniform * total
-    before = 0.0
-    block = 0
-    while block < blocks - 1:
-        after = before + simd.load_double(net[N_SUMS] + 8 * block)
-        if after > threshold:
-            break
-        before = after
-        block += 1
-    code = block * BLOCK
-    last = min(code + BLOCK, net[N_CLASSES]) - 1
-    while code < last:
-        before += simd.load_float(net[N_WEIGHTS] + 4 * code)
-        if before > threshold:
-            break
-        code += 1
-    return code
-
-
-@numba.njit
-def _log_probability(net, logits, code):
-    if net[N_LAW] != distributions.CATEGORICAL:
-        return distributions.log_probability(
-            net[N_LAW], net[N_MIXTURES], net[N_CLASSES], logits, code
-        )
-    blocks = net[N_LOGIT_BLOCKS]
-    largest = simd.largest(logits, blocks)
-    total = simd.exponentials(logits, blocks, net[N_WEIGHTS], net[N_SUMS], largest, np.float32(1.0))
-    return np.float64(simd.load_float(logits + 4 * code)) - np.float64(largest) - np.log(total)
-
-
-def _run(
-    net, layers, previous, uniforms, temperatures, codes, scores, condition, mode, scoring, asked
-):
+def _run(plan, layers, matrices, previous, call):
     """The loop over samples, for one group of streams.
 
     Parameters
     ----------
-    net, layers : int64 arrays
-        The plan: see the fields above. `net[N_TIME]` is advanced.
+    plan : array of one PLAN
+        Its `time` is advanced.
+    layers, matrices : arrays of LAYER and MATRIX
     previous : int64 array (G, K)
         The codes before the first sample, the last one last; `classes` stands for none. Becomes the
         last codes.
-    uniforms, temperatures : float64 arrays (B, n)
-    codes : int64 array (B, n)
-        Written, or read if `scoring`.
-    scores : float64 array (B, n)
-        Written if `scoring`, or if a request asks for them.
-    condition : int64
-        Address of float32 (B, n, padded C), or (B, 1, padded C).
-    mode : int64
-        NO_CONDITION, CONSTANT_CONDITION or CONDITION.
-    scoring : int64
-    asked : float64 array
-        A request of `numba_sampling`, or empty.
+    call : Call
 
     Returns
     -------
     int64
-        The first sample whose logits are no numbers, or -1.
+        The first sample whose logits are not finite, or -1.
     """
-    streams = net[N_STREAMS]
-    rows = net[N_ROWS]
-    first = net[N_FIRST]
-    samples = codes.shape[1]
-    count = layers.shape[0]
-    taps = net[N_TAPS]
-    dense = net[N_SPARSE] == 0
-    x_vectors = net[N_X_VECTORS]
-    h_vectors = net[N_H_VECTORS]
-    skip_vectors = net[N_SKIP_VECTORS]
-    head_vectors = net[N_HEAD_VECTORS]
-    z_row = net[N_Z_ROW]
-    zeros = net[N_ZEROS]
-    panel_count = (streams + rows - 1) // rows
-    # In a panel of `rows` rows: next row, next vector of channels; next panel, by its number of
-    # vectors.
+    net = plan[0]
+    streams, rows, taps, x_vectors = net.streams, net.rows, net.taps, net.x_vectors
+    samples, count = call.codes.shape[1], layers.shape[0]
     vector = rows * VECTOR_BYTES
-    x, skip, head, logits = net[N_X], net[N_SKIP], net[N_HEAD], net[N_LOGITS]
-    shared = net[N_PARTS] > 1
-    fused = net[N_FUSED] != 0
-    gate_vectors = net[N_GATE_VECTORS]
-    condition_row = net[N_CONDITION_VECTORS] * VECTOR_BYTES
-    stream_bytes = condition_row if mode == CONSTANT_CONDITION else samples * condition_row
-    condition += first * stream_bytes
-    _prepare_constants(net, layers, condition, mode)
-    truncating = sampling.truncates(asked, net[N_CLASSES])
-    scored = asked.shape[0] > 0 and asked[sampling.SCORED] > 0.0
-    position = net[N_SPAN]
-    left = 0
+    condition_row = net.condition_vectors * VECTOR_BYTES
+    stream_bytes = condition_row if call.mode == CONSTANT_CONDITION else samples * condition_row
+    condition = call.condition + net.first * stream_bytes
+    _start_constants(net, layers, matrices, condition, call.mode)
+    position, left = net.span, 0
     for t in range(samples):
-        time = net[N_TIME]
-        if position == net[N_SPAN]:
-            position = 0
-            left = min(net[N_SPAN], samples - t)
-            _start_span(net, layers, condition + t * condition_row, stream_bytes, mode, left)
+        if position == net.span:
+            position, left = 0, min(net.span, samples - t)
+            _start_span(net, layers, matrices, condition + t * condition_row, stream_bytes,
+                        call.mode, left)  # fmt: skip
         for s in range(streams):
-            panel = s // rows
-            row = (s % rows) * VECTOR_BYTES
-            simd.copy(net[N_EMBEDDING] + previous[s, taps - 1] * x_vectors * VECTOR_BYTES, VECTOR_BYTES,
-                       x + panel * x_vectors * vector + row, vector, x_vectors)  # fmt: skip
-            simd.copy(
-                net[N_SKIP_BIAS],
-                VECTOR_BYTES,
-                skip + panel * skip_vectors * vector + row,
-                vector,
-                skip_vectors,
-            )
-        h = net[N_H]
-        sequence = net[N_SEQUENCE]
+            simd.copy(net.embedding + previous[s, taps - 1] * x_vectors * VECTOR_BYTES,
+                      VECTOR_BYTES, seat(net.x, s, rows, x_vectors), vector, x_vectors)  # fmt: skip
+            simd.copy(net.skip_bias, VECTOR_BYTES, seat(net.skips, s, rows, net.skip_vectors),
+                      vector, net.skip_vectors)  # fmt: skip
         for i in range(count):
             layer = layers[i]
-            z = layer[L_Z] + position * streams * z_row
-            if i == 0 and net[N_TABLE]:
+            z = layer.z + position * streams * net.z_row
+            if i == 0 and net.table:
                 for s in range(streams):
                     for tap in range(taps):
-                        entry = tap * (net[N_CLASSES] + 1) + previous[s, tap]
-                        simd.add(net[N_TABLE] + entry * z_row, z + s * z_row, 2 * gate_vectors)
+                        entry = tap * (net.classes + 1) + previous[s, tap]
+                        row = net.table + entry * net.z_row
+                        simd.add(row, z + s * net.z_row, 2 * net.gate_vectors)
             else:
-                ahead = layer[L_AHEAD]
-                if position % ahead == 0:
-                    _add_past(net, layer, time, position, min(ahead, left - position))
-                ring = layer[L_RING] + (time % layer[L_SLOTS]) * streams * x_vectors * VECTOR_BYTES
-                for s in range(streams):
-                    simd.copy(x + (s // rows) * x_vectors * vector + (s % rows) * VECTOR_BYTES, vector,
-                               ring + s * x_vectors * VECTOR_BYTES, VECTOR_BYTES, x_vectors)  # fmt: skip
-                if streams == 1:
-                    multiply_row(net, layer[L_NOW], x, zeros, z, z)
-                else:
-                    multiply(net, layer[L_NOW], streams, rows, x, vector, x_vectors * vector, zeros,
-                              z, z_row, VECTOR_BYTES, rows * z_row, z, z_row, VECTOR_BYTES, rows * z_row)  # fmt: skip
+                if position % layer.ahead == 0:
+                    _add_past(net, layer, matrices, position, min(layer.ahead, left - position))
+                _add_current(net, layer, matrices, z)
             for s in range(streams):
-                simd.gate(z + s * z_row, z + s * z_row + gate_vectors * VECTOR_BYTES,
-                           h + net[N_H_OFFSET] + (s // rows) * h_vectors * vector + (s % rows) * VECTOR_BYTES,
-                           gate_vectors, vector)  # fmt: skip
-            if shared:
-                # While the other core finishes its half of this layer, the skips of the one before.
-                sequence += 1
-                simd.publish(net[N_MINE], sequence)
-                if i > 0:
-                    _skip(net, layers[i - 1, L_SKIP], h - h_vectors * vector, skip)
-                simd.wait(net[N_THEIRS], sequence, net[N_GIVE_WAY])
+                filters = z + s * net.z_row
+                gates, h = (
+                    filters + net.gate_vectors * VECTOR_BYTES,
+                    seat(net.h, s, rows, net.h_vectors),
+                )
+                simd.gate(filters, gates, h, net.gate_vectors, vector)
+            # If fused, the skips' matrix and sums follow those of the residual, in one.
             if i < count - 1:
-                if streams == 1:
-                    # If fused, the skips ride along: their matrix and their sums follow those of
-                    # the residual.
-                    multiply_row(net, layer[L_RESIDUAL], h, layer[L_RESIDUAL_BIAS], x, x)
-                else:
-                    multiply(net, layer[L_RESIDUAL], streams, rows, h, vector, h_vectors * vector,
-                              layer[L_RESIDUAL_BIAS], x, VECTOR_BYTES, vector, x_vectors * vector,
-                              x, VECTOR_BYTES, vector, x_vectors * vector)  # fmt: skip
-            if not (shared or fused) or i == count - 1:
-                _skip(net, layer[L_SKIP], h, skip)
-            if shared:
-                h += h_vectors * vector
-        if dense:
-            simd.relu(skip, skip, panel_count * skip_vectors * rows)
-            multiply(net, net[N_HEAD1], streams, rows, skip, vector, skip_vectors * vector, zeros,
-                      net[N_HEAD1_BIAS], 0, VECTOR_BYTES, 0,
-                      head, VECTOR_BYTES, vector, head_vectors * vector)  # fmt: skip
-            simd.relu(head, head, panel_count * head_vectors * rows)
-            multiply(net, net[N_HEAD2], streams, rows, head, vector, head_vectors * vector, zeros,
-                      net[N_HEAD2_BIAS], 0, VECTOR_BYTES, 0,
-                      logits, net[N_LOGIT_ROW], VECTOR_BYTES, rows * net[N_LOGIT_ROW])  # fmt: skip
-        elif shared:
-            _exchange(net, skip, net[N_SKIP_PLACE], net[N_SKIP_SHARE], sequence + 1)
-            rectified(net, net[N_HEAD1], net[N_SKIP_ALL], net[N_HEAD1_BIAS], head)
-            _exchange(net, head, net[N_HEAD_PLACE], net[N_HEAD_SHARE], sequence + 2)
-            rectified(net, net[N_HEAD2], net[N_HEAD_ALL], net[N_HEAD2_BIAS], logits)
-            _exchange(net, logits, net[N_LOGIT_PLACE], net[N_LOGIT_SHARE], sequence + 3)
-            net[N_SEQUENCE] = sequence + 3
-        else:
-            rectified(net, net[N_HEAD1], skip, net[N_HEAD1_BIAS], head)
-            rectified(net, net[N_HEAD2], head, net[N_HEAD2_BIAS], logits)
+                _add_outputs(net, matrices[layer.residual], layer.residual_bias, net.x, x_vectors)
+            if not net.fused or i == count - 1:
+                _add_outputs(net, matrices[layer.skip], net.zeros, net.skips, net.skip_vectors)
+        _head(net, matrices)
         for s in range(streams):
-            row = net[N_LOGIT_ALL] + s * net[N_LOGIT_ROW]
-            if scoring:
-                code = codes[first + s, t]
-                scores[first + s, t] = _log_probability(net, row, code)
-            else:
-                if net[N_LAW] != distributions.CATEGORICAL:
-                    code = distributions.draw_value(net[N_LAW], net[N_MIXTURES], net[N_CLASSES], row,
-                                                 uniforms[first + s, t], temperatures[first + s, t])  # fmt: skip
-                elif truncating:
-                    code = sampling.draw(row, net[N_LOGIT_BLOCKS], net[N_CLASSES], net[N_WEIGHTS], net[N_SUMS],
-                                               uniforms[first + s, t], temperatures[first + s, t], asked)  # fmt: skip
-                else:
-                    code = _sample(net, row, uniforms[first + s, t], temperatures[first + s, t])
-                if code < 0:
-                    return t
-                codes[first + s, t] = code
-                if scored:
-                    scores[first + s, t] = _log_probability(net, row, code)
+            code = settle(net, net.logits + s * net.logit_row, call, net.first + s, t)
+            if code < 0:
+                return t
             for tap in range(taps - 1):
                 previous[s, tap] = previous[s, tap + 1]
             previous[s, taps - 1] = code
-        net[N_TIME] = time + 1
+        net.time += 1
         position += 1
     return -1
 
 
-def _tabulate(multiply, matrix, rows, x, x_vectors, panels, zeros, out, out_row, start, unused):
-    """out = matrix @ x for rows of float32, `x_vectors` wide, through `panels` of TALLEST rows."""
-    done = start
-    x_row = x_vectors * VECTOR_BYTES
-    while done < rows:
-        count = min(TALLEST, rows - done)
-        to_panels(x + done * x_row, x_row, count, x_vectors, panels, 0)
-        simd.call15(multiply, matrix, count, TALLEST, panels, TALLEST * VECTOR_BYTES, 0, zeros, zeros, 0, VECTOR_BYTES, 0,  # noqa: E501
-                     out + done * out_row, out_row, VECTOR_BYTES, 0)  # fmt: skip
-        done += count
-
-
-_SIGNATURE = (
-    "int64(int64[::1], int64[:,::1], int64[:,::1], float64[:,::1], float64[:,::1], int64[:,::1], "
-    "float64[:,::1], int64, int64, int64, float64[::1])"
-)
-
-
-@dataclass(frozen=True)
-class Kernels:
-    """What is compiled, for Python to call."""
-
-    run: Any
-    tabulate: Any
-
-
 @functools.cache
-def kernels() -> Kernels:
-    """Compiled at the first call, or read from the cache."""
-    return Kernels(compiled(_run, _SIGNATURE), compiled(_tabulate, void(11)))
+def run() -> Any:
+    """Compile `_run` at the first call, or read it from the cache."""
+    plans = array_of(PLAN), array_of(LAYER), array_of(MATRIX)
+    signature: Any = types.int64(*plans, types.int64[:, ::1], CALL)
+    return compiled(_run, signature)

@@ -1,451 +1,236 @@
-"""The plan of a network for the CPU engine: its weights packed, and the state of the streams of a group."""
+"""The plan of a WaveNet for its compiled loop: packed weights, and the state of some streams."""
 
 from __future__ import annotations
 
-import ctypes
-import os
 from typing import Any
 
 import numpy as np
-from torch import nn
 
-from wavear.generation.cpu import distributions, simd
-from wavear.generation.cpu.packing import LINE, Region, pack, to_numpy, vectors_of
-from wavear.generation.cpu.products import (
-    KINDS,
-    M_ADDRESS,
-    M_FIELDS,
-    N_CLASSES,
-    N_CONDITION_CHANNELS,
-    N_CONDITION_PANELS,
-    N_CONDITION_VECTORS,
-    N_EMBEDDING,
-    N_FIELDS,
-    N_FIRST,
-    N_FUSED,
-    N_GATE_VECTORS,
-    N_GIVE_WAY,
-    N_H,
-    N_H_OFFSET,
-    N_H_VECTORS,
-    N_HEAD,
-    N_HEAD1,
-    N_HEAD1_BIAS,
-    N_HEAD2,
-    N_HEAD2_BIAS,
-    N_HEAD_ALL,
-    N_HEAD_PLACE,
-    N_HEAD_SHARE,
-    N_HEAD_VECTORS,
-    N_LAW,
-    N_LOGIT_ALL,
-    N_LOGIT_BLOCKS,
-    N_LOGIT_PLACE,
-    N_LOGIT_ROW,
-    N_LOGIT_SHARE,
-    N_LOGITS,
-    N_MATRICES,
-    N_MINE,
-    N_MIXTURES,
-    N_MULTIPLY,
-    N_OFFSETS,
-    N_PANELS,
-    N_PARTS,
-    N_ROWS,
-    N_SKIP,
-    N_SKIP_ALL,
-    N_SKIP_BIAS,
-    N_SKIP_PLACE,
-    N_SKIP_SHARE,
-    N_SKIP_VECTORS,
-    N_SPAN,
-    N_SPARSE,
-    N_STREAMS,
-    N_SUMS,
-    N_TABLE,
-    N_TAPS,
-    N_THEIRS,
-    N_VALUES,
-    N_WEIGHTS,
-    N_X,
-    N_X_VECTORS,
-    N_Z_ROW,
-    N_ZEROS,
-    products,
+from wavear.common.errors import WavearError
+from wavear.generation.cpu import distributions
+from wavear.generation.cpu.compiled_engine import geometry, whole_panels
+from wavear.generation.cpu.emitter import LANES, VECTOR_BYTES
+from wavear.generation.cpu.packing import (
+    SPARSE_WIDTH,
+    Packer,
+    Region,
+    multiplied,
+    power_of_two,
+    to_numpy,
+    vectors_for,
+    width_for,
 )
-from wavear.generation.cpu.simd import BLOCK, LANES, TALLEST, VECTOR_BYTES, WIDEST
-from wavear.generation.cpu.wavenet_loop import (
-    L_AHEAD,
-    L_BIAS,
-    L_CONDITION,
-    L_CONSTANT,
-    L_DILATION,
-    L_FIELDS,
-    L_NOW,
-    L_PAST,
-    L_RESIDUAL,
-    L_RESIDUAL_BIAS,
-    L_RING,
-    L_SKIP,
-    L_SLOTS,
-    L_Z,
-    kernels,
-)
+from wavear.generation.cpu.products import products
+from wavear.generation.cpu.simd import BLOCK, TALLEST
+from wavear.generation.cpu.wavenet_loop import LAYER, PLAN
 from wavear.models.wavenet import WaveNet
 
-GROUP = 3 * TALLEST  # streams that one thread runs side by side, at most
-SIZES = (1, 3, TALLEST, GROUP)  # of groups that `NumbaEngine.resized` packs weights for
 AHEAD = 64  # samples that past taps are computed ahead, at most, for one stream
 SPAN = 64  # samples that the conditioning is projected ahead, for one stream
 TABLE = 4096  # classes up to which the first layer's products with the embedding are tabulated
 
 
-def put_matrix(region: Region, matrix: np.ndarray, width: int, weights: str) -> list[int]:
-    """Put a packed matrix into a region; returns its fields, the address still as an offset (see `packing.pack`)."""
-    packed, blocks, vectors = pack(matrix, LANES, width, weights)
-    kind = KINDS[weights]
-    row = products().row(vectors, kind) if vectors <= WIDEST else 0
-    size, step = packed.nbytes // blocks, vectors * LANES * simd.WEIGHT_BYTES[kind]
-    return [region.put(packed), matrix.shape[1], blocks, vectors, kind, row, size, step]
-
-
 class Weights:
-    """The packed weights of a model and the plan of its network, shared by all groups of streams.
+    """The packed weights of a model and its plan, for groups of `group` streams.
 
-    With two `parts` (for one stream on two cores) each has half of the outputs of every matrix, but
-    all of the residual ones: each core computes the whole input of the next layer, which costs less
-    than another exchange.
+    For one stream the residual and skip matrices of a layer are one ("fused"), and the head omits
+    the zeros behind its ReLUs.
     """
 
-    def __init__(self, model: WaveNet, group: int, weights: str, part: int = 0, parts: int = 1):
-        config = model.config
-        self.region = region = Region()
-        self.matrices: list[list[int]] = []
-        self.weights = weights
-        even = weights == "bfloat16"
-        residual, skip, head = config.residual_channels, config.skip_channels, config.head_channels
-        taps = config.kernel_size
-        self.ahead = [_ahead(dilation, group) for dilation in config.dilations]
-        self.span = max([power_of_two(SPAN // group), *self.ahead])
-        width = width_for(group)
-        z_rows = []
+    def __init__(self, model: WaveNet, group: int, weights: str):
+        config = self.config = model.config
+        self.packer = packer = Packer(weights)
+        residual, skip, taps = config.residual_channels, config.skip_channels, config.kernel_size
+        dilations, law = config.dilations, model.law
+        self.plan, self.layers = np.zeros(1, PLAN), np.zeros(len(dilations), LAYER)
+        net, layers = self.plan[0], self.layers
+        self.span = power_of_two(SPAN // group)
+        most = power_of_two(AHEAD * 2 // group) if group > 1 else AHEAD
+        layers["dilation"], layers["ahead"] = dilations, [min(d, most) for d in dilations]
+        layers["slots"] = (taps - 1) * layers["dilation"]
+        for field in ("now", "past", "skip", "residual", "condition"):
+            layers[field] = -1  # there is none
+        fused, tabulated = group == 1, config.classes <= TABLE
+        one, head = width_for(group), SPARSE_WIDTH if group == 1 else width_for(group)
 
-        def matrix(array: np.ndarray, rows: int, width: int | None = None) -> int:
-            width = width_for(rows) if width is None else width
-            self.matrices.append(put_matrix(region, array, width, weights))
-            return len(self.matrices) - 1
-
-        def vector(array: np.ndarray, vectors: int, fill: float = 0.0) -> int:
-            padded = np.full((*array.shape[:-1], vectors * LANES), fill, np.float32)
-            padded[..., : array.shape[-1]] = array
-            return region.put(padded)
-
-        def total(outputs: int, rows: int, width: int | None = None) -> int:
-            blocks, vectors = vectors_of(
-                outputs, LANES, width_for(rows) if width is None else width, even
-            )
-            return blocks * vectors
-
-        def bounds(outputs: int) -> tuple[int, int]:
-            """First and last vector of this part."""
-            vectors = -(-outputs // LANES)
-            return vectors * part // parts, vectors * (part + 1) // parts
-
-        def share(array: np.ndarray) -> np.ndarray:
-            """The outputs of this part."""
-            first, last = bounds(len(array))
-            return array[first * LANES : last * LANES]
-
-        head_width = 0 if group == 1 else None
-        self.part, self.parts = part, parts
-        fused = self.fused = group == 1 and parts == 1
-        self.sparse = group == 1
-        self.tabulated = config.classes <= TABLE
-
-        self.h_vectors = -(-residual // LANES)
-        # The input of a layer, and for one stream on one core the sums of the skips behind it.
-        self.residual_vectors = -(-residual // LANES)
-        self.x_vectors = self.residual_vectors if fused else total(residual, group)
-        self.skip_bounds, self.head_bounds, self.logit_bounds = (
-            bounds(skip),
-            bounds(head),
-            bounds(model.law.channels),
-        )
-        self.gate_first, gate_last = bounds(residual)
-        self.gate_vectors = gate_last - self.gate_first
-        self.skip_vectors = total(_size(self.skip_bounds), group)
-        self.out_vectors = self.x_vectors
+        # What a product writes fills whole blocks, which may be more than its outputs.
+        x_vectors = gate_vectors = vectors_for(residual)
+        skip_vectors, gates = packer.room(skip, one), 2 * gate_vectors * LANES
+        self.out_vectors = x_vectors = x_vectors if fused else packer.room(residual, one)
         if fused:
-            self.out_vectors = max(
-                total((self.x_vectors + -(-skip // LANES)) * LANES, 1),
-                self.x_vectors + self.skip_vectors,
-            )
-        self.head_vectors = total(_size(self.head_bounds), group, head_width)
-        logits = total(_size(self.logit_bounds), group, head_width)
+            both = (x_vectors + vectors_for(skip)) * LANES
+            self.out_vectors = max(packer.room(both, one), x_vectors + skip_vectors)
+        head_vectors = packer.room(config.head_channels, head)
+        logits = packer.room(law.channels, head)
         self.logit_vectors = -(-logits // (BLOCK // LANES)) * (BLOCK // LANES)
-        self.condition_channels = (
-            config.conditioning_channels if model.conditioning is not None else 0
-        )
-        self.condition_vectors = -(-self.condition_channels // LANES)
-        gate_rows = 2 * self.gate_vectors * LANES
-        z_rows = [
-            total(gate_rows, rows)
-            for rows in (group, TALLEST, self.span * group, *(a * group for a in self.ahead))
-        ]
-        self.z_vectors = max(z_rows)
+        ahead_rows = [int(ahead) * group for ahead in layers["ahead"]]
+        all_rows = {group, TALLEST, self.span * group, *ahead_rows}
+        z_vectors = max(packer.room(gates, width_for(rows)) for rows in all_rows)
 
-        def gates(array: np.ndarray) -> np.ndarray:
-            """Of outputs (2R, ...) this part of both halves, padded to whole vectors."""
-            padded = np.zeros((2, self.gate_vectors * LANES, *array.shape[1:]), np.float32)
-            for half, outputs in zip(padded, np.split(array, 2), strict=True):
-                mine = share(outputs)
-                half[: len(mine)] = mine
-            return padded.reshape(gate_rows, *array.shape[1:])
+        def gated(array: np.ndarray) -> np.ndarray:
+            """Outputs (2R, ...), each half padded to whole vectors."""
+            padded = np.zeros((2, gate_vectors * LANES, *array.shape[1:]), np.float32)
+            padded[:, :residual] = array.reshape(2, residual, *array.shape[1:])
+            return padded.reshape(gates, *array.shape[1:])
 
-        def outwards(block: nn.Module, name: str) -> np.ndarray:
-            """Of a layer the weight or bias of the residual, and behind it, if both are one matrix, of the skip.
+        def outwards(block: Any, name: str) -> np.ndarray:
+            """The weight or bias of the residual, and behind it, if both are one, of the skip.
 
-            (Its bias is added once, in `skip_bias`.)
+            (The skip's bias is added once, as `skip_bias`.)
             """
-            residuals = to_numpy(getattr(block.residual, name))
+            array = to_numpy(getattr(block.residual, name))
             if not fused:
-                return residuals
-            skips = share(to_numpy(getattr(block.skip, name)))
-            padded = np.zeros(
-                (self.residual_vectors * LANES + len(skips), *residuals.shape[1:]), np.float32
-            )
-            padded[:residual] = residuals
+                return array
+            padded = np.zeros((x_vectors * LANES + skip, *array.shape[1:]), np.float32)
+            padded[:residual] = array
             if name == "weight":
-                padded[self.residual_vectors * LANES :] = skips
+                padded[x_vectors * LANES :] = to_numpy(block.skip.weight)
             return padded
 
+        blocks: list[Any] = list(model.blocks)
         dilated = [
-            to_numpy(block.dilated.weight).reshape(2 * residual, taps, residual)
-            for block in model.blocks
+            to_numpy(block.dilated.weight).reshape(2 * residual, taps, residual) for block in blocks
         ]
-        past, conditions = [], []
-        now = []
-        # What every sample reads lies together, in the order of reading; what is read seldom
-        # follows.
-        for block, taps_of in zip(model.blocks, dilated, strict=True):
-            table = self.tabulated and not now
-            now.append(
-                (
-                    matrix(gates(taps_of[:, -1]), TALLEST if table else group),
-                    -1 if block.residual is None else matrix(outwards(block, "weight"), group),
-                    -1
-                    if fused and block.residual is not None
-                    else matrix(share(to_numpy(block.skip.weight)), group),
-                )
-            )
+        # What every sample reads lies together, in the order of reading; the rest follows.
+        for i, (block, layer) in enumerate(zip(blocks, layers, strict=True)):
+            last = block.residual is None
+            if not (tabulated and i == 0):
+                layer["now"] = packer.matrix(gated(dilated[i][:, -1]), one)
+            if not last:
+                layer["residual"] = packer.matrix(outwards(block, "weight"), one)
+            if last or not fused:
+                layer["skip"] = packer.matrix(to_numpy(block.skip.weight), one)
         readout: Any = model.head
-        self.head1 = matrix(share(to_numpy(readout[1].weight)), group, head_width)
-        self.head2 = matrix(share(to_numpy(readout[3].weight)), group, head_width)
-        for taps_of, ahead in zip(dilated, self.ahead, strict=True):
-            table = self.tabulated and not past
-            past.append(
-                [
-                    matrix(gates(taps_of[:, k]), TALLEST if table else ahead * group)
-                    for k in range(taps - 1)
+        net["head1"] = packer.matrix(to_numpy(readout[1].weight), head)
+        net["head2"] = packer.matrix(to_numpy(readout[3].weight), head)
+        for i, (layer, rows) in enumerate(zip(layers, ahead_rows, strict=True)):
+            if not (tabulated and i == 0):
+                numbers = [
+                    packer.matrix(gated(dilated[i][:, k]), width_for(rows)) for k in range(taps - 1)
                 ]
-            )
-        for block in model.blocks:
-            if block.conditioning is None:
-                conditions.append(-1)
-            else:
-                conditions.append(
-                    matrix(gates(to_numpy(block.conditioning.weight)), self.span * group)
-                )
-        self.biases = [
-            vector(gates(to_numpy(block.dilated.bias)), self.z_vectors) for block in model.blocks
-        ]
-        self.residual_biases = [
-            0 if block.residual is None else vector(outwards(block, "bias"), self.out_vectors)
-            for block in model.blocks
-        ]
-        skip_bias: Any = np.sum(
-            [to_numpy(block.skip.bias) for block in model.blocks], axis=0, dtype=np.float64
-        )
-        self.skip_bias = vector(share(skip_bias.astype(np.float32)), self.skip_vectors)
-        self.head1_bias = vector(share(to_numpy(readout[1].bias)), self.head_vectors)
+                layer["past"] = numbers[0]
+        for block, layer in zip(blocks, layers, strict=True):
+            if block.conditioning is not None:
+                matrix = gated(to_numpy(block.conditioning.weight))
+                layer["condition"] = packer.matrix(matrix, width_for(self.span * group))
+            packer.vector(layer, "bias", gated(to_numpy(block.dilated.bias)), z_vectors)
+            if block.residual is not None:
+                bias = outwards(block, "bias")
+                packer.vector(layer, "residual_bias", bias, self.out_vectors)
+        skips = np.sum([to_numpy(b.skip.bias) for b in blocks], axis=0, dtype=np.float64)
+        packer.vector(net, "skip_bias", np.asarray(skips, np.float32), skip_vectors)
+        packer.vector(net, "head1_bias", to_numpy(readout[1].bias), head_vectors)
         # Outputs beyond the last class are never drawn.
-        self.head2_bias = vector(share(to_numpy(readout[3].bias)), self.logit_vectors, fill=-np.inf)
-        self.embedding = vector(to_numpy(model.embedding.table()), self.x_vectors)
-        widest = max(
-            self.z_vectors,
-            self.skip_vectors,
-            self.head_vectors,
-            self.logit_vectors,
-            self.out_vectors,
-        )
-        self.zeros = region.reserve(widest * VECTOR_BYTES)
-        entries = taps * (config.classes + 1) if self.tabulated else 0
-        self.first_table = region.reserve(entries * self.z_vectors * VECTOR_BYTES)
-        panels = region.reserve(TALLEST * self.x_vectors * VECTOR_BYTES)
-        base = region.allocate()
-        self.table = np.array(self.matrices, dtype=np.int64)
-        self.table[:, M_ADDRESS] += base
-        self.now, self.past, self.conditions, self.width = now, past, conditions, width
-        self.taps, self.dilations = taps, config.dilations
-        self.kind, self.mixtures, self.classes = distributions.numbers(model.law)
-        self.outputs = model.law.channels
-        for tap in range(taps if self.tabulated else 0):
-            # The row after the last class stays zero: the past before the first sample.
-            number = now[0][0] if tap == taps - 1 else past[0][tap]
-            row = self.z_vectors * VECTOR_BYTES
-            out = base + self.first_table + tap * (config.classes + 1) * row
-            kernels().tabulate(products().multiply, self.table.ctypes.data + 8 * M_FIELDS * number, config.classes,
-                               base + self.embedding, self.x_vectors, base + panels, base + self.zeros, out, row, 0, 0)  # fmt: skip  # noqa: E501
+        packer.vector(net, "head2_bias", to_numpy(readout[3].bias), self.logit_vectors, -np.inf)
+        embedding = to_numpy(model.embedding.table())
+        packer.vector(net, "embedding", embedding, x_vectors)
+        widest = (z_vectors, skip_vectors, head_vectors, self.logit_vectors, self.out_vectors)
+        packer.space(net, "zeros", max(widest))
+        if tabulated:
+            # Row `classes` of each tap stays zero: the past before the first sample.
+            table = np.zeros((taps, config.classes + 1, gates), np.float32)
+            for k in range(taps):
+                table[k, :-1] = multiplied(embedding, gated(dilated[0][:, k]), weights)
+            packer.vector(net, "table", table, z_vectors)
+        packer.allocate()
+        self.matrices = packer.matrices
+        net["law"], net["mixtures"], net["classes"] = distributions.numbers(law)
+        sizes = {
+            "taps": taps, "fused": fused, "span": self.span, "x_vectors": x_vectors,
+            "h_vectors": gate_vectors, "gate_vectors": gate_vectors, "skip_vectors": skip_vectors,
+            "head_vectors": head_vectors, "z_row": z_vectors * VECTOR_BYTES,
+            "logit_row": self.logit_vectors * VECTOR_BYTES,
+            "logit_blocks": -(-law.channels // BLOCK), "multiply": products().multiply,
+            "sparse": products().sparse if group == 1 else 0,
+        }  # fmt: skip
+        if model.conditioned:
+            sizes["condition_vectors"] = vectors_for(config.conditioning_channels)
+        for field, size in sizes.items():
+            net[field] = size
 
-
-def _size(bounds: tuple[int, int]) -> int:
-    """Outputs between two vectors."""
-    return (bounds[1] - bounds[0]) * LANES
-
-
-def power_of_two(number: int) -> int:
-    """The largest power of two that is not above `number`, at least 1."""
-    return 1 << max(0, number.bit_length() - 1)
-
-
-def _ahead(dilation: int, group: int) -> int:
-    """Samples that the past taps of a layer are computed ahead."""
-    return min(dilation, power_of_two(AHEAD * 2 // group) if group > 1 else AHEAD)
-
-
-def width_for(rows: int) -> int:
-    """Vectors in a block of a matrix that is multiplied with `rows` rows at a time."""
-    return WIDEST if rows == 1 else 4 if rows < 4 else 2
+    def embedding(self) -> np.ndarray:
+        """Return (classes + 1, R); the last row, zeros, stands for no sample."""
+        classes, width = self.config.classes, int(self.plan[0]["x_vectors"]) * LANES
+        table = self.packer.floats(self.plan[0]["embedding"], classes, width)
+        return np.pad(table[:, : self.config.residual_channels], ((0, 1), (0, 0)))
 
 
 class Group:
-    """The state of some streams that one thread runs side by side, and the plan of the network for them."""
+    """The state of some streams that one thread runs side by side, and their plan."""
 
-    def __init__(
-        self,
-        packed: Weights,
-        first: int,
-        streams: int,
-        start_code: int,
-        shared: Shared | None = None,
-    ):
-        region = Region()
-        base = packed.region.address
-        panels = -(-streams // TALLEST)
-        rows = -(-streams // panels)
-        padded = panels * rows
-        z_row = packed.z_vectors * VECTOR_BYTES
-        layers = np.zeros((len(packed.dilations), L_FIELDS), np.int64)
-        own = (L_RING, L_Z, L_CONSTANT)
-        for i, dilation in enumerate(packed.dilations):
-            slots = (packed.taps - 1) * dilation
-            layers[i, L_DILATION] = dilation
-            layers[i, L_AHEAD] = packed.ahead[i]
-            layers[i, L_SLOTS] = slots
-            layers[i, L_PAST] = packed.past[i][0]
-            layers[i, L_NOW], layers[i, L_RESIDUAL], layers[i, L_SKIP] = packed.now[i]
-            layers[i, L_CONDITION] = packed.conditions[i]
-            layers[i, L_BIAS] = packed.biases[i] + base
-            layers[i, L_RESIDUAL_BIAS] = packed.residual_biases[i] + base
-            layers[i, L_RING] = region.reserve(slots * streams * packed.x_vectors * VECTOR_BYTES)
-            layers[i, L_Z] = region.reserve(packed.span * streams * z_row)
-            layers[i, L_CONSTANT] = region.reserve(streams * z_row)
-        net = np.zeros(N_FIELDS, np.int64)
-        net[N_TAPS] = packed.taps
-        net[N_LAW], net[N_MIXTURES], net[N_CLASSES] = packed.kind, packed.mixtures, packed.classes
-        net[N_STREAMS] = streams
-        net[N_ROWS] = rows
-        net[N_SPAN] = packed.span
-        net[N_X_VECTORS] = packed.x_vectors
-        net[N_H_VECTORS] = packed.h_vectors
-        net[N_SKIP_VECTORS] = packed.skip_vectors
-        net[N_HEAD_VECTORS] = packed.head_vectors
-        net[N_Z_ROW] = z_row
-        net[N_LOGIT_ROW] = packed.logit_vectors * VECTOR_BYTES
-        net[N_LOGIT_BLOCKS] = -(-packed.outputs // BLOCK)
-        net[N_CONDITION_CHANNELS] = packed.condition_channels
-        net[N_CONDITION_VECTORS] = packed.condition_vectors
-        net[N_HEAD1], net[N_HEAD2] = packed.head1, packed.head2
-        for field, offset in (
-            (N_EMBEDDING, packed.embedding),
-            (N_HEAD1_BIAS, packed.head1_bias),
-            (N_HEAD2_BIAS, packed.head2_bias),
-            (N_SKIP_BIAS, packed.skip_bias),
-            (N_ZEROS, packed.zeros),
-        ):
-            net[field] = offset + base
-        ahead = -(-max(packed.ahead) * streams // TALLEST) * TALLEST
-        span = -(-packed.span * streams // TALLEST) * TALLEST
-        vectors = {
-            N_X: padded * packed.out_vectors,
-            N_H: padded * packed.h_vectors,
-            N_SKIP: padded * packed.skip_vectors,
-            N_HEAD: padded * packed.head_vectors,
-            N_LOGITS: streams * packed.logit_vectors,
-            N_WEIGHTS: packed.parts * packed.logit_vectors,
-            N_SUMS: 2 * packed.parts * packed.logit_vectors,
-            N_PANELS: ahead * packed.x_vectors,
-            N_CONDITION_PANELS: span * packed.condition_vectors,
-            N_VALUES: packed.parts * (max(packed.skip_vectors, packed.head_vectors) + 1),
-            N_OFFSETS: packed.parts * (2 * max(packed.skip_vectors, packed.head_vectors) + 2),
-        }
-        for field, count in vectors.items():
-            net[field] = region.reserve(count * VECTOR_BYTES)
-        net[N_FIRST] = first
-        net[N_MATRICES] = packed.table.ctypes.data
-        net[N_MULTIPLY] = products().multiply
-        net[N_SPARSE] = products().sparse if packed.sparse else 0
-        net[N_TABLE] = base + packed.first_table if packed.tabulated else 0
+    def __init__(self, packed: Weights, first: int, streams: int, start_code: int):
+        self.packed = packed  # the plan holds addresses in it
+        self.plan, self.layers = packed.plan.copy(), packed.layers.copy()
+        self.region = region = Region()
+        net = self.net = self.plan[0]
+        panels, rows = geometry(streams)
+        net["first"], net["streams"], net["rows"] = first, streams, rows
+        z_vectors = net["z_row"] // VECTOR_BYTES
+        for layer in self.layers:
+            region.space(layer, "ring", layer["slots"] * streams * net["x_vectors"])
+            region.space(layer, "z", packed.span * streams * z_vectors)
+            region.space(layer, "constant", streams * z_vectors)
+        skips, head, logits = net["skip_vectors"], net["head_vectors"], packed.logit_vectors
+        entries = max(skips, head) + 1  # of a rectified vector
+        ahead = whole_panels(int(packed.layers["ahead"].max()) * streams)
+        for field, vectors in {
+            "x": panels * rows * packed.out_vectors,
+            "h": panels * rows * net["h_vectors"],
+            "skips": panels * rows * skips,
+            "head": panels * rows * head,
+            "logits": streams * logits,
+            "weights": logits,
+            "sums": 2 * logits,
+            "panels": ahead * net["x_vectors"],
+            "condition_panels": whole_panels(packed.span * streams) * net["condition_vectors"],
+            "values": entries,
+            "offsets": 2 * entries,
+        }.items():
+            region.space(net, field, vectors)
         region.allocate()
-        layers[:, own] += region.address
-        net[list(vectors)] += region.address
-        net[N_FUSED] = packed.fused
-        if packed.fused:
-            net[N_SKIP] = net[N_X] + packed.x_vectors * VECTOR_BYTES
-        net[N_PARTS] = packed.parts
-        net[N_GATE_VECTORS] = packed.gate_vectors
-        net[N_LOGIT_ALL] = net[N_LOGITS]
-        if shared:
-            shared.plan(net, packed)
-        self.net, self.layers, self.region = net, layers, region
-        self.packed, self.shared = packed, shared  # the plan holds addresses in them
-        self.previous = np.full((streams, packed.taps), packed.classes, np.int64)
+        if net["fused"]:
+            net["skips"] = net["x"] + net["x_vectors"] * VECTOR_BYTES
+        self.previous = np.full((streams, packed.config.kernel_size), net["classes"], np.int64)
         self.previous[:, -1] = start_code
 
+    def past(self, layer: int, row: int) -> np.ndarray:
+        """Return the past inputs of a layer of a stream, (slots, R), oldest first, a copy."""
+        if self._tabulated(layer):
+            return self.packed.embedding()[self.previous[row, :-1]]
+        shift = self.net["time"] % self.layers[layer]["slots"]
+        return np.roll(self._ring(layer)[:, row], -int(shift), axis=0)
 
-class Shared:
-    """What the two cores of one stream write for each other."""
+    def set_past(self, layer: int, row: int, past: np.ndarray) -> None:
+        """The reverse of `past`."""
+        if self._tabulated(layer):
+            self.previous[row, :-1] = _codes(past, self.packed.embedding())
+        else:
+            shift = self.net["time"] % self.layers[layer]["slots"]
+            self._ring(layer)[:, row] = np.roll(past, int(shift), axis=0)
 
-    def __init__(self, model: WaveNet):
-        config = model.config
-        self.region = region = Region()
-        self.flags = [region.reserve(2 * LINE) for _ in range(2)]
-        self.h = region.reserve(
-            config.layers * -(-config.residual_channels // LANES) * VECTOR_BYTES
+    def _tabulated(self, layer: int) -> bool:
+        return layer == 0 and self.net["table"] != 0
+
+    def _ring(self, layer: int) -> np.ndarray:
+        """The past inputs (slots, streams, R), sample t at t modulo slots, the memory itself."""
+        slots, streams, x_vectors = (
+            int(n)
+            for n in (self.layers[layer]["slots"], self.net["streams"], self.net["x_vectors"])
         )
-        sizes = (config.skip_channels, config.head_channels, model.law.channels)
-        padded = [-(-size // BLOCK) * BLOCK * 4 for size in sizes]
-        self.all = [region.reserve(size) for size in padded]
-        region.allocate()
-        region.view(self.all[2], padded[2]).view(np.float32)[:] = -np.inf
-
-    def plan(self, net: np.ndarray, packed: Weights) -> None:
-        """Fill in the fields of the exchange."""
-        base = self.region.address
-        net[N_H] = base + self.h
-        net[N_H_OFFSET] = packed.gate_first * VECTOR_BYTES
-        net[N_MINE], net[N_THEIRS] = (base + self.flags[p] for p in (packed.part, 1 - packed.part))
-        net[N_GIVE_WAY] = _address_of_sleep()
-        for fields, whole, (first, last) in zip(
-            ((N_SKIP_ALL, N_SKIP_PLACE, N_SKIP_SHARE), (N_HEAD_ALL, N_HEAD_PLACE, N_HEAD_SHARE),
-             (N_LOGIT_ALL, N_LOGIT_PLACE, N_LOGIT_SHARE)),
-            self.all, (packed.skip_bounds, packed.head_bounds, packed.logit_bounds), strict=True,
-        ):  # fmt: skip
-            net[list(fields)] = base + whole, base + whole + first * VECTOR_BYTES, last - first
+        ring = self.region.floats(self.layers[layer]["ring"], slots, streams, x_vectors * LANES)
+        return ring[:, :, : self.packed.config.residual_channels]
 
 
-def _address_of_sleep() -> int:
-    """Of the C function `usleep`, by which a core that waits in vain leaves its place to the other thread; or 0."""
-    if os.name != "posix":
-        return 0
-    return ctypes.cast(ctypes.CDLL(None).usleep, ctypes.c_void_p).value or 0
+def _codes(past: np.ndarray, embedding: np.ndarray) -> list[int]:
+    """Return the rows of the embedding that these vectors are; of equal rows, any."""
+    found = []
+    for vector in past:
+        away = np.abs(embedding - vector).max(axis=1)
+        nearest = int(away.argmin())
+        # An embedding of values is a product, which another engine may round otherwise.
+        if not away[nearest] <= 1e-6 * (1 + np.abs(vector).max()):
+            raise WavearError(
+                "the state is of another model: its first layer's past is not of this embedding"
+            )
+        found.append(nearest)
+    return found
