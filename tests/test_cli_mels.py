@@ -128,7 +128,7 @@ def test_mels_of_presets(here: Path, capsys: pytest.CaptureFixture):
     for extra in (("--bands", "4"), ("--checkpoint", "mel")):
         status, _, err = run(capsys, "mel", "a.wav", "--out", "x", "--preset", "fatchord", *extra)
         assert status == 1
-        assert "--preset says what the mels are" in err
+        assert "--preset sets what the mels are" in err
 
 
 def test_a_file_that_says_what_it_is_is_believed_and_converted(
@@ -150,7 +150,7 @@ def test_a_file_that_says_what_it_is_is_believed_and_converted(
     assert run(capsys, "mel", "a.wav", "--out", "mels", *flags)[0] == 0
     status, _, err = synthesize(capsys, "mels/a.npz", "--out", "one", "--mel-preset", "db")
     assert status == 0
-    assert "mels/a.npz says itself what mels it holds" in err
+    assert "mels/a.npz: its own mel configuration overrides the one given" in err
     assert synthesize(capsys, "a.wav", "--out", "two")[0] == 0
     one, two = audio.read("one/a.wav"), audio.read("two/a.wav")
     assert (
@@ -194,7 +194,7 @@ def test_sampling_flags(
     assert torch.allclose(audio.read("free.wav"), expected, rtol=0, atol=1 / 32768)
 
 
-@pytest.mark.filterwarnings("default:the likeliest code")
+@pytest.mark.filterwarnings("default:argmax takes")
 def test_argmax_warns_in_one_line(here: Path, capsys: pytest.CaptureFixture):
     command = (
         "generate",
@@ -209,9 +209,7 @@ def test_argmax_warns_in_one_line(here: Path, capsys: pytest.CaptureFixture):
     )
     status, _, err = run(capsys, *command)
     assert status == 0
-    assert err.startswith(
-        "wavear: warning: the likeliest code is taken always: audio made so collapses"
-    )
+    assert err.startswith("wavear: warning: argmax takes the likeliest code at every sample")
     assert err.count("\n") == 1
 
 
@@ -262,29 +260,25 @@ def test_level_and_fade(here: Path, capsys: pytest.CaptureFixture):
 @pytest.mark.parametrize(
     ("arguments", "status", "words"),
     [
-        (("--format", "mp3"), 2, "format is 'mp3', it must be one of wav, wav24"),
-        (("--normalize", "3"), 2, "normalize is 3.0, it must be -200 to 0 dB"),
-        (("--fade", "-1"), 2, "fade is -1.0"),
-        (("--top-p", "1.5"), 1, "top_p is 1.5, it must be above 0 and at most 1"),
-        (("--top-k", "0"), 1, "top_k is 0"),
-        (("--best-of", "0"), 1, "best_of is 0"),
-        (("--argmax", "--top-p", "0.5"), 1, "argmax takes the likeliest code"),
-        (
-            ("--format", "flac"),
-            1,
-            "--format flac makes a file that ends in .flac, and --out is x.wav",
-        ),
+        ("--format mp3", 2, "format is 'mp3'; it must"),
+        ("--normalize 3", 2, "normalize is 3.0; it must"),
+        ("--fade -1", 2, "fade is -1.0"),
+        ("--top-p 1.5", 1, "top_p is 1.5; it must be above 0 and at most 1"),
+        ("--top-k 0", 1, "top_k is 0"),
+        ("--best-of 0", 1, "best_of is 0"),
+        ("--argmax --top-p 0.5", 1, "argmax takes the likeliest code"),
+        ("--format flac", 1, "--format flac makes a file that ends in .flac, and --out is x.wav"),
     ],
-    ids=str,
 )
 def test_refusals(
-    here: Path, capsys: pytest.CaptureFixture, arguments: tuple[str, ...], status: int, words: str
+    here: Path, capsys: pytest.CaptureFixture, arguments: str, status: int, words: str
 ):
     command = ("generate", "free", "--seconds", "0.1", "--out", "x.wav", "--engine", "reference")
-    got, _, err = run(capsys, *command, *arguments)
+    got, _, err = run(capsys, *command, *arguments.split())
     assert got == status, err
-    assert err.startswith("wavear: error: ")
-    assert err.count("\n") == 1
+    if status == 1:
+        assert err.startswith("wavear: error: ")
+        assert err.count("\n") == 1
     assert words in err
     assert not Path("x.wav").exists()
 
@@ -296,7 +290,7 @@ def test_help_says_what_each_means_in_a_sentence(
     _, out, _ = run(capsys, "generate", "--help")
     for words in (
         "--top-k",
-        "k likeliest values alone",
+        "k likeliest values only",
         "--top-p",
         "--argmax",
         "collapses to silence",

@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 import wavear
 from wavear import MelConfig, Stream, StreamBatch, WaveNet, WaveNetConfig, audio, mulaw_encode
 from wavear.generation.conditioner import UtteranceConditioner
-from wavear.generation.engines import candidate_seeds, make_engine
+from wavear.generation.engines import make_engine
 from wavear.generation.priming import fill
+from wavear.generation.settings import candidate_seeds
 from wavear.models.sampling import uniforms
 
 ENGINES = [("reference", "float32"), ("numba", "float32"), ("numba", "bfloat16"), ("numba", "int8")]
@@ -72,7 +73,7 @@ def step_through(model, previous, state, cond) -> None:
 # ---- the parallel pass
 
 
-@settings(max_examples=40, deadline=None, derandomize=True, phases=[Phase.explicit, Phase.generate])
+@settings(max_examples=12, deadline=None, derandomize=True, phases=[Phase.explicit, Phase.generate])
 @given(
     stacks=st.integers(1, 2),
     depth=st.integers(1, 4),
@@ -436,19 +437,19 @@ def test_the_command_goes_on_from_a_file(here, capsys):
 def test_a_prime_of_another_rate_is_resampled_and_that_is_said(here, capsys):
     audio.write("clip.wav", recording(1600)[0], 16000)
     flags = ("--seconds", "0.01", "--prime", "clip.wav", "--include-prime")
-    status, out, _ = run(capsys, "free", *flags, "--out", "new.wav")
+    status, _, err = run(capsys, "free", *flags, "--out", "new.wav")
     assert status == 0
-    assert out.count("clip.wav has 16000 Hz: it is resampled to 8000 Hz") == 1
+    assert err.count("clip.wav has 16000 Hz: resampled to 8000 Hz") == 1
     assert audio.info("new.wav").frames == 800 + 80
 
 
 def test_what_is_wrong_with_a_prime_is_said_in_one_line(here, capsys, recwarn):
     audio.write("quiet.wav", torch.zeros(160), 8000)
-    status, out, err = run(
+    status, _, err = run(
         capsys, "free", "--seconds", "0.01", "--out", "a.wav", "--prime", "quiet.wav"
     )
-    assert (status, err) == (0, "")
-    assert out.count("quiet.wav: the prime is silent") == 1
+    assert status == 0
+    assert err.count("quiet.wav: the prime is silent") == 1
     assert not recwarn.list
     import soundfile
 

@@ -11,7 +11,7 @@ import torch
 import wavear
 from wavear import MelConfig, WaveNet, WaveNetConfig, mulaw_encode
 from wavear.generation.cpu.wavenet import NumbaEngine
-from wavear.generation.engines import candidate_seeds
+from wavear.generation.settings import candidate_seeds
 from wavear.generation.reference import ReferenceEngine
 from wavear.models.sampling import sample, uniforms
 
@@ -209,15 +209,15 @@ def test_candidates_have_seeds_of_their_own():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"top_k": 0}, "top_k is 0, it must be a whole number of at least 1"),
+        ({"top_k": 0}, "top_k is 0; it must be a whole number of at least 1"),
         ({"top_k": 2.5}, "top_k is 2.5"),
         ({"top_k": True}, "top_k is True"),
-        ({"top_p": 0.0}, "top_p is 0.0, it must be above 0 and at most 1"),
+        ({"top_p": 0.0}, "top_p is 0.0; it must be above 0 and at most 1"),
         ({"top_p": 1.01}, "top_p is 1.01"),
         ({"top_p": float("nan")}, "top_p is nan"),
         (
             {"argmax": True, "top_p": 0.5},
-            "argmax takes the likeliest code: leave top_k and top_p away",
+            "argmax takes the likeliest code: drop top_k and top_p",
         ),
         ({"best_of": 0}, "best_of is 0"),
         ({"best_of": 2, "argmax": True}, "best_of is 2, and there is one argmax"),

@@ -1,9 +1,9 @@
-"""Sounds to train on that need no download: plucked strings and sung vowels, as sums of harmonics.
+"""Sounds to train on without a download: plucked strings and sung vowels, as sums of harmonics.
 
-Both are models of how the sound comes about, so every note has a pitch that is known exactly:
+Both are physical models, so the pitch of every note is exact:
 
     string:  modes of a stiff string plucked at one point, each dying away at its own rate
-    vowel:   a glottal source whose harmonics pass the resonances (formants) of the mouth, with vibrato
+    vowel:   a glottal source through the resonances (formants) of the mouth, with vibrato
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _LEAD_SECONDS = 0.03  # silence before a note
 
 @dataclass(frozen=True)
 class Note:
-    """One note and what is known of it."""
+    """One note, its name and its pitch."""
 
     name: str
     """Instrument, pitch and vowel, fit for a file name."""
