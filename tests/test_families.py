@@ -292,7 +292,7 @@ def test_scores_do_not_depend_on_the_chunks_of_the_parallel_pass(config, monkeyp
     if conditions:
         conditions["mel"] = conditions["mel"].double()
     whole = score(model, waveform, **conditions)
-    monkeypatch.setattr(sys.modules["wavear.generation.engines"], "_PARALLEL_CHUNK", 37)
+    monkeypatch.setattr(sys.modules["wavear.generation.scoring"], "PARALLEL_CHUNK", 37)
     torch.testing.assert_close(score(model, waveform, **conditions), whole, rtol=1e-8, atol=1e-8)
 
 

@@ -420,7 +420,7 @@ def test_a_checkpoint_round_trip(name, tmp_path):
 def test_scores_by_forward_and_by_steps_are_one(name, monkeypatch):
     """Over the cuts of `score`, and of what a seed makes."""
     monkeypatch.setattr(
-        sys.modules["wavear.generation.engines"], "_PARALLEL_CHUNK", 100
+        sys.modules["wavear.generation.scoring"], "PARALLEL_CHUNK", 100
     )  # (`wavear.generate` is the function)
     model = GRU(SHAPES[name]).eval()
     mel = torch.randn(1, 5, 25) if model.config.mel else None

@@ -698,7 +698,7 @@ def test_a_prime_goes_on_as_it_would_have(config, engine, length):
 @publics
 def test_scores_agree(config, engine, monkeypatch):
     """By steps and by `forward` in chunks with the state carried: within float32 rounding."""
-    monkeypatch.setattr(sys.modules["wavear.generation.engines"], "_PARALLEL_CHUNK", 23)
+    monkeypatch.setattr(sys.modules["wavear.generation.scoring"], "PARALLEL_CHUNK", 23)
     model = make_sounding(config)
     given = given_to(config)
     waveform, nats = generate(
