@@ -1,4 +1,4 @@
-"""Audio of many inputs by several processes: complete and without duplicates, also after one of them dies."""
+"""Audio of many inputs by several processes: complete, and resumed after one of them dies."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def test_shares_are_disjoint_and_complete_and_about_as_large(here):
         assert max(sizes) - min(sizes) <= max(job.source.stat().st_size for job in jobs)
 
 
-def test_the_same_command_goes_on_and_another_is_refused(here, capsys):
+def test_the_same_command_resumes_and_another_is_refused(here, capsys):
     whole = expected()
     command = ["synthesize", "model", "in", "--out", "out", "--resume", *OPTIONS]
     assert commands.main(command) == 0

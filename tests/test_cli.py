@@ -100,7 +100,7 @@ def test_synthesize_folder(here: Path, capsys: pytest.CaptureFixture):
 
 
 def test_synthesized_audio_is_that_of_generate(here: Path, capsys: pytest.CaptureFixture):
-    """Batching and files change nothing: 16 bits (and full scale one step less) of what `generate` makes alone."""
+    """Batching and files change nothing but the rounding to 16 bits."""
     options = ("--engine", "reference", "--seed", "7", "--temperature", "0.8")
     assert run(capsys, "synthesize", "mel", "in", "good.npy", "--out", "out", *options)[0] == 0
     model = wavear.load("mel")
@@ -364,7 +364,7 @@ class Bomb:
         return Path.touch, (Path("EXPLODED"),)
 
 
-def test_bad_inputs_are_named_counted_and_passed_over(here: Path, capsys: pytest.CaptureFixture):
+def test_bad_inputs_are_named_counted_and_skipped(here: Path, capsys: pytest.CaptureFixture):
     expected = bad_mels(Path("bad"))
     np.save("bad/fine.npy", np.load("good.npy"))
     status, out, err = run(
@@ -398,7 +398,7 @@ def test_full_disk_while_printing(here: Path):
 
 
 def test_write_failure_stops_and_leaves_nothing(here: Path, monkeypatch: pytest.MonkeyPatch):
-    """A disk that is full for one file is full for the next: stop, rather than generate for nothing."""
+    """A disk that is full for one file is full for the next: stop at the first."""
     calls = []
 
     def full(path, waveform, rate, encoding=None):

@@ -1,4 +1,4 @@
-"""The command line, as to mels, sampling and output: flags reach what they name, warnings are one line."""
+"""The command line: mels, sampling and output. Flags reach their settings; warnings are one line."""
 
 from __future__ import annotations
 
@@ -77,7 +77,9 @@ def test_a_mel_in_decibels_is_refused_with_what_would_convert_it(
 
 
 @pytest.mark.parametrize(("name", "preset"), [("decibels.npy", "db"), ("common.npy", "log10")])
-def test_and_is_converted_by_it(here: Path, capsys: pytest.CaptureFixture, name: str, preset: str):
+def test_a_mel_is_converted_by_its_preset(
+    here: Path, capsys: pytest.CaptureFixture, name: str, preset: str
+):
     assert synthesize(capsys, name, "--out", "converted", "--mel-preset", preset)[0] == 0
     model = wavear.load("mel")
     mel = torch.from_numpy(np.load("natural.npy"))
@@ -87,13 +89,13 @@ def test_and_is_converted_by_it(here: Path, capsys: pytest.CaptureFixture, name:
     )
 
 
-def test_force_takes_it_and_says_so(here: Path, capsys: pytest.CaptureFixture):
+def test_force_accepts_a_wrong_mel_with_a_warning(here: Path, capsys: pytest.CaptureFixture):
     status, _, err = synthesize(capsys, "decibels.npy", "--out", "out", "--force")
     assert status == 0
     assert "wavear: warning: decibels.npy: this looks like decibel mels" in err
 
 
-def test_presets_that_differ_or_are_none(here: Path, capsys: pytest.CaptureFixture):
+def test_wrong_or_unknown_presets_are_refused(here: Path, capsys: pytest.CaptureFixture):
     status, _, err = synthesize(capsys, "natural.npy", "--out", "out", "--mel-preset", "hifigan")
     assert status == 1
     assert "10 bands" in err or "bands 80, the model 10" in err
@@ -131,9 +133,7 @@ def test_mels_of_presets(here: Path, capsys: pytest.CaptureFixture):
         assert "--preset sets what the mels are" in err
 
 
-def test_a_file_that_says_what_it_is_is_believed_and_converted(
-    here: Path, capsys: pytest.CaptureFixture
-):
+def test_configuration_in_a_file_overrides_the_flag(here: Path, capsys: pytest.CaptureFixture):
     flags = [
         "--sample-rate",
         "8000",
@@ -213,7 +213,7 @@ def test_argmax_warns_in_one_line(here: Path, capsys: pytest.CaptureFixture):
     assert err.count("\n") == 1
 
 
-def test_what_is_wrong_with_the_audio_is_said(here: Path, capsys: pytest.CaptureFixture):
+def test_defects_of_the_audio_are_warned_of(here: Path, capsys: pytest.CaptureFixture):
     command = ("generate", "free", "--seconds", "1", "--out", "free.wav", "--engine", "numba")
     status, _, err = run(capsys, *command)
     assert status == 0

@@ -1,4 +1,4 @@
-"""`generate` and `score`: the reference, the shape of what comes back, independence of streams, refusals."""
+"""`generate` and `score`: the reference, shapes, independence of streams, refusals."""
 
 import itertools
 from typing import Any
@@ -33,7 +33,7 @@ def mels(batch, frames):
 
 
 def test_generation_follows_the_law_of_forward():
-    """Every code is the one that the law of `forward`, given all codes before it, assigns to its uniform."""
+    """Every code is that of its uniform under `forward`, given all codes before it."""
     model = make(mel=MEL, speakers=2).double()
     mel = mels(1, 10).double()
     waveform = wavear.generate(model, mel, speaker=1, seed=9, engine="reference")
@@ -112,7 +112,7 @@ def test_conditioning_is_the_same_however_it_is_cut(hop):
 
 
 def test_conditioning_is_always_computed_in_one_shape(monkeypatch):
-    """Libraries may round differently for other shapes: so there is one, whatever batch, length and span."""
+    """Libraries may round differently for other shapes: so there is one for all batches."""
     shapes = set()
     condition = WaveNet.condition
 
@@ -244,7 +244,7 @@ def test_score_refuses_a_mel_that_is_too_short():
 
 
 def test_conditioning_of_many_in_batches_of_one_size(monkeypatch):
-    """As on a card: always as many blocks at once, so that an utterance's conditioning has the same bits in any batch,
+    """As on a card: always as many blocks at once, so that the bits are the same in any batch."""
     and as it arrives."""
     model, frames = make(mel=MEL, speakers=2), [mels(1, n)[0] for n in (9, 4, 25)]
     single: list[Any] = [

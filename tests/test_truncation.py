@@ -11,8 +11,8 @@ import torch
 import wavear
 from wavear import MelConfig, WaveNet, WaveNetConfig, mulaw_encode
 from wavear.generation.cpu.wavenet import NumbaEngine
-from wavear.generation.settings import candidate_seeds
 from wavear.generation.reference import ReferenceEngine
+from wavear.generation.settings import candidate_seeds
 from wavear.models.sampling import sample, uniforms
 
 MEL = MelConfig(sample_rate=8000, n_fft=64, window_length=64, hop_length=20, bands=5, fmax=4000.0)
@@ -53,7 +53,7 @@ def constant(logits: list[float]) -> WaveNet:
 @truncations
 @pytest.mark.parametrize("classes", [40, 256, 7])
 def test_engines_draw_the_same_codes(truncation, classes):
-    """But where a uniform, or the edge of the nucleus, falls on float32's rounding: from there on they differ."""
+    """At most one stream differs, where a uniform falls on float32's rounding."""
     model = make(classes=classes)
     draws = np.stack([uniforms(seed, 0, 300) for seed in range(4)])
     reference, numba = ReferenceEngine(model, 4), NumbaEngine(model, 4)
@@ -68,7 +68,7 @@ def test_engines_draw_the_same_codes(truncation, classes):
 
 @truncations
 def test_compiled_draw_equals_the_definition_on_given_logits(truncation):
-    """Teacher-forced, so that one code at the edge would not hide the others: constant logits, many uniforms."""
+    """Teacher-forced, with constant logits: one code at the edge does not hide the others."""
     logits = torch.randn(40, generator=torch.Generator().manual_seed(5)) * 2
     logits[[3, 17, 30]] = logits.max()  # ties at the top
     model = constant(logits.tolist())

@@ -142,7 +142,7 @@ def generate(
     output
         How it is written.
     """
-    from wavear.audio.waveforms import info
+    from wavear.audio import info
     from wavear.generation.files import generate_file
 
     suffixes = sorted({suffix for suffix, _ in FORMATS.values()})

@@ -125,22 +125,10 @@ def run(
     seed : int
         Of the sounds, the training and the audio.
     threads : int, optional
-        CPU cores to use; by default one to train, all to synthesize. Two threads that train wait
-        for each other hundreds of times a step: twice the speed on an idle machine, a tenth of it
-        next to another busy program.
+        CPU cores to use; by default one to train (two wait for each other hundreds of times a
+        step), all to synthesize.
     overwrite : bool
-        Replace an earlier demo in the folder.
-
-    Returns
-    -------
-    DemoResult
-
-    Raises
-    ------
-    FileExistsError
-        If the folder is not empty, and `overwrite` is false or it holds no demo.
-    WavearError
-        If a setting is out of range, or the model would not be conditioned on mels.
+        Replace an earlier demo in the folder; anything else raises `FileExistsError`.
     """
     began = time.perf_counter()
     out = Path(out)
@@ -232,12 +220,8 @@ def write_notes(out: str | Path, sample_rate: int, seed: int = 0) -> int:
 def compare_pitch(waveform: np.ndarray, note: Note, sample_rate: int) -> tuple[float, float]:
     """Measure the pitch of a waveform against its note, where the note sounds, by YIN (librosa).
 
-    Returns
-    -------
-    float
-        Median pitch over the note's frequency, in cents.
-    float
-        Share of the frames within `CENTS` of YIN's pitch of the note itself.
+    Return the median pitch over the note's frequency in cents, and the share of the frames within
+    `CENTS` of YIN's pitch of the note itself.
     """
     from librosa import yin
 

@@ -38,14 +38,7 @@ def _condition(
 
 
 class Conditioner:
-    """Conditioning of a batch of whole mels, any span of samples at a time.
-
-    Parameters
-    ----------
-    model : AutoregressiveModel
-    mels : list of Tensor (M, F_i), or None
-    speakers : list of int, or None
-    """
+    """Conditioning of a batch of whole mels (M, F_i), any span of samples at a time."""
 
     def __init__(
         self, model: AutoregressiveModel, mels: list[Tensor] | None, speakers: list[int] | None
@@ -100,14 +93,8 @@ class UtteranceConditioner:
     """Conditioning of one utterance, whose mel may still be growing.
 
     A convolution library may round differently for inputs of different shapes. So `model.condition`
-    is always called with one utterance and the same number of frames, and an utterance's
-    conditioning depends neither on the batch it rides in, nor on the spans it is asked for, nor on
-    how its mel arrived.
-
-    Parameters
-    ----------
-    model : AutoregressiveModel
-    speaker : int, optional
+    always gets one utterance and the same number of frames: the conditioning depends neither on the
+    batch, nor on the spans that are asked for, nor on the pieces in which the mel arrived.
     """
 
     def __init__(self, model: AutoregressiveModel, speaker: int | None = None):

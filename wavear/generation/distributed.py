@@ -62,11 +62,8 @@ def share(jobs: Sequence[Job], rank: int, world: int) -> list[Job]:
 def claim(out: Path, jobs: Sequence[Job], record: dict[str, Any], overwrite: bool = False) -> None:
     """Take a folder for a run, or resume the same run in it.
 
-    Raises
-    ------
-    FileExistsError
-        If it holds audio that no run has claimed, or another one, and `overwrite` is false. With it
-        such audio is removed, so that all audio in the folder is of this run.
+    Audio of another run, or of none, is refused, or with `overwrite` removed, so that all audio in
+    the folder is of this run.
     """
     path, remedy = out / RECORD, "choose another folder, or pass --overwrite"
     if path.exists() and not overwrite:
@@ -102,23 +99,7 @@ def synthesize(
 ) -> Report:
     """Make the missing files of this process's share; return the report of all processes.
 
-    Parameters
-    ----------
-    model : AutoregressiveModel
-        On the device of this process.
-    jobs : sequence of Job
-        All of them, the same in every process.
-    out : Path
-        The folder of the audio.
-    sampling, mels, output
-        See `wavear.generation.files.synthesize`.
-    overwrite : bool
-        Make all files anew.
-
-    Raises
-    ------
-    FileExistsError
-        If the folder holds other audio and `overwrite` is false.
+    `jobs` are all of them, the same in every process; with `overwrite` all files are made anew.
     """
     rank, world = ranks()
     settings = {"mel": dataclasses.asdict(mels), "output": dataclasses.asdict(output)}

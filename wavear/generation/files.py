@@ -168,31 +168,8 @@ def synthesize(
 
     A mel of F frames gives exactly F * hop samples. Audio is resampled to the model's rate and its
     own mel is taken, so T samples give T // hop * hop. Inputs of similar length share a batch,
-    which does not change the audio. Every file is logged.
-
-    Parameters
-    ----------
-    model : AutoregressiveModel
-    jobs : sequence of Job
-        From `plan`.
-    sampling : Sampling
-        The same seed serves every input.
-    mels : MelInput
-    output : Output
-        The jobs' targets have to end in `output.suffix`.
-    progress : bool
-        Show a bar for each batch.
-
-    Returns
-    -------
-    Report
-
-    Raises
-    ------
-    WavearError
-        If the model takes no mels, or a setting does not fit it.
-    OSError
-        If a file cannot be written: the next one could not either.
+    which does not change the audio; the same seed serves each. A file that cannot be written raises
+    `OSError`: the next one could not be written either.
     """
     config, rate = model.config.mel, model.config.sample_rate
     if config is None:
@@ -240,32 +217,10 @@ def generate_file(
     prime: str | Path | None = None,
     include_prime: bool = False,
 ) -> Report:
-    """Make audio from a model that is not conditioned on mels, and write it.
+    """Make `seconds` of audio from a model that is not conditioned on mels, and write it to a file.
 
-    Parameters
-    ----------
-    model : AutoregressiveModel
-    seconds : float
-        Above 0, at most a day; rounded to whole samples.
-    out : str or Path
-        The `.wav`, `.flac`, `.ogg` or `.opus` file; replaced if it exists. Its folder is made.
-    sampling : Sampling
-    output : Output
-    progress : bool
-    prime : str or Path, optional
-        Audio file to continue, resampled to the model's rate; samples that exceed full scale by
-        that are clipped.
-    include_prime : bool
-        Write it in front of the new audio.
-
-    Returns
-    -------
-    Report
-
-    Raises
-    ------
-    WavearError
-        If the model takes mels, or a setting or the prime does not fit it.
+    It may continue a recording, `prime`, which is resampled to the model's rate (samples that then
+    exceed full scale are clipped), and write it in front of the new audio.
     """
     if model.config.mel is not None:
         raise WavearError(
@@ -303,18 +258,7 @@ def generate_file(
 
 
 def write_mels(jobs: Sequence[Job], config: MelConfig) -> Report:
-    """Write the log-mel of every recording to its job's target; log every file.
-
-    Parameters
-    ----------
-    jobs : sequence of Job
-        From `plan`.
-    config : MelConfig
-
-    Returns
-    -------
-    Report
-    """
+    """Write the log-mel of every recording to its job's target; log every file."""
     report, began = Report(), time.perf_counter()
     reader = _MelReader(config)
     for job in jobs:

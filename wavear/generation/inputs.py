@@ -22,18 +22,7 @@ def prepare(
 ) -> tuple[Conditioner, int]:
     """Return the conditioner of a batch, and the number of its utterances.
 
-    Parameters
-    ----------
-    model : AutoregressiveModel
-    mel : see `wavear.generate`
-    speakers : list of int, or None
-    given : int
-        Other numbers of utterances, by name; 1 fits any.
-
-    Raises
-    ------
-    WavearError
-        If the mel does not fit the model, or the numbers differ.
+    `given` are other numbers of utterances, by name; all must agree, and 1 fits any.
     """
     mels = check_mel(mel, model.config.mel)
     counts = {} if mels is None else {"mels": len(mels)}

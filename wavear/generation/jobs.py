@@ -30,30 +30,11 @@ def plan(
     mels: bool = True,
     overwrite: bool = False,
 ) -> list[Job]:
-    """List which file each input becomes, checked before any work starts.
+    """List which file each input becomes; raise before any work starts if one cannot be used.
 
-    Parameters
-    ----------
-    inputs : sequence of str or Path
-        Files, and folders, whose audio (and mel) files at any depth are taken, except hidden ones.
-    out : str or Path
-        The folder to write to: `x.flac` becomes `x.wav`, `sub/x.flac` of a folder `sub/x.wav`.
-        Files in `out` itself are not input.
-    suffix : str
-        Of the files to write, such as ".wav".
-    mels : bool
-        Whether an input may be a mel; otherwise it is audio.
-    overwrite : bool
-        Whether files may be replaced. An input never is.
-
-    Raises
-    ------
-    FileNotFoundError
-        If there is no such input.
-    FileExistsError
-        If a file to write exists and `overwrite` is false.
-    WavearError
-        If there is nothing to do, or two inputs would become the same file.
+    Inputs are files, and folders, whose audio (and, with `mels`, mel) files at any depth are taken,
+    except hidden ones and those in `out`. `x.flac` becomes `x.wav` in `out`, `sub/x.flac` of a
+    folder `sub/x.wav`. Without `overwrite` no file is replaced, and an input never is.
     """
     out = Path(out)
     suffixes = AUDIO_SUFFIXES + MEL_SUFFIXES * mels

@@ -33,30 +33,13 @@ def read_mel(
     seconds: float | None = None,
     force: bool = False,
 ) -> torch.Tensor:
-    """Read a mel from a file and adapt it to the mels that a model was trained on.
+    """Read a mel (M, F), float32, from a file and adapt it to the mels that a model was trained on.
 
-    Parameters
-    ----------
-    path : str or Path
-        A tensor of shape (M, F) or (1, M, F), floating point, in `.npy`, `.npz` (named `mel`, or
-        the only one; `write_mel` adds `config`, the JSON of a `MelConfig`), `.pt` (a tensor, or a
-        dict with `mel`; read by torch's loader for weights, which runs no code) or `.safetensors`
-        (named `mel`, or the only one).
-    config : MelConfig
-        The mels that are wanted.
-    model : AutoregressiveModel, optional
-        Its training data judge a mel of unknown configuration.
-    source, seconds, force
-        See `wavear.adapt_mel`; a `config` in the file overrides `source`.
-
-    Returns
-    -------
-    Tensor, shape (M, F), float32
-
-    Raises
-    ------
-    WavearError
-        If the file is damaged, or holds no mel that can be used; the message names the difference.
+    The file holds a tensor (M, F) or (1, M, F), floating point: `.npy`; `.npz`, named `mel` or the
+    only one, and perhaps `config`, the JSON of a `MelConfig`; `.pt`, a tensor or a dict with `mel`,
+    read by torch's loader for weights, which runs no code; `.safetensors`, named `mel` or the only
+    one. The training data of `model` judge a mel of unknown configuration; `source`, `seconds` and
+    `force` are those of `wavear.adapt_mel`, and a `config` in the file overrides `source`.
     """
     path = Path(path)
     suffix = path.suffix.lower()

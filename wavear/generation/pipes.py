@@ -52,19 +52,7 @@ class Pipe:
 
 
 class Device:
-    """A sound device, through the package `sounddevice`; it starts with the first samples.
-
-    Parameters
-    ----------
-    sample_rate : int
-    name : str
-        Of the device, or its number; empty for the system's default.
-
-    Raises
-    ------
-    WavearError
-        If the package is missing, or there is no such device.
-    """
+    """A sound device, by name, number or "" for the default, through the package `sounddevice`."""
 
     def __init__(self, sample_rate: int, name: str = ""):
         try:
@@ -187,33 +175,11 @@ def serve(
     *,
     mel_source: MelConfig | str | None = None,
 ) -> Report:
-    """Make audio of the mel frames from `source`, as soon as they come.
+    """Make audio of the mel frames from `source` (see `read_frames`), as soon as they come.
 
-    It logs the latency, expected and measured, the first underrun, and at the end the report.
-
-    Parameters
-    ----------
-    model : AutoregressiveModel
-        Conditioned on mels.
-    source : binary file
-        Frames, see `read_frames`.
-    sink : Sink
-        Gets 16-bit PCM, mono, little-endian, as `wavear.audio.write` rounds it.
-    sampling : Sampling
-    mel_source : MelConfig or str, optional
-        The convention of the frames, to convert them: `source` of `wavear.adapt_mel`. By default
-        the model's own.
-
-    Returns
-    -------
-    Report
-
-    Raises
-    ------
-    WavearError
-        If the model takes no mels, or the frames do not fit it.
-    BrokenPipeError
-        If nobody reads the audio.
+    The sink gets 16-bit PCM, mono, little-endian. `mel_source` is the convention of the frames, to
+    convert them: `source` of `wavear.adapt_mel`. It logs the latency, expected and measured, the
+    first underrun, and at the end the report. `BrokenPipeError`: nobody reads the audio.
     """
     config = model.config.mel
     if config is None:
@@ -279,17 +245,7 @@ def pcm16(audio: np.ndarray) -> bytes:
 def run(
     model: AutoregressiveModel, out: str, sampling: Sampling, mel_source: str | None = None
 ) -> None:
-    """Serve stdin to stdout, or to a sound device.
-
-    Parameters
-    ----------
-    model : AutoregressiveModel
-    out : str
-        "-" for stdout, "device" for the default sound device, "device:NAME" or "device:NUMBER" for
-        another.
-    sampling, mel_source
-        See `serve`.
-    """
+    """Serve stdin to stdout ("-") or a sound device ("device", "device:NAME")."""
     if out != "-" and out.split(":")[0] != "device":
         raise WavearError(
             f"--out is {out}; with --stream it is - (stdout, the default), device, or device:NAME"

@@ -22,10 +22,7 @@ _CLIPPED = 1e-3  # share of samples at full scale above which a prime counts as 
 def check_prime(prime: Any) -> Tensor:
     """Return a prime as float32 (B, P) on the CPU.
 
-    Raises
-    ------
-    WavearError
-        If it has another shape or type, is empty, holds NaN, or exceeds full scale.
+    A `WavearError` reports that its shape or type is wrong, or it holds NaN or exceeds full scale.
     """
     waveform = torch.as_tensor(prime).detach().cpu()
     waveform = waveform[None] if waveform.dim() == 1 else waveform

@@ -116,20 +116,11 @@ def score_parallel(
     state: Any = None,
     grids: Sequence[Grid] | None = None,
 ) -> Tensor:
-    """Score by `forward` in chunks, each after its receptive field or from a state.
+    """Score codes (B, T) by `forward` in chunks, each after its receptive field or from a state.
 
-    Parameters
-    ----------
-    model : AutoregressiveModel
-    codes : Tensor of int64, shape (B, T)
-    conditioner : Conditioner
-    progress : bool
-    first : int
-        Score codes[:, first:]; the ones before are their past.
-    state : optional
-        Of a model that carries one, at `first`; it is advanced to T.
-    grids : sequence of Grid, optional
-        Return the log-probabilities on each of them, (len(grids), B, T - first).
+    The scores are those of codes[:, first:], (B, T - first); the codes before are their past. The
+    `state` of a model that carries one is at `first`, and is advanced to T. With `grids` the scores
+    are (len(grids), B, T - first), one row per grid.
     """
     device = next(model.parameters()).device
     batch, total = codes.shape

@@ -62,10 +62,8 @@ class Sampling:
     def checked(self, model: AutoregressiveModel, quiet: bool = False) -> Sampling:
         """Return these settings for a model, with `argmax` as a `top_k` of 1, which is warned of.
 
-        Raises
-        ------
-        WavearError
-            If a value is out of range, or the model's distribution cannot be truncated.
+        A `WavearError` names a value that is out of range, or truncation of a distribution that has
+        no codes to choose among.
         """
         for value in self.seed if isinstance(self.seed, Iterable) else [self.seed]:
             if not _is_whole(value) or not 0 <= value < 2**64:

@@ -81,13 +81,13 @@ class Stream:
             seed, temperature, top_k, top_p, speaker=speaker, engine=engine, weights=weights,
             threads=threads,
         )  # fmt: skip
-        self._begin(Utterance(model, sampling.checked(model), prime), sampling)
+        self._utterance = Utterance(model, sampling.checked(model), prime)
+        self._start_engine(model, sampling)
 
-    def _begin(self, utterance: Utterance, runs: Sampling) -> None:
-        self._utterance = utterance
+    def _start_engine(self, model: AutoregressiveModel, runs: Sampling) -> None:
         with torch.inference_mode():
             self.engine, self._engine = make_engine(
-                utterance.model, 1, runs.engine, weights=runs.weights, threads=runs.threads
+                model, 1, runs.engine, weights=runs.weights, threads=runs.threads
             )
         self._runs = dataclasses.replace(runs, engine=self.engine)
 
@@ -97,7 +97,8 @@ class Stream:
         if sampling.best_of > 1:
             raise WavearError("best_of compares whole utterances; a stream is heard before it ends")
         stream = cls.__new__(cls)
-        stream._begin(Utterance(model, sampling.checked(model)), sampling)
+        stream._utterance = Utterance(model, sampling.checked(model))
+        stream._start_engine(model, sampling)
         return stream
 
     @property
@@ -212,10 +213,10 @@ class Stream:
         state = state if isinstance(state, StreamState) else StreamState.load(state)
         check_model(state, model)
         stream = cls.__new__(cls)
-        runs = Sampling(engine=engine, weights=weights, threads=threads)
-        stream._begin(Utterance.restored(model, state, seed), runs)
+        stream._start_engine(model, Sampling(engine=engine, weights=weights, threads=threads))
         with torch.inference_mode():
             stream._engine.load_state(0, engine_tensors(state, stream._engine.state(0), model))
+        stream._utterance = Utterance.restored(model, state, seed)
         return stream
 
     def _make(self) -> Tensor:
