@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -158,16 +159,7 @@ def test_mel_of_another_configuration_is_refused_by_field(
 
 
 def test_generate(here: Path, capsys: pytest.CaptureFixture):
-    command = (
-        "generate",
-        "free",
-        "--seconds",
-        "0.05",
-        "--out",
-        "new/x.wav",
-        "--engine",
-        "reference",
-    )
+    command = shlex.split("generate free --seconds 0.05 --out new/x.wav --engine reference")
     status, out, err = run(capsys, *command)
     assert status == 0, err
     assert audio.info("new/x.wav").frames == 400
@@ -423,16 +415,7 @@ def test_unwritable_folder_is_found_out_first(
     assert "cannot write to /proc" in refused(
         capsys, "synthesize", "mel", "in", "--out", "/proc/made"
     )
-    command = (
-        "generate",
-        "free",
-        "--seconds",
-        "1",
-        "--out",
-        "/proc/made/x.wav",
-        "--engine",
-        "reference",
-    )
+    command = shlex.split("generate free --seconds 1 --out /proc/made/x.wav --engine reference")
     assert "cannot write to /proc" in refused(capsys, *command)
 
 

@@ -1,8 +1,9 @@
-"""The command line: mels, sampling and output. Flags reach their settings; warnings are one line."""
+"""The command line: mels, sampling and output; flags reach their settings, warnings are lines."""
 
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -134,18 +135,7 @@ def test_mels_of_presets(here: Path, capsys: pytest.CaptureFixture):
 
 
 def test_configuration_in_a_file_overrides_the_flag(here: Path, capsys: pytest.CaptureFixture):
-    flags = [
-        "--sample-rate",
-        "8000",
-        "--fmax",
-        "4000",
-        "--hop-length",
-        "40",
-        "--bands",
-        "10",
-        "--log-base",
-        "10",
-    ]
+    flags = shlex.split("--sample-rate 8000 --fmax 4000 --hop-length 40 --bands 10 --log-base 10")
     flags += ["--n-fft", "128", "--window-length", "128"]
     assert run(capsys, "mel", "a.wav", "--out", "mels", *flags)[0] == 0
     status, _, err = synthesize(capsys, "mels/a.npz", "--out", "one", "--mel-preset", "db")
@@ -175,18 +165,7 @@ def test_sampling_flags(
     expected = wavear.generate(model, mel, seed=2, engine="reference", **settings)[0]
     assert synthesize(capsys, "natural.npy", "--out", "out", "--seed", "2", *flags)[0] == 0
     assert torch.allclose(audio.read("out/natural.wav"), expected, rtol=0, atol=1 / 32768)
-    command = (
-        "generate",
-        "free",
-        "--seconds",
-        "0.02",
-        "--out",
-        "free.wav",
-        "--engine",
-        "reference",
-        "--seed",
-        "2",
-    )
+    command = shlex.split("generate free --seconds 0.02 --out free.wav --engine reference --seed 2")
     assert run(capsys, *command, *flags)[0] == 0
     expected = wavear.generate(
         wavear.load("free"), samples=160, seed=2, engine="reference", **settings
@@ -196,17 +175,7 @@ def test_sampling_flags(
 
 @pytest.mark.filterwarnings("default:argmax takes")
 def test_argmax_warns_in_one_line(here: Path, capsys: pytest.CaptureFixture):
-    command = (
-        "generate",
-        "free",
-        "--seconds",
-        "0.02",
-        "--out",
-        "free.wav",
-        "--engine",
-        "reference",
-        "--argmax",
-    )
+    command = shlex.split("generate free --seconds 0.02 --out free.wav --engine reference --argmax")
     status, _, err = run(capsys, *command)
     assert status == 0
     assert err.startswith("wavear: warning: argmax takes the likeliest code at every sample")

@@ -245,7 +245,6 @@ def test_score_refuses_a_mel_that_is_too_short():
 
 def test_conditioning_of_many_in_batches_of_one_size(monkeypatch):
     """As on a card: always as many blocks at once, so that the bits are the same in any batch."""
-    and as it arrives."""
     model, frames = make(mel=MEL, speakers=2), [mels(1, n)[0] for n in (9, 4, 25)]
     single: list[Any] = [
         Conditioner(model, [mel], [b % 2]).span(0, 80) for b, mel in enumerate(frames)
