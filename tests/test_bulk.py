@@ -1,4 +1,4 @@
-"""Audio of many inputs by several processes: complete and without duplicates, also after one of them dies."""
+"""Audio of many inputs by several processes: complete, and resumed after one of them dies."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ import wavear
 from wavear import MelConfig, WaveNet, WaveNetConfig
 from wavear.cli import commands
 from wavear.generation import distributed
-from wavear.generation.files import Job, plan
+from wavear.generation.jobs import Job, plan
 
 MEL = MelConfig(sample_rate=8000, n_fft=64, window_length=64, hop_length=20, bands=5, fmax=4000.0)
 OPTIONS = ["--engine", "reference", "--force"]
@@ -89,7 +89,7 @@ def test_shares_are_disjoint_and_complete_and_about_as_large(here):
         assert max(sizes) - min(sizes) <= max(job.source.stat().st_size for job in jobs)
 
 
-def test_the_same_command_goes_on_and_another_is_refused(here, capsys):
+def test_the_same_command_resumes_and_another_is_refused(here, capsys):
     whole = expected()
     command = ["synthesize", "model", "in", "--out", "out", "--resume", *OPTIONS]
     assert commands.main(command) == 0
@@ -99,8 +99,8 @@ def test_the_same_command_goes_on_and_another_is_refused(here, capsys):
         (here / "out" / name).unlink()
     capsys.readouterr()
     assert commands.main(command) == 0
-    said = capsys.readouterr().out
-    assert "7 of 9 files are there" in said
+    said = capsys.readouterr().err
+    assert "7 of 9 files exist already" in said
     assert said.count(" -> ") == 2
     assert contents("out") == whole
     stays = [name for name in whole if name not in ("3.wav", "7.wav")]
@@ -116,7 +116,7 @@ def test_the_same_command_goes_on_and_another_is_refused(here, capsys):
     assert commands.main(command) == 1  # now it is the other's
     (here / "out" / distributed.RECORD).unlink()
     assert commands.main(command) == 1
-    assert "does not say what made it" in capsys.readouterr().err
+    assert "has no record of its run" in capsys.readouterr().err
 
 
 def test_a_run_that_overwrites_and_is_cut_short_leaves_nothing_of_the_old_one(here, monkeypatch):
@@ -124,8 +124,8 @@ def test_a_run_that_overwrites_and_is_cut_short_leaves_nothing_of_the_old_one(he
     assert commands.main(command) == 0
     real = distributed.synthesize_jobs
 
-    def some(model, jobs, **options):
-        return real(model, jobs[:3], **options)
+    def some(model, jobs, *rest, **options):
+        return real(model, jobs[:3], *rest, **options)
 
     monkeypatch.setattr(distributed, "synthesize_jobs", some)
     assert commands.main([*command, "--seed", "5", "--overwrite"]) == 0

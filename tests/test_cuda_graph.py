@@ -366,7 +366,7 @@ def test_utterances_of_different_lengths(monkeypatch):
             speakers=2,
         )
     ).eval()
-    monkeypatch.setattr(sys.modules["wavear.generation.engines"]._chunks, "__defaults__", (30,))
+    monkeypatch.setattr(sys.modules["wavear.generation.progress"].chunks, "__defaults__", (30,))
     mels = [torch.randn(5, frames) for frames in (2, 9, 4, 1)]
     arguments: dict[str, Any] = {
         "seed": [1, 2, 3, 4],

@@ -1,4 +1,4 @@
-"""The demo: its sounds have the pitch they claim, its check hears a wrong one, and it leaves what it promises."""
+"""The demo: its sounds have their pitch, its check detects a wrong one, and its files exist."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ QUICK = dataclasses.replace(
 @pytest.mark.parametrize("frequency", [110.0, 233.3, 440.0])
 @pytest.mark.parametrize("instrument", [string, voice])
 def test_pitch_of_a_sound(instrument, frequency: float):
-    """The period of its autocorrelation, refined by a parabola; 5 cents are what stiffness adds at most."""
+    """The peak of the autocorrelation, refined by a parabola; stiffness adds at most 5 cents."""
     rate = 16000
     settings = {"vibrato_cents": 0.0} if instrument is voice else {}
     x = instrument(frequency, 0.6, rate, **settings)[rate // 10 : rate // 2].astype(np.float64)
@@ -73,7 +73,7 @@ def test_held_out_notes_are_takes_of_their_own():
 
 @pytest.mark.parametrize("cents", [0.0, 20.0, -20.0, 80.0, -120.0, 1200.0])
 def test_check_hears_pitch(cents: float):
-    """The measure itself: found within 12 cents (periods are short, 10 samples), and more than 50 is called wrong."""
+    """Pitch is measured within 12 cents (periods are short, 10 samples); above 50 it is wrong."""
     for note in notes(1.0, RATE, held_out=True):
         make = string if note.instrument == "string" else voice
         waveform = make(note.frequency * 2 ** (cents / 1200), 1.0, RATE)
@@ -103,8 +103,7 @@ def test_check_hears_a_note_that_goes_astray():
 
 def test_demo_leaves_what_it_promises(tmp_path: Path, capsys: pytest.CaptureFixture):
     """All but the training, which is two steps: so the notes are noise, and the demo says so."""
-    lines: list[str] = []
-    result = job.run(tmp_path / "demo", config=QUICK, say=lines.append)
+    result = job.run(tmp_path / "demo", config=QUICK)
     out = tmp_path / "demo"
     assert len(list((out / "sounds").glob("*.wav"))) == 144
     names = sorted(path.name for path in (out / "held_out").glob("*.wav"))
@@ -119,7 +118,7 @@ def test_demo_leaves_what_it_promises(tmp_path: Path, capsys: pytest.CaptureFixt
     assert set(record["held_out_bits"]) == {"model", "uniform", "unigram", "markov"}
     assert record["held_out_bits"]["uniform"] == 8
     assert abs(record["bits_before"] - 8) < 0.2
-    said = "\n".join(lines)
+    said = capsys.readouterr().out
     assert "notes have the wrong pitch" in said
     assert "before training" in said
     assert "engine" in said

@@ -300,7 +300,7 @@ def test_every_parameter_gets_a_gradient_of_its_own(config):
 @every
 @engines
 def test_engines_score_like_the_parallel_pass(config, engine, monkeypatch):
-    monkeypatch.setattr(sys.modules["wavear.generation.engines"], "_PARALLEL_CHUNK", 37)
+    monkeypatch.setattr(sys.modules["wavear.generation.scoring"], "PARALLEL_CHUNK", 37)
     model = make(config, torch.float32)
     _needs(model, engine)
     waveform = model.grid.decode(random_codes(model, 2, 150))

@@ -23,7 +23,7 @@ from wavear.training.free_run import CLIPS, HNR_WEIGHT, FreeRun, free_run
 
 RATE = 8000
 GENERATION = importlib.import_module(
-    "wavear.generation.engines"
+    "wavear.generation.sampler"
 )  # `wavear.generate` is the function
 SECONDS = 128 * 64 / RATE  # whole frames
 MEL = MelConfig(sample_rate=RATE, n_fft=256, window_length=256, hop_length=64, bands=8, fmax=4000.0)

@@ -1,7 +1,6 @@
-"""`generate` and `score`: the reference, the shape of what comes back, independence of streams, refusals."""
+"""`generate` and `score`: the reference, shapes, independence of streams, refusals."""
 
 import itertools
-import sys
 from typing import Any
 
 import numpy as np
@@ -10,9 +9,8 @@ import torch
 
 import wavear
 from wavear import MelConfig, WaveNet, WaveNetConfig, mulaw_decode, mulaw_encode
-from wavear.generation import conditioner
-from wavear.generation.conditioner import UtteranceConditioner
-from wavear.generation.engines import Conditioner
+from wavear.generation import conditioner, scoring
+from wavear.generation.conditioner import Conditioner, UtteranceConditioner
 from wavear.models.sampling import uniforms
 
 MEL = MelConfig(sample_rate=8000, n_fft=64, window_length=64, hop_length=20, bands=5, fmax=4000.0)
@@ -35,7 +33,7 @@ def mels(batch, frames):
 
 
 def test_generation_follows_the_law_of_forward():
-    """Every code is the one that the law of `forward`, given all codes before it, assigns to its uniform."""
+    """Every code is that of its uniform under `forward`, given all codes before it."""
     model = make(mel=MEL, speakers=2).double()
     mel = mels(1, 10).double()
     waveform = wavear.generate(model, mel, speaker=1, seed=9, engine="reference")
@@ -114,7 +112,7 @@ def test_conditioning_is_the_same_however_it_is_cut(hop):
 
 
 def test_conditioning_is_always_computed_in_one_shape(monkeypatch):
-    """Libraries may round differently for other shapes: so there is one, whatever batch, length and span."""
+    """Libraries may round differently for other shapes: so there is one for all batches."""
     shapes = set()
     condition = WaveNet.condition
 
@@ -133,9 +131,7 @@ def test_conditioning_is_always_computed_in_one_shape(monkeypatch):
     "settings", [{}, {"mel": MEL, "speakers": 2}, {"kernel_size": 3, "speakers": 2}]
 )
 def test_score_by_stepping_equals_parallel(settings, monkeypatch):
-    monkeypatch.setattr(
-        sys.modules["wavear.generation.engines"], "_PARALLEL_CHUNK", 64
-    )  # several chunks
+    monkeypatch.setattr(scoring, "PARALLEL_CHUNK", 64)  # several chunks
     model = make(**settings).double()
     waveform = torch.randn(2, 200, dtype=torch.float64).clamp(-1, 1)
     mel = mels(2, 10).double() if "mel" in settings else None
@@ -218,9 +214,9 @@ def test_new_weights_are_used_at_once():
         ({}, {"samples": 5, "seed": 2**64}, "seed is 18446744073709551616"),
         ({}, {"samples": 5, "temperature": 0}, "temperature is 0"),
         ({}, {"samples": 5, "temperature": float("nan")}, "temperature is nan"),
-        ({}, {"samples": 5, "speaker": 0}, "trained without speakers"),
+        ({}, {"samples": 5, "speaker": 0}, "trained without any"),
         ({"speakers": 2}, {"samples": 5}, "needs a speaker, 0 to 1"),
-        ({"speakers": 2}, {"samples": 5, "speaker": 2}, "speaker is 2, the model knows 0 to 1"),
+        ({"speakers": 2}, {"samples": 5, "speaker": 2}, "speaker is 2; the model has 0 to 1"),
         (
             {"speakers": 2},
             {"samples": 5, "speaker": [0, 1], "seed": [1, 2, 3]},
@@ -229,7 +225,7 @@ def test_new_weights_are_used_at_once():
         (
             {},
             {"samples": 5, "engine": "warp"},
-            "engine is 'warp', it must be one of auto, reference, numba",
+            "engine is 'warp'; it must be one of auto, reference, numba",
         ),
         ({}, {"samples": 5, "weights": "int3"}, "weights is 'int3'"),
         ({}, {"samples": 5, "engine": "reference", "weights": "bfloat16"}, "needs engine 'numba'"),
@@ -248,8 +244,7 @@ def test_score_refuses_a_mel_that_is_too_short():
 
 
 def test_conditioning_of_many_in_batches_of_one_size(monkeypatch):
-    """As on a card: always as many blocks at once, so that an utterance's conditioning has the same bits in any batch,
-    and as it arrives."""
+    """As on a card: always as many blocks at once, so that the bits are the same in any batch."""
     model, frames = make(mel=MEL, speakers=2), [mels(1, n)[0] for n in (9, 4, 25)]
     single: list[Any] = [
         Conditioner(model, [mel], [b % 2]).span(0, 80) for b, mel in enumerate(frames)

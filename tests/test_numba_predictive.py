@@ -19,7 +19,8 @@ from wavear import Stream, StreamBatch, generate, score
 from wavear.generation.cpu.predictive import NumbaPredictiveEngine
 from wavear.generation.cuda import choice, graph
 from wavear.generation.cuda.graph import CudaGraphEngine
-from wavear.generation.engines import candidate_seeds, make_engine
+from wavear.generation.engines import make_engine
+from wavear.generation.settings import candidate_seeds
 from wavear.generation.reference import ReferenceEngine
 from wavear.models.sampling import uniforms
 
@@ -128,7 +129,7 @@ def test_scores_do_not_depend_on_the_chunks_of_the_parallel_pass(monkeypatch):
     model = make(CONFIGS["kernel 3"], torch.float64)
     waveform, mel = model.grid.decode(random_codes(model, 1, 700)), random_mel(model, 1, 30)
     whole = score(model, waveform, mel)
-    monkeypatch.setattr(sys.modules["wavear.generation.engines"], "_PARALLEL_CHUNK", 61)
+    monkeypatch.setattr(sys.modules["wavear.generation.scoring"], "PARALLEL_CHUNK", 61)
     torch.testing.assert_close(score(model, waveform, mel), whole, rtol=1e-9, atol=1e-9)
 
 
@@ -395,7 +396,7 @@ def test_generate_and_streams_run_on_the_graph_engine(monkeypatch):
     monkeypatch.setattr(
         choice, "make", lambda model, batch, engine, weights: CudaGraphEngine(model, batch)
     )
-    monkeypatch.setattr(sys.modules["wavear.generation.engines"]._chunks, "__defaults__", (30,))
+    monkeypatch.setattr(sys.modules["wavear.generation.progress"].chunks, "__defaults__", (30,))
     assert torch.equal(
         generate(model, mels, seed=[1, 2], speaker=[0, 1], engine="cuda-graph"), expected
     )

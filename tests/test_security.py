@@ -27,7 +27,7 @@ from wavear.data import shards
 from wavear.data.arrays import map_arrays
 from wavear.data.corpus import find, open_corpus
 from wavear.evaluation.evaluation import Evaluation, compare_models, evaluate
-from wavear.generation.files import read_mel
+from wavear.generation.mel_files import read_mel
 from wavear.generation.states import StreamState
 from wavear.mel.spectrogram import MelConfig
 from wavear.training.config import TrainConfig

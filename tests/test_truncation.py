@@ -11,8 +11,8 @@ import torch
 import wavear
 from wavear import MelConfig, WaveNet, WaveNetConfig, mulaw_encode
 from wavear.generation.cpu.wavenet import NumbaEngine
-from wavear.generation.engines import candidate_seeds
 from wavear.generation.reference import ReferenceEngine
+from wavear.generation.settings import candidate_seeds
 from wavear.models.sampling import sample, uniforms
 
 MEL = MelConfig(sample_rate=8000, n_fft=64, window_length=64, hop_length=20, bands=5, fmax=4000.0)
@@ -53,7 +53,7 @@ def constant(logits: list[float]) -> WaveNet:
 @truncations
 @pytest.mark.parametrize("classes", [40, 256, 7])
 def test_engines_draw_the_same_codes(truncation, classes):
-    """But where a uniform, or the edge of the nucleus, falls on float32's rounding: from there on they differ."""
+    """At most one stream differs, where a uniform falls on float32's rounding."""
     model = make(classes=classes)
     draws = np.stack([uniforms(seed, 0, 300) for seed in range(4)])
     reference, numba = ReferenceEngine(model, 4), NumbaEngine(model, 4)
@@ -68,7 +68,7 @@ def test_engines_draw_the_same_codes(truncation, classes):
 
 @truncations
 def test_compiled_draw_equals_the_definition_on_given_logits(truncation):
-    """Teacher-forced, so that one code at the edge would not hide the others: constant logits, many uniforms."""
+    """Teacher-forced, with constant logits: one code at the edge does not hide the others."""
     logits = torch.randn(40, generator=torch.Generator().manual_seed(5)) * 2
     logits[[3, 17, 30]] = logits.max()  # ties at the top
     model = constant(logits.tolist())
@@ -209,15 +209,15 @@ def test_candidates_have_seeds_of_their_own():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"top_k": 0}, "top_k is 0, it must be a whole number of at least 1"),
+        ({"top_k": 0}, "top_k is 0; it must be a whole number of at least 1"),
         ({"top_k": 2.5}, "top_k is 2.5"),
         ({"top_k": True}, "top_k is True"),
-        ({"top_p": 0.0}, "top_p is 0.0, it must be above 0 and at most 1"),
+        ({"top_p": 0.0}, "top_p is 0.0; it must be above 0 and at most 1"),
         ({"top_p": 1.01}, "top_p is 1.01"),
         ({"top_p": float("nan")}, "top_p is nan"),
         (
             {"argmax": True, "top_p": 0.5},
-            "argmax takes the likeliest code: leave top_k and top_p away",
+            "argmax takes the likeliest code: drop top_k and top_p",
         ),
         ({"best_of": 0}, "best_of is 0"),
         ({"best_of": 2, "argmax": True}, "best_of is 2, and there is one argmax"),

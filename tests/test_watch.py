@@ -82,7 +82,7 @@ def test_a_model_that_sticks_to_a_code_stands_still():
 
 
 def test_the_argmax_of_a_model_is_a_loop_or_a_standstill():
-    """A finite receptive field and no chance: it repeats itself. As a cycle of three codes, made by its embedding."""
+    """A finite receptive field without chance: a cycle of three codes, made by its embedding."""
     network = model()
     with torch.no_grad():
         for parameter in network.parameters():
@@ -168,7 +168,7 @@ def test_the_same_in_other_conventions(base):
     # 22 dB is what is found.
     assert kinds(waveform / 10, mel=mel, config=config) == []
     (finding,) = watch(waveform / 20, RATE, mel=mel, config=config)
-    assert "dB quieter than the mel says" in finding.what
+    assert "dB quieter than the mel" in finding.what
     assert abs(int(finding.what.split()[0]) - 26) <= 1
 
 

@@ -12,7 +12,8 @@ from wavear.evaluation.evaluation import (
     evaluate,
 )
 from wavear.generation.defects import watch
-from wavear.generation.engines import generate, score
+from wavear.generation.sampler import generate
+from wavear.generation.scoring import score
 from wavear.generation.states import StreamState
 from wavear.generation.streams import Stream, StreamBatch
 from wavear.mel.conversion import convert_mel

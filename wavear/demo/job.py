@@ -1,4 +1,4 @@
-"""`wavear demo`: sounds are made, a small WaveNet is trained on them, held-out notes are synthesized and measured."""
+"""`wavear demo`: make sounds, train a small WaveNet, synthesize and measure held-out notes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import dataclasses
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,24 +16,27 @@ import numpy as np
 import torch
 
 from wavear import audio
+from wavear.common.atomic import say
+from wavear.common.errors import WavearError
 from wavear.demo.sounds import Note, notes
-from wavear.generation.engines import generate, make_engine
+from wavear.generation.engines import make_engine
+from wavear.generation.sampler import generate
 from wavear.mel.spectrogram import log_mel
 from wavear.models.checkpoint import load
 from wavear.training.config import TrainConfig, TrainResult
 from wavear.training.run import train
 
 NOTE_SECONDS = 1.0
-CENTS = 50.0  # half way to the next quarter tone, and what a listener calls out of tune
+CENTS = 50.0  # half a semitone, which listeners call out of tune
 _STEADY = 0.6  # share of the frames of a note that have to be in tune
 _FOLDERS = ("sounds", "held_out", "synthesized", "run")
-_TEMPERATURE = 0.8  # less noise than the law has
+_TEMPERATURE = 0.8  # less noise than the distribution has
 _RECORD = "demo.json"
 
 # Small enough to train in a few minutes on one core. The past is 64 samples, little more than a
-# period of the lowest note: with more of it, so short a training learns to go on with whatever
-# pitch it hears, and not to heed the mel. Noise on the past helps in the same way. The mel's
-# windows are long: its pitch is all that the network knows of one.
+# period of the lowest note: with more of it, so short a training learns to continue any pitch in
+# the past and to ignore the mel. Noise on the past helps in the same way. The mel's windows are
+# long, because the network gets the pitch from the mel only.
 VALUES = TrainConfig(
     family="wavenet",
     data="sounds",
@@ -56,7 +59,8 @@ VALUES = TrainConfig(
     warmup_steps=50,
     weight_decay=0.0,
     ema_decay=0.99,
-    max_minutes=4.5,  # after 3.5 minutes of a slow hour one note of six was in tune for 59 % of its frames
+    # After 3.5 minutes on a slow machine one note of six was in tune for 59 % of its frames.
+    max_minutes=4.5,
     device="cpu",
     validate_seconds=60.0,
     sample_seconds=0.0,
@@ -66,7 +70,7 @@ VALUES = TrainConfig(
 
 @dataclass(frozen=True)
 class Heard:
-    """What was measured of a synthesized note."""
+    """A synthesized note and its measured pitch."""
 
     note: Note
     waveform: np.ndarray
@@ -84,7 +88,7 @@ class Heard:
 
 @dataclass(frozen=True)
 class DemoResult:
-    """What a demo came to."""
+    """The result of a demo."""
 
     heard: list[Heard]
     training: TrainResult
@@ -106,7 +110,6 @@ def run(
     seed: int = 0,
     threads: int | None = None,
     overwrite: bool = False,
-    say: Callable[[str], None] = print,
 ) -> DemoResult:
     """Make sounds, train, synthesize the held-out notes, measure and draw them.
 
@@ -116,31 +119,16 @@ def run(
         Folder to write to: `sounds/` and `held_out/` (WAV), `run/` (see `wavear.train`; `run/best`
         is the checkpoint), `synthesized/` (WAV), `demo.png`, `demo.json`.
     config : TrainConfig
-        Its `data`, `out`, `validation`, `seed` and `overwrite` are ours to set; and its
-        `max_minutes` to `minutes`.
+        Its `data`, `out`, `validation`, `seed` and `overwrite` are replaced.
     minutes : float, optional
         Of training; by default those of `config`.
     seed : int
         Of the sounds, the training and the audio.
     threads : int, optional
-        CPU cores to use; by default one to train, all to synthesize. Two threads that train wait
-        for each other hundreds of times a step: twice the speed on an idle machine, a tenth of it
-        beside another busy program.
+        CPU cores to use; by default one to train (two wait for each other hundreds of times a
+        step), all to synthesize.
     overwrite : bool
-        Replace an earlier demo in the folder.
-    say : callable
-        Is told what is done, line by line.
-
-    Returns
-    -------
-    DemoResult
-
-    Raises
-    ------
-    FileExistsError
-        If the folder holds something, and `overwrite` is false or it is no demo.
-    ValueError
-        If a setting makes no sense, or the model would not be conditioned on mels.
+        Replace an earlier demo in the folder; anything else raises `FileExistsError`.
     """
     began = time.perf_counter()
     out = Path(out)
@@ -156,15 +144,16 @@ def run(
     )
     mel = config.mel
     if mel is None:
-        raise ValueError("the demo synthesizes from mels: its model cannot be unconditional")
+        raise WavearError("the demo synthesizes from mels: its model cannot be unconditional")
     if threads is not None and threads < 1:
-        raise ValueError(f"threads is {threads}, it must be at least 1")
+        raise WavearError(f"threads is {threads}; it must be at least 1")
     _make_folder(out, overwrite)
     rate = config.sample_rate
     count = write_notes(out, rate, seed)
     held = notes(NOTE_SECONDS, rate, seed=seed, held_out=True)
     say(
-        f"{out / 'sounds'}: {count} notes of {NOTE_SECONDS:g} s to train on; {out / 'held_out'}: {len(held)} more"
+        f"{out / 'sounds'}: {count} notes of {NOTE_SECONDS:g} s to train on;"
+        f" {out / 'held_out'}: {len(held)} more"
     )
     with _threads(threads or 1):
         trained = train(config)
@@ -190,7 +179,8 @@ def run(
         one = Heard(note, waveform, *compare_pitch(waveform, note, rate))
         wrong = "" if one.in_tune else "   WRONG"
         say(
-            f"  {note.name:<20} pitch {one.cents:+6.1f} cents, in tune {100 * one.steady:3.0f} % of the time{wrong}"
+            f"  {note.name:<20} pitch {one.cents:+6.1f} cents, in tune"
+            f" {100 * one.steady:3.0f} % of the time{wrong}"
         )
         heard.append(one)
     picture = out / "demo.png"
@@ -199,25 +189,24 @@ def run(
     _write_record(out, result, seed)
     bits = trained.held_out
     say(
-        f"held-out bits per sample: {trained.bits_before:.3f} before training, {bits['model']:.3f} after"
+        f"held-out bits per sample: {trained.bits_before:.3f} before training,"
+        f" {bits['model']:.3f} after"
     )
     say(
         "  with no model: "
         + ", ".join(f"{name} {value:.3f}" for name, value in bits.items() if name != "model")
     )
-    say(f"{picture}: targets and what was synthesized; checkpoint: {trained.best}")
+    say(f"{picture}: targets and synthesized notes; checkpoint: {trained.best}")
     wrong = sum(not one.in_tune for one in heard)
-    told = (
-        f"{wrong} of {len(heard)} notes have the wrong pitch"
-        if wrong
-        else f"all {len(heard)} notes are in tune"
-    )
-    say(f"{told}; {result.seconds:.0f} s in all")
+    verdict = f"all {len(heard)} notes are in tune"
+    if wrong:
+        verdict = f"{wrong} of {len(heard)} notes have the wrong pitch"
+    say(f"{verdict}; {result.seconds:.0f} s in all")
     return result
 
 
 def write_notes(out: str | Path, sample_rate: int, seed: int = 0) -> int:
-    """Write `sounds/` and `held_out/` to a folder, as WAV; how many notes there are in `sounds/`."""
+    """Write `sounds/` and `held_out/` to a folder, as WAV; return the number of `sounds/`."""
     counts = []
     for name, held_out in (("sounds", False), ("held_out", True)):
         made = notes(NOTE_SECONDS, sample_rate, seed=seed, held_out=held_out)
@@ -229,14 +218,10 @@ def write_notes(out: str | Path, sample_rate: int, seed: int = 0) -> int:
 
 
 def compare_pitch(waveform: np.ndarray, note: Note, sample_rate: int) -> tuple[float, float]:
-    """Pitch of a waveform against the note it is meant to be, where the note sounds, by YIN (librosa).
+    """Measure the pitch of a waveform against its note, where the note sounds, by YIN (librosa).
 
-    Returns
-    -------
-    float
-        Median pitch over the note's frequency, in cents.
-    float
-        Share of the frames within `CENTS` of what YIN finds in the note itself.
+    Return the median pitch over the note's frequency in cents, and the share of the frames within
+    `CENTS` of YIN's pitch of the note itself.
     """
     from wavear.common.compiled import prepare_numba
 
@@ -247,28 +232,20 @@ def compare_pitch(waveform: np.ndarray, note: Note, sample_rate: int) -> tuple[f
     lowest, highest = note.frequency / 2.5, min(note.frequency * 2.5, sample_rate / 4)
 
     def pitch(x: np.ndarray) -> np.ndarray:
-        return yin(
-            x,
-            fmin=lowest,
-            fmax=highest,
-            sr=sample_rate,
-            frame_length=frame,
-            hop_length=frame // 4,
-            center=False,
-        )
+        sizes = {"frame_length": frame, "hop_length": frame // 4, "center": False}
+        return yin(x, fmin=lowest, fmax=highest, sr=sample_rate, **sizes)
 
     count = min(len(waveform), len(note.waveform))
     found, wanted = pitch(waveform[:count]), pitch(note.waveform[:count])
     level = np.array([np.sqrt(np.mean(x**2)) for x in _frames(note.waveform[:count], frame)])
     sounds = level > 0.1 * level.max()
     off = 1200 * np.abs(np.log2(found[sounds] / wanted[sounds]))
-    return float(1200 * np.log2(np.median(found[sounds]) / note.frequency)), float(
-        np.mean(off <= CENTS)
-    )
+    median = 1200 * np.log2(np.median(found[sounds]) / note.frequency)
+    return float(median), float(np.mean(off <= CENTS))
 
 
 def draw(heard: Sequence[Heard], sample_rate: int, path: str | Path) -> None:
-    """One row per note: 25 ms from its middle, target above synthesized, and the two spectrograms."""
+    """Draw a row per note: 25 ms from its middle, target above synthesized, two spectrograms."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -310,7 +287,7 @@ def draw(heard: Sequence[Heard], sample_rate: int, path: str | Path) -> None:
 
 
 def _decibels(waveform: np.ndarray, size: int = 512, hop: int = 64) -> np.ndarray:
-    """Spectrogram, dB of the loudest, shape (size / 2 + 1, frames)."""
+    """Return a spectrogram in dB below the loudest, shape (size / 2 + 1, frames)."""
     spectrum = np.abs(np.fft.rfft(_frames(waveform, size, hop) * np.hanning(size), axis=1)).T
     return 20 * np.log10(spectrum / max(spectrum.max(), 1e-9) + 1e-5)
 
@@ -320,7 +297,7 @@ def _frames(waveform: np.ndarray, size: int, hop: int | None = None) -> np.ndarr
 
 
 def _make_folder(out: Path, overwrite: bool) -> None:
-    """Make the folders; an earlier demo in them goes."""
+    """Make the folders, and remove an earlier demo from them."""
     if out.exists() and not out.is_dir():
         raise FileExistsError(f"{out} is a file: choose another folder")
     if out.is_dir() and any(out.iterdir()):
@@ -330,7 +307,7 @@ def _make_folder(out: Path, overwrite: bool) -> None:
             )
         if not (out / _RECORD).is_file():
             raise FileExistsError(
-                f"{out} holds no demo (no {_RECORD}), nothing in it is overwritten: choose another"
+                f"{out} holds no demo (no {_RECORD}) and is not overwritten: choose another folder"
             )
         for name in _FOLDERS:
             shutil.rmtree(out / name, ignore_errors=True)
@@ -341,6 +318,7 @@ def _make_folder(out: Path, overwrite: bool) -> None:
 
 
 def _write_record(out: Path, result: DemoResult, seed: int) -> None:
+    names = ("cents", "steady", "in_tune")
     record: dict[str, Any] = {
         "seed": seed,
         "seconds": round(result.seconds, 1),
@@ -348,13 +326,8 @@ def _write_record(out: Path, result: DemoResult, seed: int) -> None:
         "held_out_bits": result.training.held_out,
         "steps": result.training.steps,
         "notes": [
-            {
-                "name": h.note.name,
-                "frequency": h.note.frequency,
-                "cents": h.cents,
-                "steady": h.steady,
-                "in_tune": h.in_tune,
-            }
+            {"name": h.note.name, "frequency": h.note.frequency}
+            | {name: getattr(h, name) for name in names}
             for h in result.heard
         ],
     }

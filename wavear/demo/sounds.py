@@ -1,9 +1,9 @@
-"""Sounds to train on that need no download: plucked strings and sung vowels, as sums of harmonics.
+"""Sounds to train on without a download: plucked strings and sung vowels, as sums of harmonics.
 
-Both are models of how the sound comes about, so every note has a pitch that is known exactly:
+Both are physical models, so the pitch of every note is exact:
 
     string:  modes of a stiff string plucked at one point, each dying away at its own rate
-    vowel:   a glottal source whose harmonics pass the resonances (formants) of the mouth, with vibrato
+    vowel:   a glottal source through the resonances (formants) of the mouth, with vibrato
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _LEAD_SECONDS = 0.03  # silence before a note
 
 @dataclass(frozen=True)
 class Note:
-    """One note and what is known of it."""
+    """One note, its name and its pitch."""
 
     name: str
     """Instrument, pitch and vowel, fit for a file name."""
@@ -62,28 +62,13 @@ def string(
     position: float = 0.2,
     brightness: float = 0.5,
 ) -> np.ndarray:
-    """A plucked string.
+    """Return a plucked string, float32, peak 1.
 
-    Mode k of a string plucked at a fraction p of its length starts with amplitude sin(k pi p) /
-    k**2; stiffness raises it to k f sqrt((1 + B k**2) / (1 + B)), so that mode 1 is at f; its decay
-    time falls with its frequency (Fletcher and Rossing, The Physics of Musical Instruments,
-    chapters 2 and 9).
-
-    Parameters
-    ----------
-    frequency : float
-        Of mode 1, Hz.
-    seconds : float
-    sample_rate : int, Hz
-    position : float
-        Where the string is plucked, as a fraction of its length; near 0.5 is hollow, near 0 is
-        nasal.
-    brightness : float, 0 to 1
-        How much of the high modes the plectrum excites, and how long they last.
-
-    Returns
-    -------
-    array, shape (T,), float32, peak 1
+    Mode k of a string plucked at a fraction p of its length (`position`) starts with amplitude
+    sin(k pi p) / k**2; stiffness raises it to k f sqrt((1 + B k**2) / (1 + B)), so that mode 1 is
+    at f; its decay time falls with its frequency (Fletcher and Rossing, The Physics of Musical
+    Instruments, chapters 2 and 9). `brightness`, 0 to 1, is the share of the high modes that the
+    plectrum excites, and their duration.
 
     Examples
     --------
@@ -118,29 +103,12 @@ def voice(
     vibrato_cents: float = 25.0,
     vibrato_hz: float = 5.5,
 ) -> np.ndarray:
-    """A sung vowel.
+    """Return a sung vowel, float32, peak 1.
 
     The source falls by 12 dB an octave and the lips give 6 back; each formant of frequency F and
     bandwidth b is a resonance F**2 / (F**2 + i f b - f**2) (Fant, Acoustic Theory of Speech
-    Production, 1960). Every harmonic is followed through the formants as the vibrato moves it.
-
-    Parameters
-    ----------
-    frequency : float
-        Mean fundamental, Hz.
-    seconds : float
-    sample_rate : int, Hz
-    vowel : str
-        A key of `FORMANTS`.
-    mouth : float
-        Factor on the formants: below 1 a larger mouth, above 1 a smaller one.
-    vibrato_cents : float
-        How far the vibrato goes up and down, in hundredths of a semitone.
-    vibrato_hz : float
-
-    Returns
-    -------
-    array, shape (T,), float32, peak 1
+    Production, 1960). Every harmonic follows the formants as the vibrato (cents up and down, Hz)
+    moves it. A `mouth` above 1 raises the formants: it is smaller.
 
     Examples
     --------
@@ -163,26 +131,12 @@ def voice(
 
 
 def notes(seconds: float, sample_rate: int, *, seed: int = 0, held_out: bool = False) -> list[Note]:
-    """The notes of `wavear demo`: a C major chord, by strings and sung on three vowels.
+    """Return the notes of `wavear demo`: a C major chord, by strings and sung on three vowels.
 
     Each is played twelve times, differently: plucked at another place and with another plectrum,
     sung by a larger or a smaller mouth, louder or softer. Held out is one more take of six of them.
-    (With two takes of each the network soon knows them by heart, and one held-out note in three has
-    a wrong pitch.)
-
-    Parameters
-    ----------
-    seconds : float
-        Of each note.
-    sample_rate : int, Hz
-    seed : int
-        Colours and loudness are drawn from it.
-    held_out : bool
-        The notes that are held out, rather than those to train on.
-
-    Returns
-    -------
-    list of Note
+    (From two takes of each the network learns them by heart, and one held-out note in three gets a
+    wrong pitch.)
     """
     draw = np.random.default_rng([seed, held_out])
     pairs = (

@@ -19,7 +19,7 @@ from wavear.evaluation.held_out import Counts, baselines, code_blocks
 from wavear.evaluation.linear_baseline import bits_of, fit_predictor
 from wavear.evaluation.metrics import frame_levels
 from wavear.generation.conditioner import Conditioner
-from wavear.generation.engines import score_parallel
+from wavear.generation.scoring import score_parallel
 from wavear.mel.spectrogram import log_mel
 from wavear.models.base import AutoregressiveModel
 from wavear.models.distributions import converts

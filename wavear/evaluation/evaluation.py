@@ -464,7 +464,7 @@ def _evaluation(source: str | Path) -> Evaluation | None:
 
 def _check_folder(out: Path, overwrite: bool, record: str = RECORD) -> None:
     """Refuse to lose anything, before any work is done."""
-    from wavear.generation.files import check_writable
+    from wavear.generation.jobs import check_writable
 
     if out.exists() and not out.is_dir():
         raise FileExistsError(f"{out} is a file: choose another folder")

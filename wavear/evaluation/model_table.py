@@ -20,7 +20,8 @@ from wavear.evaluation.html import cell, document, interval, number, picture, so
 from wavear.evaluation.metrics import MEASURES
 from wavear.evaluation.pictures import costs, spectrogram
 from wavear.generation.conditioner import Conditioner
-from wavear.generation.engines import generate, make_engine
+from wavear.generation.engines import make_engine
+from wavear.generation.sampler import generate
 from wavear.mel.spectrogram import log_mel
 from wavear.models import checkpoint
 from wavear.models.base import AutoregressiveModel

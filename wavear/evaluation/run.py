@@ -25,7 +25,8 @@ from wavear.evaluation.clips import fitting_data, open_clips, preparation, train
 from wavear.evaluation.held_out import subset
 from wavear.evaluation.metrics import MEASURES, NEAR, NotMeasured, measure, pitch
 from wavear.evaluation.statistics import bootstrap
-from wavear.generation.engines import generate, make_engine, name_of_engine
+from wavear.generation.engines import make_engine, name_of_engine
+from wavear.generation.sampler import generate
 from wavear.mel.spectrogram import log_mel
 from wavear.models import checkpoint
 from wavear.models.base import AutoregressiveModel

@@ -1,4 +1,4 @@
-"""Conditioning in blocks of one shape, so that it is the same to the bit however the audio is cut."""
+"""Conditioning in blocks of one shape: the same to the bit wherever the audio is cut."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from torch import Tensor
 from wavear.models.base import AutoregressiveModel
 from wavear.models.frames import joined, stacked
 
-# Samples that a block covers, as nearly as whole frames allow. A block is known once all its frames
-# and the look-ahead are: fewer samples would save a stream less than 6 ms of latency, and cost a
-# call of the model more often.
+# Samples per block, as nearly as whole frames allow. A block can be made once its frames and the
+# look-ahead are there: fewer samples would save a stream less than 6 ms of latency, and cost more
+# calls of the model.
 _BLOCK = 128
-# Windows that a device conditions at once, always so many: a card that gets one at a time waits for
-# its orders.
+# Windows that a device conditions at once, always as many: a card would mostly wait for single
+# ones.
 _TOGETHER = {"cuda": 64}
 
 
 def _condition(
     model: AutoregressiveModel, windows: list[Tensor], speakers: list[Tensor | None]
 ) -> list[Any]:
-    """(1, C, n) of each window (1, M, frames) of as many frames, in batches of one size."""
+    """Return (1, C, n) of each window (1, M, frames), in batches of one size."""
     size = _TOGETHER.get(windows[0].device.type, 1) if windows else 1
     found: list[Any] = []
     for at in range(0, len(windows), size):
@@ -38,14 +38,7 @@ def _condition(
 
 
 class Conditioner:
-    """Conditioning of a batch of whole mels, any span of samples at a time.
-
-    Parameters
-    ----------
-    model : AutoregressiveModel
-    mels : list of Tensor (M, F_i), or None
-    speakers : list of int, or None
-    """
+    """Conditioning of a batch of whole mels (M, F_i), any span of samples at a time."""
 
     def __init__(
         self, model: AutoregressiveModel, mels: list[Tensor] | None, speakers: list[int] | None
@@ -57,39 +50,38 @@ class Conditioner:
         for utterance, mel in zip(self.utterances, mels or [], strict=False):
             utterance.push(mel)
             utterance.close()
-        self.lengths = (
-            None
-            if mels is None
-            else [utterance.frames * utterance.hop for utterance in self.utterances]
-        )
+        self.lengths = None
+        if mels is not None:
+            self.lengths = [utterance.frames * utterance.hop for utterance in self.utterances]
 
     def repeat(self, times: int) -> None:
-        """Every utterance so many times, one after the other."""
+        """Repeat every utterance `times` times in a row."""
         self.utterances = [utterance for utterance in self.utterances for _ in range(times)]
-        self.lengths = (
-            None
-            if self.lengths is None
-            else [length for length in self.lengths for _ in range(times)]
-        )
+        if self.lengths is not None:
+            self.lengths = [length for length in self.lengths for _ in range(times)]
 
     def keep(self, chosen: list[int]) -> None:
-        """These utterances alone; without mels and speakers there is one for any number of streams."""
+        """Keep these utterances only; without mels and speakers there is one for all streams."""
         if self.lengths is not None or len(self.utterances) > 1:
             self.utterances = [self.utterances[b] for b in chosen]
             self.lengths = None if self.lengths is None else [self.lengths[b] for b in chosen]
 
     def span(self, start: int, stop: int) -> Any:
-        """Conditioning of samples `start` to `stop`: (B, C, stop - start), (B, C, 1) of a speaker alone, or None.
+        """Return the conditioning of samples `start` to `stop`, (B, C, stop - start).
 
-        Beyond the end of a shorter utterance its last frame goes on.
+        It is (B, C, 1) if only speakers condition the model, and None if nothing does.
+
+        Beyond the end of a shorter utterance its last frame is repeated.
         """
         utterances = list(dict.fromkeys(self.utterances))  # several streams may have one
         if self.utterances[0].model.frames_are_exact:
             return stacked([utterance.span(start, stop) for utterance in self.utterances])
         missing = [(u, k) for u in utterances if u.has_mel for k in u.missing(start, stop)]
         made = _condition(
-            self.utterances[0].model, [u.window(k) for u, k in missing], [u.speaker for u, _ in missing]
-        )  # fmt: skip
+            self.utterances[0].model,
+            [u.window(k) for u, k in missing],
+            [u.speaker for u, _ in missing],
+        )
         for (utterance, k), block in zip(missing, made, strict=True):
             utterance.blocks[k] = block
         rows = {utterance: utterance.span(start, stop) for utterance in utterances}
@@ -101,14 +93,8 @@ class UtteranceConditioner:
     """Conditioning of one utterance, whose mel may still be growing.
 
     A convolution library may round differently for inputs of different shapes. So `model.condition`
-    is always called with one utterance and the same number of frames, and an utterance's
-    conditioning depends neither on the batch it rides in, nor on the spans it is asked for, nor on
-    how its mel arrived.
-
-    Parameters
-    ----------
-    model : AutoregressiveModel
-    speaker : int, optional
+    always gets one utterance and the same number of frames: the conditioning depends neither on the
+    batch, nor on the spans that are asked for, nor on the pieces in which the mel arrived.
     """
 
     def __init__(self, model: AutoregressiveModel, speaker: int | None = None):
@@ -120,27 +106,27 @@ class UtteranceConditioner:
         self.hop = model.config.mel.hop_length if self.has_mel else 1
         self.block = max(1, round(_BLOCK / self.hop))  # frames
         self.frames = 0
-        """Frames so far, those that were forgotten too."""
+        """Frames so far, including forgotten ones."""
         self.closed = False
-        """Whether the last frame is known to be the last."""
+        """Whether no more frames will come."""
         self._first = 0  # of the frames still held
         self._held: list[Tensor] = []
         self.blocks: dict[int, Any] = {}
-        """Conditioning of blocks by their number: the next span may begin inside the last one's last block."""
+        """Conditioning by block number: a span may begin inside the last block of another."""
 
     def push(self, mel: Tensor) -> None:
-        """More frames, (M, n)."""
+        """Append frames (M, n)."""
         # A copy: the caller may fill the same memory with the frames that follow.
         self._held.append(mel.detach().to(self.device, self.dtype, copy=True))
         self.frames += mel.shape[1]
 
     def close(self) -> None:
-        """No more frames will come: beyond the end the last one is repeated."""
+        """Declare the frames complete: beyond the end the last one is repeated."""
         self.closed = True
 
     @property
     def certain(self) -> int:
-        """Samples whose conditioning no frame to come can change."""
+        """Samples whose conditioning no later frame can change."""
         if self.closed:
             return self.frames * self.hop
         return max(0, (self.frames - self.model.lookahead) // self.block) * self.block * self.hop
@@ -158,12 +144,12 @@ class UtteranceConditioner:
         return self._first
 
     def hold(self, mel: Tensor, first: int, closed: bool) -> None:
-        """Go on from frames that another conditioner held, `first` being the number of the first of them."""
+        """Resume with the frames that another conditioner held, from number `first` on."""
         self.push(mel)
         self.frames, self._first, self.closed = first + mel.shape[1], first, closed
 
     def forget(self, sample: int) -> None:
-        """Drop the frames that no sample from `sample` on needs; the last frame stays, it may have to be repeated."""
+        """Drop the frames that no sample from `sample` on needs, but the last, which may repeat."""
         if not self._held:
             return
         block = sample // (self.block * self.hop)
@@ -173,7 +159,7 @@ class UtteranceConditioner:
             self._first = first
 
     def span(self, start: int, stop: int) -> Any:
-        """Conditioning of samples `start` to `stop`: (1, C, stop - start), (1, C, 1) of a speaker alone, or None."""
+        """Return the conditioning of samples `start` to `stop`: (1, C, n), (1, C, 1) or None."""
         if not self.has_mel:
             return None if self.speaker is None else self.model.condition(None, self.speaker)
         size = self.block * self.hop
@@ -185,13 +171,13 @@ class UtteranceConditioner:
         return joined(blocks)[:, :, start - first * size : stop - first * size]
 
     def _made(self, blocks: list[int]) -> list[Any]:
-        """Conditioning of blocks in rising order."""
+        """Return the conditioning of blocks in rising order."""
         if blocks and self.model.frames_are_exact and self.device.type == "cpu":
             size = self.block * self.hop
             whole = self.model.condition(
                 self.window(blocks[0], blocks[-1]), self.speaker, padded=True
             )
-            # One between them may be there already.
+            # A block between them may exist already.
             return [
                 whole[:, :, (k - blocks[0]) * size : (k - blocks[0] + 1) * size] for k in blocks
             ]
@@ -200,12 +186,12 @@ class UtteranceConditioner:
         )
 
     def missing(self, start: int, stop: int) -> list[int]:
-        """The blocks of samples `start` to `stop` that are not in `blocks`."""
+        """Return the blocks of samples `start` to `stop` that are not in `blocks`."""
         size = self.block * self.hop
         return [k for k in range(start // size, -(-stop // size)) if k not in self.blocks]
 
     def window(self, k: int, last: int | None = None) -> Tensor:
-        """The frames (1, M, n) that block k depends on, or the blocks k to `last`, the ends repeated."""
+        """Return the frames (1, M, n) of block k, or blocks k to `last`, with the ends repeated."""
         last = k if last is None else last
         first = k * self.block - self.model.lookback
         assert min(max(first, 0), self.frames - 1) >= self._first, (

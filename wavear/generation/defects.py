@@ -1,4 +1,4 @@
-"""A watch on audio that was generated: the ways in which autoregressive models fail, found in the samples."""
+"""Detection of defects in generated audio: the ways in which autoregressive models fail."""
 
 from __future__ import annotations
 
@@ -16,26 +16,30 @@ Kind = Literal["silence", "constant", "loop", "noise", "clipping", "quieter", "l
 
 _FRAME_SECONDS = 0.02
 _SILENT = 1e-3  # full scale: -60 dB; the steps of 256 mu-law codes around silence are 1.7e-4
-_OFFSET = 0.01  # a standstill further from zero than this is no silence
+_OFFSET = 0.01  # a constant further from zero than this is not silence
 _EXTREME = 0.999  # the first and the last code; the next of 256 decodes to 0.957
 _LOUD_NOISE = 0.05  # root mean square, -26 dB
 _WHITE = 0.4  # spectral flatness: 0.56 of white noise, below 0.3 of fricatives and cymbals
 _APART = 2.5  # nepers between the loudness of the mel given and that of the audio: 22 dB
 
 _ADVICE: dict[Kind, str] = {
-    "silence": "try another seed, a temperature nearer to 1, no argmax, a larger top_p; or train on less silence",
-    "constant": "try another seed, a temperature nearer to 1, no argmax; it happens most to models trained too briefly",
+    "silence": "try another seed, a temperature nearer to 1, no argmax, a larger top_p; or train on"
+    " less silence",
+    "constant": "try another seed, a temperature nearer to 1, no argmax; or train longer",
     "loop": "try a temperature nearer to 1, no argmax, a larger top_k or top_p",
-    "noise": "try another seed, a temperature of 0.8 or a top_p of 0.95; or train longer, with --input-noise",
+    "noise": "try another seed, a temperature of 0.8 or a top_p of 0.95; or train longer, with"
+    " --input-noise",
     "clipping": "try a lower temperature, a top_p of 0.95, or train with --normalise peak",
-    "quieter": "check that the mel is the one the model expects (--mel-preset); try another seed, no argmax",
-    "louder": "check that the mel is the one the model expects (--mel-preset); try a temperature of 0.8",
+    "quieter": "check that the mel is the one the model expects (--mel-preset); try another seed,"
+    " no argmax",
+    "louder": "check that the mel is the one the model expects (--mel-preset); try a temperature of"
+    " 0.8",
 }
 
 
 @dataclass(frozen=True)
 class Finding:
-    """Something wrong with a waveform."""
+    """A defect of a waveform."""
 
     kind: Kind
     start: float
@@ -43,11 +47,11 @@ class Finding:
     stop: float
     """Seconds."""
     what: str
-    """In words."""
+    """A description."""
 
     @property
     def advice(self) -> str:
-        """What to try."""
+        """The remedies to try."""
         return _ADVICE[self.kind]
 
     def __str__(self) -> str:
@@ -61,10 +65,10 @@ def watch(
     mel: torch.Tensor | None = None,
     config: MelConfig | None = None,
 ) -> list[Finding]:
-    """What is wrong with audio that was generated, as far as the samples show it.
+    """Return the defects of generated audio that its samples show.
 
-    - "silence": below -60 dB for 1 s to the end, or for 3 s anywhere (unless the mel says so);
-    - "constant": standing still, away from zero, for 0.25 s;
+    - "silence": below -60 dB for 1 s to the end, or for 3 s anywhere (not with a mel);
+    - "constant": no movement, away from zero, for 0.25 s;
     - "loop": the last second or more repeats itself exactly;
     - "noise": white and loud for 0.5 s;
     - "clipping": more than one sample in 2000 at the end of the scale;
@@ -76,14 +80,14 @@ def watch(
     sample_rate : int
         Hz.
     mel : Tensor, shape (M, F), optional
-        What the audio was made from.
+        The mel that the audio was made from.
     config : MelConfig, optional
         Of `mel`.
 
     Returns
     -------
     list of Finding
-        In the order of time; of each kind the longest one, and clipping for all of it.
+        In the order of time: the longest of each kind, and one for all clipping.
 
     Examples
     --------
@@ -106,7 +110,7 @@ def watch(
 
 
 def _runs(flags: np.ndarray) -> list[tuple[int, int]]:
-    """[first, last) of every run of True."""
+    """Return [first, last) of every run of True."""
     edges = np.flatnonzero(np.diff(np.concatenate([[0], flags.astype(np.int8), [0]])))
     return [(int(first), int(last)) for first, last in edges.reshape(-1, 2)]
 
@@ -117,7 +121,7 @@ def _longest(flags: np.ndarray, least: int) -> tuple[int, int] | None:
 
 
 def _standstill(x: np.ndarray, rate: int, told: bool) -> list[Finding]:
-    """Silence (unless a mel tells what is to be silent) and constants."""
+    """Find silence (unless a mel determines it) and constants."""
     size = max(int(rate * _FRAME_SECONDS), 1)
     count = len(x) // size
     if count == 0:
@@ -173,7 +177,7 @@ def _clipping(x: np.ndarray, rate: int) -> list[Finding]:
 
 
 def _loop(x: np.ndarray, rate: int) -> list[Finding]:
-    """The end of the audio, as far back as it repeats itself exactly; a period is a quarter of a second at most."""
+    """Find an end that repeats itself exactly, with a period of at most a quarter of a second."""
     if len(x) < rate:
         return []
     tail = x[-rate:]
@@ -199,7 +203,7 @@ def _against_mel(x: np.ndarray, mel: torch.Tensor, config: MelConfig) -> list[Fi
     unit = per_neper(config)
 
     def loudness(values: torch.Tensor) -> np.ndarray:
-        """Of each frame, in nepers: all bands together, so that those near the floor count for little."""
+        """Return nepers per frame, all bands together: those near the floor hardly count."""
         return (
             0.5
             * torch.logsumexp(
@@ -216,6 +220,6 @@ def _against_mel(x: np.ndarray, mel: torch.Tensor, config: MelConfig) -> list[Fi
     for kind, sign in directions:
         if run := _longest(sign * apart > _APART, least):
             decibels = 20 / math.log(10) * abs(float(apart[run[0] : run[1]].mean()))
-            text = f"{decibels:.0f} dB {kind} than the mel says"
+            text = f"{decibels:.0f} dB {kind} than the mel"
             found.append(Finding(kind, run[0] * seconds, run[1] * seconds, text))
     return found

@@ -1,39 +1,44 @@
-"""Audio of many inputs by several processes under `torchrun`: whose inputs are whose, and which are done.
+"""Audio of many inputs by several processes under `torchrun`, and resumption of such runs.
 
-Every process works out its share from all inputs alone, so no process waits for another, and no
-input is in two shares. A file appears whole or not at all; so what a run that was cut short has
-left is what there is to do, for as many processes as the next one has.
+Every process works out its share from the list of all inputs, so no process waits for another, and
+no input is in two shares. A file appears whole or not at all: the files that a run left out are the
+work of the next one, with any number of processes.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import datetime
 import json
+import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from wavear.common.atomic import replace_file
-from wavear.generation.files import Job, Report
+from wavear.generation.files import MelInput, Output, Report
 from wavear.generation.files import synthesize as synthesize_jobs
+from wavear.generation.jobs import Job
+from wavear.generation.settings import Sampling
 from wavear.generation.states import describe
 from wavear.models.base import AutoregressiveModel
 
-RECORD = ".wavear-synthesis.json"  # in the folder of the audio: what it is made with
-_PATIENCE = datetime.timedelta(
-    days=30
-)  # that processes wait for the slowest: torchrun ends them if it dies
+logger = logging.getLogger(__name__)
+
+RECORD = ".wavear-synthesis.json"  # in the folder of the audio: the model and the settings
+# Processes wait this long for the slowest; torchrun ends them if it dies.
+_PATIENCE = datetime.timedelta(days=30)
 
 
 def ranks() -> tuple[int, int]:
-    """(number of this process, number of processes), as `torchrun` says, or (0, 1)."""
+    """Return the number of this process and of processes, from `torchrun`, or (0, 1)."""
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
 def own_device(device: str) -> str:
-    """The device of this process: "cuda" is one card for each process of a machine."""
+    """Return the device of this process: "cuda" is one card for each process of a machine."""
     if device != "cuda" or "LOCAL_RANK" not in os.environ:
         return device
     import torch
@@ -42,7 +47,7 @@ def own_device(device: str) -> str:
 
 
 def share(jobs: Sequence[Job], rank: int, world: int) -> list[Job]:
-    """The jobs of one process: the files are dealt out, largest first, so that all have about as much to do.
+    """Return the jobs of one process: dealt out largest first, for equal amounts of work.
 
     Examples
     --------
@@ -55,96 +60,65 @@ def share(jobs: Sequence[Job], rank: int, world: int) -> list[Job]:
 
 
 def claim(out: Path, jobs: Sequence[Job], record: dict[str, Any], overwrite: bool = False) -> None:
-    """Take a folder for a run, or go on with the same run in it.
+    """Take a folder for a run, or resume the same run in it.
 
-    Raises
-    ------
-    FileExistsError
-        If it holds audio that no run has claimed, or another one, and `overwrite` is false. With it
-        such audio is removed, so that what a run that is cut short leaves is its own.
+    Audio of another run, or of none, is refused, or with `overwrite` removed, so that all audio in
+    the folder is of this run.
     """
-    path = out / RECORD
+    path, remedy = out / RECORD, "choose another folder, or pass --overwrite"
     if path.exists() and not overwrite:
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
         except ValueError:
+            raise FileExistsError(f"{path} is damaged: {remedy}") from None
+        names = [n for n in sorted({*found, *record}) if found.get(n) != record.get(n)]
+        if names:
             raise FileExistsError(
-                f"{path} is damaged: choose another folder, or pass --overwrite"
-            ) from None
-        if names := sorted(
-            name for name in {*found, *record} if found.get(name) != record.get(name)
-        ):
-            raise FileExistsError(
-                f"{out} holds audio of another run, with another {', '.join(names)}: choose another folder, or pass"
-                " --overwrite"
+                f"{out} holds audio of another run, with another {', '.join(names)}: {remedy}"
             )
         return
-    if not overwrite and (taken := next((job.target for job in jobs if job.target.exists()), None)):
-        raise FileExistsError(
-            f"{taken} exists, and {out} does not say what made it: choose another folder, or pass --overwrite"
-        )
+    taken = next((job.target for job in jobs if job.target.exists()), None)
+    if taken and not overwrite:
+        raise FileExistsError(f"{taken} exists, and {out} has no record of its run: {remedy}")
     out.mkdir(parents=True, exist_ok=True)
     for job in jobs if overwrite else ():
         job.target.unlink(missing_ok=True)
-    replace_file(
-        path, lambda temporary: temporary.write_text(json.dumps(record, indent=1), encoding="utf-8")
-    )
+    text = json.dumps(record, indent=1)
+    replace_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def synthesize(
     model: AutoregressiveModel,
     jobs: Sequence[Job],
     out: Path,
-    rank: int,
-    world: int,
-    overwrite: bool,
-    settings: dict[str, Any],
+    sampling: Sampling = Sampling(),
     *,
-    say: Callable[[str], object] = lambda line: None,
-    complain: Callable[[str], object] = lambda line: None,
-    warn: Callable[[str], object] = lambda line: None,
+    mels: MelInput = MelInput(),
+    output: Output = Output(),
+    overwrite: bool = False,
 ) -> Report:
-    """The share of this process of what is left to do; the report is of all processes.
+    """Make the missing files of this process's share; return the report of all processes.
 
-    Parameters
-    ----------
-    model : AutoregressiveModel
-        On the device of this process.
-    jobs : sequence of Job
-        All of them, the same in every process.
-    out : Path
-        The folder of the audio.
-    rank, world : int
-        See `ranks`.
-    overwrite : bool
-        Make all files anew.
-    settings : dict
-        Of `wavear.generation.files.synthesize`.
-    say, complain, warn : callable
-        As there.
-
-    Raises
-    ------
-    FileExistsError
-        If the folder holds other audio and `overwrite` is false.
+    `jobs` are all of them, the same in every process; with `overwrite` all files are made anew.
     """
-    made_with = {
-        name: value for name, value in settings.items() if name not in ("engine", "threads")
-    }
-    record = json.loads(json.dumps({"model": describe(model), **made_with}, default=str))
+    rank, world = ranks()
+    settings = {"mel": dataclasses.asdict(mels), "output": dataclasses.asdict(output)}
+    settings |= dataclasses.asdict(sampling)
+    for name in ("engine", "threads"):  # these change no sample
+        del settings[name]
+    record = json.loads(json.dumps({"model": describe(model), **settings}, default=str))
     with _together(world):
         _first(lambda: claim(out, jobs, record, overwrite), rank, world)
         own = share(jobs, rank, world)
         todo = own if overwrite else [job for job in own if not job.target.exists()]
         if len(todo) < len(own):
-            say(f"{len(own) - len(todo)} of {len(own)} files are there")
-        report = synthesize_jobs(model, todo, say=say, complain=complain, warn=warn, **settings)
-        return _summed(report, world)
+            logger.info("%d of %d files exist already", len(own) - len(todo), len(own))
+        return _summed(synthesize_jobs(model, todo, sampling, mels=mels, output=output), world)
 
 
 @contextlib.contextmanager
 def _together(world: int) -> Iterator[None]:
-    """The processes of `torchrun` know each other within; nothing for a process alone."""
+    """Connect the processes of `torchrun`; does nothing for a single process."""
     if world == 1:
         yield
         return
@@ -158,7 +132,7 @@ def _together(world: int) -> Iterator[None]:
 
 
 def _first(action: Callable[[], object], rank: int, world: int) -> None:
-    """Let the first process act before any goes on; if it is refused, all are."""
+    """Let the first process act before the others continue; if it is refused, all are."""
     refused: list[str | None] = [None]
     if rank == 0:
         try:
@@ -174,8 +148,10 @@ def _first(action: Callable[[], object], rank: int, world: int) -> None:
 
 
 def _summed(report: Report, world: int) -> Report:
-    """The reports of all processes as one. It waits for the slowest: `torchrun` would end the others where one is done
-    and had to pass over an input."""
+    """Return the reports of all processes as one, once the slowest is done.
+
+    `torchrun` would end the others when one exits that had to skip an input.
+    """
     if world == 1:
         return report
     import torch.distributed as dist

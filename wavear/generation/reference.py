@@ -1,4 +1,4 @@
-"""The reference engine: the plain loop over `model.step`. It is the definition of correct; the others agree with it."""
+"""The reference engine: the plain loop over `model.step`, which defines the correct result."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from wavear.models.base import AutoregressiveModel
 class ReferenceEngine:
     """Steps any autoregressive model, one stream after the other, on the model's device.
 
-    Streams do not share a step, because a matrix product over two rows rounds otherwise than over
-    one: so the audio of a stream does not depend on the batch it rides in.
+    Streams do not share a step, because a matrix product rounds differently over two rows than over
+    one: so the audio of a stream does not depend on its batch.
     """
 
     def __init__(self, model: AutoregressiveModel, batch: int):
@@ -50,7 +50,7 @@ class ReferenceEngine:
         return codes
 
     def score(self, codes: np.ndarray, cond: Tensor | None) -> np.ndarray:
-        """Log-probabilities, in nats, of the next samples of every stream being `codes`; float64, shape (B, n)."""
+        """See `Engine.score`."""
         scores = np.empty(codes.shape)
         given = torch.from_numpy(codes).to(self.device)
         for b, t in np.ndindex(*codes.shape):

@@ -1,4 +1,4 @@
-"""What a stream needs to go on, in another process or on another engine: one safetensors file, never a pickle."""
+"""The state of a stream, to resume in another process or engine; a safetensors file, no pickle."""
 
 from __future__ import annotations
 
@@ -13,27 +13,19 @@ import torch
 from torch import Tensor
 
 from wavear.common.atomic import replace_file
+from wavear.common.errors import WavearError
 from wavear.models.base import AutoregressiveModel
 
 FORMAT = 1
 _KEY = "wavear_stream"
-_FIELDS = {
-    "position",
-    "asked",
-    "seed",
-    "speaker",
-    "temperature",
-    "top_k",
-    "top_p",
-    "first_frame",
-    "closed",
-    "model",
-}
+_FIELDS = (
+    "position asked seed speaker temperature top_k top_p first_frame closed model".split()  # noqa: SIM905
+)
 
 
 @dataclass(frozen=True)
 class StreamState:
-    """A stream as it was at one moment; `Stream.load` goes on from it, as often as wanted.
+    """A stream at one moment; `Stream.load` resumes it, as often as wanted.
 
     Examples
     --------
@@ -47,15 +39,14 @@ class StreamState:
     """
 
     tensors: dict[str, Tensor]
-    """The engine's: `previous`, the code of the sample before, and what the model's `export_state` names, such as the
-    past inputs of each layer, the oldest first; `mel`, the frames still needed (M, n); `prime`,
-    codes to begin with."""
+    """The engine's: `previous`, the code of the sample before, and the model's `export_state`, such
+    as the past inputs of each layer, the oldest first; `mel`, the frames still needed (M, n);
+    `prime`, codes not yet filled in."""
     about: dict[str, Any]
-    """As JSON: position (samples so far), seed, speaker, temperature, frames, and the model's configuration and weights
-    (as hashes)."""
+    """As JSON: position (samples so far), settings, frames, configuration and hashes."""
 
     def save(self, path: str | Path) -> Path:
-        """Write it as one safetensors file, whole or not at all; over a file of that name if there is one.
+        """Write one safetensors file, whole or not at all, replacing an older one.
 
         Raises
         ------
@@ -70,14 +61,14 @@ class StreamState:
 
     @classmethod
     def load(cls, path: str | Path) -> StreamState:
-        """Read what `save` wrote.
+        """Read a file that `save` wrote.
 
         Raises
         ------
         FileNotFoundError
             If there is no such file.
-        ValueError
-            If it is damaged, or no state of a stream.
+        WavearError
+            If it is damaged, or not the state of a stream.
         """
         from safetensors import SafetensorError, safe_open
 
@@ -88,27 +79,27 @@ class StreamState:
                 about = (file.metadata() or {}).get(_KEY)
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
         except SafetensorError as error:
-            raise ValueError(f"{path} is damaged or no safetensors file: {error}") from None
+            raise WavearError(f"{path} is damaged or not a safetensors file: {error}") from None
         if about is None:
-            raise ValueError(f"{path} is a safetensors file, but not of a stream's state")
+            raise WavearError(f"{path} is a safetensors file, but not of a stream's state")
         try:
             about = json.loads(about)
             found = about["format"]
         except (ValueError, TypeError, KeyError):
-            raise ValueError(
-                f"{path} is damaged: what it says of itself is not JSON, or names no format"
+            raise WavearError(
+                f"{path} is damaged: its description is not JSON, or has no format"
             ) from None
         if found != FORMAT:
-            raise ValueError(
+            raise WavearError(
                 f"{path} has format {found!r}, this version of wavear reads format {FORMAT}"
             )
-        if missing := _FIELDS - set(about):
-            raise ValueError(f"{path} is damaged: it lacks {', '.join(sorted(missing))}")
+        if missing := set(_FIELDS) - set(about):
+            raise WavearError(f"{path} is damaged: it lacks {', '.join(sorted(missing))}")
         return cls(tensors, about)
 
 
 def describe(model: AutoregressiveModel) -> dict[str, Any]:
-    """The configuration of a model and a hash of each of its weights, the same on every device, as JSON."""
+    """Return a model's configuration and hashes of its weights, the same on every device."""
     weights = {}
     for name, tensor in model.state_dict().items():
         values = (
@@ -122,13 +113,7 @@ def describe(model: AutoregressiveModel) -> dict[str, Any]:
 
 
 def check_model(state: StreamState, model: AutoregressiveModel) -> None:
-    """Refuse a state of another model.
-
-    Raises
-    ------
-    ValueError
-        Naming what differs: fields of the configuration, else the weights.
-    """
+    """Raise a `WavearError` for a state of another model, with the names that differ."""
     from wavear.models.checkpoint import LATER
 
     theirs, ours = state.about["model"], describe(model)
@@ -138,15 +123,15 @@ def check_model(state: StreamState, model: AutoregressiveModel) -> None:
     for part in ("family", "config"):
         differing = _differences(theirs[part], ours[part])
         if differing:
-            raise ValueError(f"the state is of another model: {'; '.join(differing)}")
+            raise WavearError(f"the state is of another model: {'; '.join(differing)}")
     names = [
         name for name, digest in ours["weights"].items() if theirs["weights"].get(name) != digest
     ]
     if names:
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-        raise ValueError(
-            "the state is of a model with other weights, trained further perhaps: different are "
-            f"{', '.join(names[:3])}{more}"
+        raise WavearError(
+            "the state is of a model with other weights, perhaps trained further: "
+            f"{', '.join(names[:3])}{more} differ"
         )
 
 
@@ -159,3 +144,30 @@ def _differences(theirs: Any, ours: Any, name: str = "") -> list[str]:
             for d in _differences(theirs.get(f), ours.get(f), f"{name}.{f}" if name else f)
         ]
     return [] if theirs == ours else [f"{name or 'it'} is {theirs!r} there, {ours!r} here"]
+
+
+def engine_tensors(
+    state: StreamState, pattern: dict[str, Tensor], model: AutoregressiveModel
+) -> dict[str, Tensor]:
+    """Return the engine's part of a state, whose names and shapes must be those of `pattern`."""
+    tensors = {
+        name: tensor for name, tensor in state.tensors.items() if name not in ("mel", "prime")
+    }
+    found, expected = (
+        {name: tuple(tensor.shape) for name, tensor in each.items()} for each in (tensors, pattern)
+    )
+    names = ("previous", "prime", "codes", "past")
+    codes = [state.tensors[name] for name in names if name in state.tensors]
+    mel = state.tensors.get("mel")
+    intact = (
+        found == expected
+        and int(tensors.get("time", torch.zeros(1)).min()) >= 0
+        and all(0 <= int(c.min()) <= int(c.max()) < model.config.classes for c in codes)
+    )
+    if intact and mel is not None:
+        intact = mel.dim() == 2 and len(mel) == model.config.mel.bands and mel.numel() > 0
+    if not intact:
+        raise WavearError(
+            "the state is damaged: its tensors are not those of a stream of this model"
+        )
+    return tensors

@@ -68,7 +68,7 @@ def free_run(
     -------
     FreeRun, or None if no recording can be read and measured
     """
-    from wavear.generation.engines import generate
+    from wavear.generation.sampler import generate
 
     layout, rate = layout_of(model, 1), model.config.sample_rate
     originals: list[np.ndarray] = []

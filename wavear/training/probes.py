@@ -50,7 +50,7 @@ def probe(
     engine: str = "auto",
 ) -> Probe:
     """Let `model` make the loudest `seconds` of a recording, and its quietest quarter of a second, from their mels."""
-    from wavear.generation.engines import generate
+    from wavear.generation.sampler import generate
 
     layout, rate = layout_of(model, 1), model.config.sample_rate
     whole = read_span(recording, rate, 0, min(layout.length(recording), _SEARCHED_SECONDS * rate))

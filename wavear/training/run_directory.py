@@ -13,7 +13,7 @@ from wavear.training.config import TrainConfig
 
 def open_directory(config: TrainConfig, writes: bool) -> dict[str, Any]:
     """Refuse an `out` that cannot be used; what its `train.json` says if the run is resumed. Nothing is changed yet."""
-    from wavear.generation.files import check_writable
+    from wavear.generation.jobs import check_writable
 
     out = Path(config.out)
     if out.exists() and not out.is_dir():

@@ -12,7 +12,7 @@ import torch
 from wavear.models.base import AutoregressiveModel
 
 if TYPE_CHECKING:
-    from wavear.generation.engines import Engine
+    from wavear.generation.engine import Engine
 
 ENGINES = ("cuda-graph", "triton")
 _CAPABILITY = (8, 0)  # tensor cores that multiply TF32 and bfloat16

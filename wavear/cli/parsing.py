@@ -1,0 +1,103 @@
+"""Arguments to a call, and a call to an exit status.
+
+Exit status: 0 done; 1 an input cannot be used, with one line on stderr for each; 2 the command line
+itself is wrong; 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import tyro
+
+from wavear.common.errors import WavearError
+from wavear.common.log import setup_logging
+from wavear.generation.mel_files import one_line
+
+logger = logging.getLogger(__name__)
+
+Command = Callable[[], int]  # parsed, to be run: returns the exit status
+_CONFIG = (tyro.conf.FlagCreatePairsOff, tyro.conf.OmitArgPrefixes)
+
+
+def _deferred(function: Callable[..., int]) -> Callable[..., Any]:
+    """Return a function for tyro to call while it parses, so that only usage errors are raised."""
+
+    @functools.wraps(function)
+    def later(*values: Any, **named: Any) -> Any:
+        return functools.partial(function, *values, **named)
+
+    return later
+
+
+def parse(function: Callable[..., int], arguments: Sequence[str], prog: str) -> Command:
+    """Return `function` with its parameters from the arguments; usage errors exit with status 2."""
+    return tyro.cli(_deferred(function), prog=prog, args=list(arguments), config=_CONFIG)
+
+
+def parse_command(
+    commands: Mapping[str, Callable[..., int]], arguments: Sequence[str], description: str
+) -> Command:
+    """Return the command that the first argument names, parsed; help and errors list them all."""
+    if arguments and arguments[0] in commands:
+        return parse(commands[arguments[0]], arguments[1:], f"wavear {arguments[0]}")
+    summaries = {name: _summary_of(function) for name, function in commands.items()}
+    tyro.extras.subcommand_cli_from_dict(
+        summaries, prog="wavear", description=description, args=list(arguments)
+    )
+    raise AssertionError("tyro exits: the arguments name no command")
+
+
+def _summary_of(function: Callable[..., int]) -> Callable[[], None]:
+    def summary() -> None:
+        pass
+
+    summary.__doc__ = (function.__doc__ or "").splitlines()[0]
+    return summary
+
+
+def guarded(run: Command) -> int:
+    """Run a command; return the exit status. A refusal is one line, a bug keeps its traceback."""
+    try:
+        with warnings.catch_warnings():
+            setup_logging()
+            _refuse_settings()
+            status = run()
+        sys.stdout.flush()
+        return status
+    except KeyboardInterrupt:
+        print("wavear: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # whoever read our output has gone
+        _drop_unwritten()
+        return 1
+    except (WavearError, OSError) as error:
+        _drop_unwritten()
+        logger.error("%s", one_line(error))
+        return 1
+
+
+def _refuse_settings() -> None:
+    """Refuse settings of Numba in the current directory, which is often the data's.
+
+    They can name a folder of compiled code, which is unpickled.
+    """
+    if os.path.exists(".numba_config.yaml"):
+        raise WavearError(
+            ".numba_config.yaml in the current directory would configure the compiler: run wavear"
+            " from another directory, and set the NUMBA_* environment variables instead"
+        )
+
+
+def _drop_unwritten() -> None:
+    """Discard output that nobody reads, on which Python would fail once more at exit."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

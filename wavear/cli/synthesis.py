@@ -1,0 +1,234 @@
+"""`wavear synthesize`, `wavear generate` and `wavear mel`."""
+
+# Annotations are objects, not strings: tyro reads them.
+import logging
+import sys
+from pathlib import Path
+from typing import Annotated
+
+from tyro.conf import Positional, arg
+
+from wavear.cli.arguments import Checkpoint, Folder, load_model
+from wavear.common.atomic import say
+from wavear.common.errors import WavearError
+from wavear.generation.files import FORMATS, MelInput, Output, Report
+from wavear.generation.settings import Sampling
+from wavear.mel.spectrogram import MelConfig
+
+logger = logging.getLogger(__name__)
+
+Inputs = Annotated[Positional[list[Path]], arg(metavar="INPUT...", help_behavior_hint="(required)")]
+
+
+def synthesize(
+    checkpoint: Checkpoint,
+    inputs: Inputs,
+    out: Annotated[
+        Path | None, arg(metavar="DIR", help_behavior_hint="(required without --stream)")
+    ] = None,
+    overwrite: bool = False,
+    resume: bool = False,
+    stream: bool = False,
+    mel_preset: Annotated[str | None, arg(metavar="NAME")] = None,
+    mel_seconds: float | None = None,
+    force: bool = False,
+    device: str = "cpu",
+    sampling: Sampling = Sampling(),
+    output: Output = Output(),
+) -> int:
+    """Make audio from mel spectrograms, or from the mels of recordings.
+
+    A mel of F frames becomes F * hop samples. With `- --stream`, frames from stdin become raw
+    16-bit PCM on stdout as they come: ... | wavear synthesize CHECKPOINT - --stream | aplay -t
+    raw -f S16_LE -c 1 -r 22050
+
+    Parameters
+    ----------
+    checkpoint
+        Folder that `wavear train` wrote, or owner/name on the Hugging Face hub.
+    inputs
+        Audio files (their mel is taken), mels (.npy, .npz, .pt, .safetensors; bands first), or
+        folders of these. With --stream: -, stdin, float32 frame after frame, or a .npy array.
+    out
+        Folder to write to; it is made if missing. With --stream: - for stdout, the default;
+        device, or device:NAME, for a sound device (needs the package sounddevice).
+    overwrite
+        Replace files that exist.
+    resume
+        Complete an interrupted run of the same command: files that exist are kept. Under
+        torchrun this is always on, and each process makes its share.
+    stream
+        Follow mel frames as they come; latency and underruns are reported on stderr.
+    mel_preset
+        The convention of mels whose files hold no configuration, to convert them: a preset
+        (hifigan, r9y9, espnet, fatchord...), or, if only the values differ from the model's: ln,
+        log10, db, db01, db01-ref20, db4-ref20, linear.
+    mel_seconds
+        Refuse mels whose frames do not make so many seconds of audio.
+    force
+        Use mels that are judged wrong, or cannot be converted, unchanged.
+    device
+        cpu, cuda, or one card: cuda:1.
+    sampling
+        How the audio is made.
+    output
+        How it is written.
+    """
+    from wavear.generation import distributed, files, pipes
+    from wavear.generation.jobs import plan
+
+    if stream:
+        if inputs != [Path("-")]:
+            raise WavearError("--stream follows the frames on stdin: its one input is -")
+        if output != Output() or overwrite or resume or force or mel_seconds is not None:
+            raise WavearError(
+                "--stream makes raw 16-bit PCM of frames without a known end: drop --format,"
+                " --normalize, --fade, --overwrite, --resume, --mel-seconds and --force"
+            )
+        pipes.run(load_model(checkpoint, device), str(out or "-"), sampling, mel_preset)
+        return 0
+    if Path("-") in inputs:
+        raise WavearError("- is stdin, whose frames are followed as they come: pass --stream")
+    if out is None:
+        logger.error("--out is required without --stream (see wavear synthesize --help)")
+        return 2
+    rank, world = distributed.ranks()
+    resume = resume or world > 1
+    jobs = plan(inputs, out, output.suffix, overwrite=overwrite or resume)
+    model = load_model(checkpoint, distributed.own_device(device))
+    mels = MelInput(mel_preset, mel_seconds, force)
+    if not resume:
+        bar = sys.stderr.isatty()
+        return _summary(
+            files.synthesize(model, jobs, sampling, mels=mels, output=output, progress=bar)
+        )
+    report = distributed.synthesize(
+        model, jobs, out, sampling, mels=mels, output=output, overwrite=overwrite
+    )
+    return _summary(report) if rank == 0 else int(bool(report.failed))
+
+
+def generate(
+    checkpoint: Checkpoint,
+    seconds: float,
+    out: Annotated[Path, arg(metavar="FILE")],
+    overwrite: bool = False,
+    prime: Annotated[Path | None, arg(metavar="FILE")] = None,
+    include_prime: bool = False,
+    device: str = "cpu",
+    sampling: Sampling = Sampling(),
+    output: Output = Output(),
+) -> int:
+    """Make audio with a model that is not conditioned on mels, from silence or after a recording.
+
+    Parameters
+    ----------
+    checkpoint
+        Folder that `wavear train` wrote, or owner/name on the Hugging Face hub.
+    seconds
+        Seconds of audio to make.
+    out
+        WAV, FLAC, OGG or Opus file to write.
+    overwrite
+        Replace the file if it exists.
+    prime
+        Recording to continue.
+    include_prime
+        Write the recording in front of the new audio.
+    device
+        cpu, cuda, or one card: cuda:1.
+    sampling
+        How the audio is made.
+    output
+        How it is written.
+    """
+    from wavear.audio import info
+    from wavear.generation.files import generate_file
+
+    suffixes = sorted({suffix for suffix, _ in FORMATS.values()})
+    if out.suffix.lower() not in suffixes:
+        raise WavearError(
+            f"{out} is not an audio file by its name: --out takes a {', '.join(suffixes)} file"
+        )
+    if out.is_dir():
+        raise IsADirectoryError(f"{out} is a folder: --out takes a file")
+    if out.exists() and not overwrite:
+        raise FileExistsError(f"{out} exists: choose another name, or pass --overwrite")
+    if output.format is not None and out.suffix.lower() != output.suffix:
+        raise WavearError(
+            f"--format {output.format} makes a file that ends in {output.suffix}, and --out is"
+            f" {out}"
+        )
+    model = load_model(checkpoint, device)
+    report = generate_file(
+        model,
+        seconds,
+        out,
+        sampling,
+        output=output,
+        progress=sys.stderr.isatty(),
+        prime=prime,
+        include_prime=include_prime,
+    )
+    say(f"{out}  {info(out).seconds:.2f} s, {model.config.sample_rate} Hz")
+    return _summary(report)
+
+
+def mel(
+    inputs: Inputs,
+    out: Folder,
+    checkpoint: Annotated[str | None, arg(metavar="CHECKPOINT")] = None,
+    preset: Annotated[str | None, arg(metavar="NAME")] = None,
+    npy: bool = False,
+    overwrite: bool = False,
+    config: MelConfig = MelConfig(),
+) -> int:
+    """Compute the mel spectrograms of recordings: .npz with `mel` (bands, frames) and `config`.
+
+    Parameters
+    ----------
+    inputs
+        Audio files, or folders of these.
+    out
+        Folder to write to; it is made if missing.
+    checkpoint
+        Make the mels this model expects, instead of those of the flags.
+    preset
+        Make the mels that a project publishes, instead of those of the flags: hifigan,
+        nvidia-tacotron2, r9y9, espnet, espnet-24k, fatchord, parallel-wavegan,
+        torchaudio-tacotron2, torchaudio-tacotron2-wavernn, librosa-default.
+    npy
+        Write plain .npy, bands first, without the configuration.
+    overwrite
+        Replace files that exist.
+    config
+        What the mels are.
+    """
+    from wavear.generation.files import write_mels
+    from wavear.generation.jobs import plan
+    from wavear.models.checkpoint import load
+
+    if checkpoint is not None and config != MelConfig():
+        raise WavearError("--checkpoint sets what the mels are: drop the flags on mels")
+    if preset is not None and (checkpoint is not None or config != MelConfig()):
+        raise WavearError(
+            "--preset sets what the mels are: drop --checkpoint and the flags on mels"
+        )
+    wanted: MelConfig | None = config if preset is None else MelConfig.preset(preset)
+    jobs = plan(inputs, out, ".npy" if npy else ".npz", mels=False, overwrite=overwrite)
+    if checkpoint is not None:
+        wanted = load(checkpoint).config.mel
+    if wanted is None:
+        raise WavearError(f"{checkpoint} is not conditioned on mels: it expects none")
+    return _summary(write_mels(jobs, wanted))
+
+
+def _summary(report: Report) -> int:
+    """Print what was done, and return the exit status; each failure is logged already."""
+    if report.files:
+        say(str(report))
+    total = report.files + len(report.failed)
+    if report.failed and total > 1:
+        count = len(report.failed)
+        logger.error("%d of %d inputs could not be used, they are named above", count, total)
+    return 1 if report.failed else 0

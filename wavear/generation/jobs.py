@@ -1,0 +1,111 @@
+"""Jobs: which file each input becomes, checked before any work starts."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from wavear.common.errors import WavearError
+from wavear.generation.mel_files import MEL_SUFFIXES, listed
+
+AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".mp3", ".aif", ".aiff")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One input and the file it becomes."""
+
+    source: Path
+    target: Path
+
+
+def plan(
+    inputs: Sequence[str | Path],
+    out: str | Path,
+    suffix: str,
+    *,
+    mels: bool = True,
+    overwrite: bool = False,
+) -> list[Job]:
+    """List which file each input becomes; raise before any work starts if one cannot be used.
+
+    Inputs are files, and folders, whose audio (and, with `mels`, mel) files at any depth are taken,
+    except hidden ones and those in `out`. `x.flac` becomes `x.wav` in `out`, `sub/x.flac` of a
+    folder `sub/x.wav`. Without `overwrite` no file is replaced, and an input never is.
+    """
+    out = Path(out)
+    suffixes = AUDIO_SUFFIXES + MEL_SUFFIXES * mels
+    kinds = "audio or mel" if mels else "audio"
+    found: list[tuple[Path, Path]] = []
+    for source in map(Path, inputs):
+        if source.is_dir():
+            inside = _walk(source, suffixes, out)
+            if not inside:
+                raise WavearError(f"{source} holds no {kinds} files ({listed(suffixes)})")
+            found += inside
+        elif not source.exists():
+            raise FileNotFoundError(f"{source}: no such file or folder")
+        elif source.suffix.lower() not in suffixes:
+            raise WavearError(
+                f"{source} is not an {kinds} file by its name: expected {listed(suffixes)}"
+            )
+        else:
+            found.append((source, Path(source.name)))
+    if not found:
+        raise WavearError(f"no input: name {kinds} files, or a folder of them")
+    above = next((part for part in (out, *out.parents) if part.exists()), out)
+    if above.exists() and not above.is_dir():
+        raise NotADirectoryError(f"{above} is a file: --out names the folder to write to")
+    sources = {source.resolve() for source, _ in found}
+    jobs: dict[Path, Job] = {}
+    for source, name in found:
+        target = out / name.with_suffix(suffix)
+        if target in jobs and jobs[target].source.resolve() == source.resolve():
+            continue  # named twice
+        if target in jobs:
+            raise WavearError(
+                f"{jobs[target].source} and {source} would both become {target}: give them one at a"
+                " time, or the folder above them"
+            )
+        if target.is_dir():
+            raise IsADirectoryError(
+                f"{target} is a folder: {source} would become a file of that name"
+            )
+        if target.resolve() in sources:
+            raise FileExistsError(f"{target} is an input itself: choose another folder to write to")
+        if target.exists() and not overwrite:
+            raise FileExistsError(
+                f"{target} exists: choose another folder to write to, or pass --overwrite"
+            )
+        jobs[target] = Job(source, target)
+    check_writable(out)
+    return list(jobs.values())
+
+
+def check_writable(folder: str | Path) -> None:
+    """Raise an `OSError` if no file can be made in a folder, or in the nearest one above it."""
+    above = (Path(folder), *Path(folder).absolute().parents)
+    existing = next(part for part in above if part.exists())
+    try:
+        tempfile.TemporaryFile(dir=existing).close()
+    except OSError as error:
+        raise OSError(error.errno, f"cannot write to {existing}: {error.strerror}") from None
+
+
+def _walk(folder: Path, suffixes: tuple[str, ...], out: Path) -> list[tuple[Path, Path]]:
+    """Return (file, name below `folder`), sorted, without the folder `out` below it."""
+    found = []
+    for directory, subdirectories, files in os.walk(folder):
+        subdirectories[:] = [
+            name
+            for name in subdirectories
+            if not name.startswith(".") and Path(directory, name).resolve() != out.resolve()
+        ]
+        for name in files:
+            if not name.startswith(".") and name.lower().endswith(suffixes):
+                path = Path(directory, name)
+                found.append((path, path.relative_to(folder)))
+    return sorted(found)
