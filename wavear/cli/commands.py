@@ -22,8 +22,9 @@ from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
 from wavear.common.atomic import say
+from wavear.common.log import setup_logging
 
-_PACKAGE = str(Path(__file__).parent)
+_PACKAGE = str(Path(__file__).parents[1])
 
 Command = Callable[[], int]  # parsed, to be run: returns the exit status
 
@@ -655,7 +656,7 @@ def _info() -> Callable[..., int]:
 def _evaluate() -> Callable[..., int]:
     from tyro.conf import Positional, arg
 
-    from wavear.evaluation.evaluation import EvaluateConfig
+    from wavear.evaluation.records import EvaluateConfig
 
     def evaluate(
         checkpoint: Annotated[Positional[str], arg(metavar="CHECKPOINT")],
@@ -678,9 +679,8 @@ def _evaluate() -> Callable[..., int]:
         """
         from wavear.evaluation.evaluation import evaluate
 
-        result = evaluate(
-            checkpoint, data, out, config, progress=sys.stderr.isatty(), say=say, complain=_complain
-        )
+        setup_logging()
+        result = evaluate(checkpoint, data, out, config, progress=sys.stderr.isatty())
         for line in result.summary():
             say(line)
         return 1 if result.record["failed"] else 0
@@ -783,7 +783,7 @@ def _shards() -> Callable[..., int]:
 def _compare() -> Callable[..., int]:
     from tyro.conf import Positional, arg
 
-    from wavear.evaluation.evaluation import EvaluateConfig
+    from wavear.evaluation.records import EvaluateConfig
 
     def compare(
         sources: Annotated[
@@ -818,20 +818,15 @@ def _compare() -> Callable[..., int]:
 
         if len(sources) < 2:
             raise ValueError("compare needs two models or more")
-        complaints: list[str] = []
-
-        def complain(line: str) -> None:
-            complaints.append(line)
-            _complain(line)
-
-        told: dict[str, Any] = {"progress": sys.stderr.isatty(), "say": say, "complain": complain}
+        setup_logging()
+        progress = sys.stderr.isatty()
         if len(sources) == 2 and not models and same_codes(*sources):
-            found = compare(sources[0], sources[1], out, data, config, **told)
+            found = compare(sources[0], sources[1], out, data, config, progress=progress)
         else:
-            found = compare_models(sources, out, data, config, **told)
+            found = compare_models(sources, out, data, config, progress=progress)
         for line in found.summary():
             say(line)
-        return 1 if complaints else 0
+        return 1 if found.skipped else 0
 
     return compare
 
