@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from wavear.evaluation.clips import of_run
+from wavear.mel.spectrogram import MelConfig, log_mel
 
 DEPTH = 80.0  # dB from the brightest to the darkest
 _INK, _MUTED, _MODEL, _LINE = "#1d2430", "#8a93a3", "#1457a8", "#e4e7ec"
-_RUNNING = "running mean"
 
 
 def decibels(waveform: np.ndarray, n_fft: int, hop: int) -> np.ndarray:
@@ -54,13 +55,36 @@ def show_spectrogram(axes: Any, values: np.ndarray, seconds: float, rate: int, t
     axes.set(xlabel="s", ylabel="kHz")
 
 
-def pixels(values: np.ndarray, zoom: int = 1) -> np.ndarray:
-    """Return dB values (bands, frames), lowest first, as pixels (height, width, 3) uint8."""
+def mel_pixels(waveform: np.ndarray, rate: int) -> np.ndarray:
+    """Draw a log-mel spectrogram, `DEPTH` deep, as pixels for logs of a training.
+
+    Parameters
+    ----------
+    waveform : array, shape (T,)
+    rate : int
+        Hz.
+
+    Returns
+    -------
+    array, shape (height, width, 3), uint8, low frequencies at the bottom
+    """
     import matplotlib
 
-    shade = np.clip((values[::-1] - values.max()) / DEPTH + 1, 0, 1)
+    n_fft = 2 ** round(math.log2(rate / 22050 * 1024))
+    hop = n_fft // 8
+    x = np.pad(np.asarray(waveform, np.float32), (0, max(hop - len(waveform), 0)))
+    config = MelConfig(
+        sample_rate=rate,
+        n_fft=n_fft,
+        window_length=n_fft,
+        hop_length=hop,
+        bands=min(80, n_fft // 8),
+        fmax=None,
+    )
+    values = log_mel(torch.from_numpy(x)[None], config)[0].flip(0).numpy() * (20 / math.log(10))
+    shade = np.clip((values - values.max()) / DEPTH + 1, 0, 1)
     picture = (matplotlib.colormaps["magma"](shade)[..., :3] * 255).astype(np.uint8)
-    return picture.repeat(zoom, axis=0).repeat(zoom, axis=1)
+    return picture.repeat(2, axis=0).repeat(2, axis=1)
 
 
 def spectrogram(waveform: np.ndarray, rate: int, top: float | None = None) -> tuple[bytes, float]:
@@ -107,7 +131,7 @@ def curves(checkpoint: str | Path) -> bytes | None:
         if len(bits) > 20:
             width = max(len(bits) // 40, 2)
             smooth = np.convolve(bits, np.ones(width) / width, mode="valid")
-            axes.plot(steps[width - 1 :], smooth, color=_MUTED, linewidth=1.6, label=_RUNNING)
+            axes.plot(steps[width - 1 :], smooth, color=_MUTED, linewidth=1.6, label="running mean")
     if held_out:
         label = "held out, whole files"
         axes.plot(*np.array(held_out).T, "o-", color=_MODEL, lw=1.8, markersize=3.5, label=label)
