@@ -1,8 +1,8 @@
 """Measures of copy synthesis: distances of a waveform from the recording that it should equal.
 
-Both waveforms are one-dimensional, aligned, and of the same length and sample rate; time is not
-warped. A measure that a clip does not allow (too short, no voice in it, a package that is not
-installed) raises `NotMeasured` with the reason.
+Both waveforms are (T,), aligned, and of one sample rate in Hz; time is not warped. A measure that a
+clip does not allow (too short, no voice in it, a package that is not installed) raises
+`NotMeasured` with the reason. The definitions, with references, are in docs/evaluation.md.
 """
 
 from __future__ import annotations
@@ -148,19 +148,7 @@ def stft_distance(reference: np.ndarray, signal: np.ndarray) -> float:
         sc = norm(|S| - |S'|) / norm(|S|)        mag = mean(abs(log |S| - log |S'|))
 
     with S of the recording, Frobenius norms, natural logarithms and Hann windows; powers are at
-    least 1e-7. (Yamamoto, Song and Kim, "Parallel WaveGAN", 2020, https://arxiv.org/abs/1910.11480,
-    equations 5 to 7 and table 1. Sizes are those of the paper, in samples, at any rate.) 0 for
-    equal signals.
-
-    Parameters
-    ----------
-    reference, signal : array, shape (T,)
-
-    Raises
-    ------
-    NotMeasured
-        If there are fewer samples than half of the longest transform, or the recording is all
-        zeros.
+    least 1e-7.
 
     Examples
     --------
@@ -190,18 +178,8 @@ def mel_cepstrum(waveform: np.ndarray, rate: int, order: int = CEPSTRUM_ORDER) -
         L[m] = c[0] + sum over n of c[n] cos(pi n (m + 1/2) / M)
 
     L has M = 80 bands of magnitudes from 0 to 8 kHz (or half of the rate) on Slaney's scale, from
-    Hann windows of 46 ms (1024 samples at 22.05 kHz) every quarter of that.
-
-    Parameters
-    ----------
-    waveform : array, shape (T,)
-    rate : int
-        Hz.
-    order : int
-
-    Returns
-    -------
-    array, shape (order + 1, frames), float64
+    Hann windows of 46 ms (1024 samples at 22.05 kHz) every quarter of that. The result has shape
+    (order + 1, frames).
     """
     from scipy.fft import dct
 
@@ -230,11 +208,6 @@ def log_mel_distance(reference: np.ndarray, signal: np.ndarray, rate: int) -> fl
     """Return the mean absolute difference of the log-mels, in nats, over bands and frames.
 
     The mel is that of `mel_cepstrum`; its magnitudes are at least 1e-5, and silence counts.
-
-    Raises
-    ------
-    NotMeasured
-        If there are fewer samples than one window.
     """
     x, y = _pair(reference, signal)
     return float(np.abs(_log_mel(x, rate) - _log_mel(y, rate)).mean())
@@ -247,15 +220,8 @@ def mel_cepstral_distortion(
 
         10 / ln(10) * sqrt(2 * sum over n = 1 .. order of (c[n] - c'[n])**2)
 
-    with `mel_cepstrum` c (Kubichek, "Mel-cepstral distance measure for objective speech quality
-    assessment", 1993). As c are the coefficients of a cosine series, it is the RMS difference in dB
-    of the two smoothed spectra without their levels, c[0]. All frames count, silence too; time is
-    not warped.
-
-    Raises
-    ------
-    NotMeasured
-        If there are fewer samples than one window.
+    with `mel_cepstrum` c: the RMS difference in dB of the two smoothed spectra, without their
+    levels c[0]. All frames count, silence too.
     """
     x, y = _pair(reference, signal)
     difference = (mel_cepstrum(x, rate, order) - mel_cepstrum(y, rate, order))[1:]
@@ -285,11 +251,6 @@ def period_error(reference: np.ndarray, signal: np.ndarray, rate: int) -> tuple[
         The median of the difference, in cents.
     float
         Per cent of the blocks whose period is off by more than 5 % (85 cents).
-
-    Raises
-    ------
-    NotMeasured
-        If no block is voiced in both.
     """
     x, y = _pair(reference, signal)
     (true, voiced), (found, also) = _periods(x, rate), _periods(y, rate)
@@ -309,11 +270,6 @@ def harmonic_to_noise_ratio(
     of the band with itself one lag of 50 to 550 Hz before, the ratio of a block is
     10 log10(c / (1 - c)) (Boersma, 1993), c within 0.01 and 0.999.
     The band is cut out by a Butterworth filter of order 4.
-
-    Raises
-    ------
-    NotMeasured
-        If no block is voiced, or the band lies beyond half of the rate.
     """
     from scipy.signal import butter, sosfilt
 
@@ -344,11 +300,6 @@ def pitch_error(
         without such frames.
     float
         Per cent of all frames.
-
-    Raises
-    ------
-    NotMeasured
-        If there are fewer samples than one frame.
     """
     x, y = _pair(reference, signal)
     true = pitch(x, rate) if reference_pitch is None else reference_pitch
@@ -393,11 +344,6 @@ def noise_floor(reference: np.ndarray, signal: np.ndarray, rate: int) -> float:
     """Return the level of `signal` in the `silent_frames` of `reference`, in dB of full scale.
 
     It is 10 log10 of the mean power. The mean of each frame is subtracted: a constant is inaudible.
-
-    Raises
-    ------
-    NotMeasured
-        If the recording has no such frames.
     """
     x, y = _pair(reference, signal)
     silent = silent_frames(x, rate)
@@ -411,11 +357,6 @@ def pesq(reference: np.ndarray, signal: np.ndarray, rate: int) -> float:
 
     It is wide band at 16 kHz (ITU-T P.862.2), or of rates below 16 kHz narrow band at 8 kHz
     (P.862.1), resampled. Of long clips, the first 30 seconds count.
-
-    Raises
-    ------
-    NotMeasured
-        If the package is missing, the rate is below 8 kHz, or it finds no speech in the clip.
     """
     try:
         import pesq as package
@@ -437,15 +378,7 @@ def pesq(reference: np.ndarray, signal: np.ndarray, rate: int) -> float:
 
 
 def stoi(reference: np.ndarray, signal: np.ndarray, rate: int) -> float:
-    """Return the short-time objective intelligibility by the package pystoi, up to 1.
-
-    (Taal, Hendriks, Heusdens and Jensen, 2011.)
-
-    Raises
-    ------
-    NotMeasured
-        If the package is missing, or the clip has less than 30 frames (0.4 s) of sound.
-    """
+    """Return the short-time objective intelligibility by the package pystoi, up to 1."""
     try:
         import pystoi
     except ImportError:
