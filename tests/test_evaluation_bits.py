@@ -1,4 +1,4 @@
-"""Bits per sample are exact, whatever the length; the laws they are compared with are what they say."""
+"""Bits per sample are exact at any length; the baselines have their known values."""
 
 from __future__ import annotations
 
@@ -28,10 +28,15 @@ from wavear.audio.grid import COMMON_GRIDS, Grid
 from wavear.data.corpus import open_corpus
 from wavear.data.crops import read_span
 from wavear.evaluation import held_out as training_bits
-from wavear.evaluation import linear_baseline
-from wavear.evaluation.bits import LEVELS, Baselines, score_recording, scored_blocks
+from wavear.evaluation.bits import (
+    LEVELS,
+    Baselines,
+    bits_of,
+    fit_predictor,
+    score_recording,
+    scored_blocks,
+)
 from wavear.evaluation.held_out import held_out_bits
-from wavear.evaluation.linear_baseline import bits_of, fit_predictor
 from wavear.evaluation.statistics import bootstrap
 from wavear.models.crop_loss import layout_of
 
@@ -58,7 +63,7 @@ def sounds(seconds: float, seed: int = 0) -> np.ndarray:
 
 @pytest.fixture
 def recordings(tmp_path: Path):
-    """Three, held out, of lengths that are no multiple of the hop."""
+    """Three held-out recordings whose lengths are not multiples of the hop."""
     (tmp_path / "clips").mkdir()
     for n, seconds in enumerate((0.5, 0.7031, 0.3)):
         audio.write(tmp_path / "clips" / f"{n}.wav", sounds(seconds, n), RATE)
@@ -70,24 +75,10 @@ def recordings(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    ("settings", "speaker"),
-    [({"mel": MEL}, None), ({}, None), ({"mel": MEL, "speakers": 3}, 2)],
-    ids=["mel", "free", "speakers"],
-)
-def test_bits_are_those_of_score_to_the_last_sample(recordings, settings, speaker):
-    model = tiny(**settings)
-    for recording in recordings:
-        nats = -score(model, audio.read(recording.path), speaker=speaker)
-        found = score_recording(model, recording, speaker)
-        assert found.samples == nats.numel() == recording.frames
-        assert found.bits["model"] == pytest.approx(float(nats.sum()) / math.log(2), rel=1e-12)
-
-
-@pytest.mark.parametrize(
     "settings", [{}, {"law": "logistic_mixture"}, {"law": "gaussian"}], ids=["own", "mix", "gauss"]
 )
-def test_bits_on_common_grids_are_those_of_score(recordings, settings):
-    """In blocks too; one of the two is the model's own."""
+def test_bits_on_common_grids_equal_those_of_score(recordings, settings):
+    """In blocks too; one of the two grids is the model's own."""
     model = tiny(mel=MEL, **settings)
     recording = recordings[0]
     x = audio.read(recording.path)
@@ -98,20 +89,14 @@ def test_bits_on_common_grids_are_those_of_score(recordings, settings):
     assert found.common == pytest.approx(per_grid, rel=1e-9)
     assert found.bits["model"] == found.common["linear" if settings else "mulaw"]
     assert per_grid["linear"] > per_grid["mulaw"]
-    rows = np.concatenate(
-        [
-            nats
-            for _, nats in scored_blocks(
-                model, recording, None, seconds=0.1, grids=list(COMMON_GRIDS.values())
-            )
-        ],
-        1,
-    )
+    grids = list(COMMON_GRIDS.values())
+    blocks = scored_blocks(model, recording, None, seconds=0.1, grids=grids)
+    rows = np.concatenate([nats for _, nats in blocks], 1)
     assert rows.sum(1) / math.log(2) == pytest.approx(list(per_grid.values()), rel=1e-6)
 
 
-def test_score_on_mulaw_codes_sums_what_becomes_each_code():
-    """P(code | past), one by one: of 16-bit values with that code, under the law that `forward` gives."""
+def test_score_on_mulaw_codes_sums_the_16_bit_values_of_each_code():
+    """P(code | past) is the sum over its 16-bit values under the distribution of `forward`."""
     model = tiny(law="logistic_mixture")
     x = torch.from_numpy(sounds(0.01))
     x = model.grid.decode(model.grid.encode(x))
@@ -119,7 +104,7 @@ def test_score_on_mulaw_codes_sums_what_becomes_each_code():
     with torch.inference_mode():
         parameters = model(model.grid.encode(x)[None]).double()
     code_of = mulaw_encode(torch.from_numpy(model.grid.values().copy()))
-    for t in range(0, x.numel(), 13):
+    for t in range(0, x.numel(), 26):
         values = torch.nonzero(code_of == mulaw_encode(x[t])).T
         each = model.law.log_prob(
             parameters[:, :, t : t + 1].expand(-1, -1, values.shape[1]), values
@@ -141,22 +126,26 @@ def test_grids_without_bits_are_refused(settings, arguments, words):
         score(tiny(**settings), sounds(0.01), **arguments)
 
 
-@pytest.mark.parametrize("seconds", [0.02, 0.1, 0.333])
 @pytest.mark.parametrize(
     ("settings", "speaker"),
     [({"mel": MEL}, None), ({}, None), ({"mel": MEL, "speakers": 3}, 1)],
     ids=["mel", "free", "speakers"],
 )
-def test_blocks_are_scored_as_in_the_whole(recordings, settings, speaker, seconds):
-    """To float32 rounding: every block has the past, and the mel of the whole with all its conditioning looks at."""
+def test_bits_equal_score_to_the_last_sample_in_blocks_too(recordings, settings, speaker):
+    """Blocks to float32 rounding: each has its past, and the mel of the whole."""
     model = tiny(**settings)
     for recording in recordings:
         whole = -score(model, audio.read(recording.path), speaker=speaker)[0].numpy()
-        blocks = list(scored_blocks(model, recording, speaker, seconds=seconds))
-        assert len(blocks) == math.ceil(recording.frames / (math.ceil(seconds * RATE / 40) * 40))
-        assert np.abs(np.concatenate([nats for _, nats in blocks]) - whole).max() < 1e-5
-        waveform = np.concatenate([waveform for waveform, _ in blocks])
-        assert np.array_equal(waveform, audio.read(recording.path).numpy())
+        found = score_recording(model, recording, speaker)
+        assert found.samples == whole.size == recording.frames
+        assert found.bits["model"] == pytest.approx(whole.sum() / math.log(2), rel=1e-12)
+        for seconds in (0.05, 0.333):
+            blocks = list(scored_blocks(model, recording, speaker, seconds=seconds))
+            length = math.ceil(seconds * RATE / 40) * 40
+            assert len(blocks) == math.ceil(recording.frames / length)
+            assert np.abs(np.concatenate([nats for _, nats in blocks]) - whole).max() < 1e-5
+            waveform = np.concatenate([waveform for waveform, _ in blocks])
+            assert np.array_equal(waveform, audio.read(recording.path).numpy())
 
 
 CARRYING: dict[str, Any] = {
@@ -171,8 +160,8 @@ CARRYING: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("model", CARRYING.values(), ids=CARRYING.keys())
-def test_blocks_of_models_that_carry_a_state_are_those_of_the_whole(recordings, model, monkeypatch):
-    """And no more than a block, and what its mel sees, is read at once."""
+def test_blocks_of_models_that_carry_a_state_equal_the_whole(recordings, model, monkeypatch):
+    """No more than a block, and the samples under its mel, is read at once."""
     model, speaker = model.eval(), 2 if model.config.speakers else None
     for recording in recordings:
         whole = -score(model, audio.read(recording.path), speaker=speaker)[0].numpy()
@@ -190,8 +179,8 @@ def test_blocks_of_models_that_carry_a_state_are_those_of_the_whole(recordings, 
         assert np.array_equal(waveform, audio.read(recording.path).numpy())
 
 
-def test_bits_are_those_of_training(tmp_path: Path):
-    """Of whole frames; training leaves out what follows them."""
+def test_bits_equal_those_of_training(tmp_path: Path):
+    """Of whole frames; training leaves out the samples after them."""
     audio.write(tmp_path / "a.wav", sounds(0.5), RATE)
     clip = open_corpus(tmp_path, sample_rate=RATE, validation=tmp_path).validation[0]
     model = tiny(mel=MEL)
@@ -201,7 +190,7 @@ def test_bits_are_those_of_training(tmp_path: Path):
     )
 
 
-def test_bits_by_level_add_up_and_lie_where_the_sound_is(tmp_path: Path):
+def test_bits_by_level_add_up_and_belong_to_the_level_of_the_sound(tmp_path: Path):
     quiet, loud = 0.0005, 0.05  # -66 and -26 dB
     x = np.random.default_rng(0).standard_normal(RATE).astype(np.float32)
     x[: RATE // 2] *= quiet
@@ -215,8 +204,7 @@ def test_bits_by_level_add_up_and_lie_where_the_sound_is(tmp_path: Path):
     assert found.level_bits.sum() == pytest.approx(found.bits["model"], rel=1e-12)
 
 
-def test_digest_tells_recordings_apart_by_their_codes(tmp_path: Path):
-    """To the last sample."""
+def test_recordings_that_differ_in_the_last_code_have_different_digests(tmp_path: Path):
     x = sounds(0.3)
     y = x.copy()
     y[-1] = 0.9
@@ -227,17 +215,15 @@ def test_digest_tells_recordings_apart_by_their_codes(tmp_path: Path):
     assert a == c != b
 
 
-# ---- laws without a model
+# ---- baselines
 
 
-def test_baselines_are_those_of_training_and_cover_every_sample(recordings, monkeypatch):
+def test_baselines_cover_every_sample_in_blocks_of_any_length(recordings, monkeypatch):
     model = tiny(mel=MEL)
     layout = layout_of(model, 1)
     fitted = Baselines.fit([recordings[0], recordings[2]], layout, Grid("mulaw", 256))
     whole = fitted.bits(recordings[1], layout, Grid("mulaw", 256))
-    monkeypatch.setattr(
-        training_bits, "_READ_SECONDS", 0.013
-    )  # blocks much shorter than the recording
+    monkeypatch.setattr(training_bits, "_READ_SECONDS", 0.013)
     blocks = fitted.bits(recordings[1], layout, Grid("mulaw", 256))
     assert set(whole) == {"uniform", "unigram", "markov", "linear"}
     assert whole == pytest.approx(blocks, rel=1e-12)
@@ -246,8 +232,8 @@ def test_baselines_are_those_of_training_and_cover_every_sample(recordings, monk
     assert whole["uniform"] > whole["unigram"] > whole["linear"]
 
 
-def test_what_cannot_be_read_is_passed_over_by_the_baselines(tmp_path: Path):
-    """A sample that is no number, and a file that is shorter than its header says."""
+def test_the_baselines_skip_recordings_that_cannot_be_read(tmp_path: Path):
+    """A non-finite sample, and a file shorter than its header promises."""
     for n in range(4):
         x = sounds(0.3, n)
         x[1000] = math.nan if n == 1 else x[1000]
@@ -269,7 +255,7 @@ def test_what_cannot_be_read_is_passed_over_by_the_baselines(tmp_path: Path):
 
 @pytest.mark.parametrize("law", ["laplace", "gaussian"])
 def test_predictor_finds_the_process_and_its_entropy(law):
-    """x[t] = 1.6 x[t-1] - 0.8 x[t-2] + e: its weights, its law, and h(e) - E log2(width of the interval) bits."""
+    """x[t] = 1.6 x[t-1] - 0.8 x[t-2] + e has h(e) - E log2(width of a code's interval) bits."""
     random, scale, grid = np.random.default_rng(0), 0.01, Grid("mulaw", 16384)
     e = random.laplace(0, scale, 60000) if law == "laplace" else random.normal(0, scale, 60000)
     x = np.zeros(60000)
@@ -292,7 +278,7 @@ def test_predictor_finds_the_process_and_its_entropy(law):
     )
 
 
-def test_predictor_sees_the_past_only_and_blocks_change_nothing(monkeypatch):
+def test_predictor_sees_only_the_past_and_blocks_equal_the_whole():
     codes = mulaw_encode(sounds(0.5), 256)
     fitted = fit_predictor([codes], Grid("mulaw", 256))
     bits = bits_of(fitted, codes)
@@ -300,11 +286,12 @@ def test_predictor_sees_the_past_only_and_blocks_change_nothing(monkeypatch):
     changed = codes.copy()
     changed[2000:] = 255 - changed[2000:]
     assert np.array_equal(bits_of(fitted, changed)[:2000], bits[:2000])
-    monkeypatch.setattr(linear_baseline, "_BLOCK", 77)
-    assert bits_of(fitted, codes) == pytest.approx(bits, rel=1e-12)
+    order = fitted.receptive_field
+    later = bits_of(fitted, codes[500 - order :], first=order)
+    assert later == pytest.approx(bits[500:], rel=1e-12)
 
 
-def test_predictor_takes_the_domain_that_fits():
+def test_predictor_chooses_the_domain_that_fits():
     """A walk over codes is linear in companded values."""
     random = np.random.default_rng(0)
     codes = (
@@ -315,7 +302,7 @@ def test_predictor_takes_the_domain_that_fits():
     assert fit_predictor([codes.clip(0, 255)], Grid("mulaw", 256)).config.domain == "companded"
 
 
-def test_nothing_to_fit_to_is_refused():
+def test_a_fit_without_samples_is_refused():
     with pytest.raises(ValueError, match="no samples"):
         fit_predictor([], Grid("mulaw", 256))
 
@@ -323,7 +310,7 @@ def test_nothing_to_fit_to_is_refused():
 # ---- intervals
 
 
-def test_bootstrap_interval_is_that_of_the_normal_law_for_many_clips():
+def test_bootstrap_interval_of_many_clips_equals_the_normal_one():
     x = np.random.default_rng(1).normal(3.0, 2.0, 400)
     found = bootstrap(x, resamples=4000)
     error = x.std() / math.sqrt(x.size)
@@ -333,7 +320,6 @@ def test_bootstrap_interval_is_that_of_the_normal_law_for_many_clips():
 
 
 def test_bootstrap_weights_are_resampled_with_their_clips():
-    """A clip of weight 0 changes neither mean nor interval but by being drawn instead of others."""
     found = bootstrap([1.0, 3.0], [1.0, 3.0], resamples=4000)
     assert (found.mean, found.low, found.high) == (2.5, 1.0, 3.0)
     assert bootstrap([1.0]).low is None

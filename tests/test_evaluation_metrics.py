@@ -1,4 +1,4 @@
-"""The measures of copy synthesis have the values that are known beforehand."""
+"""The measures of copy synthesis equal formulas, librosa and the packages."""
 
 from __future__ import annotations
 
@@ -20,7 +20,6 @@ from wavear.evaluation.bounds import _uncompressed, grid_round_trip, griffin_lim
 from wavear.evaluation.metrics import (
     HNR_BANDS,
     MEASURES,
-    NEAR,
     RESOLUTIONS,
     NotMeasured,
     frame_levels,
@@ -52,7 +51,7 @@ def vowel(frequency: float = 200.0, seconds: float = 1.0, rate: int = RATE) -> n
     return 0.5 * voice(frequency, seconds, rate, vibrato_cents=0.0).astype(np.float64)
 
 
-def test_a_recording_is_no_distance_from_itself():
+def test_a_recording_has_distance_zero_from_itself():
     x = np.concatenate([vowel(), np.zeros(RATE // 2)]) + noise(RATE * 3 // 2, 1e-4)
     values, missing = measure(x, x.copy(), RATE)
     names = (
@@ -74,21 +73,8 @@ def test_a_recording_is_no_distance_from_itself():
 # ---- multi-resolution STFT distance
 
 
-@pytest.mark.parametrize("gain", [0.25, 2.0])
-def test_stft_distance_of_a_gain(gain):
-    """abs(1 - g) from the spectral convergence, abs(log g) from the magnitudes; but a few bins lie at the floor."""
-    x = noise(8000)
-    assert stft_distance(x, gain * x) == pytest.approx(
-        abs(1 - gain) + abs(math.log(gain)), rel=1e-4
-    )
-
-
-def test_stft_distance_is_that_of_librosas_spectra():
-    assert RESOLUTIONS == (
-        (1024, 120, 600),
-        (2048, 240, 1200),
-        (512, 50, 240),
-    )  # the paper's, table 1
+def test_stft_distance_equals_that_of_librosa_spectra():
+    assert RESOLUTIONS == ((1024, 120, 600), (2048, 240, 1200), (512, 50, 240))  # the paper's
     x, y = noise(5000), noise(5000, 0.3, seed=1)
     expected = []
     for n_fft, hop, length in RESOLUTIONS:
@@ -116,7 +102,7 @@ def test_mel_cepstrum_is_the_cosine_series_of_the_log_mel():
 
 
 def test_mel_cepstral_distortion_is_the_rms_difference_of_the_spectra_in_db():
-    """With all orders, by Parseval; the level of each frame is left out."""
+    """With all orders, by Parseval, without the level of each frame."""
     x = noise(8192)
     y = 3 * np.convolve(x, [1, -0.9], mode="same")
     config = MelConfig(sample_rate=RATE, n_fft=1024, window_length=1024, hop_length=256)
@@ -130,42 +116,23 @@ def test_mel_cepstral_distortion_is_the_rms_difference_of_the_spectra_in_db():
     assert 0 < mel_cepstral_distortion(x, y, RATE) < mel_cepstral_distortion(x, y, RATE, order=79)
 
 
-def test_mel_cepstral_distortion_does_not_hear_the_level():
-    x = noise(8192)
-    assert mel_cepstral_distortion(x, 0.1 * x, RATE) < 1e-9
-
-
 # ---- pitch
 
 
-@pytest.mark.parametrize("cents", [-70.0, 50.0])
-def test_a_shifted_pitch_is_off_by_the_shift(cents):
+def test_pitch_error_is_the_shift_and_the_share_of_frames_that_lost_their_voice():
     """To pyin's resolution, a tenth of a semitone."""
-    rmse, voicing = pitch_error(vowel(200.0), vowel(200.0 * 2 ** (cents / 1200)), RATE)
-    assert rmse == pytest.approx(abs(cents), abs=6)
-    assert voicing < 6  # the fade at the end
-
-
-def test_voicing_error_is_the_share_of_frames_that_lost_their_voice():
-    x = vowel(seconds=2.0)
-    y = x.copy()
-    y[RATE : RATE * 3 // 2] = noise(RATE // 2)
-    rmse, voicing = pitch_error(x, y, RATE)
+    x, shifted = vowel(200.0, 2.0), vowel(200.0 * 2 ** (-70 / 1200), 2.0)
+    shifted[RATE : RATE * 3 // 2] = noise(RATE // 2)
+    rmse, voicing = pitch_error(x, shifted, RATE)
+    assert rmse == pytest.approx(70, abs=6)
     assert voicing == pytest.approx(25, abs=6)
-    assert rmse < 15
 
 
 # ---- log-mel distance
 
 
-@pytest.mark.parametrize("gain", [0.25, 2.0])
-def test_log_mel_distance_of_a_gain_is_its_logarithm(gain):
-    x = noise(8000)
-    assert log_mel_distance(x, gain * x, RATE) == pytest.approx(abs(math.log(gain)), rel=1e-6)
-
-
-def test_log_mel_distance_is_that_of_librosas_mels():
-    """At 22.05 kHz the mel is HiFi-GAN's: 1024, 256, 80 bands to 8 kHz, natural logarithm, at least 1e-5."""
+def test_log_mel_distance_equals_that_of_librosa_mels():
+    """At 22.05 kHz the mel is HiFi-GAN's: 1024, 256, 80 bands to 8 kHz, at least 1e-5."""
     x, y = noise(8192), noise(8192, 0.3, seed=1)
     filters = librosa.filters.mel(sr=22050, n_fft=1024, n_mels=80, fmin=0, fmax=8000)
     mels = []
@@ -186,7 +153,7 @@ def test_log_mel_distance_is_that_of_librosas_mels():
 def pulses(
     period: float, samples: int = 44100, noise_power: float = 1e-6, seed: int = 0
 ) -> np.ndarray:
-    """Pulses of unit energy every `period` samples, whose spectrum is flat, and white noise of a power per sample.
+    """Pulses of unit energy, whose spectrum is flat, and white noise of a power per sample.
 
     The harmonic-to-noise ratio of every band is then 1 / (period * noise_power).
     """
@@ -195,10 +162,9 @@ def pulses(
     return 0.3 * x
 
 
-@pytest.mark.parametrize("period", [100, 147])
-@pytest.mark.parametrize("decibels", [5.0, 10.0, 15.0])
-def test_harmonic_to_noise_ratio_is_that_of_pulses_in_noise(period, decibels):
-    """In every band. The best of many lags is a little too good where there is much noise: 0.8 dB at 5 dB."""
+@pytest.mark.parametrize(("period", "decibels"), [(100, 5.0), (147, 5.0), (100, 15.0)])
+def test_harmonic_to_noise_ratio_equals_that_of_pulses_in_noise(period, decibels):
+    """In every band. The best of many lags is 0.8 dB too good at 5 dB."""
     clean, noisy = pulses(period), pulses(period, noise_power=10 ** (-decibels / 10) / period)
     for band in HNR_BANDS.values():
         assert harmonic_to_noise_ratio(clean, noisy, 22050, band) == pytest.approx(
@@ -207,7 +173,7 @@ def test_harmonic_to_noise_ratio_is_that_of_pulses_in_noise(period, decibels):
         assert harmonic_to_noise_ratio(clean, clean, 22050, band) > 25
 
 
-def test_harmonic_to_noise_ratio_is_of_the_band_alone():
+def test_harmonic_to_noise_ratio_is_of_the_band_only():
     from scipy.signal import butter, sosfilt
 
     clean, ratios = pulses(100), {}
@@ -224,7 +190,7 @@ def test_harmonic_to_noise_ratio_is_of_the_band_alone():
 
 
 def test_harmonic_to_noise_ratio_is_of_blocks_voiced_in_the_recording():
-    """Noise where the recording has none of its voice is not counted, noise where it has is."""
+    """Noise in the recording's unvoiced parts does not count."""
     x = np.concatenate([pulses(100), noise(44100, 0.02)])
     calm, hoarse = x.copy(), x.copy()
     calm[46000:] = noise(42200, 0.1, seed=1)
@@ -243,19 +209,14 @@ def test_bands_beyond_half_of_the_rate_are_left_out():
     assert missing == dict.fromkeys(HNR_BANDS, "no block is voiced")
 
 
-def test_measures_to_come_near_are_those_a_recording_has_itself():
-    assert (*HNR_BANDS, "noise_floor") == NEAR
-
-
-@pytest.mark.parametrize("period", [98.0, 104.0])
-def test_period_error_is_the_difference_in_cents(period):
-    median, gross = period_error(pulses(100), pulses(period), 22050)
-    assert median == pytest.approx(abs(1200 * math.log2(period / 100)), abs=0.5)
+def test_period_error_is_the_difference_in_cents():
+    median, gross = period_error(pulses(100), pulses(98), 22050)
+    assert median == pytest.approx(abs(1200 * math.log2(0.98)), abs=0.5)
     assert gross == 0
 
 
 def test_gross_errors_are_periods_off_by_more_than_five_per_cent():
-    """Of blocks voiced in both: half of the signal is off by 6 %, a part has no voice and does not count."""
+    """Of blocks voiced in both: half of these are off by 6 %, an unvoiced part does not count."""
     x = pulses(100, 66150)
     y = np.concatenate([pulses(100, 22050), pulses(106, 22050), noise(22050, 0.05)])
     _, gross = period_error(x, y, 22050)
@@ -269,16 +230,16 @@ def test_gross_errors_are_periods_off_by_more_than_five_per_cent():
 # ---- noise floor
 
 
-@pytest.mark.parametrize("level", [-70.0, -45.0])
-def test_noise_floor_is_the_level_of_the_noise_that_was_added_to_silence(level):
+def test_noise_floor_is_the_level_of_noise_added_to_silence():
+    level = -70.0
     x = np.concatenate([vowel(), np.zeros(RATE), vowel()])
-    y = x + noise(x.size, 10 ** (level / 20)) + 0.01  # a constant is not heard
+    y = x + noise(x.size, 10 ** (level / 20)) + 0.01  # a constant is inaudible
     assert noise_floor(x, y, RATE) == pytest.approx(level, abs=0.3)
     assert noise_floor(x, x, RATE) == -120.0
 
 
-def test_noise_floor_leaves_out_frames_beside_sound():
-    """Frames of 20 ms: 0-9 sound, 10-19 silence. The signal rings into frame 10, which does not count."""
+def test_noise_floor_leaves_out_frames_next_to_sound():
+    """Frames 0-9 are sound, 10-19 silence; the signal rings into frame 10."""
     size = RATE // 50
     x = np.concatenate([noise(10 * size), np.zeros(10 * size)])
     y = x.copy()
@@ -295,10 +256,8 @@ def test_levels_are_in_db_of_full_scale():
 
 
 @needs["pesq"]
-@pytest.mark.parametrize(
-    ("rate", "wanted", "mode"), [(16000, 16000, "wb"), (22050, 16000, "wb"), (8000, 8000, "nb")]
-)
-def test_pesq_is_the_packages(rate, wanted, mode):
+@pytest.mark.parametrize(("rate", "wanted", "mode"), [(22050, 16000, "wb"), (8000, 8000, "nb")])
+def test_pesq_equals_the_package(rate, wanted, mode):
     import pesq
 
     x = np.concatenate(
@@ -311,7 +270,7 @@ def test_pesq_is_the_packages(rate, wanted, mode):
 
 
 @needs["pystoi"]
-def test_stoi_is_the_packages():
+def test_stoi_equals_the_package():
     import pystoi
 
     x = vowel(seconds=1.0) * (1 + np.sin(2 * np.pi * 4 * np.arange(RATE) / RATE))
@@ -331,15 +290,13 @@ def test_a_missing_package_is_named(name, monkeypatch):
         way(noise(RATE), noise(RATE), RATE)
 
 
-# ---- clips that do not allow it
+# ---- clips without some measures
 
 
-@pytest.mark.parametrize("samples", [1, 500, 3000])
-def test_short_clips_lack_values_with_reasons_and_nothing_fails(samples):
+@pytest.mark.parametrize("samples", [1, 3000])
+def test_short_clips_lack_values_with_reasons(samples):
     with warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore"
-        )  # pystoi warns of what it cannot measure, and gives a number
+        warnings.simplefilter("ignore")  # pystoi warns, and returns a number
         values, missing = measure(noise(samples), noise(samples, seed=1), RATE)
     assert set(values) | set(missing) == set(MEASURES)
     assert {"pesq", "stoi", "f0_rmse"} <= set(missing)
@@ -354,15 +311,15 @@ def test_silence_lacks_values_with_reasons():
     assert {"pesq", "stoi", "f0_rmse", "noise_floor"} <= set(missing)
 
 
-def test_lengths_that_differ_are_refused():
-    with pytest.raises(ValueError, match="expected \\(T,\\) of one length"):
+def test_signals_of_different_lengths_are_refused():
+    with pytest.raises(ValueError, match=r"both must be \(T,\) of one length"):
         stft_distance(noise(3000), noise(3001))
 
 
 # ---- the bounds
 
 
-def test_round_trip_gives_back_the_codes():
+def test_round_trip_keeps_the_codes():
     from wavear import mulaw_encode
 
     x = torch.from_numpy(noise(1000).astype(np.float32))
@@ -382,8 +339,8 @@ def test_round_trip_gives_back_the_codes():
     ],
     ids=["hifigan", "start", "decibels", "short window", "no logarithm"],
 )
-def test_griffin_lim_gives_back_the_mel_and_lies_where_the_recording_lies(settings):
-    """The bands of the result are those given, and shifted by half a hop it is further off the recording."""
+def test_griffin_lim_has_the_mel_and_is_aligned_with_the_recording(settings):
+    """Shifted by half a hop, it is further from the recording."""
     config = MelConfig(**{"sample_rate": RATE, "fmax": 8000.0, **settings})
     x = np.concatenate([np.zeros(4000), vowel(seconds=0.5), noise(3000, 0.05), vowel(300.0, 0.4)])
     x = (x + noise(x.size, 3e-3)).astype(np.float32)  # above the floor of every one of them
@@ -392,9 +349,8 @@ def test_griffin_lim_gives_back_the_mel_and_lies_where_the_recording_lies(settin
     assert y.shape == (mel.shape[1] * config.hop_length,)
     again = log_mel(torch.from_numpy(y)[None], config)[0].numpy()
     given, found = (_uncompressed(each.astype(np.float64), config) for each in (mel, again))
-    assert np.linalg.norm(found - given) < 0.3 * np.linalg.norm(
-        given
-    )  # 0.37 with a window of n_fft samples
+    # 0.37 with a window of n_fft samples
+    assert np.linalg.norm(found - given) < 0.3 * np.linalg.norm(given)
     plain = MelConfig(sample_rate=RATE, n_fft=512, window_length=512, hop_length=32, bands=20)
 
     def off(shift: int) -> float:
@@ -404,3 +360,26 @@ def test_griffin_lim_gives_back_the_mel_and_lies_where_the_recording_lies(settin
 
     assert off(0) < 0.3
     assert off(0) < min(off(config.hop_length // 2), off(-config.hop_length // 2))
+
+
+# ---- known values
+
+KNOWN = {
+    "log_mel": 2.872472,
+    "stft_distance": 3.840979,
+    "mcd": 10.999873,
+    "period_error": 0.109281,
+    "gross_period_error": 0.0,
+    "hnr_low": 28.575299,
+    "hnr_middle": 18.433691,
+    "hnr_high": -6.044666,
+    "noise_floor": -40.139528,
+}
+
+
+def test_values_of_a_fixed_signal_do_not_change():
+    """Computed by the first version of these measures, to rounding."""
+    x = np.concatenate([vowel(), np.zeros(RATE // 2)]) + noise(RATE * 3 // 2, 1e-4)
+    y = 0.9 * np.convolve(x, [0.2, 0.7, 0.1], "same") + noise(x.size, 0.01, seed=1)
+    values, _ = measure(x, y, RATE, names=KNOWN)
+    assert values == pytest.approx(KNOWN, rel=1e-4)

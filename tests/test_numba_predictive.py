@@ -20,8 +20,8 @@ from wavear.generation.cpu.predictive import NumbaPredictiveEngine
 from wavear.generation.cuda import choice, graph
 from wavear.generation.cuda.graph import CudaGraphEngine
 from wavear.generation.engines import make_engine
-from wavear.generation.settings import candidate_seeds
 from wavear.generation.reference import ReferenceEngine
+from wavear.generation.settings import candidate_seeds
 from wavear.models.sampling import uniforms
 
 # Nats. Sums of some ten float32 products round to about 1e-7 of their size.

@@ -4,13 +4,8 @@ from wavear import audio
 from wavear.audio.mulaw import mulaw_decode, mulaw_encode
 from wavear.data import corpora
 from wavear.data.corpus import IndexReport, index
-from wavear.evaluation.evaluation import (
-    EvaluateConfig,
-    Evaluation,
-    compare,
-    compare_models,
-    evaluate,
-)
+from wavear.evaluation.evaluation import compare, compare_models, evaluate
+from wavear.evaluation.records import EvaluateConfig, Evaluation
 from wavear.generation.defects import watch
 from wavear.generation.sampler import generate
 from wavear.generation.scoring import score

@@ -22,7 +22,6 @@ from wavear.generation.cpu.ceiling import measure as measure_ceiling
 from wavear.generation.cuda.card import card
 from wavear.generation.cuda.card import limit as card_limit
 from wavear.generation.cuda.choice import pick
-from wavear.generation.conditioner import Conditioner
 from wavear.generation.engines import WEIGHTS, make_engine
 from wavear.models.base import AutoregressiveModel
 from wavear.models.families import FAMILIES

@@ -16,7 +16,7 @@ from wavear.cli.synthesis import generate, mel, synthesize
 from wavear.cli.training import recipe, run_training, train
 from wavear.common.atomic import say
 from wavear.common.errors import WavearError
-from wavear.evaluation.evaluation import EvaluateConfig
+from wavear.evaluation.records import EvaluateConfig
 
 __all__ = ["COMMANDS", "main", "recipe", "run_training"]
 logger = logging.getLogger(__name__)
@@ -107,15 +107,7 @@ def evaluate(
     """
     from wavear.evaluation.evaluation import evaluate
 
-    result = evaluate(
-        checkpoint,
-        data,
-        out,
-        config,
-        progress=sys.stderr.isatty(),
-        say=say,
-        complain=logger.error,
-    )
+    result = evaluate(checkpoint, data, out, config, progress=sys.stderr.isatty())
     for line in result.summary():
         say(line)
     return 1 if result.record["failed"] else 0
@@ -221,20 +213,14 @@ def compare(
 
     if len(sources) < 2:
         raise WavearError("compare needs two models or more")
-    complaints: list[str] = []
-
-    def complain(line: str) -> None:
-        complaints.append(line)
-        logger.error("%s", line)
-
-    told: dict[str, Any] = {"progress": sys.stderr.isatty(), "say": say, "complain": complain}
+    progress = sys.stderr.isatty()
     if len(sources) == 2 and not models and same_codes(*sources):
-        found = compare(sources[0], sources[1], out, data, config, **told)
+        found = compare(sources[0], sources[1], out, data, config, progress=progress)
     else:
-        found = compare_models(sources, out, data, config, **told)
+        found = compare_models(sources, out, data, config, progress=progress)
     for line in found.summary():
         say(line)
-    return 1 if complaints else 0
+    return 1 if found.skipped else 0
 
 
 @dataclasses.dataclass(frozen=True)

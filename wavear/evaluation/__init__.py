@@ -1,1 +1,1 @@
-"""What `wavear.evaluate` and `wavear.compare` are made of; docs/evaluation.md has the definitions in one place."""
+"""Evaluation of models; docs/evaluation.md has the definitions."""

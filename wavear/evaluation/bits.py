@@ -1,11 +1,11 @@
-"""Bits per sample of whole recordings: under the model, and under laws that need none, on the same samples."""
+"""Bits of whole recordings to the last sample, under a model and under fitted baselines."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -13,113 +13,134 @@ import torch
 
 from wavear.audio.emphasis import coefficient, emphasised
 from wavear.audio.grid import COMMON_GRIDS, Grid
+from wavear.common.errors import WavearError
 from wavear.data.corpus import Recording, reason
 from wavear.data.crops import Layout, read_span
 from wavear.evaluation.held_out import Counts, baselines, code_blocks
-from wavear.evaluation.linear_baseline import bits_of, fit_predictor
 from wavear.evaluation.metrics import frame_levels
 from wavear.generation.conditioner import Conditioner
 from wavear.generation.scoring import score_parallel
 from wavear.mel.spectrogram import log_mel
 from wavear.models.base import AutoregressiveModel
 from wavear.models.distributions import converts
+from wavear.models.fitting import Fitter
 from wavear.models.linear import Linear
 
 BLOCK_SECONDS = 60.0  # of a recording at once
-LEVELS = (
-    -math.inf,
-    -70.0,
-    -60.0,
-    -50.0,
-    -40.0,
-    -30.0,
-    -20.0,
-    math.inf,
-)  # dB of full scale, RMS of 20 ms
+# dB of full scale, RMS of 20 ms
+LEVELS = (-math.inf, -70.0, -60.0, -50.0, -40.0, -30.0, -20.0, math.inf)
+ORDER = 32  # of the linear baseline
 
 
 @dataclass
 class Scores:
-    """Of one recording. Bits are sums; per sample they are what is divided by `samples`."""
+    """Bits of one recording, as sums over its samples."""
 
     samples: int = 0
     bits: dict[str, float] = field(default_factory=dict)
-    """"model", "uniform", "unigram", "markov", "linear": those there are."""
+    """"model", and the baselines "uniform", "unigram", "markov", "linear" where they exist."""
     level_samples: np.ndarray = field(default_factory=lambda: np.zeros(len(LEVELS) - 1, np.int64))
     """Samples by the level of the 20 ms around them, between `LEVELS`."""
     level_bits: np.ndarray = field(default_factory=lambda: np.zeros(len(LEVELS) - 1))
     """Bits of the model, likewise."""
     digest: str = ""
-    """Of the codes: equal for recordings that are the same to the model."""
+    """Of the codes: equal for recordings that the model cannot distinguish."""
     common: dict[str, float] = field(default_factory=dict)
-    """Bits of the model on `COMMON_GRIDS`, "linear" and "mulaw"; without those that are finer than the model's own grid
-    in places and coarser in others, and none where the codes are of pre-emphasised audio."""
+    """Bits of the model on `COMMON_GRIDS`, "linear" and "mulaw", without a grid that is finer than
+    the model's in places and coarser in others. Empty where codes are of pre-emphasised audio."""
 
 
 @dataclass(frozen=True)
 class Baselines:
-    """Laws that need no model, fitted."""
+    """Distributions that need no model, fitted to recordings."""
 
     counts: Counts
     linear: Linear
     failed: dict[str, str] = field(default_factory=dict)
-    """Recordings that cannot be read, and why: they are passed over."""
+    """Recordings that cannot be read, and why: they are skipped."""
 
     @classmethod
     def fit(cls, recordings: Sequence[Recording], layout: Layout, grid: Grid) -> Baselines:
-        """To the codes of recordings.
+        """Fit to the codes of recordings.
 
         Raises
         ------
         ValueError
-            If not one of them can be read.
+            If none of them can be read.
         """
-        layout = every_sample(layout)
+        layout = dataclasses.replace(layout, hop=1)  # every sample
+        small = np.uint8 if grid.classes <= 256 else np.uint16
         good, rows, failed = [], [], {}
         for recording in recordings:
             try:
-                rows.append(codes_of(recording, layout, grid))
-                good.append(recording)
+                blocks = [codes.astype(small) for codes in code_blocks(recording, layout, grid)]
             except (ValueError, OSError) as error:
                 failed[recording.name] = reason(error, recording)
+            else:
+                good.append(recording)
+                rows.append(np.concatenate(blocks))
         if failed and not good:
             name, why = next(iter(failed.items()))
-            raise ValueError(
+            raise WavearError(
                 f"none of the recordings for the baselines can be read; the first: {name}: {why}"
             )
         return cls(Counts.of(good, layout, grid), fit_predictor(rows, grid), failed)
 
     def bits(self, recording: Recording, layout: Layout, grid: Grid) -> dict[str, float]:
-        """Sums over a recording."""
-        layout = every_sample(layout)
+        """Return the bits of a recording by baseline, summed over every sample."""
+        layout = dataclasses.replace(layout, hop=1)
         counted = Counts.of([recording], layout, grid)
         samples = int(counted.single.sum())
         found = {name: value * samples for name, value in baselines(self.counts, counted).items()}
-        order = self.linear.receptive_field
         total, past = 0.0, np.zeros(0, np.int64)
         for codes in code_blocks(recording, layout, grid):
             joined = np.concatenate([past, codes])
-            total += float(bits_of(self.linear, joined)[len(past) :].sum())
-            past = joined[-order:]
+            total += float(bits_of(self.linear, joined, first=len(past)).sum())
+            past = joined[-self.linear.receptive_field :]
         return found | {"linear": total}
 
 
-def every_sample(layout: Layout) -> Layout:
-    """A layout by which `code_blocks` leaves out no samples at the end."""
-    return dataclasses.replace(layout, hop=1)
+def fit_predictor(recordings: Iterable[np.ndarray], grid: Grid, order: int = ORDER) -> Linear:
+    """Return the likeliest linear predictor of recordings given as codes (T_i,).
+
+    Samples and (of mu-law codes) companded values are tried, each with a Laplace and a normal
+    residual.
+
+    Raises
+    ------
+    ValueError
+        If there are no samples.
+    """
+    fitter = Fitter(grid, order=order, law="auto", domain="auto", method="silence")
+    for codes in recordings:
+        fitter.begin()
+        fitter.push(codes)
+        fitter.end()
+    return fitter.fit().model
 
 
-def codes_of(recording: Recording, layout: Layout, grid: Grid) -> np.ndarray:
-    """All codes of a recording, (T,), in as few bytes as they need."""
-    small = np.uint8 if grid.classes <= 256 else np.uint16
-    return np.concatenate([codes.astype(small) for codes in code_blocks(recording, layout, grid)])
+@torch.inference_mode()
+def bits_of(model: Linear, codes: np.ndarray, first: int = 0) -> np.ndarray:
+    """Return -log2 P of codes[first:] given those before them, (T - first,) float64.
+
+    Silence precedes codes[0].
+
+    Parameters
+    ----------
+    model : Linear
+    codes : array, shape (T,), integers in [0, Q)
+    first : int
+    """
+    given = torch.from_numpy(np.asarray(codes, dtype=np.int64))[None]
+    scores = score_parallel(model, given, Conditioner(model, None, None), first=first)
+    return -scores[0].numpy() / math.log(2)
 
 
 @torch.inference_mode()
 def score_recording(
     model: AutoregressiveModel, recording: Recording, speaker: int | None
 ) -> Scores:
-    """Bits of every sample of a recording under a model, in memory that does not grow with its length.
+    """Return the bits of every sample of a recording under a model, in bounded memory.
 
     Parameters
     ----------
@@ -144,10 +165,19 @@ def score_recording(
             found.common[name] += float((row / math.log(2)).sum())
         codes = model.grid.encode(torch.from_numpy(waveform)).numpy()
         digest.update(codes.astype("<u2").tobytes())
-        _add_by_level(found, waveform, bits, rate)
+        size = round(0.02 * rate)
+        groups = level_groups(waveform, rate)
+        np.add.at(found.level_samples, groups, size)
+        np.add.at(found.level_bits, groups, bits[: len(groups) * size].reshape(-1, size).sum(1))
     found.bits["model"] = total
     found.digest = digest.hexdigest()
     return found
+
+
+def level_groups(waveform: np.ndarray, rate: int) -> np.ndarray:
+    """Return the group, a number of an interval of `LEVELS`, of each whole 20 ms of a waveform."""
+    levels = frame_levels(waveform, rate)
+    return np.clip(np.searchsorted(LEVELS, levels, side="right") - 1, 0, len(LEVELS) - 2)
 
 
 def scored_blocks(
@@ -157,13 +187,13 @@ def scored_blocks(
     seconds: float = BLOCK_SECONDS,
     grids: Sequence[Grid] | None = None,
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """A recording block by block: waveform (n,) and -log P of its samples (n,), in nats, as `wavear.score` has them.
+    """Yield waveform (n,) and -log P in nats (n,), as `wavear.score`, block by block.
 
-    With `grids`, -log P on each of them, (len(grids), n).
+    With `grids`, -log P is on each of them, (len(grids), n).
 
-    A block is scored with all of the past that the model sees in front of it, or from the state
-    that it carries, and with the mel of the whole: the frames its conditioning looks at, from all
-    samples that their windows see.
+    A block is scored with all of the past that the model sees in front of it, or from the carried
+    state, and with the mel of the whole: the frames that its conditioning sees, from all samples
+    under their windows.
     """
     rate, mel_config, total = model.config.sample_rate, model.config.mel, recording.frames
     hop = 1 if mel_config is None else mel_config.hop_length
@@ -180,31 +210,16 @@ def scored_blocks(
         stop = min(start + length, total)
         first, last = max(start - context, 0), min(math.ceil(stop / hop) * hop + ahead, padded)
         a, b = max(first - margin, 0), min(last + margin, padded)
-        waveform = torch.from_numpy(
-            np.pad(read_span(recording, rate, a, min(b, total)), (0, max(b - total, 0)))
-        )
+        read = read_span(recording, rate, a, min(b, total))
+        waveform = torch.from_numpy(np.pad(read, (0, max(b - total, 0))))
         mels = None
         if mel_config is not None:
-            mels = [
-                log_mel(waveform[None], mel_config)[0, :, (first - a) // hop : (last - a) // hop]
-            ]
+            whole = log_mel(waveform[None], mel_config)
+            mels = [whole[0, :, (first - a) // hop : (last - a) // hop]]
         conditioner = Conditioner(model, mels, None if speaker is None else [speaker])
-        codes = model.grid.encode(
-            emphasised(waveform[first - a : stop - a], coefficient(model.config))
-        )[None]
+        heard = emphasised(waveform[first - a : stop - a], coefficient(model.config))
+        codes = model.grid.encode(heard)[None]
         scores = score_parallel(
             model, codes, conditioner, first=start - first, state=state, grids=grids
         )
         yield waveform[start - a : stop - a].numpy(), -scores[..., 0, :].numpy()
-
-
-def _add_by_level(scores: Scores, waveform: np.ndarray, bits: np.ndarray, rate: int) -> None:
-    size = round(0.02 * rate)
-    whole = bits.size // size * size
-    if not whole:
-        return
-    which = np.clip(
-        np.searchsorted(LEVELS, frame_levels(waveform, rate), side="right") - 1, 0, len(LEVELS) - 2
-    )
-    np.add.at(scores.level_samples, which, size)
-    np.add.at(scores.level_bits, which, bits[:whole].reshape(-1, size).sum(1))

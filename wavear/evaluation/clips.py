@@ -1,4 +1,4 @@
-"""Which recordings are evaluated, which the baselines are fitted to, and which of them the model has seen."""
+"""Choose the recordings of an evaluation, and those to fit baselines to."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from wavear.common.errors import WavearError
 from wavear.data.corpus import (
     Recording,
     _level_by_speaker,
@@ -24,17 +25,15 @@ from wavear.data.corpus import (
 )
 from wavear.data.shards import is_shards, refuse_remote
 from wavear.evaluation.held_out import subset
+from wavear.evaluation.records import RECORD, SOUNDS, STRIP, TABLE_RECORD
 
 _THREADS = 8  # reading headers waits for the disk
-_REPORTS = {
-    "audio": "evaluation.json",
-    "strip": "models.json",
-}  # folders of sound, and what lies beside them
+_REPORTS = {SOUNDS: RECORD, STRIP: TABLE_RECORD}  # folders of audio, and the files next to them
 
 
 @dataclass
 class Clips:
-    """What is evaluated."""
+    """Recordings to evaluate."""
 
     good: list[Recording]
     failed: dict[str, str] = field(default_factory=dict)
@@ -44,13 +43,13 @@ class Clips:
 
 @dataclass(frozen=True)
 class Preparation:
-    """What training did to the level and the ends of recordings."""
+    """The treatment of levels and ends in a model's training."""
 
     normalise: Any = "none"
     normalise_by: Any = "file"
     trim_silence: float | None = None
     gains: dict[str, float] = field(default_factory=dict)
-    """Of the speakers in training, with `normalise_by` "speaker"; empty where the run did not write them down."""
+    """Of the training's speakers, with `normalise_by` "speaker"; empty if the run has none."""
 
     @property
     def by_speaker(self) -> bool:
@@ -59,22 +58,19 @@ class Preparation:
 
     @property
     def words(self) -> list[str]:
-        """What it does, for a report."""
+        """A description for a report; empty where samples are those of the file."""
         by = " for each speaker" if self.by_speaker else ""
         found = [] if self.normalise == "none" else [f"level by {self.normalise}{by}"]
-        return found + (
-            [] if self.trim_silence is None else [f"ends {self.trim_silence:g} dB down cut"]
-        )
-
-    @property
-    def does_something(self) -> bool:
-        """Whether samples differ from the file's."""
-        return bool(self.words)
+        if self.trim_silence is not None:
+            found.append(f"ends {self.trim_silence:g} dB down cut")
+        return found
 
 
 def training_record(checkpoint: str | Path) -> dict[str, Any]:
-    """The `config` of the train.json of the run that a checkpoint is of, and the `gains` of its speakers where it has
-    some; empty without one that can be read."""
+    """Return the `config` of the run's train.json, with the `gains` of its speakers.
+
+    Empty without a readable one.
+    """
     path = of_run(checkpoint, "train.json")
     if path is None:
         return {}
@@ -86,7 +82,7 @@ def training_record(checkpoint: str | Path) -> dict[str, Any]:
 
 
 def of_run(checkpoint: str | Path, name: str) -> Path | None:
-    """A file of the run that a checkpoint's folder lies in, one or two levels above it."""
+    """Return a file of the run that a checkpoint belongs to, one or two levels above it."""
     if not Path(checkpoint).is_dir():
         return None
     above = list(Path(checkpoint).resolve().parents)[:2]
@@ -94,75 +90,102 @@ def of_run(checkpoint: str | Path, name: str) -> Path | None:
 
 
 def preparation(trained: dict[str, Any]) -> Preparation:
-    """As `training_record` says."""
-    return Preparation(
-        **{f.name: trained[f.name] for f in dataclasses.fields(Preparation) if f.name in trained}
-    )
+    """Return the treatment that a `training_record` describes."""
+    names = [f.name for f in dataclasses.fields(Preparation) if f.name in trained]
+    return Preparation(**{name: trained[name] for name in names})
+
+
+def none_usable(data: str | Path, failed: dict[str, str]) -> WavearError:
+    """Return the error for data without a usable clip."""
+    name, why = next(iter(failed.items()))
+    return WavearError(f"{data}: none of the clips can be used; the first: {name}: {why}")
 
 
 def open_clips(
     data: str | Path, rate: int, least: int, prepared: Preparation, speakers: bool
 ) -> Clips:
-    """The recordings of a folder or a manifest, of the latter what is not for training where a column `split` says so.
+    """Open the recordings of a folder or manifest; with a column `split`, the held-out ones.
 
-    What earlier reports below the folder hold is no recording.
+    The audio of earlier reports below the folder is left out.
 
     Raises
     ------
     FileNotFoundError, ValueError
-        As `wavear.data.corpus.find`; and if not one can be used.
+        As `wavear.data.corpus.find`; and if no clip can be used.
     """
     clips = Clips([])
-    found = _found(data, speakers, prepared, clips.notes)
+    found = _find(data, speakers, prepared, clips.notes)
     if held := [r for r in found if r.split in ("validation", "test")]:
         if len(held) < len(found):
             clips.notes.append(
                 f"{len(held)} of {len(found)} recordings: those not for training by their split"
             )
         found = held
-
-    def look(recording: Recording) -> Recording | str:
-        try:
-            opened = _open(recording, rate, least)
-            if not prepared.does_something:
-                return opened
-            return _measured(opened, rate, prepared.normalise, prepared.trim_silence)
-        except (ValueError, OSError) as error:
-            return reason(error, recording)
-
-    with ThreadPoolExecutor(_THREADS) as pool:
-        for recording, result in zip(found, pool.map(look, found), strict=True):
-            if isinstance(result, str):
-                clips.failed[recording.name] = result
-            else:
-                clips.good.append(result)
+    clips.good, clips.failed = _open_each(found, rate, least, prepared)
     if not clips.good:
-        name, why = next(iter(clips.failed.items()))
-        raise ValueError(f"{data}: none of the clips can be used; the first: {name}: {why}")
+        raise none_usable(data, clips.failed)
     by = ""
     if prepared.by_speaker:
         clips.good, by = _speaker_levels(clips.good, prepared.gains)
-    if rates := sorted({r.sample_rate for r in clips.good} - {rate}):
-        count = sum(r.sample_rate != rate for r in clips.good)
-        listed = ", ".join(map(str, rates))
+    if other := [r.sample_rate for r in clips.good if r.sample_rate != rate]:
+        listed = ", ".join(map(str, sorted(set(other))))
         clips.notes.append(
-            f"{count} of {len(clips.good)} clips are resampled to {rate} Hz (from {listed} Hz)"
+            f"{len(other)} of {len(clips.good)} clips are resampled to {rate} Hz (from {listed} Hz)"
         )
-    if prepared.does_something:
+    if prepared.words:
         clips.notes.append(f"treated as in training: {', '.join(prepared.words)}{by}")
     return clips
 
 
-def _found(
+def open_clips_for_fitting(
+    data: str, rate: int, least: int, prepared: Preparation
+) -> list[Recording]:
+    """Open recordings to fit to; of a manifest with a column `split`, those for training."""
+    found = [r for r in _find(data, False, prepared, []) if r.split in (None, "train")]
+    if not found:
+        raise WavearError(
+            f"{data}: every recording is held out by its 'split'; pass recordings for training"
+        )
+    good, failed = _open_each(found, rate, least, prepared)
+    if not good:
+        raise none_usable(data, failed)
+    return _speaker_levels(good, prepared.gains)[0] if prepared.by_speaker else good
+
+
+def _open_each(
+    recordings: Sequence[Recording], rate: int, least: int, prepared: Preparation
+) -> tuple[list[Recording], dict[str, str]]:
+    """Return the usable recordings, with length and gain, and the reasons for the others."""
+
+    def opened(recording: Recording) -> Recording | str:
+        try:
+            found = _open(recording, rate, least)
+            if not prepared.words:
+                return found
+            return _measured(found, rate, prepared.normalise, prepared.trim_silence)
+        except (ValueError, OSError) as error:
+            return reason(error, recording)
+
+    good, failed = [], {}
+    with ThreadPoolExecutor(_THREADS) as pool:
+        for recording, result in zip(recordings, pool.map(opened, recordings), strict=True):
+            if isinstance(result, str):
+                failed[recording.name] = result
+            else:
+                good.append(result)
+    return good, failed
+
+
+def _find(
     data: str | Path, speakers: bool, prepared: Preparation, notes: list[str]
 ) -> list[Recording]:
-    """As `wavear.data.corpus.find`, with speakers where they have gains, and without the sound of earlier reports."""
+    """Find recordings, with speakers where these have gains, without those of earlier reports."""
     try:
         found = find(data, speakers or prepared.by_speaker)
     except ValueError:
         if speakers or not prepared.by_speaker:
             raise
-        found = find(data)  # a folder without sub-folders names nobody
+        found = find(data)  # a folder without sub-folders has no speakers
     if not Path(data).is_dir():
         return found
     exists = functools.cache(lambda folder, name: (Path(data, folder) / name).is_file())
@@ -176,45 +199,43 @@ def _found(
 
     left = [recording for recording in found if not of_report(recording.name)]
     if not left:
-        raise ValueError(f"{data} holds no recordings but those of earlier reports")
+        raise WavearError(f"{data} has no recordings other than those of earlier reports")
     if len(left) < len(found):
-        notes.append(f"{len(found) - len(left)} files are passed over: they are of earlier reports")
+        notes.append(f"{len(found) - len(left)} files are skipped: they are of earlier reports")
     return left
 
 
 def _speaker_levels(
     recordings: list[Recording], gains: dict[str, float]
 ) -> tuple[list[Recording], str]:
-    """With one gain per speaker, that of the training where it is known, else by these; and what was done, in words."""
+    """Give each speaker one gain, the training's where it is known; return a description too."""
     found = [
         dataclasses.replace(r, gain=gains[r.speaker]) if r.speaker in gains else r
         for r in _level_by_speaker(recordings)
     ]
     speakers = {r.speaker for r in recordings}
+    known = len(speakers & gains.keys())
     if speakers == {None}:
         return found, "; but one gain for all, since no speakers are named"
-    if known := len(speakers & gains.keys()):
-        rest = (
-            ""
-            if known == len(speakers)
-            else f" for {known} of {len(speakers)} and of these clips for the others"
-        )
-        return found, f"; the speakers' gains are those of the training{rest}"
-    return found, "; the speakers' gains are of these clips, those of the training are not known"
+    if not known:
+        return found, "; the speakers' gains are of these clips, those of the training are unknown"
+    rest = f" for {known} of {len(speakers)} and of these clips for the others"
+    which = "" if known == len(speakers) else rest
+    return found, f"; the speakers' gains are those of the training{which}"
 
 
 @dataclass
 class Fitting:
-    """What the baselines are fitted to."""
+    """Recordings that the baselines are fitted to."""
 
     recordings: list[Recording]
-    """Empty: the clips serve each other by halves."""
-    says: str
-    """Where they come from."""
+    """Empty: each half of the clips serves the other."""
+    origin: str
+    """A description of where they come from."""
     trained_on: set[str] = field(default_factory=set)
     """Names of clips that the model was trained on."""
     note: str | None = None
-    """What is to be said where it is not known which these are."""
+    """The reason where these are not known."""
 
 
 def fitting_data(
@@ -226,12 +247,14 @@ def fitting_data(
     train_data: str | None,
     seconds: float,
 ) -> Fitting:
-    """Recordings for the baselines, none of them a clip; and the clips the model was trained on, where that is known.
+    """Choose recordings for the baselines, without the clips.
+
+    Clips that the model was trained on are found too.
 
     Raises
     ------
     FileNotFoundError, ValueError
-        If `train_data` cannot be used, or is nothing but the clips.
+        If `train_data` cannot be used, or has only the clips.
     """
     corpus: Sequence[Recording] = []
     source, unknown = trained.get("data"), None
@@ -251,55 +274,26 @@ def fitting_data(
                 speakers=bool(trained.get("speakers")) or prepared.normalise_by == "speaker",
                 trim_silence=prepared.trim_silence,
             ).train
-        except (ValueError, OSError) as error:  # it has changed since: then it says nothing
+        except (ValueError, OSError) as error:  # the data changed since the training
             unknown = str(error)
     elif isinstance(source, str):
         unknown = f"{source} is not here"
     seen = overlapping(clips, corpus)
-    says = f"{source}, that the model was trained on"
+    origin = f"{source}, the model's training data"
     if train_data is not None:
-        corpus = open_clips_for_fitting(train_data, rate, least, prepared)
-        says = train_data
+        corpus, origin = open_clips_for_fitting(train_data, rate, least, prepared), train_data
     twice = overlapping(corpus, clips)
     left = [r for r, held_out in zip(corpus, twice, strict=True) if not held_out]
     if train_data is not None and not left:
-        raise ValueError(
-            f"{train_data} holds nothing but the evaluated clips: baselines need other recordings"
+        raise WavearError(
+            f"{train_data} has only the evaluated clips: pass other recordings to fit baselines to"
         )
     random.Random(0).shuffle(left)
     chosen = subset(left, seconds * rate) if left else []
     if not chosen:
-        says = "the clips themselves, each half for the other"
+        origin = "the clips themselves, each half for the other"
+    note = None
+    if unknown is not None:
+        note = f"whether clips were trained on is not known: of the training data, {unknown}"
     names = {clip.name for clip, known in zip(clips, seen, strict=True) if known}
-    note = (
-        None
-        if unknown is None
-        else f"whether clips were trained on is not known: of its data, {unknown}"
-    )
-    return Fitting(chosen, says, names, note)
-
-
-def open_clips_for_fitting(
-    data: str, rate: int, least: int, prepared: Preparation
-) -> list[Recording]:
-    """Recordings to fit to: of a manifest with a column `split`, those for training."""
-    found = _found(data, False, prepared, [])
-    names = {r.name for r in found if r.split in (None, "train")}
-    if not names:
-        raise ValueError(
-            f"{data}: every recording is held out by its 'split', none is left to fit to"
-        )
-    good = []
-    for recording in found:
-        if recording.name not in names:
-            continue
-        try:
-            opened = _open(recording, rate, least)
-            if prepared.does_something:
-                opened = _measured(opened, rate, prepared.normalise, prepared.trim_silence)
-            good.append(opened)
-        except (ValueError, OSError):
-            continue
-    if not good:
-        raise ValueError(f"{data}: none of the recordings can be used")
-    return _speaker_levels(good, prepared.gains)[0] if prepared.by_speaker else good
+    return Fitting(chosen, origin, names, note)

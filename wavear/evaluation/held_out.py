@@ -1,4 +1,4 @@
-"""Bits per sample of held-out recordings: of a model, exactly and in bounded memory, and of what needs no model."""
+"""Exact bits per sample of held-out recordings in bounded memory, and counts of codes."""
 
 from __future__ import annotations
 
@@ -12,14 +12,13 @@ import torch
 
 from wavear.audio.emphasis import emphasised
 from wavear.audio.grid import Grid
+from wavear.common.errors import WavearError
 from wavear.data.corpus import Recording, reason
-from wavear.data.crops import Layout, Segments, coded, collate, read_crop, read_span
+from wavear.data.crops import Batch, Layout, Segments, coded, collate, read_crop, read_span
 from wavear.models.base import AutoregressiveModel
 from wavear.models.crop_loss import crop_loss, layout_of
 
-_EVALUATION_SEGMENT = (
-    16384  # samples of loss per crop: the context costs little, and the memory stays bounded
-)
+_EVALUATION_SEGMENT = 16384  # samples of loss per crop: little context, and bounded memory
 _EVALUATION_BATCH = {"cpu": 1, "cuda": 16}  # crops at once
 _EVALUATION_LANES = {"cpu": 8, "cuda": 64}  # recordings at once, of models that carry their state
 _MARKOV_CLASSES = 1024  # the table of an order-1 Markov chain has the square of the classes
@@ -37,7 +36,7 @@ class Bits:
     samples: np.ndarray
     """(recordings,)."""
     skipped: dict[str, str] = dataclasses.field(default_factory=dict)
-    """Recordings that could not be read, or in part: name and reason. What could be read of them counts."""
+    """Recordings that could not be read, or in part: name and reason. What was read counts."""
 
     @property
     def per_sample(self) -> float:
@@ -50,9 +49,9 @@ class Bits:
         """
         if not self.samples.sum():
             why = next(
-                (f"{name}: {reason}" for name, reason in self.skipped.items()), "they are too short"
+                (f"{name}: {why}" for name, why in self.skipped.items()), "all are too short"
             )
-            raise ValueError(f"not one held-out sample can be read ({why})")
+            raise WavearError(f"not one held-out sample can be read ({why})")
         return float(self.total.sum() / self.samples.sum())
 
 
@@ -66,11 +65,11 @@ def held_out_bits(
     world: int = 1,
     note: _Note | None = None,
 ) -> Bits:
-    """Bits of whole recordings under `model`, on the device it is on.
+    """Return the bits of whole recordings under `model`, on the device it is on.
 
-    The recordings are covered by crops with the receptive field in front of each, so every sample
-    is scored once and with all of its past, whatever the length. Arithmetic is the model's own
-    (float32), sums are float64.
+    Crops with the receptive field in front of each cover the recordings, so every sample is scored
+    once and with all of its past, whatever the length; a model that carries its state carries it
+    along each recording. Arithmetic is the model's own (float32), sums are float64.
 
     Parameters
     ----------
@@ -82,55 +81,90 @@ def held_out_bits(
     rank, world : int
         Of `world` processes, this one scores every `world`-th crop; the sums are to be added up.
     note : callable, optional
-        Is told the bits of every sample, crop by crop: recording, first sample, bits (n,).
+        Receives the bits of every sample, crop by crop: recording, first sample, bits (n,).
 
     Returns
     -------
     Bits
         With the names of recordings that could not be read.
     """
-    layout = layout_of(model, min(_EVALUATION_SEGMENT, _longest(recordings)))
-    device = next(model.parameters()).device
+    longest = max((r.frames for r in recordings), default=1)
+    layout = layout_of(model, min(_EVALUATION_SEGMENT, longest))
     segments = Segments(recordings, layout, speakers)
-    if model.carries:
-        return _carried_bits(model, segments, rank, world, note)
-    crops = [
-        (n, *crop) for n, recording in enumerate(recordings) for crop in layout.cover(recording)
-    ]
     found = Bits(np.zeros(len(recordings)), np.zeros(len(recordings), dtype=np.int64))
-    size = _EVALUATION_BATCH.get(device.type, 1)
     training = model.training
     model.eval()
-    mine = crops[rank::world]
-    for at in range(0, len(mine), size):
-        rows: list[dict] = []
-        scored: list[tuple[Recording, int, int, int]] = []
-        for n, start, first, last in mine[at : at + size]:
-            waveform = _read(recordings[n], layout, start, found)
-            if waveform is not None:
-                rows.append(segments.item(recordings[n], n, start, first, last, waveform))
-                scored.append((recordings[n], start, first, last))
-        if not rows:
-            continue
-        batch = collate(rows).to(device)
-        nats, mask = crop_loss(model, batch, layout)
-        np.add.at(
-            found.total,
-            batch.source.cpu().numpy(),
-            nats.sum(1, dtype=torch.float64).cpu().numpy() / math.log(2),
-        )
-        np.add.at(found.samples, batch.source.cpu().numpy(), mask.sum(1).cpu().numpy())
-        for row, (recording, start, first, last) in enumerate(scored if note is not None else ()):
+    scored = _carried if model.carries else _crops
+    for batch, nats, mask in scored(model, segments, found, rank, world):
+        source = batch.source.cpu().numpy()
+        bits = nats.sum(1, dtype=torch.float64).cpu().numpy() / math.log(2)
+        np.add.at(found.total, source, bits)
+        np.add.at(found.samples, source, mask.sum(1).cpu().numpy())
+        for row, n in enumerate(source if note is not None else ()):
             assert note is not None
-            note(
-                recording, start + first, nats[row, first:last].double().cpu().numpy() / math.log(2)
-            )
+            first, last = batch.span[row].tolist()
+            if last > first:
+                bits = nats[row, first:last].double().cpu().numpy() / math.log(2)
+                note(recordings[n], int(batch.start[row]) + first, bits)
     model.train(training)
     return found
 
 
+_Scored = Iterator[tuple[Batch, torch.Tensor, torch.Tensor]]
+
+
+def _crops(
+    model: AutoregressiveModel, segments: Segments, found: Bits, rank: int, world: int
+) -> _Scored:
+    """Score crops, some at once: yield each batch with its nats and mask, (B, window)."""
+    layout, recordings = segments.layout, segments.recordings
+    device = next(model.parameters()).device
+    crops = [(n, *crop) for n, each in enumerate(recordings) for crop in layout.cover(each)]
+    mine, size = crops[rank::world], _EVALUATION_BATCH.get(device.type, 1)
+    for at in range(0, len(mine), size):
+        rows = []
+        for n, start, first, last in mine[at : at + size]:
+            waveform = _read(recordings[n], layout, start, found)
+            if waveform is not None:
+                rows.append(segments.item(recordings[n], n, start, first, last, waveform))
+        if rows:
+            batch = collate(rows).to(device)
+            yield batch, *crop_loss(model, batch, layout)
+
+
+def _carried(
+    model: AutoregressiveModel, segments: Segments, found: Bits, rank: int, world: int
+) -> _Scored:
+    """Score recordings from end to end with the state carried along, as `_crops`.
+
+    Recordings of similar length run in parallel, since the samples of one wait for each other.
+    """
+    layout, recordings = segments.layout, segments.recordings
+    device = next(model.parameters()).device
+    lengths = [layout.length(recording) for recording in recordings]
+    mine = sorted(range(len(lengths)), key=lengths.__getitem__)[rank::world]
+    size = _EVALUATION_LANES.get(device.type, 1)
+    for lanes in (mine[at : at + size] for at in range(0, len(mine), size)):
+        state = model.init_state(len(lanes))
+        previous = torch.full((len(lanes),), model.start_code, device=device)
+        for start in range(0, lengths[lanes[-1]], layout.segment):
+            items = []
+            for n in lanes:
+                last = max(0, min(layout.segment, lengths[n] - start))  # 0: the recording ended
+                waveform = _read(recordings[n], layout, start, found) if last else None
+                if waveform is None:
+                    lengths[n], last = min(lengths[n], start), 0  # what follows has no past
+                    waveform = np.zeros(layout.window + 2 * layout.margin, dtype=np.float32)
+                place = start if last else 0
+                items.append(segments.item(recordings[n], n, place, 0, last, waveform))
+            batch = collate(items).to(device)
+            nats, mask = crop_loss(model, batch, layout, carried=(state, previous))
+            previous = model.grid.encode(coded(batch, layout)[:, -1])
+            yield batch, nats, mask
+
+
 def _read(recording: Recording, layout: Layout, start: int, found: Bits) -> np.ndarray | None:
-    """A crop; None if it cannot be read, which is noted in `found`."""
+    """Read a crop; note one that cannot be read in `found`, and return None."""
     try:
         return read_crop(recording, layout, start)
     except (ValueError, OSError) as error:
@@ -138,100 +172,44 @@ def _read(recording: Recording, layout: Layout, start: int, found: Bits) -> np.n
         return None
 
 
-def _carried_bits(
-    model: AutoregressiveModel, segments: Segments, rank: int, world: int, note: _Note | None
-) -> Bits:
-    """`held_out_bits` of a model that carries its state along each recording; of several processes each takes some.
-
-    Recordings of like length run side by side, since the samples of one wait for each other.
-    """
-    layout, device, training = segments.layout, next(model.parameters()).device, model.training
-    found = Bits(
-        np.zeros(len(segments.recordings)), np.zeros(len(segments.recordings), dtype=np.int64)
-    )
-    lengths = [layout.length(recording) for recording in segments.recordings]
-    mine = sorted(range(len(lengths)), key=lengths.__getitem__)[rank::world]
-    size = _EVALUATION_LANES.get(device.type, 1)
-    model.eval()
-    for lanes in (mine[at : at + size] for at in range(0, len(mine), size)):
-        state, previous = (
-            model.init_state(len(lanes)),
-            torch.full((len(lanes),), model.start_code, device=device),
-        )
-        for start in range(0, lengths[lanes[-1]], layout.segment):
-            items = []
-            for n in lanes:
-                last = max(
-                    0, min(layout.segment, lengths[n] - start)
-                )  # 0: this recording has ended
-                recording = segments.recordings[n]
-                waveform = _read(recording, layout, start, found) if last else None
-                if waveform is None:
-                    lengths[n], last = min(lengths[n], start), 0  # what comes behind has no past
-                    waveform = np.zeros(layout.window + 2 * layout.margin, dtype=np.float32)
-                items.append(segments.item(recording, n, start if last else 0, 0, last, waveform))
-            batch = collate(items).to(device)
-            nats, mask = crop_loss(model, batch, layout, carried=(state, previous))
-            previous = model.grid.encode(coded(batch, layout)[:, -1])
-            found.total[lanes] += nats.sum(1, dtype=torch.float64).cpu().numpy() / math.log(2)
-            found.samples[lanes] += mask.sum(1).cpu().numpy()
-            for row, n in enumerate(lanes if note is not None else ()):
-                assert note is not None
-                if last := int(batch.span[row, 1]):
-                    note(
-                        segments.recordings[n],
-                        start,
-                        nats[row, :last].double().cpu().numpy() / math.log(2),
-                    )
-    model.train(training)
-    return found
-
-
-def _longest(recordings: Sequence[Recording]) -> int:
-    return max((r.frames for r in recordings), default=1)
-
-
 def subset(recordings: Sequence[Recording], samples: float) -> list[Recording]:
-    """The first recordings up to `samples` together: the last one is cut there, at least one is chosen.
+    """Return the first recordings, at least one, up to `samples` together; the last one is cut.
 
-    A rest below `_LEAST_REST` is left away.
+    A rest below `_LEAST_REST` is left out.
     """
     chosen, left = [], int(samples)
     for recording in recordings:
         if chosen and left < min(_LEAST_REST, recording.frames):
             break
-        chosen.append(
-            dataclasses.replace(recording, frames=min(recording.frames, max(left, _LEAST_REST)))
-        )
+        frames = min(recording.frames, max(left, _LEAST_REST))
+        chosen.append(dataclasses.replace(recording, frames=frames))
         left -= recording.frames
     return chosen
 
 
 def code_blocks(recording: Recording, layout: Layout, grid: Grid) -> Iterator[np.ndarray]:
-    """The codes of a recording, as `held_out_bits` covers it, block by block."""
+    """Yield the codes that `held_out_bits` scores, block by block."""
     block, total = math.ceil(_READ_SECONDS * layout.sample_rate), layout.length(recording)
     for start in range(0, total, block):
         before = min(start, 1)
-        waveform = read_span(
-            recording, layout.sample_rate, start - before, min(start + block, total)
+        waveform = torch.from_numpy(
+            read_span(recording, layout.sample_rate, start - before, min(start + block, total))
         )
-        yield grid.encode(
-            emphasised(torch.from_numpy(waveform), layout.pre_emphasis)[before:]
-        ).numpy()
+        yield grid.encode(emphasised(waveform, layout.pre_emphasis)[before:]).numpy()
 
 
 @dataclass
 class Counts:
-    """How often codes, and pairs of codes, occur."""
+    """Numbers of occurrences of codes, and of pairs of codes."""
 
     single: np.ndarray
     """(Q,)."""
     pairs: np.ndarray | None
-    """(Q, Q), [previous, code]; the first sample follows silence. None for more than 1024 classes."""
+    """(Q, Q), [previous, code]; silence precedes the first sample. None above 1024 classes."""
 
     @classmethod
     def of(cls, recordings: Iterable[Recording], layout: Layout, grid: Grid) -> Counts:
-        """Counted over recordings; those that cannot be read are passed over."""
+        """Count over recordings; those that cannot be read are skipped."""
         classes = grid.classes
         single = np.zeros(classes, dtype=np.int64)
         pairs = np.zeros(classes * classes, dtype=np.int64) if classes <= _MARKOV_CLASSES else None
@@ -250,14 +228,13 @@ class Counts:
 
 
 def baselines(train: Counts, held_out: Counts) -> dict[str, float]:
-    """Bits per sample of the held-out codes under laws that need no model, fitted to the training codes.
+    """Return bits per sample of held-out codes under distributions fitted to training codes.
 
     - uniform: log2 Q.
-    - unigram: one law for every sample, p(b) = (n(b) + 1) / (n + Q).
+    - unigram: p(b) = (n(b) + 1) / (n + Q) for every sample.
     - markov: order 1, p(b | a) = (n(a, b) + d(a) p(b)) / (n(a) + d(a)) with d(a) the number of
-      distinct successors of
-      a (Witten and Bell, 1991): what was never seen falls back on the unigram. Left out for more
-      than 1024 classes.
+      distinct successors of a (Witten and Bell, 1991): unseen pairs fall back on the unigram. Left
+      out for more than 1024 classes.
     """
     classes = train.single.size
     unigram = (train.single + 1) / (train.single.sum() + classes)

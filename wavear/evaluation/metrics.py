@@ -1,12 +1,13 @@
-"""How far a waveform is from the recording it should be: the measures of copy synthesis, and their definitions.
+"""Measures of copy synthesis: distances of a waveform from the recording that it should equal.
 
-Both waveforms are one-dimensional, of the same length and sample rate, and aligned: copy synthesis
-is, so there is no warping of time. A measure that a clip does not allow (too short, no voice in it,
-a package that is not installed) raises `NotMeasured`, and says why.
+Both waveforms are (T,), aligned, and of one sample rate in Hz; time is not warped. A measure that a
+clip does not allow (too short, no voice in it, a package that is not installed) raises
+`NotMeasured` with the reason. The definitions, with references, are in docs/evaluation.md.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 import warnings
 from collections.abc import Callable, Collection
@@ -17,24 +18,32 @@ import torch
 
 from wavear import audio
 from wavear.audio.periods import measure_period
+from wavear.common.errors import WavearError
 from wavear.mel.spectrogram import MelConfig, log_mel
 
 # (n_fft, hop, window) in samples: Yamamoto, Song and Kim, "Parallel WaveGAN" (2020), table 1, there
 # at 24 kHz.
 RESOLUTIONS = ((1024, 120, 600), (2048, 240, 1200), (512, 50, 240))
-_LEAST_POWER = (
-    1e-7  # of a bin before the logarithm, as in the public implementations of that distance
-)
+_LEAST_POWER = 1e-7  # of a bin before the logarithm, as in public implementations of that distance
 CEPSTRUM_ORDER = 24
 PITCH_RANGE = (65.0, 1000.0)  # Hz
 SILENCE_DB = 40.0  # below the loudest frame of the recording
-_LEAST_DB = -120.0  # of full scale: what digital silence is said to have
+_LEAST_DB = -120.0  # of full scale: the level of digital silence
 _FRAME_SECONDS = 0.02  # of a level
 _PESQ_SECONDS = 30.0  # P.862 is for passages of some seconds, and the package's tables are as long
+HNR_BANDS = {
+    "hnr_low": (50.0, 1000.0),
+    "hnr_middle": (1000.0, 3000.0),
+    "hnr_high": (3000.0, 8000.0),
+}  # Hz
+VOICED = 0.75  # correlation one period apart above which a block counts as voiced
+GROSS = 0.05  # a period that is off by more than this share counts as a gross error
+_PERIOD_RANGE = (50.0, 550.0)  # Hz
+_BLOCK_SECONDS, _WINDOW_SECONDS = 64 / 22050, 512 / 22050
 
 
-class NotMeasured(ValueError):
-    """The measure has no value for this clip; the message says why, in a few words."""
+class NotMeasured(WavearError):
+    """The measure has no value for this clip; the message is the reason, in a few words."""
 
 
 @dataclass(frozen=True)
@@ -44,8 +53,13 @@ class Measure:
     title: str
     unit: str
     better: str
-    """"lower" or "higher"; "near" for one that is to come near the recording's."""
+    """"lower" or "higher"; "near" where the recording's own value is best."""
     decimals: int
+
+    @property
+    def heading(self) -> str:
+        """The title with its unit."""
+        return self.title + (f", {self.unit}" if self.unit else "")
 
 
 MEASURES = {
@@ -63,19 +77,8 @@ MEASURES = {
     "stoi": Measure("STOI", "", "higher", 3),
     "noise_floor": Measure("Noise floor in silence", "dBFS", "near", 1),
 }
-
-
-HNR_BANDS = {
-    "hnr_low": (50.0, 1000.0),
-    "hnr_middle": (1000.0, 3000.0),
-    "hnr_high": (3000.0, 8000.0),
-}  # Hz
 NEAR = tuple(name for name, about in MEASURES.items() if about.better == "near")
-"""Measures of a recording too: a signal is to come near its value."""
-VOICED = 0.75  # correlation one period apart above which a block counts as voiced
-GROSS = 0.05  # a period that is off by more than this share counts as a gross error
-_PERIOD_RANGE = (50.0, 550.0)  # Hz
-_BLOCK_SECONDS, _WINDOW_SECONDS = 64 / 22050, 512 / 22050
+"""Measures that a recording has itself; a signal should come near that value."""
 
 
 def measure(
@@ -93,52 +96,44 @@ def measure(
     rate : int
         Hz.
     reference_pitch : array, optional
-        `pitch` of the reference, where it is known: it takes longer than all else.
+        `pitch` of the reference, if it is known: it takes longer than the rest.
     names : collection of str
-        Which measures.
+        Measures to take.
 
     Returns
     -------
     dict: values, by the keys of `MEASURES`
     dict: reasons, for those without a value
     """
-    values: dict[str, float] = {}
-    missing: dict[str, str] = {}
-    pitches: list[tuple[float, float]] = []
+    x, y = reference, signal
+    pitches = functools.cache(lambda: pitch_error(x, y, rate, reference_pitch))
+    periods = functools.cache(lambda: period_error(x, y, rate))
 
-    def of_pitch(which: int) -> float:
-        if not pitches:
-            pitches.append(pitch_error(reference, signal, rate, reference_pitch))
-        if math.isnan(pitches[0][which]):
+    def pitch_rmse() -> float:
+        if math.isnan(pitches()[0]):
             raise NotMeasured("no frame is voiced in both")
-        return pitches[0][which]
-
-    periods: list[tuple[float, float]] = []
-
-    def of_period(which: int) -> float:
-        if not periods:
-            periods.append(period_error(reference, signal, rate))
-        return periods[0][which]
+        return pitches()[0]
 
     ways: dict[str, Callable[[], float]] = {
-        "log_mel": lambda: log_mel_distance(reference, signal, rate),
-        "stft_distance": lambda: stft_distance(reference, signal),
-        "mcd": lambda: mel_cepstral_distortion(reference, signal, rate),
-        "f0_rmse": lambda: of_pitch(0),
-        "voicing_error": lambda: of_pitch(1),
-        "period_error": lambda: of_period(0),
-        "gross_period_error": lambda: of_period(1),
-        **{
-            name: lambda band=band: harmonic_to_noise_ratio(reference, signal, rate, band)
-            for name, band in HNR_BANDS.items()
-        },
-        "pesq": lambda: pesq(reference, signal, rate),
-        "stoi": lambda: stoi(reference, signal, rate),
-        "noise_floor": lambda: noise_floor(reference, signal, rate),
+        "log_mel": lambda: log_mel_distance(x, y, rate),
+        "stft_distance": lambda: stft_distance(x, y),
+        "mcd": lambda: mel_cepstral_distortion(x, y, rate),
+        "f0_rmse": pitch_rmse,
+        "voicing_error": lambda: pitches()[1],
+        "period_error": lambda: periods()[0],
+        "gross_period_error": lambda: periods()[1],
+        "pesq": lambda: pesq(x, y, rate),
+        "stoi": lambda: stoi(x, y, rate),
+        "noise_floor": lambda: noise_floor(x, y, rate),
     }
+    values: dict[str, float] = {}
+    missing: dict[str, str] = {}
     for name in names:
         try:
-            value = ways[name]()
+            if name in HNR_BANDS:
+                value = harmonic_to_noise_ratio(x, y, rate, HNR_BANDS[name])
+            else:
+                value = ways[name]()
             if not math.isfinite(value):
                 raise NotMeasured(f"it is {value}")
             values[name] = value
@@ -148,24 +143,12 @@ def measure(
 
 
 def stft_distance(reference: np.ndarray, signal: np.ndarray) -> float:
-    """Multi-resolution STFT distance: spectral convergence + L1 of log magnitudes, mean of three resolutions.
+    """Return the multi-resolution STFT distance sc + mag, mean of three resolutions.
 
         sc = norm(|S| - |S'|) / norm(|S|)        mag = mean(abs(log |S| - log |S'|))
 
     with S of the recording, Frobenius norms, natural logarithms and Hann windows; powers are at
-    least 1e-7. (Yamamoto, Song and Kim, "Parallel WaveGAN", 2020, https://arxiv.org/abs/1910.11480,
-    equations 5 to 7 and table 1. Sizes are those of the paper, in samples, at any rate.) 0 for
-    equal signals.
-
-    Parameters
-    ----------
-    reference, signal : array, shape (T,)
-
-    Raises
-    ------
-    NotMeasured
-        If there are fewer samples than half of the longest transform, or the recording is nothing
-        but zeros.
+    least 1e-7.
 
     Examples
     --------
@@ -174,13 +157,8 @@ def stft_distance(reference: np.ndarray, signal: np.ndarray) -> float:
     (0.0, 1.693147)
     """
     pair = _pair(reference, signal)
-    longest = max(n_fft for n_fft, _, _ in RESOLUTIONS)
-    if pair.shape[1] <= longest // 2:
-        raise NotMeasured(
-            f"{pair.shape[1]} samples are too short: more than {longest // 2} are needed"
-        )
-    if not pair[0].any():
-        raise NotMeasured("the recording is silent")
+    _check_length(pair[0], max(n_fft for n_fft, _, _ in RESOLUTIONS) // 2 + 1)
+    _check_sound(pair[0])
     total = 0.0
     for n_fft, hop, length in RESOLUTIONS:
         window = torch.hann_window(length, dtype=torch.float64)
@@ -195,34 +173,24 @@ def stft_distance(reference: np.ndarray, signal: np.ndarray) -> float:
 
 
 def mel_cepstrum(waveform: np.ndarray, rate: int, order: int = CEPSTRUM_ORDER) -> np.ndarray:
-    """Mel-cepstrum c of the log-mel magnitude spectrum L: L[m] = c[0] + sum over n of c[n] cos(pi n (m + 1/2) / M).
+    """Return the mel-cepstrum c of the log-mel L.
 
-    The spectrum has M = 80 bands from 0 to 8 kHz (or half of the rate) on Slaney's scale, from Hann
-    windows of 46 ms (1024 samples at 22.05 kHz) every quarter of that.
+        L[m] = c[0] + sum over n of c[n] cos(pi n (m + 1/2) / M)
 
-    Parameters
-    ----------
-    waveform : array, shape (T,)
-    rate : int
-        Hz.
-    order : int
-
-    Returns
-    -------
-    array, shape (order + 1, frames), float64
+    L has M = 80 bands of magnitudes from 0 to 8 kHz (or half of the rate) on Slaney's scale, from
+    Hann windows of 46 ms (1024 samples at 22.05 kHz) every quarter of that. The result has shape
+    (order + 1, frames).
     """
     from scipy.fft import dct
 
-    mel = _log_mel(waveform, rate)
-    # scipy's type 2 is 2 sum x[m] cos(pi n (m + 1/2) / M); the series' coefficients are 2 / M of
-    # the sum (1 / M for 0).
-    cepstrum = np.asarray(dct(mel, type=2, axis=0))[: order + 1] / len(mel)
+    # With this norm, 1 / M sum x[m] cos(...) without the factor 2 of all coefficients but c[0].
+    cepstrum = 2 * np.asarray(dct(_log_mel(waveform, rate), axis=0, norm="forward"))[: order + 1]
     cepstrum[0] /= 2
     return cepstrum
 
 
 def _log_mel(waveform: np.ndarray, rate: int) -> np.ndarray:
-    """Natural-log mel magnitudes (bands, frames) of 46 ms windows, HiFi-GAN's at 22.05 kHz; see `mel_cepstrum`."""
+    """Return natural-log mel magnitudes (bands, frames), HiFi-GAN's at 22.05 kHz."""
     n_fft = 2 ** math.ceil(math.log2(0.046 * rate))
     config = MelConfig(
         sample_rate=rate,
@@ -232,27 +200,36 @@ def _log_mel(waveform: np.ndarray, rate: int) -> np.ndarray:
         bands=min(80, n_fft // 4),
         fmax=min(8000.0, rate / 2),
     )
-    if waveform.size < n_fft:
-        raise NotMeasured(f"{waveform.size} samples are too short: {n_fft} are needed")
+    _check_length(waveform, n_fft)
     return log_mel(torch.from_numpy(np.asarray(waveform, np.float64))[None], config)[0].numpy()
 
 
 def log_mel_distance(reference: np.ndarray, signal: np.ndarray, rate: int) -> float:
-    """Return the mean absolute difference of two log-mel spectrograms, in nats, over all bands and frames.
+    """Return the mean absolute difference of the log-mels, in nats, over bands and frames.
 
     The mel is that of `mel_cepstrum`; its magnitudes are at least 1e-5, and silence counts.
-
-    Raises
-    ------
-    NotMeasured
-        If there are fewer samples than one window.
     """
     x, y = _pair(reference, signal)
     return float(np.abs(_log_mel(x, rate) - _log_mel(y, rate)).mean())
 
 
+def mel_cepstral_distortion(
+    reference: np.ndarray, signal: np.ndarray, rate: int, order: int = CEPSTRUM_ORDER
+) -> float:
+    """Return the mel-cepstral distortion in dB, the mean over frames of
+
+        10 / ln(10) * sqrt(2 * sum over n = 1 .. order of (c[n] - c'[n])**2)
+
+    with `mel_cepstrum` c: the RMS difference in dB of the two smoothed spectra, without their
+    levels c[0]. All frames count, silence too.
+    """
+    x, y = _pair(reference, signal)
+    difference = (mel_cepstrum(x, rate, order) - mel_cepstrum(y, rate, order))[1:]
+    return float(10 / math.log(10) * np.sqrt(2 * np.square(difference).sum(0)).mean())
+
+
 def _periods(waveform: np.ndarray, rate: int) -> tuple[np.ndarray, np.ndarray]:
-    """Period in samples and correlation at it, of every block of 2.9 ms; see `wavear.audio.periods`."""
+    """Return the period in samples of blocks of 2.9 ms, and the correlation at it."""
     low, high = _PERIOD_RANGE
     block, window = max(round(_BLOCK_SECONDS * rate), 1), round(_WINDOW_SECONDS * rate)
     lags, correlation = measure_period(
@@ -264,7 +241,9 @@ def _periods(waveform: np.ndarray, rate: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def period_error(reference: np.ndarray, signal: np.ndarray, rate: int) -> tuple[float, float]:
-    """Compare the periods of blocks of 2.9 ms that are voiced in both: correlated by 0.75 or more, one period apart.
+    """Compare the periods of blocks of 2.9 ms that are voiced in both.
+
+    Voiced: correlated by more than 0.75, one period apart.
 
     Returns
     -------
@@ -272,11 +251,6 @@ def period_error(reference: np.ndarray, signal: np.ndarray, rate: int) -> tuple[
         The median of the difference, in cents.
     float
         Per cent of the blocks whose period is off by more than 5 % (85 cents).
-
-    Raises
-    ------
-    NotMeasured
-        If no block is voiced in both.
     """
     x, y = _pair(reference, signal)
     (true, voiced), (found, also) = _periods(x, rate), _periods(y, rate)
@@ -290,16 +264,12 @@ def period_error(reference: np.ndarray, signal: np.ndarray, rate: int) -> tuple[
 def harmonic_to_noise_ratio(
     reference: np.ndarray, signal: np.ndarray, rate: int, band: tuple[float, float]
 ) -> float:
-    """Return the mean harmonic-to-noise ratio of a band of `signal`, in dB, over the blocks voiced in `reference`.
+    """Return the harmonic-to-noise ratio of a band of `signal`, in dB.
 
-    With c the largest normalised correlation of the band with itself one lag of 50 to 550 Hz
-    before, the ratio of a block is 10 log10(c / (1 - c)) (Boersma, 1993), c within 0.01 and 0.999.
+    It is the mean over the blocks voiced in `reference`. With c the largest normalised correlation
+    of the band with itself one lag of 50 to 550 Hz before, the ratio of a block is
+    10 log10(c / (1 - c)) (Boersma, 1993), c within 0.01 and 0.999.
     The band is cut out by a Butterworth filter of order 4.
-
-    Raises
-    ------
-    NotMeasured
-        If no block is voiced, or the band lies beyond half of the rate.
     """
     from scipy.signal import butter, sosfilt
 
@@ -315,32 +285,10 @@ def harmonic_to_noise_ratio(
     return float((10 * np.log10(c / (1 - c))).mean())
 
 
-def mel_cepstral_distortion(
-    reference: np.ndarray, signal: np.ndarray, rate: int, order: int = CEPSTRUM_ORDER
-) -> float:
-    """Mel-cepstral distortion in dB: the mean over frames of
-
-        10 / ln(10) * sqrt(2 * sum over n = 1 .. order of (c[n] - c'[n])**2)
-
-    with `mel_cepstrum` c (Kubichek, "Mel-cepstral distance measure for objective speech quality
-    assessment", 1993). As c are the coefficients of a cosine series, it is the RMS difference in dB
-    of the two smoothed spectra, level apart (c[0] is left out). All frames count, silence too; time
-    is not warped.
-
-    Raises
-    ------
-    NotMeasured
-        If there are fewer samples than one window.
-    """
-    x, y = _pair(reference, signal)
-    difference = (mel_cepstrum(x, rate, order) - mel_cepstrum(y, rate, order))[1:]
-    return float(10 / math.log(10) * np.sqrt(2 * np.square(difference).sum(0)).mean())
-
-
 def pitch_error(
     reference: np.ndarray, signal: np.ndarray, rate: int, reference_pitch: np.ndarray | None = None
 ) -> tuple[float, float]:
-    """RMSE of the logarithm of the pitch, and the share of frames whose voicing is decided differently.
+    """Return the RMSE of the logarithm of the pitch, and the share of frames whose voicing differs.
 
     Pitch and voicing are those of `librosa.pyin` (Mauch and Dixon, "pYIN", 2014), 65 to 1000 Hz, in
     frames of at least four periods of the lowest pitch, every quarter of a frame.
@@ -352,11 +300,6 @@ def pitch_error(
         without such frames.
     float
         Per cent of all frames.
-
-    Raises
-    ------
-    NotMeasured
-        If there are fewer samples than one frame.
     """
     x, y = _pair(reference, signal)
     true = pitch(x, rate) if reference_pitch is None else reference_pitch
@@ -368,32 +311,23 @@ def pitch_error(
 
 
 def pitch(waveform: np.ndarray, rate: int) -> np.ndarray:
-    """Pitch of each frame in Hz, NaN where there is none; see `pitch_error`."""
+    """Return the pitch of each frame in Hz, NaN where there is none; see `pitch_error`."""
     from wavear.common.compiled import prepare_numba
 
     prepare_numba()
     import librosa
 
-    frame = 2 ** math.ceil(math.log2(4 * rate / PITCH_RANGE[0]))
-    if waveform.size < frame:
-        raise NotMeasured(f"{waveform.size} samples are too short: {frame} are needed")
-    highest = min(PITCH_RANGE[1], rate / 4)
-    found, _, _ = librosa.pyin(
-        np.asarray(waveform, np.float64),
-        fmin=PITCH_RANGE[0],
-        fmax=highest,
-        sr=rate,
-        frame_length=frame,
-    )
-    return found
+    low, high = PITCH_RANGE
+    frame = 2 ** math.ceil(math.log2(4 * rate / low))
+    _check_length(waveform, frame)
+    x = np.asarray(waveform, np.float64)
+    return librosa.pyin(x, fmin=low, fmax=min(high, rate / 4), sr=rate, frame_length=frame)[0]
 
 
 def silent_frames(reference: np.ndarray, rate: int) -> np.ndarray:
-    """Which frames of 20 ms are silence: they and their neighbours lie 40 dB or more below the loudest one.
+    """Return which frames of 20 ms are silence, (frames,) bool.
 
-    Returns
-    -------
-    array, shape (frames,), bool
+    They and their neighbours lie 40 dB or more below the loudest frame.
     """
     level = frame_levels(reference, rate)
     if not level.size:
@@ -403,21 +337,16 @@ def silent_frames(reference: np.ndarray, rate: int) -> np.ndarray:
 
 
 def frame_levels(waveform: np.ndarray, rate: int) -> np.ndarray:
-    """RMS of frames of 20 ms about their mean, dB of full scale (a sine of amplitude 1 has -3), at least -120."""
+    """Return the RMS of frames of 20 ms about their mean, in dB of full scale, at least -120."""
     size = round(_FRAME_SECONDS * rate)
     frames = np.asarray(waveform, np.float64)[: len(waveform) // size * size].reshape(-1, size)
     return 10 * np.log10(np.maximum(frames.var(axis=1), 10 ** (_LEAST_DB / 10)))
 
 
 def noise_floor(reference: np.ndarray, signal: np.ndarray, rate: int) -> float:
-    """Level of `signal` in dB of full scale where `reference` is silent (`silent_frames`): 10 log10 of its mean power.
+    """Return the level of `signal` in the `silent_frames` of `reference`, in dB of full scale.
 
-    The mean of each frame is taken off: a constant is not heard.
-
-    Raises
-    ------
-    NotMeasured
-        If the recording has no such stretch.
+    It is 10 log10 of the mean power. The mean of each frame is subtracted: a constant is inaudible.
     """
     x, y = _pair(reference, signal)
     silent = silent_frames(x, rate)
@@ -427,20 +356,15 @@ def noise_floor(reference: np.ndarray, signal: np.ndarray, rate: int) -> float:
 
 
 def pesq(reference: np.ndarray, signal: np.ndarray, rate: int) -> float:
-    """PESQ by the package of that name, MOS-LQO: wide band at 16 kHz (ITU-T P.862.2), or from rates below 16 kHz narrow
-    band at 8 kHz (P.862.1). Both are resampled; of long clips, the first 30 seconds count.
+    """Return PESQ by the package of that name, MOS-LQO.
 
-    Raises
-    ------
-    NotMeasured
-        If the package is missing, the rate is below 8 kHz, or it finds no speech in the clip.
+    It is wide band at 16 kHz (ITU-T P.862.2), or of rates below 16 kHz narrow band at 8 kHz
+    (P.862.1), resampled. Of long clips, the first 30 seconds count.
     """
     try:
         import pesq as package
     except ImportError:
-        raise NotMeasured(
-            "the package pesq is not installed: pip install 'wavear[evaluate]'"
-        ) from None
+        raise _missing("pesq") from None
     if rate < 8000:
         raise NotMeasured(f"{rate} Hz is below the 8000 Hz it needs")
     wanted = 16000 if rate >= 16000 else 8000
@@ -457,22 +381,13 @@ def pesq(reference: np.ndarray, signal: np.ndarray, rate: int) -> float:
 
 
 def stoi(reference: np.ndarray, signal: np.ndarray, rate: int) -> float:
-    """Short-time objective intelligibility by the package pystoi, up to 1 (Taal, Hendriks, Heusdens and Jensen, 2011).
-
-    Raises
-    ------
-    NotMeasured
-        If the package is missing, or the clip has less than 30 frames (0.4 s) of sound.
-    """
+    """Return the short-time objective intelligibility by the package pystoi, up to 1."""
     try:
         import pystoi
     except ImportError:
-        raise NotMeasured(
-            "the package pystoi is not installed: pip install 'wavear[evaluate]'"
-        ) from None
+        raise _missing("pystoi") from None
     x, y = _pair(reference, signal)
-    if not x.any():
-        raise NotMeasured("the recording is silent")
+    _check_sound(x)
     with warnings.catch_warnings():
         warnings.simplefilter("error", RuntimeWarning)
         try:
@@ -483,11 +398,26 @@ def stoi(reference: np.ndarray, signal: np.ndarray, rate: int) -> float:
             raise NotMeasured("STOI: not enough frames") from None
 
 
+def _missing(package: str) -> NotMeasured:
+    return NotMeasured(f"the package {package} is not installed: pip install 'wavear[evaluate]'")
+
+
+def _check_length(waveform: np.ndarray, least: int) -> None:
+    if waveform.size < least:
+        raise NotMeasured(f"{waveform.size} samples are too short: {least} are needed")
+
+
+def _check_sound(recording: np.ndarray) -> None:
+    if not recording.any():
+        raise NotMeasured("the recording is silent")
+
+
 def _pair(reference: np.ndarray, signal: np.ndarray) -> np.ndarray:
-    """Both, (2, T) float64."""
+    """Return both, (2, T) float64."""
     x, y = np.asarray(reference, np.float64), np.asarray(signal, np.float64)
     if x.ndim != 1 or x.shape != y.shape:
-        raise ValueError(
-            f"the recording has shape {x.shape} and the signal {y.shape}, expected (T,) of one length"
+        raise WavearError(
+            f"the recording has shape {x.shape} and the signal {y.shape};"
+            " both must be (T,) of one length"
         )
     return np.stack([x, y])

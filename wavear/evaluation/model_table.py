@@ -1,24 +1,23 @@
-"""Models of any families and laws side by side: what each needs, costs, sees and makes, one row each."""
+"""A table of models of any families and quantisation: bits, cost, speed and audio."""
 
 from __future__ import annotations
 
+import logging
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 
 from wavear import audio
-from wavear.audio.grid import COMMON_GRIDS
+from wavear.common.errors import WavearError
 from wavear.data.crops import read_span
 from wavear.evaluation.clips import Preparation, open_clips
-from wavear.evaluation.html import cell, document, interval, number, picture, sound, table, text
-from wavear.evaluation.metrics import MEASURES
-from wavear.evaluation.pictures import costs, spectrogram
+from wavear.evaluation.records import STRIP, EvaluateConfig, Evaluation
 from wavear.generation.conditioner import Conditioner
 from wavear.generation.engines import make_engine
 from wavear.generation.sampler import generate
@@ -27,47 +26,59 @@ from wavear.models import checkpoint
 from wavear.models.base import AutoregressiveModel
 from wavear.models.sampling import uniforms
 
-if TYPE_CHECKING:
-    from wavear.evaluation.evaluation import EvaluateConfig, Evaluation
-
-RECORD, PAGE = "models.json", "models.html"
 _PRIME_SECONDS, _STRIP_SECONDS = 0.5, 1.5
 _SPEED_SECONDS = 2.0
-_SHARED = {  # columns that all models share: grid and title
-    "common_bits": (str(COMMON_GRIDS["linear"]), "on 16-bit samples"),
-    "mulaw_bits": (str(COMMON_GRIDS["mulaw"]), "on 256 mu-law codes"),
-}
-_QUALITY = ("pesq", "stoi", "mcd", "noise_floor")
+QUALITY = ("pesq", "stoi", "mcd", "noise_floor")
+
+logger = logging.getLogger(__name__)
+
+
+def check_before(
+    sources: Sequence[str | Path],
+    given: Sequence[Evaluation | None],
+    configs: Sequence[dict[str, Any]],
+    data: str | Path | None,
+) -> None:
+    """Refuse several sample rates, and other clips, before checkpoints are evaluated."""
+    rates = sorted({config["sample_rate"] for config in configs})
+    if len(rates) > 1:
+        raise WavearError(
+            f"the models are of {' and '.join(map(str, rates))} Hz: their bits cannot be compared"
+        )
+    done = {str(source): each for source, each in zip(sources, given, strict=True) if each}
+    check_same_clips(list(done), list(done.values()))
+    if data is None or None not in given:
+        return
+    names = {clip.name for clip in open_clips(data, rates[0], 1, Preparation(), False).good}
+    for source, evaluation in done.items():
+        if names.isdisjoint(clip.name for clip in evaluation.clips):
+            raise WavearError(
+                f"{source} was evaluated on other clips than those of {data}:"
+                " evaluate all on the same"
+            )
 
 
 def name_models(evaluations: Sequence[Evaluation], sources: Sequence[str | Path]) -> list[str]:
-    """A short name of each: the folder of its run, with its family where that leaves two alike."""
+    """Return a short name of each: the folder of its run, with its number where two are alike."""
     names = []
     for evaluation, source in zip(evaluations, sources, strict=True):
         path = Path(evaluation.record["checkpoint"]["source"])
         own = path.parent.name if path.name in ("best", "last") else path.name
-        names.append(
-            (own or str(source)).encode("utf-8", "backslashreplace").decode("utf-8")
-        )  # it goes into pictures
+        # Pictures cannot have names that are not Unicode.
+        names.append((own or str(source)).encode("utf-8", "backslashreplace").decode("utf-8"))
     return [n if names.count(n) == 1 else f"{n} ({i + 1})" for i, n in enumerate(names)]
 
 
-def codes(evaluation: Evaluation) -> str:
-    """What the bits are of, in words: equal for models whose bits compare."""
-    emphasis = evaluation.record["checkpoint"]["config"].get("pre_emphasis", 0.0)
-    return evaluation.grid + (f", pre-emphasis {emphasis:g}" if emphasis else "")
-
-
 def row(name: str, evaluation: Evaluation, model: AutoregressiveModel | None) -> dict[str, Any]:
-    """What the table says of one model. Speeds are of this machine, one stream on one core, and need the model."""
+    """Return the row of one model; without the model it has no speeds (on this machine)."""
     record = evaluation.record
-    described = record["checkpoint"]
+    described, measures = record["checkpoint"], record["measures"]
     found: dict[str, Any] = {
         "name": name,
         "source": described["source"],
         "family": described["family"],
         "law": described["config"].get("law", "categorical"),
-        "grid": codes(evaluation),
+        "grid": evaluation.codes,
         "bits": record["bits"]["model"],
         "common_bits": record.get("common_bits"),
         "mulaw_bits": record.get("mulaw_bits"),
@@ -79,27 +90,20 @@ def row(name: str, evaluation: Evaluation, model: AutoregressiveModel | None) ->
         "step": described["training"].get("step"),
         "speed": {},
         "state_bytes": None,
-        "measures": {
-            n: record["measures"][n]["model"] for n in _QUALITY if n in record["measures"]
-        },
+        "measures": {each: measures[each]["model"] for each in QUALITY if each in measures},
     }
     if model is not None:
         state = model.export_state(model.init_state(1))
-        found["state_bytes"] = sum(
-            tensor.numel() * tensor.element_size() for tensor in state.values()
-        )
-        found["speed"] = {engine: speed(model, engine) for engine in _engines(model)}
+        found["state_bytes"] = sum(each.numel() * each.element_size() for each in state.values())
+        engines = dict.fromkeys(["reference", make_engine(model, 1, threads=1)[0]])
+        found["speed"] = {engine: speed(model, engine) for engine in engines}
     return found
 
 
-def _engines(model: AutoregressiveModel) -> list[str]:
-    """The reference engine, and the one that `auto` takes."""
-    return list(dict.fromkeys(["reference", make_engine(model, 1, threads=1)[0]]))
-
-
 @torch.inference_mode()
-def speed(model: AutoregressiveModel, engine: str, seconds: float = _SPEED_SECONDS) -> float:
-    """Samples per second of one stream on one core: the best of the calls within some seconds, the first left out."""
+def speed(model: AutoregressiveModel, engine: str, seconds: float | None = None) -> float:
+    """Return samples per second of one stream on one core, of the best call within `seconds`."""
+    seconds = _SPEED_SECONDS if seconds is None else seconds
     chunk = 64 if engine == "reference" else 1024
     _, runner = make_engine(model, 1, engine, threads=1)
     mels = None
@@ -123,7 +127,7 @@ def speed(model: AutoregressiveModel, engine: str, seconds: float = _SPEED_SECON
 
 @dataclass(frozen=True)
 class Beginning:
-    """What every model goes on from, and what the recording goes on with."""
+    """A stretch of a recording: its first part is given to every model, which continues it."""
 
     name: str
     waveform: torch.Tensor
@@ -133,10 +137,9 @@ class Beginning:
 
 
 def find_beginning(data: str | Path, rate: int, hops: Sequence[int]) -> Beginning | str:
-    """The loudest two seconds, and of these the first half second; or why there is none.
+    """Return the loudest two seconds, of which half a second is given, or the reason for none.
 
-    Of the first recording of two seconds or more, or else of the longest; of those that can be
-    read.
+    They are of the first readable recording of two seconds or more, or else of the longest.
 
     Parameters
     ----------
@@ -147,7 +150,7 @@ def find_beginning(data: str | Path, rate: int, hops: Sequence[int]) -> Beginnin
     wanted, unit = round((_PRIME_SECONDS + _STRIP_SECONDS) * rate), math.lcm(*hops)
     if unit > wanted:
         frames = ", ".join(map(str, sorted(set(hops))))
-        return f"mel frames of {frames} samples end together after {unit / rate:.1f} s alone"
+        return f"mel frames of {frames} samples end together only after {unit / rate:.1f} s"
     try:
         clips = open_clips(data, rate, max(rate // 4, unit), Preparation(), False).good
     except ValueError as error:
@@ -166,25 +169,21 @@ def find_beginning(data: str | Path, rate: int, hops: Sequence[int]) -> Beginnin
 
 
 def strip(
-    names: Sequence[str],
-    models: Sequence[AutoregressiveModel],
-    beginning: Beginning,
-    out: Path,
-    config: EvaluateConfig,
+    models: dict[str, AutoregressiveModel], beginning: Beginning, out: Path, config: EvaluateConfig
 ) -> dict[str, Any]:
-    """What each model makes of the same beginning: WAV files of the recording and of each.
+    """Let each model continue the same beginning: WAV files of the recording and of each.
 
     Models with mels get those of the recording.
     """
-    rate, target, prime = models[0].config.sample_rate, beginning.waveform, beginning.prime
-    files = {"recording": "strip/recording.wav"}
-    (out / "strip").mkdir(parents=True, exist_ok=True)
+    target, prime = beginning.waveform, beginning.prime
+    rate = next(iter(models.values())).config.sample_rate
+    files = {"recording": f"{STRIP}/recording.wav"}
+    (out / STRIP).mkdir(parents=True, exist_ok=True)
     audio.write(out / files["recording"], target, rate)
-    for n, (name, model) in enumerate(zip(names, models, strict=True)):
-        mel = None if model.config.mel is None else log_mel(target[None], model.config.mel)
+    for n, (name, model) in enumerate(models.items()):
         made = generate(
             model,
-            mel,
+            None if model.config.mel is None else log_mel(target[None], model.config.mel),
             samples=target.numel() - prime,
             prime=target[:prime],
             include_prime=True,
@@ -192,193 +191,50 @@ def strip(
             speaker=0 if model.config.speakers else None,
             threads=config.threads,
         )
-        files[name] = f"strip/{n}.wav"
+        files[name] = f"{STRIP}/{n}.wav"
         audio.write(out / files[name], made[0], rate)
     return {"recording": beginning.name, "prime_seconds": prime / rate, "files": files}
 
 
-def lines(record: dict[str, Any]) -> list[str]:
-    """The table in words, a line for each model."""
-    found = []
-    for entry in record["models"]:
-        common = entry["common_bits"]
-        bits = f"{entry['bits']['mean']:.3f} bits ({entry['grid']})"
-        bits += "" if common is None else f", {common['mean']:.3f} on 16-bit samples"
-        bits += (
-            ""
-            if (mulaw := entry["mulaw_bits"]) is None
-            else f", {mulaw['mean']:.3f} on 256 mu-law codes"
-        )
-        speeds = ", ".join(
-            f"{value:,.0f} samples/s {engine}" for engine, value in entry["speed"].items()
-        )
-        found.append(
-            f"{entry['name']}: {bits}, {entry['parameters']:,} parameters, {speeds or 'speed not measured'}"
-        )
-    return found
-
-
-def page(record: dict[str, Any], out: Path) -> str:
-    """The table, the plots and the strip as one page that needs nothing else."""
-    models = record["models"]
-    parts = ["<h1>Models side by side</h1>", f'<p class="all soft">{text(record["data"])}</p>']
-    parts += [f'<p class="note">{text(note)}</p>' for note in record["notes"]]
-    parts += ["<h2>Bits per sample</h2>", _bits(models)]
-    parts += ["<h2>Cost</h2>", _cost(models)]
-    if plot := costs(models):
-        parts.append(f"<figure>{picture(plot, 'bits against speed and multiply-adds')}</figure>")
-    if any(entry["measures"] for entry in models):
-        parts += ["<h2>Copy synthesis</h2>", _quality(models)]
-    if record["strip"] is not None:
-        parts += ["<h2>After the same beginning</h2>", _strip(record["strip"], out)]
-    parts.append(f"<h2>How it was made</h2><pre>{text(record['command'])}</pre>")
-    return document("wavear compare: models", "\n".join(parts))
-
-
-def _bits(models: Sequence[dict[str, Any]]) -> str:
-    """A column for each grid, so that bits of different quantisation never stand in one, and one that all share."""
-    grids = list(dict.fromkeys(entry["grid"] for entry in models))
-    head = [
-        "<th>Model</th>",
-        "<th>Family, law</th>",
-        *(f'<th class="n">{text(grid)}</th>' for grid in grids),
-    ]
-    extra = {
-        name: title
-        for name, (grid, title) in _SHARED.items()
-        if any(own != grid for own in grids) and any(entry[name] for entry in models)
-    }
-    head += [f'<th class="n model">{title}</th>' for title in extra.values()]
-    rows = []
-    for entry in models:
-        inside = cell(text(entry["name"]), tag="th") + cell(
-            f"{text(entry['family'])}, {text(entry['law'])}"
-        )
-        inside += "".join(
-            cell(interval(entry["bits"], 3) if grid == entry["grid"] else "", "n") for grid in grids
-        )
-        inside += "".join(cell(interval(entry[name], 3), "n model") for name in extra)
-        rows.append(f"<tr>{inside}</tr>")
-    says = (
-        "Held-out, exact, with 95 % intervals over clips. Bits of different quantisation cannot be compared. On"
-        " one grid they can. On 16-bit samples a coarser code leaves each of the 16-bit values in its interval equally"
-        " likely, so a model of it needs log2 of their number more. On mu-law codes a model of 16-bit values gives each"
-        " code the probability of all its values."
-    )
-    return f'<p class="soft">{says}</p><div class="fine">{table(head, rows)}</div>'
-
-
-def _cost(models: Sequence[dict[str, Any]]) -> str:
-    engines = list(dict.fromkeys(engine for entry in models for engine in entry["speed"]))
-    head = ["<th>Model</th>"]
-    head += [
-        f'<th class="n">{title}</th>'
-        for title in (
-            "parameters",
-            "multiply-adds a sample",
-            "weights read a sample",
-            "past seen, samples",
-            "state",
-        )
-    ]
-    head += [f'<th class="n">samples/s, {engine}</th>' for engine in engines]
-    rows = []
-    for entry in models:
-        field, rate = entry["receptive_field"], entry["sample_rate"]
-        cells = [
-            f"{entry['parameters']:,}",
-            "" if entry["multiply_adds"] is None else f"{entry['multiply_adds']:,}",
-            "" if entry["weight_bytes"] is None else f"{entry['weight_bytes'] / 1024:,.0f} KiB",
-            "unbounded"
-            if field is None
-            else f"{field:,}<span class='range'>{1000 * field / rate:,.1f} ms</span>",
-            "" if entry["state_bytes"] is None else f"{entry['state_bytes'] / 1024:,.0f} KiB",
-        ]
-        for engine in engines:
-            value = entry["speed"].get(engine)
-            pace = (
-                ""
-                if value is None
-                else f"<span class='range'>{value / rate:.2f} x real time</span>"
-            )
-            cells.append("" if value is None else f"{value:,.0f}{pace}")
-        inside = "".join(cell(inside, "n") for inside in cells)
-        rows.append(f"<tr>{cell(text(entry['name']), tag='th')}{inside}</tr>")
-    says = "Speeds are of one stream on one core of this machine, the best of some seconds."
-    return f'<p class="soft">{says}</p>{table(head, rows)}'
-
-
-def _quality(models: Sequence[dict[str, Any]]) -> str:
-    names = [name for name in _QUALITY if any(name in entry["measures"] for entry in models)]
-    head = ["<th>Model</th>"]
-    for name in names:
-        unit = f", {MEASURES[name].unit}" if MEASURES[name].unit else ""
-        head.append(f'<th class="n">{MEASURES[name].title}{unit}</th>')
-    rows = []
-    for entry in models:
-        values = (
-            cell(interval(entry["measures"].get(n), MEASURES[n].decimals), "n") for n in names
-        )
-        rows.append(f"<tr>{cell(text(entry['name']), tag='th')}{''.join(values)}</tr>")
-    return table(head, rows)
-
-
-def _strip(found: dict[str, Any], out: Path) -> str:
-    import soundfile
-
-    figures, top = [], None
-    for name, path in found["files"].items():
-        waveform, rate = soundfile.read(out / path, dtype="float32")
-        png, top = spectrogram(waveform, rate, top)
-        image = picture(png, f"spectrogram: {name}")
-        figures.append(
-            f"<figure>{image}<figcaption>{text(name)}</figcaption>{sound(out / path)}</figure>"
-        )
-    says = (
-        f"{text(found['recording'])}: the first {number(found['prime_seconds'], 2)} s are given, what follows is each"
-        " model's own."
-    )
-    return f'<p class="soft">{says}</p><div class="pair three">{"".join(figures)}</div>'
-
-
 def check_same_clips(names: Sequence[str], evaluations: Sequence[Evaluation]) -> list[str]:
-    """What keeps the rows of the table from being of one thing, in words: clips that some lack, other treatment.
+    """Return notes on rows that are not of the same audio: missing clips, other treatment.
 
     Raises
     ------
     ValueError
-        If two have no clip in common, or a clip of one name that is not the same audio though it
-        was treated alike.
+        If two have no clip in common, or a clip of one name is other audio though it was treated
+        alike.
     """
     notes: list[str] = []
-    if not evaluations:
-        return notes
-    clips = [{clip["name"]: clip for clip in e.record["clips"]} for e in evaluations]
-    treated = [e.record["data"].get("treated", []) for e in evaluations]
-    kinds = [codes(evaluation) for evaluation in evaluations]
+    clips = [{clip.name: clip for clip in each.clips} for each in evaluations]
+    treated = [each.record["data"].get("treated", []) for each in evaluations]
     for n, (name, own) in enumerate(zip(names, clips, strict=True)):
         shared = [clip for clip in clips[0] if clip in own]
         if not shared:
-            raise ValueError(
-                f"{names[0]} and {name} were evaluated on other clips ({next(iter(clips[0]))}, {next(iter(own))}...):"
-                " evaluate them on the same"
+            raise WavearError(
+                f"{names[0]} and {name} were evaluated on other clips"
+                f" ({next(iter(clips[0]))}, {next(iter(own))}...): evaluate them on the same"
             )
-        told = ("samples", "digest") if kinds[n] == kinds[0] else ("samples",)
+        same_codes = evaluations[n].codes == evaluations[0].codes
+        told = ("samples", "digest") if same_codes else ("samples",)
         differ = [
-            clip for clip in shared if any(own[clip][key] != clips[0][clip][key] for key in told)
+            clip
+            for clip in shared
+            if any(getattr(own[clip], key) != getattr(clips[0][clip], key) for key in told)
         ]
         if not differ and treated[n] == treated[0]:
             continue
         if not treated[n] and not treated[0]:
-            raise ValueError(
-                f"{differ[0]} is not the same audio in the evaluations of {names[0]} and {name}: evaluate them on the"
-                " same recordings"
+            raise WavearError(
+                f"{differ[0]} is not the same audio in the evaluations of {names[0]} and {name}:"
+                " evaluate them on the same recordings"
             )
         first, here = (", ".join(words or ["untreated"]) for words in (treated[0], treated[n]))
         notes.append(
-            f"{name} ({here}) and {names[0]} ({first}) were not evaluated on the same audio: their bits do not compare"
+            f"{name} ({here}) and {names[0]} ({first}) were not evaluated on the same audio:"
+            " their bits do not compare"
         )
-    every = {clip: None for own in clips for clip in own}
+    every = dict.fromkeys(clip for own in clips for clip in own)
     for name, own in zip(names, clips, strict=True):
         if missing := [clip for clip in every if clip not in own]:
             more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
@@ -392,52 +248,36 @@ def side_by_side(
     beginning: Beginning | str | None,
     out: Path,
     config: EvaluateConfig,
-    say: Callable[[str], object],
 ) -> dict[str, Any]:
-    """The record: rows, the strip, and what is to be said of them.
+    """Return the record: rows, the strip, and notes.
 
     Raises
     ------
     ValueError
-        If they are not of one sample rate, or were evaluated on other clips.
+        If they were evaluated on other clips.
     """
-    rates = {evaluation.record["checkpoint"]["config"]["sample_rate"] for evaluation in evaluations}
-    if len(rates) > 1:
-        raise ValueError(
-            f"the models are of {' and '.join(map(str, sorted(rates)))} Hz: their bits cannot be compared"
-        )
-    names, models = name_models(evaluations, sources), []
+    names, rows, models = name_models(evaluations, sources), [], {}
     notes = check_same_clips(names, evaluations)
     for name, evaluation in zip(names, evaluations, strict=True):
-        source = evaluation.record["checkpoint"]["source"]
+        source, model = evaluation.record["checkpoint"]["source"], None
         try:
-            if (
-                source not in map(str, sources) and not Path(source).is_dir()
-            ):  # the record's word, not the user's
+            # A name in a record must not download anything: only the user's own words may.
+            if source not in map(str, sources) and not Path(source).is_dir():
                 raise FileNotFoundError(f"{source}: no such directory")
-            models.append(checkpoint.load(source))
+            model = models[name] = checkpoint.load(source)
         except (FileNotFoundError, ValueError) as error:
-            notes.append(
-                f"{name}: its checkpoint is not to be had ({error}), so its speed is not measured"
-            )
-            models.append(None)
-        if count := sum(clip["trained_on"] for clip in evaluation.record["clips"]):
-            notes.append(
-                f"{name}: {count} of {len(evaluation.record['clips'])} clips were trained on"
-            )
-    rows = []
-    for name, evaluation, model in zip(names, evaluations, models, strict=True):
-        say(f"measuring the speed of {name}")
+            notes.append(f"{name}: its checkpoint cannot be loaded ({error}): speed not measured")
+        if count := sum(clip.trained_on for clip in evaluation.clips):
+            notes.append(f"{name}: {count} of {len(evaluation.clips)} clips were trained on")
+        logger.info(f"measuring the speed of {name}")
         rows.append(row(name, evaluation, model))
-    here = [(name, model) for name, model in zip(names, models, strict=True) if model is not None]
     made = None
     if isinstance(beginning, str):
-        notes.append(f"nothing was made after the same beginning: {beginning}")
-    elif here and beginning is not None:
-        say(f"making what follows the same beginning, {beginning.name}")
-        made = strip(
-            [name for name, _ in here], [model for _, model in here], beginning, out, config
-        )
+        notes.append(f"there is no continuation of one beginning: {beginning}")
+    elif models and beginning is not None:
+        logger.info(f"continuing {beginning.name} with each model")
+        made = strip(models, beginning, out, config)
     data = evaluations[0].record["data"]
-    said = f"{data['source']}: {data['clips']} clips, {data['seconds'] / 60:.1f} minutes at {data['sample_rate']} Hz"
-    return {"data": said, "models": rows, "strip": made, "notes": notes}
+    length = f"{data['clips']} clips, {data['seconds'] / 60:.1f} minutes"
+    about = f"{data['source']}: {length} at {data['sample_rate']} Hz"
+    return {"data": about, "models": rows, "strip": made, "notes": notes}

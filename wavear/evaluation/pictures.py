@@ -1,9 +1,10 @@
-"""Pictures for the report, as PNG."""
+"""Pictures of audio and of training, as PNG or pixels."""
 
 from __future__ import annotations
 
 import csv
 import io
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,13 +13,82 @@ import numpy as np
 import torch
 
 from wavear.evaluation.clips import of_run
+from wavear.mel.spectrogram import MelConfig, log_mel
 
-_DEPTH = 80.0  # dB from the brightest to the darkest
-_INK, _MUTED, _MODEL = "#1d2430", "#8a93a3", "#1457a8"
+DEPTH = 80.0  # dB from the brightest to the darkest
+_INK, _MUTED, _MODEL, _LINE = "#1d2430", "#8a93a3", "#1457a8", "#e4e7ec"
+
+
+def decibels(waveform: np.ndarray, n_fft: int, hop: int) -> np.ndarray:
+    """Return the magnitude spectrogram in dB, with Hann windows.
+
+    Parameters
+    ----------
+    waveform : array, shape (T,)
+    n_fft, hop : int
+        Samples.
+
+    Returns
+    -------
+    array, shape (n_fft / 2 + 1, frames), at least -140 dB
+    """
+    import librosa
+
+    x = np.asarray(waveform, np.float32)
+    x = np.pad(x, (0, max(n_fft - x.size, 0)))
+    spectrum = np.abs(librosa.stft(x, n_fft=n_fft, hop_length=hop, pad_mode="reflect"))
+    return 20 * np.log10(np.maximum(spectrum, 1e-7))
+
+
+def show_spectrogram(axes: Any, values: np.ndarray, seconds: float, rate: int, top: float) -> None:
+    """Draw `decibels` from 0 to half of the rate, `DEPTH` deep, the brightest at `top` dB."""
+    extent = (0, seconds, 0, rate / 2000)
+    axes.imshow(
+        values,
+        origin="lower",
+        aspect="auto",
+        extent=extent,
+        vmin=top - DEPTH,
+        vmax=top,
+        cmap="magma",
+    )
+    axes.set(xlabel="s", ylabel="kHz")
+
+
+def mel_pixels(waveform: np.ndarray, rate: int) -> np.ndarray:
+    """Draw a log-mel spectrogram, `DEPTH` deep, as pixels for logs of a training.
+
+    Parameters
+    ----------
+    waveform : array, shape (T,)
+    rate : int
+        Hz.
+
+    Returns
+    -------
+    array, shape (height, width, 3), uint8, low frequencies at the bottom
+    """
+    import matplotlib
+
+    n_fft = 2 ** round(math.log2(rate / 22050 * 1024))
+    hop = n_fft // 8
+    x = np.pad(np.asarray(waveform, np.float32), (0, max(hop - len(waveform), 0)))
+    config = MelConfig(
+        sample_rate=rate,
+        n_fft=n_fft,
+        window_length=n_fft,
+        hop_length=hop,
+        bands=min(80, n_fft // 8),
+        fmax=None,
+    )
+    values = log_mel(torch.from_numpy(x)[None], config)[0].flip(0).numpy() * (20 / math.log(10))
+    shade = np.clip((values - values.max()) / DEPTH + 1, 0, 1)
+    picture = (matplotlib.colormaps["magma"](shade)[..., :3] * 255).astype(np.uint8)
+    return picture.repeat(2, axis=0).repeat(2, axis=1)
 
 
 def spectrogram(waveform: np.ndarray, rate: int, top: float | None = None) -> tuple[bytes, float]:
-    """Spectrogram from 0 to half of the rate, 80 dB deep, windows of about 23 ms.
+    """Draw the spectrogram from 0 to half of the rate, 80 dB deep, windows of about 23 ms.
 
     Parameters
     ----------
@@ -26,92 +96,57 @@ def spectrogram(waveform: np.ndarray, rate: int, top: float | None = None) -> tu
     rate : int
         Hz.
     top : float, optional
-        dB that the brightest colour stands for; by default the loudest there is. Pictures with one
-        top can be compared.
+        dB of the brightest colour; by default the loudest value. Pictures with one top can be
+        compared.
 
     Returns
     -------
     bytes: PNG
     float: the top
     """
-    n_fft = 2 ** round(np.log2(0.023 * rate))
-    x = torch.from_numpy(np.ascontiguousarray(waveform, np.float32))
-    x = torch.nn.functional.pad(x, (0, max(n_fft - x.numel(), 0)))
-    hop = max(n_fft // 4, x.numel() // 1500)  # no more columns than a screen has
-    spectrum = (
-        torch.stft(x, n_fft, hop, window=torch.hann_window(n_fft), return_complex=True)
-        .abs()
-        .numpy()
-    )
-    decibels = 20 * np.log10(np.maximum(spectrum, 1e-7))
-    top = float(decibels.max()) if top is None else top
-    figure, axes = _figure(5.4, 2.15)
-    extent = (0, x.numel() / rate, 0, rate / 2000)
-    axes.imshow(
-        decibels,
-        origin="lower",
-        aspect="auto",
-        extent=extent,
-        vmin=top - _DEPTH,
-        vmax=top,
-        cmap="magma",
-    )
-    axes.set_xlabel("s")
-    axes.set_ylabel("kHz")
-    for spine in axes.spines.values():
-        spine.set_visible(False)
+    n_fft = 2 ** round(math.log2(0.023 * rate))
+    values = decibels(waveform, n_fft, max(n_fft // 4, waveform.size // 1500))  # a screen's columns
+    top = float(values.max()) if top is None else top
+    figure, (axes,) = _figure(5.4, 2.15)
+    show_spectrogram(axes, values, max(waveform.size, n_fft) / rate, rate, top)
+    axes.spines[:].set_visible(False)
     return _png(figure), top
 
 
 def curves(checkpoint: str | Path) -> bytes | None:
-    """Bits per sample over the steps of the run that a checkpoint is of, from its metrics.csv.
+    """Draw bits per sample over the steps of the run that a checkpoint is of, from its metrics.csv.
 
     Returns
     -------
     bytes: PNG; or None, if there is no such file or no curve in it
     """
     path = of_run(checkpoint, "metrics.csv")
-    if path is None:
-        return None
-    training, held_out = _read_curves(path)
+    training, held_out = ([], []) if path is None else _read_curves(path)
     if not training and not held_out:
         return None
-    figure, axes = _figure(9.6, 3.0)
+    figure, (axes,) = _figure(9.6, 3.0)
     if training:
         steps, bits = np.array(training).T
         axes.plot(steps, bits, color=_MUTED, linewidth=0.6, alpha=0.55, label="training, segments")
         if len(bits) > 20:
             width = max(len(bits) // 40, 2)
             smooth = np.convolve(bits, np.ones(width) / width, mode="valid")
-            axes.plot(
-                steps[width - 1 :], smooth, color=_MUTED, linewidth=1.6, label="its running mean"
-            )
+            axes.plot(steps[width - 1 :], smooth, color=_MUTED, linewidth=1.6, label="running mean")
     if held_out:
-        steps, bits = np.array(held_out).T
-        axes.plot(
-            steps,
-            bits,
-            color=_MODEL,
-            linewidth=1.8,
-            marker="o",
-            markersize=3.5,
-            label="held out, whole files",
-        )
+        label = "held out, whole files"
+        axes.plot(*np.array(held_out).T, "o-", color=_MODEL, lw=1.8, markersize=3.5, label=label)
     every = [bits for _, bits in [*training, *held_out]]
     low, high = min(every), float(np.quantile(every, 0.95))
     if high > low:
         axes.set_ylim(low - 0.05 * (high - low), high + 0.25 * (high - low))
-    axes.set_xlabel("step")
-    axes.set_ylabel("bits per sample")
-    axes.grid(axis="y", color="#e4e7ec", linewidth=0.8)
+    axes.set(xlabel="step", ylabel="bits per sample")
+    axes.grid(axis="y", color=_LINE, linewidth=0.8)
     axes.legend(frameon=False, fontsize=8, labelcolor=_INK, loc="upper right")
-    for side in ("top", "right", "left"):
-        axes.spines[side].set_visible(False)
     return _png(figure)
 
 
 def _read_curves(path: Path) -> tuple[list[tuple[float, float]], list[tuple[float, float]]]:
-    """(step, bits) of training and of held-out files; rows that are cut short are passed over."""
+    """Return (step, bits) of training and of held-out files, without rows cut short."""
     training, held_out = [], []
     with path.open(newline="", encoding="utf-8", errors="replace") as file:
         for row in csv.DictReader(file):
@@ -125,32 +160,13 @@ def _read_curves(path: Path) -> tuple[list[tuple[float, float]], list[tuple[floa
     return training, held_out
 
 
-def _figure(width: float, height: float) -> tuple[Any, Any]:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots()
-    axes.tick_params(labelsize=8, colors=_INK, length=0)
-    axes.xaxis.label.set(size=8, color=_INK)
-    axes.yaxis.label.set(size=8, color=_INK)
-    return figure, axes
-
-
-def _png(figure: Any) -> bytes:
-    file = io.BytesIO()
-    figure.savefig(file, format="png", dpi=150, metadata={"Software": None})
-    return file.getvalue()
-
-
 def costs(models: Sequence[dict[str, Any]]) -> bytes | None:
-    """Bits per sample against multiply-adds, and against speed, a point for each model.
+    """Draw bits per sample against multiply-adds, and against speed, a point for each model.
 
     Parameters
     ----------
     models : sequence of dict
-        Rows of `wavear.evaluation.model_table`; only those with bits on the common grid are shown.
+        Rows of `wavear.evaluation.model_table`; those without bits on the common grid are left out.
 
     Returns
     -------
@@ -159,42 +175,43 @@ def costs(models: Sequence[dict[str, Any]]) -> bytes | None:
     shown = [m for m in models if m["common_bits"] is not None and m["multiply_adds"]]
     if len(shown) < 2:
         return None
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9.6, 3.4), layout="constrained")
-    FigureCanvasAgg(figure)
-    sides = figure.subplots(1, 2, sharey=True)
-    for axes, title, values in (
-        (sides[0], "multiply-adds per sample", [m["multiply_adds"] for m in shown]),
-        (
-            sides[1],
-            "samples per second, one core",
-            [max(m["speed"].values(), default=None) for m in shown],
-        ),
-    ):
+    figure, sides = _figure(9.6, 3.4, columns=2)
+    kinds = {
+        "multiply-adds per sample": [m["multiply_adds"] for m in shown],
+        "samples per second, one core": [max(m["speed"].values(), default=None) for m in shown],
+    }
+    for axes, (title, values) in zip(sides, kinds.items(), strict=True):
         for model, x in zip(shown, values, strict=True):
             if x is None:
                 continue
-            bits = model["common_bits"]
+            bits, note = model["common_bits"], {"fontsize": 8, "color": _INK}
             axes.plot(x, bits["mean"], "o", color=_MODEL, markersize=5)
             if bits["low"] is not None:
                 axes.plot([x, x], [bits["low"], bits["high"]], color=_MODEL, linewidth=1)
-            axes.annotate(
-                model["name"],
-                (x, bits["mean"]),
-                (6, 4),
-                textcoords="offset points",
-                fontsize=8,
-                color=_INK,
-            )
-        axes.set_xscale("log")
+            place = (x, bits["mean"])
+            axes.annotate(model["name"], place, (6, 4), textcoords="offset points", **note)
+        axes.set(xscale="log", xlabel=title)
         axes.margins(x=0.25, y=0.15)
-        axes.set_xlabel(title, fontsize=8, color=_INK)
-        axes.tick_params(labelsize=8, colors=_INK, length=0)
-        axes.grid(color="#e4e7ec", linewidth=0.8)
-        for side in ("top", "right", "left"):
-            axes.spines[side].set_visible(False)
+        axes.grid(color=_LINE, linewidth=0.8)
     sides[1].axvline(shown[0]["sample_rate"], color=_MUTED, linewidth=1, linestyle="--")
-    sides[0].set_ylabel("bits per 16-bit sample", fontsize=8, color=_INK)
+    sides[0].set_ylabel("bits per 16-bit sample")
     return _png(figure)
+
+
+def _figure(width: float, height: float, columns: int = 1) -> tuple[Any, Sequence[Any]]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    sides = figure.subplots(1, columns, sharey=True, squeeze=False)[0]
+    for axes in sides:
+        axes.tick_params(labelsize=8, colors=_INK, length=0)
+        axes.xaxis.label.set(size=8, color=_INK)
+        axes.yaxis.label.set(size=8, color=_INK)
+        axes.spines[["top", "right", "left"]].set_visible(False)
+    return figure, sides
+
+
+def _png(figure: Any) -> bytes:
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=150, metadata={"Software": None})
+    return file.getvalue()

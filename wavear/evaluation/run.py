@@ -1,29 +1,41 @@
-"""The work of `wavear.evaluate`: score every clip, synthesize some, measure these, sum up."""
+"""The steps of `wavear.evaluate`: score every clip, synthesize some, measure these, sum up."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
 import datetime
+import logging
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from wavear import audio
 from wavear.audio.emphasis import coefficient
+from wavear.common.errors import WavearError
 from wavear.common.machine import machine
 from wavear.data.corpus import Recording, reason
 from wavear.data.crops import read_span
 from wavear.evaluation.bits import LEVELS, Baselines, Scores, score_recording
 from wavear.evaluation.bounds import grid_round_trip, griffin_lim
-from wavear.evaluation.clips import fitting_data, open_clips, preparation, training_record
+from wavear.evaluation.clips import (
+    Fitting,
+    fitting_data,
+    none_usable,
+    open_clips,
+    preparation,
+    training_record,
+)
 from wavear.evaluation.held_out import subset
 from wavear.evaluation.metrics import MEASURES, NEAR, NotMeasured, measure, pitch
+from wavear.evaluation.records import SOUNDS, SYSTEMS, Clip, EvaluateConfig
 from wavear.evaluation.statistics import bootstrap
 from wavear.generation.engines import make_engine, name_of_engine
 from wavear.generation.sampler import generate
@@ -32,25 +44,16 @@ from wavear.models import checkpoint
 from wavear.models.base import AutoregressiveModel
 from wavear.models.crop_loss import layout_of
 
-if TYPE_CHECKING:
-    from wavear.evaluation.evaluation import EvaluateConfig
-
-SYSTEMS = {
-    "original": "Recording",
-    "mulaw": "Round trip",
-    "model": "Model",
-    "griffin_lim": "Griffin-Lim",
-}
 LAWS = ("model", "linear", "markov", "unigram", "uniform")
 _BATCH, _SPREAD = 24, 1.25  # streams at once, and the longest over the shortest of them
 _FREE = 4  # samples of a model that follows no recording
 
-Say = Callable[[str], object]
+logger = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
 def cores(threads: int | None) -> Iterator[None]:
-    """No more of them for torch, while it lasts."""
+    """Limit torch to so many threads, for a while."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads or before)
     try:
@@ -67,12 +70,10 @@ def measure_everything(
     *,
     begin: Callable[[], object],
     progress: bool,
-    say: Say,
-    complain: Say,
 ) -> dict[str, Any]:
-    """The record of an evaluation, less what it was asked with. `begin` is called before the first file is written."""
+    """Return the record of an evaluation. `begin` is called before the first file is written."""
     if config.device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"device is {config.device!r}, and there is no CUDA device here: use cpu")
+        raise WavearError(f"device is {config.device!r}, and no CUDA device is available: use cpu")
     model = checkpoint.load(source, config.device)
     described = checkpoint.read_config(source)
     rate, mel = model.config.sample_rate, model.config.mel
@@ -85,58 +86,36 @@ def measure_everything(
     speakers = _speaker_numbers(model, described, clips.good, config.speaker, clips.failed)
     good = [clip for clip in clips.good if clip.name not in clips.failed]
     for name, why in clips.failed.items():
-        complain(f"{name}: {why}")
+        logger.warning(f"{name}: {why}")
     if not good:
-        raise ValueError(
-            f"{data}: none of the clips can be used; the first: {next(iter(clips.failed.values()))}"
-        )
+        raise none_usable(data, clips.failed)
     fitting = fitting_data(
         good, rate, least, trained, prepared, config.train_data, config.baseline_seconds
     )
-    notes = list(clips.notes)
-    if fitting.note is not None:
-        notes.append(fitting.note)
-    if fitting.trained_on:
-        notes.append(
-            f"{len(fitting.trained_on)} of {len(good)} clips were trained on: what is said of them is not held-out"
-        )
-    if emphasis := coefficient(model.config):
-        notes.append(
-            f"bits are of pre-emphasised codes (x[t] - {emphasis:g} x[t-1]), not those of plain ones"
-        )
-    fitted = (
-        Baselines.fit(fitting.recordings, layout_of(model, 1), model.grid)
-        if fitting.recordings
-        else None
-    )
-    notes += [
-        f"the baselines pass over {name}: {why}"
-        for name, why in (fitted.failed if fitted else {}).items()
-    ]
+    fitted = None
+    if fitting.recordings:
+        fitted = Baselines.fit(fitting.recordings, layout_of(model, 1), model.grid)
+    notes = [*clips.notes, *_first_notes(model, fitting, fitted, len(good))]
     for note in notes:
-        say(note)
+        logger.info(note)
     begin()
     seconds = sum(clip.frames for clip in good) / rate
-    say(
-        f"scoring {len(good)} clips, {seconds / 60:.1f} minutes; baselines fitted to {fitting.says}"
-    )
+    logger.info(f"baselines fitted to {fitting.origin}")
+    logger.info(f"scoring {len(good)} clips, {seconds / 60:.1f} minutes")
     scores: dict[int, Scores] = {}
     for n, clip in enumerate(_bar(good, progress, "scoring")):
         try:
             scores[n] = score_recording(model, clip, speakers[n])
         except (ValueError, OSError) as error:
             clips.failed[clip.name] = reason(error, clip)
-            complain(f"{clip.name}: {clips.failed[clip.name]}")
+            logger.warning(f"{clip.name}: {clips.failed[clip.name]}")
     if not scores:
-        raise ValueError(
-            f"{data}: none of the clips can be read; the first: {next(iter(clips.failed.values()))}"
-        )
+        raise none_usable(data, clips.failed)
     linear = _add_baselines(model, good, scores, fitted, config.baseline_seconds)
     if linear is None:
-        notes.append(
-            "with one clip and no training data there is nothing to fit baselines to: pass --train-data"
-        )
-    rows = {n: _clip(good[n], scores[n], good[n].name in fitting.trained_on) for n in scores}
+        notes.append("one clip and no training data: pass --train-data to fit baselines")
+    rows = {n: _row(good[n], scores[n], good[n].name in fitting.trained_on) for n in scores}
+    every = list(rows.values())
     record: dict[str, Any] = {
         "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "machine": machine(),
@@ -151,32 +130,54 @@ def measure_everything(
             "config": described["config"],
             "training": described.get("training", {}),
         },
-        "data": {"source": str(data), "clips": len(rows), "seconds": seconds, "sample_rate": rate}
-        | {"treated": prepared.words},
-        "settings": _settings(config, engine),
+        "data": {
+            "source": str(data),
+            "clips": len(rows),
+            "seconds": seconds,
+            "sample_rate": rate,
+            "treated": prepared.words,
+        },
+        "settings": dataclasses.asdict(config) | {"engine": engine},
         "baselines": {
-            "fitted_to": fitting.says,
+            "fitted_to": fitting.origin,
             "seconds": fitted.counts.single.sum().item() / rate if fitted else 0.0,
-        }
-        | (linear or {}),
-        "bits": _bits(list(rows.values()), config),
-        "common_bits": _common_bits(list(rows.values()), "common_bits", config),
-        "mulaw_bits": _common_bits(list(rows.values()), "mulaw_bits", config),
-        "by_speaker": _by_speaker(list(rows.values()), config),
+            **(linear or {}),
+        },
+        "bits": _bits(every, config),
+        "common_bits": _mean_bits([row.common_bits for row in every], every, config),
+        "mulaw_bits": _mean_bits([row.mulaw_bits for row in every], every, config),
+        "by_speaker": _by_speaker(every, config),
         "by_level": _by_level(list(scores.values())),
     }
+    del record["settings"]["overwrite"]
+    synthesis = _Synthesis(model, out, config, engine, progress)
     if mel is None:
-        notes.append(
-            "the model is not conditioned on mels: it has no recording to copy, so there are bits and free samples"
-        )
-        record["free"] = _free(model, out, config, engine, say) if config.clips else []
+        notes.append("the model is not conditioned on mels: bits and free samples only")
+        record["free"] = synthesis.free() if config.clips else []
     else:
         chosen = _spread(sorted(scores), config.clips)
-        record["generation"] = _copy(
-            model, good, rows, speakers, chosen, out, config, progress, say
+        record["generation"] = synthesis.copy(good, rows, speakers, chosen)
+    record["measures"] = _measures(every, config)
+    return record | {
+        "clips": [row.to_dict() for row in every],
+        "failed": clips.failed,
+        "notes": notes,
+    }
+
+
+def _first_notes(
+    model: AutoregressiveModel, fitting: Fitting, fitted: Baselines | None, clips: int
+) -> list[str]:
+    notes = [] if fitting.note is None else [fitting.note]
+    if fitting.trained_on:
+        count = len(fitting.trained_on)
+        notes.append(f"{count} of {clips} clips were trained on: their numbers are not held-out")
+    if emphasis := coefficient(model.config):
+        notes.append(
+            f"bits are of pre-emphasised codes (x[t] - {emphasis:g} x[t-1]), not of plain ones"
         )
-    record["measures"] = _measures(list(rows.values()), config)
-    return record | {"clips": list(rows.values()), "failed": clips.failed, "notes": notes}
+    failed = fitted.failed if fitted else {}
+    return notes + [f"the baselines skip {name}: {why}" for name, why in failed.items()]
 
 
 def _speaker_numbers(
@@ -186,16 +187,15 @@ def _speaker_numbers(
     given: int | None,
     failed: dict[str, str],
 ) -> list[int | None]:
-    """Of each clip that is not in `failed`; what has no speaker that the model knows goes there."""
-    if not model.config.speakers:
+    """Return the speaker of each clip; a clip of an unknown speaker goes into `failed` instead."""
+    count = model.config.speakers
+    if not count:
         if given is not None:
-            raise ValueError(f"speaker is {given}, and the model was trained without speakers")
+            raise WavearError(f"speaker is {given}, but the model was trained without speakers")
         return [None] * len(clips)
     if given is not None:
-        if not 0 <= given < model.config.speakers:
-            raise ValueError(
-                f"speaker is {given}, the model knows 0 to {model.config.speakers - 1}"
-            )
+        if not 0 <= given < count:
+            raise WavearError(f"speaker is {given}; the model has speakers 0 to {count - 1}")
         return [given] * len(clips)
     names = described.get("training", {}).get("speakers", [])
     found: list[int | None] = []
@@ -204,7 +204,7 @@ def _speaker_numbers(
             found.append(names.index(clip.speaker))
         else:
             known = ", ".join(names[:8]) or "numbers only: pass --speaker"
-            failed[clip.name] = f"its speaker is {clip.speaker!r}, the model knows {known}"
+            failed[clip.name] = f"its speaker is {clip.speaker!r}; the model has {known}"
     return found
 
 
@@ -215,9 +215,9 @@ def _add_baselines(
     fitted: Baselines | None,
     seconds: float,
 ) -> dict[str, Any] | None:
-    """Bits of the laws that need no model, into `scores`; what is to be said of the linear predictor.
+    """Add the baselines' bits to `scores`, and return the linear predictor for the record.
 
-    Without laws that are `fitted` the clips serve each other by halves.
+    Without baselines that are `fitted`, each half of the clips serves the other.
     """
     layout, grid = layout_of(model, 1), model.grid
     numbers = list(scores)
@@ -249,177 +249,161 @@ def _add_baselines(
     }
 
 
-def _clip(recording: Recording, score: Scores, trained_on: bool) -> dict[str, Any]:
-    return {
-        "name": recording.name,
-        "speaker": recording.speaker,
-        "samples": score.samples,
-        "digest": score.digest,
-        "trained_on": trained_on,
-        "bits": {law: score.bits[law] / score.samples for law in LAWS if law in score.bits},
-        "common_bits": score.common["linear"] / score.samples if "linear" in score.common else None,
-        "mulaw_bits": score.common["mulaw"] / score.samples if "mulaw" in score.common else None,
-        "by_level": [
-            [int(n), float(bits)]
-            for n, bits in zip(score.level_samples, score.level_bits, strict=True)
-        ],
-    }
+def _row(recording: Recording, score: Scores, trained_on: bool) -> Clip:
+    common = {name: bits / score.samples for name, bits in score.common.items()}
+    return Clip(
+        recording.name,
+        recording.speaker,
+        score.samples,
+        score.digest,
+        trained_on,
+        bits={law: score.bits[law] / score.samples for law in LAWS if law in score.bits},
+        common_bits=common.get("linear"),
+        mulaw_bits=common.get("mulaw"),
+        by_level=list(zip(score.level_samples.tolist(), score.level_bits.tolist(), strict=True)),
+    )
 
 
-def _copy(
-    model: AutoregressiveModel,
-    clips: list[Recording],
-    rows: dict[int, dict[str, Any]],
-    speakers: list[int | None],
-    chosen: list[int],
-    out: Path,
-    config: EvaluateConfig,
-    progress: bool,
-    say: Say,
-) -> dict[str, Any]:
-    """Synthesize clips from their mels, measure them and the bounds, and add what comes out to `rows`."""
-    rate, mel_config = model.config.sample_rate, model.config.mel
-    hop, emphasis = mel_config.hop_length, coefficient(model.config)
-    spans = {
-        n: min(clips[n].frames, max(round(config.seconds * rate), hop)) // hop * hop for n in chosen
-    }
-    taken = 0.0
-    for batch in _bar(list(_batches(spans)), progress, "synthesizing"):
-        originals = [read_span(clips[n], rate, 0, spans[n]) for n in batch]
-        mels = [log_mel(torch.from_numpy(x)[None], mel_config)[0] for x in originals]
-        known = [speakers[n] for n in batch]
-        began = time.perf_counter()
-        waveforms = generate(
-            model,
-            mels,
-            seed=config.seed,
+@dataclass(frozen=True)
+class _Synthesis:
+    """Makes the audio of an evaluation."""
+
+    model: AutoregressiveModel
+    out: Path
+    config: EvaluateConfig
+    engine: str
+    progress: bool
+
+    def generate(self, *inputs: Any, **settings: Any) -> Any:
+        config = self.config
+        return generate(
+            self.model,
+            *inputs,
             temperature=config.temperature,
-            speaker=None if known[0] is None else [int(s) for s in known if s is not None],
             engine=config.engine,
             weights=config.weights,
             threads=config.threads,
-            progress=progress,
+            **settings,
         )
-        taken += time.perf_counter() - began
-        for n, x, mel, made in zip(batch, originals, mels, waveforms, strict=True):
-            systems = {
-                "original": x,
-                "mulaw": grid_round_trip(torch.from_numpy(x), model.grid, emphasis).numpy(),
-                "model": made[: x.size].numpy(),
-                "griffin_lim": griffin_lim(mel.numpy(), mel_config, config.seed),
-            }
-            row = rows[n]
-            row["synthesized_samples"] = int(x.size)
-            row["audio"] = _write(systems, rate, out, f"{n:04d}-{_file_name(row['name'])}")
-            row["measures"], row["not_measured"] = _measure(systems, rate)
-            for name, why in row["not_measured"].get("model", {}).items():
-                say(f"{row['name']}: no {MEASURES[name].title}: {why}")
-    seconds = sum(spans.values()) / rate
-    if chosen:
-        speed = f"{seconds / taken:.2f} x real time"
-        say(f"synthesized {len(chosen)} clips, {seconds:.1f} s of audio in {taken:.1f} s, {speed}")
-    return {"clips": len(chosen), "audio_seconds": seconds, "seconds": taken}
 
+    def write(self, name: str, waveform: Any) -> str:
+        """Write a WAV file, and return its path relative to the evaluation."""
+        path = self.out / SOUNDS / f"{name}.wav"
+        path.parent.mkdir(exist_ok=True)
+        audio.write(path, waveform, self.model.config.sample_rate)
+        return f"{SOUNDS}/{name}.wav"
 
-def _write(systems: dict[str, np.ndarray], rate: int, out: Path, name: str) -> dict[str, str]:
-    """WAV files of one clip; their paths below `out`."""
-    folder = out / "audio" / name
-    folder.mkdir(parents=True)
-    for system, waveform in systems.items():
-        audio.write(folder / f"{system}.wav", waveform, rate)
-    return {system: f"audio/{name}/{system}.wav" for system in systems}
+    def copy(
+        self,
+        clips: list[Recording],
+        rows: dict[int, Clip],
+        speakers: list[int | None],
+        chosen: list[int],
+    ) -> dict[str, Any]:
+        """Synthesize clips from their mels, and add audio and measures to `rows`."""
+        model, seed = self.model, self.config.seed
+        rate, mel_config = model.config.sample_rate, model.config.mel
+        emphasis = coefficient(model.config)
+        hop, longest = mel_config.hop_length, round(self.config.seconds * rate)
+        spans = {n: min(clips[n].frames, max(longest, hop)) // hop * hop for n in chosen}
+        taken = 0.0
+        for batch in _bar(list(_batches(spans)), self.progress, "synthesizing"):
+            originals = [read_span(clips[n], rate, 0, spans[n]) for n in batch]
+            mels = [log_mel(torch.from_numpy(x)[None], mel_config)[0] for x in originals]
+            numbers = None if model.config.speakers == 0 else [speakers[n] for n in batch]
+            began = time.perf_counter()
+            waveforms = self.generate(mels, seed=seed, speaker=numbers, progress=self.progress)
+            taken += time.perf_counter() - began
+            for n, x, mel, made in zip(batch, originals, mels, waveforms, strict=True):
+                systems = {
+                    "original": x,
+                    "mulaw": grid_round_trip(torch.from_numpy(x), model.grid, emphasis).numpy(),
+                    "model": made[: x.size].numpy(),
+                    "griffin_lim": griffin_lim(mel.numpy(), mel_config, seed),
+                }
+                row = rows[n]
+                stem = f"{n:04d}-{re.sub(r'[^A-Za-z0-9_.-]+', '-', Path(row.name).stem)[:60]}"
+                row.synthesized_samples = x.size
+                row.audio = {
+                    system: self.write(f"{stem}/{system}", systems[system]) for system in systems
+                }
+                row.measures, row.not_measured = _measure(systems, rate)
+                for name, why in row.not_measured.get("model", {}).items():
+                    logger.info(f"{row.name}: no {MEASURES[name].title}: {why}")
+        seconds = sum(spans.values()) / rate
+        if chosen:
+            logger.info(
+                f"synthesized {len(chosen)} clips, {seconds:.1f} s of audio in {taken:.1f} s,"
+                f" {seconds / taken:.2f} x real time"
+            )
+        return {"clips": len(chosen), "audio_seconds": seconds, "seconds": taken}
 
-
-def _file_name(name: str) -> str:
-    return re.sub(r"[^A-Za-z0-9_.-]+", "-", Path(name).stem)[:60]
+    def free(self) -> list[dict[str, Any]]:
+        """Make samples of a model that follows no recording."""
+        config, model = self.config, self.model
+        count = min(config.clips, _FREE)
+        speakers: Any = [None] * count
+        if model.config.speakers:
+            given = config.speaker
+            speakers = [k % model.config.speakers if given is None else given for k in range(count)]
+        began, seeds = time.perf_counter(), [config.seed + k for k in range(count)]
+        waveforms = self.generate(
+            samples=max(round(config.seconds * model.config.sample_rate), 1),
+            seed=seeds,
+            speaker=speakers if model.config.speakers else None,
+        )
+        logger.info(
+            f"made {count} free samples of {config.seconds:g} s in"
+            f" {time.perf_counter() - began:.1f} s,"
+            f" engine {name_of_engine(self.engine, config.weights)}"
+        )
+        return [
+            {"audio": self.write(f"free-{k}", waveform), "seed": seed, "speaker": speaker}
+            for k, (seed, speaker, waveform) in enumerate(
+                zip(seeds, speakers, waveforms, strict=True)
+            )
+        ]
 
 
 def _measure(systems: dict[str, np.ndarray], rate: int) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Values, and reasons for those that are missing, by system and measure."""
+    """Return values, and reasons for the missing ones, by system and measure."""
     x = systems["original"]
-    values: dict[str, Any] = {}
-    missing: dict[str, Any] = {}
     try:
         true = pitch(x, rate)
     except NotMeasured:
         true = None
-    values["original"], reasons = measure(x, x, rate, names=NEAR)
-    if reasons:
-        missing["original"] = reasons
+    found = {"original": measure(x, x, rate, names=NEAR)}
     for system in ("mulaw", "model", "griffin_lim"):
-        values[system], reasons = measure(x, systems[system], rate, true)
-        if reasons:
-            missing[system] = reasons
-    return values, missing
+        found[system] = measure(x, systems[system], rate, true)
+    values = {system: each for system, (each, _) in found.items()}
+    return values, {system: reasons for system, (_, reasons) in found.items() if reasons}
 
 
-def _free(
-    model: AutoregressiveModel, out: Path, config: EvaluateConfig, engine: str, say: Say
-) -> list[dict[str, Any]]:
-    """Samples of a model that follows no recording."""
-    rate, count = model.config.sample_rate, min(config.clips, _FREE)
-    speakers = None
-    if model.config.speakers:
-        speakers = [
-            k % model.config.speakers if config.speaker is None else config.speaker
-            for k in range(count)
-        ]
-    began, seeds = time.perf_counter(), [config.seed + k for k in range(count)]
-    waveforms = generate(
-        model,
-        samples=max(round(config.seconds * rate), 1),
-        seed=seeds,
-        temperature=config.temperature,
-        speaker=speakers,
-        engine=config.engine,
-        weights=config.weights,
-        threads=config.threads,
-    )
-    name = name_of_engine(engine, config.weights)
-    say(
-        f"made {count} free samples of {config.seconds:g} s in {time.perf_counter() - began:.1f} s, engine {name}"
-    )
-    made = []
-    for k, (seed, waveform) in enumerate(zip(seeds, waveforms, strict=True)):
-        audio.write(out / "audio" / f"free-{k}.wav", waveform, rate)
-        made.append(
-            {
-                "audio": f"audio/free-{k}.wav",
-                "seed": seed,
-                "speaker": speakers[k] if speakers else None,
-            }
-        )
-    return made
-
-
-def _bits(rows: list[dict[str, Any]], config: EvaluateConfig) -> dict[str, Any]:
-    """Bits per sample over all samples, by law."""
-    found = {}
-    for law in LAWS:
-        kept = [row for row in rows if law in row["bits"]]
-        if len(kept) == len(rows):
-            values, weights = [row["bits"][law] for row in kept], [row["samples"] for row in kept]
-            interval = bootstrap(values, weights, resamples=config.resamples, seed=config.seed)
-            found[law] = interval.to_dict()
-    return found
-
-
-def _common_bits(
-    rows: list[dict[str, Any]], name: str, config: EvaluateConfig
+def _mean_bits(
+    values: Sequence[float | None], rows: Sequence[Clip], config: EvaluateConfig
 ) -> dict[str, Any] | None:
-    """Bits per sample of the model on one of `COMMON_GRIDS`, over all samples."""
-    if any(row[name] is None for row in rows):
+    """Return the mean over all samples with its interval; None where a clip has no value."""
+    known = [value for value in values if value is not None]
+    if len(known) < len(rows):
         return None
-    values, weights = [row[name] for row in rows], [row["samples"] for row in rows]
-    return bootstrap(values, weights, resamples=config.resamples, seed=config.seed).to_dict()
+    weights = [row.samples for row in rows]
+    return bootstrap(known, weights, resamples=config.resamples, seed=config.seed).to_dict()
 
 
-def _by_speaker(rows: list[dict[str, Any]], config: EvaluateConfig) -> dict[str, Any]:
-    names = sorted({row["speaker"] for row in rows if row["speaker"] is not None})
-    groups = {name: [row for row in rows if row["speaker"] == name] for name in names}
+def _bits(rows: Sequence[Clip], config: EvaluateConfig) -> dict[str, Any]:
+    """Return bits per sample over all samples, by distribution."""
+    found = {law: _mean_bits([row.bits.get(law) for row in rows], rows, config) for law in LAWS}
+    return {law: interval for law, interval in found.items() if interval is not None}
+
+
+def _by_speaker(rows: Sequence[Clip], config: EvaluateConfig) -> dict[str, Any]:
+    groups: dict[str, list[Clip]] = {}
+    for row in rows:
+        if row.speaker is not None:
+            groups.setdefault(row.speaker, []).append(row)
     return {
-        name: {"samples": sum(row["samples"] for row in group), "bits": _bits(group, config)}
-        for name, group in groups.items()
+        name: {"samples": sum(row.samples for row in group), "bits": _bits(group, config)}
+        for name, group in sorted(groups.items())
     }
 
 
@@ -433,19 +417,17 @@ def _by_level(scores: Sequence[Scores]) -> list[dict[str, Any]]:
     ]
 
 
-def _measures(rows: list[dict[str, Any]], config: EvaluateConfig) -> dict[str, Any]:
-    """Means over clips, by measure and system: of the clips where every system has a value."""
-    rows = [row for row in rows if "measures" in row]
+def _measures(rows: Sequence[Clip], config: EvaluateConfig) -> dict[str, Any]:
+    """Return means by measure and system, over the clips where every system has a value."""
+    measured = [row.measures for row in rows if row.measures is not None]
     found: dict[str, Any] = {}
     for name in MEASURES:
-        systems = (
-            SYSTEMS if name in NEAR else [system for system in SYSTEMS if system != "original"]
-        )
-        kept = [row for row in rows if all(name in row["measures"][system] for system in systems)]
+        systems = [system for system in SYSTEMS if system != "original" or name in NEAR]
+        kept = [values for values in measured if all(name in values[s] for s in systems)]
         if kept:
             found[name] = {
                 system: bootstrap(
-                    [row["measures"][system][name] for row in kept],
+                    [values[system][name] for values in kept],
                     resamples=config.resamples,
                     seed=config.seed,
                 ).to_dict()
@@ -454,23 +436,15 @@ def _measures(rows: list[dict[str, Any]], config: EvaluateConfig) -> dict[str, A
     return found
 
 
-def _settings(config: EvaluateConfig, engine: str) -> dict[str, Any]:
-    return {
-        name: value for name, value in dataclasses.asdict(config).items() if name != "overwrite"
-    } | {"engine": engine}
-
-
 def _spread(numbers: list[int], count: int) -> list[int]:
-    """So many of them, evenly."""
+    """Choose so many, evenly."""
     if count >= len(numbers):
         return numbers
-    if not count:
-        return []
     return [numbers[round(k)] for k in np.linspace(0, len(numbers) - 1, count)]
 
 
 def _batches(spans: dict[int, int]) -> Iterator[list[int]]:
-    """Clips of similar length together: what is made beyond an utterance's end is thrown away."""
+    """Group clips of similar length: samples beyond an utterance's end are thrown away."""
     batch: list[int] = []
     for n in sorted(spans, key=lambda n: -spans[n]):
         if batch and (len(batch) == _BATCH or spans[batch[0]] > _SPREAD * spans[n]):
@@ -481,9 +455,5 @@ def _batches(spans: dict[int, int]) -> Iterator[list[int]]:
         yield batch
 
 
-def _bar(items: Sequence[Any], progress: bool, description: str) -> Iterable[Any]:
-    if not progress:
-        return items
-    from tqdm import tqdm
-
-    return tqdm(items, desc=description, dynamic_ncols=True, leave=False)
+def _bar(items: Sequence[Any], progress: bool, description: str) -> Any:
+    return tqdm(items, desc=description, dynamic_ncols=True, leave=False, disable=not progress)

@@ -1,9 +1,9 @@
-"""Means over clips, and how far they can be trusted: the bootstrap."""
+"""Means over clips with bootstrap intervals."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import numpy as np
 
@@ -17,12 +17,12 @@ class Interval:
     mean: float
     low: float | None
     high: float | None
-    """None for fewer than two clips, which say nothing about others."""
+    """None for fewer than two clips."""
     clips: int
 
     def to_dict(self) -> dict[str, float | None]:
-        """As JSON can hold it."""
-        return {"mean": self.mean, "low": self.low, "high": self.high, "clips": self.clips}
+        """Return the fields for JSON."""
+        return asdict(self)
 
 
 def bootstrap(
@@ -32,11 +32,11 @@ def bootstrap(
     resamples: int = 2000,
     seed: int = 0,
 ) -> Interval:
-    """Mean over clips with its percentile interval: clips are drawn with replacement, as many as there are.
+    """Return the mean over clips with its percentile interval, by `scipy.stats.bootstrap`.
 
-    (Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13.) It says how the mean
-    would vary with other clips of the kind; not with another seed of the generation or of the
-    training.
+    Clips are drawn with replacement (Efron and Tibshirani, An Introduction to the Bootstrap, 1993,
+    chapter 13). The interval shows how the mean would vary with other clips of the kind, not with
+    another seed of the generation or of the training.
 
     Parameters
     ----------
@@ -53,12 +53,21 @@ def bootstrap(
     >>> bootstrap([5.0, 5.0]).to_dict()
     {'mean': 5.0, 'low': 5.0, 'high': 5.0, 'clips': 2}
     """
+    from scipy.stats import bootstrap as resample
+
     x = np.asarray(values, np.float64)
     w = np.ones_like(x) if weights is None else np.asarray(weights, np.float64)
-    mean = float((x * w).sum() / w.sum())
+    mean = float(np.average(x, weights=w))
     if len(x) < 2:
         return Interval(mean, None, None, len(x))
-    draws = np.random.default_rng(seed).integers(0, len(x), (resamples, len(x)))
-    means = (x * w)[draws].sum(1) / w[draws].sum(1)
-    low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return Interval(mean, float(low), float(high), len(x))
+    found = resample(
+        (x, w),
+        lambda x, w, axis: (x * w).sum(axis) / w.sum(axis),
+        paired=True,
+        vectorized=True,
+        n_resamples=resamples,
+        confidence_level=LEVEL,
+        method="percentile",
+        rng=np.random.default_rng(seed),
+    ).confidence_interval
+    return Interval(mean, float(found.low), float(found.high), len(x))
