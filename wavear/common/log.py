@@ -1,0 +1,52 @@
+"""Set up logging for the command line; modules log through `logging.getLogger(__name__)`."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+_PACKAGE = str(Path(__file__).resolve().parents[1])
+_python_shows = warnings.showwarning
+
+
+class _Lines(logging.Handler):
+    """Writes one line per record to the current stderr, above any progress bar."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        from tqdm import tqdm
+
+        try:
+            plain = record.levelno < logging.WARNING
+            prefix = "" if plain else f"wavear: {record.levelname.lower()}: "
+            tqdm.write(prefix + self.format(record), file=sys.stderr)
+        except Exception:
+            self.handleError(record)
+
+
+def _show_warning(message: Any, category: Any, filename: str, *rest: Any) -> None:
+    if filename.startswith(_PACKAGE) and issubclass(category, UserWarning):
+        logging.getLogger("wavear").warning("%s", " ".join(str(message).split()))
+    else:
+        _python_shows(message, category, filename, *rest)
+
+
+def setup_logging(quiet: bool = False) -> None:
+    """Print what wavear logs as plain lines on stderr, its warnings among them.
+
+    Lines of level INFO appear as they are; others begin with "wavear: warning: " or "wavear:
+    error: ". A `UserWarning` issued from wavear's own code becomes such a line; those of other
+    packages keep Python's form. A second call replaces the first.
+
+    Parameters
+    ----------
+    quiet : bool
+        Print warnings and errors only.
+    """
+    logger = logging.getLogger("wavear")
+    logger.setLevel(logging.WARNING if quiet else logging.INFO)
+    logger.handlers = [kept for kept in logger.handlers if not isinstance(kept, _Lines)]
+    logger.addHandler(_Lines())
+    warnings.showwarning = _show_warning
