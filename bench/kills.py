@@ -85,7 +85,7 @@ def differences(a: Path, b: Path) -> list[str]:
     import torch
 
     from wavear.training.state import encode, load_state
-    from wavear.training.states import state_paths
+    from wavear.training.state import state_paths
 
     found = []
     texts, tensors = [], []

@@ -126,7 +126,7 @@ def run_name(checkpoint: Path) -> str:
 
 def draw(recorded: np.ndarray, generated: np.ndarray, rate: int, path: Path) -> None:
     """Draw the spectrograms of a recording and of what was made of it, one above the other."""
-    from wavear.training.probes import spectrogram
+    from wavear.training.log import spectrogram
 
     images = [spectrogram(torch.from_numpy(x), rate) for x in (recorded, generated)]
     import matplotlib.image

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
 from wavear.common.atomic import say
+from wavear.common.log import setup_logging
 
 _PACKAGE = str(Path(__file__).parent)
 
@@ -100,6 +101,7 @@ def _guarded(run: Command) -> int:
     """The exit status of `run`; what a user did wrong is said in one line, bugs of ours keep their traceback."""
     try:
         with warnings.catch_warnings():
+            setup_logging()
             warnings.showwarning = _show_warning
             _refuse_settings()
             status = run()
