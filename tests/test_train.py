@@ -71,7 +71,8 @@ def test_config_is_flat_and_replaceable():
     assert (config.data, config.out, config.max_steps) == ("recordings", "runs/mine", 7)
     assert dataclasses.replace(config, max_steps=5).max_steps == 5
     assert {"data", "layers", "learning_rate", "hold", "out"} <= dataclasses.asdict(config).keys()
-    assert wavear.TrainConfig(Path("a"), Path("b")).data == "a"
+    paths: Any = {"data": Path("a"), "out": Path("b")}
+    assert wavear.TrainConfig(**paths).data == "a"
 
 
 @pytest.mark.parametrize(

@@ -65,16 +65,8 @@ class ProgressBar(TQDMProgressBar):
 class Run(L.Callback):
     """Validates, saves, logs and ends a run. All processes score their share; process 0 writes.
 
-    Parameters
-    ----------
-    config : TrainConfig
-    corpus : Corpus
-    speakers : sequence of str
-        Names in the order of their numbers.
-    record : dict
-        Contents of `train.json`; `record["history"]` and `record["spikes"]` grow here.
-    resumed : dict, optional
-        What `on_save_checkpoint` saved in the state that the run resumes from.
+    `record` is the contents of train.json: its "history" and "spikes" grow here. `resumed` is what
+    `on_save_checkpoint` saved in the state that the run resumes from.
     """
 
     def __init__(
@@ -129,10 +121,7 @@ class Run(L.Callback):
         self._validated_at = self._since = self._step_ended = time.monotonic()
 
     def _catch_signals(self) -> None:
-        """End the run after the step on Ctrl-C, SIGTERM and, under SLURM, SIGUSR1.
-
-        A second Ctrl-C ends it at once.
-        """
+        """End the run after the step on Ctrl-C (at once on a second), SIGTERM, SLURM's SIGUSR1."""
         if threading.current_thread() is not threading.main_thread():
             return
 
@@ -193,7 +182,7 @@ class Run(L.Callback):
         process = f"-process-{trainer.global_rank}" if trainer.world_size > 1 else ""
         path = self.out / f"bad-step-{step:08}{process}.safetensors"
         crops = crops_named(batch, self.train, module.layout.sample_rate, last.crop_nats)
-        save_batch(path, batch, module.layout, module.model.grid, step, last.crop_nats, crops)
+        save_batch(path, batch, module, step, crops)
         self._save(trainer, module)
         raise WavearError(
             f"step {step}: the loss became {last.bits:.4g} bits and the gradient's norm"
@@ -304,10 +293,7 @@ class Run(L.Callback):
         return not scores and entry["bits"] < min((e["bits"] for e in earlier), default=math.inf)
 
     def comparable(self) -> list[dict[str, Any]]:
-        """Return the points of the curve for the current held-out recordings.
-
-        A run may be resumed with others.
-        """
+        """Return the points of the curve that are of the current held-out recordings."""
         own = self.fingerprint
         return [entry for entry in self.record["history"] if entry.get("held_out", own) == own]
 

@@ -10,10 +10,10 @@ from statistics import median
 
 import torch
 
-from wavear.audio.grid import Grid
 from wavear.common.atomic import replace_file
 from wavear.data.corpus import Recording
-from wavear.data.crops import Batch, Layout, coded
+from wavear.data.crops import Batch, coded
+from wavear.training.module import TrainingModule
 
 _WINDOW = 100  # steps that define the usual loss
 _LEAST = 20  # steps before anything counts as unusual
@@ -57,14 +57,9 @@ class Spikes:
 def crops_named(
     batch: Batch, recordings: Sequence[Recording], rate: int, nats: torch.Tensor
 ) -> list[str]:
-    """Return the crops of a batch, non-finite ones first, then by loss.
+    """Return the crops of a batch as "a.wav at 1.25 s (3.21 bits)", non-finite or largest first.
 
-    Each is text like "a.wav at 1.25 s (3.21 bits)".
-
-    Parameters
-    ----------
-    nats : Tensor, shape (B,)
-        Loss of each crop, summed over its samples.
+    `nats`, (B,), is the loss of each crop, summed over its samples.
     """
     samples = (batch.span[:, 1] - batch.span[:, 0]).clamp(min=1)
     bits = (nats.cpu() / samples.cpu() / math.log(2)).tolist()
@@ -81,13 +76,7 @@ def some(crops: Sequence[str]) -> str:
 
 
 def save_batch(
-    path: Path,
-    batch: Batch,
-    layout: Layout,
-    grid: Grid,
-    step: int,
-    nats: torch.Tensor,
-    crops: Sequence[str],
+    path: Path, batch: Batch, module: TrainingModule, step: int, crops: Sequence[str]
 ) -> None:
     """Write a batch as safetensors: waveform (the window), codes, and what they were made from.
 
@@ -95,11 +84,12 @@ def save_batch(
     """
     from safetensors.torch import save_file
 
+    layout = module.layout
     tensors = {
         "waveform": batch.waveform[:, layout.margin : layout.margin + layout.window],
-        "codes": grid.encode(coded(batch, layout)).to(torch.int32),
+        "codes": module.model.grid.encode(coded(batch, layout)).to(torch.int32),
         "padded_waveform": batch.waveform,
-        "nats": nats,
+        "nats": module.last.crop_nats,
     }
     tensors |= {n: getattr(batch, n) for n in ("frames", "span", "speaker", "source", "start")}
     whole = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}

@@ -60,21 +60,9 @@ def free_run(
     seconds: float,
     speakers: Sequence[str] = (),
 ) -> FreeRun | None:
-    """Synthesize the loudest `seconds` of the first recordings that can be read, and measure them.
+    """Synthesize the loudest `seconds` of the first four readable recordings, and measure them.
 
-    Parameters
-    ----------
-    model : AutoregressiveModel
-        Without mels it generates one clip freely.
-    recordings : sequence of Recording
-    seconds : float
-        Length of each of up to `CLIPS` clips.
-    speakers : sequence of str
-        Names in the order of their numbers.
-
-    Returns
-    -------
-    FreeRun, or None if no recording can be read
+    A model without mels generates one clip freely. Returns None if no recording can be read.
     """
     from wavear.generation.engines import generate
 

@@ -36,23 +36,7 @@ _THREADS = 2  # that read and encode ahead of the sums
 def fit(
     config: TrainConfig, corpus: Corpus, speakers: Sequence[str], model: Any, record: dict[str, Any]
 ) -> TrainResult:
-    """Fit a `Linear` to the recordings to train on, and write the run; see `wavear.train`.
-
-    Parameters
-    ----------
-    config : TrainConfig
-    corpus : Corpus
-    speakers : not used
-    model : Linear
-        Has the configuration; its weights are not used.
-    record : dict
-        Contents of `train.json` so far.
-
-    Raises
-    ------
-    WavearError
-        If the run has several processes, or there are no samples to fit.
-    """
+    """Fit a `Linear` with the configuration of `model`; the signature is that of `loop.fit`."""
     if Processes.here().world > 1:
         raise WavearError(
             "a linear model is fitted in one pass by one process: run it without torchrun and srun"

@@ -30,13 +30,7 @@ COLUMNS = {
 
 
 class Log:
-    """Writes rows to the CSV files and curves to Lightning's loggers, in the process that writes.
-
-    Parameters
-    ----------
-    out : str or Path
-        Folder of the run.
-    """
+    """Writes rows to the CSV files in `out` and curves to Lightning's loggers, in process 0."""
 
     def __init__(self, out: str | Path):
         self.out = Path(out)
@@ -102,12 +96,7 @@ def _points(trainer: L.Trainer, step: int, values: dict[str, float]) -> None:
 
 
 def spectrogram(waveform: torch.Tensor, rate: int) -> np.ndarray:
-    """Return a picture of the log-mel of a waveform (T,), 80 dB deep.
-
-    Returns
-    -------
-    array of uint8, shape (height, width, 3), low frequencies at the bottom
-    """
+    """Return a picture (height, width, 3), uint8, of the log-mel of a waveform (T,), 80 dB deep."""
     import matplotlib
 
     n_fft = 2 ** round(math.log2(rate / 22050 * 1024))
@@ -126,17 +115,8 @@ def spectrogram(waveform: torch.Tensor, rate: int) -> np.ndarray:
 def loggers(config: TrainConfig, record: dict[str, Any], purge_step: int | None) -> list[Logger]:
     """Return TensorBoard's logger, and that of Weights & Biases if `wandb` names a project.
 
-    Parameters
-    ----------
-    record : dict
-        Keeps the name of the run at Weights & Biases, so that a resumed run continues it.
-    purge_step : int, optional
-        TensorBoard hides points of this step and later ones, which are taken again.
-
-    Raises
-    ------
-    WavearError
-        If the package wandb is not installed.
+    `record` keeps the name of the run there, so that a resumed run continues it. TensorBoard hides
+    points from `purge_step` on, which are taken again.
     """
     found: list[Logger] = [
         TensorBoardLogger(config.out, name="tensorboard", version="", purge_step=purge_step)

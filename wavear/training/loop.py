@@ -46,18 +46,7 @@ def fit(
     model: AutoregressiveModel,
     record: dict[str, Any],
 ) -> TrainResult:
-    """Train `model`; see `wavear.train`.
-
-    Parameters
-    ----------
-    config : TrainConfig, resolved
-    corpus : Corpus
-    speakers : names in the order of their numbers
-    model : AutoregressiveModel
-        With its initial weights.
-    record : dict
-        Contents of `train.json` so far.
-    """
+    """Train `model` from its initial weights; `record` is the contents of train.json so far."""
     processes, kind = Processes.here(), _device_kind(config.device)
     segments = _segments(config, corpus, speakers, model, processes)
     found = _find_state(config, record, processes) if config.resume else None
@@ -124,10 +113,7 @@ def _segments(
 def _find_state(
     config: TrainConfig, record: dict[str, Any], processes: Processes
 ) -> FoundState | None:
-    """Find the last good state of the run in `out`, and cut `record` back to it.
-
-    Returns None if the run was killed before its first state.
-    """
+    """Find the last good state of the run, if it has one, and cut `record` back to it."""
     if processes.rank == 0:
         sweep(config.out)
     found = last_good_state(config.out)
@@ -225,8 +211,7 @@ class _Data(L.LightningDataModule):
 def _safe_path() -> Iterator[None]:
     """Keep the current directory, often the data's, off the import path of new Python processes.
 
-    Workers that are not forked, and the compilers of `torch.compile`, are such. Takes effect from
-    Python 3.11 on.
+    These are workers that are not forked, and the compilers of `torch.compile` (Python >= 3.11).
     """
     before = os.environ.get("PYTHONSAFEPATH")
     os.environ["PYTHONSAFEPATH"] = "1"
@@ -242,8 +227,7 @@ def _safe_path() -> Iterator[None]:
 def _begin_worker(main: int, worker: int) -> None:
     """Ignore Ctrl-C, which reaches all processes of the group, and end with the process `main`.
 
-    The loader's own watch misses a death of `main` before the watch begins: it takes the parent at
-    that time for the main process, and the worker would never end.
+    The loader's own watch misses a death of `main` before it begins: the worker would never end.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)

@@ -25,10 +25,6 @@ class Both(torch.optim.Optimizer):
     so a run has one optimizer. `param_groups` are the groups of all parts, in order; changes to a
     group reach its part.
 
-    Parameters
-    ----------
-    parts : torch.optim.Optimizer
-
     Examples
     --------
     >>> a, b = (torch.nn.Parameter(torch.ones(2)) for _ in range(2))
@@ -69,13 +65,7 @@ class Both(torch.optim.Optimizer):
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore what `state_dict` returned.
-
-        Raises
-        ------
-        WavearError
-            If the state is of other optimizers, or of other parameters.
-        """
+        """Restore what `state_dict` returned."""
         if len(states := state_dict.get("parts", [])) != len(self.parts):
             count = len(states) or "one"
             raise WavearError(f"the state is of {count} and not of {len(self.parts)} optimizers")
@@ -105,14 +95,7 @@ def body_matrices(model: AutoregressiveModel) -> list[torch.Tensor]:
 def make_optimizer(
     model: AutoregressiveModel, config: OptimizerSettings
 ) -> tuple[torch.optim.Optimizer, list[float]]:
-    """Return the optimizer of a run and the highest learning rate of each of its `param_groups`.
-
-    Parameters
-    ----------
-    model : AutoregressiveModel
-    config : OptimizerSettings
-        Resolved: no field is None.
-    """
+    """Return the optimizer of a run and the highest learning rate of each of its `param_groups`."""
     body = body_matrices(model) if config.optimizer == "muon" else []
     ids = {id(p) for p in body}
     rest = [p for p in model.parameters() if id(p) not in ids]

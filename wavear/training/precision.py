@@ -20,25 +20,11 @@ _LEAST_SPEEDUP = 1.3  # of the products: the rest of a step gains less, and copy
 def choose(
     config: TrainConfig, model: AutoregressiveModel, kind: str, recorded: str | None = None
 ) -> tuple[str, str]:
-    """Return "32" or "bf16", and the reason to print.
+    """Return "32" or "bf16" for a device (cpu, cuda, mps), and the reason to print.
 
     The model's attribute `bf16` allows bf16; by default a categorical law does, since a law over
-    values needs more than the 8 bits of bf16.
-
-    Parameters
-    ----------
-    config : TrainConfig
-    model : AutoregressiveModel
-    kind : str
-        cpu, cuda or mps.
-    recorded : str, optional
-        Precision of the run that is resumed, which "auto" keeps: a second measurement might differ,
-        and the run would no longer equal an uninterrupted one.
-
-    Raises
-    ------
-    WavearError
-        If bf16 is requested and the model does not allow it.
+    values needs more than the 8 bits of bf16. "auto" keeps the `recorded` precision of a resumed
+    run: a second measurement might differ, and the run would not equal an uninterrupted one.
     """
     allowed = model.law.truncates if model.bf16 is None else model.bf16
     if config.precision == "bf16" and not allowed:
@@ -69,11 +55,6 @@ def bf16_speedup(threads: int) -> float:
     Measured once per process and number of threads, in a tenth of a second, because the
     instruction set does not settle it: AVX-512 has bf16 products that are 2.5 times as fast on one
     CPU, and no faster on another.
-
-    Parameters
-    ----------
-    threads : int
-        `torch.get_num_threads()`, the key of the cache.
     """
     fastest = {torch.float32: float("inf"), torch.bfloat16: float("inf")}
     for repeat in range(_REPEATS + 1):

@@ -37,15 +37,9 @@ _VOICED = 0.7  # correlation above which a frame counts as voiced
 
 
 def prepare(model: AutoregressiveModel, segments: Segments, seed: int) -> None:
-    """Fit what the loss does not train, in place.
+    """Fit what the loss does not train, in place, on random crops of the training data.
 
-    Parameters
-    ----------
-    model : AutoregressiveModel
-    segments : Segments
-        Random crops of the training data.
-    seed : int
-        Of the period network; the crops follow the seed of `segments`.
+    The crops follow the seed of `segments`; `seed` is of the period network.
     """
     if segments.layout.mel is None or getattr(model, "conditioning", None) is None:
         return

@@ -34,11 +34,6 @@ class Processes:
     def here(cls, environment: Mapping[str, str] | None = None) -> Processes:
         """Read the environment: torchrun's variables, otherwise those of srun.
 
-        Raises
-        ------
-        WavearError
-            If a variable is not a number, or the tasks do not divide evenly among the nodes.
-
         Examples
         --------
         >>> Processes.here({"RANK": "3", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"}).nodes

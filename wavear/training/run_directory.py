@@ -16,17 +16,7 @@ RECORD = "train.json"
 
 
 def open_directory(config: TrainConfig, writes: bool) -> dict[str, Any]:
-    """Check that `out` can be used; return its record if the run is resumed. Changes nothing.
-
-    Raises
-    ------
-    FileExistsError
-        If `out` is a file, or is not empty and neither `resume` nor `overwrite` applies.
-    FileNotFoundError
-        If there is no run to resume.
-    WavearError
-        If the record of the run is damaged.
-    """
+    """Check that `out` can be used; return its record if the run is resumed. Changes nothing."""
     from wavear.generation.files import check_writable
 
     out = Path(config.out)

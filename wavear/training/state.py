@@ -29,13 +29,7 @@ _NAME = re.compile(r"step-(\d+)\.safetensors")
 
 
 def encode(value: Any, tensors: dict[str, torch.Tensor], where: str = "state") -> Any:
-    """Return `value` as JSON; move its tensors to `tensors`, named by their place in the nest.
-
-    Raises
-    ------
-    TypeError
-        If it holds a value that JSON and tensors cannot represent; the message names its place.
-    """
+    """Return `value` as JSON; move its tensors to `tensors`, named by their place in the nest."""
     if value is None or isinstance(value, bool | str) or type(value) in (int, float):
         return value
     if isinstance(value, torch.Tensor):
@@ -121,13 +115,7 @@ def load_state(path: str | Path) -> dict[str, Any]:
 
 
 class StateIO(CheckpointIO):
-    """Make Lightning read and write its checkpoints with `save_state` and `load_state`.
-
-    Parameters
-    ----------
-    found : FoundState, optional
-        A state that has been read already.
-    """
+    """Make Lightning use `save_state` and `load_state`; `found` has been read already."""
 
     def __init__(self, found: FoundState | None = None):
         super().__init__()
@@ -180,13 +168,7 @@ class FoundState:
 
 
 def last_good_state(out: str | Path) -> FoundState | None:
-    """Return the last undamaged state of a run, or None if the run has not written one yet.
-
-    Raises
-    ------
-    WavearError
-        If there are states and none is good; the message names each.
-    """
+    """Return the last good state of a run, or None if the run has not written one yet."""
     damaged = []
     for path in state_paths(out):
         try:

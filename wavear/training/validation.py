@@ -59,13 +59,7 @@ def score_held_out(
 def final_scores(
     config: TrainConfig, corpus: Corpus, best: AutoregressiveModel, speakers: Sequence[str] = ()
 ) -> tuple[dict[str, float], dict[str, str]]:
-    """Return bits of all held-out recordings, and the recordings that could not be read.
-
-    Returns
-    -------
-    dict: bits per sample of the "model" and of the baselines
-    dict: names of recordings and reasons
-    """
+    """Return bits per sample of "model" and baselines, and the recordings that cannot be read."""
     layout, grid, rate = layout_of(best, 1), best.grid, config.sample_rate
     recordings = subset(corpus.validation, config.final_seconds * rate)
     scored = held_out_bits(best, recordings, speakers)
@@ -77,13 +71,7 @@ def final_scores(
 class ByLevel:
     """Bits by the RMS of the 20 ms around a sample, counted from the recording's beginning.
 
-    As in `wavear.evaluate`: samples in an incomplete 20 ms at the end of a recording are not
-    counted.
-
-    Parameters
-    ----------
-    rate : int
-        Of the model, Hz.
+    As in `wavear.evaluate`: samples in incomplete 20 ms at a recording's end are not counted.
     """
 
     def __init__(self, rate: int):
