@@ -84,8 +84,7 @@ def differences(a: Path, b: Path) -> list[str]:
     """What two finished runs differ in."""
     import torch
 
-    from wavear.training.state import encode, load_state
-    from wavear.training.states import state_paths
+    from wavear.training.state import encode, load_state, state_paths
 
     found = []
     texts, tensors = [], []

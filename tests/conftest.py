@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 import random
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+
+from wavear import audio
 
 
 @pytest.fixture(autouse=True)
@@ -43,3 +46,26 @@ def data_dir() -> Path:
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("cuda") and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Run torch on one thread, so that results do not depend on the machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def tones(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Write eight tones at 8 kHz, of two speakers, each with a little noise."""
+    root = tmp_path_factory.mktemp("tones")
+    generator = np.random.default_rng(0)
+    for number in range(8):
+        time = np.arange(3000 + 64 * number) / 8000
+        tone = 0.5 * np.sin(2 * np.pi * (200 + 50 * number) * time)
+        path = root / f"speaker{number % 2}" / f"{number}.wav"
+        path.parent.mkdir(exist_ok=True)
+        audio.write(path, tone + 0.01 * generator.standard_normal(time.size), 8000)
+    return root

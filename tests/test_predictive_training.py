@@ -198,15 +198,14 @@ def _fast(monkeypatch) -> None:
 
 @pytest.mark.usefixtures("_fast")
 @pytest.mark.parametrize("causal", [False, True])
-def test_prepare_fits_statistics_period_and_gain(recordings, causal):
+def test_prepare_fits_statistics_period_and_gain(recordings, causal, caplog):
     model = voiced_model(causal=causal)
     before = {name: p.clone() for name, p in model.named_parameters()}
     segments = Segments(recordings, layout_of(model, 16 * HOP))
-    said: list[str] = []
-    prepare.prepare(model, segments, 3, said.append)
-    assert len(said) == 1
-    assert "median error" in said[0]
-    assert "20 to 120 samples, 67 to 400 Hz" in said[0]
+    caplog.set_level("INFO", "wavear")
+    prepare.prepare(model, segments, 3)
+    assert "median error" in caplog.text
+    assert "20 to 120 samples, 67 to 400 Hz" in caplog.text
     # The period of another glide, between a sample in the middle of each frame and the one a period
     # before: the glide's own half a period earlier. It moves by 36 cents from frame to frame.
     periods = glide(12000, 0.5)
@@ -261,16 +260,16 @@ def test_the_gain_does_not_depend_on_the_gain_before(recordings):
 
 
 @pytest.mark.usefixtures("_fast")
-def test_fits_to_digital_silence_are_finite(tmp_path, monkeypatch):
+def test_fits_to_digital_silence_are_finite(tmp_path, monkeypatch, caplog):
     """It has no scale, no period and no spread."""
     monkeypatch.setattr(prepare, "_STEPS", 3)
     audio.write(tmp_path / "a.wav", np.zeros(12000, np.float32), RATE)
     audio.write(tmp_path / "b.wav", np.zeros(12000, np.float32), RATE)
     model = voiced_model()
-    said: list[str] = []
+    caplog.set_level("INFO", "wavear")
     recordings = open_corpus(tmp_path, sample_rate=RATE, validation_fraction=0.01).train
-    prepare.prepare(model, Segments(recordings, layout_of(model, 16 * HOP)), 0, said.append)
-    assert "no voiced frame" in said[0]
+    prepare.prepare(model, Segments(recordings, layout_of(model, 16 * HOP)), 0)
+    assert "no voiced frame" in caplog.text
     assert all(torch.isfinite(tensor).all() for tensor in model.state_dict().values())
     assert model.conditioning.gain == 1
 
@@ -283,9 +282,7 @@ def test_prepare_depends_on_its_seed_only(recordings, monkeypatch):
         model = voiced_model()
         torch.rand(seed)  # what was drawn before does not count
         state = torch.random.get_rng_state()
-        prepare.prepare(
-            model, Segments(recordings, layout_of(model, 16 * HOP)), seed % 2, lambda line: None
-        )
+        prepare.prepare(model, Segments(recordings, layout_of(model, 16 * HOP)), seed % 2)
         assert torch.equal(torch.random.get_rng_state(), state)
         return model.state_dict()
 

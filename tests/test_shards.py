@@ -374,7 +374,7 @@ def test_a_run_on_shards_is_resumed_exactly(made, tmp_path):
     """The states of a run in two parts and of one in one, to the byte; through the command that makes shards."""
     from wavear.training.config import TrainConfig
     from wavear.training.run import train
-    from wavear.training.states import state_paths
+    from wavear.training.state import state_paths
 
     settings: dict[str, Any] = {
         "layers": 2, "stacks": 1, "residual_channels": 4, "skip_channels": 4, "head_channels": 4, "classes": 16,

@@ -1,1 +1,1 @@
-"""What `wavear.train` is made of: bits per sample, the Lightning module and its callbacks, files of a run."""
+"""Training: settings, the loop with Lightning, and the files of a run."""

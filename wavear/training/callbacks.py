@@ -1,9 +1,9 @@
-"""What happens around the steps: the progress bar, validation, samples, checkpoints, logs, and when to stop."""
+"""Everything around the steps of a run: progress, validation, saved states, logs, and its end."""
 
 from __future__ import annotations
 
 import copy
-import json
+import logging
 import math
 import signal
 import sys
@@ -14,49 +14,39 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-import numpy as np
-import torch
 from lightning.pytorch.callbacks import TQDMProgressBar
 from typing_extensions import override
 
 from wavear import audio
-from wavear.common.atomic import printable, replace_file, say
-from wavear.data.corpus import Recording
+from wavear.common.errors import WavearError
+from wavear.data.corpus import Corpus
 from wavear.data.recordings import fingerprint
-from wavear.evaluation.held_out import Bits, held_out_bits
-from wavear.training.faults import Spikes, crops_named, save_batch
+from wavear.evaluation.held_out import subset
+from wavear.training.config import TrainConfig
+from wavear.training.faults import Spikes, crops_named, save_batch, some
 from wavear.training.free_run import FreeRun, free_run
-from wavear.training.groups import ByLevel, by_speaker
 from wavear.training.log import Log
 from wavear.training.module import TrainingModule
-from wavear.training.probes import probe
 from wavear.training.processes import Processes
-from wavear.training.states import prune_states, state_path
+from wavear.training.run_directory import write_record
+from wavear.training.state import prune_states, state_path
+from wavear.training.validation import HeldOut, interleave_speakers, score_held_out
+
+logger = logging.getLogger(__name__)
 
 LOG_EVERY = 10  # steps
 _VALIDATION_SHARE = 0.05  # of the time, at most, for validations that are due by the clock
-_SAMPLING_SHARE = 0.03  # of the time, at most, for free-running samples
-_NAMED = 8  # crops of a batch that a message names
-_SPIKES = 100  # kept in train.json
-SAMPLES = "samples"
-_SAMPLES_KEPT = 5  # validations whose clips stay in the folder
-_TOLD = (
-    "score",
-    "log_mel",
-    "hnr_low",
-    "hnr_low_recorded",
-    "pesq",
-    "stoi",
-)  # of the free run, on the console
+_SPIKES_KEPT = 100  # in train.json
+_SAMPLES_KEPT = 5  # validations whose clips stay in samples/
+_PRINTED = ("score", "log_mel", "hnr_low", "hnr_low_recorded", "pesq", "stoi")  # of the free run
 
 
 class ProgressBar(TQDMProgressBar):
-    """Lightning's bar, counting steps to `max_steps` where there is one, with loss, held-out bits and samples/s."""
+    """Lightning's bar with steps up to `max_steps`, loss, held-out bits and samples/s."""
 
     def __init__(self, run: Run):
-        super().__init__(
-            refresh_rate=1 if sys.stdout.isatty() else 100
-        )  # a log file needs no bar ten times a second
+        # A log file does not need a line ten times a second.
+        super().__init__(refresh_rate=1 if sys.stdout.isatty() else 100)
         self.run = run
 
     @override
@@ -64,8 +54,7 @@ class ProgressBar(TQDMProgressBar):
         super().on_train_epoch_start(trainer)
         bar = self.train_progress_bar
         bar.total = trainer.max_steps if trainer.max_steps > 0 else None
-        bar.initial = trainer.global_step  # so that the rate counts this run's steps only
-        bar.n = trainer.global_step
+        bar.initial = bar.n = trainer.global_step  # the rate counts this run's steps only
         bar.set_description("training")
 
     @override
@@ -74,53 +63,43 @@ class ProgressBar(TQDMProgressBar):
 
 
 class Run(L.Callback):
-    """Everything that a run writes, and its end. Only process 0 writes; all of them score their share.
+    """Validates, saves, logs and ends a run. All processes score their share; process 0 writes.
 
-    Parameters
-    ----------
-    config : TrainConfig
-    validation : recordings that the curve of held-out bits is measured on
-    speakers : names in the order of their numbers
-    record : dict
-        Contents of `train.json`; `record["history"]` and `record["spikes"]` grow here.
-    train : recordings that the batches are drawn from
-    resumed : dict, optional
-        What `on_save_checkpoint` put into the state that the run goes on from.
+    `record` is the contents of train.json: its "history" and "spikes" grow here. `resumed` is what
+    `on_save_checkpoint` saved in the state that the run resumes from.
     """
 
     def __init__(
         self,
-        config: Any,
-        validation: Sequence[Recording],
+        config: TrainConfig,
+        corpus: Corpus,
         speakers: Sequence[str],
         record: dict[str, Any],
-        train: Sequence[Recording],
         resumed: dict[str, Any] | None = None,
     ):
         self.config = config
-        self.train = train
         self.out = Path(config.out)
-        self.log_book = Log(self.out)
-        self.validation = validation
+        self.train = corpus.train
+        in_turn = interleave_speakers(corpus.validation)
+        self.validation = subset(in_turn, config.validation_seconds * config.sample_rate)
+        self.fingerprint = fingerprint(self.validation)
         self.speakers = speakers
         self.record = record
-        self.shown: dict[str, Any] = {}
-        self.skipped: dict[str, str] = {}
+        self.skipped: dict[str, str] = {**dict(corpus.bad), **record.get("skipped", {})}
+        self.log_book = Log(config.out)
+        self.shown: dict[str, str] = {}
         self.stopped_by: str | None = None
         """"steps", "time" or "interrupt"."""
+        self.began = False
         self._interrupted = False
         self._handlers: dict[int, Any] = {}
         resumed = resumed or {}
-        # Since the last row of metrics.csv; kept in the state, so that a resumed run writes the
-        # same rows.
-        self._nats, self._samples = float(resumed.get("nats", 0.0)), int(resumed.get("samples", 0))
         self._spikes = Spikes(resumed.get("recent", ()), resumed.get("inside", False))
-        self._since, self._counted = 0.0, 0
-        self._waited, self._step_ended = 0.0, 0.0
-        self.began = False
-        self._heard = 0  # the first held-out recording that can be read
-        self._validated_at, self._validation_cost, self._sampling_cost = 0.0, 0.0, 0.0
-        self._rate = 0.0
+        # Since the last row of metrics.csv. The first two are saved, so that a resumed run writes
+        # the same rows.
+        self._nats, self._samples = float(resumed.get("nats", 0.0)), int(resumed.get("samples", 0))
+        self._counted, self._waited = 0, 0.0
+        self._since = self._step_ended = self._validated_at = self._validation_cost = 0.0
 
     # --- beginning and end
 
@@ -128,7 +107,7 @@ class Run(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         module = _training(pl_module)
         module.began = time.monotonic()
-        self._catch_interrupts()
+        self._catch_signals()
         self.began = True
         history = self.record["history"]
         if trainer.is_global_zero:
@@ -138,11 +117,11 @@ class Run(L.Callback):
             self._save(trainer, module)
         else:
             self.save_last(trainer, module)
-            self._show(bits=history[-1]["bits"], **_scores(history[-1]))
+            self._show_validation(history[-1])
         self._validated_at = self._since = self._step_ended = time.monotonic()
 
-    def _catch_interrupts(self) -> None:
-        """Ctrl-C, SIGTERM and, of SLURM, SIGUSR1 end the run after the step; a second Ctrl-C ends it at once."""
+    def _catch_signals(self) -> None:
+        """End the run after the step on Ctrl-C (at once on a second), SIGTERM, SLURM's SIGUSR1."""
         if threading.current_thread() is not threading.main_thread():
             return
 
@@ -156,271 +135,203 @@ class Run(L.Callback):
             self._handlers[number] = signal.signal(number, stop)
 
     def release(self) -> None:
-        """Give the signals back to whom they belonged."""
+        """Restore the signal handlers."""
         while self._handlers:
-            number, handler = self._handlers.popitem()
-            signal.signal(number, handler)
+            signal.signal(*self._handlers.popitem())
 
     # --- around every step
 
     @override
-    def on_train_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_start(self, *_: Any) -> None:
         self._waited += time.monotonic() - self._step_ended
 
     @override
     def on_train_batch_end(
-        self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, *_: Any
     ) -> None:
         module, config, step = _training(pl_module), self.config, trainer.global_step
         for name, reason in batch.skipped:
-            self._skip(trainer, name, reason)
-        if not module.last["good"]:
-            self._stop_at(trainer, module, batch)
-        elapsed, interrupted = self._agree(trainer, module.elapsed, self._interrupted)
+            self.skip(name, reason)
+        if not module.last.finite:
+            self._refuse_step(trainer, module, batch)
+        elapsed, interrupted = module.largest(module.elapsed, float(self._interrupted))
         if config.max_steps is not None and step >= config.max_steps:
             self.stopped_by = "steps"
         elif config.max_minutes is not None and elapsed >= 60 * config.max_minutes:
             self.stopped_by = "time"
         elif interrupted:
             self.stopped_by = "interrupt"
-        self._nats += module.last["nats"]
-        self._samples += module.last["samples"]
-        self._counted += module.last["samples"]
-        self._name_spike(trainer, module, batch)
+        self._nats += module.last.nats
+        self._samples += module.last.samples
+        self._counted += module.last.samples
+        self._detect_spike(trainer, module, batch)
         last = self.stopped_by is not None
         if step % LOG_EVERY == 0 or (last and self.stopped_by != "interrupt"):
-            self._log_training(trainer, module, step)
-        validated = self._validation_due(trainer, step, last)
+            self._log_training(trainer, module)
+        validated = self._validation_due(module, step)
         if validated:
             self._validate(trainer, module)
         if validated or last or step % config.checkpoint_every == 0:
             self._save(trainer, module)
-        if last:
-            trainer.should_stop = True
+        trainer.should_stop = trainer.should_stop or last
         self._step_ended = time.monotonic()
 
-    def _stop_at(self, trainer: L.Trainer, module: TrainingModule, batch: Any) -> None:
-        """Save the batch whose loss or gradient is no number, and the state before it; end the run."""
+    def _refuse_step(self, trainer: L.Trainer, module: TrainingModule, batch: Any) -> None:
+        """Save the batch of a non-finite loss or gradient, and the state before it; end the run."""
         step, last = trainer.global_step + 1, module.last
         process = f"-process-{trainer.global_rank}" if trainer.world_size > 1 else ""
         path = self.out / f"bad-step-{step:08}{process}.safetensors"
-        crops = crops_named(batch, self.train, module.layout.sample_rate, last["crop_nats"])
-        save_batch(path, batch, module.layout, module.model.grid, step, last["crop_nats"], crops)
+        crops = crops_named(batch, self.train, module.layout.sample_rate, last.crop_nats)
+        save_batch(path, batch, module, step, crops)
         self._save(trainer, module)
-        bits = last["nats"] / max(last["samples"], 1) / math.log(2)
-        raise ValueError(
-            f"step {step}: the loss became {bits:.4g} bits and the gradient's norm {last['gradient_norm']:.4g}, which"
-            f" stops the run; the weights are those before this step. Its batch ({path}): {_some(crops)}."
-            f" Resume with a lower learning rate than {self.config.learning_rate:g}, or precision 32"
+        raise WavearError(
+            f"step {step}: the loss became {last.bits:.4g} bits and the gradient's norm"
+            f" {last.gradient_norm:.4g}; the saved weights are those before this step. Its batch"
+            f" ({path}): {some(crops)}. Resume with a lower learning rate than"
+            f" {self.config.learning_rate:g}, or precision 32"
         )
 
-    def _name_spike(self, trainer: L.Trainer, module: TrainingModule, batch: Any) -> None:
-        """Name the files of a batch whose loss leaps. Each process of several watches its share; the first writes."""
-        bits = module.last["nats"] / max(module.last["samples"], 1) / math.log(2)
-        usual = self._spikes.step(bits)
+    def _detect_spike(self, trainer: L.Trainer, module: TrainingModule, batch: Any) -> None:
+        """Name the crops of a batch with a spike; every process watches its share, 0 writes."""
+        last = module.last
+        usual = self._spikes.step(last.bits)
         if usual is None or not trainer.is_global_zero:
             return
-        crops = crops_named(batch, self.train, module.layout.sample_rate, module.last["crop_nats"])
-        spike = {
-            "step": trainer.global_step,
-            "bits": round(bits, 5),
-            "usual": round(usual, 5),
-            "crops": crops,
-        }
-        self.record["spikes"] = [*self.record.get("spikes", []), spike][-_SPIKES:]
-        self.say(
-            trainer,
-            f"step {spike['step']}: the loss leaps to {bits:.2f} from {usual:.2f} bits: {_some(crops)}",
+        step = trainer.global_step
+        crops = crops_named(batch, self.train, module.layout.sample_rate, last.crop_nats)
+        spike = {"step": step, "bits": round(last.bits, 5), "usual": round(usual, 5)}
+        spikes = [*self.record.get("spikes", []), spike | {"crops": crops}]
+        self.record["spikes"] = spikes[-_SPIKES_KEPT:]
+        logger.warning(
+            f"step {step}: the loss spikes to {last.bits:.2f} from {usual:.2f} bits: {some(crops)}"
         )
 
-    def _agree(self, trainer: L.Trainer, elapsed: float, interrupted: bool) -> tuple[float, bool]:
-        if trainer.world_size == 1:
-            return elapsed, interrupted
-        both = torch.tensor([elapsed, float(interrupted)], device=trainer.strategy.root_device)
-        elapsed, interrupted = trainer.strategy.reduce(both, reduce_op="max").tolist()  # type: ignore[union-attr]
-        return elapsed, interrupted > 0
-
-    def _validation_due(self, trainer: L.Trainer, step: int, last: bool) -> bool:
-        if last:
+    def _validation_due(self, module: TrainingModule, step: int) -> bool:
+        if self.stopped_by is not None:
             return self.stopped_by != "interrupt"
         if self.config.validate_every is not None:
             return step % self.config.validate_every == 0
-        waited = time.monotonic() - self._validated_at
-        due = waited >= max(self.config.validate_seconds, self._validation_cost / _VALIDATION_SHARE)
-        return self._agree(trainer, 0.0, due)[1]
+        least = max(self.config.validate_seconds, self._validation_cost / _VALIDATION_SHARE)
+        return module.largest(float(time.monotonic() - self._validated_at >= least))[0] > 0
 
-    def _skip(self, trainer: L.Trainer, name: str, reason: str) -> None:
+    def skip(self, name: str, reason: str) -> None:
+        """Note and report a recording that cannot be read, once."""
         if name not in self.skipped:
             self.skipped[name] = reason
-            if trainer.is_global_zero:
-                self.say(trainer, f"skipped {name}: {reason}")
-
-    def say(self, trainer: L.Trainer, text: str) -> None:
-        """Print a line above the progress bar, if the run is to speak."""
-        if not self.config.progress:
-            return
-        bar = trainer.progress_bar_callback
-        if (
-            bar is not None
-            and isinstance(bar, TQDMProgressBar)
-            and bar._train_progress_bar is not None
-        ):
-            bar.train_progress_bar.write(printable(text))
-        else:
-            say(text)
+            logger.warning(f"skipped {name}: {reason}")
 
     # --- numbers
 
-    def _log_training(self, trainer: L.Trainer, module: TrainingModule, step: int) -> None:
+    def _log_training(self, trainer: L.Trainer, module: TrainingModule) -> None:
         if self._samples == 0:  # nothing new
             return
         bits = self._nats / self._samples / math.log(2)
         now = time.monotonic()
         spent = max(now - self._since, 1e-9)
-        self._rate = self._counted * trainer.world_size / spent
-        row = {
-            "step": step,
-            "seconds": round(module.elapsed, 2),
-            "train_bits": round(bits, 5),
-            "learning_rate": module.last["learning_rate"],
-            "gradient_norm": round(float(module.last["gradient_norm"]), 5),
-            "samples_per_second": round(self._rate, 1),
-            "data_wait": round(self._waited / spent, 4),
-        }
-        self._nats, self._samples, self._counted, self._since, self._waited = 0.0, 0, 0, now, 0.0
-        self._show(loss=bits)
+        rate = self._counted * trainer.world_size / spent
+        self.shown |= {"loss": f"{bits:.3f}", "samples/s": f"{rate:,.0f}"}
         if trainer.is_global_zero:
-            row["average_distance"] = round(module.average_distance(), 6)
-            self.log_book.metrics(trainer, step, row)
+            row = {
+                "seconds": round(module.elapsed, 2),
+                "train_bits": round(bits, 5),
+                "learning_rate": module.last.learning_rate,
+                "gradient_norm": round(module.last.gradient_norm, 5),
+                "samples_per_second": round(rate, 1),
+                "data_wait": round(self._waited / spent, 4),
+                "average_distance": round(module.average_distance(), 6),
+            }
+            self.log_book.metrics(trainer, trainer.global_step, row)
+        self._nats, self._samples, self._counted, self._since, self._waited = 0.0, 0, 0, now, 0.0
 
-    def _show(self, **values: float) -> None:
-        self.shown.update({name: f"{value:.3f}" for name, value in values.items()})
-        if self._rate:
-            self.shown["samples/s"] = f"{self._rate:,.0f}"
+    def _show_validation(self, entry: dict[str, Any]) -> None:
+        self.shown["bits"] = f"{entry['bits']:.3f}"
+        if "free_run" in entry:
+            self.shown["score"] = f"{entry['free_run']['score']:.3f}"
 
-    # --- validation, samples, checkpoints
+    # --- validation
 
     def _validate(self, trainer: L.Trainer, module: TrainingModule) -> None:
-        began = time.monotonic()
-        world, step, history = trainer.world_size, trainer.global_step, self.record["history"]
-        levels = ByLevel(module.layout.sample_rate)
-        found = held_out_bits(
-            module.average,
-            self.validation,
-            self.speakers,
-            rank=trainer.global_rank,
-            world=world,
-            note=levels.add,
-        )
-        if world > 1:
-            sums = torch.from_numpy(
-                np.concatenate([found.total, found.samples, levels.bits, levels.samples])
-            )
-            sums = (
-                trainer.strategy.reduce(sums.to(trainer.strategy.root_device), reduce_op="sum")
-                .cpu()
-                .numpy()
-            )  # type: ignore
-            n, m = len(found.total), len(levels.bits)
-            found = Bits(sums[:n], sums[n : 2 * n], found.skipped)
-            levels.bits, levels.samples = sums[2 * n : 2 * n + m], sums[2 * n + m :]
-        for name, why in found.skipped.items():
-            self._skip(trainer, name, why)
-        bits, elapsed = found.per_sample, round(module.elapsed, 2)
-        self._heard = int(np.argmax(found.samples > 0))
-        groups = {"level": levels.named(), "speaker": by_speaker(self.validation, found)}
-        means = {
-            of: {name: round(value, 5) for name, (value, _) in them.items()}
-            for of, them in groups.items()
-            if them
-        }
-        entry = {
+        began, step = time.monotonic(), trainer.global_step
+        held_out = score_held_out(trainer, module.average, self.validation, self.speakers)
+        for name, why in held_out.bits.skipped.items():
+            self.skip(name, why)
+        entry: dict[str, Any] = {
             "step": step,
-            "seconds": elapsed,
-            "bits": bits,
-            "held_out": fingerprint(self.validation),
-        } | means
-        heard = self._free_run(module) if trainer.is_global_zero and step > 0 else None
-        if heard is not None:
-            entry["free_run"] = {name: round(value, 5) for name, value in heard.measures.items()}
+            "seconds": round(module.elapsed, 2),
+            "bits": held_out.bits.per_sample,
+            "held_out": self.fingerprint,
+        }
+        for name, group in held_out.groups.items():
+            if group:
+                entry[name] = {key: round(value, 5) for key, (value, _) in group.items()}
+        free, seconds = None, self.config.sample_seconds
+        if trainer.is_global_zero and step > 0 and seconds > 0:
+            model = copy.deepcopy(module.average).cpu()
+            free = free_run(model, self.validation, seconds, self.speakers)
+        if free is not None and free.score is not None:
+            entry["free_run"] = {name: round(value, 5) for name, value in free.measures.items()}
         best = self._is_best(entry)
-        history.append(entry)
-        self._show(bits=bits, **_scores(entry))
+        self.record["history"].append(entry)
+        self._show_validation(entry)
         if trainer.is_global_zero:
-            if heard is not None:
-                self._keep_samples(step, heard)
-                free = ", ".join(
-                    f"{name} {value:.3f}" for name, value in heard.measures.items() if name in _TOLD
-                )
-                self.say(
-                    trainer,
-                    f"step {step}: {bits:.3f} bits; free run: {free}{' (best so far)' if best else ''}",
-                )
-                rows = [("free run", name, value, None) for name, value in heard.measures.items()]
-                self.log_book.validation(trainer, step, rows)
-            row = {"step": step, "seconds": elapsed, "validation_bits": round(bits, 5)}
-            row |= {f"free_run_{name}": value for name, value in _scores(entry).items()}
-            self.log_book.metrics(trainer, step, row)
-            rows = [
-                (f"bits by {of}", name, *pair)
-                for of, them in groups.items()
-                for name, pair in them.items()
-            ]
-            self.log_book.validation(trainer, step, rows)
+            self._log_validation(trainer, entry, held_out)
+            if free is not None:
+                self._log_free_run(trainer, entry, free, best)
             if best:
-                module.average.save(
-                    self.out / "best", overwrite=True, training=self._described(step, bits)
-                )
+                described = self._described(step, entry["bits"])
+                module.average.save(self.out / "best", overwrite=True, training=described)
         self._validated_at = time.monotonic()
         self._validation_cost = self._validated_at - began
-        if step > 0 and self.config.sample_seconds > 0 and trainer.is_global_zero:
-            self._sample(trainer, module)
-        self._since += time.monotonic() - began  # validation is no training time
-
-    def _free_run(self, module: TrainingModule) -> FreeRun | None:
-        """The free run of a model that is conditioned on mels; None of others, or without seconds for samples."""
-        if module.layout.mel is None or self.config.sample_seconds == 0:
-            return None
-        model = copy.deepcopy(module.average).cpu()
-        return free_run(model, self.validation, self.config.sample_seconds, self.speakers)
+        self._since += self._validation_cost  # not time of training
 
     def _is_best(self, entry: dict[str, Any]) -> bool:
-        """Whether a point of the curve is the best so far: by its free run, or where there are none by its bits."""
+        """Compare with the curve so far: by the free run, or by bits where there are none."""
         earlier = self.comparable()
         scores = [e["free_run"]["score"] for e in earlier if "free_run" in e]
         if "free_run" in entry:
             return entry["free_run"]["score"] < min(scores, default=math.inf)
         return not scores and entry["bits"] < min((e["bits"] for e in earlier), default=math.inf)
 
-    def _keep_samples(self, step: int, heard: FreeRun) -> None:
-        """Write the clips of a free run to `samples/`, and drop those of all but the newest steps."""
-        folder, rate = self.out / SAMPLES, self.config.sample_rate
+    def comparable(self) -> list[dict[str, Any]]:
+        """Return the points of the curve that are of the current held-out recordings."""
+        own = self.fingerprint
+        return [entry for entry in self.record["history"] if entry.get("held_out", own) == own]
+
+    def _log_validation(self, trainer: L.Trainer, entry: dict[str, Any], held_out: HeldOut) -> None:
+        step = entry["step"]
+        row = {"seconds": entry["seconds"], "validation_bits": round(entry["bits"], 5)}
+        if "free_run" in entry:
+            row["free_run_score"] = entry["free_run"]["score"]
+        self.log_book.metrics(trainer, step, row)
+        for name, group in held_out.groups.items():
+            self.log_book.validation(trainer, step, f"bits by {name}", group)
+
+    def _log_free_run(
+        self, trainer: L.Trainer, entry: dict[str, Any], free: FreeRun, best: bool
+    ) -> None:
+        step, rate = entry["step"], self.config.sample_rate
+        for name, values in (("free run", free.measures), ("probe", free.probe)):
+            rows = {key: (value, None) for key, value in values.items()}
+            self.log_book.validation(trainer, step, name, rows)
+        for name, waveform in zip(("original", "generated"), free.clips[0], strict=True):
+            self.log_book.sound(trainer, step, f"sample/{name}", waveform, rate)
+        if free.score is None:
+            return
+        printed = ", ".join(f"{n} {v:.3f}" for n, v in free.measures.items() if n in _PRINTED)
+        mark = " (best so far)" if best else ""
+        logger.info(f"step {step}: {entry['bits']:.3f} bits; free run: {printed}{mark}")
+        folder = self.out / "samples"
         folder.mkdir(exist_ok=True)
-        for number, (recorded, generated) in enumerate(heard.clips):
+        for number, (recorded, generated) in enumerate(free.clips):
             if not (path := folder / f"recorded-{number}.wav").exists():
                 audio.write(path, recorded, rate)
             audio.write(folder / f"step-{step:08}-{number}.wav", generated, rate)
-        steps = sorted({path.name[:13] for path in folder.glob("step-*.wav")})
-        for path in (
-            path for old in steps[:-_SAMPLES_KEPT] for path in folder.glob(f"{old}-*.wav")
-        ):
-            path.unlink()
+        kept = sorted({path.name[:13] for path in folder.glob("step-*.wav")})[-_SAMPLES_KEPT:]
+        for path in folder.glob("step-*.wav"):
+            if path.name[:13] not in kept:
+                path.unlink()
 
-    def comparable(self) -> list[dict[str, Any]]:
-        """Points of the curve that are of the held-out recordings of today: a run may be resumed with others."""
-        own = fingerprint(self.validation)
-        return [entry for entry in self.record["history"] if entry.get("held_out", own) == own]
-
-    def _described(self, step: int, bits: float | None) -> dict[str, Any]:
-        described: dict[str, Any] = {"step": step, "speakers": list(self.speakers)}
-        return described | ({} if bits is None else {"validation_bits": round(bits, 5)})
+    # --- states and checkpoints
 
     def _save(self, trainer: L.Trainer, module: TrainingModule) -> None:
         path = state_path(self.out, trainer.global_step)
@@ -445,58 +356,20 @@ class Run(L.Callback):
         }
 
     def save_last(self, trainer: L.Trainer, module: TrainingModule) -> None:
-        """`last/` and `train.json`, of the state that was just written or read."""
-        if trainer.is_global_zero:
-            history = self.record["history"]
-            bits = (
-                history[-1]["bits"]
-                if history and history[-1]["step"] == trainer.global_step
-                else None
-            )
-            described = self._described(trainer.global_step, bits)
-            module.average.save(self.out / "last", overwrite=True, training=described)
-            self.record |= {
-                "steps": trainer.global_step,
-                "seconds": round(module.elapsed, 2),
-                "skipped": self.skipped,
-            }
-            self.write_record()
-
-    def write_record(self) -> None:
-        """`train.json`."""
-        text = (
-            json.dumps(self.record, indent=2) + "\n"
-        )  # ASCII: a name that is no Unicode can be written
-        replace_file(self.out / "train.json", lambda path: path.write_text(text, encoding="utf-8"))
-
-    def _sample(self, trainer: L.Trainer, module: TrainingModule) -> None:
-        """A little free-running audio: to hear, to see, and measured."""
-        if self._sampling_cost > _SAMPLING_SHARE * module.elapsed:
+        """Write `last/` and `train.json` for the state that was just written or read."""
+        if not trainer.is_global_zero:
             return
-        began = time.monotonic()
-        model = copy.deepcopy(module.average).cpu()
-        made = probe(model, self.validation[self._heard], self.config.sample_seconds, self.speakers)
-        rate, step = model.config.sample_rate, trainer.global_step
-        for name, waveform in (
-            ("sample/original", made.original),
-            ("sample/generated", made.generated),
-        ):
-            self.log_book.sound(trainer, step, name, waveform, rate)
-        self.log_book.validation(
-            trainer, step, [("probe", name, value, None) for name, value in made.measures.items()]
-        )
-        self._sampling_cost += time.monotonic() - began
+        step = trainer.global_step
+        entries = self.record["history"][-1:]
+        bits = next((entry["bits"] for entry in entries if entry["step"] == step), None)
+        described = self._described(step, bits)
+        module.average.save(self.out / "last", overwrite=True, training=described)
+        self.record |= {"steps": step, "seconds": round(module.elapsed, 2), "skipped": self.skipped}
+        write_record(self.config, self.record)
 
-
-def _scores(entry: dict[str, Any]) -> dict[str, float]:
-    """What chooses the best model, of a point of the curve that has a free run."""
-    return {"score": entry["free_run"]["score"]} if "free_run" in entry else {}
-
-
-def _some(crops: list[str]) -> str:
-    return "; ".join(crops[:_NAMED]) + (
-        f"; and {len(crops) - _NAMED} more" if len(crops) > _NAMED else ""
-    )
+    def _described(self, step: int, bits: float | None) -> dict[str, Any]:
+        described: dict[str, Any] = {"step": step, "speakers": list(self.speakers)}
+        return described | ({} if bits is None else {"validation_bits": round(bits, 5)})
 
 
 def _training(module: L.LightningModule) -> TrainingModule:

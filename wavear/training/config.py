@@ -1,15 +1,18 @@
-"""What a training run is told: `TrainConfig`, and what it came to: `TrainResult`."""
+"""Settings of a training run (`TrainConfig`, in five groups), and its outcome (`TrainResult`)."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
+import math
+import numbers
 import os
+import types
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-import torch
-
+from wavear.common.errors import WavearError
 from wavear.data.corpus import Normalise
 from wavear.mel.spectrogram import MelConfig
 from wavear.models.families import FAMILIES
@@ -17,7 +20,7 @@ from wavear.models.families import FAMILIES
 
 @dataclass(frozen=True)
 class TrainingDefaults:
-    """Values of the fields of `TrainConfig` that are None: those whose defaults differ between families."""
+    """Values of the fields of `TrainConfig` that are None because they differ between families."""
 
     optimizer: Literal["adamw", "muon"] = "adamw"
     learning_rate: float = 2e-3
@@ -26,7 +29,7 @@ class TrainingDefaults:
     ema_decay: float = 0.999
     segment: int | None = 8192
     segment_frames: int = 0
-    """Instead of `segment`, where it is None: mel frames."""
+    """Mel frames, used where `segment` is None."""
     batch_size: int = 2
     input_noise: float = 0.0
 
@@ -42,9 +45,9 @@ TRAINING_DEFAULTS: dict[str, TrainingDefaults] = {
         segment_frames=32,  # 8192 samples at 22.05 kHz
         batch_size=3,
         input_noise=0.5,
-    ),
+    )
 }
-"""By family; the families that are not here have those of the class."""
+"""By family; other families use the defaults of the class."""
 
 
 def family_defaults() -> dict[str, str]:
@@ -58,53 +61,55 @@ def family_defaults() -> dict[str, str]:
 
     def text(values: TrainingDefaults, name: str) -> str:
         value = getattr(values, name)
-        return (
-            f"{values.segment_frames} frames"
-            if value is None
-            else f"{value:g}"
-            if name != "optimizer"
-            else value
-        )
+        if value is None:
+            return f"{values.segment_frames} frames"
+        return value if isinstance(value, str) else f"{value:g}"
 
+    families = {"": TrainingDefaults()} | {f"{f}: ": v for f, v in TRAINING_DEFAULTS.items()}
     names = [f.name for f in dataclasses.fields(TrainingDefaults) if f.name != "segment_frames"]
-    told = {
-        "": TrainingDefaults(),
-        **{f"{family}: ": values for family, values in TRAINING_DEFAULTS.items()},
-    }
-    return {
-        name: "; ".join(family + text(values, name) for family, values in told.items())
-        for name in names
-    }
+    return {name: "; ".join(f + text(v, name) for f, v in families.items()) for name in names}
 
 
-@dataclass(frozen=True)
-class TrainConfig:
-    """A training run. Times are in the unit the name or the text says; rates are in Hz.
+@dataclass(frozen=True, kw_only=True)
+class DataSettings:
+    """Recordings and how they are read."""
 
-    Raises
-    ------
-    ValueError
-        If a value makes no sense, with the field, the value and what would work.
-    """
-
-    data: str
-    """Recordings: a folder (WAV, FLAC, OGG, MP3, AIFF, at any depth), or a manifest (CSV or JSON lines with `path`, and
-    optionally `start` and `duration` in seconds, `speaker`, `split`)."""
-    out: str
-    """Directory of the run: best/, last/ (checkpoints), states/, train.json, metrics.csv, tensorboard/"""
+    data: str = field(kw_only=False)
+    """Recordings: a folder (WAV, FLAC, OGG, MP3, AIFF, at any depth), a manifest (CSV or JSON lines
+    with `path`, optionally `start`, `duration` in seconds, `speaker`, `split`), or tar shards."""
     validation: str | None = None
-    """A second folder or manifest, all of it held out; None: a part of `data` is."""
+    """A second folder or manifest, held out as a whole. None: a part of `data` is held out."""
     validation_fraction: float = 0.05
     """Share of the files to hold out, chosen by the hash of their names; at least one file."""
+    sample_rate: int = 22050
+    """Of the model, in Hz; recordings at other rates are resampled when they are read."""
+    speakers: bool = False
+    """Use speaker labels: first-level sub-folders of `data`, or a manifest's column `speaker`."""
+    normalise: Normalise = "none"
+    """none, or a gain to a peak of 0.9 or an rms of -23 dB of full scale; held-out audio too."""
+    normalise_by: Literal["file", "speaker"] = "file"
+    """One gain per file, or one per speaker."""
+    trim_silence: float | None = None
+    """Cut the ends of files this many dB below their peak (such as 40), except 50 ms; None: no."""
+    pre_emphasis: float = 0.0
+    """a in x[t] - a x[t-1] (such as 0.85), whose codes are modelled; softens their noise at high
+    frequencies. Generated audio is de-emphasised. Bits cannot be compared with those of 0."""
+    redraw_below: float | None = None
+    """Draw segments quieter than this many dB of full scale (such as -60) again, up to 4 times, so
+    that pauses do not fill the batches. None: never."""
+    workers: int | None = None
+    """Processes that read audio; None: 4 with a GPU, otherwise none. Batches are the same."""
 
-    # The model
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSettings:
+    """The model. None is the family's own default; a field that the family lacks is rejected."""
+
     family: str | None = None
-    """predictive, wavenet, gru, transformer or linear; see docs/families.md. None: predictive with mels, wavenet
-    without. The settings up to `coarse_classes` are of the model: None is the family's own default,
-    and one that the family does not have is refused."""
+    """predictive, wavenet, gru, transformer or linear; None: predictive, wavenet without mels."""
     layers: int | None = None
-    """predictive: layers of fixed dilation (4). wavenet: dilated convolutions (20), a multiple of `stacks`. gru:
-    recurrent layers (1). transformer: layers."""
+    """predictive: layers of fixed dilation (4). wavenet: dilated convolutions (20), a multiple of
+    `stacks`. gru: recurrent layers (1). transformer: layers."""
     period_layers: int | None = None
     """predictive: layers whose dilation is the period (1)."""
     stacks: int | None = None
@@ -116,269 +121,243 @@ class TrainConfig:
     skip_channels: int | None = None
     """wavenet, predictive: channels of the sum over layers that the head reads (128, 64)."""
     prediction_order: int | None = None
-    """predictive: past samples of the linear prediction (32 at 22.05 kHz, in proportion to the rate)."""
+    """predictive: past samples of the linear prediction (32 at 22.05 kHz, scaled by the rate)."""
     sub_frames: int | None = None
     """predictive: predictors per mel frame (one per 2.9 ms)."""
     shortest_period: int | None = None
-    """predictive: least period, in samples (that of 550 Hz)."""
+    """predictive: shortest period, in samples (that of 550 Hz)."""
     longest_period: int | None = None
-    """predictive: largest period, in samples (that of 50 Hz)."""
+    """predictive: longest period, in samples (that of 50 Hz)."""
     causal: bool | None = None
-    """predictive: condition a frame on itself and those before it, without look-ahead (False)."""
+    """predictive: condition a frame on itself and earlier frames, without look-ahead (False)."""
     channels: int | None = None
-    """gru: hidden units of each layer (352). transformer: channels of a position (256), a multiple of 2 * `heads`."""
+    """gru: hidden units of each layer (352). transformer: channels (256), of 2 * `heads`."""
     input_channels: int | None = None
-    """gru: channels in which the sample before and the conditioning are added (128)."""
+    """gru: channels in which the previous sample and the conditioning are added (128)."""
     heads: int | None = None
-    """transformer: of the attention (4)."""
+    """transformer: attention heads (4)."""
     window: int | None = None
     """transformer: positions that a position attends to in each layer (128)."""
     patch: int | None = None
-    """transformer: samples that a position stands for (8)."""
+    """transformer: samples per position (8)."""
     hidden_channels: int | None = None
     """transformer: channels between the two matrices of a layer (four times `channels`)."""
     sample_channels: int | None = None
-    """transformer: channels of the vector that a past sample becomes (64)."""
+    """transformer: channels of the embedding of a past sample (64)."""
     head_channels: int | None = None
     """Channels between the two layers of the head (256; predictive: 64)."""
     conditioning_channels: int | None = None
     """Channels of the conditioning (80; predictive: 96)."""
     classes: int | None = None
-    """Codes: 256 of mu-law for a categorical law (2 to 65536), 65536 even ones, 16 bits, for the others."""
+    """Codes: 256 of mu-law for a categorical law (2 to 65536), 65536 linear ones for others."""
     law: str | None = None
-    """Of the next sample: categorical, logistic_mixture, gaussian, laplace; see docs/laws.md."""
+    """Output distribution: categorical, logistic_mixture, gaussian, laplace; see docs/laws.md."""
     mixtures: int | None = None
     """Components of a mixture of logistics (10; predictive: 5)."""
     order: int | None = None
-    """linear: lags (32); with a `criterion` the most of them."""
+    """linear: lags (32); with a `criterion` the highest order tried."""
     differencing: int | None = None
     """linear: order of the differences that are predicted (0)."""
     grid: str | None = None
-    """linear: of the codes, mulaw (256 codes) or linear (16 bits)."""
+    """linear: grid of the codes, mulaw (256 codes) or linear (16 bits)."""
     domain: str | None = None
     """linear: predicts samples (linear) or mu-law companded values (companded)."""
     coarse_classes: int | None = None
-    """For laws over values: mu-law codes embedded beside the value at the input (0: none)."""
+    """For laws over values: mu-law codes embedded next to the value at the input (0: none)."""
     criterion: Literal["aic", "bic"] | None = None
     """linear: choose the order by this information criterion."""
     stabilise: bool = False
     """linear: move poles outside the unit circle inside."""
-    sample_rate: int = 22050
-    """Of the model, in Hz; recordings of another rate are resampled as they are read."""
     unconditional: bool = False
-    """Train without mels: the model then makes sound of its own."""
-    speakers: bool = False
-    """Tell speakers apart: by the first level of sub-folders of `data`, or by the column `speaker` of a manifest."""
+    """Train without mels: the model then generates freely."""
     mel_preset: str | None = None
-    """Mels as a project publishes them (torchaudio-tacotron2, r9y9...: see docs/mels.md), so that its text-to-speech
-    models speak through this one; the settings of mels below then say nothing."""
+    """A project's mels (torchaudio-tacotron2, r9y9...: docs/mels.md), instead of those below."""
     mel_bands: int = 80
     """Mel bands."""
     mel_hop_length: int | None = None
-    """Samples per mel frame; None: 256 at 22050 Hz, and the power of two that fits other rates."""
+    """Samples per mel frame; None: 256 at 22050 Hz, the fitting power of two at other rates."""
     mel_n_fft: int | None = None
     """Samples of the mel's Fourier transform and window; None: four hops."""
     mel_fmin: float = 0.0
     """Lower end of the lowest mel band, Hz."""
     mel_fmax: float | None = None
-    """Upper end of the highest mel band, Hz; None: 8000 up to a sample rate of 24000, half of the sample rate else."""
+    """Upper end of the highest mel band, Hz; None: 8000, half of a sample rate above 24000."""
 
-    # The audio
-    normalise: Normalise = "none"
-    """Level: none, or a gain that brings the peak to 0.9, or the RMS to -23 dB of full scale. Held-out audio too."""
-    normalise_by: Literal["file", "speaker"] = "file"
-    """One gain per file, or one per speaker."""
-    trim_silence: float | None = None
-    """Cut the ends of files that are this many dB below their peak (40, say), but for 50 ms. None: keep them."""
-    pre_emphasis: float = 0.0
-    """a of x[t] - a x[t-1], which the model's codes are of (0.85, say); what it makes is de-emphasised. Softens the
-    codes' noise at high frequencies. Bits are then of other codes, and not to be compared with
-    those of 0."""
-    redraw_below: float | None = None
-    """Draw a segment again, up to 4 times, if it is quieter than this many dB of full scale (-60, say), so that pauses
-    do not fill the batches. None: take it."""
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerSettings:
+    """The optimizer step. None is the family's default (`TRAINING_DEFAULTS`)."""
 
     conditioning_dropout: float = 0.0
-    """Share of the mel frames, each by chance, that the model does not see in training (0.1, say): their place takes
-    the mean of each band. Held-out bits are without."""
+    """Share of mel frames (such as 0.1) that training replaces by the bands' means, at random."""
     input_noise: float | None = None
-    """Noise on the past that the model sees in training; what it predicts stays clean. It then sees through its own
-    errors when it generates, and heeds the conditioning. Held-out bits are without. wavenet, gru,
-    transformer: its deviation in codes (2, say). predictive: the largest deviation, in units of the
-    residual's scale."""
-
-    # The steps. Where the default is None it is the family's (`TRAINING_DEFAULTS`).
+    """Noise on the past in training (targets stay clean), so that the model bears its own errors.
+    wavenet, gru, transformer: standard deviation in codes (such as 2). predictive:
+    largest standard deviation, in units of the residual's scale."""
     segment: int | None = None
-    """Samples of loss per crop, rounded up to mel frames; the receptive field comes on top."""
+    """Samples of loss per crop, rounded up to mel frames; the receptive field is added to it."""
     batch_size: int | None = None
     """Crops per step, over all processes and all parts of `accumulate`."""
     accumulate: int = 1
-    """Parts that a process divides its share of a batch into, one after the other, to save memory."""
+    """Parts that a process divides its share of a batch into, to save memory."""
     optimizer: Literal["adamw", "muon"] | None = None
     """adamw for all weights, or muon for the matrices inside the network and adamw for the rest."""
     learning_rate: float | None = None
-    """AdamW's at its highest. A rule of thumb for other batches: with the square root of `batch_size`."""
+    """Peak of AdamW. Rule of thumb: scale it with the square root of `batch_size`."""
     muon_learning_rate: float = 1e-2
-    """Muon's at its highest, where `optimizer` is muon."""
-    warmup_steps: int = 100
-    """Steps over which the learning rate rises from 0."""
-    hold: float | None = None
-    """Share of the run before the learning rate begins to fall along its cosine, 0 to less than 1."""
+    """Peak of Muon, if `optimizer` is muon."""
     weight_decay: float | None = None
     """Of both optimizers, on matrices."""
     gradient_clip: float = 1.0
     """Largest norm of the gradient; 0: no limit."""
     ema_decay: float | None = None
-    """Of the moving average of the weights that is validated, sampled and saved; less in the first steps."""
-    max_steps: int | None = 200_000
-    """Steps of the run, resumed parts included; the learning rate falls along a cosine until then."""
-    max_minutes: float | None = None
-    """Minutes of the run, resumed parts and validations included (the last scoring comes on top); likewise."""
+    """Of the moving average of the weights, which is validated and saved; less at first."""
     precision: Literal["auto", "32", "bf16"] = "auto"
-    """Arithmetic of the steps; auto: bf16 where a GPU has it in hardware, or a CPU is measured to gain by it; a resumed
-    run keeps what it took. Weights are float32 always."""
+    """Arithmetic of the steps; the weights are float32. auto: bf16 where the hardware gains by it;
+    a resumed run keeps its precision."""
     compile: bool = False
-    """Let torch.compile (which needs a C++ compiler) make the layers' kernels: see docs/benchmarks.md for where it
-    pays."""
+    """Compile the layers with torch.compile, which needs a C++ compiler; see docs/benchmarks.md."""
     activation_checkpointing: bool = False
-    """Compute the layers anew in the backward pass instead of keeping what is inside them: less memory, more time."""
+    """Recompute the layers in the backward pass instead of storing them: less memory, more time."""
     device: str = "auto"
-    """auto, cpu, cuda, cuda:1, mps. Under torchrun or srun every process takes its own."""
-    workers: int | None = None
-    """Processes that read audio; None: 4 beside a GPU, none on the CPU. The data are the same with any number."""
+    """auto, cpu, cuda, cuda:1, mps. Under torchrun or srun every process uses its own."""
     seed: int = 0
-    """Of the first weights and of the order of the data."""
+    """Of the initial weights and of the order of the data."""
 
-    # What is shown and kept
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduleSettings:
+    """Length of the run and learning-rate schedule."""
+
+    max_steps: int | None = 200_000
+    """Steps of the run, with resumed parts; the learning rate falls along a cosine until then."""
+    max_minutes: float | None = None
+    """Minutes of the run, with resumed parts and validations, without final scores; likewise."""
+    warmup_steps: int = 100
+    """Steps over which the learning rate rises from 0."""
+    hold: float | None = None
+    """Share of the run before the learning rate begins to fall, 0 to less than 1."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutputSettings:
+    """What is measured, printed and saved."""
+
+    out: str = field(kw_only=False)
+    """Directory of the run: best/, last/ (checkpoints), states/, train.json, metrics.csv, ..."""
     validate_every: int | None = None
     """Steps between validations; None: by `validate_seconds`."""
     validate_seconds: float = 120.0
-    """Seconds between validations, and more if these would take over 5 % of the time."""
+    """Seconds between validations, more if they would take over 5 % of the time."""
     validation_seconds: float = 10.0
-    """Seconds of held-out audio for the validations on the way."""
+    """Seconds of held-out audio for each validation."""
     final_seconds: float = 600.0
-    """Seconds of held-out audio for the scores at the end."""
+    """Seconds of held-out audio for the final scores."""
     baseline_seconds: float = 600.0
     """Seconds of training audio that the baselines are fitted to."""
     sample_seconds: float = 2.0
-    """Seconds of free-running audio to hear and to measure. With mels: of each of four held-out recordings, at every
-    validation; it chooses the best model, and its clips lie in samples/. 0: none, the bits
-    choose."""
+    """Seconds to synthesize of each of four held-out recordings at every validation, into samples/;
+    their score selects the best model. Without mels: of one recording, to hear. 0: none."""
     wandb: str | None = None
-    """Project at Weights & Biases to log to as well (which needs `pip install wandb`)."""
+    """Weights & Biases project to log to as well (needs `pip install wandb`)."""
     checkpoint_every: int = 1000
-    """Steps between checkpoints of the whole state; every validation writes one too."""
+    """Steps between saved states; every validation saves one too."""
     keep_last: int = 3
-    """States to keep, so that a damaged one costs some steps and not the run."""
+    """Saved states to keep: a damaged one then costs some steps, not the run."""
     resume: bool = False
-    """Go on with the run in `out`, from its last good state."""
+    """Resume the run in `out` from its last good state."""
     overwrite: bool = False
     """Replace the run in `out`."""
     progress: bool = True
-    """Show a progress bar and say what is done."""
+    """Show a progress bar and messages."""
+
+
+_AT_LEAST_1 = "segment batch_size accumulate checkpoint_every keep_last validate_every max_steps"
+_AT_LEAST_0 = "warmup_steps weight_decay gradient_clip sample_seconds input_noise workers seed"
+_ABOVE_0 = (
+    "learning_rate muon_learning_rate max_minutes validate_seconds validation_seconds"
+    " final_seconds baseline_seconds"
+)
+_SHARES = "ema_decay hold conditioning_dropout"
+
+
+# Fields come in the order of the last base first.
+@dataclass(frozen=True)
+class TrainConfig(OutputSettings, ScheduleSettings, OptimizerSettings, ModelSettings, DataSettings):
+    """Settings of a training run: the fields of five groups, all of them keyword arguments.
+
+    The groups are `DataSettings`, `ModelSettings`, `OptimizerSettings`, `ScheduleSettings` and
+    `OutputSettings`; each field has its unit in its own text. `dataclasses.replace` changes some.
+
+    Raises
+    ------
+    WavearError
+        If a value has the wrong type or is out of range; the message has the field, the value and
+        what is expected.
+
+    Examples
+    --------
+    >>> config = TrainConfig(data="recordings", out="runs/mine", max_steps=1000)
+    >>> config.family, dataclasses.replace(config, unconditional=True, family="gru").mel
+    ('predictive', None)
+    """
 
     def __post_init__(self) -> None:
+        for name in ("data", "out", "validation"):
+            if isinstance(value := getattr(self, name), os.PathLike):
+                object.__setattr__(self, name, os.fspath(value))
+        for name, hint in _field_types().items():
+            if not _fits(value := getattr(self, name), hint):
+                raise WavearError(f"{name} is {value!r}, expected {_described(hint)}")
         if self.family is None:
             object.__setattr__(self, "family", "wavenet" if self.unconditional else "predictive")
-        if self.family == "predictive" and self.unconditional:
-            raise ValueError(
-                "a predictive model takes its prediction from mels: drop --unconditional or --family"
-            )
-        object.__setattr__(self, "data", os.fspath(self.data))
-        object.__setattr__(self, "out", os.fspath(self.out))
-        if self.validation is not None:
-            object.__setattr__(self, "validation", os.fspath(self.validation))
-        least: dict[str, float] = dict.fromkeys(
-            ("segment", "batch_size", "accumulate", "checkpoint_every", "keep_last"), 1
-        )
-        least |= dict.fromkeys(
-            (
-                "warmup_steps",
-                "weight_decay",
-                "gradient_clip",
-                "ema_decay",
-                "hold",
-                "sample_seconds",
-                "input_noise",
-            ),
-            0,
-        )
-        least |= {"workers": 0, "seed": 0, "validate_every": 1, "max_steps": 1}
-        for name, bound in least.items():
-            value = getattr(self, name)
-            if value is not None and not bound <= value < float("inf"):
-                raise ValueError(f"{name} is {value!r}, expected {bound:g} or more")
-        positive = (
-            "learning_rate",
-            "muon_learning_rate",
-            "max_minutes",
-            "validate_seconds",
-            "validation_seconds",
-        )
-        for name in (*positive, "final_seconds", "baseline_seconds"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < float("inf"):
-                raise ValueError(f"{name} is {value!r}, expected more than 0")
-        for name in ("ema_decay", "hold", "conditioning_dropout"):
-            value = getattr(self, name)
-            if value is not None and not 0 <= value < 1:
-                raise ValueError(f"{name} is {value!r}, expected 0 to less than 1")
-        if self.conditioning_dropout and self.unconditional:
-            raise ValueError(
-                "conditioning_dropout hides mel frames, and the model is unconditional: choose one"
-            )
-        if not 0 < self.validation_fraction < 1:
-            raise ValueError(
-                f"validation_fraction is {self.validation_fraction!r}, expected between 0 and 1"
-            )
-        if self.optimizer not in (None, "adamw", "muon"):
-            raise ValueError(f"optimizer is {self.optimizer!r}, expected adamw or muon")
-        if self.max_steps is None and self.max_minutes is None:
-            raise ValueError("the run needs an end: max_steps, max_minutes, or both")
-        if self.resume and self.overwrite:
-            raise ValueError("resume goes on with a run and overwrite replaces it: choose one")
-        if self.precision not in ("auto", "32", "bf16"):
-            raise ValueError(f"precision is {self.precision!r}, expected auto, 32 or bf16")
-        if self.normalise not in ("none", "peak", "rms"):
-            raise ValueError(f"normalise is {self.normalise!r}, expected none, peak or rms")
-        if self.criterion not in (None, "aic", "bic"):
-            raise ValueError(f"criterion is {self.criterion!r}, expected aic or bic")
-        for name in ("criterion", "stabilise"):
-            if self.family != "linear" and getattr(self, name):
-                raise ValueError(
-                    f"{name} is of the family linear, and this one is {self.family}: leave it away"
-                )
-        if self.family == "linear" and self.resume:
-            raise ValueError(
-                "a linear model is fitted in one pass, there is nothing to resume: overwrite it instead"
-            )
-        if self.family == "linear" and self.mel_preset is not None:
-            raise ValueError(
-                f"mel_preset is {self.mel_preset!r}, and a linear model takes no mels: leave it away"
-            )
-        own = [
-            f
-            for f in dataclasses.fields(self)
-            if f.name.startswith("mel_") and f.name != "mel_preset"
-        ]
-        if self.mel_preset is not None and (
-            given := [f.name for f in own if getattr(self, f.name) != f.default]
+        self._check_ranges()
+        self._check_combinations()
+        self.model_config()
+
+    def _check_ranges(self) -> None:
+        for names, good, expected in (
+            (_AT_LEAST_1, lambda v: 1 <= v < math.inf, "1 or more"),
+            (_AT_LEAST_0, lambda v: 0 <= v < math.inf, "0 or more"),
+            (_ABOVE_0, lambda v: 0 < v < math.inf, "more than 0"),
+            (_SHARES, lambda v: 0 <= v < 1, "0 to less than 1"),
+            ("validation_fraction", lambda v: 0 < v < 1, "between 0 and 1"),
         ):
-            raise ValueError(
-                f"mel_preset is {self.mel_preset!r} and says what the mels are: leave {given[0]} away"
-            )
+            for name in names.split():
+                if (value := getattr(self, name)) is not None and not good(value):
+                    raise WavearError(f"{name} is {value!r}, expected {expected}")
+
+    def _check_combinations(self) -> None:
+        if self.max_steps is None and self.max_minutes is None:
+            raise WavearError("the run needs an end: set max_steps, max_minutes, or both")
+        if self.resume and self.overwrite:
+            raise WavearError("resume continues a run and overwrite replaces it: choose one")
         batch = self.defaults.batch_size if self.batch_size is None else self.batch_size
         if batch % self.accumulate:
-            raise ValueError(f"a batch of {batch} does not divide into {self.accumulate} parts")
-        self.model_config()
+            raise WavearError(f"a batch of {batch} does not divide into {self.accumulate} parts")
+        if self.unconditional and self.family == "predictive":
+            raise WavearError("a predictive model needs mels: drop --unconditional or --family")
+        if self.unconditional and self.conditioning_dropout:
+            raise WavearError("conditioning_dropout hides mel frames; unconditional has none")
+        if self.family == "linear" and self.resume:
+            raise WavearError("a linear model has nothing to resume: use overwrite")
+        if self.family == "linear" and self.mel_preset:
+            raise WavearError(f"a linear model takes no mels: drop mel_preset {self.mel_preset!r}")
+        for name in ("criterion", "stabilise"):
+            if getattr(self, name) and self.family != "linear":
+                raise WavearError(f"the family {self.family} has no {name}, linear has: drop it")
+        for name, default in ModelSettings.__dict__.items():
+            mel = name.startswith("mel_") and name != "mel_preset"
+            if mel and self.mel_preset and getattr(self, name) != default:
+                raise WavearError(f"mel_preset {self.mel_preset!r} sets the mels: drop {name}")
 
     @property
     def defaults(self) -> TrainingDefaults:
-        """What the family's training takes where a field is None."""
+        """Return the family's values for fields that are None."""
         return TRAINING_DEFAULTS.get(str(self.family), TrainingDefaults())
 
     def resolved(self) -> TrainConfig:
-        """Return the configuration with `defaults` in place of None; None of the model's fields stays."""
+        """Return the configuration with `defaults` in place of None, except the model's fields."""
         defaults = dataclasses.asdict(self.defaults)
         frames = defaults.pop("segment_frames")
         if defaults["segment"] is None:
@@ -389,17 +368,15 @@ class TrainConfig:
 
     @property
     def mel(self) -> MelConfig | None:
-        """The mels to condition on, or None."""
+        """Return the mels to condition on, or None."""
         if self.unconditional or self.family == "linear":
             return None
         if self.mel_preset is not None:
             return MelConfig.preset(self.mel_preset)
         octave = max(self.sample_rate / 22050, 1 / 16)
-        hop = self.mel_hop_length or 2 ** round(torch.log2(torch.tensor(256 * octave)).item())
+        hop = self.mel_hop_length or 2 ** round(math.log2(256 * octave))
         n_fft = self.mel_n_fft or 4 * hop
-        fmax = self.mel_fmax or (
-            min(8000.0, self.sample_rate / 2) if self.sample_rate <= 24000 else None
-        )
+        fmax = min(8000.0, self.sample_rate / 2) if self.sample_rate <= 24000 else None
         return MelConfig(
             sample_rate=self.sample_rate,
             n_fft=n_fft,
@@ -407,39 +384,65 @@ class TrainConfig:
             hop_length=hop,
             bands=self.mel_bands,
             fmin=self.mel_fmin,
-            fmax=fmax,
+            fmax=self.mel_fmax or fmax,
         )
 
     def model_config(self, speakers: int = 0) -> Any:
-        """What the model is built from: the configuration of its family."""
+        """Return the configuration of the family's model."""
         if self.family not in FAMILIES:
-            raise ValueError(f"family is {self.family!r}, it must be one of {', '.join(FAMILIES)}")
+            raise WavearError(f"family is {self.family!r}, it must be one of {', '.join(FAMILIES)}")
         config_class = FAMILIES[self.family][1]
-        own = {f.name for f in dataclasses.fields(config_class)}
-        given = {
-            name: value for name in _MODEL_FIELDS if (value := getattr(self, name)) is not None
-        }
+        own = config_class.__dataclass_fields__
+        given = {name: getattr(self, name) for name in _MODEL_FIELDS}
+        given = {name: value for name, value in given.items() if value is not None}
         if self.pre_emphasis:
             given["pre_emphasis"] = self.pre_emphasis
         if foreign := [name for name in given if name not in own]:
             has = ", ".join(name for name in _MODEL_FIELDS if name in own)
-            others = [
-                name for name, (_, c) in FAMILIES.items() if foreign[0] in c.__dataclass_fields__
-            ]
+            others = [f for f, (_, c) in FAMILIES.items() if foreign[0] in c.__dataclass_fields__]
             hint = f"; --family {' or '.join(others)} has {foreign[0]}" if others else ""
-            raise ValueError(f"{foreign[0]} is not of the family {self.family}: it has {has}{hint}")
+            raise WavearError(f"the family {self.family} has no {foreign[0]}: it has {has}{hint}")
         return config_class(**given, sample_rate=self.sample_rate, mel=self.mel, speakers=speakers)
 
 
-_MODEL_FIELDS = [f.name for f in dataclasses.fields(TrainConfig)]
-_MODEL_FIELDS = _MODEL_FIELDS[
-    _MODEL_FIELDS.index("family") + 1 : _MODEL_FIELDS.index("coarse_classes") + 1
-]
+_MODEL_FIELDS = [f.name for f in dataclasses.fields(ModelSettings)]
+_MODEL_FIELDS = _MODEL_FIELDS[1 : _MODEL_FIELDS.index("coarse_classes") + 1]
+
+
+@functools.cache
+def _field_types() -> dict[str, Any]:
+    hints = get_type_hints(TrainConfig)
+    return {f.name: hints[f.name] for f in dataclasses.fields(TrainConfig)}
+
+
+_TYPES: dict[Any, tuple[Any, str]] = {
+    bool: (bool, "True or False"),
+    int: (numbers.Integral, "a whole number"),
+    float: (numbers.Real, "a number"),
+    str: (str, "text"),
+    type(None): (type(None), ""),
+}
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Return whether a value has the type of an annotation; True and False are not numbers."""
+    if get_origin(hint) in (Union, types.UnionType):
+        return any(_fits(value, option) for option in get_args(hint))
+    if get_origin(hint) is Literal:
+        return value in get_args(hint)
+    return isinstance(value, _TYPES[hint][0]) and (hint is bool or not isinstance(value, bool))
+
+
+def _described(hint: Any) -> str:
+    options = [option for option in get_args(hint) if option is not type(None)]
+    if get_origin(hint) is Literal:
+        return f"{', '.join(options[:-1])} or {options[-1]}"
+    return _described(options[0]) if options else _TYPES[hint][1]
 
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a run came to. Bits are per sample; those of the curve are all of the same held-out files."""
+    """Outcome of a run. Bits are per sample; those of the curve are of the same held-out files."""
 
     bits_before: float
     """Of the model at its first step."""
@@ -448,12 +451,13 @@ class TrainResult:
     bits_final: float
     """The last on the curve."""
     held_out: dict[str, float]
-    """On all held-out files (up to `final_seconds`): "model" (that of `best`), "uniform", "unigram", "markov"."""
+    """On all held-out files (up to `final_seconds`): "model" (that of `best`), "uniform",
+    "unigram", "markov"."""
     steps: int
     seconds: float
-    """Of training and validations, resumed runs included."""
+    """Of training and validations, including resumed runs."""
     stopped_by: str
-    """"steps", "time" or "interrupt"; "fit" of a linear model, which is fitted in closed form."""
+    """"steps", "time" or "interrupt"; "fit" for a linear model, fitted in closed form."""
     best: Path
     """Checkpoint directory."""
     last: Path

@@ -6,12 +6,13 @@ import dataclasses
 import os
 from pathlib import Path
 
+from wavear.common.errors import WavearError
 from wavear.data.corpora import PublishedCorpus, write_manifest
 from wavear.training.config import TrainConfig
 
 
 def manifest_of(config: TrainConfig) -> Path:
-    """The manifest of a run on a corpus: beside the run's directory, under its name with `.csv`.
+    """Return the manifest of a run on a corpus: `out` with `.csv` appended.
 
     >>> manifest_of(TrainConfig(data="data", out="runs/vctk/")).as_posix()
     'runs/vctk.csv'
@@ -23,19 +24,9 @@ def manifest_of(config: TrainConfig) -> Path:
 
 
 def listed(corpus: PublishedCorpus, config: TrainConfig) -> TrainConfig:
-    """`config`, with its `data` (the folder that holds `corpus`) replaced by a manifest, which is written.
+    """Return `config` with the folder `data` of `corpus` replaced by a manifest, and write it.
 
-    A resumed run keeps the manifest that it began with. Where `data` is a file, it is a manifest
-    already and stays.
-
-    Parameters
-    ----------
-    corpus : PublishedCorpus
-    config : TrainConfig
-
-    Returns
-    -------
-    TrainConfig
+    A resumed run keeps its manifest. A file `data` is a manifest already.
 
     Raises
     ------
@@ -43,9 +34,8 @@ def listed(corpus: PublishedCorpus, config: TrainConfig) -> TrainConfig:
         If the corpus is not there, with how to get it.
     FileExistsError
         If there is another manifest already, and neither `resume` nor `overwrite` is set.
-    ValueError
-        If the corpus cannot be listed, or `speakers` are to be told apart and the held-out ones are
-        others.
+    WavearError
+        If the corpus cannot be listed, or `speakers` is set and the held-out speakers are others.
     """
     if Path(config.data).is_file():
         return config
@@ -55,9 +45,9 @@ def listed(corpus: PublishedCorpus, config: TrainConfig) -> TrainConfig:
         heard = {clip.speaker for clip in clips if clip.split == "train"}
         unheard = sorted({clip.speaker for clip in clips if clip.split == "validation"} - heard)
         if config.speakers and unheard:
-            raise ValueError(
-                f"{corpus.title} holds out speakers that are not trained on ({unheard[0]}, say):"
-                " a model cannot be told to be one of them, so leave --speakers away"
+            raise WavearError(
+                f"{corpus.title} holds out speakers that are not trained on, such as {unheard[0]}:"
+                " drop --speakers"
             )
         write_manifest(manifest, clips, config.overwrite)
     return dataclasses.replace(config, data=os.fspath(manifest))

@@ -1,4 +1,4 @@
-"""What goes wrong in a step: a loss that is no number, a loss that leaps; and the batch it happened to."""
+"""Non-finite losses and spikes: detect them, name the crops of their batch, save the batch."""
 
 from __future__ import annotations
 
@@ -10,22 +10,23 @@ from statistics import median
 
 import torch
 
-from wavear.audio.grid import Grid
 from wavear.common.atomic import replace_file
 from wavear.data.corpus import Recording
-from wavear.data.crops import Batch, Layout, coded
+from wavear.data.crops import Batch, coded
+from wavear.training.module import TrainingModule
 
-_WINDOW = 100  # steps that say what is usual
+_WINDOW = 100  # steps that define the usual loss
 _LEAST = 20  # steps before anything counts as unusual
-_DEVIATIONS = 8  # above the median; 1.4826 median absolute deviations are one standard deviation of a normal law
-_LEAST_BITS = 0.25  # above the median: where all steps are alike, a small difference is none
+_DEVIATIONS = 8  # above the median
+_LEAST_BITS = 0.25  # above the median: where all steps are alike, a small difference is harmless
+_NAMED = 8  # crops of a batch in a message
 
 
 class Spikes:
-    """Tells when the loss of a step leaps: above the median of the last 100 by 8 deviations and a quarter of a bit.
+    """Detects spikes of the loss: above the median of 100 steps by 8 deviations and 0.25 bits.
 
-    The deviation is 1.4826 times the median absolute deviation, so a few wild steps do not hide the
-    next one.
+    The deviation is 1.4826 times the median absolute deviation (the standard deviation of a normal
+    distribution), so that a few wild steps do not hide the next one.
 
     Examples
     --------
@@ -39,13 +40,14 @@ class Spikes:
         self.inside = inside
 
     def step(self, bits: float) -> float | None:
-        """Take note of a step; the usual loss if a spike begins here. A spike lasts until the loss is usual again."""
-        usual = median(self.recent) if len(self.recent) >= _LEAST else math.inf
-        spread = (
-            1.4826 * median(abs(value - usual) for value in self.recent)
-            if math.isfinite(usual)
-            else 0.0
-        )
+        """Add the loss of a step; return the usual loss if a spike begins here.
+
+        A spike lasts until the loss is usual again.
+        """
+        usual, spread = math.inf, 0.0
+        if len(self.recent) >= _LEAST:
+            usual = median(self.recent)
+            spread = 1.4826 * median(abs(value - usual) for value in self.recent)
         high = bits > usual + max(_DEVIATIONS * spread, _LEAST_BITS)
         begins, self.inside = high and not self.inside, high
         self.recent = [*self.recent, bits][-_WINDOW:]
@@ -55,56 +57,41 @@ class Spikes:
 def crops_named(
     batch: Batch, recordings: Sequence[Recording], rate: int, nats: torch.Tensor
 ) -> list[str]:
-    """The crops of a batch, those without a number first and then by loss: "a.wav at 1.25 s (3.21 bits)".
+    """Return the crops of a batch as "a.wav at 1.25 s (3.21 bits)", non-finite or largest first.
 
-    Parameters
-    ----------
-    nats : Tensor, shape (B,)
-        Loss of each crop, summed over its samples.
+    `nats`, (B,), is the loss of each crop, summed over its samples.
     """
-    samples = (batch.span[:, 1] - batch.span[:, 0]).tolist()
-    bits = [
-        nat / max(count, 1) / math.log(2) for nat, count in zip(nats.tolist(), samples, strict=True)
-    ]
-    order = sorted(
-        range(len(bits)),
-        key=lambda n: (math.isfinite(bits[n]), -bits[n] if math.isfinite(bits[n]) else 0),
-    )
-    sources, starts = batch.source.tolist(), batch.start.tolist()
-    return [
-        f"{recordings[sources[n]].name} at {starts[n] / rate:.2f} s ({bits[n]:.2f} bits)"
-        for n in order
-    ]
+    samples = (batch.span[:, 1] - batch.span[:, 0]).clamp(min=1)
+    bits = (nats.cpu() / samples.cpu() / math.log(2)).tolist()
+    order = sorted(range(len(bits)), key=lambda n: bits[n] if math.isfinite(bits[n]) else math.inf)
+    places = zip(batch.source.tolist(), batch.start.tolist(), bits, strict=True)
+    texts = [f"{recordings[n].name} at {at / rate:.2f} s ({b:.2f} bits)" for n, at, b in places]
+    return [texts[n] for n in reversed(order)]
+
+
+def some(crops: Sequence[str]) -> str:
+    """Return a list of crops for a message, shortened."""
+    more = f"; and {len(crops) - _NAMED} more" if len(crops) > _NAMED else ""
+    return "; ".join(crops[:_NAMED]) + more
 
 
 def save_batch(
-    path: Path,
-    batch: Batch,
-    layout: Layout,
-    grid: Grid,
-    step: int,
-    nats: torch.Tensor,
-    crops: Sequence[str],
+    path: Path, batch: Batch, module: TrainingModule, step: int, crops: Sequence[str]
 ) -> None:
-    """Write a batch as safetensors: waveform (the window, at the model's rate), codes, and what else it was made of.
+    """Write a batch as safetensors: waveform (the window), codes, and what they were made from.
 
-    `padded_waveform` is what the mels were computed from; the metadata have the step and the crops
-    by name.
+    `padded_waveform` is the input of the mels; the metadata hold the step and the crops by name.
     """
     from safetensors.torch import save_file
 
-    window = batch.waveform[:, layout.margin : layout.margin + layout.window]
+    layout = module.layout
     tensors = {
-        "waveform": window,
-        "codes": grid.encode(coded(batch, layout)).to(torch.int32),
+        "waveform": batch.waveform[:, layout.margin : layout.margin + layout.window],
+        "codes": module.model.grid.encode(coded(batch, layout)).to(torch.int32),
         "padded_waveform": batch.waveform,
-        "frames": batch.frames,
-        "span": batch.span,
-        "speaker": batch.speaker,
-        "source": batch.source,
-        "start": batch.start,
-        "nats": nats,
+        "nats": module.last.crop_nats,
     }
+    tensors |= {n: getattr(batch, n) for n in ("frames", "span", "speaker", "source", "start")}
     whole = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     metadata = {
         "step": str(step),

@@ -1,12 +1,15 @@
-"""The free run of held-out clips, which chooses the best model of a run: bits with the true past do not.
+"""Free-running synthesis of held-out clips, to hear, to measure, and to select the best model.
 
-A model that is told the true past can have fewer bits and sound worse when it hears only itself. So
-at every validation it synthesizes the loudest stretches of a few held-out recordings from their
-mels, in one batch.
+Held-out bits are conditioned on the true past. A model can have fewer bits and still sound worse
+when it hears only itself: in a pause, for example, a code that is off by one matters. So every
+validation synthesizes the loudest stretches of a few held-out recordings, and the quietest of the
+first.
 """
 
 from __future__ import annotations
 
+import contextlib
+import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,33 +19,38 @@ import torch
 
 from wavear.data.corpus import Recording
 from wavear.data.crops import read_span
-from wavear.evaluation.metrics import HNR_BANDS, measure
+from wavear.evaluation.metrics import HNR_BANDS, NotMeasured, measure, stft_distance
 from wavear.mel.spectrogram import log_mel
 from wavear.models.base import AutoregressiveModel
 from wavear.models.crop_loss import layout_of
-from wavear.training.probes import stretch
 
 CLIPS = 4
 HNR_WEIGHT = 0.02
-"""Nats of log-mel distance that a dB of missing or surplus harmonicity counts as."""
+"""Nats of log-mel distance per dB of missing or surplus harmonicity."""
 _SEARCHED_SECONDS = 60  # of each recording
-_TAKEN = ("log_mel", "period_error", "gross_period_error", *HNR_BANDS, "pesq", "stoi")
+_QUIET_SECONDS = 0.25  # of the quiet stretch: pauses of speech are short
+_LEAST_DB = -120.0  # of full scale: the level of digital silence
+_MEASURES = ("log_mel", "period_error", "gross_period_error", *HNR_BANDS, "pesq", "stoi")
 
 
 @dataclass(frozen=True)
 class FreeRun:
-    """What a model made of held-out clips."""
+    """Clips that a model has synthesized, and their measures."""
 
     measures: dict[str, float]
-    """Means over the clips of the measures that all of them have; `hnr_..._recorded` are those of the recordings, and
-    `score` is what the best model has least of."""
+    """Means over the clips of the measures that all of them have; `hnr_..._recorded` are those of
+    the recordings. Empty for a model without mels."""
     clips: list[tuple[np.ndarray, np.ndarray]]
     """Recorded and generated waveforms, (T,) each."""
+    probe: dict[str, float]
+    """Of the first clip: `level_error`, its level over the recording's in dB, and
+    `stft_distance`. Of the quiet stretch: `noise_floor` and `noise_floor_recorded`, levels in dB
+    of full scale. A model without mels has only the first."""
 
     @property
-    def score(self) -> float:
-        """Log-mel distance, plus 0.02 for each dB of the mean difference of the harmonic-to-noise ratios."""
-        return self.measures["score"]
+    def score(self) -> float | None:
+        """Return the log-mel distance plus 0.02 per dB of the mean difference in harmonicity."""
+        return self.measures.get("score")
 
 
 @torch.no_grad()
@@ -52,59 +60,80 @@ def free_run(
     seconds: float,
     speakers: Sequence[str] = (),
 ) -> FreeRun | None:
-    """Synthesize the loudest `seconds` of the first recordings that can be read, and measure them.
+    """Synthesize the loudest `seconds` of the first four readable recordings, and measure them.
 
-    Parameters
-    ----------
-    model : AutoregressiveModel
-        Conditioned on mels.
-    recordings : sequence of Recording
-    seconds : float
-        Of each of up to `CLIPS` recordings.
-    speakers : sequence of str
-        Names in the order of their numbers.
-
-    Returns
-    -------
-    FreeRun, or None if no recording can be read and measured
+    A model without mels generates one clip freely. Returns None if no recording can be read.
     """
     from wavear.generation.sampler import generate
 
     layout, rate = layout_of(model, 1), model.config.sample_rate
-    originals: list[np.ndarray] = []
+    louds: list[np.ndarray] = []
     numbers: list[int] = []
+    quiet = np.zeros(0)
     for recording in recordings:
+        length = min(layout.length(recording), _SEARCHED_SECONDS * rate)
         try:
-            whole = read_span(
-                recording, rate, 0, min(layout.length(recording), round(_SEARCHED_SECONDS * rate))
-            )
+            whole = read_span(recording, rate, 0, length)
         except (ValueError, OSError):
-            continue  # the held-out bits name it
-        originals.append(stretch(whole, seconds * rate, layout.hop, loudest=True))
+            continue  # the held-out bits report it
+        if not louds:
+            quiet_length = min(seconds, _QUIET_SECONDS) * rate
+            quiet = _stretch(whole, quiet_length, layout.hop, loudest=False)
+        louds.append(_stretch(whole, seconds * rate, layout.hop, loudest=True))
         numbers.append(
             list(speakers).index(recording.speaker or "") if model.config.speakers else 0
         )
-        if len(originals) == CLIPS:
+        if len(louds) == (CLIPS if layout.mel else 1):
             break
-    if not originals or layout.mel is None:
+    if not louds:
         return None
-    mels = [log_mel(torch.from_numpy(x)[None], layout.mel)[0] for x in originals]
-    made = generate(model, mels, speaker=numbers if model.config.speakers else None, seed=0)
-    clips = [(x, y[: x.size].numpy()) for x, y in zip(originals, made, strict=True)]
+    speaker = [*numbers, numbers[0]] if model.config.speakers else None
+    if layout.mel is None:
+        first = speaker and speaker[0]
+        made = generate(model, samples=louds[0].size, speaker=first, seed=0)
+    else:
+        mels = [log_mel(torch.from_numpy(x)[None], layout.mel)[0] for x in (*louds, quiet)]
+        made = generate(model, mels, speaker=speaker, seed=0)
+    clips = [(x, y[: x.size].numpy()) for x, y in zip(louds, made, strict=False)]
+    probe = {"level_error": _level(clips[0][1]) - _level(clips[0][0])}
+    if layout.mel is None:
+        return FreeRun({}, clips, probe)
+    with contextlib.suppress(NotMeasured):  # too short, or silent
+        probe["stft_distance"] = stft_distance(*clips[0])
+    probe["noise_floor"] = _level(made[-1, : quiet.size].numpy())
+    probe["noise_floor_recorded"] = _level(quiet)
+    return FreeRun(_measures(clips, rate), clips, probe)
+
+
+def _measures(clips: list[tuple[np.ndarray, np.ndarray]], rate: int) -> dict[str, float]:
     rows = []
-    for x, y in clips:
-        values, _ = measure(x, y, rate, names=_TAKEN)
-        recorded, _ = measure(x, x, rate, names=HNR_BANDS)
-        rows.append(values | {f"{name}_recorded": value for name, value in recorded.items()})
+    for recorded, generated in clips:
+        values, _ = measure(recorded, generated, rate, names=_MEASURES)
+        own, _ = measure(recorded, recorded, rate, names=HNR_BANDS)
+        rows.append(values | {f"{name}_recorded": value for name, value in own.items()})
     shared = [name for name in rows[0] if all(name in row for row in rows)]
-    measures = {name: statistics.fmean(row[name] for row in rows) for name in shared}
-    if "log_mel" not in measures:
-        return None
+    means = {name: statistics.fmean(row[name] for row in rows) for name in shared}
     gaps = [
-        abs(row[n] - row[f"{n}_recorded"])
+        abs(row[name] - row[f"{name}_recorded"])
         for row in rows
-        for n in HNR_BANDS
-        if {n, f"{n}_recorded"} <= row.keys()
+        for name in HNR_BANDS
+        if {name, f"{name}_recorded"} <= row.keys()
     ]
-    measures["score"] = measures["log_mel"] + HNR_WEIGHT * (statistics.fmean(gaps) if gaps else 0.0)
-    return FreeRun(measures, clips)
+    if "log_mel" in means:
+        gap = statistics.fmean(gaps) if gaps else 0.0
+        means["score"] = means["log_mel"] + HNR_WEIGHT * gap
+    return means
+
+
+def _stretch(whole: np.ndarray, samples: float, hop: int, loudest: bool) -> np.ndarray:
+    """Return the stretch of so many samples, in whole frames, with most or least energy."""
+    length = min(math.ceil(samples / hop) * hop, whole.size)
+    energy = np.concatenate([[0.0], np.cumsum(np.square(whole, dtype=np.float64))])
+    found = energy[length:] - energy[: energy.size - length]
+    start = int(np.argmax(found) if loudest else np.argmin(found))
+    return whole[start : start + length]
+
+
+def _level(waveform: np.ndarray) -> float:
+    """Return the RMS around the mean, in dB of full scale, at least -120."""
+    return max(10 * math.log10(max(float(np.var(waveform, dtype=np.float64)), 1e-30)), _LEAST_DB)

@@ -1,9 +1,9 @@
-"""The run of a linear model: one pass over the recordings, and the scores beside what needs no model."""
+"""The run of a linear model: one pass over the recordings, and its scores."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
+import logging
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -15,51 +15,30 @@ import numpy as np
 import torch
 
 from wavear.audio.grid import Grid
-from wavear.common.atomic import replace_file
+from wavear.common.errors import WavearError
 from wavear.data.corpus import Corpus, Recording, reason
 from wavear.data.crops import read_span
-from wavear.evaluation.held_out import Counts, baselines, held_out_bits, subset
+from wavear.evaluation.held_out import held_out_bits, subset
 from wavear.models.checkpoint import load
-from wavear.models.crop_loss import layout_of
 from wavear.models.fitting import Fitted, Fitter
 from wavear.models.linear import Linear
 from wavear.training.config import TrainConfig, TrainResult
 from wavear.training.processes import Processes
-from wavear.training.run_directory import make_directory
+from wavear.training.run_directory import make_directory, write_record
+from wavear.training.validation import final_scores
+
+logger = logging.getLogger(__name__)
 
 _SECONDS = 30.0  # of a recording that are read at once
 _THREADS = 2  # that read and encode ahead of the sums
 
 
 def fit(
-    config: TrainConfig,
-    corpus: Corpus,
-    speakers: Sequence[str],
-    model: Any,
-    record: dict[str, Any],
-    say: Any,
+    config: TrainConfig, corpus: Corpus, speakers: Sequence[str], model: Any, record: dict[str, Any]
 ) -> TrainResult:
-    """Fit a `Linear` to the recordings to train on, and write the run; see `wavear.train`.
-
-    Parameters
-    ----------
-    config : TrainConfig
-    corpus : Corpus
-    speakers : of no use to it
-    model : Linear
-        As `config` has it; its numbers are not looked at.
-    record : dict
-        What `train.json` is to say so far.
-    say : callable
-        Takes a line.
-
-    Raises
-    ------
-    ValueError
-        If the run is one of several processes, or has nothing to fit to.
-    """
+    """Fit a `Linear` with the configuration of `model`; the signature is that of `loop.fit`."""
     if Processes.here().world > 1:
-        raise ValueError(
+        raise WavearError(
             "a linear model is fitted in one pass by one process: run it without torchrun and srun"
         )
     began, out, wanted = time.monotonic(), Path(config.out), model.config
@@ -72,13 +51,10 @@ def fit(
         domain=wanted.domain,
         method="silence",
     )
-    skipped = dict(corpus.bad)
-    for name, why in add_recordings(fitter, corpus.train, config.sample_rate):
-        skipped[name] = why
-        say(f"skipped {name}: {why}")
+    unread = dict(add_recordings(fitter, corpus.train, config.sample_rate))
     fitted = fitter.fit(config.sample_rate, stabilise=config.stabilise)
     model, seconds = fitted.model, time.monotonic() - began
-    _describe(fitted, seconds, say)
+    _log(fitted, seconds)
 
     validation = subset(corpus.validation, config.validation_seconds * config.sample_rate)
     before = held_out_bits(Linear(model.config).eval(), validation).per_sample
@@ -88,13 +64,12 @@ def fit(
     described = {"step": 1, "speakers": [], "validation_bits": round(bits, 5)}
     for name in ("best", "last"):
         model.save(out / name, overwrite=True, training=described)
-    recordings = subset(corpus.validation, config.final_seconds * config.sample_rate)
-    final = held_out_bits(load(out / "best"), recordings)
-    for name, why in {**scored.skipped, **final.skipped}.items():
-        skipped[name] = why
-        say(f"skipped {name}: {why}")
-    held_out = {"model": final.per_sample}
-    held_out |= _baselines(config, corpus, recordings, model)
+    held_out, unscored = final_scores(config, corpus, load(out / "best"))
+    unread |= scored.skipped | unscored
+    for name, why in unread.items():
+        logger.warning(f"skipped {name}: {why}")
+    skipped = dict(corpus.bad) | unread
+    poles = model.poles()
     record |= {
         "model": dataclasses.asdict(model.config),
         "history": [
@@ -104,12 +79,15 @@ def fit(
         "seconds": round(seconds, 2),
         "held_out": held_out,
         "skipped": skipped,
-        "fit": _as_json(fitted),
+        "fit": {
+            "samples": fitted.samples,
+            "nats": fitted.nats,
+            "criteria": None if fitted.criteria is None else fitted.criteria.tolist(),
+            "largest_pole": float(np.abs(poles[0])) if len(poles) else 0.0,
+            "unstable": fitted.unstable,
+        },
     }
-    replace_file(
-        out / "train.json",
-        lambda path: path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8"),
-    )
+    write_record(config, record)
     return TrainResult(
         bits_before=before,
         bits_best=bits,
@@ -127,9 +105,9 @@ def fit(
 def add_recordings(
     fitter: Fitter, recordings: Sequence[Recording], sample_rate: int
 ) -> Iterator[tuple[str, str]]:
-    """Let a fitter see recordings, read block by block ahead of it; (name, reason) of each that cannot be read.
+    """Add recordings to a fitter, read ahead in blocks; yield name and reason of unreadable ones.
 
-    If that is beyond its beginning, what came before counts.
+    What comes before the unreadable part of a recording counts.
     """
     broken: Recording | None = None
     current: Recording | None = None
@@ -153,69 +131,42 @@ def add_recordings(
 def _ahead(
     recordings: Iterable[Recording], sample_rate: int, grid: Grid
 ) -> Iterator[tuple[Recording, np.ndarray | Exception]]:
-    """The codes of recordings in blocks, in order, a few of them read ahead; or why a block cannot be read."""
+    """Yield the codes of recordings in blocks and in order, or an error; read some blocks ahead."""
     small = np.uint8 if grid.classes <= 256 else np.uint16
     length = round(_SECONDS * sample_rate)
 
     def read(recording: Recording, start: int) -> np.ndarray | Exception:
+        stop = min(start + length, recording.frames)
         try:
-            waveform = read_span(
-                recording, sample_rate, start, min(start + length, recording.frames)
-            )
+            waveform = read_span(recording, sample_rate, start, stop)
             return grid.encode(torch.from_numpy(waveform)).numpy().astype(small)
         except (ValueError, OSError) as error:
             return error
 
+    blocks = ((r, start) for r in recordings for start in range(0, r.frames, length))
     waiting: deque[tuple[Recording, Future[np.ndarray | Exception]]] = deque()
     with ThreadPoolExecutor(_THREADS) as pool:
         try:
-            for recording in recordings:
-                for start in range(0, recording.frames, length):
-                    waiting.append((recording, pool.submit(read, recording, start)))
-                    if len(waiting) > 2 * _THREADS:
-                        first, codes = waiting.popleft()
-                        yield first, codes.result()
-            while waiting:
-                first, codes = waiting.popleft()
-                yield first, codes.result()
+            for recording, start in blocks:
+                waiting.append((recording, pool.submit(read, recording, start)))
+                if len(waiting) > 2 * _THREADS:
+                    first, codes = waiting.popleft()
+                    yield first, codes.result()
+            for recording, codes in waiting:
+                yield recording, codes.result()
         finally:
-            for _, codes in waiting:
-                codes.cancel()
+            pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _describe(fitted: Fitted, seconds: float, say: Any) -> None:
+def _log(fitted: Fitted, seconds: float) -> None:
     config = fitted.model.config
-    name = (
-        f"ARI({config.order}, {config.differencing})"
-        if config.differencing
-        else f"AR({config.order})"
-    )
-    say(
+    d = config.differencing
+    name = f"ARI({config.order}, {d})" if d else f"AR({config.order})"
+    logger.info(
         f"{name} of {fitted.samples:,} samples in {seconds:.1f} s, {config.law} law of scale"
         f" {fitted.model.scale().item():.3g} on {fitted.model.grid}"
     )
     if fitted.unstable:
-        say(fitted.unstable)
+        logger.warning(fitted.unstable)
     if fitted.criteria is not None and config.order == len(fitted.criteria) - 1:
-        say(f"the criterion took the highest order tried, {config.order}: --order allows more")
-
-
-def _baselines(
-    config: TrainConfig, corpus: Corpus, recordings: Sequence[Recording], model: Linear
-) -> dict[str, float]:
-    layout, grid = layout_of(model, 1), model.grid
-    counted = Counts.of(
-        subset(corpus.train, config.baseline_seconds * config.sample_rate), layout, grid
-    )
-    return baselines(counted, Counts.of(recordings, layout, grid))
-
-
-def _as_json(fitted: Fitted) -> dict[str, Any]:
-    poles = fitted.model.poles()
-    return {
-        "samples": fitted.samples,
-        "nats": fitted.nats,
-        "criteria": None if fitted.criteria is None else fitted.criteria.tolist(),
-        "largest_pole": float(np.abs(poles[0])) if len(poles) else 0.0,
-        "unstable": fitted.unstable,
-    }
+        logger.info(f"the criterion chose the highest order, {config.order}: raise --order")

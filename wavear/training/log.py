@@ -1,167 +1,149 @@
-"""Where the numbers of a run go: metrics.csv, validation.csv and TensorBoard always, Weights & Biases if asked for."""
+"""The numbers of a run: metrics.csv, validation.csv, TensorBoard and Weights & Biases."""
 
 from __future__ import annotations
 
 import csv
 import dataclasses
-from collections.abc import Iterable, Mapping
+import math
+import secrets
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning as L
+import numpy as np
 import torch
-from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 
 from wavear.common.atomic import replace_file
-from wavear.training.probes import spectrogram
+from wavear.common.errors import WavearError
+from wavear.mel.spectrogram import MelConfig, log_mel
+from wavear.training.config import TrainConfig
 
-METRICS, VALIDATION = "metrics.csv", "validation.csv"
 COLUMNS = {
-    METRICS: [
-        "step",
-        "seconds",
-        "train_bits",
-        "validation_bits",
-        "free_run_score",
-        "learning_rate",
-        "gradient_norm",
-        "average_distance",
-        "samples_per_second",
-        "data_wait",
-    ],
-    VALIDATION: ["step", "measure", "group", "value", "samples"],
+    "metrics.csv": (
+        *("step", "seconds", "train_bits", "validation_bits", "free_run_score", "learning_rate"),
+        *("gradient_norm", "average_distance", "samples_per_second", "data_wait"),
+    ),
+    "validation.csv": ("step", "measure", "group", "value", "samples"),
 }
-_UNSEEN = ("step", "seconds")  # columns that are no curves
 
 
 class Log:
-    """Writes rows to everything that shows them. For the process that writes.
+    """Writes rows to the CSV files in `out` and curves to Lightning's loggers, in process 0."""
 
-    Parameters
-    ----------
-    out : Path
-        Folder of the run.
-    """
-
-    def __init__(self, out: Path):
-        self.out = out
+    def __init__(self, out: str | Path):
+        self.out = Path(out)
 
     def metrics(self, trainer: L.Trainer, step: int, row: Mapping[str, Any]) -> None:
-        """A row of metrics.csv, and points of curves."""
-        self._append(METRICS, row)
-        self._points(
-            trainer, step, {name: value for name, value in row.items() if name not in _UNSEEN}
-        )
+        """Append a row to metrics.csv, and its values to the curves."""
+        self._append("metrics.csv", {"step": step, **row})
+        _points(trainer, step, {name: value for name, value in row.items() if name != "seconds"})
 
     def validation(
-        self, trainer: L.Trainer, step: int, rows: Iterable[tuple[str, str, float, int | None]]
+        self, trainer: L.Trainer, step: int, measure: str, values: Mapping[str, tuple[float, Any]]
     ) -> None:
-        """Rows (measure, group, value, samples) of validation.csv, and points of the curves "measure/group"."""
-        rows = list(rows)
-        for measure, group, value, samples in rows:
-            row = {"step": step, "measure": measure, "group": group, "value": round(value, 5)}
-            self._append(VALIDATION, row | ({} if samples is None else {"samples": samples}))
-        self._points(
-            trainer, step, {f"{measure}/{group}": value for measure, group, value, _ in rows}
+        """Append the (value, samples) of groups to validation.csv and to curves "measure/group"."""
+        for group, (value, samples) in values.items():
+            row = {"measure": measure, "group": group, "value": round(value, 5), "samples": samples}
+            self._append("validation.csv", {"step": step} | row)
+        _points(
+            trainer, step, {f"{measure}/{group}": value for group, (value, _) in values.items()}
         )
 
     def sound(
-        self, trainer: L.Trainer, step: int, name: str, waveform: torch.Tensor, rate: int
+        self, trainer: L.Trainer, step: int, name: str, waveform: np.ndarray, rate: int
     ) -> None:
-        """A waveform (T,) to be heard and, as a spectrogram, seen."""
-        picture = spectrogram(waveform, rate)
+        """Show a waveform (T,) as sound and as a spectrogram."""
+        picture = spectrogram(torch.from_numpy(waveform), rate)
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 logger.experiment.add_audio(name, waveform, step, sample_rate=rate)
                 logger.experiment.add_image(name, picture, step, dataformats="HWC")
-            else:
-                there: Any = logger
-                there.log_audio(name, [waveform.numpy()], step=step, sample_rate=[rate])
-                there.log_image(f"{name}/spectrogram", [picture], step=step)
+            elif isinstance(logger, WandbLogger):
+                logger.log_audio(name, [waveform], step=step, sample_rate=[rate])
+                logger.log_image(f"{name}/spectrogram", [picture], step=step)
 
     def trim(self, step: int) -> None:
-        """Drop rows of steps that are to be taken again, and one that was being written when the run was killed."""
+        """Drop rows of steps after `step`, and a row that is cut short because a run was killed."""
         for name, columns in COLUMNS.items():
             path = self.out / name
             if path.exists():
-                _trim(path, step, columns)
+                text = path.read_bytes().decode("utf-8", errors="replace")
+                lines = [line for line in text.splitlines(keepends=True) if line.endswith("\n")]
+                rows = [row for row in csv.DictReader(lines) if row["step"].isdigit()]
+                kept = [row for row in rows if int(row["step"]) <= step]
+                replace_file(path, lambda temporary: _write(temporary, columns, kept))  # noqa: B023
 
     def _append(self, name: str, row: Mapping[str, Any]) -> None:
         path = self.out / name
-        fresh = not path.exists()
+        if not path.exists():
+            _write(path, COLUMNS[name], [])
         with path.open("a", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, COLUMNS[name])
-            if fresh:
-                writer.writeheader()
-            writer.writerow(row)
-
-    def _points(self, trainer: L.Trainer, step: int, values: dict[str, float]) -> None:
-        for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger):
-                for name, value in values.items():
-                    logger.experiment.add_scalar(name, value, step)
-            else:
-                logger.log_metrics(values, step)
+            csv.DictWriter(file, COLUMNS[name]).writerow(row)
 
 
-def _trim(path: Path, step: int, columns: list[str]) -> None:
-    lines = path.read_bytes().decode("utf-8", errors="replace").splitlines(keepends=True)
-    whole = csv.DictReader(line for line in lines if line.endswith("\n"))
-    rows = [row for row in whole if row["step"].isdigit() and int(row["step"]) <= step]
-
-    def write(temporary: Path) -> None:
-        with open(temporary, "w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, columns, extrasaction="ignore")
-            writer.writeheader()
-            writer.writerows(rows)
-
-    replace_file(path, write)
+def _write(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns, extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(rows)
 
 
-def loggers(
-    out: str, wandb: str | None, record: dict[str, Any], purge_step: int | None
-) -> list[Logger]:
-    """TensorBoard's, and that of Weights & Biases where `wandb` names a project.
+def _points(trainer: L.Trainer, step: int, values: dict[str, float]) -> None:
+    for logger in trainer.loggers:
+        logger.log_metrics(values, step)
 
-    The run there is named in `record`, so that a resumed run goes on with it.
 
-    Parameters
-    ----------
-    purge_step : int, optional
-        TensorBoard hides points of this step and later ones: they are to be taken again.
+def spectrogram(waveform: torch.Tensor, rate: int) -> np.ndarray:
+    """Return a picture (height, width, 3), uint8, of the log-mel of a waveform (T,), 80 dB deep."""
+    import matplotlib
 
-    Raises
-    ------
-    ValueError
-        If the package wandb is not installed.
+    n_fft = 2 ** round(math.log2(rate / 22050 * 1024))
+    hop = n_fft // 8
+    waveform = torch.nn.functional.pad(waveform, (0, max(hop - waveform.numel(), 0)))
+    bands = min(80, n_fft // 8)
+    config = MelConfig(
+        sample_rate=rate, n_fft=n_fft, window_length=n_fft, hop_length=hop, bands=bands, fmax=None
+    )
+    decibels = log_mel(waveform[None], config)[0].flip(0).numpy() * (20 / math.log(10))
+    shade = np.clip((decibels - decibels.max()) / 80 + 1, 0, 1)
+    picture = (matplotlib.colormaps["magma"](shade)[..., :3] * 255).astype(np.uint8)
+    return picture.repeat(2, axis=0).repeat(2, axis=1)
+
+
+def loggers(config: TrainConfig, record: dict[str, Any], purge_step: int | None) -> list[Logger]:
+    """Return TensorBoard's logger, and that of Weights & Biases if `wandb` names a project.
+
+    `record` keeps the name of the run there, so that a resumed run continues it. TensorBoard hides
+    points from `purge_step` on, which are taken again.
     """
-    hidden: Any = {} if purge_step is None else {"purge_step": purge_step}
-    found: list[Logger] = [TensorBoardLogger(out, name="tensorboard", version="", **hidden)]
-    if wandb is not None:
-        import secrets
-
-        from lightning.pytorch.loggers import WandbLogger
-
+    found: list[Logger] = [
+        TensorBoardLogger(config.out, name="tensorboard", version="", purge_step=purge_step)
+    ]
+    if config.wandb is not None:
         number = record.setdefault("wandb", secrets.token_hex(8))
+        name = Path(config.out).name
         try:
-            found.append(WandbLogger(project=wandb, name=Path(out).name, id=number, save_dir=out))
+            found.append(
+                WandbLogger(project=config.wandb, name=name, id=number, save_dir=config.out)
+            )
         except ModuleNotFoundError:
-            raise ValueError(
-                f"wandb is {wandb!r}, and that package is not installed: pip install wandb"
+            raise WavearError(
+                f"wandb is {config.wandb!r}, and that package is not installed: pip install wandb"
             ) from None
     return found
 
 
-def tell(trainer: L.Trainer, config: Any) -> None:
-    """The settings of the run, to Weights & Biases; TensorBoard has them beside it, in train.json."""
+def log_settings(trainer: L.Trainer, config: TrainConfig) -> None:
+    """Log the settings to Weights & Biases; next to TensorBoard's files there is train.json."""
     for logger in trainer.loggers:
-        if not isinstance(logger, TensorBoardLogger):
+        if isinstance(logger, WandbLogger):
             logger.log_hyperparams(dataclasses.asdict(config))
 
 
 def finish(trainer: L.Trainer) -> None:
-    """Close the run at Weights & Biases: the next one in this process is another."""
+    """Close the run at Weights & Biases, so that this process can begin another one."""
     for logger in trainer.loggers:
-        if not isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
-            there: Any = logger
-            there.experiment.finish()
+        if isinstance(logger, WandbLogger) and trainer.is_global_zero:
+            logger.experiment.finish()

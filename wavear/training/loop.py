@@ -1,8 +1,9 @@
-"""The run itself: trainer, loader, first and last scores."""
+"""The training of a network: Lightning's trainer, the loader, and the final scores."""
 
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import signal
 import threading
@@ -16,68 +17,201 @@ import lightning as L
 import torch
 from typing_extensions import override
 
+from wavear.common.errors import WavearError
 from wavear.data.corpus import Corpus
-from wavear.data.crops import Layout, Order, Segments, collate
-from wavear.evaluation.held_out import Counts, baselines, held_out_bits, subset
+from wavear.data.crops import Order, Segments, collate
 from wavear.models.base import AutoregressiveModel
 from wavear.models.checkpoint import load
 from wavear.models.crop_loss import layout_of
 from wavear.training.callbacks import ProgressBar, Run
 from wavear.training.config import TrainConfig, TrainResult
-from wavear.training.groups import turn_about
 from wavear.training.lanes import Lanes
-from wavear.training.log import finish, loggers, tell
+from wavear.training.log import finish, log_settings, loggers
 from wavear.training.module import TrainingModule
 from wavear.training.optimizers import described
 from wavear.training.precision import choose
 from wavear.training.prepare import prepare
 from wavear.training.processes import Processes
-from wavear.training.run_directory import make_directory
-from wavear.training.state import StateIO
-from wavear.training.states import Found, last_good_state, sweep
+from wavear.training.run_directory import make_directory, write_record
+from wavear.training.state import FoundState, StateIO, last_good_state, sweep
+from wavear.training.validation import final_scores
+
+logger = logging.getLogger(__name__)
+
+
+def fit(
+    config: TrainConfig,
+    corpus: Corpus,
+    speakers: list[str],
+    model: AutoregressiveModel,
+    record: dict[str, Any],
+) -> TrainResult:
+    """Train `model` from its initial weights; `record` is the contents of train.json so far."""
+    processes, kind = Processes.here(), _device_kind(config.device)
+    segments = _segments(config, corpus, speakers, model, processes)
+    found = _find_state(config, record, processes) if config.resume else None
+    if found is None:
+        prepare(model, segments, config.seed)
+    recorded = record.get("precision") if config.resume else None
+    record["precision"], why = choose(config, model, kind, recorded)
+    bf16 = record["precision"] == "bf16"
+    module = TrainingModule(model, segments.layout, config, torch.bfloat16 if bf16 else None)
+    run = Run(config, corpus, speakers, record, found.state.get("run") if found else None)
+    if record["history"] and record["history"][-1] not in run.comparable():
+        logger.warning("the held-out recordings have changed: the best is now chosen by these")
+    trainer = _trainer(config, kind, run, processes, found)
+    device = trainer.strategy.root_device
+    parameters = sum(p.numel() for p in model.parameters())
+    logger.info(
+        f"{type(model).__name__} of {parameters:,} parameters, receptive field"
+        f" {model.receptive_field} samples, on {device}"
+    )
+    logger.info(f"{described(model, config)}; {'bf16' if bf16 else 'float32'} ({why})")
+    if trainer.is_global_zero:
+        make_directory(config)
+        write_record(config, record)
+        log_settings(trainer, config)
+    try:
+        data = _Data(segments, config)
+        path = found.path if found else None
+        with torch.random.fork_rng(devices=[device] if kind == "cuda" else []), _safe_path():
+            trainer.fit(module, datamodule=data, ckpt_path=path, weights_only=False)
+        if not run.began:  # all steps had been taken already
+            run.save_last(trainer, module)
+    finally:
+        run.release()
+        finish(trainer)
+    return _finish(config, corpus, trainer, run)
+
+
+def _segments(
+    config: TrainConfig,
+    corpus: Corpus,
+    speakers: list[str],
+    model: AutoregressiveModel,
+    processes: Processes,
+) -> Segments:
+    batch_size, segment = config.batch_size, config.segment
+    assert segment is not None
+    assert batch_size is not None
+    if batch_size % (processes.world * config.accumulate):
+        parts = f"{processes.world} processes of {config.accumulate} parts each"
+        raise WavearError(
+            f"a batch of {batch_size} crops cannot be shared by {parts}: choose a multiple"
+        )
+    layout = layout_of(model, segment)
+    if not model.carries:
+        return Segments(corpus.train, layout, speakers, config.seed, config.redraw_below)
+    if config.redraw_below is not None:
+        raise WavearError(
+            f"redraw_below is {config.redraw_below:g}: a {config.family} reads recordings from"
+            " front to back, with their pauses; drop it"
+        )
+    return Lanes(corpus.train, layout, speakers, config.seed, batch_size=batch_size)
+
+
+def _find_state(
+    config: TrainConfig, record: dict[str, Any], processes: Processes
+) -> FoundState | None:
+    """Find the last good state of the run, if it has one, and cut `record` back to it."""
+    if processes.rank == 0:
+        sweep(config.out)
+    found = last_good_state(config.out)
+    record.pop("held_out", None)
+    if found is None:
+        record |= {"history": [], "spikes": [], "seconds": 0.0}
+        logger.warning(f"{config.out} has no state yet: the run begins anew")
+        return None
+    for message in found.damaged:
+        logger.warning(f"{message}; the state before it is used")
+    step, run = found.state["global_step"], found.state.get("run", {})
+    for name in ("history", "spikes"):
+        kept = run.get(name, [entry for entry in record.get(name, []) if entry["step"] <= step])
+        record[name] = list(kept)  # a copy: the state is not to change
+    logger.info(f"resuming from step {step} ({found.path})")
+    return found
+
+
+# --- the trainer
+
+
+def _device_kind(device: str) -> str:
+    """Return cpu, cuda or mps."""
+    kind, _, number = device.partition(":")
+    if kind == "auto":
+        kind = "cuda" if torch.cuda.is_available() else "cpu"
+    if kind not in ("cpu", "cuda", "mps"):
+        raise WavearError(f"device is {device!r}, expected auto, cpu, cuda, cuda:N or mps")
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise WavearError(f"device is {device!r}, and there is no CUDA device here: use cpu")
+    if number and int(number) >= (count := torch.cuda.device_count()):
+        raise WavearError(f"device is {device!r}, and there are {count} CUDA devices here")
+    return kind
+
+
+def _trainer(
+    config: TrainConfig, kind: str, run: Run, processes: Processes, found: FoundState | None
+) -> L.Trainer:
+    number = config.device.partition(":")[2]
+    one = bool(number) and processes.world == 1
+    devices: Any = [int(number)] if one else processes.local
+    step = found.state["global_step"] + 1 if found else None
+    return L.Trainer(
+        accelerator=kind,
+        devices=devices,
+        num_nodes=processes.nodes,
+        strategy="ddp" if processes.world > 1 else "auto",
+        precision="32-true",  # of the weights
+        max_steps=config.max_steps or -1,
+        max_epochs=-1,
+        limit_val_batches=0,
+        num_sanity_val_steps=0,
+        logger=loggers(config, run.record, step),
+        callbacks=[run, *([ProgressBar(run)] if config.progress else [])],
+        plugins=[StateIO(found), *processes.plugins()],
+        enable_checkpointing=False,
+        enable_progress_bar=config.progress,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+    )
 
 
 class _Data(L.LightningDataModule):
-    """Builds the loader when the step to begin with is known: after a resumed state has been read."""
+    """Builds the loader when the first step is known: after a resumed state has been read."""
 
-    def __init__(self, segments: Segments, batch_size: int, config: TrainConfig):
+    def __init__(self, segments: Segments, config: TrainConfig):
         super().__init__()
         self.segments = segments
-        self.batch_size = batch_size
         self.config = config
 
     @override
     def train_dataloader(self) -> torch.utils.data.DataLoader:
-        assert self.trainer is not None
-        order = Order(
-            self.batch_size,
-            self.trainer.global_step,
-            self.trainer.global_rank,
-            self.trainer.world_size,
-        )
-        gpu = self.trainer.strategy.root_device.type == "cuda"
-        workers = self.config.workers
+        trainer, config = self.trainer, self.config
+        assert trainer is not None
+        assert config.batch_size is not None
+        rank, world = trainer.global_rank, trainer.world_size
+        gpu = trainer.strategy.root_device.type == "cuda"
+        workers = config.workers
         if workers is None:
             workers = min(4, max((os.cpu_count() or 1) - 1, 1)) if gpu else 0
         return torch.utils.data.DataLoader(
             self.segments,
-            batch_sampler=order,
+            batch_sampler=Order(config.batch_size, trainer.global_step, rank, world),
             collate_fn=collate,
             num_workers=workers,
             pin_memory=gpu,
             worker_init_fn=partial(_begin_worker, os.getpid()),
             prefetch_factor=4 if workers else None,
-            generator=torch.Generator().manual_seed(
-                self.config.seed
-            ),  # else it draws from that of everybody
+            # Its own generator: otherwise it draws from the global one.
+            generator=torch.Generator().manual_seed(config.seed),
         )
 
 
 @contextlib.contextmanager
 def _safe_path() -> Iterator[None]:
-    """Keep the current directory, often the data's, off the import path of what is started: from Python 3.11 on.
+    """Keep the current directory, often the data's, off the import path of new Python processes.
 
-    Workers that are not forked, and the compilers of `torch.compile`, are new Python processes.
+    These are workers that are not forked, and the compilers of `torch.compile` (Python >= 3.11).
     """
     before = os.environ.get("PYTHONSAFEPATH")
     os.environ["PYTHONSAFEPATH"] = "1"
@@ -91,11 +225,9 @@ def _safe_path() -> Iterator[None]:
 
 
 def _begin_worker(main: int, worker: int) -> None:
-    """Ctrl-C reaches the whole group of processes: the main one decides when its workers end.
+    """Ignore Ctrl-C, which reaches all processes of the group, and end with the process `main`.
 
-    They also end when the main one, process `main`, is killed. The loader's own watch misses a
-    death that comes before it begins: it takes whoever is the parent by then for the main process,
-    and its worker stays for ever.
+    The loader's own watch misses a death of `main` before it begins: the worker would never end.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
@@ -108,190 +240,29 @@ def _end_with(main: int) -> None:
     os._exit(1)
 
 
-def fit(
-    config: Any,
-    corpus: Corpus,
-    speakers: list[str],
-    model: AutoregressiveModel,
-    record: dict[str, Any],
-    say: Any,
-) -> TrainResult:
-    """Train `model`; see `wavear.train`. `config` is resolved: the family's defaults stand where None was."""
-    assert config.segment is not None
-    assert config.batch_size is not None
-    layout = layout_of(model, config.segment)
-    if model.carries:
-        if config.redraw_below is not None:
-            raise ValueError(
-                f"redraw_below is {config.redraw_below:g}: a {config.family} reads recordings from front to back,"
-                " pauses too; leave it away"
-            )
-        segments = Lanes(corpus.train, layout, speakers, config.seed, batch_size=config.batch_size)
-    else:
-        segments = Segments(corpus.train, layout, speakers, config.seed, config.redraw_below)
-    processes = Processes.here()
-    world = processes.world
-    if config.batch_size % (world * config.accumulate):
-        parts = f"{world} processes of {config.accumulate} parts each"
-        raise ValueError(
-            f"a batch of {config.batch_size} crops cannot be shared by {parts}: choose a multiple"
-        )
-    found = _resume(config, record, say) if config.resume else None
-    if found is None:
-        prepare(model, segments, config.seed, say)
-    kind = _device_kind(config.device)
-    record["precision"], why = choose(
-        config, model, kind, record.get("precision") if config.resume else None
-    )
-    bf16 = record["precision"] == "bf16"
-    module = TrainingModule(model, layout, config, torch.bfloat16 if bf16 else None)
-    run = Run(
-        config,
-        subset(turn_about(corpus.validation), config.validation_seconds * config.sample_rate),
-        speakers,
-        record,
-        corpus.train,
-        found.state.get("run") if found else None,
-    )
-    run.skipped.update(corpus.bad)
-    run.skipped.update(record.get("skipped", {}))
-    if record["history"] and record["history"][-1] not in run.comparable():
-        say("the held-out recordings are others than before: the best is now chosen by these")
-    trainer = _trainer(config, kind, run, processes, found)
-    ending = [] if config.max_steps is None else [f"{config.max_steps} steps"]
-    ending += [] if config.max_minutes is None else [f"{config.max_minutes:g} minutes"]
-    parameters = sum(p.numel() for p in model.parameters())
-    say(
-        f"{type(model).__name__} of {parameters:,} parameters, receptive field {model.receptive_field} samples,"
-        f" on {trainer.strategy.root_device}, until {' or '.join(ending)}"
-    )
-    say(f"{described(model, config)}; {'bf16' if bf16 else 'float32'} ({why})")
-    if trainer.is_global_zero:
-        make_directory(config)
-        run.write_record()
-        tell(trainer, config)
-    try:
-        path = found.path if found else None
-        devices = [trainer.strategy.root_device] if kind == "cuda" else []
-        data = _Data(segments, config.batch_size, config)
-        with torch.random.fork_rng(devices=devices), _safe_path():
-            trainer.fit(module, datamodule=data, ckpt_path=path, weights_only=False)
-        if not run.began:  # all steps had been taken already
-            run.save_last(trainer, module)
-    finally:
-        run.release()
-        finish(trainer)
-    return _finish(config, corpus, speakers, layout, module, trainer, run, say)
-
-
-def _resume(config: TrainConfig, record: dict[str, Any], say: Any) -> Found | None:
-    """The last good state of the run in `out`, with `record` cut back to it; None if it was killed before the first."""
-    if Processes.here().rank == 0:
-        sweep(config.out)
-    found = last_good_state(config.out)
-    record.pop("held_out", None)
-    if found is None:
-        record |= {"history": [], "spikes": [], "seconds": 0.0}
-        say(f"{config.out} was stopped before its first state: it begins anew")
-        return None
-    for message in found.damaged:
-        say(f"{message}; the state before it is taken")
-    step, run = found.state["global_step"], found.state.get("run", {})
-    for name in ("history", "spikes"):
-        kept = run.get(name, [entry for entry in record.get(name, []) if entry["step"] <= step])
-        record[name] = list(kept)  # ours, and not the state's
-    say(f"going on from step {step} ({found.path})")
-    return found
-
-
-def _device_kind(device: str) -> str:
-    """cpu, cuda or mps."""
-    kind = device.partition(":")[0]
-    if kind == "auto":
-        kind = "cuda" if torch.cuda.is_available() else "cpu"
-    if kind not in ("cpu", "cuda", "mps"):
-        raise ValueError(f"device is {device!r}, expected auto, cpu, cuda, cuda:N or mps")
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device is {device!r}, and there is no CUDA device here: use cpu")
-    return kind
-
-
-def _trainer(
-    config: TrainConfig, kind: str, run: Run, processes: Processes, found: Found | None
-) -> L.Trainer:
-    number = config.device.partition(":")[2]
-    if number and int(number) >= torch.cuda.device_count():
-        raise ValueError(
-            f"device is {config.device!r}, and there are {torch.cuda.device_count()} CUDA devices here"
-        )
-    world = processes.world
-    devices: Any = [int(number)] if number and world == 1 else processes.local
-    bar = [ProgressBar(run)] if config.progress else []
-    return L.Trainer(
-        accelerator=kind,
-        devices=devices,
-        num_nodes=processes.nodes,
-        strategy="ddp" if world > 1 else "auto",
-        precision="32-true",  # of the weights
-        max_steps=config.max_steps or -1,
-        max_epochs=-1,
-        limit_val_batches=0,
-        num_sanity_val_steps=0,
-        logger=loggers(
-            config.out, config.wandb, run.record, found.state["global_step"] + 1 if found else None
-        ),
-        callbacks=[run, *bar],
-        plugins=[StateIO({str(found.path): found.state} if found else None), *processes.plugins()],
-        enable_checkpointing=False,
-        enable_progress_bar=config.progress,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
-    )
-
-
-def _finish(
-    config: TrainConfig,
-    corpus: Corpus,
-    speakers: list[str],
-    layout: Layout,
-    module: TrainingModule,
-    trainer: L.Trainer,
-    run: Run,
-    say: Any,
-) -> TrainResult:
-    """The scores on all held-out files, beside what needs no model."""
-    out = Path(config.out)
-    history = run.record["history"]
+def _finish(config: TrainConfig, corpus: Corpus, trainer: L.Trainer, run: Run) -> TrainResult:
+    """Score all held-out recordings, and write and return the result."""
+    out, history = Path(config.out), run.record["history"]
     stopped_by = run.stopped_by or "steps"
     held_out: dict[str, float] = {}
-    if trainer.is_global_zero and stopped_by != "interrupt":
-        recordings = subset(corpus.validation, config.final_seconds * config.sample_rate)
-        grid = module.model.grid
-        counted = Counts.of(
-            subset(corpus.train, config.baseline_seconds * config.sample_rate), layout, grid
-        )
+    if stopped_by == "interrupt":
+        logger.info(f"saved; to resume: the same command with --resume ({out})")
+    elif trainer.is_global_zero:
         best = load(out / "best", device=trainer.strategy.root_device)
-        scored = held_out_bits(best, recordings, speakers)
-        for name, why in scored.skipped.items():
-            if run.skipped.setdefault(name, why) is why:
-                say(f"skipped {name}: {why}")
-        held_out["model"] = scored.per_sample
-        held_out |= baselines(counted, Counts.of(recordings, layout, grid))
+        held_out, skipped = final_scores(config, corpus, best, run.speakers)
+        for name, why in skipped.items():
+            run.skip(name, why)
         run.record |= {"held_out": held_out, "skipped": run.skipped}
-        run.write_record()
-    seconds = float(run.record.get("seconds", 0.0))
-    result = TrainResult(
+        write_record(config, run.record)
+    return TrainResult(
         bits_before=history[0]["bits"],
         bits_best=min((entry["bits"] for entry in run.comparable()), default=history[-1]["bits"]),
         bits_final=history[-1]["bits"],
         held_out=held_out,
         steps=trainer.global_step,
-        seconds=seconds,
+        seconds=float(run.record.get("seconds", 0.0)),
         stopped_by=stopped_by,
         best=out / "best",
         last=out / "last",
         skipped=dict(run.skipped),
     )
-    if stopped_by == "interrupt":
-        say(f"saved; to go on: the same command with --resume ({out})")
-    return result

@@ -1,4 +1,4 @@
-"""The optimizers: AdamW for everything, or Muon for the matrices of a network's body and AdamW for the rest."""
+"""The optimizers: AdamW for all weights, or Muon for the matrices of a network's body."""
 
 from __future__ import annotations
 
@@ -9,23 +9,21 @@ import torch
 from torch import nn
 from typing_extensions import override
 
+from wavear.common.errors import WavearError
 from wavear.models.base import AutoregressiveModel
 from wavear.models.inputs import CodeEmbedding, ValueEmbedding
+from wavear.training.config import OptimizerSettings
 
 BETAS = (0.9, 0.99)  # of AdamW
 MOMENTUM = 0.95  # of Muon
 
 
 class Both(torch.optim.Optimizer):
-    """Steps several optimizers, each with parameters of its own, as one.
+    """Steps several optimizers, each with its own parameters, as one.
 
-    Lightning counts the steps of every optimizer in `global_step`, and a run counts its steps by
-    that: so a run has one optimizer. `param_groups` are the groups of all parts, in order; changes
-    to a group reach its part.
-
-    Parameters
-    ----------
-    parts : torch.optim.Optimizer
+    Lightning counts the steps of every optimizer in `global_step`, which counts the steps of a run:
+    so a run has one optimizer. `param_groups` are the groups of all parts, in order; changes to a
+    group reach its part.
 
     Examples
     --------
@@ -43,7 +41,7 @@ class Both(torch.optim.Optimizer):
         self._gather()
 
     def _gather(self) -> None:
-        """Show the groups and the state of the parts as one's own: the same objects, not copies."""
+        """Show the groups and the state of the parts: the same objects, not copies."""
         self.param_groups = [group for part in self.parts for group in part.param_groups]
         self.state.clear()
         for part in self.parts:
@@ -67,17 +65,10 @@ class Both(torch.optim.Optimizer):
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore what `state_dict` returned.
-
-        Raises
-        ------
-        ValueError
-            If the state is of other optimizers, or of other parameters.
-        """
+        """Restore what `state_dict` returned."""
         if len(states := state_dict.get("parts", [])) != len(self.parts):
-            raise ValueError(
-                f"the state is of {len(states) or 'one'} and not of {len(self.parts)} optimizers"
-            )
+            count = len(states) or "one"
+            raise WavearError(f"the state is of {count} and not of {len(self.parts)} optimizers")
         for part, state in zip(self.parts, states, strict=True):
             part.load_state_dict(state)
         self._gather()
@@ -87,65 +78,59 @@ def body_matrices(model: AutoregressiveModel) -> list[torch.Tensor]:
     """Return the weights that Muon steps: matrices from hidden channels to hidden channels.
 
     A model may name them itself, in a method `muon_parameters()`. By default they are the weights
-    of all `nn.Linear` but those of the input (`CodeEmbedding`, `ValueEmbedding`), of the
+    of all `nn.Linear` except those of the input (`CodeEmbedding`, `ValueEmbedding`), of the
     conditioning network (`model.conditioning`) and of the output (the last `nn.Linear`). Muon gives
-    an update the same size in all directions, which suits a product of matrices; rows of an
-    embedding and logits, which are used one by one, are better served by AdamW.
+    an update the same size in all directions, which suits a product of matrices; AdamW suits rows
+    of an embedding and logits, which are used one by one.
     """
     if (own := getattr(model, "muon_parameters", None)) is not None:
         return list(own())
-    ends = [
-        model.conditioning,
-        *(m for m in model.modules() if isinstance(m, CodeEmbedding | ValueEmbedding)),
-    ]
-    excluded = {module for end in ends if end is not None for module in end.modules()}
+    inputs = [m for m in model.modules() if isinstance(m, CodeEmbedding | ValueEmbedding)]
+    ends = [*inputs, *([] if model.conditioning is None else [model.conditioning])]
+    excluded = {module for end in ends for module in end.modules()}
     linear = [m for m in model.modules() if isinstance(m, nn.Linear) and m not in excluded]
     return [module.weight for module in linear[:-1]]
 
 
 def make_optimizer(
-    model: AutoregressiveModel, config: Any
+    model: AutoregressiveModel, config: OptimizerSettings
 ) -> tuple[torch.optim.Optimizer, list[float]]:
-    """Return the optimizer of a run and the highest learning rate of each of its `param_groups`.
-
-    Parameters
-    ----------
-    model : AutoregressiveModel
-    config : TrainConfig, resolved
-        Of which `optimizer`, `learning_rate`, `muon_learning_rate` and `weight_decay` are read.
-    """
+    """Return the optimizer of a run and the highest learning rate of each of its `param_groups`."""
     body = body_matrices(model) if config.optimizer == "muon" else []
     ids = {id(p) for p in body}
     rest = [p for p in model.parameters() if id(p) not in ids]
+    peak, decay = config.learning_rate, config.weight_decay
+    assert peak is not None
+    assert decay is not None
     # Weight decay pulls on matrices, not on biases.
     groups = [
-        {"params": [p for p in rest if p.dim() > 1], "weight_decay": config.weight_decay},
+        {"params": [p for p in rest if p.dim() > 1], "weight_decay": decay},
         {"params": [p for p in rest if p.dim() <= 1], "weight_decay": 0.0},
     ]
     fused = rest[0].device.type == "cuda"
-    adamw = torch.optim.AdamW(groups, lr=config.learning_rate, betas=BETAS, fused=fused)
-    peaks = [config.learning_rate] * len(groups)
+    adamw = torch.optim.AdamW(groups, lr=peak, betas=BETAS, fused=fused)
+    peaks = [peak] * len(groups)
     if not body:
         return adamw, peaks
-    # Scaled to the size of AdamW's updates (Liu et al., 2025, arXiv:2502.16982): so weight decay is
-    # of the same use.
+    # Scaled to the size of AdamW's updates (Liu et al., 2025, arXiv:2502.16982), so that weight
+    # decay means the same.
     muon = torch.optim.Muon(
         body,
         lr=config.muon_learning_rate,
-        weight_decay=config.weight_decay,
+        weight_decay=decay,
         momentum=MOMENTUM,
         adjust_lr_fn="match_rms_adamw",
     )
     return Both(muon, adamw), [config.muon_learning_rate, *peaks]
 
 
-def described(model: AutoregressiveModel, config: Any) -> str:
-    """Return the line that a run prints about its optimizer."""
+def described(model: AutoregressiveModel, config: OptimizerSettings) -> str:
+    """Return the text about the optimizer that a run prints."""
     if config.optimizer == "adamw":
         return f"AdamW, learning rate {config.learning_rate:g}"
     body = body_matrices(model)
     share = sum(p.numel() for p in body) / sum(p.numel() for p in model.parameters())
     return (
-        f"Muon for {len(body)} matrices ({share:.0%} of the weights), learning rate {config.muon_learning_rate:g};"
-        f" AdamW for the rest, {config.learning_rate:g}"
+        f"Muon for {len(body)} matrices ({share:.0%} of the weights), learning rate"
+        f" {config.muon_learning_rate:g}; AdamW for the rest, {config.learning_rate:g}"
     )

@@ -1,12 +1,11 @@
-"""What is fitted to the training data before the first step: mel statistics, and of a predictive WaveNet the scale of
-its residual and its period network."""
+"""Fit what the loss does not train: mel statistics, and a predictive WaveNet's scale and period."""
 
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 import time
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -21,6 +20,8 @@ from wavear.models.period import period_loss
 from wavear.models.prediction import LEAST_SCALE
 from wavear.models.predictive import PredictiveWaveNet
 
+logger = logging.getLogger(__name__)
+
 _STATISTICS_CROPS = 64  # random crops whose mels give each band's mean and deviation
 _MEAN_RESIDUAL = 0.6  # mean of |e|: it brings a logistic mixture of scale 1 about to its middle
 _GAIN_CROPS = 32
@@ -31,36 +32,26 @@ _STEPS, _ROWS, _FRAMES = 1500, 16, 64
 _RATE, _WARMUP = 3e-3, 50
 _QUARTERS = np.array([1, 3, 5, 7]) / 8  # of a frame: the middles of the blocks that are measured
 _WINDOW_SECONDS = 512 / 22050
-GROSS = 0.05  # a lag that is off by more than this share counts as a gross error
+_GROSS = 0.05  # a larger relative error of a lag is a gross error
 _VOICED = 0.7  # correlation above which a frame counts as voiced
 
 
-def prepare(
-    model: AutoregressiveModel, segments: Segments, seed: int, say: Callable[[str], None]
-) -> None:
-    """Fit what is not trained by the loss, in place.
+def prepare(model: AutoregressiveModel, segments: Segments, seed: int) -> None:
+    """Fit what the loss does not train, in place, on random crops of the training data.
 
-    Parameters
-    ----------
-    model : AutoregressiveModel
-    segments : Segments
-        Random crops of the training data.
-    seed : int
-        Of the period network; the crops follow the seed of `segments`.
-    say : callable
-        Is given a line of progress.
+    The crops follow the seed of `segments`; `seed` is of the period network.
     """
     if segments.layout.mel is None or getattr(model, "conditioning", None) is None:
         return
     fit_mel_statistics(model, segments)
     if isinstance(model, PredictiveWaveNet):
-        fit_period(model, segments, seed, say)
+        fit_period(model, segments, seed)
         fit_gain(model, segments)
 
 
 @torch.no_grad()
 def fit_mel_statistics(model: AutoregressiveModel, segments: Segments) -> None:
-    """Set what the model subtracts from each mel band and divides it by: mean and deviation over random crops."""
+    """Set the mean and deviation by which the model normalises mel bands, from random crops."""
     layout = segments.layout
     frames = []
     for index in range(_STATISTICS_CROPS):
@@ -77,7 +68,7 @@ def fit_mel_statistics(model: AutoregressiveModel, segments: Segments) -> None:
 
 @torch.no_grad()
 def fit_gain(model: PredictiveWaveNet, segments: Segments) -> None:
-    """Set the factor on the residual's scale, so that the mean of |e| over the training data is 0.6."""
+    """Set the factor on the residual's scale that makes the mean of |e| 0.6 in training data."""
     gain = model.conditioning.gain
     gain.fill_(1.0)
     total, count = 0.0, 0
@@ -91,10 +82,8 @@ def fit_gain(model: PredictiveWaveNet, segments: Segments) -> None:
         gain.fill_(min(max(total / count / _MEAN_RESIDUAL, 1e-3), 1e3))
 
 
-def fit_period(
-    model: PredictiveWaveNet, segments: Segments, seed: int, say: Callable[[str], None]
-) -> None:
-    """Train the network for lag and voicing on periods measured in random crops, and say how well it does."""
+def fit_period(model: PredictiveWaveNet, segments: Segments, seed: int) -> None:
+    """Train the network for lag and voicing on periods measured in random crops; log its errors."""
     began = time.monotonic()
     network, config = model.conditioning.period, model.config
     mels, log_lags, correlations = _measured(model, segments)
@@ -128,21 +117,21 @@ def fit_period(
     off = (found - log_lags[:held])[voiced].abs()
     if off.numel():
         cents = float(off.median()) * 1200 / math.log(2)
-        gross = float((off > math.log1p(GROSS)).float().mean())
-        quality = f"median error {cents:.1f} cents, {gross:.1%} of voiced frames off by more than {GROSS:.0%}"
+        gross = float((off > math.log1p(_GROSS)).float().mean())
+        quality = f"median error {cents:.1f} cents, {gross:.1%} of voiced frames off by over 5%"
     else:
-        quality = "no voiced frame in the crops held out"
+        quality = "no voiced frame in the held-out crops"
     rate, shortest, longest = config.sample_rate, config.shortest_period, config.longest_period
-    say(
-        f"period network: {quality} (lags of {shortest} to {longest} samples, {rate / longest:.0f} to"
-        f" {rate / shortest:.0f} Hz; {time.monotonic() - began:.0f} s)"
+    logger.info(
+        f"period network: {quality} (lags of {shortest} to {longest} samples, {rate / longest:.0f}"
+        f" to {rate / shortest:.0f} Hz; {time.monotonic() - began:.0f} s)"
     )
 
 
 def _measured(
     model: PredictiveWaveNet, segments: Segments
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Normalised mels (n, M, F + context), logarithms of lags and correlations (n, F) of random crops."""
+    """Return normalised mels (n, M, F + context), log lags and correlations (n, F) of crops."""
     layout, config, network = segments.layout, model.config, model.conditioning.period
     window = round(_WINDOW_SECONDS * config.sample_rate)
     before = network.context if config.causal else network.context // 2
@@ -150,19 +139,15 @@ def _measured(
         math.ceil((window // 2 + config.longest_period + layout.hop) / layout.hop) + network.context
     )
     frames = max(math.ceil(_CROP_SECONDS * config.sample_rate / layout.hop), _FRAMES)
-    crops = Segments(
-        segments.recordings,
-        dataclasses.replace(
-            layout,
-            segment=frames * layout.hop,
-            context=0,
-            receptive_field=0,
-            lookback=around,
-            lookahead=around,
-        ),
-        list(segments.speakers),
-        segments.seed,
+    wider = dataclasses.replace(
+        layout,
+        segment=frames * layout.hop,
+        context=0,
+        receptive_field=0,
+        lookback=around,
+        lookahead=around,
     )
+    crops = Segments(segments.recordings, wider, list(segments.speakers), segments.seed)
     rows = [_measure(collate([crops[i]]), crops.layout, window, config) for i in range(_CROPS)]
     mels, lags, correlations = (torch.stack(column) for column in zip(*rows, strict=True))
     last = mels.shape[2] - around + network.context - before
@@ -172,7 +157,7 @@ def _measured(
 def _measure(
     batch: Batch, layout: Layout, window: int, config: Any
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Mel (M, frames + 2 * around), logarithm of the lag and correlation (frames,) of one crop."""
+    """Return mel (M, frames + 2 * around), log lag and correlation (frames,) of one crop."""
     own = log_mel(batch.waveform, layout.mel)[0][:, batch.frames[0]]  # type: ignore[arg-type]
     block = max(layout.hop // len(_QUARTERS), 1)
     lags, correlation = measure_period(
@@ -182,11 +167,6 @@ def _measure(
     places = layout.margin + (np.arange(frames)[:, None] + _QUARTERS) * layout.hop
     at = np.minimum((places / block).astype(int), len(lags) - 1)
     log_lag = np.log(lags[at[:, 1:-1]].mean(1))
-    live = (np.arange(frames) * layout.hop < int(batch.span[0, 1])).astype(
-        np.float32
-    )  # beyond the end is no sound
-    return (
-        own,
-        torch.from_numpy(log_lag).float(),
-        torch.from_numpy(correlation[at].mean(1) * live).float(),
-    )
+    live = np.arange(frames) * layout.hop < int(batch.span[0, 1])  # there is no sound after the end
+    voicing = correlation[at].mean(1) * live.astype(np.float32)
+    return own, torch.from_numpy(log_lag).float(), torch.from_numpy(voicing).float()

@@ -1,4 +1,4 @@
-"""How many processes a run has, and which of them this one is: torchrun's variables, else those of SLURM's srun."""
+"""The processes of a run, from the variables of torchrun or of SLURM's srun."""
 
 from __future__ import annotations
 
@@ -7,10 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-_INTERACTIVE = (
-    "bash",
-    "interactive",
-)  # names of SLURM jobs that somebody types in, as Lightning knows them
+from wavear.common.errors import WavearError
+
+_INTERACTIVE = ("bash", "interactive")  # names of SLURM jobs with a shell, as in Lightning
 
 
 @dataclass(frozen=True)
@@ -28,20 +27,12 @@ class Processes:
 
     @property
     def nodes(self) -> int:
-        """Machines."""
+        """Return the number of machines."""
         return self.world // self.local
 
     @classmethod
     def here(cls, environment: Mapping[str, str] | None = None) -> Processes:
-        """As the environment says.
-
-        Under srun that is SLURM_PROCID, SLURM_NTASKS and SLURM_NTASKS_PER_NODE (or SLURM_NNODES);
-        where torchrun was started by srun, torchrun's variables count.
-
-        Raises
-        ------
-        ValueError
-            If the variables are no numbers, or the tasks do not divide evenly among the nodes.
+        """Read the environment: torchrun's variables, otherwise those of srun.
 
         Examples
         --------
@@ -51,44 +42,31 @@ class Processes:
         given = os.environ if environment is None else environment
         if "WORLD_SIZE" in given:
             world = _number(given, "WORLD_SIZE", 1)
-            return cls(
-                _number(given, "RANK", 0),
-                world,
-                _number(given, "LOCAL_WORLD_SIZE", world),
-                "torchrun",
-            )
+            local = _number(given, "LOCAL_WORLD_SIZE", world)
+            return cls(_number(given, "RANK", 0), world, local, "torchrun")
         if "SLURM_NTASKS" not in given or given.get("SLURM_JOB_NAME") in _INTERACTIVE:
             return cls()
         world, nodes = _number(given, "SLURM_NTASKS", 1), _number(given, "SLURM_NNODES", 1)
-        local = _number(given, "SLURM_NTASKS_PER_NODE", 0)
-        if world > 1 and not local:
-            raise ValueError(
-                f"SLURM has {world} tasks: give sbatch --ntasks-per-node, so that each node has as many"
-            )
-        local = local or 1
-        if world != nodes * local:
-            raise ValueError(
-                f"SLURM has {world} tasks on {nodes} nodes with {local} on each: these do not agree"
+        local = _number(given, "SLURM_NTASKS_PER_NODE", 1 if world == 1 else 0)
+        if world != nodes * local or not local:
+            raise WavearError(
+                f"SLURM has {world} tasks on {nodes} nodes with {local or 'an unknown number'} on"
+                " each: set sbatch --ntasks-per-node to the same number for every node"
             )
         return cls(_number(given, "SLURM_PROCID", 0), world, local, "slurm")
 
     def plugins(self) -> list[Any]:
-        """What tells Lightning the same."""
+        """Return Lightning's plugin for the launcher, if it needs one."""
         if self.launcher != "slurm":
             return []
         from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 
-        # Without Lightning's own requeueing, which writes states of its own to the directory it was
-        # started in.
+        # Lightning's own requeueing writes further states, to the directory it was started in.
         return [SLURMEnvironment(auto_requeue=False)]
 
 
 def _number(given: Mapping[str, str], name: str, default: int) -> int:
-    text = given.get(name, default)
-    try:
-        value = int(text)
-    except ValueError:
-        value = -1
-    if value < 0:
-        raise ValueError(f"the environment variable {name} is {text!r}, expected a whole number")
-    return value
+    text = str(given.get(name, default))
+    if not text.isdecimal():
+        raise WavearError(f"the environment variable {name} is {text!r}, expected a whole number")
+    return int(text)

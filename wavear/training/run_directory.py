@@ -1,4 +1,4 @@
-"""The directory of a run: open it, refuse what is not ours, empty it."""
+"""The directory of a run: open it, empty it, write its train.json."""
 
 from __future__ import annotations
 
@@ -8,54 +8,58 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from wavear.common.atomic import replace_file
+from wavear.common.errors import WavearError
 from wavear.training.config import TrainConfig
+
+RECORD = "train.json"
 
 
 def open_directory(config: TrainConfig, writes: bool) -> dict[str, Any]:
-    """Refuse an `out` that cannot be used; what its `train.json` says if the run is resumed. Nothing is changed yet."""
+    """Check that `out` can be used; return its record if the run is resumed. Changes nothing."""
     from wavear.generation.jobs import check_writable
 
     out = Path(config.out)
+    record = out / RECORD
     if out.exists() and not out.is_dir():
         raise FileExistsError(f"{out} is a file: choose a directory for the run")
-    # What a run killed before its first file leaves is nothing.
-    filled = out.is_dir() and any(
-        not re.fullmatch(r"\.wavear-.*\.tmp", path.name) for path in out.iterdir()
-    )
     if config.resume:
-        if not (out / "train.json").is_file():
+        if not record.is_file():
             raise FileNotFoundError(f"{out} holds no run to resume (no train.json)")
         try:
-            return json.loads((out / "train.json").read_text(encoding="utf-8"))
+            return json.loads(record.read_text(encoding="utf-8"))
         except ValueError as error:
-            raise ValueError(f"{out / 'train.json'} is damaged, it is not JSON: {error}") from None
-    if filled and writes:
-        if not config.overwrite:
+            raise WavearError(f"{record} is damaged, it is not JSON: {error}") from None
+    if writes:
+        # A run that is killed before its first file leaves temporary files only.
+        names = [path.name for path in out.iterdir()] if out.is_dir() else []
+        filled = not all(re.fullmatch(r"\.wavear-.*\.tmp", name) for name in names)
+        if filled and not config.overwrite:
             raise FileExistsError(
                 f"{out} is not empty: choose another directory, or give --resume or --overwrite"
             )
-        if not (out / "train.json").is_file():
-            raise FileExistsError(
-                f"{out} holds no run of ours (no train.json): choose another directory"
-            )
-    if writes:
+        if filled and not record.is_file():
+            raise FileExistsError(f"{out} is not a run (no train.json): choose another directory")
         check_writable(out)
     return {"history": []}
 
 
 def make_directory(config: TrainConfig) -> None:
-    """Make `out`, empty, for a run that is about to begin: until then there is nothing new, and nothing is gone."""
+    """Make `out`, empty unless the run is resumed."""
     out = Path(config.out)
     if config.resume:
         return
     if out.is_dir():
         for name in ("best", "last", "states", "tensorboard", "wandb", "samples"):
             shutil.rmtree(out / name, ignore_errors=True)
-        for name in ("resume.safetensors", "metrics.csv", "validation.csv"):
-            (out / name).unlink(missing_ok=True)
-        for path in out.glob("bad-step-*.safetensors"):
-            path.unlink()
-        (out / "train.json").unlink(
-            missing_ok=True
-        )  # the last: without it the rest would be no run of ours
+        # The record is the last: without it the rest would not be a run.
+        files = ("resume.safetensors", "metrics.csv", "validation.csv", RECORD)
+        for path in (*out.glob("bad-step-*.safetensors"), *(out / name for name in files)):
+            path.unlink(missing_ok=True)
     out.mkdir(parents=True, exist_ok=True)
+
+
+def write_record(config: TrainConfig, record: dict[str, Any]) -> None:
+    """Write train.json, in ASCII: names of files need not be valid Unicode."""
+    text = json.dumps(record, indent=2) + "\n"
+    replace_file(Path(config.out) / RECORD, lambda path: path.write_text(text, encoding="utf-8"))

@@ -1,13 +1,15 @@
-"""The training state on disk: tensors as safetensors, the rest as JSON, in one file that appears whole. No pickle.
+"""Training states on disk: one safetensors file each, tensors as they are and the rest as JSON.
 
-`encode` takes a nest of dictionaries, lists, tuples, tensors, numbers, strings and None apart, and
-refuses anything else: what it cannot write, it could not read back either.
+A run keeps its last states in `states/`, named by the steps taken; runs of the first versions have
+one `resume.safetensors`. Nothing is pickled.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import zlib
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,44 +18,36 @@ from lightning.pytorch.plugins import CheckpointIO
 from typing_extensions import override
 
 from wavear.common.atomic import replace_file
+from wavear.common.errors import WavearError
 
 _KEY, _SUM = "wavear_state", "wavear_crc32"
+_FOLDER, _OLD = "states", "resume.safetensors"
+_NAME = re.compile(r"step-(\d+)\.safetensors")
+
+
+# --- one state
 
 
 def encode(value: Any, tensors: dict[str, torch.Tensor], where: str = "state") -> Any:
-    """JSON for `value`; its tensors go to `tensors`, under their place in the nest.
-
-    Raises
-    ------
-    TypeError
-        If there is something in it that JSON and tensors cannot hold; the message names its place.
-    """
-    if value is None or isinstance(value, bool | str):
-        return value
-    if type(value) in (int, float):
+    """Return `value` as JSON; move its tensors to `tensors`, named by their place in the nest."""
+    if value is None or isinstance(value, bool | str) or type(value) in (int, float):
         return value
     if isinstance(value, torch.Tensor):
         tensors[where] = value.detach().cpu().contiguous().clone()
         return {"tensor": where}
     if isinstance(value, dict):
-        for key in value:
-            if type(key) not in (str, int):
-                raise TypeError(
-                    f"{where} has a key of type {type(key).__name__}, expected str or int"
-                )
-        return {
-            "dict": [[key, encode(item, tensors, f"{where}.{key}")] for key, item in value.items()]
-        }
+        if wrong := [type(key).__name__ for key in value if type(key) not in (str, int)]:
+            raise TypeError(f"{where} has a key of type {wrong[0]}, expected str or int")
+        items = [[key, encode(item, tensors, f"{where}.{key}")] for key, item in value.items()]
+        return {"dict": items}
     if type(value) in (list, tuple):
         items = [encode(item, tensors, f"{where}.{number}") for number, item in enumerate(value)]
         return {type(value).__name__: items}
-    raise TypeError(
-        f"{where} is of type {type(value).__name__}, which a training state cannot hold"
-    )
+    raise TypeError(f"{where} is of type {type(value).__name__}, which a state cannot hold")
 
 
 def decode(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
-    """The inverse of `encode`."""
+    """Invert `encode`."""
     if not isinstance(value, dict):
         return value
     ((kind, content),) = value.items()
@@ -66,7 +60,7 @@ def decode(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
 
 
 def save_state(state: dict[str, Any], path: str | Path) -> None:
-    """Write a training state; `path` holds the old one or the new one, at any moment."""
+    """Write a training state; `path` holds the old one or the new one at any moment."""
     from safetensors.torch import save_file
 
     tensors: dict[str, torch.Tensor] = {}
@@ -76,7 +70,7 @@ def save_state(state: dict[str, Any], path: str | Path) -> None:
 
 
 def _checksum(text: str, tensors: dict[str, torch.Tensor]) -> str:
-    """CRC-32 of everything in a state: safetensors notices a file cut short, but not one whose bytes have changed."""
+    """Return the CRC-32 of a state: safetensors detects short files, but not changed bytes."""
     value = zlib.crc32(text.encode())
     for name in sorted(tensors):
         content: Any = tensors[name].reshape(-1).view(torch.uint8).numpy()
@@ -90,62 +84,115 @@ def load_state(path: str | Path) -> dict[str, Any]:
     Raises
     ------
     FileNotFoundError
-        If there is no such file.
-    ValueError
-        If it is damaged, holds weights that are no numbers, or is not a training state.
+        If the file does not exist.
+    WavearError
+        If it is damaged, holds non-finite weights, or is not a training state.
     """
     from safetensors import SafetensorError, safe_open
 
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no training state to go on from")
+        raise FileNotFoundError(f"{path}: no training state to resume")
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dictionary)
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is damaged or no training state: {error}") from None
+        raise WavearError(f"{path} is damaged or not a training state: {error}") from None
     if (text := metadata.get(_KEY)) is None:
-        raise ValueError(f"{path} is no training state: weights only")
-    if _SUM in metadata and metadata[_SUM] != _checksum(
-        text, tensors
-    ):  # the first versions wrote none
-        raise ValueError(f"{path} is damaged: its bytes are not those that were written (CRC-32)")
+        raise WavearError(f"{path} is not a training state: weights only")
+    # The first versions wrote no checksum.
+    if metadata.get(_SUM, checksum := _checksum(text, tensors)) != checksum:
+        raise WavearError(f"{path} is damaged: its CRC-32 does not match")
     try:
         state = decode(json.loads(text), tensors)
     except (ValueError, KeyError) as error:
-        raise ValueError(f"{path} is damaged: {error}") from None
+        raise WavearError(f"{path} is damaged: {error}") from None
     for name, tensor in state.get("state_dict", {}).items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise ValueError(f"{path} is of no use: {name} holds NaN or infinity")
+            raise WavearError(f"{path} cannot be used: {name} holds NaN or infinity")
     return state
 
 
 class StateIO(CheckpointIO):
-    """Makes Lightning read and write its checkpoints with `save_state` and `load_state`.
+    """Make Lightning use `save_state` and `load_state`; `found` has been read already."""
 
-    Parameters
-    ----------
-    read : dict, optional
-        States by their path, read already; each is given away once.
-    """
-
-    def __init__(self, read: dict[str, dict[str, Any]] | None = None):
+    def __init__(self, found: FoundState | None = None):
         super().__init__()
-        self.read = read or {}
+        self.found = found
 
     @override
-    def save_checkpoint(
-        self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None
-    ) -> None:
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, *_: Any, **__: Any) -> None:
         save_state(checkpoint, path)
 
     @override
-    def load_checkpoint(
-        self, path: Any, map_location: Any | None = None, weights_only: bool | None = None
-    ) -> dict:
-        return self.read.pop(str(path), None) or load_state(path)
+    def load_checkpoint(self, path: Any, *_: Any, **__: Any) -> dict[str, Any]:
+        found, self.found = self.found, None  # once: it is large
+        return found.state if found and found.path == Path(path) else load_state(path)
 
     @override
     def remove_checkpoint(self, path: Any) -> None:
         Path(path).unlink(missing_ok=True)
+
+
+# --- the states of a run
+
+
+def state_path(out: str | Path, step: int) -> Path:
+    """Return the path of the state after `step` steps.
+
+    Examples
+    --------
+    >>> state_path("runs/mine", 1000).as_posix()
+    'runs/mine/states/step-00001000.safetensors'
+    """
+    return Path(out) / _FOLDER / f"step-{step:08}.safetensors"
+
+
+def state_paths(out: str | Path) -> list[Path]:
+    """Return the paths of a run's states, the last one first."""
+    paths = (Path(out) / _FOLDER).glob("*")
+    found = [(int(match[1]), path) for path in paths if (match := _NAME.fullmatch(path.name))]
+    old = Path(out) / _OLD
+    return [path for _, path in sorted(found, reverse=True)] + [old] * old.is_file()
+
+
+@dataclass
+class FoundState:
+    """The state to resume from."""
+
+    path: Path
+    state: dict[str, Any]
+    damaged: list[str] = field(default_factory=list)
+    """Messages of later states that cannot be used."""
+
+
+def last_good_state(out: str | Path) -> FoundState | None:
+    """Return the last good state of a run, or None if the run has not written one yet."""
+    damaged = []
+    for path in state_paths(out):
+        try:
+            return FoundState(path, load_state(path), damaged)
+        except (WavearError, OSError) as error:
+            damaged.append(str(error))
+    if damaged:
+        raise WavearError(f"{out} holds no good state to resume: {'; '.join(damaged)}")
+    return None
+
+
+def prune_states(out: str | Path, step: int, keep: int) -> None:
+    """Keep the last `keep` states up to `step`; later ones could not be resumed and go, too."""
+    kept = 0
+    for path in state_paths(out):
+        match = _NAME.fullmatch(path.name)
+        later = match is not None and int(match[1]) > step
+        kept += not later
+        if later or kept > keep:
+            path.unlink(missing_ok=True)
+
+
+def sweep(out: str | Path) -> None:
+    """Remove half-written files of a killed run; the files that they were to replace are whole."""
+    for folder in ("", _FOLDER, "best", "last"):
+        for path in (Path(out) / folder).glob(".wavear-*.tmp"):
+            path.unlink(missing_ok=True)
