@@ -72,7 +72,7 @@ PHRASES = (
     Phrase(r"\bthe other way round\b", "vice versa"),
     Phrase(r"\bthe like of\b|\band the like\b", "and so on"),
     Phrase(r"\bwherefore\b|\bwhereupon\b|\bupon which\b|\bthereof\b", "then"),
-    Phrase(r"(?<!power )(?<!mu-)\blaws?\b", "distribution", pages_only=True),
+    Phrase(r"(?<!power )(?<!mu-)\blaws?\b(?!\.md)", "distribution", pages_only=True),
 )
 # How the first line of a docstring must not begin: it is a sentence, not a noun clause.
 CLAUSE = re.compile(r"(What|Whether|Of|Those|That|Whose|Whoever) ")
