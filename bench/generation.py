@@ -55,18 +55,18 @@ CUDA_PLAN = [
 
 CUDA_HEAD = """# Benchmarks on a CUDA card
 
-Written by `python bench/generation.py --device cuda`; `wavear bench --device cuda` measures one
-network likewise.
+Written by `python bench/generation.py --device cuda`; `wavear bench --device cuda` does the same for one
+network.
 
-- **samples/s**: of all streams together, uniforms, conditioning and engine. The fastest of
-  several runs.
+- **samples/s**: of all streams together, uniforms, conditioning and engine. The fastest of several
+  runs.
 - **of the limit**: samples/s over what the card allows (`wavear/generation/cuda/card.py`): every
   program of the kernel, with up to 16 streams, reads all weights for every sample at 64 bytes a
-  cycle; all programs share what the second-level cache gives, measured in the same run; tensor
+  cycle; all programs share the rate of the second-level cache, measured in the same run; tensor
   cores multiply as fast as in a large product, also measured.
-- **error**: the largest difference of a log-probability from `forward` in float64,
-  teacher-forced, over 1,024 samples of 4 streams. **cost**: bits per sample lost against float64
-  on audio drawn from the model.
+- **error**: the largest difference of a log-probability from `forward` in float64, teacher-forced,
+  over 1,024 samples of 4 streams. **cost**: bits per sample lost against float64 on audio drawn
+  from the model.
 """
 
 HEAD = """# Benchmarks
@@ -74,19 +74,19 @@ HEAD = """# Benchmarks
 Written by `python bench/generation.py`; `wavear bench` measures one network in the same way.
 
 - **samples/s**: of all streams together, as `wavear.generate` works: uniforms, conditioning and
-  engine. The fastest of many calls in several rounds through all shapes, so that other work on
-  the machine counts least.
-- **of the limit**: samples/s over what this machine allows, the highest of all rounds. For a
-  stream every weight that cannot be used for several samples is read once per sample, at the rate
-  at which this core reads a working set of that size (measured in the same run); a batch shares
-  each read and is bound by the multiply-adds of a core, also measured. Embedding tables and
-  skipped zeros can carry an engine past it.
-- **error**: the largest difference of a log-probability from `forward` in float64,
-  teacher-forced, over 1,024 samples of 4 streams. **cost**: bits per sample lost against float64
-  on audio drawn from the model. The weights are random here; `wavear bench CHECKPOINT` tells the
-  cost for trained ones.
-- Compare figures of one run: the cores of a virtual machine drift, here by a factor of up to 1.6
-  within minutes.
+  engine. The fastest of many calls in several rounds through all shapes, which reduces the effect
+  of other programs.
+- **of the limit**: samples/s over what this machine allows, the highest of all rounds. A stream
+  reads every weight that several samples cannot share once per sample, at the rate at which this
+  core reads a working set of that size (measured in the same run). A batch shares each read and is
+  bound by the multiply-adds of a core, also measured. Embedding tables and skipped zeros can carry
+  an engine past the limit.
+- **error**: the largest difference of a log-probability from `forward` in float64, teacher-forced,
+  over 1,024 samples of 4 streams. **cost**: bits per sample lost against float64 on audio drawn
+  from the model. The weights are random here; `wavear bench CHECKPOINT` measures the cost for
+  trained ones.
+- Compare figures of one run only: the speed of a virtual machine drifts, here by a factor of up to
+  1.6 within minutes.
 """
 
 

@@ -1,4 +1,4 @@
-"""Fixtures for all tests: seeds, and real recordings where there are some."""
+"""Fixtures for all tests: seeds, a cache of their own, and real recordings where there are some."""
 
 from __future__ import annotations
 
@@ -13,6 +13,11 @@ import torch
 
 from wavear import audio
 
+ROOT = Path(__file__).resolve().parents[1]
+
+# All workers share one cache of compiled kernels, which `make test` fills first (tests/warm.py).
+os.environ.setdefault("NUMBA_CACHE_DIR", str(ROOT / ".pytest_cache" / "numba"))
+
 
 @pytest.fixture(autouse=True)
 def _seeds() -> None:
@@ -23,9 +28,9 @@ def _seeds() -> None:
 
 @pytest.fixture(autouse=True)
 def _environment(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Processes that tests start are those of a user: what fails when a buffer is flushed fails there too.
+    """Keep the user's cache untouched, and let subprocesses buffer their output as a user's do.
 
-    And the user's cache is left alone.
+    Without this, an error on flushing a closed pipe would not show.
     """
     monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
     monkeypatch.setenv("WAVEAR_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
@@ -33,13 +38,11 @@ def _environment(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempP
 
 @pytest.fixture(scope="session")
 def data_dir() -> Path:
-    """A folder with folders of real recordings, from the variable WAVEAR_TEST_DATA or beside the repository."""
+    """Return a folder of real recordings: WAVEAR_TEST_DATA, or ../shared/data."""
     given = os.environ.get("WAVEAR_TEST_DATA")
-    folder = (
-        Path(given) if given else Path(__file__).resolve().parents[1].parent / "shared" / "data"
-    )
+    folder = Path(given) if given else ROOT.parent / "shared" / "data"
     if not folder.is_dir():
-        pytest.skip(f"no real recordings: {folder} is not a folder (set WAVEAR_TEST_DATA to one)")
+        pytest.skip(f"no real recordings: {folder} is not a folder; set WAVEAR_TEST_DATA")
     return folder
 
 

@@ -1,9 +1,12 @@
-"""What the pages, the packaging and the rooms of the design say about each other is true."""
+"""Pages, packaging and code agree: links, commands, flags, make targets, versions."""
 
 from __future__ import annotations
 
 import ast
+import contextlib
+import functools
 import importlib.util
+import io
 import os
 import re
 from pathlib import Path
@@ -11,6 +14,7 @@ from pathlib import Path
 import pytest
 
 import wavear
+from wavear.cli.commands import main
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted(
@@ -25,12 +29,16 @@ MODULES = sorted(ROOT.glob("wavear/**/*.py"))
 RECIPES = sorted(ROOT.glob("recipes/**/*.py"))
 
 
+# `wavear COMMAND` and its flags, as far as the line, a pipe, a comment or the span goes.
+COMMAND = re.compile(r"\bwavear ([a-z]+)\b([^|#`\n]*)")
+
+
 def relative(path: Path) -> str:
     return path.relative_to(ROOT).as_posix()
 
 
 def code_in(page: str) -> list[str]:
-    """Everything a Markdown page sets as code: fenced blocks, indented lines, spans."""
+    """Return everything that a Markdown page sets as code: fenced blocks, indented lines, spans."""
     fenced = re.findall(r"^```.*?^```", page, flags=re.DOTALL | re.MULTILINE)
     rest = re.sub(r"^```.*?^```", "", page, flags=re.DOTALL | re.MULTILINE)
     return (
@@ -39,7 +47,7 @@ def code_in(page: str) -> list[str]:
 
 
 def imports_of_wavear(path: Path) -> set[str]:
-    """Absolute names of everything of wavear that a file imports, wherever in it."""
+    """Return the absolute names of everything of wavear that a file imports."""
     package = ".".join(path.relative_to(ROOT).parent.parts)
     names = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -59,11 +67,47 @@ def test_links_of_a_page_lead_to_files(page):
     assert [file for file in files if not (page.parent / file).exists()] == []
 
 
+def anchors(page: Path) -> set[str]:
+    """Return the anchors of a page's headings, as GitHub makes them."""
+    heads = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=relative)
+def test_anchors_of_links_exist(page):
+    targets = re.findall(r"\]\(([^)\s:]*)#([^)\s]+)\)", page.read_text(encoding="utf-8"))
+    pages = [(page.parent / file if file else page, anchor) for file, anchor in targets]
+    assert [anchor for file, anchor in pages if anchor not in anchors(file)] == []
+
+
+@functools.cache
+def flags_of(command: str) -> set[str]:
+    """Return the flags that `wavear COMMAND --help` lists."""
+    shown = io.StringIO()
+    with contextlib.redirect_stdout(shown), contextlib.suppress(SystemExit):
+        main([command, "--help"])
+    return set(re.findall(r"--[a-z][a-z0-9-]*", shown.getvalue()))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=relative)
+def test_commands_and_flags_on_a_page_exist(page):
+    code = re.sub(r"\\\n", " ", "\n".join(code_in(page.read_text(encoding="utf-8"))))
+    unknown = []
+    for command, rest in COMMAND.findall(code):
+        if "error" in rest or command == "import":
+            continue
+        known = flags_of(command)
+        unknown += [f"wavear {command}"] if not known else []
+        flags = re.findall(r"(?<!\S)\[?(--[a-z][a-z0-9-]*)", rest)
+        unknown += [f"wavear {command} {flag}" for flag in flags if flag not in known]
+    assert unknown == []
+
+
 @pytest.mark.parametrize("page", PAGES, ids=relative)
 def test_make_targets_on_a_page_exist(page):
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     targets = set(re.findall(r"^([a-z][a-z-]*):", makefile, flags=re.MULTILINE))
-    assert {"demo", "test", "lint"} <= targets
+    assert {"demo", "test", "test-slow", "lint"} <= targets
     named = re.findall(
         r"\bmake ([a-z][a-z-]*)", "\n".join(code_in(page.read_text(encoding="utf-8")))
     )

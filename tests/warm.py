@@ -1,0 +1,37 @@
+"""Compile the kernels of the CPU engines into the tests' cache, in one process per core.
+
+`make test` runs this first. Otherwise every worker of pytest would compile the same kernels.
+"""
+
+from __future__ import annotations
+
+import os
+from concurrent.futures import ProcessPoolExecutor
+
+import conftest  # noqa: F401 -- sets the cache
+
+FAMILIES = ("WaveNet", "PredictiveWaveNet", "Transformer", "GRU", "Linear")  # the slowest first
+
+
+def compile_kernels(family: str) -> None:
+    """Generate one sample, or one frame, with an untrained model."""
+    import torch
+
+    import wavear
+
+    mel = wavear.MelConfig.preset("hifigan") if family == "PredictiveWaveNet" else None
+    config = getattr(wavear, f"{family}Config")(**({} if mel is None else {"mel": mel}))
+    model = getattr(wavear, family)(config)
+    if mel is None:
+        wavear.generate(model, samples=1, engine="numba")
+    else:
+        wavear.generate(model, torch.zeros(1, mel.bands, 1), engine="numba")
+
+
+def main() -> None:
+    with ProcessPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(compile_kernels, FAMILIES))
+
+
+if __name__ == "__main__":
+    main()
