@@ -1,12 +1,10 @@
-"""The Triton engine: in the interpreter, compiled ahead of time for cards that are not here, and on a card."""
+"""The Triton engine: compiled ahead of time for cards that are not here, and on a card."""
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -26,20 +24,7 @@ SHAPE_A = WaveNetConfig(
 WIDE = WaveNetConfig(
     layers=30, stacks=3, kernel_size=3, residual_channels=128, skip_channels=128, mel=MelConfig()
 )
-SHARED = (
-    163 * 1024
-)  # bytes that a block may have on sm_80, the least of the cards it is made for that train models
-
-
-def test_in_the_interpreter():
-    """tests/interpreted_triton.py: it needs a process in which Triton has not been imported otherwise."""
-    file = Path(__file__).parent / "interpreted_triton.py"
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(file)]
-    found = subprocess.run(
-        command, capture_output=True, text=True, env={**os.environ, "TRITON_INTERPRET": "1"}
-    )
-    assert found.returncode == 0, found.stdout[-8000:] + found.stderr[-2000:]
-    assert re.search(r"\d\d passed", found.stdout)
+SHARED = 163 * 1024  # bytes that a block may have on sm_80, the least of the cards it supports
 
 
 def compiled(config: WaveNetConfig, weights: str, capability: int, **flags: bool) -> Any:
@@ -57,7 +42,8 @@ def compiled(config: WaveNetConfig, weights: str, capability: int, **flags: bool
         ("*i32", "codes previous"),
         (
             "*fp32",
-            "sharpness queues z embedding residual_bias skip_bias head1_bias head2_bias signal logits",
+            "sharpness queues z embedding residual_bias skip_bias head1_bias head2_bias signal "
+            "logits",
         ),
         (half, "dilated residual skip head1 head2 gates skips hidden"),
     )
@@ -75,7 +61,14 @@ def compiled(config: WaveNetConfig, weights: str, capability: int, **flags: bool
     )
 
 
-@pytest.mark.parametrize("kind", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pytest.param("fp32", marks=pytest.mark.slow),
+        pytest.param("bf16", marks=pytest.mark.slow),
+        "fp16",
+    ],
+)
 def test_the_projection_compiles_without_a_card(kind):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -95,32 +88,27 @@ def test_the_projection_compiles_without_a_card(kind):
     assert "mma.sync" in made.asm["ptx"]
 
 
+SMALL = WaveNetConfig(layers=2, stacks=1)
+MANY = WaveNetConfig(layers=2, stacks=1, classes=1024)
+COMPILED = {
+    "a fp16 sm_90": (SHAPE_A, "float16", 90, {}),
+    "scoring sm_90": (SMALL, "float32", 90, {"SCORING": True, "SCORED": True}),
+}
+SLOW = {
+    "a bf16 sm_80": (SHAPE_A, "bfloat16", 80, {"SCORED": True}),
+    "a fp32 sm_80": (SHAPE_A, "float32", 80, {}),
+    "wide fp16 sm_90": (WIDE, "float16", 90, {}),
+    "truncated sm_90": (MANY, "float16", 90, {"TOP_K": True, "TOP_P": True}),
+}
+slow = [pytest.param(*case, id=name, marks=pytest.mark.slow) for name, case in SLOW.items()]
+
+
 @pytest.mark.parametrize(
     ("config", "weights", "capability", "flags"),
-    [
-        (SHAPE_A, "float16", 90, {}),
-        (SHAPE_A, "bfloat16", 80, {"SCORED": True}),
-        (SHAPE_A, "float32", 80, {}),
-        (WIDE, "float16", 90, {}),
-        (
-            WaveNetConfig(layers=2, stacks=1, classes=1024),
-            "float16",
-            90,
-            {"TOP_K": True, "TOP_P": True},
-        ),
-        (WaveNetConfig(layers=2, stacks=1), "float32", 90, {"SCORING": True, "SCORED": True}),
-    ],
-    ids=[
-        "a fp16 sm_90",
-        "a bf16 sm_80",
-        "a fp32 sm_80",
-        "wide fp16 sm_90",
-        "truncated sm_90",
-        "scoring sm_90",
-    ],
+    [*(pytest.param(*case, id=name) for name, case in COMPILED.items()), *slow],
 )
-def test_compiles_without_a_card(config, weights, capability, flags, tmp_path):
-    """To machine code, which fits a block; on tensor cores; with barriers between what threads write and read."""
+def test_compiles_to_machine_code_that_fits_a_block(config, weights, capability, flags, tmp_path):
+    """On tensor cores, with barriers between threads that write and threads that read."""
     made = compiled(config, weights, capability, **flags)
     ptx = made.asm["ptx"]
     assert made.metadata.shared <= SHARED
@@ -133,15 +121,14 @@ def test_compiles_without_a_card(config, weights, capability, flags, tmp_path):
         or Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     )
     (tmp_path / "kernel.cubin").write_bytes(made.asm["cubin"])
-    usage = subprocess.run(
-        [tool, "--dump-resource-usage", tmp_path / "kernel.cubin"], capture_output=True, text=True
-    )
+    command = [tool, "--dump-resource-usage", tmp_path / "kernel.cubin"]
+    usage = subprocess.run(command, capture_output=True, text=True)
     stack = int(re.search(r"STACK:(\d+)", usage.stdout)[1])  # type: ignore[index]
     assert stack <= 256, usage.stdout  # bytes of registers that did not fit, for each thread
 
 
 def test_auto_on_a_card(monkeypatch):
-    """triton for a WaveNet where it can run, else cuda-graph with one line of why."""
+    """triton for a WaveNet where it can run, else cuda-graph with a reason."""
     device = torch.device("cuda")
     wavenet, other = WaveNet(WaveNetConfig(layers=1, stacks=1)), torch.nn.Linear(1, 1)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Old Card")
@@ -163,7 +150,7 @@ def test_auto_on_a_card(monkeypatch):
         assert choice.pick(wavenet, device) == "cuda-graph"
 
 
-# On a card. Nats of the worst sample: see tests/interpreted_triton.py.
+# On a card. Nats of the worst sample: see tests/test_triton_interpreted.py.
 BOUNDS = {"float32": 1e-4, "bfloat16": 0.1, "float16": 0.01}
 
 
@@ -181,8 +168,8 @@ CARD: dict[str, WaveNetConfig] = {
     "a": SHAPE_A,
     "wide": WIDE,
     "odd": WaveNetConfig(
-        layers=4, stacks=2, kernel_size=3, residual_channels=37, skip_channels=53, head_channels=67, classes=333,
-        speakers=2,
+        layers=4, stacks=2, kernel_size=3, residual_channels=37, skip_channels=53,
+        head_channels=67, classes=333, speakers=2,
     ),
     "many classes": WaveNetConfig(layers=2, stacks=1, classes=5003),
 }  # fmt: skip

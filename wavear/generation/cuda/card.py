@@ -1,4 +1,4 @@
-"""What a CUDA card can give, from what it says of itself and one measurement: the limits of the Triton engine.
+"""The limits of the Triton engine on a CUDA card, from its properties and a measurement.
 
 A program of the kernel reads the weights anew for every sample, for its 16 streams together; the
 programs on different multiprocessors share what the second-level cache gives. Beyond that, tensor
@@ -27,24 +27,23 @@ class Card:
     clock: float
     """Hz."""
     cache: float
-    """Bytes per second that all multiprocessors together read from the second-level cache, measured."""
+    """Bytes per second of reading the second-level cache, of all together, measured."""
     tensor: dict[str, float]
     """Multiply-adds per second of large matrix products, measured, by the type of the weights."""
 
     def __str__(self) -> str:
         rates = ", ".join(f"{rate / 1e12:.0f} T in {kind}" for kind, rate in self.tensor.items())
         return (
-            f"{self.name}: {self.multiprocessors} multiprocessors, {self.clock / 1e9:.2f} GHz, second-level cache"
-            f" {self.cache / 1e9:.0f} GB/s; multiply-adds/s: {rates}"
+            f"{self.name}: {self.multiprocessors} multiprocessors, {self.clock / 1e9:.2f} GHz, "
+            f"second-level cache {self.cache / 1e9:.0f} GB/s; multiply-adds/s: {rates}"
         )
 
 
 def card(device: torch.device) -> Card:
     """Measure a card: a second or two."""
     properties = torch.cuda.get_device_properties(device)
-    values = torch.zeros(
-        2 * 2**20, device=device
-    )  # 8 MiB: more than all first-level caches use, less than the second
+    # 8 MiB: more than all first-level caches use, less than the second.
+    values = torch.zeros(2 * 2**20, device=device)
     reading = 4 * values.numel() / _seconds(lambda: values.sum(), device)
     tensor = {}
     for name in ("float32", "bfloat16", "float16"):
@@ -55,7 +54,7 @@ def card(device: torch.device) -> Card:
 
 
 def _seconds(function, device: torch.device, times: int = 20) -> float:
-    """Of one call, the fastest of some rounds of `times`."""
+    """Return the seconds of one call, the fastest of some rounds of `times`."""
     best = float("inf")
     for _ in range(5):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -69,7 +68,7 @@ def _seconds(function, device: torch.device, times: int = 20) -> float:
 
 
 def limit(card: Card, config: WaveNetConfig, weights: str, batch: int) -> float:
-    """Samples per second that a card can reach with a batch.
+    """Return the samples per second that a card can reach with a batch.
 
     Examples
     --------

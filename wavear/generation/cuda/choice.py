@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from wavear.common.errors import WavearError
 from wavear.models.base import AutoregressiveModel
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ _CAPABILITY = (8, 0)  # tensor cores that multiply TF32 and bfloat16
 
 
 def pick(model: AutoregressiveModel, device: torch.device) -> str:
-    """The engine that "auto" means for a model on a CUDA device; it warns where that is not the fastest there could be.
+    """Return the engine that "auto" means on a CUDA device; warn if a faster one cannot run.
 
     triton for a WaveNet of mu-law codes, whatever the batch: its programs run 16 streams in the
     time of one. cuda-graph for the others.
@@ -38,7 +39,7 @@ def pick(model: AutoregressiveModel, device: torch.device) -> str:
 
 
 def why_not_triton(device: torch.device) -> str | None:
-    """What keeps the Triton engine from running on a device; None if nothing does."""
+    """Return the reason why the Triton engine cannot run on a device, or None."""
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
     if device.type != "cuda":
@@ -46,18 +47,19 @@ def why_not_triton(device: torch.device) -> str | None:
     capability = torch.cuda.get_device_capability(device)
     if capability < _CAPABILITY:
         name = torch.cuda.get_device_name(device)
-        return f"{name} has compute capability {capability[0]}.{capability[1]}, Triton's kernel needs 8.0"
+        found = f"{capability[0]}.{capability[1]}"
+        return f"{name} has compute capability {found}, Triton's kernel needs 8.0"
     if not any(shutil.which(compiler) for compiler in ("cc", "gcc", "clang")):
         return "there is no C compiler, which Triton needs to launch its kernels"
     return None
 
 
 def make(model: AutoregressiveModel, batch: int, engine: str, weights: str) -> Engine:
-    """An engine of `ENGINES`.
+    """Make an engine of `ENGINES`.
 
     Raises
     ------
-    ValueError
+    WavearError
         If it cannot serve the model, or has no such weights.
     """
     from wavear.models.wavenet import WaveNet
@@ -65,26 +67,28 @@ def make(model: AutoregressiveModel, batch: int, engine: str, weights: str) -> E
     device = next(model.parameters()).device
     if engine == "cuda-graph":
         if weights != "float32":
-            raise ValueError(
-                f"engine 'cuda-graph' runs the model as it is: weights={weights!r} needs engine 'triton'"
+            raise WavearError(
+                f"engine 'cuda-graph' runs the model as it is: weights={weights!r} needs engine "
+                "'triton'"
             )
         if device.type != "cuda":
-            raise ValueError(
+            raise WavearError(
                 f"engine 'cuda-graph' needs a model on a CUDA device, this one is on {device}"
             )
         from wavear.generation.cuda.graph import CudaGraphEngine
 
         return CudaGraphEngine(model, batch)
     if not isinstance(model, WaveNet):
-        raise ValueError(
+        raise WavearError(
             f"engine 'triton' serves WaveNet, not {type(model).__name__}: use engine 'cuda-graph'"
         )
     if model.config.law != "categorical":
-        raise ValueError(
-            f"engine 'triton' serves a categorical law, not {model.config.law}: use engine 'cuda-graph'"
+        raise WavearError(
+            f"engine 'triton' serves a categorical law, not {model.config.law}: "
+            "use engine 'cuda-graph'"
         )
     if (reason := why_not_triton(device)) is not None:
-        raise ValueError(f"engine 'triton' cannot run: {reason}")
+        raise WavearError(f"engine 'triton' cannot run: {reason}")
     from wavear.generation.cuda.triton import TritonEngine
 
     return TritonEngine(model, batch, weights=weights)

@@ -1,4 +1,4 @@
-"""The CUDA graph engine: any autoregressive model, a run of `model.step` captured once and replayed.
+"""The CUDA graph engine: a run of any model's `step`, captured once and replayed.
 
 A step launches hundreds of small kernels, and launching them from Python takes longer than running
 them. A CUDA graph launches all of a run of samples at once. For that everything a step reads and
@@ -7,8 +7,7 @@ the number of the sample is a counter on the device: the host feeds a chunk, rep
 codes when the chunk is done.
 
 The runner that captures is an argument: on CUDA a graph, elsewhere a stand-in that calls the same
-steps again on the same memory, so that all but the capture itself runs, and is tested, on any
-machine.
+steps again on the same memory, so that all but the capture itself is tested on any machine.
 """
 
 from __future__ import annotations
@@ -21,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from wavear.generation.checks import check_batch, check_condition, check_finite, check_streams
 from wavear.models.base import AutoregressiveModel
 from wavear.models.frames import dense
 
@@ -32,7 +32,7 @@ Runner = Callable[[Callable[[], None]], Replay]
 
 
 def graph_runner(steps: Callable[[], None]) -> Replay:
-    """Capture `steps` in a CUDA graph. They are run before, to load kernels and fill caches, as capturing requires."""
+    """Capture `steps` in a CUDA graph, after the run that capturing requires to load kernels."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -45,7 +45,7 @@ def graph_runner(steps: Callable[[], None]) -> Replay:
 
 
 def plain_runner(steps: Callable[[], None]) -> Replay:
-    """The stand-in: runs the steps before, as `graph_runner` does, and calls them again for each replay."""
+    """Stand in for `graph_runner`: run the steps, and call them again for each replay."""
     steps()
     return steps
 
@@ -65,13 +65,12 @@ class CudaGraphEngine:
 
     Raises
     ------
-    ValueError
+    WavearError
         If the batch is empty.
     """
 
     def __init__(self, model: AutoregressiveModel, batch: int, *, runner: Runner | None = None):
-        if batch < 1:
-            raise ValueError(f"batch is {batch}, it must be at least 1")
+        check_batch(batch)
         self.model, self.batch = model, batch
         self.device = next(model.parameters()).device
         self._runner = runner or (graph_runner if self.device.type == "cuda" else plain_runner)
@@ -112,12 +111,12 @@ class CudaGraphEngine:
             codes[:, part] = self._codes[:size].T.cpu().numpy()
             if log_probability is not None:
                 log_probability[:, part] = self._scores[:size].T.cpu().numpy()
-            self._refuse(codes[:, part] < 0, part.start)
+            check_finite(codes[:, part] < 0, part.start)
         return codes
 
     @torch.inference_mode()
     def score(self, codes: np.ndarray, cond: Tensor | None) -> np.ndarray:
-        """Log-probabilities, in nats, of the next samples of every stream being `codes`; float64, shape (B, n)."""
+        """See `Engine.score`."""
         given = torch.from_numpy(np.ascontiguousarray(codes))
         scores = np.empty(codes.shape)
         for part in self._chunks(codes.shape, cond):
@@ -125,7 +124,7 @@ class CudaGraphEngine:
             self._codes[:size] = given[:, part].T.to(self.device)
             self._advance(size, cond, part, (True, None, None, True))
             scores[:, part] = self._scores[:size].T.cpu().numpy()
-            self._refuse(np.isnan(scores[:, part]), part.start)
+            check_finite(np.isnan(scores[:, part]), part.start)
         return scores
 
     def state(self, stream: int) -> dict[str, Tensor]:
@@ -165,7 +164,7 @@ class CudaGraphEngine:
 
     @torch.inference_mode()
     def keep(self, streams: list[int]) -> CudaGraphEngine:
-        """An engine that goes on with these streams alone."""
+        """Return an engine that continues with these streams only."""
         engine = self.resized(len(streams))
         chosen = torch.tensor(streams, device=self.device)
         engine._write(
@@ -182,20 +181,8 @@ class CudaGraphEngine:
             mine.copy_(theirs)
 
     def _chunks(self, shape: tuple[int, ...], cond: Tensor | None) -> Iterator[slice]:
-        if len(shape) != 2 or shape[0] != self.batch:
-            raise ValueError(f"shape {shape} for {self.batch} streams: expected ({self.batch}, n)")
-        if (cond is not None) != self.model.conditioned:
-            raise ValueError(
-                "the model is conditioned, and cond is None"
-                if cond is None
-                else "the model takes no cond"
-            )
-        if cond is not None and (
-            cond.dim() != 3 or len(cond) != self.batch or cond.shape[2] not in (1, shape[1])
-        ):
-            raise ValueError(
-                f"cond has shape {tuple(cond.shape)}, expected ({self.batch}, C, {shape[1]} or 1)"
-            )
+        check_streams(shape, self.batch)
+        check_condition(self.model, cond, self.batch, shape[1])
         for start in range(0, shape[1], CHUNK):
             yield slice(start, min(start + CHUNK, shape[1]))
 
@@ -270,18 +257,9 @@ class CudaGraphEngine:
         self._previous.copy_(codes)
         self._clock += 1
 
-    @staticmethod
-    def _refuse(wrong: np.ndarray, start: int) -> None:
-        """Raise if any sample has no law."""
-        if wrong.any():
-            first = start + int(np.flatnonzero(wrong.any(axis=0))[0])
-            raise ValueError(
-                f"the network's values for sample {first} of this call are infinite or NaN: check the model's weights"
-            )
-
 
 def tensors_of(state: Any) -> list[Tensor]:
-    """All tensors that a model's state holds, in one order.
+    """Return all tensors of a model's state, in one order.
 
     Raises
     ------
@@ -290,21 +268,20 @@ def tensors_of(state: Any) -> list[Tensor]:
 
     Examples
     --------
-    >>> [tensor.tolist() for tensor in tensors_of({"a": [torch.tensor(1), torch.tensor(2)], "b": torch.tensor(3)})]
+    >>> state = {"a": [torch.tensor(1), torch.tensor(2)], "b": torch.tensor(3)}
+    >>> [tensor.tolist() for tensor in tensors_of(state)]
     [1, 2, 3]
     """
     if isinstance(state, Tensor):
         return [state]
+    if state is None:
+        return []
     if dataclasses.is_dataclass(state) and not isinstance(state, type):
-        parts = [getattr(state, field.name) for field in dataclasses.fields(state)]
-    elif isinstance(state, dict):
-        parts = list(state.values())
-    elif isinstance(state, list | tuple):
-        parts = list(state)
-    elif state is None:
-        parts = []
-    else:
+        state = [getattr(state, field.name) for field in dataclasses.fields(state)]
+    if isinstance(state, dict):
+        state = list(state.values())
+    if not isinstance(state, list | tuple):
         raise TypeError(
             f"a state of tensors cannot hold {state!r}: a captured graph would never change it"
         )
-    return [tensor for part in parts for tensor in tensors_of(part)]
+    return [tensor for part in state for tensor in tensors_of(part)]

@@ -1,4 +1,4 @@
-"""The Triton engine: WaveNet's whole loop over samples in one kernel, a chunk for all streams per launch.
+"""The Triton engine: WaveNet's whole loop over samples in one kernel, launched once per chunk.
 
 Each program runs 16 streams (or what there is of them) from the first sample of the chunk to the
 last, with their queues, gates, head and draws; the programs fill the card and never wait for each
@@ -13,6 +13,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from wavear.common.errors import WavearError
+from wavear.generation.checks import (
+    check_batch,
+    check_codes,
+    check_condition,
+    check_finite,
+    check_streams,
+    check_weights,
+)
 from wavear.generation.cuda import triton_kernels
 from wavear.generation.cuda.triton_packing import ROWS, TYPES, pack, padded, rounded, shapes
 from wavear.generation.reference import ReferenceEngine
@@ -20,25 +29,22 @@ from wavear.models.wavenet import WaveNet
 
 kernels: Any = triton_kernels  # what `triton.jit` makes of functions has no types
 WARPS = 8
-_PROJECTED = (
-    256 * 2**20
-)  # bytes of conditioning projected ahead, at most: a launch covers as many samples
-_WRAP = (
-    2**30
-)  # samples after which the queues are turned to begin at 0 again: the kernel counts in 32 bits
+_PROJECTED = 256 * 2**20  # bytes of conditioning projected ahead by a launch, at most
+# Samples after which the queues are turned to begin at 0 again: the kernel counts in 32 bits.
+_WRAP = 2**30
 PROJECTION = {"ROWS": 64, "STEP": 16}
 
 
 def interpreted() -> bool:
-    """Whether the kernels run in Triton's interpreter, on CPU tensors (TRITON_INTERPRET=1 when Triton is imported)."""
+    """Return whether kernels run in Triton's interpreter (TRITON_INTERPRET=1 at its import)."""
     return type(kernels.run).__name__ == "InterpretedFunction"
 
 
 class TritonEngine:
     """Runs `batch` streams of a WaveNet in a Triton kernel.
 
-    The weights are packed when it is made: an engine made after the model changed runs the model as
-    it then is.
+    The weights are packed when it is made: an engine made after the model changed runs the changed
+    model.
 
     Parameters
     ----------
@@ -56,7 +62,7 @@ class TritonEngine:
 
     Raises
     ------
-    ValueError
+    WavearError
         If an argument is none of these.
     """
 
@@ -69,17 +75,16 @@ class TritonEngine:
         packed: dict[str, Tensor] | None = None,
     ):
         if not isinstance(model, WaveNet):
-            raise ValueError(
-                f"engine 'triton' serves WaveNet, not {type(model).__name__}: use engine 'cuda-graph'"
+            raise WavearError(
+                f"engine 'triton' serves WaveNet, not {type(model).__name__}: "
+                "use engine 'cuda-graph'"
             )
-        if weights not in TYPES:
-            raise ValueError(f"weights is {weights!r}, it must be one of {', '.join(TYPES)}")
-        if batch < 1:
-            raise ValueError(f"batch is {batch}, it must be at least 1")
+        check_weights(weights, tuple(TYPES))
+        check_batch(batch)
         self.model, self.batch, self.weights = model, batch, weights
         self.device = next(model.parameters()).device
         if self.device.type != "cuda" and not interpreted():
-            raise ValueError(
+            raise WavearError(
                 f"engine 'triton' needs a model on a CUDA device, this one is on {self.device}"
             )
         self._packed = pack(model, weights) if packed is None else packed
@@ -121,21 +126,18 @@ class TritonEngine:
             top_p=top_p,
         )
         made = codes.cpu().numpy().astype(np.int64)
-        self._refuse(made < 0)
+        check_finite(made < 0)
         if log_probability is not None and scores is not None:
             log_probability[...] = scores.cpu().numpy()
         return made
 
     def score(self, codes: np.ndarray, cond: Tensor | None) -> np.ndarray:
-        """Log-probabilities, in nats, of the next samples of every stream being `codes`; float64, shape (B, n)."""
-        if codes.size and not 0 <= codes.min() <= codes.max() < self.model.config.classes:
-            raise ValueError(
-                f"codes reach from {codes.min()} to {codes.max()}, expected 0 to {self.model.config.classes - 1}"
-            )
+        """See `Engine.score`."""
+        check_codes(codes, self.model.config.classes)
         scores = torch.empty(codes.shape, dtype=torch.float64, device=self.device)
         self._run(torch.from_numpy(codes.astype(np.int32)).to(self.device), cond, scores=scores)
         found = scores.cpu().numpy()
-        self._refuse(np.isnan(found))
+        check_finite(np.isnan(found))
         return found
 
     def state(self, stream: int) -> dict[str, Tensor]:
@@ -159,9 +161,8 @@ class TritonEngine:
         """See `Engine.fill`."""
         runner = ReferenceEngine(rounded(self.model, self.weights), 1)
         runner.load_state(0, self.state(stream))
-        runner.fill(
-            0, codes, cond if cond is None else cond.to(next(runner.model.parameters()).dtype)
-        )
+        dtype = next(runner.model.parameters()).dtype
+        runner.fill(0, codes, cond if cond is None else cond.to(dtype))
         self.load_state(stream, runner.state(0))
 
     def resized(self, batch: int) -> TritonEngine:
@@ -169,18 +170,15 @@ class TritonEngine:
         return TritonEngine(self.model, batch, weights=self.weights, packed=self._packed)
 
     def keep(self, streams: list[int]) -> TritonEngine:
-        """An engine that goes on with these streams alone."""
+        """Return an engine that continues with these streams only."""
         engine = self.resized(len(streams))
         chosen = torch.tensor(streams, device=self.device)
-        engine._now, engine._previous, engine._queues = (
-            self._now,
-            self._previous[chosen],
-            self._queues[chosen],
-        )
+        engine._now = self._now
+        engine._previous, engine._queues = self._previous[chosen], self._queues[chosen]
         return engine
 
     def _slots(self) -> list[Tensor]:
-        """Where the past of each layer lies in the queues, the oldest first."""
+        """Return the places of the past of each layer in the queues, the oldest first."""
         found, first = [], 0
         for dilation in self.model.config.dilations:
             length = (self.model.config.kernel_size - 1) * dilation + 1
@@ -211,12 +209,9 @@ class TritonEngine:
         top_p: float | None = None,
     ) -> None:
         """Launches for all samples of a call; scores given codes if there are no draws."""
-        if codes.dim() != 2 or codes.shape[0] != self.batch:
-            raise ValueError(
-                f"shape {tuple(codes.shape)} for {self.batch} streams: expected ({self.batch}, n)"
-            )
+        check_streams(tuple(codes.shape), self.batch)
         total = codes.shape[1]
-        self._check_condition(cond, total)
+        check_condition(self.model, cond, self.batch, total)
         none = torch.empty(1, dtype=torch.float64, device=self.device)
         settings: dict[str, Any] = {
             "uniforms": none if draws is None else draws,
@@ -271,7 +266,7 @@ class TritonEngine:
                 self._now += samples
 
     def _project(self, cond: Tensor, start: int, samples: int) -> tuple[Tensor, int]:
-        """What the gates' inputs start with, and how many rows of it each stream has."""
+        """Return the initial values of the gates' inputs, and their number of rows per stream."""
         bias = self._packed["bias"]
         samples = min(samples, cond.shape[2])
         outputs, channels = bias.numel(), cond.shape[1]
@@ -288,36 +283,11 @@ class TritonEngine:
         )  # fmt: skip
         return z, samples
 
-    def _check_condition(self, cond: Tensor | None, samples: int) -> None:
-        channels = self.model.config.conditioning_channels
-        if cond is None:
-            if self.model.conditioned:
-                raise ValueError(
-                    f"the model is conditioned: cond must have shape ({self.batch}, {channels}, {samples})"
-                )
-            return
-        if not self.model.conditioned:
-            raise ValueError("the model is unconditional, and cond is given")
-        shape = tuple(cond.shape)
-        if len(shape) != 3 or shape[:2] != (self.batch, channels) or shape[2] not in (1, samples):
-            raise ValueError(
-                f"cond has shape {shape}, expected ({self.batch}, {channels}, {samples}) or (.., .., 1)"
-            )
-
-    @staticmethod
-    def _refuse(wrong: np.ndarray) -> None:
-        """Raise if any sample has no law."""
-        if wrong.any():
-            first = int(np.flatnonzero(wrong.any(axis=0))[0])
-            raise ValueError(
-                f"the network's values for sample {first} of this call are infinite or NaN: check the model's weights"
-            )
-
 
 def scratch(
     sizes: dict[str, int], programs: int, dtype: torch.dtype, device: torch.device
 ) -> dict[str, Tensor]:
-    """Memory that the threads of each program pass values on in, by the names of the arguments of `run`."""
+    """Return the memory in which threads of a program exchange values, by argument of `run`."""
     rows = programs * ROWS
     return {
         "gates": torch.zeros(rows, sizes["GATES"], dtype=dtype, device=device),

@@ -1,4 +1,4 @@
-"""The Triton kernels of WaveNet's loop over samples: what one program does for its group of streams.
+"""The Triton kernels of WaveNet's loop over samples: one program for a group of streams.
 
 All matrices lie as `torch.nn.Linear` has them, (outputs, inputs), padded with zeros to whole tiles;
 `triton_packing` makes them. Every product is `tl.dot` on the rows of a whole group, also where
@@ -57,10 +57,10 @@ def _relu(x):
 @triton.jit
 def project(
     cond, stride_stream, stride_channel, stride_time, weights, bias, out, samples, rows, channels,
-    CHANNELS: tl.constexpr, OUTPUTS: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, STEP: tl.constexpr,
-    UPCAST: tl.constexpr,
+    CHANNELS: tl.constexpr, OUTPUTS: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
+    STEP: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """out (rows, OUTPUTS) = bias + weights @ cond: the conditioning of all layers, a row for each stream and sample."""
+    """out (rows, OUTPUTS) = bias + weights @ cond, a row for each stream and sample."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(1) * TILE + tl.arange(0, TILE)
     there = row < rows
@@ -94,9 +94,9 @@ def _queue(layer, now, KERNEL: tl.constexpr, DEPTH: tl.constexpr):
 
 @triton.jit
 def _layers_in_registers(
-    x, queues, there, z, gates, dilated, residual, residual_bias, now,
-    LAYERS: tl.constexpr, DEPTH: tl.constexpr, KERNEL: tl.constexpr, R: tl.constexpr,
-    STAGES: tl.constexpr, UPCAST: tl.constexpr,
+    x, queues, there, z, gates, dilated, residual, residual_bias, now, LAYERS: tl.constexpr,
+    DEPTH: tl.constexpr, KERNEL: tl.constexpr, R: tl.constexpr, STAGES: tl.constexpr,
+    UPCAST: tl.constexpr,
 ):  # fmt: skip
     """All layers, whose signal x (ROWS, R) never leaves the registers; gated units go to `gates`.
 
@@ -132,7 +132,7 @@ def _layers_in_registers(
 def _add_tap(
     a, b, x, there, w, R: tl.constexpr, TILE: tl.constexpr, STEP: tl.constexpr, UPCAST: tl.constexpr
 ):
-    """Both halves of a gate's input and one tap's share of them; `x` and `w` point to the first input of each row."""
+    """Add one tap to both halves of a gate's input; `x`, `w` point to each row's first input."""
     k = tl.arange(0, STEP)
     for start in range(0, R, STEP):
         values = tl.load(x + (start + k)[None, :], mask=there, other=0.0).to(w.dtype.element_ty)
@@ -143,11 +143,11 @@ def _add_tap(
 
 @triton.jit
 def _layers_in_tiles(
-    signal, queues, there, z, gates, dilated, residual, residual_bias, now,
-    LAYERS: tl.constexpr, DEPTH: tl.constexpr, KERNEL: tl.constexpr, R: tl.constexpr,
-    TILE: tl.constexpr, STEP: tl.constexpr, UPCAST: tl.constexpr,
+    signal, queues, there, z, gates, dilated, residual, residual_bias, now, LAYERS: tl.constexpr,
+    DEPTH: tl.constexpr, KERNEL: tl.constexpr, R: tl.constexpr, TILE: tl.constexpr,
+    STEP: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """All layers where the registers cannot hold one: a tile of outputs at a time, the signal in memory (ROWS, R)."""
+    """All layers in tiles of outputs, the signal in memory (ROWS, R), where it is too wide."""
     for layer in range(LAYERS):
         dilation, length, first, slot = _queue(layer, now, KERNEL, DEPTH)
         for tile in range(0, R, TILE):
@@ -157,12 +157,10 @@ def _layers_in_tiles(
             w = dilated + layer * KERNEL * 2 * R * R + r[None, :] * R
             for tap in range(KERNEL - 1):
                 old = (slot + length - (KERNEL - 1 - tap) * dilation) % length
-                a, b = _add_tap(
-                    a, b, queues + (first + old) * R, there, w + 2 * tap * R * R, R, TILE, STEP, UPCAST
-                )  # fmt: skip
-            a, b = _add_tap(
-                a, b, signal, there, w + 2 * (KERNEL - 1) * R * R, R, TILE, STEP, UPCAST
-            )
+                past, taps = queues + (first + old) * R, w + 2 * tap * R * R
+                a, b = _add_tap(a, b, past, there, taps, R, TILE, STEP, UPCAST)
+            taps = w + 2 * (KERNEL - 1) * R * R
+            a, b = _add_tap(a, b, signal, there, taps, R, TILE, STEP, UPCAST)
             gated = (_tanh(a) * _sigmoid(b)).to(dilated.dtype.element_ty)
             tl.store(gates + layer * R + r[None, :], gated)
             current = tl.load(signal + r[None, :])
@@ -182,8 +180,8 @@ def _layers_in_tiles(
 
 @triton.jit
 def _outputs(
-    x, w, bias, column, INPUTS: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, STEP: tl.constexpr,
-    STAGES: tl.constexpr, UPCAST: tl.constexpr,
+    x, w, bias, column, INPUTS: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
+    STEP: tl.constexpr, STAGES: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """bias + x @ w.T for a tile of columns; `x` points to the rows, (ROWS, 1)."""
     acc = tl.zeros((ROWS, TILE), tl.float32) + tl.load(bias + column)[None, :]
@@ -199,10 +197,10 @@ def _outputs(
 def _head(
     row, gates, skips, hidden, logits, skip, skip_bias, head1, head1_bias, head2, head2_bias,
     GATES: tl.constexpr, S: tl.constexpr, A: tl.constexpr, Q: tl.constexpr, ROWS: tl.constexpr,
-    S_TILE: tl.constexpr, A_TILE: tl.constexpr, Q_TILE: tl.constexpr, G_STEP: tl.constexpr, S_STEP: tl.constexpr,
-    A_STEP: tl.constexpr, STAGES: tl.constexpr, UPCAST: tl.constexpr,
+    S_TILE: tl.constexpr, A_TILE: tl.constexpr, Q_TILE: tl.constexpr, G_STEP: tl.constexpr,
+    S_STEP: tl.constexpr, A_STEP: tl.constexpr, STAGES: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Gated units of all layers -> the sum of skips, one product over all of them -> hidden -> logits, in memory."""
+    """From the gated units of all layers to skips (one product), hidden units and logits."""
     for tile in range(0, S, S_TILE):
         n = tile + tl.arange(0, S_TILE)
         acc = _outputs(gates, skip, skip_bias, n, GATES, ROWS, S_TILE, G_STEP, STAGES, UPCAST)
@@ -279,10 +277,10 @@ def _total(
 
 @triton.jit
 def _cut(
-    logits, largest, sharpness, top_k, top_p, TOP_K: tl.constexpr, TOP_P: tl.constexpr, Q: tl.constexpr,
-    ROWS: tl.constexpr, TILE: tl.constexpr,
+    logits, largest, sharpness, top_k, top_p, TOP_K: tl.constexpr, TOP_P: tl.constexpr,
+    Q: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """(key, ties): a code stays whose logit has a larger key, and of those of this key the first `ties` codes.
+    """(key, ties): codes stay whose logits have a larger key, and the first `ties` of this key.
 
     No sorting: the keys are searched by halves, 32 times.
     """
@@ -326,10 +324,10 @@ def _cut(
 
 @triton.jit
 def _draw(
-    logits, uniform, sharpness, top_k, top_p, TOP_K: tl.constexpr, TOP_P: tl.constexpr, Q: tl.constexpr,
-    ROWS: tl.constexpr, TILE: tl.constexpr,
+    logits, uniform, sharpness, top_k, top_p, TOP_K: tl.constexpr, TOP_P: tl.constexpr,
+    Q: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """The code of each row's uniform, as `wavear.models.sampling` defines it; -1 where the logits are no numbers."""
+    """The code of each row's uniform (`wavear.models.sampling`); -1 where logits are not finite."""
     largest = _largest(logits, Q, ROWS, TILE)
     everything = tl.full((ROWS,), _LOWEST, tl.int32)
     total = _total(logits, largest, sharpness, everything, Q, ROWS, TILE)
@@ -370,7 +368,7 @@ def _draw(
 
 @triton.jit
 def _kept(logits, largest, sharpness, least, ties, passed):
-    """Weights of a tile of logits, zero for the codes cut off; and how many of the key `least` there were so far."""
+    """Weights of a tile of logits, zero where cut off; and the number of keys `least` so far."""
     key = _key(logits)
     tied = (key == least[:, None]).to(tl.int32)
     number = passed[:, None] + tl.cumsum(tied, axis=1)  # from 1 on
@@ -397,16 +395,16 @@ def _log_probability(logits, code, Q: tl.constexpr, ROWS: tl.constexpr, TILE: tl
     do_not_specialize=["start", "samples", "length", "batch", "top_k", "now", "z_rows", "z_moves"]
 )
 def run(
-    uniforms, sharpness, codes, scores, start, samples, length, batch, top_k, top_p,
-    previous, queues, now, z, z_rows, z_moves,
-    embedding, dilated, residual, residual_bias, skip, skip_bias, head1, head1_bias, head2, head2_bias,
-    gates, signal, skips, hidden, logits,
+    uniforms, sharpness, codes, scores, start, samples, length, batch, top_k, top_p, previous,
+    queues, now, z, z_rows, z_moves, embedding, dilated, residual, residual_bias, skip, skip_bias,
+    head1, head1_bias, head2, head2_bias, gates, signal, skips, hidden, logits,
     LAYERS: tl.constexpr, DEPTH: tl.constexpr, KERNEL: tl.constexpr, SLOTS: tl.constexpr,
-    R: tl.constexpr, S: tl.constexpr, A: tl.constexpr, Q: tl.constexpr, GATES: tl.constexpr, ROWS: tl.constexpr,
-    R_TILE: tl.constexpr, S_TILE: tl.constexpr, A_TILE: tl.constexpr, Q_TILE: tl.constexpr, D_TILE: tl.constexpr,
-    R_STEP: tl.constexpr, G_STEP: tl.constexpr, S_STEP: tl.constexpr, A_STEP: tl.constexpr,
-    LAYER_STAGES: tl.constexpr, STAGES: tl.constexpr, UPCAST: tl.constexpr,
-    SCORING: tl.constexpr, SCORED: tl.constexpr, TOP_K: tl.constexpr, TOP_P: tl.constexpr,
+    R: tl.constexpr, S: tl.constexpr, A: tl.constexpr, Q: tl.constexpr, GATES: tl.constexpr,
+    ROWS: tl.constexpr, R_TILE: tl.constexpr, S_TILE: tl.constexpr, A_TILE: tl.constexpr,
+    Q_TILE: tl.constexpr, D_TILE: tl.constexpr, R_STEP: tl.constexpr, G_STEP: tl.constexpr,
+    S_STEP: tl.constexpr, A_STEP: tl.constexpr, LAYER_STAGES: tl.constexpr, STAGES: tl.constexpr,
+    UPCAST: tl.constexpr, SCORING: tl.constexpr, SCORED: tl.constexpr, TOP_K: tl.constexpr,
+    TOP_P: tl.constexpr,
 ):  # fmt: skip
     """Samples `start` to `start + samples` of a call, for the streams of one group.
 
@@ -468,8 +466,9 @@ def run(
             )  # fmt: skip
         tl.debug_barrier()
         _head(
-            row, gates, skips, hidden, logits, skip, skip_bias, head1, head1_bias, head2, head2_bias,
-            GATES, S, A, Q, ROWS, S_TILE, A_TILE, Q_TILE, G_STEP, S_STEP, A_STEP, STAGES, UPCAST,
+            row, gates, skips, hidden, logits, skip, skip_bias, head1, head1_bias, head2,
+            head2_bias, GATES, S, A, Q, ROWS, S_TILE, A_TILE, Q_TILE, G_STEP, S_STEP, A_STEP,
+            STAGES, UPCAST,
         )  # fmt: skip
         rows = logits + row * Q
         if SCORING:

@@ -1,4 +1,4 @@
-"""A WaveNet's weights as the Triton kernels read them: matrices padded with zeros to whole tiles."""
+"""A WaveNet's weights for the Triton kernels: matrices padded with zeros to whole tiles."""
 
 from __future__ import annotations
 
@@ -15,15 +15,14 @@ WIDEST = 64  # residual channels of a layer that the registers hold
 _OUTPUTS, _INPUTS = 128, 64  # of a tile of the head, at most
 _DRAWN = 256  # classes that are drawn among at once, at most
 _LEAST = 16  # of any axis of a product
-_SHARED = (
-    160 * 1024
-)  # bytes of shared memory for weights fetched ahead; an sm_80 or sm_90 block may have 163 KB
+# Bytes of shared memory for weights fetched ahead; an sm_80 or sm_90 block may have 163 KB.
+_SHARED = 160 * 1024
 
 TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def padded(size: int, widest: int) -> tuple[int, int]:
-    """(size in whole tiles, tile): tiles are powers of two.
+    """Return (size in whole tiles, tile): tiles are powers of two.
 
     Examples
     --------
@@ -35,7 +34,7 @@ def padded(size: int, widest: int) -> tuple[int, int]:
 
 
 def shapes(config: WaveNetConfig, weights: str) -> dict[str, int]:
-    """The sizes that the kernel `run` is compiled for."""
+    """Return the sizes that the kernel `run` is compiled for."""
     layers, kernel, depth = config.layers, config.kernel_size, config.layers // config.stacks
     r, r_tile = padded(config.residual_channels, WIDEST)
     s, s_tile = padded(config.skip_channels, _OUTPUTS)
@@ -70,7 +69,7 @@ def shapes(config: WaveNetConfig, weights: str) -> dict[str, int]:
 
 
 def rounded(model: WaveNet, weights: str) -> WaveNet:
-    """The model that the engine runs, for `prefill`: in float32 or more, its matrices rounded as they are packed."""
+    """Return the model that the engine runs: in float32 or more, its matrices rounded as packed."""
     if weights == "float32" and next(model.parameters()).dtype in (torch.float32, torch.float64):
         return model
     model = copy.deepcopy(model).float()
@@ -81,7 +80,7 @@ def rounded(model: WaveNet, weights: str) -> WaveNet:
 
 
 def pack(model: WaveNet, weights: str) -> dict[str, Tensor]:
-    """Weights by the names of the arguments of `run` and `project`, on the model's device.
+    """Return the weights by argument of `run` and `project`, on the model's device.
 
     Matrices in the type that `weights` names, the rest in float32. What is added has no effect:
     inputs and outputs of zero, classes of logit minus infinity.
