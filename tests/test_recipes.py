@@ -53,7 +53,7 @@ def test_values_are_flags(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: 
     """What is trained with is the recipe's values, except for those given as flags."""
     monkeypatch.chdir(tmp_path)
     trained: list[TrainConfig] = []
-    monkeypatch.setattr(commands, "run_training", lambda config: trained.append(config) or 0)
+    monkeypatch.setattr("wavear.cli.training.run_training", lambda config: trained.append(config) or 0)
     recipe = module(RECIPES / name / "train.py")
     size = {"wavenet": ["--stacks", "3"], "predictive": ["--period-layers", "2"]}[
         recipe.VALUES.family
