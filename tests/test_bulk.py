@@ -153,6 +153,7 @@ def test_several_processes_make_what_one_makes(here):
     assert "1 of 10 inputs could not be used" in said, said
 
 
+@pytest.mark.slow
 def test_a_run_whose_process_died_is_completed_by_running_it_again(here):
     whole = expected()
     process = under_torchrun(2, "--best-of", "10")  # long enough to be killed within

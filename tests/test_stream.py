@@ -397,7 +397,9 @@ def test_engines_agree_on_the_state(config):
             torch.testing.assert_close(tensor, expected[name], rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("config", CASES)
+@pytest.mark.parametrize(
+    "config", [CASES[0], *(pytest.param(case, marks=pytest.mark.slow) for case in CASES[1:])]
+)
 @pytest.mark.parametrize(
     ("target", "weights"), [*ENGINES, ("two cores", "float32"), ("batch", "float32")]
 )
