@@ -96,7 +96,7 @@ def test_folder_recipe_trains(tmp_path: Path):
     command = [sys.executable, str(RECIPES / "folder" / "train.py"), *SMALL]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [*command, "--sample-rate", "8000"],
+        [*command, "--sample-rate", "8000", "--family", "wavenet"],
         cwd=tmp_path,
         capture_output=True,
         text=True,
