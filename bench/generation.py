@@ -4,7 +4,7 @@
     python bench/generation.py --device cuda  # writes docs/benchmarks_cuda.md
     python bench/generation.py --seconds 0.5 --rounds 1
 
-Run it on a machine that does nothing else. What the page says under "What limits it" is written by
+Run it on a machine that does nothing else. The section "What limits it" of the page is written by
 hand, from `bench/parts.py`, and stays.
 """
 
@@ -127,7 +127,7 @@ def write(page: Path, lines: Sequence[str]) -> None:
 
 
 def on_card(seconds: float) -> list[str]:
-    """The page's lines."""
+    """Return the lines of the page."""
     lines = [CUDA_HEAD]
     for name, engines in CUDA_PLAN:
         said: list[str] = []
@@ -150,7 +150,7 @@ def on_card(seconds: float) -> list[str]:
 
 
 def on_cpu(seconds: float, rounds: int) -> list[str]:
-    """The page's lines."""
+    """Return the lines of the page."""
     said: dict[str, list[str]] = {}
     rows = {name: [] for name, *_ in PLAN}
     for number in range(rounds):
@@ -194,7 +194,7 @@ def on_cpu(seconds: float, rounds: int) -> list[str]:
 
 
 def fastest(rounds: Sequence[speed.Measurement]) -> speed.Measurement:
-    """The fastest of measurements of the same, over the highest of the limits measured with them."""
+    """Return the fastest of equal measurements, over the highest of their limits."""
     best = max(rounds, key=lambda row: row.samples_per_second)
     limits = [row.samples_per_second / row.share for row in rounds if row.share is not None]
     return replace(best, share=best.samples_per_second / max(limits)) if limits else best

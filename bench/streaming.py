@@ -1,4 +1,4 @@
-"""What streaming costs: bits, memory, latency, one core's time; members of a batch; the parallel pass over a prime.
+"""Measure the cost of streaming: bits, memory, latency, one core's time; members of a batch; the parallel pass over a prime.
 
     python bench/streaming.py                       # all of it, on a random mel, some minutes
     python bench/streaming.py live --weights bfloat16 --seconds 10
@@ -132,7 +132,7 @@ def members(model: WaveNet, mel: torch.Tensor, weights: str, count: int = 12) ->
 
 
 def prime(model: WaveNet, mel: torch.Tensor, weights: str) -> None:
-    """The parallel pass over 10 s against stepping through it."""
+    """Compare the parallel pass over 10 s with stepping through it."""
     samples = 10 * MEL.sample_rate
     t = torch.arange(samples) / MEL.sample_rate
     codes = encode_prime(0.5 * torch.sin(2 * torch.pi * 150 * t)[None], model)
