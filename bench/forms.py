@@ -70,7 +70,7 @@ def product_of_all(block: Any, x: Tensor, cond: Tensor, dilation: int) -> Tensor
 
 
 def shifted_products(block: Any, x: Tensor, cond: Tensor, dilation: int) -> Tensor:
-    """A product per tap, moved in time afterwards: nothing is put side by side."""
+    """Compute a product per tap and shift it in time, without concatenating the taps."""
     residual, kernel = x.shape[2], block.dilated.in_features // x.shape[2]
     z = F.linear(x, block.dilated.weight[:, -residual:], block.dilated.bias) + block.conditioning(
         cond
@@ -85,7 +85,7 @@ def shifted_products(block: Any, x: Tensor, cond: Tensor, dilation: int) -> Tens
 
 
 def kernels(block: Any, residual: int) -> Tensor:
-    """The weights as a convolution has them, (2R, R, kernel)."""
+    """Return the weights in the layout of a convolution, (2R, R, kernel)."""
     return block.dilated.weight.unflatten(1, (-1, residual)).transpose(1, 2)
 
 
@@ -107,7 +107,7 @@ def channels_last(block: Any, x: Tensor, cond: Tensor, dilation: int) -> Tensor:
 
 
 class FusedGate(torch.autograd.Function):
-    """tanh(a) * sigmoid(b) that keeps its input alone for the backward pass."""
+    """tanh(a) * sigmoid(b) that keeps only its input for the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, z: Tensor) -> Tensor:

@@ -4,7 +4,7 @@
     python bench/generation.py --device cuda  # writes docs/benchmarks_cuda.md
     python bench/generation.py --seconds 0.5 --rounds 1
 
-Run it on a machine that does nothing else. What the page says under "What limits it" is written by
+Run it on a machine that does nothing else. The section "What limits it" of the page is written by
 hand, from `bench/parts.py`, and stays.
 """
 

@@ -3,7 +3,7 @@
     python bench/index.py --out docs/data.md
 
 A folder of real tiny WAV files (hard links to a few), and a manifest of a million stretches of
-them. Every measurement is a process of its own, whose peak memory the system tells; files are in
+them. Every measurement is a process of its own, whose peak memory the system reports; files are in
 the page cache, so it is the work that is measured and not a disk.
 """
 
@@ -108,7 +108,7 @@ def _draw(data: str) -> dict[str, float]:
 
 
 def _objects(data: str) -> dict[str, float]:
-    """What a list of objects takes, for comparison."""
+    """Measure the memory of a list of objects, for comparison."""
     from wavear.data.corpus import open_corpus
 
     train = open_corpus(data, sample_rate=RATE).train
@@ -153,7 +153,7 @@ def measured(work: str, data: Path, cache: Path) -> dict[str, float]:
 
 
 def table(results: dict[str, dict[str, float]], files: int, rows: int, load: float) -> str:
-    """The page's part."""
+    """Return the section of the page."""
 
     def row(text: str, name: str) -> str:
         r = results[name]

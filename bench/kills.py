@@ -64,7 +64,7 @@ def tones(folder: Path) -> Path:
 
 
 def attempt(settings: dict[str, Any]) -> None:
-    """One process: begin the run, or go on with it."""
+    """One process: start the run, or resume it."""
     import torch
 
     from wavear import TrainConfig, train
@@ -74,14 +74,14 @@ def attempt(settings: dict[str, Any]) -> None:
 
 
 def timeless(value: Any) -> Any:
-    """A state without its times."""
+    """Return a state without its times."""
     if isinstance(value, dict):
         return {key: timeless(item) for key, item in value.items() if key not in TIMES}
     return [timeless(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def differences(a: Path, b: Path) -> list[str]:
-    """What two finished runs differ in."""
+    """Return the differences of two finished runs."""
     import torch
 
     from wavear.training.state import encode, load_state, state_paths
@@ -129,7 +129,10 @@ def main() -> int:
         "--per-run", type=int, default=10, help="kills before a run is left to finish"
     )
     parser.add_argument(
-        "--seconds", type=float, default=0.0, help="begin no further run after so many; 0: no limit"
+        "--seconds",
+        type=float,
+        default=0.0,
+        help="start no further run after this time; 0: no limit",
     )
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("--precision", choices=["32", "bf16"], default="32")

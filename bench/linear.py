@@ -43,7 +43,7 @@ FITS = {
 
 
 def peak() -> float:
-    """The most memory that this process ever held, MiB."""
+    """Return the peak memory of this process, MiB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
@@ -64,7 +64,7 @@ class Timed(Fitter):
 def fit(
     recordings: list[Recording], rate: int, order: int, grid: Grid, criterion: bool
 ) -> tuple[Linear, str]:
-    """A model of all recordings, and a row of the table."""
+    """Return a model of all recordings, and a row of the table."""
     before, began, spent = peak(), time.perf_counter(), time.process_time()
     if criterion:
         fitter = Timed(grid, order="bic", max_order=order, method="silence")
@@ -77,7 +77,7 @@ def fit(
     ended, spent = time.perf_counter(), time.process_time() - spent
     model, bits = fitted.model, fitted.nats / np.log(2)
     name = f"BIC up to {order}: {model.config.order}" if criterion else f"{order}"
-    print(f"passed over: {passed}" if passed else f"{len(recordings)} recordings", flush=True)
+    print(f"skipped: {passed}" if passed else f"{len(recordings)} recordings", flush=True)
     return model, (
         f"| {name} | {grid} | {fitter.samples / rate / 60:.1f} | {ended - began:.1f} | {spent:.1f} "
         f"| {fitter.seconds:.1f} "
@@ -86,7 +86,7 @@ def fit(
 
 
 def compare(recording: Recording, rate: int) -> None:
-    """Coefficients of one recording beside those of statsmodels and librosa."""
+    """Compare the coefficients of one recording with those of statsmodels and librosa."""
     from statsmodels.tsa.ar_model import AutoReg
 
     x = wavear.audio.read(recording.path, rate).numpy()[:_COMPARED].astype(np.float64)
@@ -125,7 +125,7 @@ def compare(recording: Recording, rate: int) -> None:
 
 
 def speed(model: Linear, seconds: float = 1.0) -> str:
-    """Samples per second that the CPU engine makes of one stream; the best of several calls."""
+    """Return the samples per second of one stream on the CPU engine, the best of several calls."""
     engine, samples, best = NumbaLinearEngine(model, 1, threads=1), 2048, 0.0
     draws = uniforms(0, 0, samples)[None]
     engine.generate(draws, None)

@@ -3,7 +3,7 @@
     python bench/loader.py --out docs/data.md
 
 Formats are measured in turn with 0, 2 and 4 workers; then a network of 20 layers is trained from
-the loader, and the share of the time in which it waits for the next batch is told. `rates` and
+the loader, and the share of the time in which it waits for the next batch. `rates` and
 `waiting` are for other programs to call.
 """
 
@@ -36,7 +36,7 @@ _CLIPS, _SECONDS = 60, 6  # of each format
 
 
 def clips(root: Path) -> dict[str, str]:
-    """The same clips in several forms: name and what to open."""
+    """Yield the same clips in several forms: name and source."""
     generator = np.random.default_rng(0)
     for number in range(_CLIPS):
         white = generator.standard_normal(_SECONDS * 44100 + 8)

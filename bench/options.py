@@ -4,7 +4,7 @@
     python bench/options.py --data my/recordings --out runs/options --steps 3000 --layers 12
     --options plain noise
 
-The same command again goes on where it was stopped: a run that is done is not repeated, one that is
+The same command resumes an interrupted run: a run that is done is not repeated, one that is
 not is resumed.
 
 Every option is measured against the same recordings, untreated: a model that is trained on levelled
@@ -67,7 +67,7 @@ _CALIBRATION = 12  # steps that say how many fit into --minutes
 
 
 def run(config: TrainConfig) -> bool:
-    """Train, or go on training, to the end; whether it came there."""
+    """Train, or resume, to the end; return whether it got there."""
     resume = (Path(config.out) / "train.json").exists()
     return train(dataclasses.replace(config, resume=resume)).stopped_by != "interrupt"
 
@@ -86,7 +86,7 @@ def check_runs(out: str, base: TrainConfig) -> None:
 
 
 def steps_of(arguments: argparse.Namespace, config: TrainConfig) -> int:
-    """As asked for, or as fit into the minutes; the same when the program goes on."""
+    """Return the steps: given, or as many as fit into the minutes; equal on resuming."""
     if arguments.steps is not None:
         return arguments.steps
     path = Path(arguments.out) / "steps.json"
@@ -139,7 +139,7 @@ def clips_of(
 
 
 def against(x: np.ndarray, y: np.ndarray, rate: int) -> dict[str, float]:
-    """What can be measured of y beside the recording x."""
+    """Return the measures of y compared with the recording x."""
     values = {}
     for name, way in {
         "stft": lambda: stft_distance(x, y),
@@ -154,7 +154,7 @@ def against(x: np.ndarray, y: np.ndarray, rate: int) -> dict[str, float]:
 
 
 def measure(config: TrainConfig, count: int, seconds: float) -> dict[str, Any]:
-    """Of the last state of a run: bits and measures of each clip."""
+    """Return the bits and measures of each clip, of the last state of a run."""
     model = load(Path(config.out) / "last")
     clips, rate = clips_of(config, count, seconds), config.sample_rate
     assert config.mel is not None
@@ -168,7 +168,7 @@ def measure(config: TrainConfig, count: int, seconds: float) -> dict[str, Any]:
 
 
 def bounds(config: TrainConfig, count: int, seconds: float) -> dict[str, Any]:
-    """The recordings themselves, and the mu-law round trip."""
+    """Return the measures of the recordings, and of the mu-law round trip."""
     found: dict[str, Any] = {"recording": {}, "mulaw": {}}
     for name, x, _ in clips_of(config, count, seconds):
         found["recording"][name] = against(x, x, config.sample_rate)
@@ -304,7 +304,7 @@ def main() -> int:
                 base, out=os.path.join(arguments.out, name), max_steps=steps, **settings
             )
             if not run(config):
-                print("stopped: the same command goes on")
+                print("stopped: the same command resumes")
                 return 130
             found[name] = measure(config, arguments.clips, arguments.seconds)
             content = json.dumps({"asked": asked, "clips": found[name]}, indent=1)

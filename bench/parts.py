@@ -4,7 +4,7 @@
     python bench/parts.py r9y9 --weights bfloat16 int8 --batch 16 --threads 2
 
 A part is left out in the plan of the network that the compiled loop reads, so the code that runs is
-the engine's own. What comes out is no audio then. The time of a part is what is gained without it:
+the engine's own. The output is not audio then. The time of a part is what is gained without it:
 parts overlap in the core, and share its caches, so their sum is not the whole.
 """
 
@@ -67,7 +67,7 @@ PARTS: tuple[str, ...] = (
 def runner(
     model: WaveNet, weights: str, batch: int, threads: int, samples: int, part: str
 ) -> Callable[[], object]:
-    """A call that makes `samples` samples of every stream with a part left out."""
+    """Return a call that makes `samples` samples of every stream without a part."""
     engine = NumbaEngine(model, batch, weights=weights, threads=threads)
     without(engine, part)
     draws = np.stack([uniforms(b, 0, samples) for b in range(batch)])

@@ -129,7 +129,7 @@ def draw(recorded: np.ndarray, generated: np.ndarray, rate: int, path: Path) -> 
 
 
 def train(minutes: float, options: argparse.Namespace) -> Path:
-    """Train a model on one core for so many minutes, and return its best checkpoint."""
+    """Train a model on one core for some minutes, and return its best checkpoint."""
     out = Path(options.runs) / f"{options.name}{minutes:g}"
     command = ["train", str(options.data_train), "--out", str(out)]
     command += ["--max-minutes", f"{minutes:g}", *options.flags]

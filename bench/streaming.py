@@ -134,7 +134,7 @@ def members(model: WaveNet, mel: torch.Tensor, weights: str, count: int = 12) ->
 
 
 def prime(model: WaveNet, mel: torch.Tensor, weights: str) -> None:
-    """The parallel pass over 10 s against stepping through it."""
+    """Compare the parallel pass over 10 s with stepping through it."""
     samples = 10 * MEL.sample_rate
     t = torch.arange(samples) / MEL.sample_rate
     codes = encode_prime(0.5 * torch.sin(2 * torch.pi * 150 * t)[None], model)

@@ -60,7 +60,7 @@ _LOADED = 32  # crops that the loader's rate is measured on
 
 
 def recordings(folder: Path) -> Path:
-    """A minute of noise, as FLAC."""
+    """Write a minute of noise as FLAC."""
     from wavear import audio
 
     generator = np.random.default_rng(0)
@@ -126,7 +126,7 @@ def measure(
 
 
 def machine(device: str) -> str:
-    """What it was measured on."""
+    """Return the name and versions of the machine."""
     import torch
 
     from wavear.benchmark.speed import machine
@@ -136,7 +136,7 @@ def machine(device: str) -> str:
 
 
 def table(results: dict[str, Any], device: str) -> str:
-    """The section."""
+    """Return the section of the page."""
     lines = [
         f"## Training, {'GPU' if device == 'cuda' else 'CPU'}",
         "",

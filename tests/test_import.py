@@ -1,4 +1,4 @@
-"""`import wavear` is light: it takes little longer than `import torch`, and changes nothing outside itself."""
+"""`import wavear` takes little longer than `import torch`, and changes nothing global."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-# What takes long to import, or only some need: imported inside the functions that use it.
+# Slow or rarely needed packages, imported inside the functions that use them.
 HEAVY = {"torchaudio", "numba", "librosa", "lightning", "matplotlib", "scipy", "tensorboard"}
 
 # The longest that `import wavear` may take once torch is imported, as a share of what torch took.
@@ -36,7 +36,10 @@ def surroundings():
         "gradients": torch.is_grad_enabled(),
         "threads": [torch.get_num_threads(), torch.get_num_interop_threads()],
         "matmul precision": torch.get_float32_matmul_precision(),
-        "deterministic": [torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark],
+        "deterministic": [
+            torch.are_deterministic_algorithms_enabled(),
+            torch.backends.cudnn.benchmark,
+        ],
         "warnings": str(warnings.filters),
         "logging": [logging.root.level, len(logging.root.handlers)],
         "environment": dict(os.environ),
@@ -62,7 +65,7 @@ print(json.dumps({
 
 
 def import_in_fresh_interpreter() -> dict:
-    """Run `PROGRAM` in a new interpreter, where every warning is an error; what it prints."""
+    """Run `PROGRAM` in a new interpreter, where every warning is an error; return its output."""
     command = [sys.executable, "-W", "error", "-c", PROGRAM]
     finished = subprocess.run(command, capture_output=True, text=True, check=False)
     assert finished.returncode == 0, finished.stderr
@@ -74,7 +77,7 @@ def imported() -> dict:
     return import_in_fresh_interpreter()
 
 
-def test_import_leaves_heavy_packages_alone(imported):
+def test_import_loads_no_heavy_package(imported):
     assert {"wavear", "torch"} <= set(imported["modules"])
     assert set(imported["modules"]) & HEAVY == set()
 

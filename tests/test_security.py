@@ -1,4 +1,4 @@
-"""Each line of SECURITY.md: what others made runs no code, opens no address, and takes no file of the user's."""
+"""Each line of SECURITY.md: untrusted data run no code, open no address, take no file."""
 
 from __future__ import annotations
 
@@ -39,7 +39,8 @@ SIZES = dict.fromkeys(
     ("residual_channels", "skip_channels", "head_channels", "conditioning_channels"), 4
 )
 TRAINING: dict[str, Any] = {
-    "family": "wavenet", "layers": 2, "stacks": 1, **SIZES, "classes": 16, "sample_rate": RATE, "mel_bands": 8,
+    "family": "wavenet", "layers": 2, "stacks": 1, **SIZES, "classes": 16,
+    "sample_rate": RATE, "mel_bands": 8,
     "mel_hop_length": 64, "segment": 256, "warmup_steps": 1, "validate_every": 1000,
     "sample_seconds": 0.0, "progress": False,
     "device": "cpu", "precision": "32", "max_steps": 1, "batch_size": 2,
@@ -204,7 +205,7 @@ def test_no_name_in_a_checkpoint_is_imported(
 
 
 def plant(folder: Path) -> None:
-    """Modules that leave a mark when they are imported, under the names of ours, of libraries, and of Python's."""
+    """Write modules that leave a mark when imported, named like ours, libraries' and Python's."""
     for name in (
         "wavear",
         "numpy",
@@ -234,7 +235,7 @@ def test_processes_that_read_headers_do_not_import_from_the_current_directory(
     assert not (here / "ran").exists()
 
 
-@pytest.mark.skipif(sys.version_info < (3, 11), reason="Python 3.10 knows no PYTHONSAFEPATH")
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="Python 3.10 has no PYTHONSAFEPATH")
 def test_loader_workers_do_not_import_from_the_current_directory(here: Path):
     plant(here)
     before = multiprocessing.get_start_method(allow_none=True)
@@ -331,7 +332,7 @@ def test_shards_hold_regular_files_inside_the_folder_only(
 
 
 def test_a_download_is_unpacked_below_its_folder_only(here: Path):
-    """An archive that is there already is not checked by torchaudio: somebody else may have put it there."""
+    """torchaudio does not check an existing archive, which somebody else may have put there."""
     data = here / "corpora"
     data.mkdir()
     with tarfile.open(data / "waves_yesno.tar.gz", "w:gz") as archive:

@@ -1,4 +1,4 @@
-"""The training of `wavear demo` by itself: its values, on notes that are made first. Every value is a flag too."""
+"""Train as `wavear demo` does, on generated notes. Every value is a flag too."""
 
 import dataclasses
 from pathlib import Path

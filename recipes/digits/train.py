@@ -1,4 +1,4 @@
-"""Train on spoken digits: six speakers, told apart by the model. Every value below is a flag too."""
+"""Train on spoken digits: six speakers. Every value below is a flag too."""
 
 from wavear import TrainConfig, corpora
 from wavear.cli import recipe

@@ -1,6 +1,6 @@
-"""Every family on the same recordings with the same budget, and a table of what each came to.
+"""Train every family on the same recordings with the same budget, and compare them in a table.
 
-Runs that are there already are kept, and those that were cut short go on: the same command ends
+Runs that are there already are kept, and interrupted ones resume: the same command ends
 what was begun.
 """
 
@@ -38,7 +38,7 @@ MODELS: dict[Name, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Families:
-    """What is compared."""
+    """Models to compare, and how."""
 
     data: str = "data"
     """Recordings: a folder or a manifest."""
@@ -49,21 +49,21 @@ class Families:
     models: tuple[Name, ...] = ("linear", "wavenet", "wavenet-16-bit", "gru", "transformer")
     """Which."""
     minutes: float = 30.0
-    """Of training, for each but the linear one."""
+    """Minutes of training, for each but the linear one."""
     sample_rate: int = 22050
     """Hz."""
     unconditional: bool = False
-    """Without mels: each model has its past alone, as the linear one always has."""
+    """Train without mels: each model has only its past, as the linear one always has."""
     clips: int = 8
     """Held-out clips to synthesize from their mels and measure."""
     seconds: float = 5.0
-    """Of each, at most."""
+    """Most seconds of each clip."""
     precision: str = "auto"
-    """auto: each as fast as the device trains it, bf16 for models of codes where it has that in hardware; or 32."""
+    """auto: bf16 for models of codes where the device has it in hardware; or 32."""
     device: str = "auto"
-    """Of the training."""
+    """auto, cpu or cuda, for the training."""
     seed: int = 0
-    """Of the first weights, the order of the data, and the sound."""
+    """Seed of the first weights, the order of the data, and the sound."""
     progress: bool = True
     """Show progress."""
 
@@ -100,7 +100,7 @@ def run(config: Families) -> int:
 
 
 def train_one(name: Name, config: Families, say) -> Path:
-    """The best checkpoint of a model's run, which is begun, gone on with, or there."""
+    """Return the best checkpoint of a model's run; start or resume it if it is unfinished."""
     out = Path(config.out) / name
     record = out / "train.json"
     if record.is_file() and json.loads(record.read_text(encoding="utf-8")).get("held_out"):

@@ -1,4 +1,4 @@
-"""Train on your own recordings: a folder, at any depth, or a manifest. Every value below is a flag too."""
+"""Train on your own recordings, a folder or a manifest. Every value below is a flag too."""
 
 from wavear import TrainConfig
 from wavear.cli import recipe
@@ -14,7 +14,7 @@ VALUES = TrainConfig(
     # Crops quieter than this are drawn again, so that pauses do not fill the batches.
     redraw_below=-60.0,
     # A long run; the best checkpoint so far is always complete on disk, and Ctrl-C followed by
-    # --resume goes on.
+    # --resume continues.
     max_steps=200_000,
 )
 

@@ -1,4 +1,4 @@
-"""Train on LibriTTS: many readers, a vocoder for voices it has not heard. Every value below is a flag too."""
+"""Train on LibriTTS: a vocoder for unseen voices. Every value below is a flag too."""
 
 from wavear import TrainConfig, corpora
 from wavear.cli import recipe
@@ -12,8 +12,8 @@ VALUES = TrainConfig(
     family="wavenet",
     data="data",
     out="runs/libritts",
-    # The rate of the recordings. The readers of dev-clean are no readers of the training subsets,
-    # so speakers are not told apart: the mel says who it is.
+    # The rate of the recordings. The readers of dev-clean are not in the training subsets,
+    # so there are no speaker vectors: the mel identifies the voice.
     sample_rate=24000,
     mel_hop_length=256,
     mel_n_fft=1024,

@@ -1,4 +1,4 @@
-"""Train on music, without mels: a model that plays on by itself. Every value below is a flag too."""
+"""Train on music, without mels. Every value below is a flag too."""
 
 from wavear import TrainConfig
 from wavear.cli import recipe
@@ -10,7 +10,7 @@ VALUES = TrainConfig(
     unconditional=True,
     # Recordings are mixed to mono and resampled as they are read.
     sample_rate=16000,
-    # Without mels all that the model knows is its past: three stacks of ten layers see 192 ms of
+    # Without mels the context is only the past: three stacks of ten layers see 192 ms of
     # it.
     layers=30,
     stacks=3,
@@ -23,7 +23,7 @@ VALUES = TrainConfig(
     segment=8192,
     learning_rate=2e-3,
     ema_decay=0.9999,
-    # It has to listen to itself without going astray: noise on the past, in training alone.
+    # Noise on the past, only in training, makes the free run robust.
     input_noise=1.0,
     sample_seconds=4.0,
     max_steps=300_000,

@@ -1,4 +1,4 @@
-"""Text to speech: torchaudio's Tacotron 2 makes a mel of a text, a wavear vocoder makes it sound."""
+"""Speak a text: torchaudio's Tacotron 2 makes a mel of it, a wavear vocoder the audio."""
 
 import dataclasses
 import sys
@@ -22,22 +22,22 @@ BUNDLES = {
 
 @dataclasses.dataclass(frozen=True)
 class Speak:
-    """What to say, and with what."""
+    """The text, and the models that speak it."""
 
     checkpoint: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="CHECKPOINT")]
-    """Vocoder: a folder that train.py wrote, such as runs/tts/best, or owner/name on the Hugging Face hub."""
+    """Vocoder: a folder such as runs/tts/best, or owner/name on the Hugging Face hub."""
     text: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="TEXT")]
     """In English."""
     out: Path = Path("speech.wav")
     """File to write: .wav, .flac, .ogg or .opus."""
     bundle: str = "TACOTRON2_GRIFFINLIM_CHAR_LJSPEECH"
-    """Of torchaudio.pipelines; those with PHONE need the package deep_phonemizer."""
+    """A bundle of torchaudio.pipelines; those with PHONE need the package deep_phonemizer."""
     seed: int = 0
-    """Of Tacotron 2's dropout and of the audio."""
+    """Seed of Tacotron 2's dropout and of the audio."""
     temperature: float = 1.0
-    """Of the vocoder: below 1 duller and cleaner."""
+    """Temperature of the vocoder: below 1 duller and cleaner."""
     top_p: float | None = None
-    """Of the vocoder: draw among the likeliest values with this probability."""
+    """Draw among the likeliest values with this probability."""
     engine: str = "auto"
     """auto, numba or reference."""
     weights: str = "float32"
@@ -45,7 +45,7 @@ class Speak:
     overwrite: bool = False
     """Replace the file if it exists."""
     force: bool = False
-    """Go on although the vocoder expects other mels than the bundle makes."""
+    """Continue although the vocoder expects other mels than the bundle makes."""
 
 
 def text_to_mel(text: str, processor: Any, tacotron2: Any, seed: int = 0) -> torch.Tensor:
@@ -58,14 +58,14 @@ def text_to_mel(text: str, processor: Any, tacotron2: Any, seed: int = 0) -> tor
 
 
 def speak(speak: Speak, processor: Any = None, tacotron2: Any = None) -> tuple[torch.Tensor, int]:
-    """The waveform (T,) and its rate; without a processor and a Tacotron 2 the bundle's are downloaded."""
+    """Return the waveform (T,) and its rate; download the bundle's parts that are not given."""
     if speak.bundle not in BUNDLES:
         raise ValueError(f"bundle is {speak.bundle!r}, it must be one of {', '.join(BUNDLES)}")
     if speak.out.exists() and not speak.overwrite:
         raise FileExistsError(f"{speak.out} exists: choose another name, or pass --overwrite")
     model = wavear.load(speak.checkpoint)
     if model.config.mel is None:
-        raise ValueError(f"{speak.checkpoint} takes no mels: it is no vocoder")
+        raise ValueError(f"{speak.checkpoint} takes no mels: it is not a vocoder")
     if processor is None or tacotron2 is None:
         import torchaudio
 
@@ -90,7 +90,7 @@ def speak(speak: Speak, processor: Any = None, tacotron2: Any = None) -> tuple[t
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The exit status."""
+    """Speak the text; return the exit status."""
     given = tyro.cli(Speak, description=__doc__, args=arguments)
     began = time.perf_counter()
     try:

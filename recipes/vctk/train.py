@@ -11,8 +11,8 @@ VALUES = TrainConfig(
     family="wavenet",
     data="data",
     out="runs/vctk",
-    # The model learns a vector for each speaker; --no-speakers makes a vocoder that is told by the
-    # mel alone.
+    # The model learns a vector for each speaker; --no-speakers makes a vocoder that has only
+    # the mel.
     speakers=True,
     # The recordings are of 48000 Hz and are resampled as they are read.
     sample_rate=22050,
