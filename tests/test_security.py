@@ -1,4 +1,4 @@
-"""Each line of SECURITY.md: what others made runs no code, opens no address, and takes no file of the user's."""
+"""Each line of SECURITY.md: data of others run no code, open no address and take no file."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ import wavear
 from wavear import EvaluateConfig, WaveNet, WaveNetConfig, audio, corpora
 from wavear.cli.commands import main
 from wavear.data import shards
-from wavear.data.arrays import map_arrays
 from wavear.data.corpus import find, open_corpus
+from wavear.data.store import FILE, DamagedError, Store
 from wavear.evaluation.evaluation import Evaluation, compare_models, evaluate
 from wavear.generation.files import read_mel
 from wavear.generation.states import StreamState
@@ -39,7 +39,8 @@ SIZES = dict.fromkeys(
     ("residual_channels", "skip_channels", "head_channels", "conditioning_channels"), 4
 )
 TRAINING: dict[str, Any] = {
-    "family": "wavenet", "layers": 2, "stacks": 1, **SIZES, "classes": 16, "sample_rate": RATE, "mel_bands": 8,
+    "family": "wavenet", "layers": 2, "stacks": 1, **SIZES, "classes": 16,
+    "sample_rate": RATE, "mel_bands": 8,
     "mel_hop_length": 64, "segment": 256, "warmup_steps": 1, "validate_every": 1000,
     "sample_seconds": 0.0, "progress": False,
     "device": "cpu", "precision": "32", "max_steps": 1, "batch_size": 2,
@@ -167,8 +168,8 @@ def test_a_pickle_in_place_of_what_wavear_writes_is_refused(here: Path):
         path.write_bytes(content or path.read_bytes())
     with pytest.raises(ValueError, match="damaged"):
         StreamState.load(here / "x.safetensors")
-    with pytest.raises(ValueError, match="damaged"):
-        map_arrays(here / "x.safetensors", "wavear listing 1")
+    with pytest.raises(DamagedError, match="not an index"):
+        Store(here / "x.safetensors")
     assert not (here / "ran").exists()
 
 
@@ -204,7 +205,7 @@ def test_no_name_in_a_checkpoint_is_imported(
 
 
 def plant(folder: Path) -> None:
-    """Modules that leave a mark when they are imported, under the names of ours, of libraries, and of Python's."""
+    """Write modules with known names that leave a mark when they are imported."""
     for name in (
         "wavear",
         "numpy",
@@ -220,17 +221,17 @@ def plant(folder: Path) -> None:
         )
 
 
-def test_processes_that_read_headers_do_not_import_from_the_current_directory(
+def test_index_workers_do_not_import_from_the_current_directory(
     here: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    from wavear.data import levels
+    from wavear.data import workers
 
     plant(here)
     monkeypatch.setattr(sys, "path", ["", str(here), *sys.path])
     monkeypatch.setenv("PYTHONPATH", os.pathsep)  # which stands for the current directory, too
-    blocks = [(n, [[str(here / "data" / f"{n}.wav")]]) for n in range(4)]
-    found = dict(levels.look_in_processes("header", blocks, 2))
-    assert [found[n][0].a for n in range(4)] == [4000] * 4
+    blocks = [(n, [(str(here / "data" / f"{n}.wav"),)]) for n in range(4)]
+    found = dict(workers.look_in_processes(blocks, 2))
+    assert [found[n][0].frames for n in range(4)] == [4000] * 4
     assert not (here / "ran").exists()
 
 
@@ -282,12 +283,7 @@ def test_pipes_among_the_data_are_named_and_block_nothing(here: Path):
     os.mkfifo("data/x.wav")
     index = here / "data" / ".wavear-index"
     index.mkdir()
-    for name in (
-        "listing.safetensors",
-        "headers.safetensors",
-        f"headers-{'0' * 32}.journal",
-        "headers.lock",
-    ):
+    for name in (FILE, f"{FILE}-journal", "index.lock"):
         os.mkfifo(index / name)
     program = "from wavear.data.corpus import index; print(index('data').bad)"
     path = os.pathsep.join([str(Path(wavear.__file__).parents[1]), *sys.path])
@@ -331,7 +327,7 @@ def test_shards_hold_regular_files_inside_the_folder_only(
 
 
 def test_a_download_is_unpacked_below_its_folder_only(here: Path):
-    """An archive that is there already is not checked by torchaudio: somebody else may have put it there."""
+    """torchaudio does not check an archive that is there already."""
     data = here / "corpora"
     data.mkdir()
     with tarfile.open(data / "waves_yesno.tar.gz", "w:gz") as archive:
