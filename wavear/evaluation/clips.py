@@ -7,25 +7,17 @@ import functools
 import json
 import random
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from wavear.data.corpus import (
-    Recording,
-    _level_by_speaker,
-    _measured,
-    _open,
-    find,
-    open_corpus,
-    overlapping,
-    reason,
-)
+import numpy as np
+
+from wavear.data.corpus import Treatment, find, open_corpus, overlapping, prepare
+from wavear.data.recordings import Recording, Recordings
 from wavear.data.shards import is_shards, refuse_remote
 from wavear.evaluation.held_out import subset
 
-_THREADS = 8  # reading headers waits for the disk
 _REPORTS = {
     "audio": "evaluation.json",
     "strip": "models.json",
@@ -65,6 +57,10 @@ class Preparation:
         return found + (
             [] if self.trim_silence is None else [f"ends {self.trim_silence:g} dB down cut"]
         )
+
+    def treatment(self, rate: int, least: int) -> Treatment:
+        """As the corpus takes it."""
+        return Treatment(rate, least, self.normalise, self.normalise_by, self.trim_silence)
 
     @property
     def does_something(self) -> bool:
@@ -114,28 +110,15 @@ def open_clips(
     """
     clips = Clips([])
     found = _found(data, speakers, prepared, clips.notes)
-    if held := [r for r in found if r.split in ("validation", "test")]:
+    if len(held := found.take(found.split > 0)):  # not for training
         if len(held) < len(found):
             clips.notes.append(
                 f"{len(held)} of {len(found)} recordings: those not for training by their split"
             )
         found = held
 
-    def look(recording: Recording) -> Recording | str:
-        try:
-            opened = _open(recording, rate, least)
-            if not prepared.does_something:
-                return opened
-            return _measured(opened, rate, prepared.normalise, prepared.trim_silence)
-        except (ValueError, OSError) as error:
-            return reason(error, recording)
-
-    with ThreadPoolExecutor(_THREADS) as pool:
-        for recording, result in zip(found, pool.map(look, found), strict=True):
-            if isinstance(result, str):
-                clips.failed[recording.name] = result
-            else:
-                clips.good.append(result)
+    good, bad = prepare(found, prepared.treatment(rate, least))
+    clips.good, clips.failed = list(good), dict(bad[len(found.bad) :])
     if not clips.good:
         name, why = next(iter(clips.failed.items()))
         raise ValueError(f"{data}: none of the clips can be used; the first: {name}: {why}")
@@ -153,9 +136,7 @@ def open_clips(
     return clips
 
 
-def _found(
-    data: str | Path, speakers: bool, prepared: Preparation, notes: list[str]
-) -> list[Recording]:
+def _found(data: str | Path, speakers: bool, prepared: Preparation, notes: list[str]) -> Recordings:
     """As `wavear.data.corpus.find`, with speakers where they have gains, and without the sound of earlier reports."""
     try:
         found = find(data, speakers or prepared.by_speaker)
@@ -174,8 +155,8 @@ def _found(
             for n, part in enumerate(folders)
         )
 
-    left = [recording for recording in found if not of_report(recording.name)]
-    if not left:
+    left = found.take(np.array([not of_report(found.file(row)) for row in range(len(found))], bool))
+    if not len(left):
         raise ValueError(f"{data} holds no recordings but those of earlier reports")
     if len(left) < len(found):
         notes.append(f"{len(found) - len(left)} files are passed over: they are of earlier reports")
@@ -188,7 +169,7 @@ def _speaker_levels(
     """With one gain per speaker, that of the training where it is known, else by these; and what was done, in words."""
     found = [
         dataclasses.replace(r, gain=gains[r.speaker]) if r.speaker in gains else r
-        for r in _level_by_speaker(recordings)
+        for r in recordings
     ]
     speakers = {r.speaker for r in recordings}
     if speakers == {None}:
@@ -284,22 +265,12 @@ def open_clips_for_fitting(
 ) -> list[Recording]:
     """Recordings to fit to: of a manifest with a column `split`, those for training."""
     found = _found(data, False, prepared, [])
-    names = {r.name for r in found if r.split in (None, "train")}
-    if not names:
+    found = found.take(found.split <= 0)
+    if not len(found):
         raise ValueError(
             f"{data}: every recording is held out by its 'split', none is left to fit to"
         )
-    good = []
-    for recording in found:
-        if recording.name not in names:
-            continue
-        try:
-            opened = _open(recording, rate, least)
-            if prepared.does_something:
-                opened = _measured(opened, rate, prepared.normalise, prepared.trim_silence)
-            good.append(opened)
-        except (ValueError, OSError):
-            continue
+    good = list(prepare(found, prepared.treatment(rate, least))[0])
     if not good:
         raise ValueError(f"{data}: none of the recordings can be used")
     return _speaker_levels(good, prepared.gains)[0] if prepared.by_speaker else good

@@ -192,7 +192,7 @@ def _gains(recordings: Recordings) -> dict[str, float]:
     if recordings.gain is None:
         return {}
     numbers, rows = np.unique(recordings.speaker, return_index=True)
-    names = recordings.listing.speakers
+    names = recordings.speaker_names
     return {
         names[n]: float(recordings.gain[row])
         for n, row in zip(numbers, rows, strict=True)
