@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -39,7 +39,7 @@ class Found:
     def __init__(self, count: int):
         self.start, self.frames, self.rate = np.zeros((3, count), np.int64)
         self.gain = np.ones(count)
-        self.error = np.full(count, None, object)
+        self.error: Any = np.full(count, None, object)  # str or None
         self.new = 0
         """Files that were looked into, not remembered."""
 
