@@ -1,4 +1,4 @@
-"""Published corpora in miniature, laid out as they are, through torchaudio's own data sets."""
+"""Published corpora in miniature, read through torchaudio's data sets."""
 
 from __future__ import annotations
 
@@ -142,8 +142,8 @@ def config(data: Path, out: Path, **settings) -> TrainConfig:
 
 
 @pytest.mark.parametrize("corpus", EXPECTED, ids=str)
-def test_a_corpus_is_listed_as_it_is_laid_out(tmp_path: Path, corpus: corpora.PublishedCorpus):
-    """Every clip is found, held out by the rule and of the right speaker, as a run reads it; the data stay as is."""
+def test_corpus_is_listed(tmp_path: Path, corpus: corpora.PublishedCorpus):
+    """Every clip is found, with its split and speaker; the data stay as they are."""
     miniature, held_out, trained_on, speakers = EXPECTED[corpus]
     MINIATURES[miniature](tmp_path / "data")
     before = sorted((tmp_path / "data").rglob("*"))
@@ -162,7 +162,7 @@ def test_a_corpus_is_listed_as_it_is_laid_out(tmp_path: Path, corpus: corpora.Pu
     assert sorted((tmp_path / "data").rglob("*")) == before
 
 
-def test_voices_of_arctic_share_what_is_held_out(tmp_path: Path):
+def test_arctic_voices_hold_out_the_same_sentences(tmp_path: Path):
     cmu_arctic(tmp_path, ("bdl", "slt"))
     clips = corpora.CMUArctic(("slt", "bdl")).clips(tmp_path)
     assert {(clip.speaker, clip.path.stem) for clip in clips if clip.split == "validation"} == {
@@ -171,36 +171,34 @@ def test_voices_of_arctic_share_what_is_held_out(tmp_path: Path):
     assert len(clips) == 8
 
 
-def test_nothing_is_chosen_on_the_test_digits(tmp_path: Path):
+def test_digits_keep_their_test_set(tmp_path: Path):
     digits(tmp_path)
     clips = corpora.Digits().clips(tmp_path)
     tested = {int(clip.path.stem.split("_")[2]) for clip in clips if clip.split == "test"}
     assert tested == {0, 4}
     clip(tmp_path / "recordings" / "seven.wav", 8000)
     with pytest.raises(
-        ValueError, match=r"seven\.wav is not named as digits are: DIGIT_SPEAKER_INDEX\.wav"
+        ValueError, match=r"seven\.wav has another form than DIGIT_SPEAKER_INDEX\.wav"
     ):
         corpora.Digits().clips(tmp_path)
 
 
 @pytest.mark.parametrize("corpus", EXPECTED, ids=str)
-def test_a_missing_corpus_is_said_with_how_to_get_it(
-    tmp_path: Path, corpus: corpora.PublishedCorpus
-):
+def test_missing_corpus_is_refused_with_its_source(tmp_path: Path, corpus: corpora.PublishedCorpus):
     with pytest.raises(FileNotFoundError) as refusal:
         corpus_run.listed(corpus, config(tmp_path / "data", tmp_path / "runs" / "x"))
     said = str(refusal.value)
-    assert f"{tmp_path / 'data'} holds no {corpus.folder(corpus.parts()[0])}" in said
+    assert f"{tmp_path / 'data'} has no folder {corpus.folder(corpus.parts()[0])}" in said
     assert corpus.size(corpus.parts()) in said
     assert ("--download" in said) is (corpus.get is None)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_part_that_is_missing_is_named_with_its_own_size(tmp_path: Path):
+def test_missing_part_is_named_with_its_size(tmp_path: Path):
     libritts(tmp_path)
     with pytest.raises(
         FileNotFoundError,
-        match=r"no LibriTTS/train-clean-360 \(LibriTTS\): --download gets it, 28 GB;",
+        match=r"no folder LibriTTS/train-clean-360 \(LibriTTS\): get it with --download, 28 GB",
     ):
         corpora.LibriTTS(("train-clean-100", "train-clean-360")).clips(tmp_path)
 
@@ -212,36 +210,37 @@ def test_a_part_that_is_missing_is_named_with_its_own_size(tmp_path: Path):
         (cmu_arctic, corpora.CMUArctic(), "ARCTIC/cmu_us_slt_arctic/etc/txt.done.data"),
     ],
 )
-def test_a_corpus_without_its_list(
+def test_corpus_without_its_list_is_refused(
     tmp_path: Path, miniature, corpus: corpora.PublishedCorpus, lost: str
 ):
     miniature(tmp_path)
     (tmp_path / lost).unlink()
-    with pytest.raises(FileNotFoundError, match="is not laid out as") as refusal:
+    with pytest.raises(FileNotFoundError, match="is not a complete") as refusal:
         corpus.clips(tmp_path)
     assert str(tmp_path / lost) in str(refusal.value)
 
 
-def test_an_empty_corpus(tmp_path: Path):
+def test_empty_corpus_is_refused(tmp_path: Path):
     (tmp_path / "waves_yesno").mkdir()
     with pytest.raises(ValueError, match="lists no recordings"):
         corpora.YesNo().clips(tmp_path)
 
 
 def test_unknown_parts_are_refused():
-    with pytest.raises(ValueError, match="voices: 'xyz' is none of aew, "):
+    with pytest.raises(ValueError, match="voices has 'xyz', expected one of aew, "):
         corpora.CMUArctic(("slt", "xyz"))
     with pytest.raises(
-        ValueError, match="'dev-clean' is none of train-clean-100, train-clean-360, train-other-500"
+        ValueError,
+        match="'dev-clean', expected one of train-clean-100, train-clean-360, train-other-500",
     ):
         corpora.LibriTTS(("dev-clean",))
     with pytest.raises(ValueError, match="subsets is empty"):
         corpora.LibriTTS(())
-    with pytest.raises(ValueError, match="microphone: 'mic3'"):
+    with pytest.raises(ValueError, match="microphone has 'mic3'"):
         corpora.VCTK("mic3")
 
 
-def test_speakers_that_are_not_trained_on_are_not_told_apart(tmp_path: Path):
+def test_untrained_speakers_are_refused(tmp_path: Path):
     libritts(tmp_path / "data")
     with pytest.raises(ValueError, match=r"\(84, say\)"):
         corpus_run.listed(
@@ -251,8 +250,8 @@ def test_speakers_that_are_not_trained_on_are_not_told_apart(tmp_path: Path):
     corpus_run.listed(corpora.VCTK(), config(tmp_path / "data", tmp_path / "x", speakers=True))
 
 
-def test_a_manifest_is_never_replaced_unasked(tmp_path: Path):
-    """The same list is left alone, another one refused, kept by `resume`, replaced by `overwrite`."""
+def test_manifest_is_replaced_only_with_overwrite(tmp_path: Path):
+    """An equal one stays; another is refused, kept by `resume`, replaced by `overwrite`."""
     yesno(tmp_path / "data")
     given = config(tmp_path / "data", tmp_path / "x")
     manifest = tmp_path / "x.csv"
@@ -262,7 +261,7 @@ def test_a_manifest_is_never_replaced_unasked(tmp_path: Path):
     corpus_run.listed(corpora.YesNo(), given)
     assert manifest.stat().st_mtime == 1
     manifest.write_text("path\nmine.wav\n")
-    with pytest.raises(FileExistsError, match=r"x\.csv exists and lists something else"):
+    with pytest.raises(FileExistsError, match=r"x\.csv exists with other contents"):
         corpus_run.listed(corpora.YesNo(), given)
     resumed = corpus_run.listed(
         corpora.YesNo(), config(tmp_path / "data", tmp_path / "x", resume=True)
@@ -273,15 +272,15 @@ def test_a_manifest_is_never_replaced_unasked(tmp_path: Path):
     assert manifest.read_bytes() == written
 
 
-def test_a_manifest_as_data_is_taken_as_it_is(tmp_path: Path):
+def test_manifest_as_data_stays(tmp_path: Path):
     (tmp_path / "mine.csv").write_text("path\nmine.wav\n")
     given = config(tmp_path / "mine.csv", tmp_path / "x")
     assert corpus_run.listed(corpora.YesNo(), given) == given
     assert not (tmp_path / "x.csv").exists()
 
 
-def test_a_manifest_finds_its_recordings_through_links(tmp_path: Path):
-    """Data and runs on other disks, linked to: `..` does not go where the name seems to say."""
+def test_manifest_paths_work_through_links(tmp_path: Path):
+    """Data and runs are links to other disks, where `..` leads elsewhere."""
     yesno(tmp_path / "disk" / "a" / "b" / "data")
     (tmp_path / "scratch" / "runs").mkdir(parents=True)
     (tmp_path / "data").symlink_to(tmp_path / "disk" / "a" / "b" / "data")
@@ -304,7 +303,7 @@ class Fetched(corpora.YesNo):
         return super().dataset(data, part)
 
 
-def test_download_gets_what_is_missing_and_no_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_download_gets_missing_parts_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     data = tmp_path / "new" / "data"
     assert Fetched().download(data) == [data / "waves_yesno"]
     assert len(Fetched().clips(data)) == 11
@@ -323,7 +322,7 @@ def test_download_gets_what_is_missing_and_no_more(tmp_path: Path, monkeypatch: 
         (KeyboardInterrupt(), KeyboardInterrupt, "^$"),
     ],
 )
-def test_a_broken_download_leaves_nothing_that_looks_whole(
+def test_failed_download_leaves_no_part(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     broken: BaseException,
@@ -340,7 +339,7 @@ def test_a_broken_download_leaves_nothing_that_looks_whole(
 def test_download_is_a_flag_of_a_recipe(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ):
-    """It gets the corpus and stops; many processes at once are refused; what torchaudio cannot get has no such flag."""
+    """It refuses several processes; a corpus that torchaudio cannot download has no such flag."""
 
     def status(corpus: corpora.PublishedCorpus, *flags: str) -> int:
         monkeypatch.setattr("sys.argv", ["train.py", *flags])

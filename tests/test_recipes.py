@@ -73,7 +73,9 @@ def test_readme_states_the_requirements(name: str):
 def test_values_are_flags(name: str, start: Callable[..., int], monkeypatch: pytest.MonkeyPatch):
     """The run has the recipe's values, except for those given as flags."""
     trained: list[TrainConfig] = []
-    monkeypatch.setattr("wavear.cli.training.run_training", lambda config: trained.append(config) or 0)
+    monkeypatch.setattr(
+        "wavear.cli.training.run_training", lambda config: trained.append(config) or 0
+    )
     recipe = module(RECIPES / name / "train.py")
     sizes = {"wavenet": ("--stacks", "3"), "predictive": ("--period-layers", "2")}
     Path("elsewhere").write_text("path\nsome.wav\n")  # a manifest, which every recipe accepts

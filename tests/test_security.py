@@ -24,8 +24,8 @@ import wavear
 from wavear import EvaluateConfig, WaveNet, WaveNetConfig, audio, corpora
 from wavear.cli.commands import main
 from wavear.data import shards
-from wavear.data.arrays import map_arrays
 from wavear.data.corpus import find, open_corpus
+from wavear.data.store import FILE, DamagedError, Store
 from wavear.evaluation.evaluation import Evaluation, compare_models, evaluate
 from wavear.generation.mel_files import read_mel
 from wavear.generation.states import StreamState
@@ -168,8 +168,8 @@ def test_a_pickle_in_place_of_what_wavear_writes_is_refused(here: Path):
         path.write_bytes(content or path.read_bytes())
     with pytest.raises(ValueError, match="damaged"):
         StreamState.load(here / "x.safetensors")
-    with pytest.raises(ValueError, match="damaged"):
-        map_arrays(here / "x.safetensors", "wavear listing 1")
+    with pytest.raises(DamagedError, match="not an index"):
+        Store(here / "x.safetensors")
     assert not (here / "ran").exists()
 
 
@@ -221,17 +221,17 @@ def plant(folder: Path) -> None:
         )
 
 
-def test_processes_that_read_headers_do_not_import_from_the_current_directory(
+def test_index_workers_do_not_import_from_the_current_directory(
     here: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    from wavear.data import levels
+    from wavear.data import workers
 
     plant(here)
     monkeypatch.setattr(sys, "path", ["", str(here), *sys.path])
     monkeypatch.setenv("PYTHONPATH", os.pathsep)  # which stands for the current directory, too
-    blocks = [(n, [[str(here / "data" / f"{n}.wav")]]) for n in range(4)]
-    found = dict(levels.look_in_processes("header", blocks, 2))
-    assert [found[n][0].a for n in range(4)] == [4000] * 4
+    blocks = [(n, [(str(here / "data" / f"{n}.wav"),)]) for n in range(4)]
+    found = dict(workers.look_in_processes(blocks, 2))
+    assert [found[n][0].frames for n in range(4)] == [4000] * 4
     assert not (here / "ran").exists()
 
 
@@ -283,12 +283,7 @@ def test_pipes_among_the_data_are_named_and_block_nothing(here: Path):
     os.mkfifo("data/x.wav")
     index = here / "data" / ".wavear-index"
     index.mkdir()
-    for name in (
-        "listing.safetensors",
-        "headers.safetensors",
-        f"headers-{'0' * 32}.journal",
-        "headers.lock",
-    ):
+    for name in (FILE, f"{FILE}-journal", "index.lock"):
         os.mkfifo(index / name)
     program = "from wavear.data.corpus import index; print(index('data').bad)"
     path = os.pathsep.join([str(Path(wavear.__file__).parents[1]), *sys.path])

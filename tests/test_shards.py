@@ -1,4 +1,4 @@
-"""Tar shards: they hold what webdataset says they hold, and a run on them is the run on their files."""
+"""Tar shards: compatible with webdataset, and a run on them equals the run on their files."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def layout() -> Layout:
     return layout_of(WaveNet(config), 512)
 
 
-def test_shards_hold_the_files_byte_for_byte(folder, made, tmp_path):
+def test_shards_contain_the_files_byte_for_byte(folder, made, tmp_path):
     assert [path.name for path in made.shards] == [
         f"shard-{n:06}.tar" for n in range(len(made.shards))
     ]
@@ -102,7 +102,7 @@ def test_shards_hold_the_files_byte_for_byte(folder, made, tmp_path):
     assert [a.read_bytes() for a in again.shards] == [b.read_bytes() for b in made.shards]
 
 
-def test_webdataset_reads_what_we_write(made):
+def test_webdataset_reads_our_shards(made):
     wds = pytest.importorskip("webdataset", reason="the extra webdataset is not installed")
     names = [str(path) for path in made.shards]
     with warnings.catch_warnings():
@@ -125,7 +125,7 @@ def test_webdataset_reads_what_we_write(made):
         assert recording.speaker == json.loads(sample["json"])["speaker"]
 
 
-def test_we_read_what_webdataset_writes(tmp_path):
+def test_shards_of_webdataset_are_read(tmp_path):
     wds = pytest.importorskip("webdataset", reason="the extra webdataset is not installed")
     with wds.ShardWriter(str(tmp_path / "w-%03d.tar"), maxcount=2, verbose=0) as writer:
         for number in range(5):
@@ -145,7 +145,7 @@ def test_we_read_what_webdataset_writes(tmp_path):
     }
 
 
-def test_a_member_is_read_as_the_file_it_is(folder, made):
+def test_member_equals_its_file(folder, made):
     """Whole, in part, and at another rate: to the bit."""
     corpus = open_corpus(str(made.shards[0].parent / "*.tar"), sample_rate=RATE)
     for recording in corpus.train + corpus.validation:
@@ -164,7 +164,7 @@ def test_a_member_is_read_as_the_file_it_is(folder, made):
 
 
 @pytest.mark.parametrize("kind", ["ogg", "flac", "wav"])
-def test_a_member_whose_header_lies_is_put_right(tmp_path, kind):
+def test_wrong_header_of_a_member_is_corrected(tmp_path, kind):
     """As a file of that kind is: a WAV from a pipe promises 2**32 bytes."""
     audio.write(tmp_path / f"a.{kind}", noise(6000, 0), RATE)
     content = bytearray((tmp_path / f"a.{kind}").read_bytes())
@@ -183,8 +183,8 @@ def test_a_member_whose_header_lies_is_put_right(tmp_path, kind):
         )
 
 
-def test_the_order_of_the_data_is_that_of_a_folder(tmp_path, folder):
-    """Item i of shards is item i of their files in a folder of the same names; so all that resume promises holds."""
+def test_order_of_shards_equals_order_of_a_folder(tmp_path, folder):
+    """Item i of shards equals item i of a folder with the same names, so runs resume."""
     made = shards.write_shards(folder, tmp_path / "s", speakers=True, seed=None)
     (tmp_path / "f" / "shard-000000.tar").mkdir(parents=True)
     for path in folder.rglob("*.*"):
@@ -226,19 +226,19 @@ def test_shards_are_read_through_once(made, monkeypatch):
     assert seen == ["zz.tar"]
 
 
-def test_an_index_of_shards_is_kept_whole(made, monkeypatch):
+def test_index_of_shards_keeps_bad_shards(made, monkeypatch):
     pattern = str(made.shards[0].parent / "*.tar")
     bad = made.shards[0].parent / "bad.tar"
     bad.write_bytes(b"no tar at all")
     report = wavear.index(pattern)
     assert (report.files, report.new) == (10, 10)
     assert [name for name, _ in report.bad] == ["bad.tar"]
-    monkeypatch.setattr(shards, "list_shards", None)  # the second time there is nothing to list
+    monkeypatch.setattr(shards, "scan", None)  # the second time no shard is read through
     again = wavear.index(pattern)
     assert (again.files, again.new, again.bad) == (10, 0, report.bad)
 
 
-def test_held_out_shards_are_a_second_pattern(made):
+def test_validation_can_be_shards(made):
     first, *rest = map(str, made.shards)
     corpus = open_corpus(first, sample_rate=RATE, validation=str(made.shards[1]))
     assert {r.name.split("/")[0] for r in corpus.train} == {"shard-000000.tar"}
@@ -263,25 +263,23 @@ def broken_inside(content: bytes) -> bytes:
     ("damage", "kept", "why"),
     [
         (truncated, {"a.wav", "b.wav"}, "truncated inside: the archive ends before it does"),
-        (without_end, {"a.wav", "b.wav", "c.wav"}, "ends without the mark of its end"),
+        (without_end, {"a.wav", "b.wav", "c.wav"}, "has no end mark"),
         (broken_inside, {"a.wav", "b.wav"}, "damaged: no member at byte"),
-        (lambda content: b"", set(), "is no tar archive"),
+        (lambda content: b"", set(), "is not a tar archive"),
     ],
     ids=["truncated", "without-end", "broken-inside", "empty"],
 )
-def test_a_damaged_shard_is_named_and_what_is_before_the_damage_is_used(
-    tmp_path, damage, kept, why
-):
+def test_members_before_the_damage_are_used(tmp_path, damage, kept, why):
     members = {f"{name}.wav": wav(3000, 1, tmp_path) for name in "abc"}
     whole = tar(tmp_path / "whole.tar", members)
     (tmp_path / "x.tar").write_bytes(damage(whole.read_bytes()))
     corpus = open_corpus(tmp_path / "{whole,x}.tar", sample_rate=RATE)
     names = {r.name for r in corpus.train + corpus.validation}
     assert {n.split("/")[1] for n in names if n.startswith("x.")} == kept
-    assert any(name.startswith("x.tar") and why in told for name, told in corpus.bad)
+    assert any(name.startswith("x.tar") and why in fault for name, fault in corpus.bad)
 
 
-def test_what_is_no_sample_is_passed_over(tmp_path):
+def test_other_members_are_skipped(tmp_path):
     content = wav(3000, 1, tmp_path)
     members = {
         "./a.wav": content,
@@ -317,7 +315,7 @@ def test_what_is_no_sample_is_passed_over(tmp_path):
         ("pipe:true", OSError, r"pipe:true cannot be fetched"),
     ],
 )
-def test_what_is_not_there_is_refused(tmp_path, monkeypatch, data, error, message):
+def test_missing_shards_are_refused(tmp_path, monkeypatch, data, error, message):
     if "{" in data or "pipe" in data:
         pytest.importorskip("webdataset", reason="the extra webdataset is not installed")
     monkeypatch.chdir(tmp_path)
@@ -327,7 +325,7 @@ def test_what_is_not_there_is_refused(tmp_path, monkeypatch, data, error, messag
     assert not list((tmp_path / "cache").rglob("*.tar"))
 
 
-def test_a_missing_shard_of_several_is_named(made):
+def test_missing_shard_is_named(made):
     pytest.importorskip("webdataset", reason="the extra webdataset is not installed")
     count = len(made.shards)
     corpus = open_corpus(
@@ -339,7 +337,7 @@ def test_a_missing_shard_of_several_is_named(made):
     assert len(corpus.train) + len(corpus.validation) == 10
 
 
-def test_a_pipe_is_fetched_once_and_read_like_a_file(made, tmp_path):
+def test_pipe_is_fetched_once(made, tmp_path):
     pytest.importorskip("webdataset", reason="the extra webdataset is not installed")
     last = len(made.shards) - 1
     log = tmp_path / "log"
@@ -353,33 +351,32 @@ def test_a_pipe_is_fetched_once_and_read_like_a_file(made, tmp_path):
     assert len(log.read_text()) == last + 1
 
 
-def test_shards_are_not_made_over_something(folder, made, tmp_path):
+def test_invalid_shard_requests_are_refused(folder, made, tmp_path):
     before = {path: path.read_bytes() for path in made.shards}
-    with pytest.raises(FileExistsError, match="is there and not empty: choose another folder"):
+    with pytest.raises(FileExistsError, match="is not empty: choose another folder"):
         shards.write_shards(folder, made.shards[0].parent)
     assert {path: path.read_bytes() for path in made.shards[0].parent.iterdir()} == before
     (tmp_path / "list.csv").write_text("path,start\ndata/speaker1/01.flac,0.1\n")
-    with pytest.raises(
-        ValueError, match=r"list\.csv cuts files .*: shards are made of whole files"
-    ):
+    with pytest.raises(ValueError, match=r"list\.csv cuts files .*: shards contain whole files"):
         shards.write_shards(tmp_path / "list.csv", tmp_path / "new")
     for name in ("a.b.wav", "a_b.wav"):
         audio.write(tmp_path / name, noise(100, 0), RATE)
     (tmp_path / "list.csv").write_text("path\na.b.wav\na_b.wav\n")
-    with pytest.raises(ValueError, match="two files come to the key a_b"):
+    with pytest.raises(ValueError, match="two files have the key a_b"):
         shards.write_shards(tmp_path / "list.csv", tmp_path / "new")
 
 
-def test_a_run_on_shards_is_resumed_exactly(made, tmp_path):
-    """The states of a run in two parts and of one in one, to the byte; through the command that makes shards."""
+def test_run_on_shards_resumes_exactly(made, tmp_path):
+    """A run in two parts equals a run in one, to the bit."""
     from wavear.training.config import TrainConfig
     from wavear.training.run import train
     from wavear.training.state import state_paths
 
     settings: dict[str, Any] = {
-        "layers": 2, "stacks": 1, "residual_channels": 4, "skip_channels": 4, "head_channels": 4, "classes": 16,
-        "conditioning_channels": 4, "sample_rate": RATE, "mel_bands": 8, "mel_hop_length": 64, "segment": 256,
-        "warmup_steps": 1, "validate_every": 1000, "sample_seconds": 0.0, "progress": False, "device": "cpu",
+        "layers": 2, "stacks": 1, "residual_channels": 4, "skip_channels": 4, "head_channels": 4,
+        "classes": 16, "conditioning_channels": 4, "sample_rate": RATE, "mel_bands": 8,
+        "mel_hop_length": 64, "segment": 256, "warmup_steps": 1, "validate_every": 1000,
+        "sample_seconds": 0.0, "progress": False, "device": "cpu",
         "precision": "32", "max_steps": 4, "checkpoint_every": 2, "workers": 0, "speakers": True,
         "family": "wavenet",
     }  # fmt: skip
@@ -401,7 +398,7 @@ def test_a_run_on_shards_is_resumed_exactly(made, tmp_path):
     assert wavear.load(straight).config.speakers == 2
 
 
-def test_the_command_makes_shards(folder, tmp_path, capsys):
+def test_command_writes_shards(folder, tmp_path, capsys):
     assert (
         commands.main(
             ["shards", str(folder), "--out", str(tmp_path / "made"), "--megabytes", "0.02"]

@@ -1,9 +1,8 @@
-"""Published corpora, as torchaudio's data sets lay them out: which file is whose, and what is held out.
+"""Published corpora as torchaudio lays them out: the speaker and the split of each file.
 
-Each class says where a corpus lies below a data folder, how large it is, how torchaudio downloads
-it, and how its clips are split: officially where there is an official split, by a stated rule else.
-`listed` turns one into the manifest that a run reads. torchaudio's items decode audio; what is used
-of it here is its lists.
+Each class gives a corpus's folder, its size, torchaudio's data set of it, and its split: the
+official one, or else a stated rule. `wavear.training.corpus_run.listed` writes the manifest of a
+run. torchaudio's items decode audio; only its lists are used here.
 """
 
 from __future__ import annotations
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from wavear.common.atomic import replace_file
+from wavear.common.errors import WavearError
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,10 +36,11 @@ class Clip:
 
 @contextlib.contextmanager
 def _unpacked_inside() -> Iterator[None]:
-    """Let tar archives be unpacked only below their folder: torchaudio checks those it downloads, not one it finds."""
+    """Unpack tar archives below their folder only: torchaudio does not check one that it finds."""
     if not hasattr(tarfile, "data_filter"):
         raise OSError(
-            f"Python {sys.version.split()[0]} unpacks tar archives unsafely: update it to its last patch release"
+            f"Python {sys.version.split()[0]} unpacks tar archives unsafely. Update it to the last"
+            " patch release."
         )
     before = tarfile.TarFile.__dict__.get("extraction_filter")
     tarfile.TarFile.extraction_filter = staticmethod(tarfile.data_filter)
@@ -53,26 +54,26 @@ def _unpacked_inside() -> Iterator[None]:
 
 
 class PublishedCorpus:
-    """A published corpus of one or more parts (voices, subsets), each a folder below the data folder."""
+    """A published corpus of parts (voices, subsets), each a folder below the data folder."""
 
     title: ClassVar[str]
     get: ClassVar[str | None] = None
-    """How to get it, for a corpus that torchaudio does not download."""
+    """How to get a corpus that torchaudio does not download."""
 
     def parts(self) -> Sequence[str]:
-        """Names of the parts, held-out ones included."""
+        """Return the names of the parts, held-out ones included."""
         return ("",)
 
     def folder(self, part: str) -> str:
-        """Of a part, below the data folder."""
+        """Return the folder of a part, below the data folder."""
         raise NotImplementedError
 
     def gigabytes(self, part: str) -> float:
-        """To download for a part; unpacked it takes up to twice as much again."""
+        """Return the download size of a part; unpacked it takes up to twice as much again."""
         raise NotImplementedError
 
     def dataset(self, data: Path, part: str, download: bool = False) -> Any:
-        """torchaudio's data set of a part.
+        """Return torchaudio's data set of a part.
 
         Raises
         ------
@@ -84,34 +85,35 @@ class PublishedCorpus:
         raise NotImplementedError
 
     def clips_of(self, dataset: Any, part: str) -> Iterator[Clip]:
-        """The clips of a part."""
+        """Yield the clips of a part."""
         raise NotImplementedError
 
     def missing(self, data: str | Path) -> list[str]:
-        """Parts that are not there."""
+        """Return the parts that are missing below the folder `data`."""
         return [part for part in self.parts() if not (Path(data) / self.folder(part)).is_dir()]
 
     def size(self, parts: Iterable[str]) -> str:
-        """To download, in words."""
+        """Return the download size of parts, with its unit."""
         gigabytes = sum(self.gigabytes(part) for part in parts)
         return f"{gigabytes:.2g} GB" if gigabytes >= 0.95 else f"{1000 * gigabytes:.3g} MB"
 
     def clips(self, data: str | Path) -> list[Clip]:
-        """Every clip of every part, below the folder `data`.
+        """Return every clip of every part below the folder `data`.
 
         Raises
         ------
         FileNotFoundError
-            If a part is missing, with how to get it and its size, or lacks what lists it.
-        ValueError
-            If a part lists nothing, or nothing of it can be listed.
+            If a part or its list is missing; the message gives its size and how to get it.
+        WavearError
+            If a part lists no recordings, or a file name has another form.
         """
         data = Path(data)
         if lacking := self.missing(data):
             folders = ", ".join(self.folder(part) for part in lacking)
-            how = self.get or f"--download gets it, {self.size(lacking)}"
+            how = self.get or f"get it with --download, {self.size(lacking)}"
             raise FileNotFoundError(
-                f"{data} holds no {folders} ({self.title}): {how}; or --data names the folder that holds it"
+                f"{data} has no folder {folders} ({self.title}): {how}. If it is elsewhere, pass"
+                " its parent folder as --data."
             )
         found: list[Clip] = []
         for part in self.parts():
@@ -119,22 +121,22 @@ class PublishedCorpus:
             try:
                 clips = list(self.clips_of(self.dataset(data, part), part))
             except FileNotFoundError as error:
-                lost = error.filename or error
                 raise FileNotFoundError(
-                    f"{folder} is not laid out as {self.title} is, or not all there: {lost} is missing"
-                    " (recordings in folders of your own: recipes/folder)"
+                    f"{folder} is not a complete {self.title}: {error.filename or error} is"
+                    " missing. For your own recordings use recipes/folder."
                 ) from None
             if not clips:
-                raise ValueError(f"{folder} ({self.title}) lists no recordings: is it unpacked?")
+                raise WavearError(f"{folder} ({self.title}) lists no recordings: is it unpacked?")
             found += clips
         return found
 
     def download(self, data: str | Path) -> list[Path]:
-        """Get the parts that are missing into the folder `data`; a part is unpacked as a whole or not at all.
+        """Download the missing parts into the folder `data`, each whole or not at all.
 
         Returns
         -------
-        list of Path: the folders of the parts
+        list of Path
+            The folders of the parts.
 
         Raises
         ------
@@ -150,20 +152,21 @@ class PublishedCorpus:
                 with _unpacked_inside():
                     self.dataset(data, part, download=True)
             except BaseException as error:
-                # It was not there before, and torchaudio would take what is there now for all of
-                # it. The archive stays.
+                # torchaudio would treat a part of the folder as all of it. The archive stays.
                 shutil.rmtree(data / self.folder(part), ignore_errors=True)
                 if isinstance(error, (OSError, RuntimeError, EOFError, tarfile.TarError)):
-                    raise OSError(
-                        f"{self.title} cannot be downloaded to {data}: {error}"
-                    ) from error
+                    message = f"{self.title} cannot be downloaded to {data}: {error}"
+                    raise OSError(message) from error
                 raise
         return [data / self.folder(part) for part in self.parts()]
 
 
 @dataclass(frozen=True)
 class LJSpeech(PublishedCorpus):
-    """The LJ Speech Dataset 1.1. No split is official: the first 25 clips of LJ001 and of LJ002 are held out."""
+    """The LJ Speech Dataset 1.1. Without an official split, 50 clips are held out.
+
+    They are the first 25 clips of LJ001 and of LJ002.
+    """
 
     title: ClassVar[str] = "LJ Speech 1.1"
 
@@ -187,10 +190,11 @@ class LJSpeech(PublishedCorpus):
 
 @dataclass(frozen=True)
 class CMUArctic(PublishedCorpus):
-    """CMU ARCTIC. No split is official: sentences whose number divides by 20 are held out, of every voice."""
+    """CMU ARCTIC. Without an official split, every 20th sentence is held out, of every voice."""
 
     voices: tuple[str, ...] = ("slt",)
-    """Of aew, ahw, aup, awb, axb, bdl, clb, eey, fem, gka, jmk, ksp, ljm, lnh, rms, rxr, slp, slt."""
+    """Some of aew, ahw, aup, awb, axb, bdl, clb, eey, fem, gka, jmk, ksp, ljm, lnh, rms, rxr,
+    slp, slt."""
 
     title: ClassVar[str] = "CMU ARCTIC"
     _VOICES: ClassVar[tuple[str, ...]] = (
@@ -218,19 +222,16 @@ class CMUArctic(PublishedCorpus):
     def clips_of(self, dataset: Any, part: str) -> Iterator[Clip]:
         for (line,) in dataset._walker:
             if line.strip():
-                name = line.split()[
-                    1
-                ]  # ( arctic_a0001 "Author of the danger trail, Philip Steels, etc." )
-                yield Clip(
-                    Path(dataset._path, "wav", f"{name}.wav"), _every_20th(int(name[-4:])), part
-                )
+                name = line.split()[1]  # ( arctic_a0001 "Author of the danger trail, ..." )
+                path = Path(dataset._path, "wav", f"{name}.wav")
+                yield Clip(path, _every_20th(int(name[-4:])), part)
 
 
 @dataclass(frozen=True)
 class VCTK(PublishedCorpus):
-    """VCTK 0.92. No split is official: of every speaker, the sentences whose number divides by 20 are held out.
+    """VCTK 0.92. Without an official split, every 20th sentence of each speaker is held out.
 
-    Speakers are not: a model cannot be told to be one that it has not heard.
+    Speakers are not held out, since a model has no number for a speaker that it was not trained on.
     """
 
     microphone: str = "mic1"
@@ -254,17 +255,14 @@ class VCTK(PublishedCorpus):
 
     def clips_of(self, dataset: Any, part: str) -> Iterator[Clip]:
         for speaker, number in dataset._sample_ids:
-            path = Path(
-                dataset._audio_dir,
-                speaker,
-                f"{speaker}_{number}_{self.microphone}{dataset._audio_ext}",
-            )
+            name = f"{speaker}_{number}_{self.microphone}{dataset._audio_ext}"
+            path = Path(dataset._audio_dir, speaker, name)
             yield Clip(path, _every_20th(int(number)), speaker)
 
 
 @dataclass(frozen=True)
 class YesNo(PublishedCorpus):
-    """YesNo. No split is official: every tenth recording is held out, in the order of the names."""
+    """YesNo. Without an official split, every tenth recording is held out, in order of names."""
 
     title: ClassVar[str] = "YesNo"
 
@@ -281,14 +279,13 @@ class YesNo(PublishedCorpus):
 
     def clips_of(self, dataset: Any, part: str) -> Iterator[Clip]:
         for index, name in enumerate(dataset._walker):
-            yield Clip(
-                Path(dataset._path, f"{name}.wav"), "validation" if index % 10 == 9 else "train"
-            )
+            split = "validation" if index % 10 == 9 else "train"
+            yield Clip(Path(dataset._path, f"{name}.wav"), split)
 
 
 @dataclass(frozen=True)
 class LibriTTS(PublishedCorpus):
-    """LibriTTS, with its official split: dev-clean is held out, and its readers are nowhere else."""
+    """LibriTTS with its official split: dev-clean is held out; its readers occur nowhere else."""
 
     subsets: tuple[str, ...] = ("train-clean-100",)
     """To train on: train-clean-100, train-clean-360, train-other-500."""
@@ -302,9 +299,7 @@ class LibriTTS(PublishedCorpus):
     }
 
     def __post_init__(self) -> None:
-        _check(
-            "subsets", self.subsets, [name for name in self._GIGABYTES if name.startswith("train")]
-        )
+        _check("subsets", self.subsets, [name for name in self._GIGABYTES if name[:5] == "train"])
 
     def parts(self) -> Sequence[str]:
         return (*self.subsets, "dev-clean")
@@ -331,13 +326,13 @@ class LibriTTS(PublishedCorpus):
 class Digits(PublishedCorpus):
     """Spoken digits as in the Free Spoken Digit Dataset: `recordings/DIGIT_SPEAKER_INDEX.wav`.
 
-    The indices 0 to 4 are its official test set, on which nothing is trained or chosen; 5 to 9 are
+    The indices 0 to 4 are its official test set, for neither training nor selection; 5 to 9 are
     held out.
     """
 
     title: ClassVar[str] = "the Free Spoken Digit Dataset"
     get: ClassVar[str | None] = (
-        "git clone https://github.com/Jakobovski/free-spoken-digit-dataset gets it (21 MB of recordings)"
+        "get it by git clone https://github.com/Jakobovski/free-spoken-digit-dataset (21 MB)"
     )
 
     def folder(self, part: str) -> str:
@@ -354,22 +349,20 @@ class Digits(PublishedCorpus):
             digit, _, rest = path.stem.partition("_")
             speaker, _, index = rest.rpartition("_")
             if not (digit.isdigit() and speaker and index.isdigit()):
-                raise ValueError(
-                    f"{path} is not named as digits are: DIGIT_SPEAKER_INDEX.wav, such as 7_jackson_32.wav"
+                raise WavearError(
+                    f"{path} has another form than DIGIT_SPEAKER_INDEX.wav (7_jackson_32.wav)"
                 )
-            yield Clip(
-                path,
-                "test" if int(index) < 5 else "validation" if int(index) < 10 else "train",
-                speaker,
-            )
+            number = int(index)
+            split = "test" if number < 5 else "validation" if number < 10 else "train"
+            yield Clip(path, split, speaker)
 
 
 def _check(field: str, given: Sequence[str], known: Sequence[str]) -> None:
     if not given:
-        raise ValueError(f"{field} is empty, expected at least one of {', '.join(known)}")
+        raise WavearError(f"{field} is empty, expected at least one of {', '.join(known)}")
     for name in given:
         if name not in known:
-            raise ValueError(f"{field}: {name!r} is none of {', '.join(known)}")
+            raise WavearError(f"{field} has {name!r}, expected one of {', '.join(known)}")
 
 
 def _every_20th(number: int) -> str:
@@ -377,20 +370,14 @@ def _every_20th(number: int) -> str:
 
 
 def write_manifest(manifest: Path, clips: list[Clip], overwrite: bool) -> None:
-    text = _table(clips, os.path.realpath(manifest.parent))
-    if manifest.exists() and not overwrite:
-        if manifest.read_text(encoding="utf-8") == text:
-            return
-        raise FileExistsError(
-            f"{manifest} exists and lists something else: --resume goes on with it, --overwrite replaces it, or choose"
-            " another --out"
-        )
-    manifest.parent.mkdir(parents=True, exist_ok=True)
-    replace_file(manifest, lambda path: path.write_text(text, encoding="utf-8", newline="\n"))
+    """Write a CSV manifest, with paths relative to it so that data and runs can move together.
 
-
-def _table(clips: list[Clip], base: str) -> str:
-    """CSV, with paths relative to the folder `base` so that data and runs can move together."""
+    Raises
+    ------
+    FileExistsError
+        If the manifest exists with other contents, and `overwrite` is not set.
+    """
+    base = os.path.realpath(manifest.parent)
     columns = ["path", "split", *(["speaker"] if any(clip.speaker for clip in clips) else [])]
     table = io.StringIO()
     writer = csv.writer(table, lineterminator="\n")
@@ -398,4 +385,13 @@ def _table(clips: list[Clip], base: str) -> str:
     for clip in clips:
         path = Path(os.path.relpath(clip.path, base))
         writer.writerow([path.as_posix(), clip.split, clip.speaker][: len(columns)])
-    return table.getvalue()
+    text = table.getvalue()
+    if manifest.exists() and not overwrite:
+        if manifest.read_text(encoding="utf-8") == text:
+            return
+        raise FileExistsError(
+            f"{manifest} exists with other contents. Use it with --resume, replace it with"
+            " --overwrite, or choose another --out."
+        )
+    manifest.parent.mkdir(parents=True, exist_ok=True)
+    replace_file(manifest, lambda path: path.write_text(text, encoding="utf-8", newline="\n"))

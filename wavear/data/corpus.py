@@ -1,9 +1,7 @@
-"""Recordings: a folder or a manifest -> which stretch of which file is for training and which is held out.
+"""Open data for training: read the headers, measure levels if asked, and hold a part out.
 
-`wavear.data.listing` lists a folder or reads a manifest, `open_corpus` looks into the header of
-every file (or finds in the index what was there, `wavear.data.indexing`), names those that cannot
-be used, and splits the rest. Nothing is decoded here unless levels or silence have to be measured.
-All of it are arrays with a row per recording, so a million will do.
+`wavear.data.listing` and `wavear.data.shards` list the files; an index remembers their headers and
+levels (`wavear.data.indexing`). Audio is decoded here only to measure levels or silence.
 """
 
 from __future__ import annotations
@@ -16,62 +14,60 @@ from typing import Any, Literal
 
 import numpy as np
 
-from wavear import audio
-from wavear.data.indexing import Files, Index, mixed
-from wavear.data.levels import Normalise, level, why
-from wavear.data.listing import SUFFIXES, listed
-from wavear.data.recordings import (
-    SPLIT_NAMES,
-    Listing,
-    ListingBuilder,
-    Recording,
-    Recordings,
-    frames_of,
-)
-from wavear.data.shards import is_shards, list_shards, local_shards
+from wavear.common.errors import WavearError
+from wavear.data.indexing import LEVELS, Files, Index, mixed
+from wavear.data.levels import Normalise, Stretch, why
+from wavear.data.recordings import SPLIT_NAMES, Recording, Recordings
 
-__all__ = [
-    "SUFFIXES",
-    "Corpus",
-    "IndexReport",
-    "Normalise",
-    "Recording",
-    "Recordings",
-    "find",
-    "index",
-    "open_corpus",
-    "split",
-]
-
-_TRAIN, _VALIDATION, _TEST = range(3)  # of `SPLIT_NAMES`
+_TRAIN, _VALIDATION, _TEST = range(len(SPLIT_NAMES))
+Bad = list[tuple[str, str]]
+"""Files that cannot be used: name and reason."""
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """What there is to train on and to validate on."""
+    """Recordings for training and for validation."""
 
     train: Recordings
     validation: Recordings
     speakers: list[str]
     """Names in the order of their numbers; empty without speakers."""
-    bad: list[tuple[str, str]]
+    bad: Bad
     """Files that cannot be used: name and reason."""
     notes: list[str]
-    """What a user should know, one line each."""
+    """What the user should know, one line each."""
 
 
-def find(data: str | Path, speakers: bool = False) -> list[Recording]:
-    """Recordings of a folder (at any depth, sorted by name) or of a manifest, their headers not yet read.
+@dataclass(frozen=True)
+class Treatment:
+    """How recordings are opened; see `open_corpus`."""
+
+    sample_rate: int
+    least_samples: int = 1
+    normalise: Normalise = "none"
+    normalise_by: Literal["file", "speaker"] = "file"
+    trim_silence: float | None = None
+
+    @property
+    def measures(self) -> bool:
+        """Whether the audio has to be decoded."""
+        return self.normalise != "none" or self.trim_silence is not None
+
+
+def find(data: str | Path, speakers: bool = False) -> Recordings:
+    """List the recordings of a folder (at any depth, sorted by name) or of a manifest.
+
+    Headers are not read: `frames` is -1.
 
     Parameters
     ----------
     data : str or Path
-        A folder with WAV, FLAC, OGG, MP3 or AIFF files (hidden ones are passed over), one such
-        file, tar shards (`shards/{000..012}.tar`, `shards/*.tar`: see `wavear.data.shards`), or a
+        A folder with WAV, FLAC, OGG, MP3 or AIFF files (hidden ones are skipped), one such file,
+        tar shards (`shards/{000..012}.tar`, `shards/*.tar`: see `wavear.data.shards`), or a
         manifest: CSV with a header, or JSON lines (`.jsonl`, `.json`). A manifest has `path`
         (relative to the manifest), and optionally `start` and `duration` in seconds, `speaker`, and
         `split` (train, validation or dev, test). A CSV without a header whose lines read
-        `path|text` is taken as well.
+        `path|text` works too.
     speakers : bool
         A folder's first level of sub-folders names the speakers. (A manifest's column `speaker`
         always counts.)
@@ -80,15 +76,10 @@ def find(data: str | Path, speakers: bool = False) -> list[Recording]:
     ------
     FileNotFoundError
         If `data` does not exist.
-    ValueError
-        If there is no audio in it, or the manifest cannot be read; the message names the line.
+    WavearError
+        If it contains no audio, or the manifest cannot be read; the message names the line.
     """
-    listing = (
-        list_shards(local_shards(data), speakers, None)
-        if is_shards(data)
-        else listed(data, speakers)
-    )
-    return [listing.recording(row) for row in range(len(listing))]
+    return Index(data, keep=False).recordings(speakers)
 
 
 def open_corpus(
@@ -104,20 +95,19 @@ def open_corpus(
     trim_silence: float | None = None,
     progress: Callable[[Iterable[Any], int, str], Iterable[Any]] | None = None,
 ) -> Corpus:
-    """Look into every file and split them.
+    """Read the header of every file and hold a part of the recordings out.
 
-    Files are held out by the hash of their name, so a file stays where it is when others come or
-    go; at least one is held out and at least one is trained on. A single file is cut: its end is
-    held out. Where a manifest has a column `split` that holds anything out, or `validation` is
-    given, that decides alone.
+    The hash of a file's name decides whether it is held out, so it stays in its split when others
+    are added or removed; at least one file is on each side. A single file is cut: its end is held
+    out. A manifest's column `split` that holds anything out, or `validation`, decides instead.
 
     Parameters
     ----------
     data, validation : str or Path
         See `find`; `validation` is a second folder or manifest, all of it held out.
     sample_rate : int
-        Of the model, in Hz. Files of another rate are resampled as they are read; a note says so,
-        once.
+        Of the model, in Hz. Files at other rates are resampled as they are read; a note counts
+        them.
     validation_fraction : float
         Share of the files to hold out.
     speakers : bool
@@ -134,70 +124,65 @@ def open_corpus(
         Cut the ends that are this many dB below the file's peak, in blocks of 10 ms, up to 50 ms.
         Decodes every file.
     progress : callable, optional
-        Wraps an iterable, with its length and a description, to show how far it is.
+        Wraps an iterable, with its length and a description, to show progress.
 
     Raises
     ------
-    ValueError
-        If not one file can be used; the message gives the first reason.
+    FileNotFoundError
+        If there are no such data.
+    WavearError
+        If no file can be used; the message gives the first reason.
     """
     if not 0 < validation_fraction < 1:
-        raise ValueError(
+        raise WavearError(
             f"validation_fraction is {validation_fraction!r}, expected more than 0 and less than 1"
         )
-    bad: list[tuple[str, str]] = []
+    how = Treatment(sample_rate, least_samples, normalise, normalise_by, trim_silence)
+    bad: Bad = []
     notes: list[str] = []
     parts = []
     for source in (data, *([] if validation is None else [validation])):
         index = Index(source, progress=progress)
-        part = _opened(index.listing(speakers), index, sample_rate, least_samples, source, bad)
-        if normalise != "none" or trim_silence is not None:
-            part = _leveled(part, index, sample_rate, normalise, trim_silence, source, bad)
-        if normalise_by == "speaker" and normalise != "none":
-            part.gain = _speaker_gains(part)
+        part, unusable = prepare(index.recordings(speakers), how, index)
+        if not len(part):
+            name, told = unusable[len(part.bad) :][0]
+            raise WavearError(f"{source}: none of the files can be used; the first: {name}: {told}")
         parts.append(part)
+        bad += unusable
         notes += index.notes
     rates = np.concatenate([part.rate for part in parts])
     if others := sorted(set(np.unique(rates).tolist()) - {sample_rate}):
-        text = ", ".join(map(str, others))
-        count = int((rates != sample_rate).sum())
+        count, text = int((rates != sample_rate).sum()), ", ".join(map(str, others))
         notes.append(
             f"{count} of {len(rates)} files are resampled to {sample_rate} Hz (from {text} Hz)"
         )
-    good = parts[0]
-    splits = good.listing.split[good.rows]
     if validation is None:
-        train, kept = _split(good, splits, validation_fraction, least_samples)
+        train, held = split(parts[0], validation_fraction, least_samples)
     else:
-        train, kept = good.take((splits < 0) | (splits == _TRAIN)), parts[1]
-        if not len(train):
-            raise ValueError(
-                f"{data}: every recording is held out by its 'split', none is left to train on"
-            )
-        if (twice := overlapping(train, kept)).any():
-            notes.append(
-                f"{twice.sum()} recordings of {data} are held out, for they are in {validation} too"
-            )
+        train, held = parts[0].take(parts[0].split <= _TRAIN), parts[1]
+        _check_left(train, data)
+        if (twice := overlapping(train, held)).any():
+            notes.append(f"{twice.sum()} recordings of {data} are also in {validation}: held out")
             train = train.take(~twice)
-    names = sorted(train.speakers() | kept.speakers())
-    if names:
-        for part in (train, kept):
-            if (lone := np.flatnonzero(part.speaker < 0)).size:
-                raise ValueError(
-                    f"{data}: {part[int(lone[0])].name} has no speaker and others have: name all of them, or none"
-                )
-    return Corpus(train, kept, names, bad, notes)
+    names = sorted(train.speakers() | held.speakers())
+    for part in (train, held):
+        if names and (part.speaker < 0).any():
+            name = part.name(int(np.argmin(part.speaker)))
+            raise WavearError(
+                f"{data}: {name} has no speaker, and others have. Name all speakers, or none."
+            )
+    return Corpus(train, held, names, bad, notes)
 
 
 @dataclass(frozen=True)
 class IndexReport:
-    """What `index` found."""
+    """The result of `index`."""
 
     recordings: int
     files: int
     """Distinct ones."""
     new: int
-    """Files that were looked into: those that the index did not know."""
+    """Files that were read, since the index did not contain them."""
     bad: list[tuple[str, str]]
     """Files that cannot be used: name and reason."""
     seconds: float
@@ -205,9 +190,9 @@ class IndexReport:
     rates: list[int]
     """Sample rates that occur, Hz."""
     folder: Path | None
-    """Where the index is kept; None if nothing can be written there."""
+    """Of the index; None if it cannot be written."""
     notes: list[str]
-    """What a user should know, one line each."""
+    """What the user should know, one line each."""
 
 
 def index(
@@ -217,278 +202,184 @@ def index(
     processes: int | None = None,
     progress: Callable[[Iterable[Any], int, str], Iterable[Any]] | None = None,
 ) -> IndexReport:
-    """Make the index of some data, or bring it up to date: what `train` does by itself where there are many files.
+    """Create or update the index of some data, as `train` does by itself for many files.
 
-    Files are known by name, size and time of change. What is found is written down as it comes: an
-    index that was stopped, however, goes on where it was. A file that cannot be used is named and
-    stops nothing.
+    A file is known by name, size and time of change. Results are stored as they come: an
+    interrupted index resumes. A file that cannot be used is named and skipped.
 
     Parameters
     ----------
     data : str or Path
-        As of `find`.
+        See `find`.
     beside : bool
-        Keep the index beside the data, for everybody who reads them there, rather than in the cache
-        of the user (`WAVEAR_CACHE`, or `XDG_CACHE_HOME/wavear`, or `~/.cache/wavear`).
+        Keep the index next to the data, for everybody who reads them there, not in the user's cache
+        (`WAVEAR_CACHE`, or the system's cache folder).
     processes : int, optional
-        To look into files with; by default one per core, up to 16.
+        To read files with; by default one per core, up to 16.
     progress : callable, optional
-        As of `open_corpus`.
+        See `open_corpus`.
+
+    Returns
+    -------
+    IndexReport
 
     Raises
     ------
-    FileNotFoundError, ValueError
+    FileNotFoundError, WavearError
         As `find`.
     OSError
         If `beside` is set and nothing can be written there.
     """
     if processes is not None and processes < 1:
-        raise ValueError(f"processes is {processes!r}, expected 1 or more")
+        raise WavearError(f"processes is {processes!r}, expected 1 or more")
     kept = Index(data, keep=True, put_beside=beside, processes=processes, progress=progress)
-    listing = kept.listing()
-    files = Files.of_listing(listing)
-    found = kept.find("header", files.key, lambda n: _question(listing, int(files.row[n])))
-    seconds = float((found.a / np.maximum(found.b, 1)).sum())
-    bad = listing.bad + [
-        (listing.base(int(files.row[n])), told) for n, told in sorted(found.errors.items())
-    ]
-    rates = np.unique(found.b[found.b > 0]).tolist()
+    listed = kept.recordings()
+    files = Files.of_recordings(listed)
+    found = kept.find(files.key, lambda n: (listed.source(files.row[n]),))
+    failed = np.flatnonzero(found.failed)
     return IndexReport(
-        len(listing),
-        len(files.row),
-        found.new,
-        bad,
-        seconds,
-        rates,
-        kept.writable(),
-        list(kept.notes),
+        recordings=len(listed),
+        files=len(files.row),
+        new=found.new,
+        bad=listed.bad + [(listed.file(files.row[n]), found.error[n]) for n in failed],
+        seconds=float((found.frames / np.maximum(found.rate, 1)).sum()),
+        rates=np.unique(found.rate[found.rate > 0]).tolist(),
+        folder=kept.folder(),
+        notes=kept.notes,
     )
 
 
-def _question(listing: Listing, row: int) -> list[Any]:
-    """What a process is told of a file."""
-    if listing.member is None:
-        return [listing.file(row)]
-    return [list(dataclasses.astuple(listing.path(row)))]  # type: ignore[arg-type]
+def prepare(
+    listed: Recordings, how: Treatment, index: Index | None = None
+) -> tuple[Recordings, Bad]:
+    """Read headers, measure levels if asked, and return what can be used and what cannot.
 
-
-def _opened(
-    listing: Listing,
-    index: Index,
-    rate: int,
-    least_samples: int,
-    source: str | Path,
-    bad: list[tuple[str, str]],
-) -> Recordings:
-    """The rows of a listing that can be used, with start and length; the others go to `bad`."""
-    files = Files.of_listing(listing)
-    found = index.find("header", files.key, lambda n: _question(listing, int(files.row[n])))
-    frames, own_rate = found.a[files.of], np.maximum(found.b[files.of], 1)
-    whole = (2 * frames * rate + own_rate) // (2 * own_rate)  # rounded, as `audio.read` does
-    start, left = np.zeros(len(listing), np.int64), whole
-    if listing.span is not None:
-        start = np.rint(listing.span[:, 0] * rate).astype(np.int64)
-        duration = listing.span[:, 1]
-        left = whole - start
-        left = np.where(
-            np.isnan(duration), left, np.minimum(left, np.rint(np.nan_to_num(duration) * rate))
-        )
-        left = left.astype(np.int64)
-    failed = np.zeros(len(files.row), bool)
-    failed[list(found.errors)] = True
-    failed = failed[files.of]
-    usable = ~failed & (left >= max(least_samples, 1)) & (start < whole)
-    mine = []
+    Parameters
+    ----------
+    listed : Recordings
+        As of `find`.
+    how : Treatment
+    index : Index, optional
+        Remembers headers and levels.
+    """
+    index = index or Index("", keep=False)
+    files = Files.of_recordings(listed)
+    found = index.find(files.key, lambda n: (listed.source(files.row[n]),)).take(files.of)
+    rate, own = how.sample_rate, np.maximum(found.rate, 1)
+    whole = (2 * found.frames * rate + own) // (2 * own)  # rounded, as `audio.read` does
+    start, frames = np.zeros(len(listed), np.int64), whole
+    if listed.span is not None:
+        start = np.rint(listed.span[:, 0] * rate).astype(np.int64)
+        asked = np.rint(listed.span[:, 1] * rate)
+        frames = np.fmin(whole - start, asked).astype(np.int64)  # NaN: up to the end
+    usable = ~found.failed & (frames >= max(how.least_samples, 1)) & (start < whole)
+    bad = list(listed.bad)
     for row in np.flatnonzero(~usable).tolist():
-        if failed[row]:
-            told = found.errors[int(files.of[row])]
-        elif start[row] >= whole[row]:
-            seconds = frames[row] / own_rate[row]
-            told = f"it is to be read from {listing.start(row):g} s on, and ends at {seconds:g} s"
-        else:
-            told = (
-                f"{left[row]} samples at {rate} Hz are too few: at least {least_samples} are needed"
+        reason: str | None = found.error[row]
+        if reason is None and start[row] >= whole[row]:
+            asked = 0.0 if listed.span is None else listed.span[row, 0]
+            reason = (
+                f"starts at {asked:g} s, but the file ends at {found.frames[row] / own[row]:g} s"
             )
-        mine.append((listing.name(row), told))
-    bad += listing.bad + mine
-    if not usable.any():
-        raise ValueError(
-            f"{source}: none of the files can be used; the first: {mine[0][0]}: {mine[0][1]}"
-        )
-    rows = np.flatnonzero(usable)
-    return Recordings(listing, rows, start[rows], left[rows], own_rate[rows])
+        elif reason is None:
+            reason = f"has {frames[row]} samples at {rate} Hz, fewer than {how.least_samples}"
+        bad.append((listed.name(row), reason))
+    opened = dataclasses.replace(listed, start=start, frames=frames, rate=own).take(usable)
+    if not how.measures or not len(opened):
+        return opened, bad
+    keys = mixed(files.key[files.of[usable]], opened.start, opened.frames)
+    return _leveled(opened, keys, how, index, bad), bad
 
 
 def _leveled(
-    recordings: Recordings,
-    index: Index,
-    rate: int,
-    normalise: Normalise,
-    trim: float | None,
-    source: str | Path,
-    bad: list[tuple[str, str]],
+    opened: Recordings, keys: np.ndarray, how: Treatment, index: Index, bad: Bad
 ) -> Recordings:
-    """With a gain from their levels, and without their silent ends; those that cannot be decoded go to `bad`."""
-    listing = recordings.listing
-    files = Files.of_listing(listing)
-    keys = mixed(files.key[files.of[recordings.rows]], recordings.start, recordings.frames)
+    """Set gains from levels and cut silent ends; files that cannot be decoded go to `bad`."""
 
-    def item(n: int) -> list[Any]:
-        (path,) = _question(listing, int(recordings.rows[n]))
-        return [path, rate, int(recordings.start[n]), int(recordings.frames[n]), normalise, trim]
+    def question(n: int) -> tuple[Any, Stretch]:
+        start, frames = int(opened.start[n]), int(opened.frames[n])
+        asked = Stretch(how.sample_rate, start, frames, how.normalise, how.trim_silence)
+        return opened.source(n), asked
 
-    settings = f"{rate}-{normalise}" + ("" if trim is None else f"-{trim!r}")
-    found = index.find("level", keys, item, f"levels-{settings}", "measuring levels")
-    mine = [(recordings[n].name, told) for n, told in sorted(found.errors.items())]
-    bad += mine
-    good = np.ones(len(recordings), bool)
-    good[list(found.errors)] = False
-    if not good.any():
-        raise ValueError(
-            f"{source}: none of the files can be used; the first: {mine[0][0]}: {mine[0][1]}"
-        )
-    return Recordings(listing, recordings.rows, found.a, found.b, recordings.rate, found.c).take(
-        good
-    )
-
-
-def _open(recording: Recording, rate: int, least_samples: int) -> Recording:
-    """With start and length, from the file's header."""
-    info = audio.info(recording.path)
-    whole = (2 * info.frames * rate + info.sample_rate) // (
-        2 * info.sample_rate
-    )  # rounded, as `audio.read` does
-    start, duration = round(recording.span[0] * rate), recording.span[1]
-    if start >= whole:
-        raise ValueError(
-            f"it is to be read from {recording.span[0]:g} s on, and ends at {info.seconds:g} s"
-        )
-    frames = whole - start if duration is None else min(whole - start, round(duration * rate))
-    if frames < least_samples:
-        raise ValueError(
-            f"{frames} samples at {rate} Hz are too few: at least {least_samples} are needed"
-        )
-    return dataclasses.replace(recording, start=start, frames=frames, sample_rate=info.sample_rate)
-
-
-def _measured(
-    recording: Recording, rate: int, normalise: Normalise, trim: float | None
-) -> Recording:
-    """With a gain from its level, and without its silent ends."""
-    found = level(recording.path, rate, recording.start, recording.frames, normalise, trim)
-    return dataclasses.replace(recording, start=found.start, frames=found.frames, gain=found.gain)
-
-
-def _level_by_speaker(recordings: list[Recording]) -> list[Recording]:
-    """One gain for all recordings of a speaker: the least of theirs, so that none is clipped."""
-    gains: dict[str | None, list[float]] = {}
-    for recording in recordings:
-        gains.setdefault(recording.speaker, []).append(recording.gain)
-    return [dataclasses.replace(r, gain=min(gains[r.speaker])) for r in recordings]
-
-
-def _speaker_gains(recordings: Recordings) -> np.ndarray:
-    """One gain for all recordings of a speaker: the least of theirs, so that none is clipped."""
-    assert recordings.gain is not None
-    least = np.full(len(recordings.listing.speakers) + 1, np.inf)
-    np.minimum.at(least, recordings.speaker, recordings.gain)  # no speaker is -1: the last
-    return least[recordings.speaker]
+    setting = f"{how.sample_rate} {how.normalise} {how.trim_silence}"
+    found = index.find(keys, question, LEVELS, setting)
+    bad += [(opened.name(n), found.error[n]) for n in np.flatnonzero(found.failed).tolist()]
+    leveled = dataclasses.replace(
+        opened, start=found.start, frames=found.frames, gain=found.gain
+    ).take(~found.failed)
+    if how.normalise_by == "speaker" and how.normalise != "none":
+        # The least of a speaker's gains, so that none of the files is clipped. -1 is the last.
+        least = np.full(len(leveled.speaker_names) + 1, np.inf)
+        np.minimum.at(least, leveled.speaker, found.gain[~found.failed])
+        leveled.gain = least[leveled.speaker]
+    return leveled
 
 
 def split(
-    recordings: Sequence[Recording], fraction: float
-) -> tuple[list[Recording], list[Recording]]:
-    """(train, validation): by the column `split` where it holds anything out, else by the hash of the name.
+    recordings: Recordings, fraction: float, least_samples: int = 1
+) -> tuple[Recordings, Recordings]:
+    """Split into train and validation, by the column `split` if it holds anything out.
+
+    Otherwise the hash of the file's name decides, so that stretches of a file stay together. A
+    single recording is cut into parts of at least `least_samples`.
 
     Raises
     ------
-    ValueError
-        If `fraction` is not between 0 and 1, or nothing is left to train on.
+    WavearError
+        If nothing is left to train on.
     """
-    if not 0 < fraction < 1:
-        raise ValueError(
-            f"validation_fraction is {fraction!r}, expected more than 0 and less than 1"
-        )
-    builder = ListingBuilder(Path())
-    for r in recordings:
-        start = f"#{r.span[0]:g}" if r.span[0] else ""
-        builder.add(
-            r.name.removesuffix(start), split=-1 if r.split is None else SPLIT_NAMES.index(r.split)
-        )
-    listing = builder.done()
-    numbers = np.arange(len(recordings))
-    rows = Recordings(listing, numbers, numbers, frames_of(recordings), numbers)
-    train, held = _split(rows, listing.split, fraction, 1)
-    if len(train) == len(held) == 1 and train.rows[0] == held.rows[0]:  # a single file, cut
-        whole, at = recordings[int(train.rows[0])], int(train.frames[0])
-        rest = {"start": whole.start + at, "frames": whole.frames - at}
-        return [dataclasses.replace(whole, frames=at)], [
-            dataclasses.replace(
-                whole, name=f"{whole.name}#end", start=rest["start"], frames=rest["frames"]
-            )
-        ]
-    return [recordings[n] for n in train.rows.tolist()], [recordings[n] for n in held.rows.tolist()]
-
-
-def _split(
-    recordings: Recordings, splits: np.ndarray, fraction: float, least: int
-) -> tuple[Recordings, Recordings]:
-    """See `split`; `splits` are the numbers that the column `split` says, -1 where nothing, `least` samples of use."""
-    chosen = recordings.take(splits != _TEST)
-    splits = splits[splits != _TEST]
-    held = splits == _VALIDATION
-    if held.all():
-        raise ValueError("every recording is held out by its 'split', none is left to train on")
+    chosen = recordings.take(recordings.split != _TEST)
+    held = chosen.split == _VALIDATION
+    _check_left(chosen.take(~held), recordings.root)
     if held.any():
         return chosen.take(~held), chosen.take(held)
     if len(chosen) == 1:
-        return _cut(chosen, fraction, least)
-    # Stretches of one file stay together: the file's name is hashed, not the stretch's.
-    groups = chosen.listing.keys[chosen.rows]
-    names = np.unique(groups)
+        return _cut(chosen, fraction, least_samples)
+    names = np.unique(chosen.key)
     if len(names) == 1:
         count = max(1, min(round(len(chosen) * fraction), len(chosen) - 1))
         return chosen.take(slice(None, -count)), chosen.take(slice(-count, None))
     chance = names.astype(np.float64) / 2**64
-    most = names[max(int((chance < fraction).sum()), 1) - 1 :][0]  # at least one file is held out,
-    most = min(most, names[-2])  # and at least one is not
-    held = groups <= most
+    count = min(max(int((chance < fraction).sum()), 1), len(names) - 1)
+    held = chosen.key <= names[count - 1]
     return chosen.take(~held), chosen.take(held)
 
 
-def _cut(recordings: Recordings, fraction: float, least: int) -> tuple[Recordings, Recordings]:
-    """The beginning of a single file and its end, each of at least so many samples."""
-    frames = int(recordings.frames[0])
-    at = min(round(frames * (1 - fraction)), frames - least)
-    if at < least:
-        raise ValueError(
-            f"{recordings[0].name} is the only recording, and too short to hold out a part of it"
+def _check_left(train: Recordings, data: str | Path) -> None:
+    if not len(train):
+        raise WavearError(
+            f"{data}: no training recordings. The column `split` holds all of them out."
         )
-    begin, end = recordings.take(slice(None)), recordings.take(slice(None))
-    begin.frames = np.array([at])
-    end.start, end.frames, end.suffix = end.start + at, np.array([frames - at]), "#end"
-    return begin, end
+
+
+def _cut(whole: Recordings, fraction: float, least_samples: int) -> tuple[Recordings, Recordings]:
+    frames = int(whole.frames[0])
+    at = min(round(frames * (1 - fraction)), frames - least_samples)
+    if at < least_samples:
+        raise WavearError(
+            f"{whole.name(0)} is the only recording, and too short to hold out a part of it"
+        )
+    train = dataclasses.replace(whole, frames=np.array([at]))
+    end = dataclasses.replace(
+        whole, start=whole.start + at, frames=np.array([frames - at]), suffix="#end"
+    )
+    return train, end
 
 
 def overlapping(recordings: Sequence[Recording], others: Sequence[Recording]) -> np.ndarray:
-    """(n,) bool: which recordings share samples of a file with one of the others."""
+    """Return which recordings share samples of a file with one of the others, (n,) bool."""
     spans: dict[Any, list[tuple[int, int]]] = {}
     for other in others:
         spans.setdefault(other.path.resolve(), []).append((other.start, other.start + other.frames))
-    names = {path.name for path in spans}  # few files have to be looked up on the disk
-    return np.array(
-        [
-            r.path.name in names
-            and any(
-                r.start < stop and start < r.start + r.frames
-                for start, stop in spans.get(r.path.resolve(), ())
-            )
-            for r in recordings
-        ],
-        bool,
-    )
+    names = {path.name for path in spans}  # few paths have to be resolved
+
+    def overlaps(r: Recording) -> bool:
+        taken = spans.get(r.path.resolve(), ()) if r.path.name in names else ()
+        return any(r.start < stop and start < r.start + r.frames for start, stop in taken)
+
+    return np.array([overlaps(r) for r in recordings], bool)
 
 
 def reason(error: Exception, recording: Recording) -> str:
-    """One line that says why a file cannot be used, without its name."""
+    """Return why a file cannot be used, in one line without its name."""
     return why(error, recording.path)

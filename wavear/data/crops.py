@@ -1,15 +1,15 @@
-"""Random segments of recordings, and the crops that cover a recording once: what training and validation feed a model.
+"""Cut crops for training and validation: at random, or so that they cover a recording once.
 
 A crop is a window of codes that begins at sample s of its recording, a multiple of the hop. With a
-receptive field of R samples, the law of sample t needs the samples t - R .. t - 1, so inside the
-window the samples t - s >= R have the law they have in the whole recording: these carry loss, the
-ones before are context. Where s = 0 the recording begins, its past is the silence that generation
-starts from too, and every sample carries loss.
+receptive field of R samples, the distribution of sample t depends on the samples t - R .. t - 1. So
+the samples t - s >= R of the window have the same distribution as in the whole recording: they
+carry loss, and those before are context. At s = 0 the past is the silence that generation starts
+from too, and every sample carries loss.
 
-The mel of a crop is computed from `margin` more samples on both sides (the frames the conditioning
-looks ahead, plus what the windows of the Fourier transform see), mirrored at the recording's ends
-as `log_mel` mirrors them, and frames beyond the ends repeat the first and the last, as `condition`
-of a model repeats them. So the loss of a crop is the slice of the loss of the whole.
+The mel of a crop is computed from `margin` more samples on both sides (the conditioning's lookahead
+and the Fourier windows), mirrored at the recording's ends as in `log_mel`. Frames beyond the ends
+repeat the first and the last, as in `condition` of a model. So the loss of a crop equals the slice
+of the loss of the whole.
 
     file      0 ....................................................................... T
     window              s [ context: R ][ loss .............. ] s + window
@@ -27,30 +27,31 @@ import torch
 
 from wavear import audio
 from wavear.audio.emphasis import emphasised
+from wavear.common.errors import WavearError
 from wavear.data.corpus import Recording, reason
 from wavear.data.recordings import frames_of
 from wavear.mel.spectrogram import MelConfig
 
-_TRIES = 1000  # files drawn in vain before we believe that none can be read
-_QUIET_TRIES = 4  # crops below the level `redraw_below`, before one is taken nevertheless
+_TRIES = 1000  # unreadable files drawn before giving up
+_QUIET_TRIES = 4  # crops below the level `redraw_below` drawn before one is accepted
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Geometry of the crops of a model; everything in samples at the model's rate."""
+    """Geometry of a model's crops, in samples at the model's rate."""
 
     segment: int
     """Samples that carry loss, a multiple of `hop`."""
     context: int
-    """Samples in front of them, a multiple of `hop`: the receptive field or a little more."""
+    """Samples before them, a multiple of `hop`: the receptive field or a little more."""
     receptive_field: int
-    """0, like the context, where a state is carried."""
+    """0, like the context, if a state is carried."""
     hop: int
     """Samples per mel frame; 1 without a mel."""
     lookahead: int
-    """Mel frames behind a crop that its conditioning needs."""
+    """Mel frames after a crop that its conditioning needs."""
     lookback: int
-    """Mel frames in front of a crop that its conditioning needs."""
+    """Mel frames before a crop that its conditioning needs."""
     mel: MelConfig | None
     sample_rate: int
     pre_emphasis: float = 0.0
@@ -63,32 +64,33 @@ class Layout:
 
     @property
     def margin(self) -> int:
-        """Samples read on both sides of the window for the mel's sake, and that of pre-emphasis."""
-        return (
-            int(self.pre_emphasis > 0)
-            if self.mel is None
-            else (self.around + self.mel.context_frames) * self.hop
-        )
+        """Samples read on both sides of the window for the mel and for pre-emphasis."""
+        if self.mel is None:
+            return int(self.pre_emphasis > 0)
+        return (self.around + self.mel.context_frames) * self.hop
 
     @property
     def around(self) -> int:
-        """Mel frames that a crop is read with on each side."""
+        """Mel frames read on each side of a crop."""
         return max(self.lookback, self.lookahead)
 
     def length(self, recording: Recording) -> int:
-        """Samples of a recording that can carry loss: whole frames."""
+        """Return the samples of a recording that can carry loss: whole frames."""
         return recording.frames // self.hop * self.hop
 
     def starts(self, recording: Recording) -> range:
-        """Where crops may begin, each as likely as the next; those below 0 stand for 0.
+        """Return the equally likely starts of crops; those below 0 stand for 0.
 
-        Some are below 0 so that the first samples are drawn as often as others: a crop at 0 has no
-        context to lose.
+        They are there so that the first samples carry loss as often as others, although a crop at 0
+        has no context.
         """
         return range(-self.context, max(self.length(recording) - self.window, 0) + 1, self.hop)
 
     def cover(self, recording: Recording) -> list[tuple[int, int, int]]:
-        """(start, first, last) of crops whose loss, on window positions [first, last), covers the recording once."""
+        """Return crops whose losses cover the recording once.
+
+        Each is (start, first, last): its window positions [first, last) carry loss.
+        """
         total = self.length(recording)
         crops = [(0, 0, min(self.window, total))]
         for start in range(self.segment, total - self.context, self.segment):
@@ -103,7 +105,7 @@ class Batch:
     waveform: torch.Tensor
     """(B, margin + window + margin), float32 in [-1, 1]."""
     frames: torch.Tensor
-    """(B, lookback + window // hop + lookahead), int64: which frames of the waveform's own mel to condition on."""
+    """(B, lookback + window // hop + lookahead), int64: frames of the waveform's mel to use."""
     span: torch.Tensor
     """(B, 2), int64: the window positions [first, last) that carry loss."""
     speaker: torch.Tensor
@@ -111,57 +113,55 @@ class Batch:
     source: torch.Tensor
     """(B,), int64: the number of the recording."""
     start: torch.Tensor
-    """(B,), int64: where in the recording the window begins."""
+    """(B,), int64: first sample of the window in the recording."""
     begins: torch.Tensor
     """(B,), bool: no state is carried over from the batch before."""
     skipped: list[tuple[str, str]]
-    """Files that could not be read while this batch was drawn: name and reason."""
+    """Files that could not be read while drawing: name and reason."""
 
     def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
-        """With `change` applied to every tensor."""
-        tensors = {
-            f.name: change(getattr(self, f.name)) for f in fields(self) if f.name != "skipped"
-        }
-        return Batch(**tensors, skipped=self.skipped)
+        """Return a batch with `change` applied to every tensor."""
+        tensors = (getattr(self, f.name) for f in fields(self) if f.name != "skipped")
+        return Batch(*map(change, tensors), skipped=self.skipped)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
-        """On a device."""
+        """Return the batch on a device."""
         return self.map(lambda t: t.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> Batch:
-        """In page-locked memory, from where copies to a GPU overlap with its work."""
+        """Return the batch in page-locked memory, so that copies to a GPU overlap with its work."""
         return self.map(lambda t: t.pin_memory())
 
     def split(self, parts: int) -> list[Batch]:
-        """In `parts` equal parts."""
+        """Return `parts` equal parts."""
         size = len(self.source) // parts
         return [self.map(lambda t, at=at: t[at : at + size]) for at in range(0, size * parts, size)]
 
 
 def read_span(recording: Recording, sample_rate: int, first: int, last: int) -> np.ndarray:
-    """Samples [first, last) of a recording at `sample_rate`, float32 in [-1, 1], decoding no more than they need.
+    """Return samples [first, last) of a recording at `sample_rate`, float32 in [-1, 1].
+
+    No more is decoded than they need.
 
     Raises
     ------
     ValueError, OSError
         As `wavear.audio.read`.
     """
-    waveform = audio.read(
-        recording.path, sample_rate, recording.start + first, last - first
-    ).numpy()
-    if waveform.size < last - first:
-        raise ValueError(
-            f"ends at sample {first + waveform.size}, before the {last} its header promises"
+    start, frames = recording.start + first, last - first
+    waveform = audio.read(recording.path, sample_rate, start, frames).numpy()
+    if waveform.size < frames:
+        raise WavearError(
+            f"ends at sample {first + waveform.size}; its header gives {last} or more"
         )
     return np.clip(waveform * np.float32(recording.gain), -1.0, 1.0)
 
 
 def read_crop(recording: Recording, layout: Layout, start: int) -> np.ndarray:
-    """The waveform of a crop, shape (margin + window + margin,), with what `log_mel` sees beyond the ends."""
+    """Return the waveform of a crop, (margin + window + margin,), with `log_mel`'s padding."""
     total = recording.frames
     places = np.arange(start - layout.margin, start + layout.window + layout.margin)
-    # Mirrored about the end samples, as `log_mel` pads; further out than any frame looks, it is all
-    # the same.
+    # Mirrored about the end samples, as `log_mel` pads. No frame uses samples further out.
     period = max(2 * (total - 1), 1)
     mirrored = places % period
     mirrored = np.minimum(np.minimum(mirrored, period - mirrored), total - 1)
@@ -176,19 +176,18 @@ def read_crop(recording: Recording, layout: Layout, start: int) -> np.ndarray:
 
 
 def frame_indices(recording: Recording, layout: Layout, start: int) -> np.ndarray:
-    """Which frames of the crop's own mel stand for the frames the model is conditioned on; shape (n,), int64."""
+    """Return the frames of the crop's own mel that the model is conditioned on, (n,) int64."""
     if layout.mel is None:
         return np.zeros(0, dtype=np.int64)
     frame = start // layout.hop
-    wanted = np.arange(
-        frame - layout.lookback, frame + layout.window // layout.hop + layout.lookahead
-    )
+    last = frame + layout.window // layout.hop + layout.lookahead
+    wanted = np.arange(frame - layout.lookback, last)
     first = frame - layout.around - layout.mel.context_frames  # of the crop's own mel
     return np.clip(wanted, 0, layout.length(recording) // layout.hop - 1) - first
 
 
 class Segments(torch.utils.data.Dataset):
-    """The stream of random crops: item i is a function of (recordings, layout, seed, i), whoever draws it and when.
+    """The stream of random crops: item i is a function of recordings, layout, seed and i only.
 
     Parameters
     ----------
@@ -201,8 +200,8 @@ class Segments(torch.utils.data.Dataset):
     seed : int
     redraw_below : float, optional
         dB of full scale (-60, say): a crop whose loss lies on quieter audio is drawn again, up to 4
-        times, so that pauses do not fill the batches. They are still heard: inside louder crops,
-        and one time in a while by chance.
+        times, so that pauses do not fill the batches. They still occur inside louder crops, and
+        occasionally by chance.
     """
 
     def __init__(
@@ -235,18 +234,18 @@ class Segments(torch.utils.data.Dataset):
             try:
                 waveform = read_crop(recording, self.layout, start)
             except (ValueError, OSError) as error:
-                # Not remembered: what is drawn must not depend on what this worker met before.
+                # Not remembered: a draw must not depend on this worker's earlier draws.
                 skipped.append((recording.name, reason(error, recording)))
                 continue
             first = 0 if start == 0 else self.layout.receptive_field
             last = min(self.layout.window, self.layout.length(recording) - start)
             if self.redraw_below is not None and quiet < _QUIET_TRIES:
-                heard = waveform[self.layout.margin + first : self.layout.margin + last]
-                if np.mean(np.square(heard, dtype=np.float64)) < 10 ** (self.redraw_below / 10):
+                lossy = waveform[self.layout.margin + first : self.layout.margin + last]
+                if np.mean(np.square(lossy, dtype=np.float64)) < 10 ** (self.redraw_below / 10):
                     quiet += 1
                     continue
             return self.item(recording, source, start, first, last, waveform) | {"skipped": skipped}
-        raise ValueError(f"none of {_TRIES} files drawn could be read; the last: {skipped[-1][1]}")
+        raise WavearError(f"none of {_TRIES} files drawn could be read; the last: {skipped[-1][1]}")
 
     def item(
         self,
@@ -257,14 +256,13 @@ class Segments(torch.utils.data.Dataset):
         last: int,
         waveform: np.ndarray,
     ) -> dict:
-        """One row of a `Batch`."""
+        """Return a row of a `Batch`."""
+        speaker = self.speakers[recording.speaker] if self.speakers and recording.speaker else 0
         return {
             "waveform": waveform,
             "frames": frame_indices(recording, self.layout, start),
             "span": (first, last),
-            "speaker": self.speakers[recording.speaker]
-            if self.speakers and recording.speaker
-            else 0,
+            "speaker": speaker,
             "source": source,
             "start": start,
             "begins": True,
@@ -273,29 +271,25 @@ class Segments(torch.utils.data.Dataset):
 
 
 def collate(items: Sequence[dict[str, Any]]) -> Batch:
-    """Rows to a `Batch`."""
+    """Return a `Batch` of rows."""
+    skipped = [bad for item in items for bad in item["skipped"]]
+    arrays = {f.name: [item[f.name] for item in items] for f in fields(Batch)}
+    del arrays["skipped"]
     return Batch(
-        torch.from_numpy(np.stack([item["waveform"] for item in items])),
-        torch.from_numpy(np.stack([item["frames"] for item in items])),
-        torch.tensor([item["span"] for item in items]),
-        torch.tensor([item["speaker"] for item in items]),
-        torch.tensor([item["source"] for item in items]),
-        torch.tensor([item["start"] for item in items]),
-        torch.tensor([item["begins"] for item in items]),
-        skipped=[bad for item in items for bad in item["skipped"]],
+        **{name: torch.from_numpy(np.stack(rows)) for name, rows in arrays.items()}, skipped=skipped
     )
 
 
 class Order(torch.utils.data.Sampler[list[int]]):
-    """Numbers of the crops of each step, from `first_step` on, without end.
+    """The numbers of the crops of each step, from `first_step` on, without end.
 
-    Step n has the crops n * size .. (n + 1) * size - 1, of which process `rank` of `world` takes
-    its share in order: together the processes see the same crops whatever their number.
+    Step n has the crops n * size .. (n + 1) * size - 1. Process `rank` of `world` takes its share
+    in order, so all processes together draw the same crops, however many they are.
     """
 
     def __init__(self, size: int, first_step: int = 0, rank: int = 0, world: int = 1):
         if size % world:
-            raise ValueError(
+            raise WavearError(
                 f"a batch of {size} crops cannot be shared by {world} processes: choose a multiple"
             )
         self.size, self.first_step, self.rank, self.world = size, first_step, rank, world
@@ -310,11 +304,9 @@ class Order(torch.utils.data.Sampler[list[int]]):
 
 
 def coded(batch: Batch, layout: Layout) -> torch.Tensor:
-    """What the codes of a batch are of, (B, window): the waveform, pre-emphasised if the model's is."""
+    """Return the waveform that the codes of a batch encode, (B, window), with pre-emphasis."""
     window = batch.waveform[:, layout.margin : layout.margin + layout.window]
     if not layout.pre_emphasis:
         return window
-    before = batch.waveform[:, layout.margin - 1] * (
-        batch.start > 0
-    )  # in front of a recording is silence
+    before = batch.waveform[:, layout.margin - 1] * (batch.start > 0)  # silence before the start
     return emphasised(window, layout.pre_emphasis, before)

@@ -1,177 +1,171 @@
-"""What there is: a folder, a manifest or one file -> a `Listing`, in as little memory as its names take."""
+"""List the recordings of a folder, a manifest or one audio file, without opening the audio."""
 
 from __future__ import annotations
 
 import csv
 import json
+import math
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from wavear.data.recordings import SPLIT_NAMES, Listing, ListingBuilder
+from wavear.common.errors import WavearError
+from wavear.data.recordings import Builder, Recordings
 
 SUFFIXES = (".wav", ".flac", ".ogg", ".mp3", ".aif", ".aiff")
-SPLITS = {
+_SPLITS = {
     "train": "train",
     "training": "train",
     "validation": "validation",
     "valid": "validation",
     "val": "validation",
+    "dev": "validation",
+    "test": "test",
 }
-SPLITS |= {"dev": "validation", "test": "test", "": None}
-_COLUMNS = ("path", "start", "duration", "speaker", "split")
 
 
-def listed(data: str | Path, speakers: bool = False) -> Listing:
-    """The rows of a folder, a manifest, or one audio file; see `wavear.data.corpus.find`."""
+def listed(data: str | Path, speakers: bool = False) -> Recordings:
+    """List a folder, a manifest or one audio file; see `wavear.data.corpus.find`."""
     data = Path(data)
+    builder = Builder(data if data.is_dir() else data.parent)
     if data.is_dir():
-        return _folder(data, speakers)
-    if not data.exists():
+        _add_folder(builder, data, speakers)
+    elif not data.exists():
         raise FileNotFoundError(f"{data}: no such folder or manifest")
-    if data.suffix.lower() in SUFFIXES:
-        builder = ListingBuilder(data.parent)
+    elif data.suffix.lower() in SUFFIXES:
         builder.add(data.name)
-        return builder.done()
-    return _manifest(data)
+    else:
+        _add_manifest(builder, data)
+    return builder.done()
 
 
-def _folder(folder: Path, speakers: bool) -> Listing:
-    builder = ListingBuilder(folder)
+def split_named(value: Any) -> str | None:
+    """Return the split that a manifest's value stands for, or None if it is empty.
+
+    Raises
+    ------
+    WavearError
+        If it is not the name of a split.
+    """
+    if value is None or str(value).strip() == "":
+        return None
+    split = _SPLITS.get(str(value).strip().lower())
+    if split is None:
+        raise WavearError(f"split is {value!r}, expected train, validation, dev or test")
+    return split
+
+
+def _add_folder(builder: Builder, folder: Path, speakers: bool) -> None:
     for name in _walk(os.fspath(folder), "", (), builder.bad):
         first, slash, _ = name.partition("/")
         if speakers and not slash:
-            raise ValueError(
-                f"{folder / name} lies in no sub-folder: speakers are named by the first level of folders"
+            raise WavearError(
+                f"{folder / name} has no speaker. Put it into a sub-folder named after its speaker,"
+                " or drop --speakers."
             )
         builder.add(name, first if speakers else None)
-    if not builder.ends:
-        if builder.bad:
-            raise ValueError(
-                f"{folder} holds no audio files that can be listed: {': '.join(builder.bad[0])}"
-            )
-        raise ValueError(
-            f"{folder} holds no audio files ({', '.join(s[1:] for s in SUFFIXES)}), at any depth"
-        )
-    return builder.done()
+    if not builder.end:
+        endings = ", ".join(suffix[1:] for suffix in SUFFIXES)
+        first = f"; {': '.join(builder.bad[0])}" if builder.bad else ""
+        raise WavearError(f"{folder} holds no audio files ({endings}), at any depth{first}")
 
 
 def _walk(
     folder: str, prefix: str, above: tuple[tuple[int, int], ...], bad: list[tuple[str, str]]
 ) -> Iterator[str]:
-    """Names of audio files below a folder, relative and sorted, whatever the number: one folder's names at a time.
+    """Yield the audio files below a folder, sorted by relative name.
 
-    A folder sorts as its name with a slash, so the names come out as if all of them had been
-    sorted.
+    A folder sorts as its name with a slash, so one folder at a time gives the order of all names.
     """
     try:
         here = os.stat(folder)
         with os.scandir(folder) as found:
-            entries = []
-            for entry in found:
-                if entry.name.startswith("."):
-                    continue
-                if entry.is_dir():
-                    entries.append(entry.name + "/")
-                elif entry.name.lower().endswith(SUFFIXES):
-                    entries.append(entry.name)
+            visible = [entry for entry in found if not entry.name.startswith(".")]
+        entries = [entry.name + "/" * entry.is_dir() for entry in visible]
     except OSError as error:
         bad.append((prefix or folder, f"cannot be listed: {error.strerror}"))
         return
     identity = (here.st_dev, here.st_ino)
-    if identity in above:  # a link to a folder that it lies in
+    if identity in above:  # a link to a folder that contains it
         return
     for name in sorted(entries):
         if name.endswith("/"):
             yield from _walk(f"{folder}/{name[:-1]}", prefix + name, (*above, identity), bad)
-        else:
+        elif name.lower().endswith(SUFFIXES):
             yield prefix + name
 
 
-def _manifest(path: Path) -> Listing:
-    builder = ListingBuilder(path.parent)
+def _add_manifest(builder: Builder, manifest: Path) -> None:
     try:
-        for line, values, columns in _rows(path):
-            if not isinstance(values[0], str) or not values[0]:
-                raise ValueError(
-                    f"{path}:{line} has no 'path'; its columns are {', '.join(columns) or 'none'}"
-                )
-            _add(builder, path, line, *values)
+        for line, row in _rows(manifest):
+            try:
+                _add_row(builder, row)
+            except ValueError as error:
+                raise WavearError(f"{manifest}:{line}: {error}") from None
     except UnicodeDecodeError:
-        raise ValueError(
-            f"{path} is neither audio by its name ({', '.join(SUFFIXES)}) nor a text manifest"
+        raise WavearError(
+            f"{manifest} is neither an audio file ({', '.join(SUFFIXES)}) nor a text manifest"
         ) from None
-    if not builder.ends:
-        raise ValueError(f"{path} lists no recordings")
-    return builder.done()
+    if not builder.end:
+        raise WavearError(f"{manifest} lists no recordings")
 
 
-def _rows(path: Path) -> Iterator[tuple[int, tuple[Any, ...], Iterable[str]]]:
-    """The line, the values of `_COLUMNS` (None where there is none) and the names of all columns of each recording."""
-    with open(path, encoding="utf-8-sig", newline="") as file:
-        if path.suffix.lower() in (".jsonl", ".json", ".ndjson"):
+def _rows(manifest: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield line number and columns of each row."""
+    with open(manifest, encoding="utf-8-sig", newline="") as file:
+        if manifest.suffix.lower() in (".jsonl", ".json", ".ndjson"):
             for line, content in enumerate(file, 1):
-                if not content.strip():
-                    continue
-                try:
-                    row = json.loads(content)
-                except ValueError as error:
-                    raise ValueError(f"{path}:{line} is not JSON: {error}") from None
-                if not isinstance(row, dict):
-                    raise ValueError(f"{path}:{line} is no JSON object: {content.strip():.60}")
-                yield line, tuple(map(row.get, _COLUMNS)), row
+                if content.strip():
+                    yield line, _json_row(manifest, line, content)
             return
         first = file.readline().rstrip("\r\n")
         file.seek(0)
         if "|" in first and "path" not in first.split("|"):  # LJSpeech's list: path|text|...
             for line, content in enumerate(file, 1):
                 if content.strip():
-                    yield line, (content.rstrip("\r\n").split("|")[0], *[None] * 4), ()
+                    yield line, {"path": content.rstrip("\r\n").split("|")[0]}
             return
         reader = csv.reader(file, delimiter=max(",;\t|", key=first.count), skipinitialspace=True)
         try:
             header = [name.strip().lower() for name in next(reader, [])]
-            places = [header.index(name) if name in header else len(header) for name in _COLUMNS]
-            for row in reader:
-                if any(row):
-                    row += [""] * (len(header) + 1 - len(row))
-                    row[len(header)] = ""  # what stands for a column that there is not
-                    yield reader.line_num, tuple(row[n] for n in places), filter(None, header)
+            for values in reader:
+                if any(values):
+                    yield reader.line_num, dict(zip(header, values, strict=False))
         except csv.Error as error:
-            raise ValueError(f"{path}:{reader.line_num} is no CSV: {error}") from None
+            raise WavearError(f"{manifest}:{reader.line_num} is not CSV: {error}") from None
 
 
-def _add(
-    builder: ListingBuilder,
-    manifest: Path,
-    line: int,
-    base: str,
-    start: Any,
-    duration: Any,
-    speaker: Any,
-    split: Any,
-) -> None:
-    def number(key: str, value: Any) -> float | None:
-        if value is None or value == "":
-            return None
-        try:
-            seconds = float(value)
-        except (TypeError, ValueError):
-            seconds = float("nan")
-        if not 0.0 <= seconds < float("inf"):
-            raise ValueError(f"{manifest}:{line}: {key} is {value!r}, expected seconds, 0 or more")
-        return seconds
+def _json_row(manifest: Path, line: int, content: str) -> dict[str, Any]:
+    try:
+        row = json.loads(content)
+    except ValueError as error:
+        raise WavearError(f"{manifest}:{line} is not JSON: {error}") from None
+    if not isinstance(row, dict):
+        raise WavearError(f"{manifest}:{line} is not a JSON object: {content.strip():.60}")
+    return row
 
-    start, duration = number("start", start) or 0.0, number("duration", duration)
-    named = SPLITS.get(str(split or "").strip().lower(), split)
-    if named is not None and named not in SPLIT_NAMES:
-        raise ValueError(
-            f"{manifest}:{line}: split is {split!r}, expected train, validation, dev or test"
-        )
-    speaker = "" if speaker is None else str(speaker).strip()
-    if os.sep != "/" or "//" in base or "./" in base or base[-1:] in "./" or base[:1] == ".":
-        base = Path(base).as_posix()
-    builder.add(
-        base, speaker or None, -1 if named is None else SPLIT_NAMES.index(named), start, duration
-    )
+
+def _add_row(builder: Builder, row: dict[str, Any]) -> None:
+    file = row.get("path")
+    if not isinstance(file, str) or not file:
+        columns = ", ".join(filter(None, row)) or "none"
+        raise WavearError(f"no path. Add a column `path`; the columns are {columns}.")
+    if os.sep != "/" or "//" in file or "./" in file or file[-1] in "./" or file[0] == ".":
+        file = Path(file).as_posix()
+    speaker = "" if row.get("speaker") is None else str(row["speaker"]).strip()
+    start, duration = _seconds(row, "start"), _seconds(row, "duration")
+    builder.add(file, speaker or None, split_named(row.get("split")), start or 0.0, duration)
+
+
+def _seconds(row: dict[str, Any], key: str) -> float | None:
+    value = row.get(key)
+    if value is None or value == "":
+        return None
+    try:
+        seconds = float(value)
+    except (TypeError, ValueError):
+        seconds = math.nan
+    if not 0.0 <= seconds < math.inf:
+        raise WavearError(f"{key} is {value!r}, expected seconds, 0 or more")
+    return seconds

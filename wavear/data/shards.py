@@ -1,15 +1,13 @@
-"""Tar shards, as the package webdataset has them: which members are audio and where they lie, and how to make some.
+"""Tar shards in the format of the package webdataset: find, fetch, read and write them.
 
-A sample is all members whose names agree up to the first dot of their last part: an audio file, and
+A sample is the members whose names agree up to the first dot of their last part: an audio file, and
 optionally a `.json` with `speaker` and `split`, or a `.speaker` with the speaker's name. A tar file
-stores its members as they are, so one that is at hand is read at random like a file, and the order
-of the data is what it is for a folder.
+stores members as they are, so a member of a local shard is read at random like a file, and the
+order of the data is the same as for a folder.
 """
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
 import glob
 import hashlib
 import io
@@ -18,75 +16,90 @@ import os
 import re
 import shutil
 import tarfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from platformdirs import user_cache_path
 
 from wavear.common.atomic import locked, replace_file
-from wavear.data.arrays import map_arrays, save_arrays
-from wavear.data.listing import SPLITS, SUFFIXES, listed
-from wavear.data.recordings import SPLIT_NAMES, Listing, ListingBuilder, encoded
+from wavear.common.errors import WavearError
+from wavear.data.listing import SUFFIXES, listed, split_named
+from wavear.data.recordings import SPLIT_NAMES, Builder, Recordings, encoded
 
-_THREADS = 8  # shards that are read through at once: it waits for the disk
-_FETCHES = 4  # shards at once
+_THREADS = 8  # shards that are read at once: reading waits for the disk
+_FETCHES = 4  # shards that are fetched at once
 _LARGEST_NOTE = 1 << 20  # bytes of a .json
 _SPEAKER_SUFFIXES = ("speaker", "speaker.txt", "spk")
-_NUMBERS = re.compile(r"\{[^{}]*(\.\.|,)[^{}]*\}")
+_BRACES = re.compile(r"\{[^{}]*(\.\.|,)[^{}]*\}")
+_INSTALL = 'pip install "wavear[webdataset]"'
 
 
-def default_folder() -> Path:
-    """Where indexes are kept: WAVEAR_CACHE, or wavear in XDG_CACHE_HOME, or ~/.cache/wavear."""
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A member of a tar shard: an audio file, or a member that cannot be used."""
+
+    name: str
+    """Empty if a fault concerns the whole shard."""
+    offset: int = 0
+    """First byte in the shard."""
+    size: int = 0
+    """Bytes."""
+    speaker: str | None = None
+    split: str | None = None
+    fault: str | None = None
+    """Why it cannot be used."""
+
+
+def cache_folder() -> Path:
+    """Return the folder of indexes and fetched shards: `WAVEAR_CACHE`, or the user's cache."""
     if given := os.environ.get("WAVEAR_CACHE"):
         return Path(given).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path("~/.cache").expanduser()) / "wavear"
+    return user_cache_path("wavear", appauthor=False)
 
 
 def is_shards(data: str | Path) -> bool:
-    """Whether data are named as shards are: `a.tar`, `s/*.tar`, `s/{000..012}.tar`, a URL or a pipe.
+    """Return whether a name stands for shards: `a.tar`, `s/*.tar`, `s/{000..012}.tar`, URL or pipe.
 
     Examples
     --------
-    >>> [is_shards(name) for name in ("shards/{000..012}.tar", "s/*.tar", "pipe:cat a.tar", "recordings", "list.csv")]
+    >>> names = ("shards/{000..012}.tar", "s/*.tar", "pipe:cat a.tar", "recordings", "list.csv")
+    >>> [is_shards(name) for name in names]
     [True, True, True, False, False]
     """
-    text = os.fspath(data)
-    return text.endswith(".tar") or is_remote(text)
+    return os.fspath(data).endswith(".tar") or is_remote(data)
 
 
 def is_remote(data: str | Path) -> bool:
-    """Whether a name stands for shards to fetch: a URL, or `pipe:` and a shell command."""
-    text = os.fspath(data)
-    return text.startswith("pipe:") or re.match(r"[a-z][a-z0-9+.-]+://", text) is not None
+    """Return whether a name stands for shards to fetch: a URL, or `pipe:` and a shell command."""
+    return re.match(r"pipe:|[a-z][a-z0-9+.-]+://", os.fspath(data)) is not None
 
 
 def expand(data: str | Path) -> list[str]:
-    """The names that a pattern stands for, in its order; `*` in that of the names.
+    """Return the names that a pattern stands for, in its order; `*` in the order of names.
 
     Raises
     ------
-    ValueError
-        If braces are left open, or the package that knows them is not installed.
+    WavearError
+        If braces are left open, or the package that expands them is not installed.
     FileNotFoundError
         If `*` matches nothing.
     """
     text = os.fspath(data)
     names = [text]
-    if _NUMBERS.search(text) and not os.path.exists(text):
+    if _BRACES.search(text) and not os.path.exists(text):
         try:
             from braceexpand import braceexpand
         except ImportError:
-            raise ValueError(
-                f'{text}: braces need the package webdataset: pip install "wavear[webdataset]"'
-            ) from None
+            raise WavearError(f"{text}: braces need the package webdataset: {_INSTALL}") from None
         try:
             names = list(braceexpand(text))
         except ValueError as error:
-            raise ValueError(f"{text}: {error}") from None
-    found = []
+            raise WavearError(f"{text}: {error}") from None
+    found: list[str] = []
     for name in names:
         matching = [name]
         if not os.path.exists(name):
@@ -95,65 +108,63 @@ def expand(data: str | Path) -> list[str]:
                 continue
             if glob.has_magic(name) and not (matching := sorted(glob.glob(name))):
                 raise FileNotFoundError(f"{name}: no such shards")
-        # A file on the disk can be named like a command, "pipe:rm x.tar". As a path it is none.
+        # A local file can have a name like "pipe:rm x.tar". With a folder in front it is a path.
         found += [os.path.join(os.curdir, path) if is_remote(path) else path for path in matching]
     return found
 
 
 def refuse_remote(data: str | Path, where: str | Path) -> None:
-    """Refuse shards that a file names and that would have to be fetched: only a user may name a command or a URL.
+    """Refuse shards to fetch that a file names: only a user may name a command or a URL.
 
     Parameters
     ----------
     data : str or Path
-        As the file names them.
+        The name in the file.
     where : str or Path
         The file, for the message.
 
     Raises
     ------
-    ValueError
+    WavearError
         If a name in the pattern `data` is a URL or a pipe.
     """
     if is_remote(data) or (is_shards(data) and any(map(is_remote, expand(data)))):
-        raise ValueError(
-            f"{where} names {data}, a command or a URL, which is not followed: pass it yourself (--train-data)"
+        raise WavearError(
+            f"{where} names {data}, a command or a URL, which is not followed. Pass it yourself"
+            " (--train-data)."
         )
 
 
 def local_shards(
     data: str | Path, progress: Callable[[Iterable[Any], int, str], Iterable[Any]] | None = None
 ) -> list[str]:
-    """The shards of a pattern as files, in its order; those that are elsewhere are fetched into the cache first.
+    """Return the shards of a pattern as local files, in its order; remote ones are fetched first.
 
-    Fetching is webdataset's: http(s), pipe: (a shell command), s3, gs and what else it knows. So
-    `data` must come from the user; what a file names goes through `refuse_remote` first. A shard is
-    fetched once; that it changes where it comes from is not noticed. Local shards that are missing
-    are left in the list.
+    webdataset fetches http(s), pipe: (a shell command), s3, gs and more. So `data` must come from
+    the user; a name from a file goes through `refuse_remote` first. A shard is fetched once, into
+    the cache; a later change at its source is not noticed. Missing local shards stay in the list.
 
     Raises
     ------
     FileNotFoundError
-        If not one of them is there.
-    ValueError
-        If something has to be fetched, and the package is not installed.
+        If none of the shards exists.
+    WavearError
+        If the package that fetches is not installed.
     OSError
         If a shard cannot be fetched.
     """
     names = expand(data)
     remote = [name for name in names if is_remote(name)]
     if remote:
-        folder = default_folder() / "shards"
+        folder = cache_folder() / "shards"
         folder.mkdir(parents=True, exist_ok=True)
         places = {name: folder / _cache_name(name) for name in remote}
         with locked(folder / "fetching.lock"), ThreadPoolExecutor(_FETCHES) as pool:
             missing = [name for name in remote if not places[name].is_file()]
-            todo: Iterable[Any] = pool.map(lambda name: _fetch(name, places[name]), missing)
-            for _ in (
-                progress(todo, len(missing), "fetching shards")
-                if progress is not None and missing
-                else todo
-            ):
+            fetched: Iterable[Any] = pool.map(lambda name: _fetch(name, places[name]), missing)
+            if progress is not None and missing:
+                fetched = progress(fetched, len(missing), "fetching shards")
+            for _ in fetched:
                 pass
         names = [os.fspath(places.get(name, name)) for name in names]
     if not any(map(os.path.isfile, names)):
@@ -171,199 +182,152 @@ def _fetch(name: str, place: Path) -> None:
     try:
         from webdataset.gopen import gopen
     except ImportError:
-        raise ValueError(
-            f'{name}: this needs the package webdataset: pip install "wavear[webdataset]"'
-        ) from None
+        raise WavearError(f"{name}: fetching needs the package webdataset: {_INSTALL}") from None
 
     def write(temporary: Path) -> None:
         with gopen(name, "rb") as source, open(temporary, "wb") as target:
             shutil.copyfileobj(source, target, 1 << 20)
         if not temporary.stat().st_size:
-            raise OSError("nothing came")
+            raise OSError("it is empty")
 
     try:
         replace_file(place, write)
-    except Exception as error:  # of whatever program or library fetches it
+    except Exception as error:  # of any program or library that fetches
         raise OSError(f"{name} cannot be fetched: {' '.join(str(error).split())}") from error
 
 
-def shard_root(names: Sequence[str]) -> Path:
-    """The folder that all shards lie in."""
-    return Path(os.path.commonpath([os.path.dirname(os.path.abspath(name)) for name in names]))
-
-
-def list_shards(names: Sequence[str], speakers: bool, folder: Path | None) -> Listing:
-    """The audio members of local shards.
+def list_shards(
+    names: Sequence[str],
+    speakers: bool,
+    scanned: Callable[[Sequence[str]], Iterator[list[Entry]]] | None = None,
+) -> Recordings:
+    """List the audio members of local shards.
 
     Parameters
     ----------
     names : sequence of str
-        As `local_shards` gives them.
+        As `local_shards` returns them.
     speakers : bool
-        Where a sample does not say who speaks, the first folder of its name does.
-    folder : Path, optional
-        Where to keep what each shard holds, so that it is read through once.
+        Without a speaker in its notes, a sample has that of the first folder of its name.
+    scanned : callable, optional
+        Yields the members of each shard; by default `scan_all`.
 
     Raises
     ------
-    ValueError
-        If there is no audio in them, or `speakers` are to be told apart and one is not told.
+    WavearError
+        If the shards contain no audio, or `speakers` is set and one has no speaker.
     """
     there = [name for name in names if os.path.isfile(name)]
-    root = shard_root(names)
-    builder = ListingBuilder(root)
+    root = Path(os.path.commonpath([os.path.dirname(os.path.abspath(name)) for name in names]))
+    builder = Builder(root)
     builder.bad = [(name, "no such file") for name in names if name not in set(there)]
-    with ThreadPoolExecutor(_THREADS) as pool:
-        for path, found in zip(
-            there, pool.map(lambda path: _held(path, folder), there), strict=True
-        ):
-            name = Path(os.path.relpath(path, root)).as_posix()
-            builder.bad += [(f"{name}/{inner}".rstrip("/"), why) for inner, why in found.bad]
-            number = len(builder.archives)
-            builder.archives.append(name)
-            for row in range(len(found)):
-                member = found.base(row)
-                speaker = found.speakers[found.speaker[row]] if found.speaker[row] >= 0 else None
-                if speakers and speaker is None:
-                    speaker, slash, _ = member.partition("/")
-                    if not slash:
-                        raise ValueError(
-                            f"{path}: {member} does not say who speaks, and lies in no folder"
-                        )
-                assert found.member is not None
-                _, offset, size = found.member[row].tolist()
-                builder.add(
-                    f"{name}/{member}",
-                    speaker,
-                    int(found.split[row]),
-                    member=(number, offset, size),
-                )
-    if not builder.ends:
+    for path, entries in zip(there, (scanned or scan_all)(there), strict=True):
+        shard = Path(os.path.relpath(path, root)).as_posix()
+        number = len(builder.archives)
+        builder.archives.append(shard)
+        for entry in entries:
+            if entry.fault is not None:
+                builder.bad.append((f"{shard}/{entry.name}".rstrip("/"), entry.fault))
+                continue
+            speaker = entry.speaker
+            if speakers and speaker is None:
+                speaker, slash, _ = entry.name.partition("/")
+                if not slash:
+                    raise WavearError(
+                        f"{path}: {entry.name} has no speaker. Add a .json or .speaker member, put"
+                        " it into a folder named after its speaker, or drop --speakers."
+                    )
+            member = (number, entry.offset, entry.size)
+            builder.add(f"{shard}/{entry.name}", speaker, entry.split, member=member)
+    if not builder.end:
         first = f"; {': '.join(builder.bad[0])}" if builder.bad else ""
         endings = ", ".join(s[1:] for s in SUFFIXES)
-        raise ValueError(
+        raise WavearError(
             f"{there[0]}: no audio files ({endings}) in these {len(there)} shards{first}"
         )
     return builder.done()
 
 
-def state_of(names: Sequence[str]) -> str:
-    """Of which size and age shards are, in a hash."""
-    digest = hashlib.blake2b(digest_size=16)
-    for name in names:
-        try:
-            status = os.stat(name)
-            digest.update(
-                encoded(f"{os.path.basename(name)}|{status.st_size}|{status.st_mtime_ns}\n")
-            )
-        except OSError:
-            digest.update(encoded(f"{name}|\n"))
-    return digest.hexdigest()
+def scan_all(paths: Sequence[str]) -> Iterator[list[Entry]]:
+    """Scan shards in threads, and yield the members of each."""
+    with ThreadPoolExecutor(_THREADS) as pool:
+        yield from pool.map(scan, paths)
 
 
-def _held(path: str, folder: Path | None) -> Listing:
-    """What a shard holds, from `folder` if that knows it."""
-    if folder is None:
-        return scan(path)
-    status = os.stat(path)
-    about = f"wavear shard 1 of {status.st_size} bytes of {status.st_mtime_ns}"
-    name = hashlib.blake2b(encoded(os.path.realpath(path)), digest_size=8).hexdigest()
-    kept = folder / f"shard-{name}.safetensors"
-    with contextlib.suppress(
-        OSError, ValueError, KeyError, TypeError
-    ):  # then it is read through, and written again
-        return Listing.of_arrays(Path(path), map_arrays(kept, about))
-    listing = scan(path)
-    with contextlib.suppress(OSError):  # then it will be read through again
-        save_arrays(kept, listing.arrays(), about)
-    return listing
-
-
-def scan(path: str | Path) -> Listing:
-    """Read a shard through: its audio members, and in `bad` what is wrong with some ("" stands for the shard)."""
-    builder = ListingBuilder(Path(path))
-    bad = builder.bad
-    found: list[tuple[str, str, int, int]] = []
-    speaker: dict[str, str] = {}
-    split: dict[str, int] = {}
+def scan(path: str | Path) -> list[Entry]:
+    """Read a shard through, and return its audio members and its faults."""
+    found: list[Entry] = []
+    faults: list[Entry] = []
+    notes: dict[str, dict[str, str]] = {}
     size = os.path.getsize(path)
     try:
         with open(path, "rb") as file, tarfile.open(fileobj=file, mode="r:") as archive:
             while (member := archive.next()) is not None:
-                archive.members.clear()  # it would remember all  # type: ignore[attr-defined]
+                archive.members.clear()  # tarfile would keep them all  # type: ignore[attr-defined]
                 name = re.sub(r"^(\./)+", "", member.name)
                 if not member.isreg() or os.path.basename(name).startswith("."):
                     continue
                 if member.offset_data + member.size > size:
-                    bad.append((name, "truncated inside: the archive ends before it does"))
+                    fault = "truncated inside: the archive ends before it does"
+                    faults.append(Entry(name, fault=fault))
                     break
                 key, ending = _key(name)
                 if name.lower().endswith(SUFFIXES):
-                    found.append((key, name, member.offset_data, member.size))
+                    found.append(Entry(name, member.offset_data, member.size))
                 elif ending in ("json", *_SPEAKER_SUFFIXES) and member.size <= _LARGEST_NOTE:
                     position = file.tell()
                     file.seek(member.offset_data)
                     content = file.read(member.size)
                     file.seek(position)
                     try:
-                        _note(key, ending, content, speaker, split)
+                        notes.setdefault(key, {}).update(_note(ending, content))
                     except ValueError as error:
-                        bad.append((name, str(error)))
+                        faults.append(Entry(name, fault=str(error)))
             else:
                 file.seek(archive.offset)
                 if (last := file.read(512)) and any(last):
-                    bad.append(
-                        ("", f"damaged: no member at byte {archive.offset}, what follows is lost")
-                    )
+                    fault = f"damaged: no member at byte {archive.offset}, what follows is lost"
+                    faults.append(Entry("", fault=fault))
                 elif not last:
-                    bad.append(("", "ends without the mark of its end: cut off?"))
+                    faults.append(Entry("", fault="has no end mark: cut off?"))
     except (tarfile.TarError, EOFError) as error:
-        bad.append(
-            ("", f"is no tar archive, or damaged ({error}); compressed ones have to be unpacked")
-        )
-    for key, name, offset, length in found:
-        builder.add(name, speaker.get(key), split.get(key, -1), member=(0, offset, length))
-    listing = builder.done()
-    if listing.member is None:
-        listing.member = np.zeros((0, 3), np.int64)
-    return listing
+        fault = f"is not a tar archive, or damaged ({error}); unpack a compressed one"
+        faults.append(Entry("", fault=fault))
+    noted = [
+        Entry(one.name, one.offset, one.size, **notes.get(_key(one.name)[0], {})) for one in found
+    ]
+    return faults + noted
 
 
 def _key(name: str) -> tuple[str, str]:
-    """Key and ending of a member: its last part is divided at its first dot."""
+    """Divide a member's name at the first dot of its last part."""
     folder, slash, last = name.rpartition("/")
     stem, _, ending = last.partition(".")
     return folder + slash + stem, ending.lower()
 
 
-def _note(
-    key: str, ending: str, content: bytes, speaker: dict[str, str], split: dict[str, int]
-) -> None:
+def _note(ending: str, content: bytes) -> dict[str, str]:
+    """Return the speaker and the split that a member gives, if any."""
     try:
         text = content.decode("utf-8").strip()
     except UnicodeDecodeError:
-        raise ValueError("is not text") from None
+        raise WavearError("is not text") from None
     if ending != "json":
-        speaker[key] = text
-        return
+        return {"speaker": text}
     try:
-        told = json.loads(text)
+        row = json.loads(text)
     except ValueError as error:
-        raise ValueError(f"is not JSON: {error}") from None
-    if not isinstance(told, dict):
-        return
-    if told.get("speaker") not in (None, ""):
-        speaker[key] = str(told["speaker"])
-    named = SPLITS.get(str(told.get("split") or "").strip().lower(), told.get("split"))
-    if named is not None:
-        if named not in SPLIT_NAMES:
-            raise ValueError(f"split is {named!r}, expected train, validation, dev or test")
-        split[key] = SPLIT_NAMES.index(named)
+        raise WavearError(f"is not JSON: {error}") from None
+    if not isinstance(row, dict):
+        return {}
+    note = {} if row.get("speaker") in (None, "") else {"speaker": str(row["speaker"])}
+    split = split_named(row.get("split"))
+    return note if split is None else note | {"split": split}
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class ShardReport:
-    """What `write_shards` wrote."""
+    """The result of `write_shards`."""
 
     shards: list[Path]
     files: int
@@ -381,126 +345,124 @@ def write_shards(
     seed: int | None = 0,
     progress: Callable[[Iterable[Any], int, str], Iterable[Any]] | None = None,
 ) -> ShardReport:
-    """Put the files of a folder or a manifest into tar shards, `OUT/shard-000000.tar` and so on, byte for byte.
+    """Pack the files of a folder or a manifest into `OUT/shard-000000.tar` and so on, unchanged.
 
-    Only regular files inside the folder, or inside that of the manifest, are packed; a link has to
-    lead to one. A sample is KEY.wav (or .flac...) and, where a speaker or a split is known,
-    KEY.json with these; KEY is the file's name with underscores for dots. The same data give the
-    same shards to the byte. Each shard appears whole.
+    Only regular files inside the folder, or the manifest's folder, are packed; a link must lead to
+    one. A sample is KEY.wav (or .flac...) and, with a known speaker or split, KEY.json; KEY is the
+    file's name with underscores for dots. The same data give the same bytes. Each shard appears
+    whole.
 
     Parameters
     ----------
     data : str or Path
         Folder or manifest of whole files.
     out : str or Path
-        A folder that is empty, or not there yet.
+        A folder that is empty or does not exist.
     megabytes : float
-        A shard is closed when it has so many (10**6 bytes).
+        Size at which a shard is closed (10**6 bytes).
     speakers : bool
         A folder's first level of sub-folders names the speakers.
     seed : int, optional
-        Of the order of the files, which is shuffled so that each shard is a sample of all; None: by
-        their names.
+        Of the order of the files, shuffled so that each shard is a sample of all; None: in the
+        order of their names.
     progress : callable, optional
         Wraps an iterable, with its length and a description.
+
+    Returns
+    -------
+    ShardReport
 
     Raises
     ------
     FileExistsError
-        If there is something in `out`.
-    ValueError
-        If a manifest cuts files, or two files come to one key.
+        If `out` is not empty.
+    WavearError
+        If a manifest cuts files, two files have one key, or no file can be read.
     """
     out = Path(out)
     if not megabytes > 0:
-        raise ValueError(f"megabytes is {megabytes!r}, expected more than 0")
+        raise WavearError(f"megabytes is {megabytes!r}, expected more than 0")
     if is_shards(data):
-        raise ValueError(f"{data}: these are shards already")
-    listing = listed(data, speakers)
-    if listing.span is not None:
-        raise ValueError(
-            f"{data} cuts files by 'start' or 'duration': shards are made of whole files"
-        )
+        raise WavearError(f"{data}: these are shards already")
+    files = listed(data, speakers)
+    if files.span is not None:
+        raise WavearError(f"{data} cuts files by start or duration: shards contain whole files")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise FileExistsError(f"{out} is there and not empty: choose another folder")
+        raise FileExistsError(f"{out} is not empty: choose another folder")
     out.mkdir(parents=True, exist_ok=True)
-    order = np.arange(len(listing))
+    order = np.arange(len(files))
     if seed is not None:
-        order = np.random.Generator(np.random.Philox(seed)).permutation(len(listing))
+        order = np.random.Generator(np.random.Philox(seed)).permutation(len(files))
     rows: Iterable[Any] = order.tolist()
     if progress is not None:
-        rows = progress(rows, len(listing), "writing shards")
+        rows = progress(rows, len(files), "writing shards")
     shards: list[Path] = []
-    failed = list(listing.bad)
-    keys: set[bytes] = set()
-    rows, written, total = iter(rows), 0, 0
-    folder = os.path.realpath(listing.root)
-    waiting: list[tuple[str, bytes]] | None = None
-    while True:
-        members: list[tuple[str, bytes]] = waiting or []
-        waiting, size = None, sum(len(content) for _, content in members)
-        for row in rows:
-            if (why := _unfit(listing.file(row), folder)) is not None:
-                failed.append((listing.base(row), why))
-                continue
-            try:
-                sample = _sample(listing, row, keys)
-            except OSError as error:
-                failed.append((listing.base(row), f"cannot be read: {error.strerror}"))
-                continue
-            length = sum(len(content) for _, content in sample)
-            if size and size + length > megabytes * 1e6:
-                waiting = sample
-                break
-            members += sample
-            size += length
-        if not members:
-            break
+    failed = list(files.bad)
+    packed = total = size = 0
+    members: list[tuple[str, bytes]] = []
+
+    def close() -> None:
+        nonlocal packed, total
         path = out / f"shard-{len(shards):06}.tar"
-        replace_file(path, lambda temporary, members=members: _write_tar(temporary, members))
+        replace_file(path, lambda temporary: _write_tar(temporary, members))
         shards.append(path)
-        written += sum(not name.endswith(".json") for name, _ in members)
+        packed += sum(not name.endswith(".json") for name, _ in members)
         total += path.stat().st_size
-        if waiting is None:
-            break
+
+    for name, sample in _samples(files, rows):
+        if isinstance(sample, str):
+            failed.append((name, sample))
+            continue
+        length = sum(len(content) for _, content in sample)
+        if size and size + length > megabytes * 1e6:
+            close()
+            members, size = [], 0
+        members += sample
+        size += length
+    if members:
+        close()
     if not shards:
-        raise ValueError(
-            f"{data}: none of the files can be read; the first: {': '.join(failed[0])}"
-        )
-    return ShardReport(shards, written, total, failed)
+        first = ": ".join(failed[0])
+        raise WavearError(f"{data}: none of the files can be read; the first: {first}")
+    return ShardReport(shards, packed, total, failed)
 
 
-def _unfit(path: str, folder: str) -> str | None:
-    """Return why a file is not packed, or None: data made by others must not pack files of the user's."""
-    real = os.path.realpath(path)
-    if not Path(real).is_relative_to(folder):
-        return f"lies outside {folder}: copy it into that folder to pack it"
-    if os.path.exists(real) and not os.path.isfile(real):
-        return "is not a regular file"
-    return None
-
-
-def _sample(listing: Listing, row: int, keys: set[bytes]) -> list[tuple[str, bytes]]:
-    """Names and contents of a sample's members."""
-    base = listing.base(row)
-    stem, dot, ending = base.lstrip("/").rpartition(".")
-    key = re.sub(
-        r"\.", "_", "/".join(part for part in stem.split("/") if part not in ("..", "~", ""))
-    )
-    hashed = hashlib.blake2b(encoded(key), digest_size=8).digest()
-    if hashed in keys:
-        raise ValueError(
-            f"{base}: two files come to the key {key} (dots become underscores): rename one"
-        )
-    keys.add(hashed)
-    with open(listing.file(row), "rb") as file:
-        sample = [(f"{key}{dot}{ending.lower()}", file.read())]
-    note = {}
-    if listing.speaker[row] >= 0:
-        note["speaker"] = listing.speakers[listing.speaker[row]]
-    if listing.split[row] >= 0:
-        note["split"] = SPLIT_NAMES[listing.split[row]]
-    return [*sample, (f"{key}.json", json.dumps(note).encode())] if note else sample
+def _samples(
+    files: Recordings, rows: Iterable[int]
+) -> Iterator[tuple[str, list[tuple[str, bytes]] | str]]:
+    """Yield the name of each file, and the members of its sample or why it is not packed."""
+    folder = os.path.realpath(files.root)
+    keys: set[bytes] = set()
+    for row in rows:
+        name, path = files.file(row), str(files.source(row))
+        real = os.path.realpath(path)
+        # Data made by others must not pack files of the user's.
+        if not Path(real).is_relative_to(folder):
+            yield name, f"lies outside {folder}: copy it into that folder to pack it"
+            continue
+        if os.path.exists(real) and not os.path.isfile(real):
+            yield name, "is not a regular file"
+            continue
+        stem, dot, ending = name.lstrip("/").rpartition(".")
+        parts = [part for part in stem.split("/") if part not in ("..", "~", "")]
+        key = "/".join(parts).replace(".", "_")
+        hashed = hashlib.blake2b(encoded(key), digest_size=8).digest()
+        if hashed in keys:
+            raise WavearError(
+                f"{name}: two files have the key {key} (dots become underscores): rename one"
+            )
+        keys.add(hashed)
+        note = {}
+        if files.speaker[row] >= 0:
+            note["speaker"] = files.speaker_names[files.speaker[row]]
+        if files.split[row] >= 0:
+            note["split"] = SPLIT_NAMES[files.split[row]]
+        try:
+            sample = [(f"{key}{dot}{ending.lower()}", Path(path).read_bytes())]
+        except OSError as error:
+            yield name, f"cannot be read: {error.strerror}"
+            continue
+        yield name, sample + ([(f"{key}.json", json.dumps(note).encode())] if note else [])
 
 
 def _write_tar(path: Path, members: list[tuple[str, bytes]]) -> None:

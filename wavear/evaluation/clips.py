@@ -7,27 +7,19 @@ import functools
 import json
 import random
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from wavear.common.errors import WavearError
-from wavear.data.corpus import (
-    Recording,
-    _level_by_speaker,
-    _measured,
-    _open,
-    find,
-    open_corpus,
-    overlapping,
-    reason,
-)
+from wavear.data.corpus import Treatment, find, open_corpus, overlapping, prepare
+from wavear.data.recordings import Recording, Recordings
 from wavear.data.shards import is_shards, refuse_remote
 from wavear.evaluation.held_out import subset
 from wavear.evaluation.records import RECORD, SOUNDS, STRIP, TABLE_RECORD
 
-_THREADS = 8  # reading headers waits for the disk
 _REPORTS = {SOUNDS: RECORD, STRIP: TABLE_RECORD}  # folders of audio, and the files next to them
 
 
@@ -115,7 +107,7 @@ def open_clips(
     """
     clips = Clips([])
     found = _find(data, speakers, prepared, clips.notes)
-    if held := [r for r in found if r.split in ("validation", "test")]:
+    if len(held := found.take(found.split > 0)):  # not for training
         if len(held) < len(found):
             clips.notes.append(
                 f"{len(held)} of {len(found)} recordings: those not for training by their split"
@@ -141,8 +133,9 @@ def open_clips_for_fitting(
     data: str, rate: int, least: int, prepared: Preparation
 ) -> list[Recording]:
     """Open recordings to fit to; of a manifest with a column `split`, those for training."""
-    found = [r for r in _find(data, False, prepared, []) if r.split in (None, "train")]
-    if not found:
+    found = _find(data, False, prepared, [])
+    found = found.take(found.split <= 0)
+    if not len(found):
         raise WavearError(
             f"{data}: every recording is held out by its 'split'; pass recordings for training"
         )
@@ -153,32 +146,17 @@ def open_clips_for_fitting(
 
 
 def _open_each(
-    recordings: Sequence[Recording], rate: int, least: int, prepared: Preparation
+    recordings: Recordings, rate: int, least: int, prepared: Preparation
 ) -> tuple[list[Recording], dict[str, str]]:
     """Return the usable recordings, with length and gain, and the reasons for the others."""
-
-    def opened(recording: Recording) -> Recording | str:
-        try:
-            found = _open(recording, rate, least)
-            if not prepared.words:
-                return found
-            return _measured(found, rate, prepared.normalise, prepared.trim_silence)
-        except (ValueError, OSError) as error:
-            return reason(error, recording)
-
-    good, failed = [], {}
-    with ThreadPoolExecutor(_THREADS) as pool:
-        for recording, result in zip(recordings, pool.map(opened, recordings), strict=True):
-            if isinstance(result, str):
-                failed[recording.name] = result
-            else:
-                good.append(result)
-    return good, failed
+    treatment = Treatment(
+        rate, least, prepared.normalise, prepared.normalise_by, prepared.trim_silence
+    )
+    good, bad = prepare(recordings, treatment)
+    return list(good), dict(bad[len(recordings.bad) :])
 
 
-def _find(
-    data: str | Path, speakers: bool, prepared: Preparation, notes: list[str]
-) -> list[Recording]:
+def _find(data: str | Path, speakers: bool, prepared: Preparation, notes: list[str]) -> Recordings:
     """Find recordings, with speakers where these have gains, without those of earlier reports."""
     try:
         found = find(data, speakers or prepared.by_speaker)
@@ -197,8 +175,8 @@ def _find(
             for n, part in enumerate(folders)
         )
 
-    left = [recording for recording in found if not of_report(recording.name)]
-    if not left:
+    left = found.take(np.array([not of_report(found.file(row)) for row in range(len(found))], bool))
+    if not len(left):
         raise WavearError(f"{data} has no recordings other than those of earlier reports")
     if len(left) < len(found):
         notes.append(f"{len(found) - len(left)} files are skipped: they are of earlier reports")
@@ -211,7 +189,7 @@ def _speaker_levels(
     """Give each speaker one gain, the training's where it is known; return a description too."""
     found = [
         dataclasses.replace(r, gain=gains[r.speaker]) if r.speaker in gains else r
-        for r in _level_by_speaker(recordings)
+        for r in recordings
     ]
     speakers = {r.speaker for r in recordings}
     known = len(speakers & gains.keys())

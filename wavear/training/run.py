@@ -182,7 +182,7 @@ def _gains(recordings: Recordings) -> dict[str, float]:
     if recordings.gain is None:
         return {}
     numbers, rows = np.unique(recordings.speaker, return_index=True)
-    names, gains = recordings.listing.speakers, recordings.gain
+    names, gains = recordings.speaker_names, recordings.gain
     return {names[n]: float(gains[row]) for n, row in zip(numbers, rows, strict=True) if n >= 0}
 
 
