@@ -55,8 +55,8 @@ CUDA_PLAN = [
 
 CUDA_HEAD = """# Benchmarks on a CUDA card
 
-Written by `python bench/generation.py --device cuda`; `wavear bench --device cuda` does the same for one
-network.
+Written by `python bench/generation.py --device cuda`; `wavear bench --device cuda` does the same
+for one network.
 
 - **samples/s**: of all streams together, uniforms, conditioning and engine. The fastest of several
   runs.

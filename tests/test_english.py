@@ -45,7 +45,7 @@ PHRASES = (
         "is not a, are not",
     ),
     Phrase(r"\blets it\b", "name what the program does"),
-    Phrase(r"(?<![-\w])beside\b(?!=)", "next to, compared with, in addition to"),
+    Phrase(r"(?<![-\w])beside\b(?!=| : |\(| Keep)", "next to, compared with, in addition to"),
     Phrase(r"\btak(e|es|ing) (it|them|this|that|these|each) for\b|\btaken for\b", "treat as"),
     Phrase(r"\bwhat\b[^.;:,]{1,30}\btakes for\b", "treat as"),
     Phrase(

@@ -93,7 +93,7 @@ def run(config: Families) -> int:
     held_out = config.validation or write_held_out(
         best[0].parent, Path(config.out) / "held-out.jsonl"
     )
-    found = compare_models(best, table, held_out, settings, say=say, complain=say)
+    found = compare_models(best, table, held_out, settings)
     for line in found.summary():
         say(line)
     return 0

@@ -61,11 +61,11 @@ class Measurement:
     batch: int
     threads: int
     samples_per_second: float
-    """Of all streams together: the fastest of several runs, as other programs slow some down."""
+    """Rate of all streams: the fastest of several runs, as other programs slow some down."""
     real_time: float
     """Seconds of audio per second, of all streams together."""
     share: float | None
-    """Of `limit`; None for an engine without a known limit."""
+    """Share of `limit`; None for an engine without a known limit."""
     error: float
     """Largest difference of a log-probability from `forward` in float64, in nats."""
     cost: float

@@ -242,7 +242,7 @@ class Network:
     classes: int = 256
     """Mu-law codes."""
     sample_rate: int = 22050
-    """Of the audio, Hz."""
+    """Sample rate of the audio, Hz."""
 
 
 def bench(

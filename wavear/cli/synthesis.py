@@ -64,7 +64,7 @@ def synthesize(
         (hifigan, r9y9, espnet, fatchord...), or, if only the values differ from the model's: ln,
         log10, db, db01, db01-ref20, db4-ref20, linear.
     mel_seconds
-        Refuse mels whose frames do not make so many seconds of audio.
+        Refuse mels whose frames do not make this many seconds of audio.
     force
         Use mels that are judged wrong, or cannot be converted, unchanged.
     device

@@ -35,7 +35,7 @@ class Corpus:
     bad: Bad
     """Files that cannot be used: name and reason."""
     notes: list[str]
-    """What the user should know, one line each."""
+    """Notes for the user, one line each."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Treatment:
 
     @property
     def measures(self) -> bool:
-        """Whether the audio has to be decoded."""
+        """True if the audio has to be decoded."""
         return self.normalise != "none" or self.trim_silence is not None
 
 
@@ -186,13 +186,13 @@ class IndexReport:
     bad: list[tuple[str, str]]
     """Files that cannot be used: name and reason."""
     seconds: float
-    """Of audio, in all files that can be used."""
+    """Seconds of audio, in all files that can be used."""
     rates: list[int]
     """Sample rates that occur, Hz."""
     folder: Path | None
-    """Of the index; None if it cannot be written."""
+    """Folder of the index; None if it cannot be written."""
     notes: list[str]
-    """What the user should know, one line each."""
+    """Notes for the user, one line each."""
 
 
 def index(

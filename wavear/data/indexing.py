@@ -158,7 +158,7 @@ class Index:
     processes: int | None = None
     progress: Progress | None = None
     notes: list[str] = field(default_factory=list)
-    """What the user should know."""
+    """Notes for the user."""
 
     def recordings(self, speakers: bool = False) -> Recordings:
         """List the data; what shards contain is remembered, since reading them through is slow."""

@@ -18,7 +18,7 @@ _TRIM_KEEP_SECONDS = 0.05  # silence that `trim_silence` leaves at either end
 
 @dataclass(frozen=True, slots=True)
 class Looked:
-    """What came of looking into a file."""
+    """The result of looking into a file."""
 
     start: int = 0
     """First sample, at the asked rate; 0 for a header."""

@@ -31,7 +31,7 @@ class Recording:
     frames: int = -1
     """Samples, at the model's rate; -1 until `open_corpus` has read the file's header."""
     sample_rate: int = 0
-    """Of the file, in Hz; 0 until its header has been read."""
+    """Rate of the file, in Hz; 0 until its header has been read."""
     speaker: str | None = None
     split: str | None = None
     """ "train", "validation" or "test" if a manifest sets it."""
@@ -92,7 +92,7 @@ class Recordings(Sequence[Recording]):
     suffix: str = ""
     """Ends every name."""
     bad: list[tuple[str, str]] = field(default_factory=list)
-    """What could not be listed: name and reason."""
+    """Entries that could not be listed: name and reason."""
 
     def __len__(self) -> int:
         return len(self.end)

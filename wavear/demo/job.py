@@ -82,7 +82,7 @@ class Heard:
 
     @property
     def in_tune(self) -> bool:
-        """Whether it has the note's pitch."""
+        """True if it has the note's pitch."""
         return abs(self.cents) <= CENTS and self.steady >= _STEADY
 
 
@@ -94,11 +94,11 @@ class DemoResult:
     training: TrainResult
     picture: Path
     seconds: float
-    """Of everything."""
+    """Seconds of everything."""
 
     @property
     def in_tune(self) -> bool:
-        """Whether every note has its pitch."""
+        """True if every note has its pitch."""
         return all(heard.in_tune for heard in self.heard)
 
 

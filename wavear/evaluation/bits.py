@@ -44,7 +44,7 @@ class Scores:
     level_bits: np.ndarray = field(default_factory=lambda: np.zeros(len(LEVELS) - 1))
     """Bits of the model, likewise."""
     digest: str = ""
-    """Of the codes: equal for recordings that the model cannot distinguish."""
+    """Digest of the codes: equal for recordings that the model cannot distinguish."""
     common: dict[str, float] = field(default_factory=dict)
     """Bits of the model on `COMMON_GRIDS`, "linear" and "mulaw", without a grid that is finer than
     the model's in places and coarser in others. Empty where codes are of pre-emphasised audio."""
@@ -93,10 +93,12 @@ class Baselines:
         samples = int(counted.single.sum())
         found = {name: value * samples for name, value in baselines(self.counts, counted).items()}
         total, past = 0.0, np.zeros(0, np.int64)
+        order = self.linear.receptive_field
+        assert order is not None  # a linear model has one
         for codes in code_blocks(recording, layout, grid):
             joined = np.concatenate([past, codes])
             total += float(bits_of(self.linear, joined, first=len(past)).sum())
-            past = joined[-self.linear.receptive_field :]
+            past = joined[-order:]
         return found | {"linear": total}
 
 

@@ -41,11 +41,11 @@ class Preparation:
     normalise_by: Any = "file"
     trim_silence: float | None = None
     gains: dict[str, float] = field(default_factory=dict)
-    """Of the training's speakers, with `normalise_by` "speaker"; empty if the run has none."""
+    """Gains of its speakers, with `normalise_by` "speaker"; empty if the run has none."""
 
     @property
     def by_speaker(self) -> bool:
-        """Whether every speaker has one gain."""
+        """True if every speaker has one gain."""
         return self.normalise != "none" and self.normalise_by == "speaker"
 
     @property

@@ -44,7 +44,7 @@ class EvaluateConfig:
     seconds: float = 10.0
     """Longest stretch of each clip to synthesize, from its beginning."""
     seed: int = 0
-    """Of the audio and of the intervals; the same seed gives the same report."""
+    """Seed of the audio and of the intervals; the same seed gives the same report."""
     temperature: float = 1.0
     """Divides the logits: 1 as trained, below 1 duller and cleaner, above 1 noisier. Bits are
     always at 1."""
@@ -97,7 +97,7 @@ class Clip:
     speaker: str | None
     samples: int
     digest: str
-    """Of the codes: equal for recordings that the model cannot distinguish."""
+    """Digest of the codes: equal for recordings that the model cannot distinguish."""
     trained_on: bool
     bits: dict[str, float]
     """Per sample, by distribution: "model", "linear", "markov", "unigram", "uniform"."""

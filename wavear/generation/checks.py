@@ -1,4 +1,4 @@
-"""What every fast engine refuses: shapes that do not fit, codes out of range, non-finite values."""
+"""Refusals that all fast engines share: wrong shapes, codes out of range, non-finite values."""
 
 from __future__ import annotations
 

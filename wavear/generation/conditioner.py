@@ -1,4 +1,4 @@
-"""Conditioning in blocks of one shape: the same to the bit wherever the audio is cut."""
+"""Conditioning in blocks of one shape: bit for bit the same wherever the audio is cut."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ class UtteranceConditioner:
         self.frames = 0
         """Frames so far, including forgotten ones."""
         self.closed = False
-        """Whether no more frames will come."""
+        """True if no more frames will come."""
         self._first = 0  # of the frames still held
         self._held: list[Tensor] = []
         self.blocks: dict[int, Any] = {}

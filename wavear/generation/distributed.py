@@ -99,7 +99,7 @@ def synthesize(
 ) -> Report:
     """Make the missing files of this process's share; return the report of all processes.
 
-    `jobs` are all of them, the same in every process; with `overwrite` all files are made anew.
+    `jobs` are all of them, the same in every process; with `overwrite` all files are made again.
     """
     rank, world = ranks()
     settings = {"mel": dataclasses.asdict(mels), "output": dataclasses.asdict(output)}

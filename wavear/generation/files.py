@@ -108,12 +108,12 @@ class MelInput:
 
 @dataclass
 class Report:
-    """What was done."""
+    """The outcome of a batch of files."""
 
     engine: str = ""
     files: int = 0
     audio_seconds: float = 0.0
-    """Of the audio that was made, or read."""
+    """Seconds of audio that was made, or read."""
     seconds: float = 0.0
     """Spent, without loading the model."""
     failed: list[tuple[Path, str]] = field(default_factory=list)

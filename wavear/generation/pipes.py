@@ -88,7 +88,7 @@ class Device:
 
 @dataclass
 class Report:
-    """What was done, and when a player that starts with the first sample ran dry."""
+    """The result, and when a player that starts with the first sample ran dry."""
 
     sample_rate: int
     samples: int = 0
@@ -106,7 +106,7 @@ class Report:
 
     @property
     def seconds(self) -> float:
-        """Of audio."""
+        """Seconds of audio."""
         return self.samples / self.sample_rate
 
     @property

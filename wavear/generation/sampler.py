@@ -182,7 +182,7 @@ def generate_with(
 
 @dataclasses.dataclass(frozen=True)
 class _Streams:
-    """The streams of one call, of which an engine may later run only those that go on."""
+    """The streams of one call, of which an engine may later run only the unfinished ones."""
 
     conditioner: Conditioner
     past: Tensor

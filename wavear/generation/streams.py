@@ -1,6 +1,6 @@
 """Audio as its mel arrives: one stream, or several side by side whose members come and go.
 
-The parts of a stream are, to the bit, `wavear.generate` of the whole mel, wherever it was cut:
+The parts of a stream equal `wavear.generate` of the whole mel bit for bit, wherever it was cut:
 engines resume, uniforms are a function of the sample's number, and the conditioning is computed in
 the same blocks (`wavear/generation/conditioner.py`). Frames that no later sample needs are dropped,
 so memory does not grow.
@@ -189,7 +189,7 @@ class Stream:
     ) -> Stream:
         """Return a stream that resumes a `state`.
 
-        On the same engine with the same weights it equals the uninterrupted stream to the bit. On
+        On the same engine with the same weights it equals the uninterrupted stream bit for bit. On
         another one it equals that engine's own up to float32 rounding.
 
         Parameters
@@ -228,7 +228,7 @@ class Stream:
 
 
 class StreamBatch:
-    """Streams side by side, whose members come and go, each to the bit as if it ran by itself.
+    """Streams side by side that come and go, each bit for bit as if it ran by itself.
 
     A batch shares each read of the weights: together the members are faster than one by one. `step`
     moves all members that can move; push the frames of all of them before a step to keep them

@@ -39,13 +39,13 @@ class AutoregressiveModel(nn.Module):
     `lookback`; None without."""
 
     frames_are_exact: bool = False
-    """Whether `condition` returns the same bits for a frame on the CPU, however many frames it
+    """True if `condition` returns the same bits for a frame on the CPU, however many frames it
     computes at once."""
     bf16: bool | None = None
-    """Whether the layers can be trained in bfloat16; None: if the distribution is categorical,
+    """True if the layers can be trained in bfloat16; None: if the distribution is categorical,
     whose input is a look-up."""
     activation_checkpointing: bool | None = None
-    """Whether `forward` keeps only the inputs of its layers for the backward pass; None: not
+    """True if `forward` keeps only the inputs of its layers for the backward pass; None: not
     supported."""
 
     @property
@@ -55,7 +55,7 @@ class AutoregressiveModel(nn.Module):
 
     @property
     def carries(self) -> bool:
-        """Whether training carries the state from segment to segment of a recording.
+        """True if training carries the state from segment to segment of a recording.
 
         True for models with unbounded (or very long) context. Otherwise training cuts random crops,
         each with the receptive field before it.
@@ -103,7 +103,7 @@ class AutoregressiveModel(nn.Module):
 
     @property
     def conditioned(self) -> bool:
-        """Whether the model takes conditioning, from a mel or a speaker."""
+        """True if the model takes conditioning, from a mel or a speaker."""
         return self.config.mel is not None or self.config.speakers > 0
 
     def shift(self, codes: Tensor, previous: Tensor | None = None) -> Tensor:

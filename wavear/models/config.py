@@ -24,7 +24,7 @@ class CommonConfig:
     """Codes Q, 2 to 65536; 0: 256 mu-law codes of a categorical distribution, 65536 linear values
     (16 bits) of the others."""
     sample_rate: int = 22050
-    """Of the audio, in Hz."""
+    """Rate of the audio, in Hz."""
     mel: MelConfig | None = None
     """The mels the model is conditioned on; None: unconditional."""
     speakers: int = 0
@@ -77,7 +77,7 @@ class CommonConfig:
 
     @property
     def conditioned(self) -> bool:
-        """Whether the model takes conditioning, from a mel or a speaker."""
+        """True if the model takes conditioning, from a mel or a speaker."""
         return self.mel is not None or self.speakers > 0
 
     @property

@@ -46,7 +46,7 @@ class Law:
 
     grid: Grid
     truncates: ClassVar[bool] = False
-    """Whether `sample` takes `top_k` and `top_p`."""
+    """True if `sample` takes `top_k` and `top_p`."""
 
     @property
     def channels(self) -> int:
@@ -360,9 +360,9 @@ class _Interval(NamedTuple):
     upper: Tensor
     width: Tensor
     first: Tensor
-    """Whether it contains the grid's first code, so that it is open below."""
+    """True if it contains the grid's first code, so that it is open below."""
     last: Tensor
-    """Whether it contains the last one."""
+    """True if it contains the last one."""
 
     def lower_half(self) -> tuple[Tensor, Tensor]:
         """Return both ends, mirrored if their middle lies above the mean."""

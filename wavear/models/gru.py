@@ -138,7 +138,7 @@ class GRU(AutoregressiveModel):
     def _layers(self, x: Tensor, begin: Tensor) -> tuple[Tensor, Tensor]:
         """Return the last layer's units (B, T, H), and all layers' last ones (layers, B, H).
 
-        Calls the function under `torch.nn.GRU`: the module lays out its weights anew in place, also
+        Calls the function under `torch.nn.GRU`: the module rearranges its weights in place, also
         those that `torch.func.functional_call` substitutes in bfloat16 training.
         """
         weights = [weight for layer in range(self.config.layers) for weight in self._weights(layer)]

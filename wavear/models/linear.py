@@ -46,7 +46,7 @@ class LinearConfig:
     """Signal that is predicted: samples (linear), or their mu-law companded values (companded),
     evenly spaced codes."""
     sample_rate: int = 22050
-    """Of the audio, in Hz."""
+    """Rate of the audio, in Hz."""
     mel: None = None
     """It takes no mels."""
     speakers: int = 0

@@ -224,12 +224,12 @@ class PredictiveWaveNet(AutoregressiveModel):
         return _residual(x, p, scale.double()), scale
 
     def _predicted(self, xs: Tensor, coefficients: Tensor) -> Tensor:
-        """Samples (B, order + T), coefficients (B, T, order) -> prediction (B, T), float64."""
+        """Predict (B, T), float64, from samples (B, order + T) and coefficients (B, T, order)."""
         windows = xs[:, :-1].unfold(1, self.config.prediction_order, 1)
         return -(windows.double() * coefficients.flip(2).double()).sum(2)
 
     def _value(self, codes: Tensor) -> Tensor:
-        """The samples of codes, float32."""
+        """Return the samples of codes, float32."""
         half = self.config.classes // 2
         return (codes - half).float() / half
 
@@ -285,7 +285,7 @@ class PredictiveWaveNet(AutoregressiveModel):
         return self.import_state(self._fresh(batch))
 
     def _fresh(self, batch: int) -> dict[str, Tensor]:
-        """The state before the first sample: silence, whose residuals are zero."""
+        """Return the state before the first sample: silence, whose residuals are zero."""
         config, weight = self.config, self.input.weight
         pending = torch.tensor([[0.0, 1.0]], dtype=torch.float64, device=weight.device)
         zeros = functools.partial(torch.zeros, batch, device=weight.device)

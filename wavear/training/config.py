@@ -82,7 +82,7 @@ class DataSettings:
     validation_fraction: float = 0.05
     """Share of the files to hold out, chosen by the hash of their names; at least one file."""
     sample_rate: int = 22050
-    """Of the model, in Hz; recordings at other rates are resampled when they are read."""
+    """Rate of the model, in Hz; recordings at other rates are resampled when they are read."""
     speakers: bool = False
     """Use speaker labels: first-level sub-folders of `data`, or a manifest's column `speaker`."""
     normalise: Normalise = "none"
@@ -207,11 +207,11 @@ class OptimizerSettings:
     muon_learning_rate: float = 1e-2
     """Peak of Muon, if `optimizer` is muon."""
     weight_decay: float | None = None
-    """Of both optimizers, on matrices."""
+    """Weight decay of both optimizers, on matrices."""
     gradient_clip: float = 1.0
     """Largest norm of the gradient; 0: no limit."""
     ema_decay: float | None = None
-    """Of the moving average of the weights, which is validated and saved; less at first."""
+    """Decay of the moving average of the weights, which is validated and saved; less at first."""
     precision: Literal["auto", "32", "bf16"] = "auto"
     """Arithmetic of the steps; the weights are float32. auto: bf16 where the hardware gains by it;
     a resumed run keeps its precision."""
@@ -222,7 +222,7 @@ class OptimizerSettings:
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, mps. Under torchrun or srun every process uses its own."""
     seed: int = 0
-    """Of the initial weights and of the order of the data."""
+    """Seed of the initial weights and of the order of the data."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -241,7 +241,7 @@ class ScheduleSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class OutputSettings:
-    """What is measured, printed and saved."""
+    """Measurements, output and files."""
 
     out: str = field(kw_only=False)
     """Directory of the run: best/, last/ (checkpoints), states/, train.json, metrics.csv, ..."""
@@ -445,7 +445,7 @@ class TrainResult:
     """Outcome of a run. Bits are per sample; those of the curve are of the same held-out files."""
 
     bits_before: float
-    """Of the model at its first step."""
+    """Bits of the model at its first step."""
     bits_best: float
     """The least on the curve."""
     bits_final: float
@@ -455,7 +455,7 @@ class TrainResult:
     "unigram", "markov"."""
     steps: int
     seconds: float
-    """Of training and validations, including resumed runs."""
+    """Duration of training and validations, including resumed runs."""
     stopped_by: str
     """"steps", "time" or "interrupt"; "fit" for a linear model, fitted in closed form."""
     best: Path

@@ -43,7 +43,7 @@ class FreeRun:
     clips: list[tuple[np.ndarray, np.ndarray]]
     """Recorded and generated waveforms, (T,) each."""
     probe: dict[str, float]
-    """Of the first clip: `level_error`, its level over the recording's in dB, and
+    """Measures of the first clip: `level_error`, its level over the recording's in dB, and
     `stft_distance`. Of the quiet stretch: `noise_floor` and `noise_floor_recorded`, levels in dB
     of full scale. A model without mels has only the first."""
 
@@ -126,7 +126,7 @@ def _measures(clips: list[tuple[np.ndarray, np.ndarray]], rate: int) -> dict[str
 
 
 def _stretch(whole: np.ndarray, samples: float, hop: int, loudest: bool) -> np.ndarray:
-    """Return the stretch of so many samples, in whole frames, with most or least energy."""
+    """Return the stretch of `samples`, in whole frames, with most or least energy."""
     length = min(math.ceil(samples / hop) * hop, whole.size)
     energy = np.concatenate([[0.0], np.cumsum(np.square(whole, dtype=np.float64))])
     found = energy[length:] - energy[: energy.size - length]

@@ -33,7 +33,7 @@ class Place(NamedTuple):
     start: int
     """First sample."""
     begins: bool
-    """Whether a stretch begins here."""
+    """True if a stretch begins here."""
 
 
 class Lanes(Segments):

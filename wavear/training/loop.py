@@ -120,7 +120,7 @@ def _find_state(
     record.pop("held_out", None)
     if found is None:
         record |= {"history": [], "spikes": [], "seconds": 0.0}
-        logger.warning(f"{config.out} has no state yet: the run begins anew")
+        logger.warning(f"{config.out} has no state yet: the run begins again")
         return None
     for message in found.damaged:
         logger.warning(f"{message}; the state before it is used")

@@ -58,7 +58,7 @@ class StepResult:
     """Numbers of the last step, of this process's share of the batch."""
 
     finite: bool
-    """Whether loss and gradient are finite in all processes; otherwise no step was taken."""
+    """True if loss and gradient are finite in all processes; otherwise no step was taken."""
     nats: float
     samples: int
     crop_nats: torch.Tensor

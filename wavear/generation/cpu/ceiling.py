@@ -34,7 +34,7 @@ class Cost:
     weight_bytes: int
     """Bytes of all weights of the layers and the head, with the scales of int8."""
     hot_bytes: int
-    """Bytes that one stream must read anew for every sample: without those of past taps and
+    """Bytes that one stream must read for every sample: without those of past taps and
     conditioning, which are read once for many samples, and of the first layer, which is a table."""
     patch: int = field(default=1, repr=False)
     """Samples for which the weights are read together, `patch * hot_bytes` at a time."""

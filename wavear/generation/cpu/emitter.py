@@ -90,7 +90,7 @@ class Emitter:
         self.b.store(value, self.b.inttoptr(address, value.type.as_pointer()), align=4)
 
     def variable(self, value):
-        """A variable that starts with a value; LLVM keeps it in a register."""
+        """Return a variable that starts with a value; LLVM keeps it in a register."""
         variable = self.b.alloca(value.type)
         self.b.store(value, variable)
         return variable

@@ -140,7 +140,7 @@ def _head(net, matrices, h, z):
 
 
 def _run(plan, layers, matrices, previous, call):
-    """The loop over samples, for one group of streams: see `wavenet_loop._run`."""
+    """Loop over samples, for one group of streams: see `wavenet_loop._run`."""
     net = plan[0]
     streams, rows, samples = net.streams, net.rows, call.codes.shape[1]
     h_vectors = net.h_vectors

@@ -52,7 +52,7 @@ class Weights:
         )
 
         def gated(array: np.ndarray, order: str) -> np.ndarray:
-            """The gates of `order`, each padded to whole vectors, of outputs (3H, ...) "run"."""
+            """Return the gates of `order`, each padded to whole vectors, from outputs (3H, ...)."""
             parts = dict(zip("run", np.split(array, 3), strict=True))
             padded = np.zeros((len(order), h_vectors * LANES, *array.shape[1:]), np.float32)
             for k, name in enumerate(order):

@@ -58,7 +58,7 @@ def log_mass(law, lower, upper, first, last):
 
 @numba.njit
 def encode(grid, classes, x):
-    """The code whose interval contains a predicted value, or a sample; see `wavear.audio.grid`."""
+    """Return the code whose interval contains a value; see `wavear.audio.grid`."""
     if grid == LINEAR:
         half = classes // 2
         return min(np.int64(math.floor(min(max(x, -1.0), 1.0) * half + 0.5)) + half, classes - 1)

@@ -118,7 +118,7 @@ class Packer(Region):
         self.point(plan, field, self.put(padded))
 
     def room(self, outputs: int, width: int, weights: str | None = None) -> int:
-        """Return the vectors that a product with so many outputs writes."""
+        """Return the vectors that a product of `outputs` elements writes."""
         even = (weights or self.weights) == "bfloat16"
         blocks, vectors = vectors_of(outputs, LANES, width, even)
         return blocks * vectors

@@ -36,7 +36,7 @@ PLAN = record(
 
 
 class Frames(NamedTuple):
-    """What the streams have made and what conditions them; the rest as in `FrameConditioning`."""
+    """The state and the conditioning of the streams; the rest as in `FrameConditioning`."""
 
     rings: Any
     """int64 (B, L): addresses of the past inputs of each layer."""
@@ -78,7 +78,7 @@ def _clamped(es, i):
 
 @numba.njit
 def _features(out, xs, es, now, back, fraction, voicing, p, s, log_s, recent, near):
-    """The network's view of the past, in float64, rounded once; see `wavear.models.predictive`."""
+    """Write the network's features, float64 rounded once; see `wavear.models.predictive`."""
     for j in range(recent):
         out[j] = np.float32(_clamped(es, now - recent + j))
     out[recent] = np.float32(math.asinh(p / s) * 0.3)
@@ -127,7 +127,7 @@ def _gather(net, layer, ring, time, lags, now, inputs):
 
 
 def _run(first, last, plan, layers, matrices, frames, call):
-    """The streams `first` to `last`, one after the other.
+    """Run the streams `first` to `last`, one after the other.
 
     Returns
     -------

@@ -84,7 +84,7 @@ def in_lines(address, rows, row_bytes):
 
 @numba.njit
 def seat(address, stream, rows, vectors):
-    """The address of a stream's row in panels."""
+    """Return the address of a stream's row in panels."""
     return address + ((stream // rows) * vectors * rows + stream % rows) * VECTOR_BYTES
 
 
@@ -240,7 +240,7 @@ def _row_address(vectors, kind):
 
 @dataclass(frozen=True)
 class Products:
-    """What is compiled on its own: addresses of functions, and functions to call from Python."""
+    """Parts that are compiled separately: addresses, and functions to call from Python."""
 
     multiply: int
     sparse: int

@@ -24,9 +24,9 @@ class Call(NamedTuple):
     scores: Any
     """float64 (B, n): written if `scoring` or `scored`."""
     scoring: bool
-    """Whether the codes are given."""
+    """True if the codes are given."""
     scored: bool
-    """Whether the log-probabilities of new codes are wanted."""
+    """True if the log-probabilities of new codes are wanted."""
     top_k: int
     """The number of classes where nothing is cut off."""
     top_p: float

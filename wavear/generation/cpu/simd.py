@@ -56,7 +56,7 @@ _UNROLL = 4  # inputs at once; more, and LLVM runs out of registers: half the sp
 
 
 def _read_weights(e: Emitter, address, vectors: int, kind: int) -> list:
-    """The weights of one input."""
+    """Return the weights of one input."""
     b = e.b
     if kind == FLOAT32:
         return [e.load(e.at(address, j, e.bytes)) for j in range(vectors)]
@@ -378,7 +378,7 @@ def _largest(e: Emitter, x, blocks):
 
 
 def _squares(e: Emitter, x, blocks):
-    """The sum of the squares of `blocks` times 16 floats: 16 chains, then by halves."""
+    """Return the sum of the squares of `blocks` times 16 floats: 16 chains, then by halves."""
     total = e.variable(e.f32(0.0))
 
     def body(i):

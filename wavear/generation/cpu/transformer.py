@@ -3,8 +3,8 @@
 - Weights are packed for the vector kernels and read once: those of the layers once per patch.
 - The products of past samples with the input of a position, and with the head, are looked up by
   code and place, where the tables of these products fit a cache.
-- Keys lie with their channels apart and their positions next to each other, values the other way
-  round, so both products of the attention run along whole vectors.
+- Keys lie with their channels apart and their positions next to each other, values vice
+  versa, so both products of the attention run along whole vectors.
 - Half of the output of a ReLU is zero, and is neither multiplied nor are its weights read.
 
 Every output element is one chain of fused multiply-adds in a fixed order, and streams share nothing

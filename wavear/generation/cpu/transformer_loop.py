@@ -90,7 +90,7 @@ def _turn(net, work, number, channels):
 
 @numba.njit
 def _attend(net, layer, work, number):
-    """The attention of position `number`: from `qkv` to `found`, one head after another."""
+    """Compute the attention of position `number`: from `qkv` to `found`, one head after another."""
     heads, window = net.heads, net.window
     channels = net.channels // heads
     slot = number % window
@@ -141,7 +141,7 @@ def _add_codes(net, table, history, out, vectors):
 
 @numba.njit
 def _position(net, layers, matrices, work, history, condition, mode):
-    """The next position, from the codes of the patch before, and its output for the head."""
+    """Compute the next position from the codes of the patch before, and its output for the head."""
     zeros, x, number = net.zeros, net.x, net.time // net.patch
     if net.enter_table:
         copy_row(net.enter_bias, x, net.x_vectors)
@@ -165,7 +165,7 @@ def _position(net, layers, matrices, work, history, condition, mode):
 
 @numba.njit
 def _head(net, matrices, history, place, condition, mode):
-    """The parameters of a sample's law, `logits`."""
+    """Compute the parameters of a sample's law, `logits`."""
     z, h, vectors = net.z, net.h, net.z_vectors
     copy_row(net.places + place * vectors * VECTOR_BYTES, z, vectors)
     simd.add(net.position, z, vectors)
@@ -185,7 +185,7 @@ def _head(net, matrices, history, place, condition, mode):
 
 
 def _run(plan, layers, matrices, work, history, call):
-    """The loop over the samples of one stream.
+    """Loop over the samples of one stream.
 
     Parameters
     ----------

@@ -220,7 +220,7 @@ class Stream:
         return keys, values[:, :, :each].reshape(config.window, -1).copy()
 
     def _put(self, layer: np.void, keys: np.ndarray, values: np.ndarray) -> None:
-        """The reverse of `_rings`."""
+        """Reverse `_rings`."""
         heads, blocks, each, width = self.packed.keys
         padded = np.zeros((blocks * width, heads * each), np.float32)
         padded[: len(keys)] = keys

@@ -1,4 +1,4 @@
-"""The loop over samples of a WaveNet, as it is compiled: layers, head, draw."""
+"""Loop over samples of a WaveNet, as it is compiled: layers, head, draw."""
 
 # Numba's settings have no types.
 # pyright: reportPrivateImportUsage=false, reportAttributeAccessIssue=false
@@ -155,7 +155,7 @@ def _head(net, matrices):
 
 
 def _run(plan, layers, matrices, previous, call):
-    """The loop over samples, for one group of streams.
+    """Loop over samples, for one group of streams.
 
     Parameters
     ----------

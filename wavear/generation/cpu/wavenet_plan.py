@@ -68,13 +68,13 @@ class Weights:
         z_vectors = max(packer.room(gates, width_for(rows)) for rows in all_rows)
 
         def gated(array: np.ndarray) -> np.ndarray:
-            """Outputs (2R, ...), each half padded to whole vectors."""
+            """Return outputs (2R, ...), each half padded to whole vectors."""
             padded = np.zeros((2, gate_vectors * LANES, *array.shape[1:]), np.float32)
             padded[:, :residual] = array.reshape(2, residual, *array.shape[1:])
             return padded.reshape(gates, *array.shape[1:])
 
         def outwards(block: Any, name: str) -> np.ndarray:
-            """The weight or bias of the residual, and behind it, if both are one, of the skip.
+            """Return the weight or bias of the residual, then of the skip if both are one.
 
             (The skip's bias is added once, as `skip_bias`.)
             """
@@ -201,7 +201,7 @@ class Group:
         return np.roll(self._ring(layer)[:, row], -int(shift), axis=0)
 
     def set_past(self, layer: int, row: int, past: np.ndarray) -> None:
-        """The reverse of `past`."""
+        """Reverse `past`."""
         if self._tabulated(layer):
             self.previous[row, :-1] = _codes(past, self.packed.embedding())
         else:
@@ -212,7 +212,7 @@ class Group:
         return layer == 0 and self.net["table"] != 0
 
     def _ring(self, layer: int) -> np.ndarray:
-        """The past inputs (slots, streams, R), sample t at t modulo slots, the memory itself."""
+        """Return a view of the past inputs (slots, streams, R), sample t at t modulo slots."""
         slots, streams, x_vectors = (
             int(n)
             for n in (self.layers[layer]["slots"], self.net["streams"], self.net["x_vectors"])

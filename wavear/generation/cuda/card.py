@@ -1,6 +1,6 @@
 """The limits of the Triton engine on a CUDA card, from its properties and a measurement.
 
-A program of the kernel reads the weights anew for every sample, for its 16 streams together; the
+A program of the kernel reads the weights again for every sample, for its 16 streams together; the
 programs on different multiprocessors share what the second-level cache gives. Beyond that, tensor
 cores multiply the 16 rows.
 """

@@ -56,7 +56,7 @@ class CudaGraphEngine:
     Parameters
     ----------
     model : AutoregressiveModel
-        Its `step` must do the same operations for every sample, on tensors of its state alone,
+        Its `step` must do the same operations for every sample, on tensors of its state only,
         without asking the device for values. Weights changed in place are used at once.
     batch : int
         Streams, at least 1.
@@ -174,7 +174,7 @@ class CudaGraphEngine:
         return engine
 
     def _write(self, tensors: dict[str, Tensor]) -> None:
-        """The state that `export_state` gave, to the addresses that the graphs know."""
+        """Copy the state from `export_state` to the addresses that the graphs use."""
         for mine, theirs in zip(
             tensors_of(self._state), tensors_of(self.model.import_state(tensors)), strict=True
         ):
@@ -215,7 +215,7 @@ class CudaGraphEngine:
             self._replays[key]()
 
     def _capture(self, run: int, varying: bool, law: tuple[Any, ...]) -> Replay:
-        """A replay of `run` samples. Capturing runs them, so what they change is put back."""
+        """Return a replay of `run` samples; the state that capturing changes is restored."""
 
         def steps() -> None:
             for _ in range(run):

@@ -208,7 +208,7 @@ class TritonEngine:
         top_k: int = 0,
         top_p: float | None = None,
     ) -> None:
-        """Launches for all samples of a call; scores given codes if there are no draws."""
+        """Launch the kernel for all samples of a call; scores given codes if there are no draws."""
         check_streams(tuple(codes.shape), self.batch)
         total = codes.shape[1]
         check_condition(self.model, cond, self.batch, total)

@@ -224,7 +224,7 @@ def _head(
 
 @triton.jit
 def _largest(logits, Q: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr):
-    """Of each row's logits; `logits` points to the rows, (ROWS, 1)."""
+    """Return the largest of each row's logits; `logits` points to the rows, (ROWS, 1)."""
     largest = tl.full((ROWS, TILE), float("-inf"), tl.float32)
     for tile in range(0, Q, TILE):
         q = tile + tl.arange(0, TILE)
@@ -247,7 +247,7 @@ def _key(logits):
 
 @triton.jit
 def _logit(key):
-    """The logit of a key."""
+    """Return the logit of a key."""
     return tl.where(key < 0, key ^ 0x7FFFFFFF, key).to(tl.float32, bitcast=True)
 
 
@@ -265,7 +265,7 @@ def _count(logits, key, Q: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr)
 def _total(
     logits, largest, sharpness, key, Q: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr
 ):
-    """The weight of the logits of each row that have at least this key."""
+    """Return the weight of the logits of each row that have at least this key."""
     total = tl.zeros((ROWS, TILE), tl.float64)
     for tile in range(0, Q, TILE):
         q = tile + tl.arange(0, TILE)
@@ -327,7 +327,7 @@ def _draw(
     logits, uniform, sharpness, top_k, top_p, TOP_K: tl.constexpr, TOP_P: tl.constexpr,
     Q: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """The code of each row's uniform (`wavear.models.sampling`); -1 where logits are not finite."""
+    """Return the code of each row's uniform; -1 where logits are not finite."""
     largest = _largest(logits, Q, ROWS, TILE)
     everything = tl.full((ROWS,), _LOWEST, tl.int32)
     total = _total(logits, largest, sharpness, everything, Q, ROWS, TILE)
@@ -379,7 +379,7 @@ def _kept(logits, largest, sharpness, least, ties, passed):
 
 @triton.jit
 def _log_probability(logits, code, Q: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr):
-    """Of one code of each row by the model's own law, float64, in nats."""
+    """Return the log-probability (float64, nats) of one code of each row by the model's law."""
     largest = _largest(logits, Q, ROWS, TILE)
     everything = tl.full((ROWS,), _LOWEST, tl.int32)
     total = _total(logits, largest, tl.full((ROWS,), 1.0, tl.float32), everything, Q, ROWS, TILE)
@@ -406,7 +406,7 @@ def run(
     UPCAST: tl.constexpr, SCORING: tl.constexpr, SCORED: tl.constexpr, TOP_K: tl.constexpr,
     TOP_P: tl.constexpr,
 ):  # fmt: skip
-    """Samples `start` to `start + samples` of a call, for the streams of one group.
+    """Generate samples `start` to `start + samples` of a call, for the streams of one group.
 
     Parameters
     ----------
@@ -414,7 +414,7 @@ def run(
     sharpness : float32 (batch, length)
         1 / temperature.
     codes : int32 (batch, length)
-        Written, or read where SCORING; -1 where the logits are no numbers.
+        Written, or read where SCORING; -1 where the logits are not finite.
     scores : float64 (batch, length)
         Written where SCORED or SCORING.
     top_p : float64 (1,)
