@@ -20,11 +20,11 @@ demo: $(VENV)/.installed  ## generate sounds, train a small model on them, synth
 
 test: $(VENV)/.installed-dev  ## run the tests and the docstring examples, without the slow ones
 	$(BIN)/python tests/warm.py
-	$(BIN)/python -m pytest -n auto --dist worksteal -m "not slow" $(ARGS)
+	$(BIN)/python -m pytest -n auto --dist load -m "not slow" $(ARGS)
 
 test-slow: $(VENV)/.installed-dev  ## run the slow tests, which make test leaves out
 	$(BIN)/python tests/warm.py
-	$(BIN)/python -m pytest -n auto --dist worksteal -m slow $(ARGS)
+	$(BIN)/python -m pytest -n auto --dist load -m slow $(ARGS)
 
 bench-training: $(VENV)/.installed  ## measure training speed, and write it to docs/benchmarks.md (ARGS="--device cuda")
 	$(BIN)/python bench/training.py $(ARGS)

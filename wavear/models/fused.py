@@ -1,9 +1,8 @@
-"""Gated layers of a predictive WaveNet in bfloat16, compiled, for training on the CPU.
+"""Gated layers of a predictive WaveNet, compiled, for training on the CPU in bfloat16 or float32.
 
 torch makes a pass over memory for each operation between two matrix products, and gathers a row at
-a time. Here a gate is one pass forward and one back, and so is gathering the taps of a layer: a
-step takes two fifths of the time. The arithmetic inside a pass is float32, rounded to bfloat16
-where torch rounds its results.
+a time. Here a gate is one pass forward and one back, and so is gathering the taps of a layer. The
+arithmetic inside a pass is float32; in bfloat16 it is rounded where torch rounds its results.
 """
 
 # Numba's settings have no types.
@@ -20,7 +19,7 @@ import numpy as np
 import torch
 from llvmlite import ir
 from numba import types
-from numba.extending import intrinsic
+from numba.extending import intrinsic, overload
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -38,18 +37,34 @@ def _as_bits(context, value):
     return types.uint32(types.float32), lambda c, b, s, a: b.bitcast(a[0], ir.IntType(32))
 
 
-@numba.njit(inline="always")
-def _load(half):
-    """Return the float32 of a bfloat16."""
-    return _as_float(np.uint32(np.uint32(half) << np.uint32(16)))
+def _load(value):
+    """Return the float32 of a bfloat16 (as uint16), or of a float32."""
+    raise NotImplementedError("compiled only")
 
 
-@numba.njit(inline="always")
-def _store(value):
-    """Return the bfloat16 of a float32, rounded to nearest, ties to even."""
-    bits = _as_bits(np.float32(value))
-    half = np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))
-    return np.uint16((bits + half) >> np.uint32(16))
+def _store(value, array):
+    """Return a float32 as an element of `array`: bfloat16 rounds to nearest, ties to even."""
+    raise NotImplementedError("compiled only")
+
+
+@overload(_load, inline="always")
+def _load_of(value):
+    if isinstance(value, types.Integer):
+        return lambda value: _as_float(np.uint32(np.uint32(value) << np.uint32(16)))
+    return lambda value: value
+
+
+@overload(_store, inline="always")
+def _store_of(value, array):
+    if not isinstance(array.dtype, types.Integer):
+        return lambda value, array: np.float32(value)
+
+    def rounded(value, array):
+        bits = _as_bits(np.float32(value))
+        half = np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))
+        return np.uint16((bits + half) >> np.uint32(16))
+
+    return rounded
 
 
 @numba.njit(inline="always")
@@ -81,9 +96,9 @@ def _gate_forward(z, units, kept):
             n2, d2 = _tanh_ratio(half * _load(gates[j]))  # sigmoid(x) = (1 + tanh(x / 2)) / 2
             inverse = one / (d1 * d2)
             tanh, sigmoid = n1 * d2 * inverse, half * (d2 + n2) * d1 * inverse
-            out[j] = _store(tanh * sigmoid)
-            kept_tanh[j] = _store(tanh)
-            kept_sigmoid[j] = _store(sigmoid)
+            out[j] = _store(tanh * sigmoid, out)
+            kept_tanh[j] = _store(tanh, out)
+            kept_sigmoid[j] = _store(sigmoid, out)
 
 
 def _gate_backward(kept, gradient, out):
@@ -96,8 +111,8 @@ def _gate_backward(kept, gradient, out):
         for j in range(r):
             tanh, sigmoid = _load(tanhs[j]), _load(sigmoids[j])
             d = _load(given[j]) * sigmoid
-            filters[j] = _store(d * (one - tanh * tanh))
-            gates[j] = _store(d * tanh * (one - sigmoid))
+            filters[j] = _store(d * (one - tanh * tanh), out)
+            gates[j] = _store(d * tanh * (one - sigmoid), out)
 
 
 def _taps_forward(x, rows, out):
@@ -111,7 +126,7 @@ def _taps_forward(x, rows, out):
             if row >= 0:
                 part[:] = x[row]
             else:
-                part[:] = np.uint16(0)
+                part[:] = 0
         out[i, k_taps * r :] = x[i]
 
 
@@ -122,7 +137,7 @@ def _taps_backward(gradient, rows, sums, out):
     for i in range(n - 1, -1, -1):
         own, total, result = gradient[i, k_taps * r :], sums[i], out[i]
         for j in range(r):
-            result[j] = _store(total[j] + _load(own[j]))
+            result[j] = _store(total[j] + _load(own[j]), out)
         for k in range(k_taps):
             row = rows[k, i]
             if row >= 0:
@@ -139,29 +154,30 @@ class _Kernels(NamedTuple):
 
 
 @functools.cache
-def _kernels() -> _Kernels:
+def _kernels(dtype: torch.dtype) -> _Kernels:
     from wavear.common.compiled import compiled
 
-    half, rows, sums = "uint16[:, ::1]", "int32[:, ::1]", "float32[:, ::1]"
+    values = f"{'uint16' if dtype == torch.bfloat16 else 'float32'}[:, ::1]"
+    rows, sums, fast = "int32[:, ::1]", "float32[:, ::1]", {"fastmath": True}
+    gate = f"void({values}, {values}, {values})"
     return _Kernels(
-        compiled(
-            _gate_forward, f"void({half}, {half}, {half})", error_model="numpy", fastmath=True
-        ),
-        compiled(_gate_backward, f"void({half}, {half}, {half})", fastmath=True),
-        compiled(_taps_forward, f"void({half}, {rows}, {half})"),
-        compiled(_taps_backward, f"void({half}, {rows}, {sums}, {half})"),
+        compiled(_gate_forward, gate, error_model="numpy", **fast),
+        compiled(_gate_backward, gate, **fast),
+        compiled(_taps_forward, f"void({values}, {rows}, {values})"),
+        compiled(_taps_backward, f"void({values}, {rows}, {sums}, {values})"),
     )
 
 
-def _bits(tensor: Tensor) -> np.ndarray:
-    return tensor.detach().view(torch.uint16).numpy()
+def _values(tensor: Tensor) -> np.ndarray:
+    tensor = tensor.detach()
+    return (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
 
 
 class _Gate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, z: Tensor) -> Tensor:  # type: ignore[override]
         units, kept = z.new_empty(z.shape[0], z.shape[1] // 2), torch.empty_like(z)
-        _kernels().gate_forward(_bits(z), _bits(units), _bits(kept))
+        _kernels(z.dtype).gate_forward(_values(z), _values(units), _values(kept))
         ctx.save_for_backward(kept)
         return units
 
@@ -169,7 +185,9 @@ class _Gate(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
         (kept,) = ctx.saved_tensors
         out = torch.empty_like(kept)
-        _kernels().gate_backward(_bits(kept), _bits(gradient.contiguous()), _bits(out))
+        _kernels(kept.dtype).gate_backward(
+            _values(kept), _values(gradient.contiguous()), _values(out)
+        )
         return out
 
 
@@ -178,24 +196,24 @@ class _Taps(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, rows: np.ndarray) -> Tensor:  # type: ignore[override]
         ctx.rows = rows
         out = x.new_empty(x.shape[0], x.shape[1] * (len(rows) + 1))
-        _kernels().taps_forward(_bits(x), rows, _bits(out))
+        _kernels(x.dtype).taps_forward(_values(x), rows, _values(out))
         return out
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
         shape = (gradient.shape[0], gradient.shape[1] // (len(ctx.rows) + 1))
         out = gradient.new_empty(shape)
-        _kernels().taps_backward(
-            _bits(gradient.contiguous()), ctx.rows, np.zeros(shape, np.float32), _bits(out)
+        _kernels(out.dtype).taps_backward(
+            _values(gradient.contiguous()), ctx.rows, np.zeros(shape, np.float32), _values(out)
         )
         return out, None
 
 
 def usable(h: Tensor, cond: FrameConditioning) -> bool:
-    """Return whether the fused layers can run: bfloat16 on the CPU, whole frames, a gradient."""
+    """Return whether the fused layers can run: on the CPU, whole frames, a gradient."""
     whole = cond.samples == cond.gates.shape[1] * cond.hop  # then the offset is 0
-    half = h.dtype == torch.bfloat16 and h.device.type == "cpu"
-    return half and whole and torch.is_grad_enabled()
+    fits = h.dtype in (torch.bfloat16, torch.float32) and h.device.type == "cpu"
+    return fits and whole and torch.is_grad_enabled()
 
 
 def gated_layers(
@@ -210,7 +228,7 @@ def gated_layers(
     Parameters
     ----------
     blocks : the `PredictiveBlock` of each layer
-    h : Tensor, shape (B, T, R), bfloat16
+    h : Tensor, shape (B, T, R), bfloat16 or float32
         The first layer's input.
     cond : FrameConditioning
         Of T = F * hop samples.

@@ -186,7 +186,7 @@ class PredictiveWaveNet(AutoregressiveModel):
         features = _features(self._past_of(xs, es, lag, now), p, s, lag, voicing)
         h = self.input(features.to(self.input.weight.dtype))
         skip_span = config.gate_span(len(self.blocks))
-        fused = _fused() if state is None and h.dtype == torch.bfloat16 else None
+        fused = _fused() if state is None and h.requires_grad else None
         if fused is not None and fused.usable(h, cond):
             gates = fused.gated_layers(self.blocks, config, h, cond, lag.round().long())
             skip = self.skip(torch.cat(gates, dim=-1))
