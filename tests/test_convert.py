@@ -123,7 +123,7 @@ def test_a_floor_that_rises_is_exact_and_one_that_falls_is_not():
     torch.testing.assert_close(made, log_mel(wave, shallow), rtol=0, atol=1e-9)
     with pytest.raises(
         ValueError,
-        match=r"\d+\.\d% of the values are the quietest .*floor is 0.001, and wanted is 1e-08",
+        match=r"\d+\.\d% of the values are the quietest .*floor is 0.001 in the source and 1e-08 in the target",
     ):
         convert_mel(log_mel(wave, shallow), shallow, deep)
     loud = torch.full((12, 3), -2.0)  # nothing at the floor: nothing has been cut off
@@ -161,7 +161,7 @@ ANALYSIS: dict[str, Any] = {
 def test_another_analysis_is_refused_by_name(field: str):
     other = replace(SMALL, **{field: ANALYSIS[field]})
     mel = torch.zeros(12, 5)
-    wanted = rf"{field} is {getattr(SMALL, field)!r}, and wanted is {ANALYSIS[field]!r}"
+    wanted = rf"{field} is {getattr(SMALL, field)!r} in the source and {ANALYSIS[field]!r} in the target"
     with pytest.raises(ValueError, match=wanted):
         convert_mel(mel, SMALL, other)
     assert torch.equal(convert_mel(mel, SMALL, other, ignore=(field,)), mel)

@@ -67,15 +67,13 @@ def trained() -> Any:
 
 
 def as_convention(mel: torch.Tensor, name: str, config: MelConfig = LN) -> torch.Tensor:
-    return convert_mel(
-        mel, config, replace(config, **CONVENTIONS[name][1]), ignore=("floor", "clip")
-    )
+    return convert_mel(mel, config, CONVENTIONS[name].of(config), ignore=("floor", "clip"))
 
 
 @pytest.mark.parametrize("gain", [1.0, 0.1, 0.01], ids=["as trained", "-20 dB", "-40 dB"])
 @pytest.mark.parametrize("name", ["ln", "log10", "db", "db01"])
 def test_mels_of_the_models_own_convention_fit(trained, name, gain):
-    config = replace(LN, **CONVENTIONS[name][1])
+    config = CONVENTIONS[name].of(LN)
     model = trained(config)
     for wave in voices(4, seed=1):
         assert judge_mel(log_mel(gain * wave, config)[0], model).verdict == "fits"
@@ -89,7 +87,7 @@ def test_other_conventions_are_told_by_name(trained, name):
         judged = judge_mel(mel, model)
         assert (judged.verdict, judged.convention) == ("wrong", name)
         assert (
-            f"looks like {CONVENTIONS[name][0]} mels (range {mel.min():.1f}..{mel.max():.1f})"
+            f"looks like {CONVENTIONS[name].label} mels (range {mel.min():.1f}..{mel.max():.1f})"
             in judged.reason
         )
         assert "the model expects natural-logarithm mels (range -11.5.." in judged.reason
@@ -211,11 +209,11 @@ def test_what_says_what_it_is_is_converted_or_refused_by_field(trained):
     torch.testing.assert_close(made, log_mel(wave, LN)[0].float(), rtol=0, atol=1e-5)
     tacotron = log_mel(wave, MelConfig.preset("nvidia-tacotron2"))[0]
     with pytest.raises(
-        ValueError, match=r"it has centre 'start', the model 'middle' \(all but 5.8 ms of delay"
+        ValueError, match=r"it has centre 'start', the model 'middle' \(only 5.8 ms of delay"
     ):
         adapt_mel(tacotron, model, "nvidia-tacotron2")
     with pytest.warns(
-        UserWarning, match="taken although it has centre 'start', the model 'middle'"
+        UserWarning, match="accepted although it has centre 'start', the model 'middle'"
     ):
         assert torch.equal(
             adapt_mel(tacotron, model, "nvidia-tacotron2", force=True), tacotron.float()
@@ -233,7 +231,7 @@ def test_what_says_what_it_is_is_converted_or_refused_by_field(trained):
 def test_a_trace_of_a_difference_is_said_and_taken(trained):
     model = trained(LN)
     mel = log_mel(voices(1, seed=6)[0], MelConfig.preset("hifigan"))[0]
-    with pytest.warns(UserWarning, match="taken although it has power_offset 1e-09, the model 0.0"):
+    with pytest.warns(UserWarning, match="accepted although it has power_offset 1e-09, the model 0.0"):
         assert torch.equal(adapt_mel(mel, model, "hifigan"), mel.float())
 
 
@@ -244,7 +242,7 @@ def test_a_floor_that_was_higher_is_said_and_taken(trained):
     told: list[str] = []
     adapt_mel(mel, model, LN, warn=told.append)
     assert len(told) == 1
-    assert "floor is 1e-05, and wanted is 1e-08; they stay where they are" in told[0]
+    assert "floor is 1e-05 in the source and 1e-08 in the target; these values stay at the bound" in told[0]
 
 
 def test_force_takes_what_is_wrong_but_not_other_bands(trained):

@@ -1,23 +1,23 @@
-"""Log-mel spectrograms: `MelConfig`, all that makes two mels differ, and `log_mel`, which computes one.
+"""Log-mel spectrograms: `MelConfig`, the settings that define a mel, and `log_mel`.
 
-The rule of the edges --------------------- Frame f belongs to the samples [f * hop, (f + 1) * hop),
-and a waveform of T samples has F = T // hop frames, whatever the settings; up to hop - 1 samples at
-the end belong to no frame (though the last frames still see them). The window of frame f is centred
-on its own samples:
+Frames and edges: frame f belongs to the samples [f * hop, (f + 1) * hop), and a waveform of T
+samples has F = T // hop frames; up to hop - 1 samples at the end belong to no frame. The window of
+frame f is centred on its own samples:
 
-    centre = "middle":  on f * hop + hop / 2, as in HiFi-GAN (padded by (n_fft - hop) / 2, torch.stft(center=False))
-    centre = "start":   on f * hop, as in librosa and torch.stft(center=True), less the frame past the end
+- centre = "middle": on f * hop + hop / 2, as in HiFi-GAN (padding by (n_fft - hop) / 2 and
+  torch.stft(center=False));
+- centre = "start": on f * hop, as in librosa and torch.stft(center=True), without the last frame.
 
-What a window sees beyond the ends of the waveform is its mirror image or zeros (`padding`). A frame
-depends on no sample outside `MelConfig.window_span`, so the mel of a crop is the crop of the mel,
-once the crop is taken with `MelConfig.context_frames` more frames on both sides and these are
-dropped from its mel:
+Beyond the ends of the waveform, a window reads its mirror image or zeros (`padding`). A frame
+depends on no sample outside `MelConfig.window_span`. So the mel of a crop equals the crop of the
+mel if the crop has `MelConfig.context_frames` more frames on both sides, which are then dropped:
 
-    context = config.context_samples                       # a multiple of hop, like a and b
-    part = log_mel(waveform[:, a - context : b + context], config)[..., config.context_frames : -config.context_frames]
+    context = config.context_samples  # a multiple of hop, like a and b
+    part = log_mel(waveform[:, a - context : b + context], config)
+    part = part[..., config.context_frames : -config.context_frames]
     part == log_mel(waveform, config)[..., a // hop : b // hop]
 
-A crop that begins or ends with the waveform has no context there, and drops nothing there.
+A crop that begins or ends with the waveform has no context there.
 """
 
 from __future__ import annotations
@@ -33,7 +33,9 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
+from torch import Tensor
 
+from wavear.common.errors import WavearError
 from wavear.mel.presets import PRESETS
 
 Window = Literal["hann", "hamming", "blackman", "rectangular"]
@@ -44,33 +46,42 @@ Norm = Literal["slaney"]
 FloorMode = Literal["clip", "add"]
 LogBase = Literal["e", "10", "db", "none"]
 
-# Fields that came after the first checkpoints, and what those meant.
+_CHOICES: dict[str, tuple[Any, ...]] = {
+    "window": get_args(Window),
+    "centre": get_args(Centre),
+    "padding": get_args(Padding),
+    "mel_scale": get_args(MelScale),
+    "norm": (*get_args(Norm), None),
+    "floor_mode": get_args(FloorMode),
+    "log_base": get_args(LogBase),
+}
+
+# Fields that the first checkpoints lack, with the values that they had.
 _LATER = {"floor_mode": "clip"}
 
-# Frames computed at once: bounds the memory of an hour-long recording to that of some seconds.
+# Frames computed at once: bounds the memory for an hour-long recording to that for some seconds.
 BLOCK_FRAMES = 4096
 
 
 @dataclass(frozen=True)
 class MelConfig:
-    """All that makes two mel spectrograms of one waveform differ. The default is HiFi-GAN's at 22.05 kHz.
+    """The settings that define a mel spectrogram. The default is HiFi-GAN's at 22.05 kHz.
 
-    The value of band m in frame f is, with X the spectrum of the windowed frame and W the filter
-    bank,
+    With X the spectrum of the windowed frame and W the filter bank, the value of band m is
 
         S[k] = max(abs(X[k])**2 + power_offset, power_floor) ** (power / 2)
         V[m] = clip(scale * log(max(sum_k W[m, k] * S[k], floor)) + shift)
 
-    (`floor_mode` "add" has the floor added, instead of the larger of the two.) That leaves room for
-    all that published mels do: decibels against a reference r are a `shift` of -20 log10(r),
-    logarithms to base 2 a `scale` of 1 / log(2), a spectrum divided by the window's norm n a
-    `shift` of -log(n). What depends on a whole recording, such as the `top_db` of librosa, has no
-    place here: the mel of a crop would not be the crop of the mel.
+    (with `floor_mode` "add", the floor is added instead). This covers all published mels: decibels
+    relative to r are a `shift` of -20 log10(r), logarithms to base 2 a `scale` of 1 / log(2), a
+    spectrum divided by the window's norm n a `shift` of -log(n). Settings that depend on a whole
+    recording, such as librosa's `top_db`, are left out: the mel of a crop would differ from the
+    crop of the mel.
 
     Raises
     ------
-    ValueError
-        If a value makes no sense, with the field, the value and what would work.
+    WavearError
+        If a value is out of range; the message names the field, the value and the range.
 
     Examples
     --------
@@ -79,25 +90,25 @@ class MelConfig:
     80.0
     >>> MelConfig.from_dict(config.to_dict()) == config
     True
-    >>> MelConfig(fmax=16000)
+    >>> MelConfig(hop_length=2000)
     Traceback (most recent call last):
-    ValueError: MelConfig: fmax is 16000.0 Hz, expected more than fmin (0.0) and at most 11025.0 (half of sample_rate)
+    wavear.common.errors.WavearError: MelConfig: hop_length is 2000, expected 1 to ...
     """
 
     sample_rate: int = 22050
-    """Of the waveform, Hz."""
+    """Sample rate of the waveform, Hz."""
     n_fft: int = 1024
     """Length of the Fourier transform, samples."""
     window_length: int = 1024
-    """Length of the window, samples; a window shorter than `n_fft` lies in its middle, between zeros."""
+    """Length of the window, samples; if shorter than `n_fft`, it is centred between zeros."""
     window: Window = "hann"
     """Shape of the window, in its periodic form."""
     hop_length: int = 256
     """Samples per frame."""
     centre: Centre = "middle"
-    """Where in its samples a frame's window is centred, see the module."""
+    """Where a frame's window is centred: see the module."""
     padding: Padding = "reflect"
-    """What lies beyond the ends of the waveform: its mirror image about the end sample, or zeros."""
+    """Beyond the ends of the waveform: its mirror image about the end sample, or zeros."""
     bands: int = 80
     """Number of mel bands M."""
     fmin: float = 0.0
@@ -117,9 +128,9 @@ class MelConfig:
     floor: float = 1e-5
     """Least value of a band before the logarithm."""
     floor_mode: FloorMode = "clip"
-    """"clip": what is below the floor becomes the floor. "add": the floor is added to every value."""
+    """"clip": smaller values become the floor. "add": the floor is added to every value."""
     log_base: LogBase = "e"
-    """Natural or common logarithm; decibels (20 log10 of magnitudes, 10 log10 of powers); or none at all."""
+    """Natural, common, decibels (20 log10 of magnitudes, 10 log10 of powers), or no logarithm."""
     scale: float = 1.0
     """Factor on the logarithm."""
     shift: float = 0.0
@@ -129,65 +140,50 @@ class MelConfig:
 
     def __post_init__(self) -> None:
         for field in ("sample_rate", "n_fft", "window_length", "hop_length", "bands"):
-            value = _integer(field, getattr(self, field))
-            object.__setattr__(self, field, value)
-            if value < 1:
-                raise _refusal(field, value, "1 or more")
+            object.__setattr__(self, field, _integer(field, getattr(self, field)))
         for field in ("fmin", "power", "power_offset", "power_floor", "floor", "scale", "shift"):
             object.__setattr__(self, field, _number(field, getattr(self, field)))
         if self.fmax is not None:
             object.__setattr__(self, "fmax", _number("fmax", self.fmax))
-        for field, choices in (
-            ("window", get_args(Window)),
-            ("centre", get_args(Centre)),
-            ("padding", get_args(Padding)),
-            ("mel_scale", get_args(MelScale)),
-            ("norm", (*get_args(Norm), None)),
-            ("floor_mode", get_args(FloorMode)),
-            ("log_base", get_args(LogBase)),
-        ):
-            if getattr(self, field) not in choices:
-                raise _refusal(field, repr(getattr(self, field)), " or ".join(map(repr, choices)))
-        if not 1000 <= self.sample_rate <= 384_000:
-            raise _refusal("sample_rate", f"{self.sample_rate} Hz", "1000 to 384000")
-        if self.n_fft < 2:
-            raise _refusal("n_fft", self.n_fft, "2 or more")
-        if self.window_length > self.n_fft:
-            raise _refusal("window_length", self.window_length, f"at most n_fft ({self.n_fft})")
-        if self.hop_length > self.window_length:
-            raise _refusal(
-                "hop_length", self.hop_length, f"at most window_length ({self.window_length})"
-            )
-        if self.bands > self.n_fft // 2 + 1:
-            raise _refusal("bands", self.bands, f"at most n_fft // 2 + 1 ({self.n_fft // 2 + 1})")
-        nyquist = self.sample_rate / 2
-        if not 0 <= self.fmin < nyquist:
-            raise _refusal(
-                "fmin", f"{self.fmin} Hz", f"0 to less than {nyquist} (half of sample_rate)"
-            )
-        if self.fmax is not None and not self.fmin < self.fmax <= nyquist:
-            wanted = f"more than fmin ({self.fmin}) and at most {nyquist} (half of sample_rate)"
-            raise _refusal("fmax", f"{self.fmax} Hz", wanted)
-        if self.power not in (1.0, 2.0):
-            raise _refusal("power", self.power, "1 (magnitude) or 2 (power)")
-        for field in ("power_offset", "power_floor", "floor"):
-            if getattr(self, field) < 0:
-                raise _refusal(field, getattr(self, field), "0 or more")
-        if self.floor == 0 and self.log_base != "none":
-            raise _refusal(
-                "floor", self.floor, f"more than 0 before a logarithm (log_base {self.log_base!r})"
-            )
-        if self.scale == 0:
-            raise _refusal("scale", self.scale, "any other number (0 leaves nothing of the mel)")
         if self.clip is not None:
             if not isinstance(self.clip, (tuple, list)) or len(self.clip) != 2:
-                raise _refusal(
-                    "clip", repr(self.clip), "None or two numbers, the least and the largest value"
-                )
-            low, high = (_number("clip", bound) for bound in self.clip)
-            object.__setattr__(self, "clip", (low, high))
-            if not low < high:
-                raise _refusal("clip", self.clip, "the lesser number first")
+                raise _refusal("clip", self.clip, "None or two numbers, the lesser first")
+            object.__setattr__(self, "clip", tuple(_number("clip", end) for end in self.clip))
+        for field, choices in _CHOICES.items():
+            if getattr(self, field) not in choices:
+                raise _refusal(field, getattr(self, field), " or ".join(map(repr, choices)))
+        bins, nyquist = self.n_fft // 2 + 1, self.sample_rate / 2
+        logarithm = self.log_base != "none"
+        for field, holds, wanted in (
+            ("sample_rate", 1000 <= self.sample_rate <= 384_000, "1000 to 384000 Hz"),
+            ("n_fft", self.n_fft >= 2, "2 or more"),
+            ("window_length", 1 <= self.window_length <= self.n_fft, f"1 to n_fft ({self.n_fft})"),
+            (
+                "hop_length",
+                1 <= self.hop_length <= self.window_length,
+                f"1 to window_length ({self.window_length})",
+            ),
+            ("bands", 1 <= self.bands <= bins, f"1 to n_fft // 2 + 1 ({bins})"),
+            (
+                "fmin",
+                0 <= self.fmin < nyquist,
+                f"0 to less than {nyquist} Hz (half of sample_rate)",
+            ),
+            (
+                "fmax",
+                self.fmax is None or self.fmin < self.fmax <= nyquist,
+                f"more than fmin ({self.fmin}) and at most {nyquist} Hz (half of sample_rate)",
+            ),
+            ("power", self.power in (1.0, 2.0), "1 (magnitude) or 2 (power)"),
+            ("power_offset", self.power_offset >= 0, "0 or more"),
+            ("power_floor", self.power_floor >= 0, "0 or more"),
+            ("floor", self.floor >= 0, "0 or more"),
+            ("floor", self.floor > 0 or not logarithm, "more than 0 before a logarithm"),
+            ("scale", self.scale != 0, "a number other than 0"),
+            ("clip", self.clip is None or self.clip[0] < self.clip[1], "the lesser number first"),
+        ):
+            if not holds:
+                raise _refusal(field, getattr(self, field), wanted)
 
     @property
     def frame_rate(self) -> float:
@@ -196,21 +192,17 @@ class MelConfig:
 
     @property
     def window_span(self) -> tuple[int, int]:
-        """(left, right), samples: frame f depends on waveform[f * hop - left : f * hop + right] and on nothing else."""
+        """(left, right), samples: frame f depends on waveform[f * hop - left : f * hop + right]."""
         before = _samples_before(self)
-        # The window in the middle of n_fft, as torch.stft places it.
+        # torch.stft centres the window in n_fft.
         start = (self.n_fft - self.window_length) // 2
         return before - start, start + self.window_length - before
 
     @property
     def context_frames(self) -> int:
-        """Frames to add on each side of a crop, so that those inside come out as in the whole."""
+        """Frames to add on each side of a crop so that its own frames equal those of the whole."""
         left, right = self.window_span
-        return max(
-            math.ceil(left / self.hop_length),
-            math.ceil((right - self.hop_length) / self.hop_length),
-            0,
-        )
+        return max(math.ceil(max(left, right - self.hop_length) / self.hop_length), 0)
 
     @property
     def context_samples(self) -> int:
@@ -218,34 +210,33 @@ class MelConfig:
         return self.context_frames * self.hop_length
 
     def to_dict(self) -> dict[str, Any]:
-        """Every field by its name, as JSON can hold it."""
+        """Return every field by its name, in types of JSON."""
         fields = dataclasses.asdict(self)
         fields["clip"] = None if self.clip is None else list(self.clip)
         return fields
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> MelConfig:
-        """The inverse of `to_dict`.
+        """Return the configuration that `to_dict` was called on.
 
         Raises
         ------
-        ValueError
-            If a field is missing or unknown (the message names it), or holds nonsense.
+        WavearError
+            If a field is missing, unknown or out of range.
         """
         if not isinstance(fields, dict):
-            raise ValueError(f"a mel configuration is a dictionary of fields, not {fields!r:.80}")
+            raise WavearError(f"a mel configuration is a dictionary of fields, not {fields!r:.80}")
         known = [field.name for field in dataclasses.fields(cls)]
         if unknown := [name for name in fields if name not in known]:
-            raise ValueError(
-                f"mel configuration has unknown fields {', '.join(map(str, unknown))}; known: {known}"
-            )
+            names = ", ".join(map(str, unknown))
+            raise WavearError(f"mel configuration has unknown fields {names}; known: {known}")
         if missing := [name for name in known if name not in fields and name not in _LATER]:
-            raise ValueError(f"mel configuration lacks the fields {', '.join(missing)}")
+            raise WavearError(f"mel configuration lacks the fields {', '.join(missing)}")
         return cls(**{**_LATER, **fields})
 
     @classmethod
     def preset(cls, name: str) -> MelConfig:
-        """Mels as a well-known project publishes them; `docs/mels.md` says which, and how exactly they agree.
+        """Return the configuration of a well-known project; see `docs/mels.md`.
 
         Parameters
         ----------
@@ -255,8 +246,8 @@ class MelConfig:
 
         Raises
         ------
-        ValueError
-            If there is no such preset; the message has the nearest ones.
+        WavearError
+            If the name is unknown; the message suggests similar ones.
 
         Examples
         --------
@@ -264,64 +255,56 @@ class MelConfig:
         275
         >>> MelConfig.preset("hifi-gan")
         Traceback (most recent call last):
-        ValueError: there is no mel preset 'hifi-gan': did you mean 'hifigan'?
+        wavear.common.errors.WavearError: there is no mel preset 'hifi-gan': did you mean 'hifigan'?
         """
-        if name not in PRESETS:
-            plain = {re.sub("[^a-z0-9]", "", known): known for known in PRESETS}
-            near = difflib.get_close_matches(re.sub("[^a-z0-9]", "", str(name).lower()), plain, n=2)
-            hint = (
-                f"did you mean {' or '.join(repr(plain[known]) for known in near)}?" if near else ""
-            )
-            raise ValueError(
-                f"there is no mel preset {name!r}: {hint or 'known are ' + ', '.join(PRESETS)}"
-            )
-        return cls(**PRESETS[name])
+        if name in PRESETS:
+            return cls(**PRESETS[name])
+        plain = {re.sub("[^a-z0-9]", "", known): known for known in PRESETS}
+        near = difflib.get_close_matches(re.sub("[^a-z0-9]", "", str(name).lower()), plain, n=2)
+        hint = f"did you mean {' or '.join(repr(plain[known]) for known in near)}?"
+        hint = hint if near else f"known are {', '.join(PRESETS)}"
+        raise WavearError(f"there is no mel preset {name!r}: {hint}")
 
 
 @torch.no_grad()
-def log_mel(waveform: torch.Tensor, config: MelConfig) -> torch.Tensor:
-    """Log-mel spectrogram, one frame per `config.hop_length` samples.
+def log_mel(waveform: Tensor, config: MelConfig) -> Tensor:
+    """Compute a log-mel spectrogram, one frame per `config.hop_length` samples.
 
-    The arithmetic is float64 inside (float32 on Apple's GPUs, which have no float64): in float32, a
-    quiet band beside a loud one is off by up to 1e-3 in the logarithm, and autocast or TF32 would
-    make that 1e-2 without being asked.
+    It is computed in float64 (float32 on Apple's GPUs), also under autocast: in float32, a quiet
+    band next to a loud one is off by up to 1e-3 in the logarithm, with TF32 by 1e-2.
 
     Parameters
     ----------
     waveform : Tensor, shape (B, T), float32 or float64 in [-1, 1]
-        Any length from one hop; shorter than a window is mirrored as often as it takes, as in
-        NumPy's `pad`.
+        At least one hop; a waveform shorter than a window is mirrored repeatedly, as by
+        `numpy.pad`.
     config : MelConfig
 
     Returns
     -------
     Tensor, shape (B, M, F), of the type and on the device of `waveform`
-        See `MelConfig` for the values; F = T // hop. No gradient flows.
+        See `MelConfig` for the values; F = T // hop. It carries no gradient.
 
     Raises
     ------
-    ValueError
-        If `waveform` is not two-dimensional floating point, is shorter than one hop, or holds NaN
-        or infinity.
+    WavearError
+        If `waveform` is not two-dimensional float32 or float64, is shorter than one hop, or holds
+        NaN or infinity.
 
     Examples
     --------
     >>> log_mel(torch.zeros(1, 2560), MelConfig(hop_length=256)).shape
     torch.Size([1, 80, 10])
     """
-    if not isinstance(waveform, torch.Tensor) or waveform.dtype not in (
-        torch.float32,
-        torch.float64,
-    ):
-        kind = waveform.dtype if isinstance(waveform, torch.Tensor) else type(waveform).__name__
-        raise ValueError(f"waveform is {kind}, expected a float32 or float64 tensor")
+    kind = waveform.dtype if isinstance(waveform, Tensor) else type(waveform).__name__
+    if kind not in (torch.float32, torch.float64):
+        raise WavearError(f"waveform is {kind}, expected a float32 or float64 tensor")
     if waveform.ndim != 2:
-        raise ValueError(f"waveform has shape {tuple(waveform.shape)}, expected (B, T)")
-    hop = config.hop_length
-    samples = waveform.shape[1]
+        raise WavearError(f"waveform has shape {tuple(waveform.shape)}, expected (B, T)")
+    hop, samples = config.hop_length, waveform.shape[1]
     frames = samples // hop
     if frames == 0:
-        raise ValueError(f"waveform has {samples} samples, a mel needs at least one hop ({hop})")
+        raise WavearError(f"waveform has {samples} samples, a mel needs at least one hop ({hop})")
     exact = torch.float32 if waveform.device.type == "mps" else torch.float64
     filters, window = _filters_and_window(config, waveform.device, exact)
     before = _samples_before(config)
@@ -341,25 +324,39 @@ def log_mel(waveform: torch.Tensor, config: MelConfig) -> torch.Tensor:
             center=False,
             return_complex=True,
         )  # (B, n_fft // 2 + 1, last - first)
-        bins = (spectrum.real.square() + spectrum.imag.square() + config.power_offset).clamp_(
-            min=config.power_floor
-        )
+        bins = spectrum.real.square() + spectrum.imag.square() + config.power_offset
+        bins.clamp_(min=config.power_floor)
         if config.power == 1:
             bins = bins.sqrt_()
-        mel[..., first:last] = _compress(filters @ bins, config)
-    # One check of the result, a hundredth the size of the waveform: what is not finite in there is
-    # not finite here.
+        mel[..., first:last] = compress_(filters @ bins, config)
+    # Checking the result suffices, and it is a hundredth of the size of the waveform.
     if not torch.isfinite(mel).all():
-        raise ValueError("waveform holds NaN or infinity (or values beyond 1e100)")
+        raise WavearError("waveform holds NaN or infinity (or values beyond 1e100)")
     return mel
 
 
-def mel_filter_bank(config: MelConfig) -> torch.Tensor:
-    """Triangular filters, from the bins of the Fourier transform to mel bands; equals `librosa.filters.mel`.
+def compress_(bands: Tensor, config: MelConfig) -> Tensor:
+    """Apply the floor, the logarithm, `scale`, `shift` and `clip`; overwrite the bands."""
+    if config.floor_mode == "clip":
+        bands.clamp_(min=config.floor)
+    else:
+        bands.add_(config.floor)
+    if config.log_base == "e":
+        bands.log_()
+    elif config.log_base != "none":
+        bands.log10_()
+    if config.log_base == "db":
+        bands *= 20.0 / config.power
+    values = bands * config.scale + config.shift
+    return values if config.clip is None else values.clamp(*config.clip)
 
-    Band m rises from edge m to edge m + 1 and falls to edge m + 2, the bands + 2 edges lying evenly
-    on the mel scale. (Our own, as torchaudio's is computed in float32, where a band's first bins
-    are off by up to 1e-3 of themselves, and importing librosa takes seconds.)
+
+def mel_filter_bank(config: MelConfig) -> Tensor:
+    """Return triangular filters from Fourier bins to mel bands, as `librosa.filters.mel`.
+
+    Band m rises from edge m to edge m + 1 and falls to edge m + 2; the bands + 2 edges are evenly
+    spaced on the mel scale. (torchaudio computes it in float32, where a band's first bins are off
+    by up to 1e-3 of themselves, and importing librosa takes seconds.)
 
     Parameters
     ----------
@@ -372,23 +369,21 @@ def mel_filter_bank(config: MelConfig) -> torch.Tensor:
     Warns
     -----
     UserWarning
-        If a band is too narrow to hold any bin: it would be at the floor always.
+        If a band is too narrow to contain a bin: it would always be at the floor.
     """
     fmax = config.sample_rate / 2 if config.fmax is None else config.fmax
     low, high = (_hz_to_mel(frequency, config.mel_scale) for frequency in (config.fmin, fmax))
-    edges = _mel_to_hz(
-        torch.linspace(low, high, config.bands + 2, dtype=torch.float64), config.mel_scale
-    )
-    bins = (
-        torch.arange(config.n_fft // 2 + 1, dtype=torch.float64) * config.sample_rate / config.n_fft
-    )
+    mels = torch.linspace(low, high, config.bands + 2, dtype=torch.float64)
+    edges = _mel_to_hz(mels, config.mel_scale)
+    bins = torch.arange(config.n_fft // 2 + 1, dtype=torch.float64)
+    bins = bins * config.sample_rate / config.n_fft
     rise = (bins - edges[:-2, None]) / (edges[1:-1] - edges[:-2])[:, None]
     fall = (edges[2:, None] - bins) / (edges[2:] - edges[1:-1])[:, None]
     filters = torch.minimum(rise, fall).clamp(min=0.0)
     if empty := (filters.amax(dim=1) == 0).nonzero()[:, 0].tolist():
         warnings.warn(
-            f"mel bands {empty} hold no bin of an n_fft of {config.n_fft}: use a larger n_fft or fewer than "
-            f"{config.bands} bands",
+            f"mel bands {empty} hold no bin of an n_fft of {config.n_fft}: use a larger n_fft or"
+            f" fewer than {config.bands} bands",
             stacklevel=2,
         )
     if config.norm == "slaney":
@@ -411,7 +406,7 @@ def _hz_to_mel(frequency: float, scale: MelScale) -> float:
     return _SLANEY_KNEE_MEL + math.log(frequency / _SLANEY_KNEE_HZ) / _SLANEY_LOG_STEP
 
 
-def _mel_to_hz(mels: torch.Tensor, scale: MelScale) -> torch.Tensor:
+def _mel_to_hz(mels: Tensor, scale: MelScale) -> Tensor:
     if scale == "htk":
         return 700.0 * (10.0 ** (mels / 2595.0) - 1.0)
     bent = _SLANEY_KNEE_HZ * torch.exp(_SLANEY_LOG_STEP * (mels - _SLANEY_KNEE_MEL))
@@ -429,66 +424,50 @@ _WINDOWS = {
 @functools.lru_cache(maxsize=32)
 def _filters_and_window(
     config: MelConfig, device: torch.device, dtype: torch.dtype
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[Tensor, Tensor]:
     window = _WINDOWS[config.window](config.window_length, dtype=torch.float64)
     return mel_filter_bank(config).to(device, dtype), window.to(device, dtype)
 
 
 def _samples_before(config: MelConfig) -> int:
-    """Samples that lie in the transform of frame f before f * hop: where `centre` puts its middle."""
+    """Return the number of samples before f * hop in the transform of frame f."""
     if config.centre == "start":
         return config.n_fft // 2
     return (config.n_fft - config.hop_length) // 2
 
 
-def _pad(waveform: torch.Tensor, before: int, after: int, padding: Padding) -> torch.Tensor:
+def _pad(waveform: Tensor, before: int, after: int, padding: Padding) -> Tensor:
     """(B, T) -> (B, before + T + after)."""
     if padding == "zeros":
         return torch.nn.functional.pad(waveform, (before, after))
-    # Mirrored about the end samples without repeating them, again and again: a triangle wave of
-    # period 2 * (T - 1). (torch's own "reflect" stops at T - 1 samples, and a spoken digit can be
-    # shorter than a window.)
+    # Mirrored about the end samples without repeating them: a triangle wave of period 2 * (T - 1).
+    # (torch's "reflect" is limited to T - 1 samples, and a spoken digit can be shorter than a
+    # window.)
     samples = waveform.shape[1]
     period = max(2 * (samples - 1), 1)
     outside = torch.cat([torch.arange(-before, 0), torch.arange(samples, samples + after)]) % period
-    edges = waveform[
-        :, torch.minimum(outside, period - outside).clamp_(max=samples - 1).to(waveform.device)
-    ]
+    inside = torch.minimum(outside, period - outside).clamp_(max=samples - 1)
+    edges = waveform[:, inside.to(waveform.device)]
     return torch.cat([edges[:, :before], waveform, edges[:, before:]], dim=1)
 
 
-def _compress(mel: torch.Tensor, config: MelConfig) -> torch.Tensor:
-    mel = mel.clamp_(min=config.floor) if config.floor_mode == "clip" else mel.add_(config.floor)
-    if config.log_base == "e":
-        mel = mel.log_()
-    elif config.log_base == "10":
-        mel = mel.log10_()
-    elif config.log_base == "db":
-        mel = mel.log10_() * (20.0 / config.power)
-    mel = mel * config.scale + config.shift
-    return mel if config.clip is None else mel.clamp(*config.clip)
-
-
-def _refusal(field: str, value: object, wanted: str) -> ValueError:
-    return ValueError(f"MelConfig: {field} is {value}, expected {wanted}")
+def _refusal(field: str, value: object, wanted: str) -> WavearError:
+    return WavearError(f"MelConfig: {field} is {value!r}, expected {wanted}")
 
 
 def _integer(field: str, value: Any) -> int:
-    if isinstance(value, bool):
-        raise _refusal(field, value, "an integer")
     try:
+        if isinstance(value, bool):
+            raise TypeError
         return operator.index(value)
     except TypeError:
-        raise _refusal(field, repr(value), "an integer") from None
+        raise _refusal(field, value, "an integer") from None
 
 
 def _number(field: str, value: Any) -> float:
-    if isinstance(value, (bool, str)):
-        raise _refusal(field, repr(value), "a number")
     try:
-        number = float(value)
+        if isinstance(value, (bool, str)) or not math.isfinite(float(value)):
+            raise TypeError
+        return float(value)
     except (TypeError, ValueError):
-        raise _refusal(field, repr(value), "a number") from None
-    if not math.isfinite(number):
-        raise _refusal(field, number, "a finite number")
-    return number
+        raise _refusal(field, value, "a finite number") from None
