@@ -161,7 +161,9 @@ ANALYSIS: dict[str, Any] = {
 def test_another_analysis_is_refused_by_name(field: str):
     other = replace(SMALL, **{field: ANALYSIS[field]})
     mel = torch.zeros(12, 5)
-    wanted = rf"{field} is {getattr(SMALL, field)!r} in the source and {ANALYSIS[field]!r} in the target"
+    wanted = (
+        rf"{field} is {getattr(SMALL, field)!r} in the source and {ANALYSIS[field]!r} in the target"
+    )
     with pytest.raises(ValueError, match=wanted):
         convert_mel(mel, SMALL, other)
     assert torch.equal(convert_mel(mel, SMALL, other, ignore=(field,)), mel)

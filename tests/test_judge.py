@@ -231,7 +231,9 @@ def test_what_says_what_it_is_is_converted_or_refused_by_field(trained):
 def test_a_trace_of_a_difference_is_said_and_taken(trained):
     model = trained(LN)
     mel = log_mel(voices(1, seed=6)[0], MelConfig.preset("hifigan"))[0]
-    with pytest.warns(UserWarning, match="accepted although it has power_offset 1e-09, the model 0.0"):
+    with pytest.warns(
+        UserWarning, match="accepted although it has power_offset 1e-09, the model 0.0"
+    ):
         assert torch.equal(adapt_mel(mel, model, "hifigan"), mel.float())
 
 
@@ -242,7 +244,10 @@ def test_a_floor_that_was_higher_is_said_and_taken(trained):
     told: list[str] = []
     adapt_mel(mel, model, LN, warn=told.append)
     assert len(told) == 1
-    assert "floor is 1e-05 in the source and 1e-08 in the target; these values stay at the bound" in told[0]
+    assert (
+        "floor is 1e-05 in the source and 1e-08 in the target; these values stay at the bound"
+        in told[0]
+    )
 
 
 def test_force_takes_what_is_wrong_but_not_other_bands(trained):
