@@ -1,4 +1,4 @@
-"""Converting mels: what comes out is the mel that the target would have taken of the sound, or it is refused."""
+"""A converted mel equals the mel of the target's convention, or the conversion is refused."""
 
 from __future__ import annotations
 
@@ -41,11 +41,7 @@ conventions = st.builds(
 )
 
 
-@settings(max_examples=300, deadline=None)
-@given(source=conventions, target=conventions)
-def test_what_is_converted_is_what_the_target_would_have_taken(
-    source: MelConfig, target: MelConfig
-):
+def check_conversion(source: MelConfig, target: MelConfig) -> None:
     wave = sound()
     given, wanted = log_mel(wave, source), log_mel(wave, target)
     try:
@@ -72,6 +68,20 @@ def test_what_is_converted_is_what_the_target_would_have_taken(
     torch.testing.assert_close(made, wanted, rtol=1e-6, atol=1e-5)
 
 
+@settings(max_examples=12, deadline=None, derandomize=True)
+@given(source=conventions, target=conventions)
+def test_a_converted_mel_equals_the_mel_of_the_target(source: MelConfig, target: MelConfig):
+    check_conversion(source, target)
+
+
+@pytest.mark.slow
+@settings(max_examples=300, deadline=None)
+@given(source=conventions, target=conventions)
+def test_many_converted_mels_equal_those_of_the_target(source: MelConfig, target: MelConfig):
+    check_conversion(source, target)
+
+
+@pytest.mark.slow
 @settings(max_examples=100, deadline=None)
 @given(source=conventions, target=conventions)
 def test_there_and_back_is_the_same(source: MelConfig, target: MelConfig):
@@ -123,7 +133,7 @@ def test_a_floor_that_rises_is_exact_and_one_that_falls_is_not():
     torch.testing.assert_close(made, log_mel(wave, shallow), rtol=0, atol=1e-9)
     with pytest.raises(
         ValueError,
-        match=r"\d+\.\d% of the values are the quietest .*floor is 0.001 in the source and 1e-08 in the target",
+        match=r"\d\.\d% of the values are the quietest .*floor is 0.001 in the source and 1e-08 in",
     ):
         convert_mel(log_mel(wave, shallow), shallow, deep)
     loud = torch.full((12, 3), -2.0)  # nothing at the floor: nothing has been cut off

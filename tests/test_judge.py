@@ -1,7 +1,8 @@
-"""Mels that say nothing of themselves are judged by their numbers; those that say what they are, are converted."""
+"""Mels of unknown origin are judged by their numbers; mels of a given kind are converted."""
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import replace
 from typing import Any
@@ -47,9 +48,16 @@ def voices(count: int, seconds: float = 1.5, seed: int = 0) -> list[torch.Tensor
     return made
 
 
+@functools.cache
+def statistics(config: MelConfig) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return mean and deviation of each band over some voices."""
+    mels = torch.cat([log_mel(wave, config)[0] for wave in voices(8)], dim=1)
+    return mels.mean(1), mels.std(1).clamp(min=0.1)
+
+
 @pytest.fixture(scope="module")
 def trained() -> Any:
-    """A function that makes a model whose statistics are those of some voices' mels."""
+    """A function that returns a model with the statistics of some voices."""
 
     def model_of(config: MelConfig) -> WaveNet:
         sizes = dict.fromkeys(
@@ -57,10 +65,10 @@ def trained() -> Any:
         )
         rate = config.sample_rate
         model = WaveNet(WaveNetConfig(layers=2, stacks=1, sample_rate=rate, mel=config, **sizes))
-        mels = torch.cat([log_mel(wave, config)[0] for wave in voices(8)], dim=1)
         conditioning: Any = model.conditioning
-        conditioning.mel_mean.copy_(mels.mean(1))
-        conditioning.mel_deviation.copy_(mels.std(1).clamp(min=0.1))
+        mean, deviation = statistics(config)
+        conditioning.mel_mean.copy_(mean)
+        conditioning.mel_deviation.copy_(deviation)
         return model
 
     return model_of
@@ -159,7 +167,7 @@ def test_a_model_that_was_never_trained_judges_the_range_alone():
         (
             (80, 802),
             10.0,
-            r"802 frames for 10 s, 80.2 per second \(a hop of 275 samples at 22050 Hz, as .*fatchord.*86.1",
+            r"802 frames for 10 s, 80.2 per second \(a hop of 275 samples .*, as .*fatchord.*86.1",
         ),
         ((80, 431), 10.0, "43.1 per second .a hop of 512 samples at 22050 Hz, as librosa-default"),
     ],
@@ -261,7 +269,7 @@ def test_force_takes_what_is_wrong_but_not_other_bands(trained):
 
 
 def test_real_recordings_fit_and_other_conventions_do_not(trained, data_dir):
-    """A model's statistics are those of one speaker; what other speakers and rooms say is judged by them."""
+    """The statistics of one speaker judge recordings of other speakers and rooms."""
     model = trained(LN)
 
     def mels(folder: str, count: int) -> list[torch.Tensor]:

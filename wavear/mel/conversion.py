@@ -111,7 +111,7 @@ def convert_mel(
     else:
         x = _to_values(_to_bands(x, source), target)
     x = x.to(values.dtype)
-    return x if isinstance(mel, Tensor) else x.numpy()
+    return x if isinstance(mel, Tensor) else x.numpy()  # type: ignore[return-value]
 
 
 def per_neper(config: MelConfig) -> float:
