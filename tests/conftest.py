@@ -1,4 +1,4 @@
-"""Fixtures for all tests: seeds, a cache of their own, and real recordings where there are some."""
+"""Fixtures for all tests: seeds, a private cache, and real recordings if they are available."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from wavear import audio
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# All workers share one cache of compiled kernels, which `make test` fills first (tests/warm.py).
+# All workers share one cache of compiled kernels; `make test` fills it first (tests/warm.py).
 os.environ.setdefault("NUMBA_CACHE_DIR", str(ROOT / ".pytest_cache" / "numba"))
 
 
 @pytest.fixture(autouse=True)
 def _seeds() -> None:
     random.seed(0)
-    np.random.seed(0)  # noqa: NPY002 -- for libraries that draw from it
+    np.random.seed(0)  # noqa: NPY002 -- for libraries that use the global generator
     torch.manual_seed(0)
 
 
 @pytest.fixture(autouse=True)
 def _environment(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Keep the user's cache untouched, and let subprocesses buffer their output as a user's do.
+    """Keep the user's cache untouched, and let subprocesses buffer output as for a user.
 
     Without this, an error on flushing a closed pipe would not show.
     """
@@ -62,7 +62,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def tones(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Write eight tones at 8 kHz, of two speakers, each with a little noise."""
+    """Write eight noisy tones at 8 kHz from two speakers."""
     root = tmp_path_factory.mktemp("tones")
     generator = np.random.default_rng(0)
     for number in range(8):

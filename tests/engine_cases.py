@@ -1,4 +1,4 @@
-"""Small models of every family that has a compiled engine, and what an engine needs to run them."""
+"""Small models of every family with a compiled engine, and inputs to run them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ WEIGHTS = ["float32", "bfloat16", "int8"]
 
 @torch.no_grad()
 def scaled(model: Any, **gains: float) -> Any:
-    """A model whose logits differ as those of a trained one do: `gains` by the name of a part."""
+    """Scale parameters by `gains`, by name prefix, so that logits vary as in a trained model."""
     for name, parameter in model.named_parameters():
         for part, gain in gains.items():
             if name.startswith(part):
@@ -64,7 +64,7 @@ class Case:
     engine: Any
     make: Callable[..., Any]
     tolerance: float
-    """Nats. Sums of some hundred float32 products round to about 1e-6 of their size."""
+    """In nats. Sums of some hundred float32 products round to about 1e-6 of their size."""
 
 
 WAVENET = Case(NumbaEngine, make_wavenet, 1e-4)
@@ -101,7 +101,7 @@ def conditioning(model: Any, batch: int, samples: int, constant: bool = False) -
 
 
 def piece(cond: Any, start: int, stop: int, rows: Any = None) -> Any:
-    """Samples `start` to `stop` of the conditioning, of some streams."""
+    """Return samples `start` to `stop` of the conditioning of some streams."""
     if cond is None:
         return None
     if rows is not None:
@@ -110,7 +110,7 @@ def piece(cond: Any, start: int, stop: int, rows: Any = None) -> Any:
 
 
 def random_codes(model: Any, batch: int, samples: int, seed: int = 0) -> np.ndarray:
-    """Codes anywhere, or about silence for laws over values: a density is near zero elsewhere."""
+    """Draw any codes, or codes near silence for densities, which are near zero elsewhere."""
     classes = model.config.classes
     generator = np.random.default_rng(seed)
     if model.config.law == "categorical":
@@ -125,7 +125,7 @@ def random_uniforms(batch: int, samples: int, seed: int = 0) -> np.ndarray:
 
 @torch.inference_mode()
 def parallel(model: Any, codes: np.ndarray, cond: Any) -> np.ndarray:
-    """Log-probabilities (B, T) of codes by the model's forward pass."""
+    """Return the log-probabilities (B, T) that the model's forward pass gives codes."""
     given = torch.from_numpy(codes)
     if isinstance(cond, torch.Tensor):
         cond = cond.expand(-1, -1, codes.shape[1])
@@ -140,7 +140,7 @@ def scored_in_parts(engine: Any, codes: np.ndarray, cond: Any, cuts: Sequence[in
 def assert_codes_follow(
     model: Any, codes: np.ndarray, uniforms: np.ndarray, cond: Any, tolerance: float = 1e-5
 ) -> None:
-    """Each uniform selects its code from the law of forward, or is near a boundary between codes.
+    """Check that each uniform selects its code under `forward`, or lies near a code boundary.
 
     Rounding moves a boundary by about 1e-7.
     """

@@ -1,8 +1,8 @@
 """The Triton engine in Triton's CPU interpreter: scores, batches, states.
 
-Run by tests/test_triton_scores.py in a process of its own. The interpreter runs a kernel's
-operations one by one with NumPy, a program after the other. It cannot show the compiler's output
-and the order of threads: tests/test_triton.py compiles, and runs where there is a card.
+tests/test_triton_scores.py runs this file in a separate process. The interpreter runs a kernel's
+operations one by one with NumPy, one program after another. It covers neither the compiler's output
+nor the order of threads: tests/test_triton.py compiles the kernels, and runs them on a GPU.
 """
 
 from __future__ import annotations
@@ -29,16 +29,18 @@ from triton.runtime import interpreter
 from wavear.generation.cuda.triton import TritonEngine, interpreted
 
 TOLERANCE = 1e-4  # nats, float32
-# Nats, of the worst sample. These weights are twice those that a network begins with, and what they
-# are multiplied with is rounded as well.
+# Nats, for the worst sample. These weights are twice the initial ones, and the activations are
+# rounded as well.
 HALF = {"bfloat16": 0.1, "float16": 0.01}
 
 _patched: set[str] = set()
 
 
 def _call(self, *arguments, **named):
-    """A kernel calls a function. The interpreter patches the language again for each call, which
-    takes most of its time: once for each module is enough."""
+    """Patch the language once per module.
+
+    The interpreter patches it for each function that a kernel calls, which takes most of the time.
+    """
     if self.fn.__module__.startswith("triton") and self.fn.__module__ not in _patched:
         _patched.add(self.fn.__module__)
         interpreter._patch_lang(self.fn)
@@ -46,8 +48,10 @@ def _call(self, *arguments, **named):
 
 
 def _dot(self, a, b, d, input_precision, max_num_imprecise_acc):
-    """NumPy's float32 product may round a row by its place in the tile, which no tensor core does:
-    in float64, rounded once, it is the same at every place."""
+    """Multiply in float64 and round once, so that a row's result is the same anywhere in a tile.
+
+    NumPy's float32 product may depend on the row's place; that of a tensor core does not.
+    """
     product = (a.data.astype(np.float64) @ b.data.astype(np.float64)).astype(d.data.dtype)
     return interpreter.TensorHandle(product + d.data, d.dtype.scalar)
 
@@ -78,7 +82,7 @@ def make(**config) -> WaveNet:
 def inputs(
     model: WaveNet, batch: int, samples: int
 ) -> tuple[np.ndarray, np.ndarray, Tensor | None]:
-    """Codes, uniforms, conditioning."""
+    """Return codes, uniforms and conditioning."""
     generator = np.random.default_rng(0)
     cond = (
         torch.randn(batch, model.config.conditioning_channels, samples)
@@ -95,7 +99,7 @@ def piece(cond: Tensor | None, start: int, stop: int) -> Tensor | None:
 
 @torch.inference_mode()
 def parallel(model: WaveNet, codes: np.ndarray, cond: Tensor | None) -> np.ndarray:
-    """Log-probabilities (B, T) of codes by the model's forward pass."""
+    """Return the log-probabilities (B, T) that the model's forward pass gives codes."""
     given = torch.from_numpy(codes)
     logs = torch.log_softmax(model(given, cond).double(), dim=1)
     return logs.gather(1, given[:, None])[:, 0].numpy()
@@ -144,7 +148,7 @@ SLOW = [pytest.param(*case, marks=pytest.mark.slow) for case in ALL if case not 
 def test_scores_equal_forward(shape, weights):
     assert interpreted()
     model = make(**SHAPES[shape])
-    samples = 7  # so that the queues come round
+    samples = 7  # so that the queues wrap around
     codes, _, cond = inputs(model, 3, samples)
     engine = TritonEngine(model, 3, weights=weights)
     found = [engine.score(codes[:, a:b], piece(cond, a, b)) for a, b in ((0, 3), (3, samples))]
@@ -169,7 +173,7 @@ def test_a_stream_has_the_same_bits_in_every_batch_and_cut(shape, weights, monke
     codes, uniforms, cond = inputs(model, most, samples)
     drawn, scored = {}, {}
     for number, (batch, cuts) in enumerate([(1, [0, 5]), (2, [0, 1, 5]), (18, [0, 3, 5])]):
-        # In another place each time, in a full and in a last group; and with conditioning in
+        # At a different place each time, in a full and in a last group; and with conditioning in
         # several launches.
         monkeypatch.setattr(triton, "_PROJECTED", 2**28 if number else 1)
         chosen = (np.arange(batch) * 5 + number) % most
@@ -212,8 +216,8 @@ def test_states_resume_on_other_engines_and_return(shape, other, monkeypatch):
     np.testing.assert_array_equal(
         elsewhere.generate(uniforms[1:2, 6:10], None), expected[1:2, 6:10]
     )
-    engine.generate(uniforms[:, :4], None)  # its queues are elsewhere, in other streams
-    monkeypatch.setattr(triton, "_WRAP", 12)  # and turn within the call
+    engine.generate(uniforms[:, :4], None)  # the queues of other streams are at other positions
+    monkeypatch.setattr(triton, "_WRAP", 12)  # and wrap around within the call
     engine.load_state(2, elsewhere.state(0))
     np.testing.assert_array_equal(
         engine.generate(uniforms[:, 10:][[0, 0, 1]], None)[2], expected[1, 10:]
@@ -247,8 +251,7 @@ def test_a_stream_moves_past_a_recording(weights):
     found.fill(1, codes[1, :8], cond[1:, :, :8])
     stepped.score(codes[:, :8], cond[:, :, :8])
     scores = [engine.score(codes[:, 8:], cond[:, :, 8:])[1] for engine in (found, stepped)]
-    # The past is computed with the rounded weights, but what they are multiplied with is not
-    # rounded.
+    # The past is computed with the rounded weights, but its activations are not rounded.
     np.testing.assert_allclose(*scores, atol=TOLERANCE if weights == "float32" else HALF[weights])
 
 

@@ -10,7 +10,7 @@ from interpreted_triton import SHAPES, TOLERANCE, _inference, inputs, make
 from wavear.generation.cuda.triton import TritonEngine
 from wavear.generation.reference import ReferenceEngine
 
-__all__ = ["_inference"]  # a fixture of these tests too
+__all__ = ["_inference"]  # these tests use this fixture too
 
 
 @pytest.mark.parametrize("shape", ["kernel 3, speakers", "many classes", "tiles of channels"])
@@ -41,7 +41,7 @@ def test_free_running_codes_equal_the_reference(shape):
 )
 def test_truncated_draws_equal_the_reference(settings, classes):
     model = make(layers=1, stacks=1, classes=classes)
-    with torch.no_grad():  # equal logits, which the lower code wins, next to others
+    with torch.no_grad():  # equal logits, where the lower code wins, next to others
         weights = model.state_dict()
         weights["head.3.bias"].zero_()
         weights["head.3.weight"][: classes // 2] = weights["head.3.weight"][0]

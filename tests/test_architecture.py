@@ -1,4 +1,4 @@
-"""Imports point one way: a module imports only from its own floor or lower ones, and there are no circles."""
+"""Imports point one way: modules import only from their floor or lower ones, without circles."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ import wavear
 ROOT = Path(wavear.__file__).resolve().parent
 # The lowest floor first.
 FLOORS = (
-    "common", "audio", "mel", "data", "models", "generation", "evaluation", "training", "benchmark", "demo", "cli",
+    "common", "audio", "mel", "data", "models", "generation", "evaluation", "training",
+    "benchmark", "demo", "cli",
 )  # fmt: skip
 MODULES = {
     ".".join(["wavear", *path.relative_to(ROOT).with_suffix("").parts]).removesuffix(
@@ -24,7 +25,7 @@ MODULES = {
 
 
 def imports_in(source: str, module: str) -> set[str]:
-    """Names of the modules of wavear that a module imports, wherever in it."""
+    """Return the modules of wavear that a module imports, at the top or inside functions."""
     found = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
@@ -42,7 +43,7 @@ GRAPH = {name: imports_in(path.read_text(encoding="utf-8"), name) for name, path
 
 
 def floor_of(module: str) -> int:
-    """The number of a module's floor; the front door, `wavear` itself, stands on all of them."""
+    """Return the number of a module's floor; the package `wavear` itself is above all of them."""
     parts = module.split(".")
     return FLOORS.index(parts[1]) if len(parts) > 1 and parts[1] in FLOORS else len(FLOORS)
 
@@ -64,11 +65,11 @@ def circle(graph: dict[str, set[str]]) -> list[str]:
     return []
 
 
-def test_no_import_points_upward():
+def test_imports_point_downward():
     assert upward(GRAPH) == []
 
 
-def test_there_is_no_import_circle():
+def test_imports_form_no_circle():
     assert circle(GRAPH) == []
 
 
@@ -86,12 +87,12 @@ def test_every_package_is_a_floor():
 @pytest.mark.parametrize(
     "name", [name for name in wavear.__all__ if callable(getattr(wavear, name))]
 )
-def test_no_public_function_shares_the_name_of_a_module(name):
+def test_public_functions_and_modules_have_distinct_names(name):
     assert name not in {module.rsplit(".", 1)[-1] for module in MODULES}
 
 
 @pytest.mark.parametrize(
     "path", MODULES.values(), ids=lambda path: path.relative_to(ROOT).as_posix()
 )
-def test_no_file_is_longer_than_500_lines(path):
+def test_files_have_at_most_500_lines(path):
     assert len(path.read_text(encoding="utf-8").splitlines()) <= 500

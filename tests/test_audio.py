@@ -1,4 +1,4 @@
-"""Audio files: read whole and in part, to their real end; refused with the reason; written whole or not at all."""
+"""Audio files: read whole or in part, to their end; refused with a reason; written atomically."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ LOSSLESS = {"wav", "flac", "aiff"}
 
 
 def sound(samples: int = 40_000, seed: int = 0) -> np.ndarray:
-    """A swept tone over noise, on the grid of 16-bit PCM."""
+    """Return a swept tone over noise, on the grid of 16-bit PCM."""
     time = np.arange(samples) / RATE
     noise = np.random.default_rng(seed).standard_normal(samples)
     x = 0.5 * np.sin(2 * np.pi * (200 * time + 900 * time**2)) + 0.01 * noise
@@ -33,7 +33,7 @@ def sound(samples: int = 40_000, seed: int = 0) -> np.ndarray:
 
 
 def encode(path: Path, waveform: np.ndarray | None = None, rate: int = RATE, **options) -> Path:
-    """Write by libsndfile, in the format that the name says."""
+    """Write with libsndfile, in the format of the file's suffix."""
     waveform = sound() if waveform is None else waveform
     if path.suffix == ".opus":
         soundfile.write(path, waveform, 24000, format="OGG", subtype="OPUS")
@@ -46,7 +46,7 @@ def encode(path: Path, waveform: np.ndarray | None = None, rate: int = RATE, **o
 
 
 def damage(path: Path, change: Callable[[bytearray], bytes | bytearray | None]) -> Path:
-    """Change the bytes of a file, under a new name."""
+    """Write a changed copy of a file under a new name."""
     data = bytearray(path.read_bytes())
     changed = change(data)
     new = path.with_name(f"damaged{path.suffix}")
@@ -63,7 +63,6 @@ def put(offset_of: bytes, distance: int, value: bytes) -> Callable[[bytearray], 
 
 
 # --- reading
-# ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -139,9 +138,9 @@ def test_a_part_equals_the_slice_of_the_whole(tmp_path, kind, rate):
         ("mp3", 200_000, {"bitrate_mode": "CONSTANT", "compression_level": 0.9}),
     ],
 )
-def test_a_part_is_right_where_libsndfile_seeks_wrong(tmp_path, kind, samples, options):
-    # Pins: libsndfile 1.2.2 arrives elsewhere in the last page of an Ogg file, and in a wrong state
-    # in an MP3 file.
+def test_parts_are_exact_where_libsndfile_seeks_wrongly(tmp_path, kind, samples, options):
+    # Pins a bug of libsndfile 1.2.2: seeking misses the sample in the last page of an Ogg file, and
+    # leaves the decoder of an MP3 file in a wrong state.
     path = encode(tmp_path / f"a.{kind}", sound(samples), **options)
     whole = audio.read(path).numpy()
     wrong = 0
@@ -153,10 +152,10 @@ def test_a_part_is_right_where_libsndfile_seeks_wrong(tmp_path, kind, samples, o
         with soundfile.SoundFile(path) as file:
             file.seek(start)
             wrong += not np.allclose(file.read(500), expected, rtol=0, atol=1e-6)
-    assert wrong > 0, "libsndfile has learned to seek: audio._decode can be simpler"
+    assert wrong > 0, "libsndfile now seeks correctly: simplify audio._decode"
 
 
-def test_a_part_is_all_that_is_decoded(tmp_path, monkeypatch):
+def test_only_the_part_is_decoded(tmp_path, monkeypatch):
     path = encode(tmp_path / "a.flac", sound(200_000))
     decoded = []
     original = soundfile.SoundFile.read
@@ -169,23 +168,23 @@ def test_a_part_is_all_that_is_decoded(tmp_path, monkeypatch):
     audio.read(path, start=100_000, frames=1000)
     audio.read(path, sample_rate=16000, start=100_000, frames=1000)
     assert decoded[0] == 1000
-    # 1378 samples at the file's rate, the resampler's margin of 353 on each side, and the step of
-    # 441 to begin on.
+    # 1378 samples at the file's rate, the resampler's margin of 353 on each side, and up to one
+    # step of 441, since reading starts on a multiple of it.
     assert 1378 + 2 * 353 <= decoded[1] <= 1378 + 2 * 353 + 441 + 3
 
 
 @pytest.mark.parametrize(
     ("from_rate", "to_rate"), [(48000, 22050), (44100, 16000), (8000, 22050), (22050, 22051)]
 )
-def test_a_resampled_file_has_as_many_samples_as_it_should(tmp_path, from_rate, to_rate):
+def test_a_resampled_file_has_the_rounded_number_of_samples(tmp_path, from_rate, to_rate):
     for samples in (2, 3, 147, 9999, 33_744, 48_160):
         path = encode(tmp_path / "a.wav", sound(samples), from_rate)
         whole = audio.read(path, to_rate)
         assert len(whole) == (2 * samples * to_rate + from_rate) // (2 * from_rate)
-        assert whole[-1] != 0  # nothing filled in
+        assert whole[-1] != 0  # no padding
 
 
-def test_the_end_of_a_file_ends_the_part(tmp_path):
+def test_a_part_ends_at_the_end_of_the_file(tmp_path):
     path = encode(tmp_path / "a.wav")
     assert len(audio.read(path, start=39_990, frames=1000)) == 10
     with pytest.raises(
@@ -206,12 +205,12 @@ def test_the_end_of_a_file_ends_the_part(tmp_path):
     ],
     ids=str,
 )
-def test_nonsense_is_refused(tmp_path, options, message):
+def test_invalid_arguments_are_refused(tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
         audio.read(encode(tmp_path / "a.wav"), **options)
 
 
-def test_real_files_read_as_libsndfile_reads_them(data_dir):
+def test_real_files_equal_those_of_libsndfile(data_dir):
     for folder in sorted(data_dir.iterdir()):
         paths = [
             path
@@ -229,8 +228,7 @@ def test_real_files_read_as_libsndfile_reads_them(data_dir):
             )
 
 
-# --- headers that lie
-# ------------------------------------------------------------------------------------------------
+# --- wrong headers
 
 LENGTHS = {
     "wav-pipe-0": (
@@ -278,7 +276,7 @@ LENGTHS = {
 
 
 @pytest.mark.parametrize(("kind", "lie"), LENGTHS.values(), ids=LENGTHS.keys())
-def test_a_file_whose_header_lies_is_read_to_its_real_end(tmp_path, kind, lie):
+def test_a_file_with_a_wrong_length_is_read_to_its_real_end(tmp_path, kind, lie):
     honest = encode(tmp_path / f"a.{kind}")
     liar = damage(honest, lie)
     whole = audio.read(honest)
@@ -298,7 +296,7 @@ def test_a_stream_of_any_length_is_read_to_its_end(tmp_path, kind, samples):
 @pytest.mark.parametrize("channels", [1, 2])
 @pytest.mark.parametrize("mode", ["CONSTANT", "VARIABLE", "AVERAGE"])
 @pytest.mark.parametrize("rate", [8000, 16000, 22050, 44100], ids=str)
-def test_an_mp3_that_does_not_say_its_length(tmp_path, rate, mode, channels):
+def test_an_mp3_without_a_length_is_read_to_its_end(tmp_path, rate, mode, channels):
     waveform = sound() if channels == 1 else np.stack([sound(seed=1), sound(seed=2)], axis=1)
     tagged = encode(tmp_path / "a.mp3", waveform, rate, bitrate_mode=mode)
     first = headers._Mp3Frame.parse(tagged.read_bytes()[:4])
@@ -309,8 +307,7 @@ def test_an_mp3_that_does_not_say_its_length(tmp_path, rate, mode, channels):
     assert len(ours) % samples_per_frame == 0
     assert 40_000 <= len(ours) <= 40_000 + 3 * samples_per_frame
     assert audio.info(path).frames == len(ours)
-    # As libsndfile, up to where that stops too early; and as the file that says its length, but for
-    # the delay.
+    # Equals libsndfile's, which stops too early, and the file with a length, except for the delay.
     theirs = soundfile.read(path, dtype="float32", always_2d=True)[0].mean(axis=1)
     both = min(len(ours), len(theirs))
     np.testing.assert_allclose(ours[:both].numpy(), theirs[:both], rtol=0, atol=1e-6)
@@ -324,13 +321,13 @@ def test_an_mp3_that_does_not_say_its_length(tmp_path, rate, mode, channels):
     "tail", [b"TAG" + b"x" * 125, bytes(5000), b"LIST" + struct.pack("<I", 4) + b"abcd"]
 )
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_follows_the_audio_is_not_audio(tmp_path, kind, tail):
+def test_bytes_after_the_audio_are_ignored(tmp_path, kind, tail):
     honest = encode(tmp_path / f"a.{kind}")
     path = damage(honest, lambda data: data + tail)
     torch.testing.assert_close(audio.read(path), audio.read(honest), rtol=0, atol=1e-6)
 
 
-def test_a_changed_file_is_looked_at_again(tmp_path):
+def test_a_changed_file_is_read_again(tmp_path):
     path = encode(tmp_path / "a.wav")
     assert audio.info(path).frames == 40_000
     put_zero = put(b"data", 4, bytes(4))
@@ -339,22 +336,21 @@ def test_a_changed_file_is_looked_at_again(tmp_path):
 
 
 # --- refused
-# ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("share", [0.3, 0.67, 0.999])
 @pytest.mark.parametrize("kind", KINDS)
-def test_truncated_inside(tmp_path, kind, share):
+def test_truncated_files_are_refused(tmp_path, kind, share):
     path = damage(encode(tmp_path / f"a.{kind}"), lambda data: data[: int(len(data) * share)])
     with pytest.raises(audio.AudioError, match=rf"damaged\.{kind}: .*truncated inside"):
         audio.read(path)
-    if kind != "flac" or share < 0.9:  # a FLAC cut in its last frame shows when that is decoded
+    if kind != "flac" or share < 0.9:  # decoding finds a cut in the last frame of a FLAC
         with pytest.raises(audio.AudioError, match=rf"damaged\.{kind}: .*truncated inside"):
             audio.info(path)
 
 
 @pytest.mark.parametrize("kind", ["flac", "ogg"])
-def test_damaged_inside(tmp_path, kind):
+def test_damaged_files_are_refused(tmp_path, kind):
     def change(data: bytearray) -> None:
         middle = len(data) // 2
         data[middle : middle + 300] = np.random.default_rng(0).bytes(300)
@@ -363,7 +359,7 @@ def test_damaged_inside(tmp_path, kind):
         audio.read(damage(encode(tmp_path / f"a.{kind}"), change))
 
 
-def test_the_decoder_ends_early(tmp_path, monkeypatch):
+def test_a_decoder_that_ends_early_is_an_error(tmp_path, monkeypatch):
     original = soundfile.SoundFile.read
     monkeypatch.setattr(
         soundfile.SoundFile,
@@ -377,12 +373,12 @@ def test_the_decoder_ends_early(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("samples", [5000, 4000, 100], ids=str)
-def test_headers_of_flac_frames(tmp_path, samples):
+def test_damaged_headers_of_flac_frames_are_rejected(tmp_path, samples):
     data = encode(tmp_path / "a.flac", sound(samples)).read_bytes()
     at = data.index(b"\xff\xf8")
     header = data[at : at + 16]
     assert headers._flac_frame_header(header) == (0, min(samples, 4096))
-    for bit in range(16, 40):  # what follows the synchronisation code, up to the frame's number
+    for bit in range(16, 40):  # from the synchronisation code to the frame's number
         broken = bytearray(header)
         broken[bit // 8] ^= 1 << bit % 8
         assert headers._flac_frame_header(bytes(broken)) is None
@@ -408,7 +404,7 @@ def test_a_flac_cut_between_frames_is_truncated(tmp_path):
     ("content", "message"),
     [
         (b"", r"is empty \(0 bytes\)"),
-        (b"This is text, and no audio at all.\n" * 30, "is not audio"),
+        (b"This is text, not audio.\n" * 30, "is not audio"),
         (b"x", "is not audio"),
         (bytes(1000), "is not audio"),
         (b"\x89PNG\r\n\x1a\n" + bytes(range(256)) * 4, "is not audio"),
@@ -431,7 +427,7 @@ def test_a_flac_cut_between_frames_is_truncated(tmp_path):
         "ogg-zeros",
     ],
 )
-def test_what_is_not_audio(tmp_path, capfd, suffix, content, message):
+def test_files_without_audio_are_refused(tmp_path, capfd, suffix, content, message):
     path = tmp_path / f"a{suffix}"
     path.write_bytes(content)
     for function in (audio.read, audio.info):
@@ -443,13 +439,13 @@ def test_what_is_not_audio(tmp_path, capfd, suffix, content, message):
 
 
 @pytest.mark.parametrize("kind", ["wav", "aiff", "ogg"])
-def test_no_samples(tmp_path, kind):
+def test_empty_audio_is_refused(tmp_path, kind):
     with pytest.raises(audio.AudioError, match=rf"a\.{kind}: holds no audio \(0 samples\)"):
         audio.read(encode(tmp_path / f"a.{kind}", sound(0)))
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_not_finite(tmp_path, value):
+def test_non_finite_samples_are_refused(tmp_path, value):
     waveform = sound()
     waveform[12_345] = value
     path = encode(tmp_path / "a.wav", waveform, subtype="FLOAT")
@@ -459,11 +455,11 @@ def test_not_finite(tmp_path, value):
         audio.read(path)
     with pytest.raises(audio.AudioError, match=r"\(at sample 12345\)"):
         audio.read(path, start=10_000)
-    assert len(audio.read(path, start=20_000)) == 20_000  # that part is good
+    assert len(audio.read(path, start=20_000)) == 20_000  # this part is valid
 
 
 @pytest.mark.parametrize("rate", [1, 999, 384_001, 4_000_000])
-def test_sample_rate_out_of_range(tmp_path, rate):
+def test_a_sample_rate_out_of_range_is_refused(tmp_path, rate):
     path = damage(encode(tmp_path / "a.wav"), put(b"fmt ", 12, struct.pack("<I", rate)))
     with pytest.raises(
         audio.AudioError, match=rf"has a sample rate of {rate} Hz, expected 1000 to 384000"
@@ -472,11 +468,11 @@ def test_sample_rate_out_of_range(tmp_path, rate):
 
 
 @pytest.mark.parametrize("rate", [1000, 384_000])
-def test_sample_rate_at_the_ends_of_its_range(tmp_path, rate):
+def test_the_lowest_and_highest_sample_rates_are_read(tmp_path, rate):
     assert audio.info(encode(tmp_path / "a.wav", rate=rate)).sample_rate == rate
 
 
-def test_no_file(tmp_path):
+def test_paths_that_are_not_files_are_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"cannot read .*missing\.wav: No such file"):
         audio.read(tmp_path / "missing.wav")
     with pytest.raises(IsADirectoryError, match="is a folder, expected an audio file"):
@@ -488,7 +484,7 @@ def test_no_file(tmp_path):
 
 @contextlib.contextmanager
 def nobody() -> Iterator[None]:
-    """Without the rights of root, who may do everything."""
+    """Drop the rights of root, who may read and write everything."""
     if os.geteuid() != 0:
         yield
         return
@@ -499,20 +495,19 @@ def nobody() -> Iterator[None]:
         os.seteuid(0)
 
 
-def test_no_permission_to_read(tmp_path):
+def test_a_file_without_read_permission_is_refused(tmp_path):
     path = encode(tmp_path / "a.wav")
     path.chmod(0)
     with nobody(), pytest.raises(PermissionError, match=r"cannot read .*a\.wav: Permission denied"):
         audio.read(path)
 
 
-# --- the MP3 decoder's chatter
-# ---------------------------------------------------------------------------------------
+# --- messages of the MP3 decoder
 
 
-def test_the_decoder_keeps_quiet(tmp_path, capfd):
+def test_the_decoder_prints_nothing(tmp_path, capfd):
     path = encode(tmp_path / "a.mp3", sound(200_000), bitrate_mode="CONSTANT")
-    # It is not quiet by itself, or this test would show nothing.
+    # Without the filter it prints, or this test would show nothing.
     for start in range(30_000, 150_000, 7000):
         with soundfile.SoundFile(path) as file:
             file.seek(start)
@@ -523,7 +518,7 @@ def test_the_decoder_keeps_quiet(tmp_path, capfd):
     assert capfd.readouterr().err == ""
 
 
-def test_others_are_heard_while_the_decoder_is_kept_quiet(capfd):
+def test_other_messages_pass_while_the_decoder_is_silenced(capfd):
     with reading._decoder_quiet():
         os.write(2, b"[src/libmpg123/layer3.c:1] error: nonsense\nsomebody else\n")
     assert capfd.readouterr().err == "somebody else\n"
@@ -531,7 +526,7 @@ def test_others_are_heard_while_the_decoder_is_kept_quiet(capfd):
     assert capfd.readouterr().err == "afterwards\n"
 
 
-def test_the_decoder_can_be_used_without_a_terminal(tmp_path):
+def test_the_decoder_works_without_stderr(tmp_path):
     path = encode(tmp_path / "a.mp3")
     terminal = os.dup(2)
     os.close(2)
@@ -544,14 +539,13 @@ def test_the_decoder_can_be_used_without_a_terminal(tmp_path):
 
 
 # --- writing
-# ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["wav", "flac"])
 @pytest.mark.parametrize(
     "make", [np.asarray, torch.from_numpy, lambda x: torch.from_numpy(x)[None], lambda x: x[::-1]]
 )
-def test_what_is_written_is_read(tmp_path, kind, make):
+def test_written_audio_reads_back(tmp_path, kind, make):
     path = tmp_path / f"a.{kind}"
     waveform = make(sound())
     audio.write(path, waveform, RATE)
@@ -567,7 +561,7 @@ def test_all_16_bit_values_survive(tmp_path):
     np.testing.assert_array_equal(audio.read(tmp_path / "a.wav").numpy(), values)
 
 
-def test_rounds_to_the_nearest_value_and_clips(tmp_path):
+def test_samples_are_rounded_to_the_nearest_value_and_clipped(tmp_path):
     waveform = np.random.default_rng(0).uniform(-1.5, 1.5, 10_000).astype(np.float32)
     audio.write(tmp_path / "a.wav", waveform, RATE)
     expected = waveform.clip(-1, 32767 / 32768)
@@ -599,7 +593,7 @@ def test_rounds_to_the_nearest_value_and_clips(tmp_path):
         (np.zeros(100), RATE, "a", "not a name without ending"),
     ],
 )
-def test_not_written(tmp_path, waveform, rate, name, message):
+def test_unwritable_audio_is_refused(tmp_path, waveform, rate, name, message):
     with pytest.raises(ValueError, match=message):
         audio.write(tmp_path / name, waveform, rate)
     assert list(tmp_path.iterdir()) == []
@@ -607,7 +601,7 @@ def test_not_written(tmp_path, waveform, rate, name, message):
 
 @contextlib.contextmanager
 def files_end_at(size: int) -> Iterator[None]:
-    """As a full disk: no file may grow beyond this."""
+    """Limit the size of files, as a full disk does."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:
@@ -617,7 +611,7 @@ def files_end_at(size: int) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("existing", [False, True], ids=["new", "over-another"])
-def test_a_failed_write_leaves_everything_as_it_was(tmp_path, existing):
+def test_a_failed_write_changes_nothing(tmp_path, existing):
     path = tmp_path / "a.wav"
     if existing:
         audio.write(path, sound(1000), RATE)
@@ -639,7 +633,7 @@ def test_an_interrupted_write_leaves_nothing(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_writes_over_a_file_but_nothing_else(tmp_path):
+def test_only_regular_files_are_overwritten(tmp_path):
     path = tmp_path / "a.wav"
     audio.write(path, sound(1000), RATE)
     audio.write(path, sound(2000), RATE)
@@ -662,7 +656,7 @@ def test_a_written_file_has_the_usual_permissions(tmp_path):
     assert stat.S_IMODE((tmp_path / "a.wav").stat().st_mode) == 0o640
 
 
-def test_no_permission_to_write(tmp_path):
+def test_a_folder_without_write_permission_is_refused(tmp_path):
     folder = tmp_path / "locked"
     folder.mkdir(mode=0o500)
     with (
@@ -673,7 +667,6 @@ def test_no_permission_to_write(tmp_path):
 
 
 # --- resampling and trimming
-# -----------------------------------------------------------------------------------------
 
 RATES = [
     (44100, 22050),
@@ -688,20 +681,20 @@ RATES = [
 
 @pytest.mark.parametrize(("from_rate", "to_rate"), RATES)
 def test_resampling_a_tone_gives_the_tone(from_rate, to_rate):
-    # Also: no delay, no gain. Compared away from the ends, where the tone is cut off.
+    # Delay and gain would show as well. The ends, where the tone is cut off, are excluded.
     frequency = min(from_rate, to_rate) // 4
     tone = np.sin(2 * np.pi * frequency * np.arange(from_rate) / from_rate)
     expected = np.sin(2 * np.pi * frequency * np.arange(to_rate) / to_rate)
     resampled = audio.resample(tone, from_rate, to_rate)
     assert resampled.shape == expected.shape
     margin = to_rate // 10
-    # VHQ promises 28 bits, 4e-9; its passband is less flat than that.
+    # VHQ is accurate to 28 bits, 4e-9; its passband is less flat than that.
     np.testing.assert_allclose(
         resampled[margin:-margin], expected[margin:-margin], rtol=0, atol=1e-5
     )
 
 
-def test_resampling_does_not_fold_what_is_above():
+def test_resampling_does_not_alias():
     tone = np.sin(2 * np.pi * 12_000 * np.arange(44100) / 44100)
     assert np.abs(audio.resample(tone, 44100, 22050)[2000:-2000]).max() < 1e-6
 
@@ -737,14 +730,14 @@ def test_resampling_keeps_shape_and_type(dtype):
         (np.zeros(10, dtype=np.int16), (8000, 16000), "int16 of shape"),
     ],
 )
-def test_not_resampled(waveform, rates, message):
+def test_resampling_refuses_invalid_arguments(waveform, rates, message):
     with pytest.raises(ValueError, match=message):
         audio.resample(waveform, *rates)
 
 
 @pytest.mark.parametrize("top_db", [20.0, 40.0, 60.0])
 @pytest.mark.parametrize("convert", [np.asarray, torch.from_numpy], ids=["numpy", "torch"])
-def test_trims_as_librosa_does(top_db, convert):
+def test_trimming_equals_librosa(top_db, convert):
     envelope = np.concatenate(
         [np.full(9000, 1e-4), np.linspace(0, 1, 20_000), np.linspace(1, 0, 9000), np.zeros(7000)]
     )
@@ -760,7 +753,7 @@ def test_trims_as_librosa_does(top_db, convert):
 
 
 @pytest.mark.parametrize("samples", [0, 1, 100, 5000], ids=str)
-def test_trimming_what_has_no_silence_or_nothing_else(samples):
+def test_trimming_audio_without_silence_and_silence_only(samples):
     assert len(audio.trim_silence(np.zeros(samples))) == samples
     assert len(audio.trim_silence(np.ones(samples))) == samples
 
@@ -779,7 +772,7 @@ def test_trimming_what_has_no_silence_or_nothing_else(samples):
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_not_trimmed(options, message):
+def test_trimming_refuses_invalid_arguments(options, message):
     with pytest.raises(ValueError, match=message):
         audio.trim_silence(**{"waveform": np.zeros(10), **options})
 
@@ -797,8 +790,8 @@ ENCODED = {
 
 
 @pytest.mark.parametrize(("name", "encoding"), ENCODED, ids=str)
-def test_encodings(tmp_path, name, encoding):
-    """The format it says, the level unchanged, and samples to half a step (lossy codecs: within 0.05 of a tone)."""
+def test_encodings_keep_format_level_and_samples(tmp_path, name, encoding):
+    """Samples agree to half a step; those of lossy codecs, of a tone, to 0.05."""
     container, subtype, error = ENCODED[name, encoding]
     time = np.arange(200_000) / 24_000  # longer than a block of the writer
     waveform = (0.25 * np.sin(2 * np.pi * 440 * time)).astype(np.float32)
@@ -816,15 +809,15 @@ def test_encodings(tmp_path, name, encoding):
 
 
 @pytest.mark.parametrize(
-    ("name", "encoding", "said"),
+    ("name", "encoding", "message"),
     [
         ("a.wav", "pcm32", "encoding is 'pcm32', a .wav file has pcm16 or pcm24 or float32"),
         ("a.flac", "float32", "a .flac file has pcm16 or pcm24"),
         ("a.ogg", "pcm16", "a .ogg file has vorbis or opus"),
     ],
 )
-def test_encodings_that_a_format_has_not(tmp_path, name, encoding, said):
-    with pytest.raises(ValueError, match=said):
+def test_encodings_that_a_format_lacks_are_refused(tmp_path, name, encoding, message):
+    with pytest.raises(ValueError, match=message):
         audio.write(tmp_path / name, np.zeros(100), 24_000, encoding)
     assert list(tmp_path.iterdir()) == []
 
@@ -858,9 +851,8 @@ def test_fade():
     assert made[0] < 1e-3
     assert (np.diff(made[:100]) > 0).all()
     np.testing.assert_array_equal(made, made[::-1])
-    np.testing.assert_allclose(
-        made[:100] + made[:100][::-1], 1, atol=1e-6
-    )  # two fades over each other keep the level
+    # Two overlapping fades keep the level.
+    np.testing.assert_allclose(made[:100] + made[:100][::-1], 1, atol=1e-6)
     assert torch.equal(audio.fade(torch.ones(9), 8000, 0.0), torch.ones(9))
     assert audio.fade(torch.ones(3), 1000, 1000.0).shape == (3,)
     with pytest.raises(ValueError, match="the fade is -1 ms"):

@@ -36,7 +36,7 @@ def test_int8_costs_a_byte_for_every_weight_and_a_scale_for_every_output():
     asked, whole = cost(config, "int8"), cost(config)
     assert asked.multiply_adds == whole.multiply_adds
     assert asked.weight_bytes == whole.weight_bytes // 4 + 4 * outputs
-    # One layer is a table, and the other's two past taps are read every second sample.
+    # One layer is a table; the other reads its two past taps every second sample.
     layers = (8 * 16 + 4 * 16) * 2 + 8 * 8 + 4 * 8 + 2 * (8 * 9 + 4 * 9)
     assert asked.hot_bytes == layers + 9 * 10 + 4 * 10 + 10 * 16 + 4 * 16
 
@@ -49,9 +49,8 @@ def test_limit_is_the_slower_of_reading_and_multiplying():
         min(CEILING.read_rate(asked.hot_bytes) / asked.hot_bytes, 1e9 / asked.multiply_adds)
     )
     many = speed.limit(CEILING, config, "float32", 64, 2)
-    assert many == pytest.approx(2e9 / asked.multiply_adds)  # all reads are shared
-    # Three streams on two cores: each core reads once for all of its streams, and one of them has
-    # two.
+    assert many == pytest.approx(2e9 / asked.multiply_adds)  # the streams share all reads
+    # Three streams on two cores: each core reads once for all of its streams, and one core has two.
     assert speed.limit(CEILING, config, "float32", 3, 2) == pytest.approx(
         1.5 * 1e9 / asked.multiply_adds
     )
@@ -73,8 +72,8 @@ def test_a_measurement_has_speed_share_and_error():
     assert reference.error < 1e-5
     gru = speed.measure(GRU(GRUConfig(channels=8)).eval(), weights="int8", seconds=0.01)
     assert 1e-5 < gru.error < 1
-    # What is lost on audio drawn from the model is the divergence of the laws: zero or more, but
-    # for the noise.
+    # On audio drawn from the model, the expected loss is the divergence between the distributions,
+    # which is at least zero; the estimate is noisy.
     assert -1e-3 < rounded.cost < 0.01
     assert f"{rounded.cost:+.5f}" in speed.table([exact, rounded, reference])
 
@@ -102,12 +101,12 @@ def test_a_measurement_has_speed_share_and_error():
         ),
     ],
 )
-def test_what_cannot_be_measured_is_refused(arguments, message):
+def test_unusable_settings_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         speed.measure_all(**arguments)
 
 
-def test_a_linear_model_is_measured_too():
+def test_linear_models_are_measured():
     model = Linear(LinearConfig(order=4)).eval()
     report = speed.measure_all(model, batches=(1,), seconds=0.01)
     measured = [(row.engine, row.weights) for row in report.rows]

@@ -33,7 +33,7 @@ def program(monkeypatch: pytest.MonkeyPatch):
 
 @pytest.mark.parametrize("kernel_size", [2, 3])
 def test_all_forms_of_a_layer_equal_the_models_own(program: Any, kernel_size: int):
-    """In float64: losses and gradients to 1e-10."""
+    """Compare losses and gradients for a model in float64."""
     forms = program("forms")
     torch.manual_seed(0)
     config = WaveNetConfig(
@@ -47,8 +47,8 @@ def test_all_forms_of_a_layer_equal_the_models_own(program: Any, kernel_size: in
     own = torch.nn.functional.cross_entropy(model(codes, cond), codes, reduction="none")
     gradient = torch.autograd.grad(own.sum(), weights)
     for form in forms.FORMS:
-        # `loss` takes logits to float32, as the loss of bf16 layers is: its rounding is all that
-        # may differ.
+        # `loss` rounds logits to float32, as the loss of bf16 layers does; only this rounding may
+        # differ.
         nats = forms.loss(model, codes, cond, form)
         torch.testing.assert_close(nats.double(), own, atol=1e-6, rtol=1e-6)
         for found, expected in zip(torch.autograd.grad(nats.sum(), weights), gradient, strict=True):
@@ -67,7 +67,7 @@ def test_a_section_is_replaced_and_the_rest_stays(program: Any, tmp_path: Path):
         "<!-- begin two -->\n\nsecond\n\n<!-- end two -->\n"
     )
     before = page.read_text()
-    pages.write_section(page, "two", "second")  # what is there already is not put there twice
+    pages.write_section(page, "two", "second")  # a section that exists is not added twice
     assert page.read_text() == before
 
 
@@ -93,13 +93,13 @@ def test_options_of_another_shape_are_refused(
     (out / "plain").mkdir(parents=True)
     (out / "plain" / "train.json").write_text(json.dumps({"config": dataclasses.asdict(config)}))
     begin = ["options.py", "--out", str(out), "--steps", "2", "--learning-rate", "0.001"]
-    for words, told in {
+    for words, message in {
         "--data data --layers 20": "with layers 10, now 20",
         "--data more --layers 10": "with data data, now more",
         "--data data --validation dev --layers 10": "with validation None, now dev",
     }.items():
         monkeypatch.setattr(sys, "argv", [*begin, *words.split()])
-        with pytest.raises(SystemExit, match=f"plain is a run {told}: choose another --out"):
+        with pytest.raises(SystemExit, match=f"plain is a run {message}: choose another --out"):
             options.main()
     monkeypatch.setattr(sys, "argv", [*begin, "--data", "data", "--layers", "10"])
     with pytest.raises(FileNotFoundError, match="data: no such folder"):
@@ -108,7 +108,7 @@ def test_options_of_another_shape_are_refused(
 
 @pytest.mark.slow
 def test_options_are_trained_measured_and_reused(tmp_path: Path):
-    """Two options on noise, some steps: a table, and the second time nothing but the table."""
+    """Two options on noise, a few steps each; the second run only prints the table."""
     generator = np.random.default_rng(0)
     (tmp_path / "data").mkdir()
     for number in range(6):
@@ -133,7 +133,7 @@ def test_options_are_trained_measured_and_reused(tmp_path: Path):
     assert "level normalisation, rms: 2 steps" in run()
     text = page.read_text()
     assert text.startswith("# Page\n")
-    assert text.count("level normalisation, rms") == 2  # its means, and what it changes
+    assert text.count("level normalisation, rms") == 2  # its means, and the fields that it changes
     assert "2 steps each" in text
     found = json.loads((tmp_path / "runs" / "level.json").read_text())["clips"]
     first = next(iter(found.values()))
@@ -204,7 +204,7 @@ def test_quality_is_one_table_of_any_families(
     assert rows[1]["bits, 16-bit grid"] == ""  # of pre-emphasised codes
     assert float(rows[1]["log-mel L1"].split(" ")[0]) > 0
     assert float(rows[1]["x real time"]) > 0
-    assert asked == [None] * 3 + [1] * 3  # ann, by the folder
+    assert asked == [None] * 3 + [1] * 3  # speaker ann, from the folder
     assert sorted(path.name for path in pictures.iterdir()) == [
         *(f"{run}-{number}.png" for run in ("emphasis", "wavenet") for number in range(2))
     ]
@@ -230,19 +230,19 @@ def test_quality_trains_with_the_command_it_prints(
     assert more["env"]["OMP_NUM_THREADS"] == "1"
     (tmp_path / "minutes-4" / "best").mkdir(parents=True)
     quality.train(4.0, options)
-    assert len(called) == 1  # it is there
+    assert len(called) == 1  # the trained model exists
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "message"),
     [
         ([], "there is nothing to measure"),
         (["--train", "4,25"], "--train needs --data-train"),
         (["free"], "free is not conditioned on mels"),
     ],
 )
-def test_quality_refuses_what_it_cannot_measure(
-    program: Any, tmp_path: Path, monkeypatch, words, told
+def test_quality_refuses_unusable_options(
+    program: Any, tmp_path: Path, monkeypatch, words, message
 ):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "held").mkdir()
@@ -251,5 +251,5 @@ def test_quality_refuses_what_it_cannot_measure(
         WaveNetConfig(layers=2, stacks=1, residual_channels=4, skip_channels=4, sample_rate=RATE)
     ).save("free")
     monkeypatch.setattr(sys, "argv", ["quality.py", *words, "--data", "held"])
-    with pytest.raises(SystemExit, match=told):
+    with pytest.raises(SystemExit, match=message):
         program("quality").main()

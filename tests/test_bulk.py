@@ -76,7 +76,7 @@ def under_torchrun(processes: int, *arguments: str, **options: Any) -> subproces
     )
 
 
-def test_shares_are_disjoint_and_complete_and_about_as_large(here):
+def test_shares_are_disjoint_complete_and_of_similar_size(here):
     jobs = plan(["in"], "out", ".wav")
     for world in (1, 2, 4, 20):
         shares = [distributed.share(jobs, rank, world) for rank in range(world)]
@@ -84,7 +84,7 @@ def test_shares_are_disjoint_and_complete_and_about_as_large(here):
             job.target for job in jobs
         )
         again = [distributed.share(jobs[::-1], rank, world) for rank in range(world)]
-        assert shares == again  # whatever order the inputs are listed in
+        assert shares == again  # the order of the inputs does not matter
         sizes = [sum(job.source.stat().st_size for job in share) for share in shares]
         assert max(sizes) - min(sizes) <= max(job.source.stat().st_size for job in jobs)
 
@@ -99,9 +99,9 @@ def test_the_same_command_resumes_and_another_is_refused(here, capsys):
         (here / "out" / name).unlink()
     capsys.readouterr()
     assert commands.main(command) == 0
-    said = capsys.readouterr().err
-    assert "7 of 9 files exist already" in said
-    assert said.count(" -> ") == 2
+    printed = capsys.readouterr().err
+    assert "7 of 9 files exist already" in printed
+    assert printed.count(" -> ") == 2
     assert contents("out") == whole
     stays = [name for name in whole if name not in ("3.wav", "7.wav")]
     assert all(os.stat(here / "out" / name).st_mtime_ns == kept[name] for name in stays)
@@ -109,17 +109,18 @@ def test_the_same_command_resumes_and_another_is_refused(here, capsys):
     assert (
         "audio of another run, with another seed: choose another folder" in capsys.readouterr().err
     )
-    assert commands.main([*command, "--threads", "2"]) == 0  # which changes no sample
+    # The number of threads changes no sample.
+    assert commands.main([*command, "--threads", "2"]) == 0
     assert commands.main([*command, "--seed", "5", "--overwrite"]) == 0
     assert contents("out").keys() == whole.keys()
     assert contents("out") != whole
-    assert commands.main(command) == 1  # now it is the other's
+    assert commands.main(command) == 1  # now the folder holds the run with seed 5
     (here / "out" / distributed.RECORD).unlink()
     assert commands.main(command) == 1
     assert "has no record of its run" in capsys.readouterr().err
 
 
-def test_a_run_that_overwrites_and_is_cut_short_leaves_nothing_of_the_old_one(here, monkeypatch):
+def test_an_interrupted_overwriting_run_leaves_no_old_audio(here, monkeypatch):
     command = ["synthesize", "model", "in", "--out", "out", "--resume", *OPTIONS]
     assert commands.main(command) == 0
     real = distributed.synthesize_jobs
@@ -139,24 +140,22 @@ def test_a_run_that_overwrites_and_is_cut_short_leaves_nothing_of_the_old_one(he
     assert contents("out") == contents("whole")
 
 
-def test_several_processes_make_what_one_makes(here):
+def test_audio_of_several_processes_equals_that_of_one(here):
     whole = expected()
     (here / "in" / "bad.npy").write_bytes(b"no array")
     process = under_torchrun(2)
-    said = process.communicate(timeout=240)[0]
-    assert process.returncode == 1, (
-        said
-    )  # an input was passed over, and that kept nobody from the end
-    assert contents("out") == whole, said
-    assert said.count(" -> ") == 9, said  # each made once
-    assert "9 files" in said, said
-    assert "1 of 10 inputs could not be used" in said, said
+    printed = process.communicate(timeout=240)[0]
+    assert process.returncode == 1, printed  # all processes finish, although one input is skipped
+    assert contents("out") == whole, printed
+    assert printed.count(" -> ") == 9, printed  # each is made once
+    assert "9 files" in printed, printed
+    assert "1 of 10 inputs could not be used" in printed, printed
 
 
 @pytest.mark.slow
-def test_a_run_whose_process_died_is_completed_by_running_it_again(here):
+def test_running_again_completes_a_run_whose_process_was_killed(here):
     whole = expected()
-    process = under_torchrun(2, "--best-of", "10")  # long enough to be killed within
+    process = under_torchrun(2, "--best-of", "10")  # slow enough to be killed before the end
     while len(contents("out")) < 2 and process.poll() is None:
         time.sleep(0.01)
     victims = subprocess.run(
@@ -167,17 +166,17 @@ def test_a_run_whose_process_died_is_completed_by_running_it_again(here):
     assert process.returncode != 0
     done = contents("out")
     assert len(done) < len(whole)
-    again = under_torchrun(3, "--best-of", "10")  # and not by as many as before
-    said = again.communicate(timeout=240)[0]
-    assert again.returncode == 0, said
+    again = under_torchrun(3, "--best-of", "10")  # by another number of processes
+    printed = again.communicate(timeout=240)[0]
+    assert again.returncode == 0, printed
     made = contents("out")
-    assert made.keys() == whole.keys(), said
+    assert made.keys() == whole.keys(), printed
     assert {name: made[name] for name in done} == done
-    assert said.count(" -> ") == len(whole) - len(done), said
+    assert printed.count(" -> ") == len(whole) - len(done), printed
     assert not list(Path("out").glob("*.tmp"))
 
 
-def test_each_process_of_a_machine_has_its_card(monkeypatch):
+def test_each_process_of_a_machine_has_its_own_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert distributed.own_device("cuda") == "cuda"
     assert distributed.ranks() == (0, 1)

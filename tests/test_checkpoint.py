@@ -1,4 +1,4 @@
-"""Checkpoints: round trips; damaged and foreign ones are refused with the reason."""
+"""Checkpoints: round trips; damaged and foreign ones are refused with a reason."""
 
 import json
 
@@ -151,7 +151,7 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize(("damage", "message"), DAMAGE.values(), ids=DAMAGE.keys())
-def test_damage_is_named(saved, damage, message):
+def test_the_error_names_the_damage(saved, damage, message):
     damage(saved)
     with pytest.raises(CheckpointError, match=message) as caught:
         wavear.load(saved)
@@ -169,7 +169,7 @@ def test_a_missing_directory_is_refused(tmp_path):
         wavear.load(tmp_path / "nothing")
 
 
-def test_a_file_is_not_a_checkpoint(saved):
+def test_a_file_is_refused_as_a_checkpoint(saved):
     with pytest.raises(CheckpointError, match="is a file"):
         wavear.load(saved / "model.safetensors")
 

@@ -1,4 +1,4 @@
-"""The command line: what it makes, what it refuses and in which words, and that nothing is lost."""
+"""The command line: output, refusals and their messages; nothing is overwritten or lost."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def tiny(**settings) -> WaveNet:
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folders mel, free and speakers, each a checkpoint."""
+    """Return a folder with the checkpoints mel, free and speakers."""
     folder = tmp_path_factory.mktemp("checkpoints")
     tiny(mel=MEL).save(folder / "mel")
     tiny().save(folder / "free")
@@ -47,7 +47,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def here(tmp_path: Path, checkpoints: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A working directory with checkpoints, recordings and mels in it."""
+    """Return a working directory with checkpoints, recordings and mels."""
     monkeypatch.chdir(tmp_path)
     for name in ("mel", "free", "speakers"):
         os.symlink(checkpoints / name, tmp_path / name)
@@ -61,7 +61,7 @@ def here(tmp_path: Path, checkpoints: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def run(capsys: pytest.CaptureFixture, *arguments: str) -> tuple[int, str, str]:
-    """Exit status, stdout, stderr."""
+    """Run a command; return its exit status, stdout and stderr."""
     try:
         status = main(arguments)
     except SystemExit as stop:
@@ -71,7 +71,7 @@ def run(capsys: pytest.CaptureFixture, *arguments: str) -> tuple[int, str, str]:
 
 
 def refused(capsys: pytest.CaptureFixture, *arguments: str, status: int = 1) -> str:
-    """The one line on stderr of a command that is refused."""
+    """Run a command that is refused; return the only line on stderr."""
     got, _, err = run(capsys, *arguments)
     assert got == status, err
     assert err.startswith("wavear: error: ")
@@ -80,7 +80,7 @@ def refused(capsys: pytest.CaptureFixture, *arguments: str, status: int = 1) -> 
     return err
 
 
-# ---- what is made
+# ---- output
 
 
 def test_synthesize_folder(here: Path, capsys: pytest.CaptureFixture):
@@ -100,8 +100,8 @@ def test_synthesize_folder(here: Path, capsys: pytest.CaptureFixture):
     assert "x real time, engine reference" in out
 
 
-def test_synthesized_audio_is_that_of_generate(here: Path, capsys: pytest.CaptureFixture):
-    """Batching and files change nothing but the rounding to 16 bits."""
+def test_synthesized_audio_equals_generate(here: Path, capsys: pytest.CaptureFixture):
+    """Files differ from `generate` only by the rounding to 16 bits."""
     options = ("--engine", "reference", "--seed", "7", "--temperature", "0.8")
     assert run(capsys, "synthesize", "mel", "in", "good.npy", "--out", "out", *options)[0] == 0
     model = wavear.load("mel")
@@ -129,8 +129,10 @@ def test_mel_formats(tmp_path: Path, suffix: str):
     assert torch.equal(read_mel(path, MEL), mel[0])
 
 
-def test_mel_then_synthesize(here: Path, capsys: pytest.CaptureFixture):
-    """What `wavear mel` writes is what `wavear synthesize` takes from the recording itself."""
+def test_synthesis_from_a_mel_file_equals_that_from_its_recording(
+    here: Path, capsys: pytest.CaptureFixture
+):
+    """`wavear synthesize` computes the same mel from a recording as `wavear mel` writes."""
     assert run(capsys, "mel", "in", "--out", "mels", "--checkpoint", "mel")[0] == 0
     with np.load("mels/sub/b.npz", allow_pickle=False) as archive:
         assert json.loads(str(archive["config"])) == MEL.to_dict()
@@ -150,11 +152,11 @@ def test_mel_of_another_configuration_is_refused_by_field(
     flags = ("--sample-rate", "8000", "--fmax", "4000", "--hop-length", "50", "--bands", "10")
     flags += ("--n-fft", "128", "--window-length", "128")
     assert run(capsys, "mel", "in/a.wav", "--out", "mels", *flags)[0] == 0
-    said = refused(
+    message = refused(
         capsys, "synthesize", "mel", "mels/a.npz", "--out", "out", "--engine", "reference"
     )
-    assert "hop_length 50, the model 40" in said
-    assert "bands" not in said
+    assert "hop_length 50, the model 40" in message
+    assert "bands" not in message
     assert not Path("out").exists()
 
 
@@ -181,7 +183,7 @@ def test_info(here: Path, capsys: pytest.CaptureFixture):
     assert rows["mel hop_length"].strip() == "40"
 
 
-# ---- what is refused
+# ---- refusals
 
 
 def test_usage_errors_exit_with_status_2(here: Path, capsys: pytest.CaptureFixture):
@@ -208,34 +210,34 @@ def test_help(command: str, capsys: pytest.CaptureFixture):
     assert "dummy" not in out
 
 
-def test_nothing_is_overwritten_and_it_is_checked_first(here: Path, capsys: pytest.CaptureFixture):
+def test_existing_output_is_refused_before_the_work(here: Path, capsys: pytest.CaptureFixture):
     Path("out/sub").mkdir(parents=True)
     Path("out/sub/b.wav").write_text("precious")  # the last of the three
-    said = refused(capsys, "synthesize", "mel", "in", "--out", "out", "--engine", "reference")
-    assert "out/sub/b.wav exists" in said
-    assert "--overwrite" in said
+    message = refused(capsys, "synthesize", "mel", "in", "--out", "out", "--engine", "reference")
+    assert "out/sub/b.wav exists" in message
+    assert "--overwrite" in message
     assert Path("out/sub/b.wav").read_text() == "precious"
     assert not Path("out/a.wav").exists()
 
 
 def test_an_input_is_never_overwritten(here: Path, capsys: pytest.CaptureFixture):
     before = Path("in/a.wav").read_bytes()
-    said = refused(capsys, "synthesize", "mel", "in/a.wav", "--out", "in", "--overwrite")
-    assert "is an input itself" in said
+    message = refused(capsys, "synthesize", "mel", "in/a.wav", "--out", "in", "--overwrite")
+    assert "is an input itself" in message
     assert Path("in/a.wav").read_bytes() == before
 
 
-def test_output_among_the_inputs_is_not_taken_for_input(here: Path, capsys: pytest.CaptureFixture):
+def test_output_among_the_inputs_is_not_read_as_input(here: Path, capsys: pytest.CaptureFixture):
     command = ("synthesize", "mel", "in", "--out", "in/made", "--engine", "reference")
     assert run(capsys, *command)[0] == 0
     assert run(capsys, *command, "--overwrite")[0] == 0
     assert len(list(Path("in/made").rglob("*.wav"))) == 3
 
 
-def test_two_inputs_of_one_name_are_refused(here: Path, capsys: pytest.CaptureFixture):
-    said = refused(capsys, "synthesize", "mel", "in/a.wav", "in/sub/a.wav", "--out", "out")
-    assert "in/a.wav and in/sub/a.wav would both become out/a.wav" in said
-    assert len(plan(["in/a.wav", "in/../in/a.wav"], "out", ".wav")) == 1  # one and the same file
+def test_inputs_with_the_same_output_are_refused(here: Path, capsys: pytest.CaptureFixture):
+    message = refused(capsys, "synthesize", "mel", "in/a.wav", "in/sub/a.wav", "--out", "out")
+    assert "in/a.wav and in/sub/a.wav would both become out/a.wav" in message
+    assert len(plan(["in/a.wav", "in/../in/a.wav"], "out", ".wav")) == 1  # the same file
 
 
 @pytest.mark.parametrize(
@@ -293,7 +295,7 @@ def test_refusals(here: Path, capsys: pytest.CaptureFixture, arguments: str, wor
 
 
 def bad_mels(folder: Path) -> dict[str, str]:
-    """Writes one file of each kind of fault; name: words that its refusal has to hold."""
+    """Write one file for each kind of fault; return the words of its refusal by file name."""
     folder.mkdir()
     good = np.random.default_rng(0).normal(size=(10, 7)).astype(np.float32)
     np.save(folder / "bands.npy", np.zeros((80, 7), np.float32))
@@ -350,13 +352,13 @@ def bad_mels(folder: Path) -> dict[str, str]:
 
 
 class Bomb:
-    """Leaves a mark when it is unpickled."""
+    """Create a file when it is unpickled."""
 
     def __reduce__(self):
         return Path.touch, (Path("EXPLODED"),)
 
 
-def test_bad_inputs_are_named_counted_and_skipped(here: Path, capsys: pytest.CaptureFixture):
+def test_unusable_inputs_are_named_counted_and_skipped(here: Path, capsys: pytest.CaptureFixture):
     expected = bad_mels(Path("bad"))
     np.save("bad/fine.npy", np.load("good.npy"))
     status, out, err = run(
@@ -390,7 +392,7 @@ def test_full_disk_while_printing(here: Path):
 
 
 def test_write_failure_stops_and_leaves_nothing(here: Path, monkeypatch: pytest.MonkeyPatch):
-    """A disk that is full for one file is full for the next: stop at the first."""
+    """Synthesis stops at the first write that fails, since the next one would fail too."""
     calls = []
 
     def full(path, waveform, rate, encoding=None):
@@ -403,14 +405,12 @@ def test_write_failure_stops_and_leaves_nothing(here: Path, monkeypatch: pytest.
     assert len(calls) == 1
 
 
-@pytest.mark.skipif(
-    not Path("/proc/self").is_dir(), reason="needs a folder that nobody can write to"
-)
-def test_unwritable_folder_is_found_out_first(
+@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="needs an unwritable folder")
+def test_an_unwritable_folder_is_refused_before_the_work(
     here: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(
-        "wavear.generation.files.generate_with", lambda *_, **__: pytest.fail("it began to work")
+        "wavear.generation.files.generate_with", lambda *_, **__: pytest.fail("the work began")
     )
     assert "cannot write to /proc" in refused(
         capsys, "synthesize", "mel", "in", "--out", "/proc/made"
@@ -420,7 +420,7 @@ def test_unwritable_folder_is_found_out_first(
 
 
 def test_bugs_keep_their_traceback(here: Path, monkeypatch: pytest.MonkeyPatch):
-    """A ValueError that was not raised by our own code is a bug, not a mistake of the user."""
+    """A ValueError other than `WavearError` is a bug, not a mistake of the user."""
     monkeypatch.setattr("wavear.models.info.describe", lambda source: np.zeros(3).reshape(2, 2))
     with pytest.raises(ValueError, match="cannot reshape"):
         main(["info", "mel"])
@@ -440,8 +440,8 @@ def test_version(capsys: pytest.CaptureFixture):
     assert run(capsys, "--version") == (0, f"wavear {wavear.__version__}\n", "")
 
 
-def test_reader_that_goes_away(here: Path):
-    """`wavear info mel | true`: no traceback, and none from Python's own exit either."""
+def test_a_closed_pipe_prints_no_traceback(here: Path):
+    """`wavear info mel | true` prints no traceback, not even from Python's exit."""
     reader, writer = os.pipe()
     os.close(reader)
     done = subprocess.run(

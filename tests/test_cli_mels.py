@@ -1,4 +1,4 @@
-"""The command line: mels, sampling and output; flags reach their settings, warnings are lines."""
+"""The command line: flags on mels, sampling and output reach their settings; warnings are lines."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def tiny(**settings: Any) -> WaveNet:
 
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A working directory with checkpoints, a recording and mels in it."""
+    """Return a working directory with checkpoints, a recording and mels."""
     monkeypatch.chdir(tmp_path)
     model = tiny(mel=MEL)
     wave = (
@@ -66,7 +66,7 @@ def synthesize(capsys: pytest.CaptureFixture, *arguments: str) -> tuple[int, str
     return run(capsys, "synthesize", "mel", *arguments, "--engine", "reference")
 
 
-def test_a_mel_in_decibels_is_refused_with_what_would_convert_it(
+def test_a_mel_in_decibels_is_refused_with_the_flag_that_converts_it(
     here: Path, capsys: pytest.CaptureFixture
 ):
     status, _, err = synthesize(capsys, "decibels.npy", "--out", "out")
@@ -107,7 +107,9 @@ def test_wrong_or_unknown_presets_are_refused(here: Path, capsys: pytest.Capture
     )
 
 
-def test_seconds_that_do_not_fit(here: Path, capsys: pytest.CaptureFixture):
+def test_a_duration_that_does_not_match_the_hop_is_refused(
+    here: Path, capsys: pytest.CaptureFixture
+):
     assert synthesize(capsys, "natural.npy", "--out", "out", "--mel-seconds", "0.15")[0] == 0
     status, _, err = synthesize(capsys, "natural.npy", "--out", "out2", "--mel-seconds", "1")
     assert status == 1
@@ -143,9 +145,8 @@ def test_configuration_in_a_file_overrides_the_flag(here: Path, capsys: pytest.C
     assert "mels/a.npz: its own mel configuration overrides the one given" in err
     assert synthesize(capsys, "a.wav", "--out", "two")[0] == 0
     one, two = audio.read("one/a.wav"), audio.read("two/a.wav")
-    assert (
-        one == two
-    ).float().mean() > 0.9  # float32 of another logarithm: a code may fall on the other side
+    # Rounding may change codes: the mels have different logarithms, in float32.
+    assert (one == two).float().mean() > 0.9
 
 
 @pytest.mark.parametrize(
@@ -182,7 +183,7 @@ def test_argmax_warns_in_one_line(here: Path, capsys: pytest.CaptureFixture):
     assert err.count("\n") == 1
 
 
-def test_defects_of_the_audio_are_warned_of(here: Path, capsys: pytest.CaptureFixture):
+def test_defective_audio_causes_a_warning(here: Path, capsys: pytest.CaptureFixture):
     command = ("generate", "free", "--seconds", "1", "--out", "free.wav", "--engine", "numba")
     status, _, err = run(capsys, *command)
     assert status == 0
@@ -252,7 +253,7 @@ def test_refusals(
     assert not Path("x.wav").exists()
 
 
-def test_help_says_what_each_means_in_a_sentence(
+def test_help_describes_each_sampling_flag(
     capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setenv("COLUMNS", "200")

@@ -21,7 +21,7 @@ SMALL = MelConfig(
 
 
 def sound() -> torch.Tensor:
-    """Loud, quiet and silent parts."""
+    """Return a sound with loud, quiet and silent parts."""
     time = torch.arange(2400, dtype=torch.float64) / 8000
     wave = 0.5 * torch.sin(2 * torch.pi * (200 * time + 3000 * time**2)) * torch.exp(-20 * time)
     wave[-300:] = 0
@@ -49,9 +49,9 @@ def check_conversion(source: MelConfig, target: MelConfig) -> None:
     except ValueError as error:
         assert "cannot be converted exactly: " in str(error)  # noqa: PT017
         assert any(f"{field} is" in str(error) for field in ("floor", "clip"))  # noqa: PT017
-        # Refused only where it can be wrong: of this sound, or one louder or softer, the source has
-        # cut off what the target shows. (Not so an added floor: below it float64 still has digits
-        # of the sound, and float32 has none.)
+        # Only conversions that can be wrong are refused: the source clips values that the target
+        # keeps, at some gain of this sound. An added floor is exempt: below it float64 still has
+        # digits of the sound, but float32 has none.
         if source.floor_mode == "clip":
             wrong = []
             for gain in (1.0, 1e4, 1e15, 1e-4):
@@ -63,8 +63,8 @@ def check_conversion(source: MelConfig, target: MelConfig) -> None:
                 )
             assert any(wrong)
         return
-    # float64 in and out; what is near an added floor has lost digits to it, and a small slope grows
-    # to a large one.
+    # float64 in and out; values near an added floor have lost digits, and converting a small slope
+    # to a large one amplifies the error.
     torch.testing.assert_close(made, wanted, rtol=1e-6, atol=1e-5)
 
 
@@ -84,7 +84,7 @@ def test_many_converted_mels_equal_those_of_the_target(source: MelConfig, target
 @pytest.mark.slow
 @settings(max_examples=100, deadline=None)
 @given(source=conventions, target=conventions)
-def test_there_and_back_is_the_same(source: MelConfig, target: MelConfig):
+def test_conversion_there_and_back_is_the_identity(source: MelConfig, target: MelConfig):
     mel = log_mel(sound(), source)
     try:
         there = convert_mel(mel, source, target)
@@ -98,18 +98,18 @@ def test_there_and_back_is_the_same(source: MelConfig, target: MelConfig):
 @pytest.mark.parametrize(
     "target", [replace(SMALL, log_base="10"), replace(SMALL, log_base="db", scale=0.01, shift=1.0)]
 )
-def test_there_and_back_in_float32(target: MelConfig):
+def test_conversion_there_and_back_in_float32(target: MelConfig):
     mel = log_mel(sound(), SMALL).float()
     there = convert_mel(mel, SMALL, target)
     assert there.dtype == torch.float32
-    # Half a bit of values up to 1 (0 to 1 decibels) or 4 is 3e-8 or 2.4e-7; one neper is 0.087 or
-    # 0.43 of these units.
+    # Rounding is 3e-8 for values up to 1 (scaled decibels) and 2.4e-7 for values up to 4 (log10);
+    # one neper is 0.087 or 0.43 of these units.
     torch.testing.assert_close(convert_mel(there, target, SMALL), mel, rtol=0, atol=2e-6)
 
 
 @pytest.mark.parametrize("name", ["r9y9", "espnet", "fatchord", "hifigan", "librosa-default"])
-def test_presets_and_their_natural_logarithm(name: str):
-    """Written out: v = slope * ln(band) + shift."""
+def test_presets_equal_the_scaled_natural_logarithm(name: str):
+    """The formula is v = slope * ln(band) + shift."""
     config = MelConfig.preset(name)
     natural = replace(config, log_base="e", scale=1.0, shift=0.0, clip=None)
     wave = torch.randn(1, 30_000, dtype=torch.float64) * 0.1
@@ -126,7 +126,7 @@ def test_presets_and_their_natural_logarithm(name: str):
     torch.testing.assert_close(convert_mel(expected, config, natural), mel, rtol=0, atol=1e-12)
 
 
-def test_a_floor_that_rises_is_exact_and_one_that_falls_is_not():
+def test_raising_the_floor_is_exact_and_lowering_it_is_refused():
     deep, shallow = replace(SMALL, floor=1e-8), replace(SMALL, floor=1e-3)
     wave = sound()
     made = convert_mel(log_mel(wave, deep), deep, shallow)
@@ -136,13 +136,13 @@ def test_a_floor_that_rises_is_exact_and_one_that_falls_is_not():
         match=r"\d\.\d% of the values are the quietest .*floor is 0.001 in the source and 1e-08 in",
     ):
         convert_mel(log_mel(wave, shallow), shallow, deep)
-    loud = torch.full((12, 3), -2.0)  # nothing at the floor: nothing has been cut off
+    loud = torch.full((12, 3), -2.0)  # no value is at the floor, so none was clipped
     assert torch.equal(convert_mel(loud, shallow, deep), loud)
     made = convert_mel(log_mel(wave, shallow), shallow, deep, ignore=("floor",))
     torch.testing.assert_close(made, log_mel(wave, shallow), rtol=0, atol=1e-9)
 
 
-def test_values_that_a_network_predicts_below_the_floor_are_at_it():
+def test_predicted_values_below_the_floor_are_raised_to_it():
     mel = torch.full((12, 2), math.log(1e-4) - 1.0)
     common = replace(SMALL, log_base="10")
     assert torch.allclose(convert_mel(mel, SMALL, common), torch.tensor(-4.0))
@@ -179,16 +179,16 @@ def test_another_analysis_is_refused_by_name(field: str):
     assert torch.equal(convert_mel(mel, SMALL, other, ignore=(field,)), mel)
 
 
-def test_every_field_is_of_the_analysis_or_of_the_values():
+def test_every_field_concerns_the_analysis_or_the_values():
     assert sorted([*ANALYSIS, *VALUE_FIELDS]) == sorted(SMALL.to_dict())
 
 
-def test_half_of_the_sample_rate_is_half_of_the_sample_rate():
+def test_fmax_none_equals_half_of_the_sample_rate():
     mel = torch.zeros(12, 5)
     assert convert_mel(mel, replace(SMALL, fmax=None), SMALL) is mel
 
 
-def test_arrays_types_and_batches():
+def test_arrays_and_batches_keep_their_type():
     common = replace(SMALL, log_base="10")
     array = np.linspace(-5, 1, 24, dtype=np.float32).reshape(12, 2)
     made = convert_mel(array, SMALL, common)

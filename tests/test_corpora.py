@@ -99,8 +99,7 @@ MINIATURES = {
     "digits": digits,
 }
 
-# Corpus: names (without what is in front) that are held out, how many are trained on, and who
-# speaks.
+# By corpus: the ends of the held-out names, the number of clips trained on, and the speakers.
 EXPECTED = {
     corpora.LJSpeech(): ("ljspeech", {"LJ001-0001.wav", "LJ002-0025.wav"}, 2, []),
     corpora.CMUArctic(): ("cmu_arctic", {"arctic_a0020.wav", "arctic_b0540.wav"}, 2, ["slt"]),
@@ -143,7 +142,7 @@ def config(data: Path, out: Path, **settings) -> TrainConfig:
 
 @pytest.mark.parametrize("corpus", EXPECTED, ids=str)
 def test_corpus_is_listed(tmp_path: Path, corpus: corpora.PublishedCorpus):
-    """Every clip is found, with its split and speaker; the data stay as they are."""
+    """Every clip has its split and speaker; the data stay unchanged."""
     miniature, held_out, trained_on, speakers = EXPECTED[corpus]
     MINIATURES[miniature](tmp_path / "data")
     before = sorted((tmp_path / "data").rglob("*"))
@@ -187,10 +186,10 @@ def test_digits_keep_their_test_set(tmp_path: Path):
 def test_missing_corpus_is_refused_with_its_source(tmp_path: Path, corpus: corpora.PublishedCorpus):
     with pytest.raises(FileNotFoundError) as refusal:
         corpus_run.listed(corpus, config(tmp_path / "data", tmp_path / "runs" / "x"))
-    said = str(refusal.value)
-    assert f"{tmp_path / 'data'} has no folder {corpus.folder(corpus.parts()[0])}" in said
-    assert corpus.size(corpus.parts()) in said
-    assert ("--download" in said) is (corpus.get is None)
+    message = str(refusal.value)
+    assert f"{tmp_path / 'data'} has no folder {corpus.folder(corpus.parts()[0])}" in message
+    assert corpus.size(corpus.parts()) in message
+    assert ("--download" in message) is (corpus.get is None)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -242,7 +241,7 @@ def test_unknown_parts_are_refused():
 
 def test_untrained_speakers_are_refused(tmp_path: Path):
     libritts(tmp_path / "data")
-    with pytest.raises(ValueError, match=r"\(84, say\)"):
+    with pytest.raises(ValueError, match=r"not trained on, such as 84: drop --speakers"):
         corpus_run.listed(
             corpora.LibriTTS(), config(tmp_path / "data", tmp_path / "x", speakers=True)
         )
@@ -272,7 +271,7 @@ def test_manifest_is_replaced_only_with_overwrite(tmp_path: Path):
     assert manifest.read_bytes() == written
 
 
-def test_manifest_as_data_stays(tmp_path: Path):
+def test_a_manifest_given_as_data_is_unchanged(tmp_path: Path):
     (tmp_path / "mine.csv").write_text("path\nmine.wav\n")
     given = config(tmp_path / "mine.csv", tmp_path / "x")
     assert corpus_run.listed(corpora.YesNo(), given) == given
@@ -291,7 +290,7 @@ def test_manifest_paths_work_through_links(tmp_path: Path):
 
 
 class Fetched(corpora.YesNo):
-    """Its downloads are made here: torchaudio's class is tested by torchaudio."""
+    """Stand-in that writes its downloads here; torchaudio tests its own class."""
 
     breaks: BaseException | None = None
 
@@ -312,7 +311,7 @@ def test_download_gets_missing_parts_only(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize(
-    ("broken", "raised", "said"),
+    ("broken", "raised", "message"),
     [
         (
             RuntimeError("invalid hash value"),
@@ -327,11 +326,11 @@ def test_failed_download_leaves_no_part(
     monkeypatch: pytest.MonkeyPatch,
     broken: BaseException,
     raised: type[BaseException],
-    said: str,
+    message: str,
 ):
     monkeypatch.setattr(Fetched, "breaks", broken)
     (tmp_path / "mine.wav").touch()
-    with pytest.raises(raised, match=said):
+    with pytest.raises(raised, match=message):
         Fetched().download(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["mine.wav"]
 
@@ -339,7 +338,7 @@ def test_failed_download_leaves_no_part(
 def test_download_is_a_flag_of_a_recipe(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ):
-    """It refuses several processes; a corpus that torchaudio cannot download has no such flag."""
+    """It refuses several processes; corpora that torchaudio cannot download lack the flag."""
 
     def status(corpus: corpora.PublishedCorpus, *flags: str) -> int:
         monkeypatch.setattr("sys.argv", ["train.py", *flags])

@@ -1,8 +1,8 @@
-"""The CUDA graph engine, replayed by a stand-in; and on a card where there is one.
+"""The CUDA graph engine, replayed by a stand-in, and on a GPU if there is one.
 
-The stand-in calls the captured steps again on the same buffers. So these tests cover all but the
-capture itself: fixed addresses, the counter on the device, several samples per replay, streams that
-leave, states in and out.
+The stand-in calls the captured steps again on the same buffers. So these tests cover everything
+except the capture: fixed addresses, the counter on the device, several samples per replay, streams
+that leave, states in and out.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from wavear.generation.reference import ReferenceEngine
 from wavear.models.base import AutoregressiveModel
 from wavear.models.sampling import uniforms
 
-# Nats, for models in float32: the sums of a batch round otherwise than those of one stream.
+# Nats, for float32 models: the sums of a batch round differently from those of one stream.
 TOLERANCE = 1e-4
-CHUNK, RUN = 40, 8  # shorter than the engine's own, so that there are several in a short test
+CHUNK, RUN = 40, 8  # shorter than the engine's default, so that a short test has several
 
 
 @pytest.fixture(autouse=True)
@@ -41,9 +41,9 @@ def _short(monkeypatch) -> None:
 
 
 def make(family: str) -> tuple[AutoregressiveModel, int]:
-    """A model and its channels of conditioning.
+    """Return a model and its number of conditioning channels.
 
-    In float64, so that no uniform lies on a boundary between codes.
+    The model is in float64, so that no uniform lies on a boundary between codes.
     """
     if family == "gru":
         return make_gru(channels=12, classes=16).double(), 0
@@ -61,8 +61,8 @@ every_family = pytest.mark.parametrize(
 
 
 @every_family
-def test_every_family_and_law_is_served(config):
-    """Draws, log-probabilities and states in float64 are the reference engine's."""
+def test_draws_of_every_family_and_distribution_equal_the_reference(config):
+    """In float64, draws, log-probabilities and states equal the reference engine's."""
     model = test_families.make(config)
     cond = test_families.conditioning(model, 2, 61)
     draws = np.stack([uniforms(seed, 0, 61) for seed in (1, 2)])
@@ -79,7 +79,7 @@ def test_every_family_and_law_is_served(config):
 
 
 class Counting:
-    """The stand-in, which also counts its captures and replays."""
+    """Stand-in that counts its captures and replays."""
 
     def __init__(self):
         self.captures = self.replays = 0
@@ -126,7 +126,7 @@ def test_codes_and_log_probabilities_equal_the_reference(family, settings):
 
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.inference_mode()
-def test_the_cuts_between_calls_change_no_bit(family):
+def test_audio_does_not_depend_on_the_cuts_between_calls(family):
     model, channels = make(family)
     samples = CHUNK + RUN + 3
     uniforms, cond = draws(2, samples, channels)
@@ -150,7 +150,7 @@ def test_constant_conditioning_equals_the_reference():
     cond = torch.randn(2, channels, 1, dtype=torch.float64)
     engine = CudaGraphEngine(model, 2)
     expected = ReferenceEngine(model, 2)
-    for part in (cond, cond.flip(0)):  # what was captured follows the conditioning of each call
+    for part in (cond, cond.flip(0)):  # the captured graph reads the conditioning of each call
         np.testing.assert_array_equal(
             engine.generate(uniforms, part), expected.generate(uniforms, part)
         )
@@ -163,7 +163,7 @@ def test_a_run_of_samples_is_one_replay_and_captured_once():
     engine = CudaGraphEngine(model, 2, runner=runner)
     engine.generate(draws(2, 3 * RUN)[0], None)
     assert (runner.captures, runner.replays) == (1, 3)
-    engine.generate(draws(2, 2 * RUN + 4)[0], None, 0.7)  # another temperature is no other graph
+    engine.generate(draws(2, 2 * RUN + 4)[0], None, 0.7)  # temperature is an input of the graph
     assert (runner.captures, runner.replays) == (2, 3 + 2 + 4)
     engine.generate(draws(2, RUN)[0], None, top_k=2)
     assert runner.captures == 3
@@ -173,7 +173,7 @@ def test_a_run_of_samples_is_one_replay_and_captured_once():
 
 @torch.inference_mode()
 def test_no_memory_moves_and_no_step_reads_back():
-    """Replays find the same memory, and no step reads a value back: a graph could not."""
+    """Replays need the same addresses, and a graph cannot read a value back."""
     model, channels = make("conditioned")
     engine = CudaGraphEngine(model, 2)
     uniforms, cond = draws(2, RUN, channels)
@@ -192,7 +192,7 @@ def test_no_memory_moves_and_no_step_reads_back():
 
     class Asked(TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            assert "_local_scalar_dense" not in str(function)  # what .item(), int() and bool() call
+            assert "_local_scalar_dense" not in str(function)  # called by .item(), int() and bool()
             return function(*args, **(kwargs or {}))
 
     with Asked():
@@ -220,14 +220,14 @@ def test_states_resume_on_other_engines_and_return(family):
         np.testing.assert_array_equal(
             other.generate(*part(11, 20, slice(1, 2))), expected[1:2, 11:20]
         )
-        back = CudaGraphEngine(model, 2)  # in another place, beside a stream that begins
+        back = CudaGraphEngine(model, 2)  # at another place, next to a stream that begins
         back.load_state(1, other.state(0))
         rows = [0, 1]
         np.testing.assert_array_equal(back.generate(*part(20, 30, rows))[1], expected[1, 20:])
 
 
 @torch.inference_mode()
-def test_loading_a_stream_changes_no_other():
+def test_loading_a_stream_leaves_the_others_unchanged():
     model, _ = make("wavenet")
     uniforms, _ = draws(3, 30)
     expected = ReferenceEngine(model, 3).generate(uniforms, None)
@@ -279,14 +279,14 @@ def test_weights_changed_in_place_take_effect_at_once():
 
 
 def on_stand_in(monkeypatch) -> None:
-    """Let `wavear.generate` and streams run the engine here, where its device is refused."""
+    """Let `wavear.generate` and streams run the engine on the CPU, which they refuse."""
     monkeypatch.setattr(
         choice, "make", lambda model, batch, engine, weights: CudaGraphEngine(model, batch)
     )
 
 
 def test_utterances_of_different_lengths_equal_the_reference(monkeypatch):
-    """Through `wavear.generate`: shorter ones leave the batch, and all equal the reference."""
+    """In `wavear.generate`, shorter utterances leave the batch early."""
     mel = wavear.MelConfig(
         sample_rate=8000, n_fft=64, window_length=64, hop_length=20, bands=5, fmax=4000.0
     )
@@ -376,7 +376,7 @@ def test_non_finite_logits_are_an_error():
 @pytest.mark.cuda
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.inference_mode()
-def test_on_a_card_codes_equal_the_reference(family):
+def test_codes_on_a_gpu_equal_the_reference(family):
     model, channels = make(family)
     model = model.float().cuda()
     samples = CHUNK + RUN + 5
@@ -385,7 +385,7 @@ def test_on_a_card_codes_equal_the_reference(family):
     for settings in ({}, {"top_k": 5, "top_p": 0.7, "temperature": 1.5}):
         found = CudaGraphEngine(model, 3).generate(uniforms, cond, **settings)
         expected = ReferenceEngine(model, 3).generate(uniforms, cond, **settings)
-        # A uniform on the boundary between two codes parts them for good.
+        # Once a uniform lies on the boundary between two codes, the sequences diverge.
         assert (found == expected).mean() > 0.5
     logs = ReferenceEngine(model, 3).score(expected, cond)
     np.testing.assert_allclose(

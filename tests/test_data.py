@@ -1,4 +1,4 @@
-"""Data: find, split and level recordings, and cut crops whose loss is a slice of the whole's."""
+"""Data: recordings are found, split and levelled; a crop's loss is a slice of the whole loss."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ MEL = {"sample_rate": RATE, "n_fft": 256, "window_length": 256, "hop_length": 64
 
 
 def noise(samples: int, seed: int = 0) -> np.ndarray:
-    """Return low-passed noise: neighbouring samples are alike, so a mel is not flat."""
+    """Return low-passed noise, whose mel is not flat."""
     white = np.random.default_rng(seed).standard_normal(samples + 8)
     return (0.3 * np.convolve(white, np.ones(9) / 9, "valid")).astype(np.float32).clip(-1, 1)
 
@@ -101,7 +101,7 @@ def test_manifest_columns(tmp_path, kind):
 
 
 def test_list_of_path_and_text_is_a_manifest(tmp_path):
-    (tmp_path / "train.csv").write_text("a.wav|Something, said.\nb.wav|Something; else\n")
+    (tmp_path / "train.csv").write_text("a.wav|Something, spoken.\nb.wav|Something; else\n")
     assert [r.path for r in find(tmp_path / "train.csv")] == [
         tmp_path / "a.wav",
         tmp_path / "b.wav",
@@ -197,11 +197,11 @@ def names_of(recordings) -> list[str]:
 def test_split_of_a_file_is_independent_of_the_others():
     names = [f"{n}.wav" for n in range(200)]
     held = set(names_of(split(named(*names), 0.1)[1]))
-    assert 10 <= len(held) <= 32  # 20 expected, three deviations of 4.2
+    assert 10 <= len(held) <= 32  # 20 expected, within three standard deviations of 4.2
     more = names_of(split(named(*names, *(f"new{n}.wav" for n in range(200))), 0.1)[1])
     assert {name for name in more if not name.startswith("new")} == held
     assert set(names_of(split(named(*names[:50]), 0.1)[1])) == held & set(names[:50])
-    assert names_of(split(named(*names[:40]), 0.1)[1]) == ["26.wav"]  # on every machine
+    assert names_of(split(named(*names[:40]), 0.1)[1]) == ["26.wav"]  # the same on every machine
 
 
 @pytest.mark.parametrize("count", [2, 3, 10])
@@ -214,7 +214,7 @@ def test_at_least_one_file_is_on_each_side(count, fraction):
 
 
 def test_stretches_of_a_file_stay_together():
-    """Also if the name contains the sign that marks a start."""
+    """A name may contain `#`, which also marks the start of a stretch."""
     names = [f"take #{n}.wav{start}" for n in range(40) for start in ("", "#1", "#2.5")]
     builder = Builder(Path())
     for name in names:
@@ -301,7 +301,7 @@ def test_silent_ends_are_cut(tmp_path):
     write(tmp_path / "a.wav", waveform=waveform)
     write(tmp_path / "b.wav", waveform=waveform)
     for recording in open_corpus(tmp_path, sample_rate=RATE, trim_silence=40).train:
-        # 50 ms are kept, and a frame of the measure (2048 samples) reaches further.
+        # The margin is 50 ms, and a frame of the level meter (2048 samples) extends it.
         assert 8000 - 400 - 2048 <= recording.start <= 7600
         assert 4000 + 800 <= recording.frames <= 4000 + 800 + 2 * 2048
         assert np.array_equal(
@@ -342,7 +342,7 @@ MELS = {
 @pytest.mark.parametrize("samples", [4037, 700, 130], ids=lambda n: f"{n}samples")
 @pytest.mark.parametrize("mel", [*MELS, "none"])
 def test_crop_loss_equals_slice_of_whole_loss(tmp_path, mel, samples):
-    """At the start, inside, at the end, and for files shorter than a crop. 1e-9: float64 sums."""
+    """Crops lie at the start, inside, at the end, or exceed the file; 1e-9 covers float64 sums."""
     config = None if mel == "none" else MelConfig(**(MEL | {"fmax": 4000} | MELS[mel]))
     model, layout = make_layout(300, mel=config, kernel_size=3, speakers=2)
     if samples < layout.hop:
@@ -374,7 +374,7 @@ def test_crop_loss_equals_slice_of_whole_loss(tmp_path, mel, samples):
         assert (loss[0, :first] == 0).all()
         assert (loss[0, last:] == 0).all()
         scored[start + first : start + last] += 1
-    assert (scored > 0).all()  # every sample carries loss in one of these crops
+    assert (scored > 0).all()  # every sample is scored in one of these crops
 
 
 @pytest.mark.parametrize("samples", [64, 831, 832, 833, 4099])
@@ -463,7 +463,7 @@ def test_processes_share_a_step():
 
 
 def test_loss_starts_after_the_receptive_field(tmp_path):
-    """Or at the first sample, if the crop begins the file."""
+    """It starts at the first sample if the crop begins the file."""
     write(tmp_path / "a.wav", 5000)
     whole = audio.read(tmp_path / "a.wav").numpy()
     _, layout = make_layout(256)
@@ -481,7 +481,7 @@ def test_loss_starts_after_the_receptive_field(tmp_path):
     assert firsts == {0, layout.receptive_field}
 
 
-def test_files_are_drawn_by_length_and_samples_alike(folder):
+def test_files_are_drawn_by_length_and_crops_uniformly(folder):
     """Tolerance: five standard deviations of the counts."""
     recordings = open_corpus(folder, sample_rate=RATE).train
     _, layout = make_layout(256)
@@ -507,7 +507,7 @@ def test_unreadable_file_is_skipped_and_reported(folder, tmp_path):
     batch = collate([stream[i] for i in range(30)])
     assert {name for name, _ in batch.skipped} == {"gone.wav"}
     assert (batch.source < len(recordings)).all()
-    for index in range(30):  # a worker that has not drawn the file yet
+    for index in range(30):  # as in a worker that has not drawn the file yet
         assert items_equal(Segments([*recordings, gone], layout)[index], stream[index])
     with pytest.raises(ValueError, match="none of 1000 files drawn could be read"):
         Segments([gone], layout)[0]

@@ -1,4 +1,4 @@
-"""The demo: its sounds have their pitch, its check detects a wrong one, and its files exist."""
+"""The demo: sounds have their pitch, the check detects a wrong one, and the files exist."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ QUICK = dataclasses.replace(
 
 @pytest.mark.parametrize("frequency", [110.0, 233.3, 440.0])
 @pytest.mark.parametrize("instrument", [string, voice])
-def test_pitch_of_a_sound(instrument, frequency: float):
-    """The peak of the autocorrelation, refined by a parabola; stiffness adds at most 5 cents."""
+def test_sounds_have_their_pitch(instrument, frequency: float):
+    """A parabola refines the peak of the autocorrelation; stiffness adds at most 5 cents."""
     rate = 16000
     settings = {"vibrato_cents": 0.0} if instrument is voice else {}
     x = instrument(frequency, 0.6, rate, **settings)[rate // 10 : rate // 2].astype(np.float64)
@@ -56,24 +56,24 @@ def test_notes_are_repeatable_distinct_and_in_range():
     )
 
 
-def test_held_out_notes_are_takes_of_their_own():
-    """Each has the pitch and the instrument of training notes, and is none of them."""
+def test_held_out_notes_differ_from_training_notes():
+    """Each shares pitch and instrument with training notes, but has another waveform."""
     made, held_out = notes(0.2, RATE), notes(0.2, RATE, held_out=True)
     assert sorted(note.instrument for note in held_out) == ["string"] * 3 + ["voice"] * 3
     for held in held_out:
         same = [note for note in made if note.name.rsplit("-", 1)[0] == held.name]
         assert len(same) == 12
         assert all(note.frequency == held.frequency for note in same)
-        # Loudness alone would leave a correlation of 1, noise too 0.9975; most takes have another
-        # colour.
+        # The correlation would be 1 if only the loudness differed, and 0.9975 if the noise differed
+        # as well. Most takes also have another timbre.
         alike = [np.corrcoef(note.waveform, held.waveform)[0, 1] for note in same]
         assert max(alike) < 0.999
         assert np.median(alike) < 0.995
 
 
 @pytest.mark.parametrize("cents", [0.0, 20.0, -20.0, 80.0, -120.0, 1200.0])
-def test_check_hears_pitch(cents: float):
-    """Pitch is measured within 12 cents (periods are short, 10 samples); above 50 it is wrong."""
+def test_the_check_measures_the_pitch(cents: float):
+    """It is accurate to 12 cents, since a period has 10 samples; errors above 50 cents fail."""
     for note in notes(1.0, RATE, held_out=True):
         make = string if note.instrument == "string" else voice
         waveform = make(note.frequency * 2 ** (cents / 1200), 1.0, RATE)
@@ -82,7 +82,7 @@ def test_check_hears_pitch(cents: float):
         assert Heard(note, waveform, measured, steady).in_tune == (abs(cents) <= CENTS)
 
 
-def test_check_hears_noise_and_silence():
+def test_the_check_rejects_noise_and_silence():
     draw = np.random.default_rng(0)
     for note in notes(1.0, RATE, held_out=True):
         for waveform in (
@@ -92,8 +92,8 @@ def test_check_hears_noise_and_silence():
             assert not Heard(note, waveform, *compare_pitch(waveform, note, RATE)).in_tune
 
 
-def test_check_hears_a_note_that_goes_astray():
-    """In tune for the first half only: the median may be right, the note is not."""
+def test_the_check_rejects_a_note_that_changes_its_pitch():
+    """Only the first half is in tune, so the median may be right although the note is wrong."""
     note = notes(1.0, RATE, held_out=True)[-1]
     assert Heard(note, note.waveform, 0.0, 0.5).in_tune is False
     astray = note.waveform.copy()
@@ -101,8 +101,10 @@ def test_check_hears_a_note_that_goes_astray():
     assert not Heard(note, astray, 0.0, compare_pitch(astray, note, RATE)[1]).in_tune
 
 
-def test_demo_leaves_what_it_promises(tmp_path: Path, capsys: pytest.CaptureFixture):
-    """All but the training, which is two steps: so the notes are noise, and the demo says so."""
+def test_the_demo_writes_all_files_and_reports_wrong_notes(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    """After only two training steps the notes are noise, and the demo reports it."""
     result = job.run(tmp_path / "demo", config=QUICK)
     out = tmp_path / "demo"
     assert len(list((out / "sounds").glob("*.wav"))) == 144
@@ -118,10 +120,10 @@ def test_demo_leaves_what_it_promises(tmp_path: Path, capsys: pytest.CaptureFixt
     assert set(record["held_out_bits"]) == {"model", "uniform", "unigram", "markov"}
     assert record["held_out_bits"]["uniform"] == 8
     assert abs(record["bits_before"] - 8) < 0.2
-    said = capsys.readouterr().out
-    assert "notes have the wrong pitch" in said
-    assert "before training" in said
-    assert "engine" in said
+    printed = capsys.readouterr().out
+    assert "notes have the wrong pitch" in printed
+    assert "before training" in printed
+    assert "engine" in printed
 
     with pytest.raises(FileExistsError, match="--overwrite"):
         job.run(out, config=QUICK)
@@ -129,16 +131,14 @@ def test_demo_leaves_what_it_promises(tmp_path: Path, capsys: pytest.CaptureFixt
     assert "is not empty" in capsys.readouterr().err
 
 
-def test_exit_status_tells_whether_the_pitch_is_right(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_exit_status_is_1_if_a_pitch_is_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     for right in (True, False):
         result = type("Result", (), {"in_tune": right})
         monkeypatch.setattr(job, "run", lambda *_, result=result, **__: result)
         assert main(["demo", "--out", str(tmp_path / "x")]) == (0 if right else 1)
 
 
-def test_overwrite_takes_only_a_demo(tmp_path: Path):
+def test_overwrite_replaces_only_a_demo(tmp_path: Path):
     precious = tmp_path / "precious.txt"
     precious.write_text("mine")
     (tmp_path / "sounds").mkdir()

@@ -1,4 +1,4 @@
-"""Pre-emphasis: codes are of x[t] - a x[t-1] wherever codes are made, and what is made is de-emphasised exactly."""
+"""Pre-emphasis: all codes are those of x[t] - a x[t-1], and output is de-emphasised exactly."""
 
 from __future__ import annotations
 
@@ -54,13 +54,13 @@ def network(mel: MelConfig | None = None, a: float = A) -> WaveNet:
 
 
 def speech_like(samples: int) -> np.ndarray:
-    """Low frequencies above all, and no sample near full scale."""
+    """Return noise of mostly low frequencies, with no sample near full scale."""
     noise = np.random.default_rng(0).standard_normal(samples)
     smooth = lfilter([0.02], [1, -0.95], noise)
     return np.clip(smooth, -0.5, 0.5).astype(np.float32)
 
 
-def test_the_two_filters_are_scipys_and_undo_each_other():
+def test_the_filters_equal_scipy_and_are_inverse():
     x = torch.from_numpy(speech_like(500)).double()
     y = emphasised(x, A)
     np.testing.assert_allclose(y.numpy(), lfilter([1, -A], [1], x.numpy()), atol=1e-15)
@@ -69,22 +69,19 @@ def test_the_two_filters_are_scipys_and_undo_each_other():
     assert Deemphasis(0.0)(x) is x
 
 
-def test_pieces_are_the_whole():
-    y = torch.from_numpy(
-        np.random.default_rng(0).uniform(-1, 1, 1000).astype(np.float32)
-    )  # which clips, too
+def test_deemphasis_in_pieces_equals_the_whole():
+    # Loud enough to be clipped after the filter.
+    y = torch.from_numpy(np.random.default_rng(0).uniform(-1, 1, 1000).astype(np.float32))
     whole = Deemphasis(A)(y)
     back = Deemphasis(A)
     assert torch.equal(torch.cat([back(part) for part in y.split([1, 0, 300, 7, 692])]), whole)
     assert float(whole.abs().max()) == 1
     expected = lfilter([1], [1, -A], y.double().numpy())
-    np.testing.assert_allclose(
-        whole.numpy(), np.clip(expected, -1, 1), atol=1e-6
-    )  # clipped after the filter
+    np.testing.assert_allclose(whole.numpy(), np.clip(expected, -1, 1), atol=1e-6)
 
 
 def codes_of(x: np.ndarray) -> torch.Tensor:
-    """By the definition."""
+    """Return the codes by definition."""
     return mulaw_encode(
         torch.from_numpy(x - np.float32(A) * np.concatenate([[np.float32(0)], x[:-1]])), 256
     )
@@ -98,7 +95,7 @@ def recording(tmp_path: Path) -> Recording:
 
 
 @pytest.mark.parametrize("mel", [None, MEL], ids=["free", "mel"])
-def test_crops_have_the_codes_of_the_whole(recording: Recording, mel: MelConfig | None):
+def test_codes_of_crops_equal_those_of_the_whole(recording: Recording, mel: MelConfig | None):
     model = network(mel)
     layout = layout_of(model, 400)
     expected = codes_of(speech_like(2000))
@@ -114,7 +111,7 @@ def test_crops_have_the_codes_of_the_whole(recording: Recording, mel: MelConfig 
 
 
 @pytest.mark.parametrize("mel", [None, MEL], ids=["free", "mel"])
-def test_bits_are_of_the_emphasised_codes_by_every_way(
+def test_every_score_is_that_of_the_emphasised_codes(
     recording: Recording, mel: MelConfig | None, monkeypatch
 ):
     from wavear.evaluation import bits as evaluation
@@ -162,7 +159,7 @@ CARRYING: dict[str, Any] = {
 
 @pytest.mark.parametrize("mel", [None, MEL], ids=["free", "mel"])
 @pytest.mark.parametrize("family", CARRYING)
-def test_families_that_carry_their_state_have_it_too(
+def test_families_with_a_carried_state_use_the_emphasised_codes(
     recording: Recording, family: str, mel: Any, monkeypatch
 ):
     from wavear.evaluation import bits as evaluation
@@ -188,29 +185,28 @@ def test_families_that_carry_their_state_have_it_too(
         {"samples": 500} if log_mels is None else {"mel": log_mels[0].float()}
     )
     model = model.float()
-    with torch.no_grad():  # quiet, so that nothing is clipped
+    with torch.no_grad():  # quiet, so that no sample is clipped
         (model.head.last if family == "gru" else model.head.out).bias[:] = (
             -0.02 * (torch.arange(256) - 128) ** 2
         )
     made, logs = generate(
         model, seed=3, return_log_probability=True, engine="reference", **settings
     )
-    if mel is None:  # what is heard has the codes that were drawn
+    if mel is None:  # encoding the audio gives the codes drawn
         torch.testing.assert_close(wavear.score(model, made[0])[0], logs[0], atol=1e-5, rtol=0)
     again = generate(model, seed=3, engine="numba", **settings)
     assert torch.equal(made, again)
 
 
-def test_there_are_no_common_bits_of_emphasised_codes(recording: Recording):
-    """The grid of 16-bit samples is that of the audio itself."""
+def test_emphasised_codes_have_no_bits_on_a_common_grid(recording: Recording):
+    """The grid of 16-bit samples applies to the audio without pre-emphasis."""
     from wavear.evaluation.bits import score_recording
 
     assert score_recording(network(), recording, None).common == {}
     assert set(score_recording(network(a=0.0), recording, None).common) == {"linear", "mulaw"}
 
 
-def test_the_loss_has_the_gradient_of_these_codes(recording: Recording):
-    """A law of no past learns how often codes are: those of the emphasised audio."""
+def test_the_loss_of_a_crop_is_that_of_the_emphasised_codes(recording: Recording):
     model, layout = network(), layout_of(network(), 1500)
     batch = collate([Segments([recording], layout)[0]])
     losses, mask = crop_loss(model, batch, layout)
@@ -227,22 +223,19 @@ def decoded(codes: torch.Tensor) -> np.ndarray:
     return np.clip(lfilter([1], [1, -A], y), -1, 1)
 
 
-def test_what_is_generated_is_the_deemphasised_codes():
+def test_generated_audio_is_the_deemphasised_codes():
     model = network()
     made = generate(model, samples=300, seed=[1, 2], engine="reference")
     plain = network(a=0.0)
     plain.load_state_dict(model.state_dict())
-    codes = mulaw_encode(
-        generate(plain, samples=300, seed=[1, 2], engine="reference"), 256
-    )  # the same, codes alone
+    # The same codes, without de-emphasis.
+    codes = mulaw_encode(generate(plain, samples=300, seed=[1, 2], engine="reference"), 256)
     for row, expected in zip(made, codes, strict=True):
         np.testing.assert_allclose(row.numpy(), decoded(expected), atol=1e-6)
 
 
 @pytest.mark.parametrize("mel", [None, MEL], ids=["free", "mel"])
-def test_a_stream_is_generate_to_the_bit_however_it_is_cut_and_saved(
-    mel: MelConfig | None, tmp_path: Path
-):
+def test_a_stream_that_is_cut_and_saved_equals_generate(mel: MelConfig | None, tmp_path: Path):
     model = network(mel)
     prime = speech_like(75)
     frames = None if mel is None else torch.randn(5, 15, generator=torch.Generator().manual_seed(0))
@@ -262,7 +255,7 @@ def test_a_stream_is_generate_to_the_bit_however_it_is_cut_and_saved(
     assert torch.equal(found, whole)
 
 
-def test_members_of_a_batch_have_each_its_own():
+def test_a_stream_does_not_depend_on_its_batch():
     model, prime = network(), speech_like(75)
     whole = generate(model, samples=225, seed=3, engine="reference", prime=prime)[0]
     batch = StreamBatch(model, engine="reference")
@@ -275,19 +268,18 @@ def test_members_of_a_batch_have_each_its_own():
     assert torch.equal(torch.cat(made), whole)
 
 
-def test_a_recording_that_was_made_goes_on_as_it_would_have():
+def test_a_prime_of_generated_audio_continues_it_exactly():
     model = network()
     with torch.no_grad():
-        model.get_parameter("head.3.bias").copy_(
-            -(torch.arange(256.0) - 128).abs() / 8
-        )  # quiet, most of the time
+        # Mostly quiet codes.
+        model.get_parameter("head.3.bias").copy_(-(torch.arange(256.0) - 128).abs() / 8)
     whole = generate(model, samples=200, seed=4, engine="reference")[0]
-    assert float(whole.abs().max()) < 1  # nothing clipped, so that its codes are known
-    on = generate(model, samples=120, seed=4, engine="reference", prime=whole[:80])[0]
-    assert torch.equal(on, whole[80:])
+    assert float(whole.abs().max()) < 1  # no sample is clipped, so the codes can be recovered
+    rest = generate(model, samples=120, seed=4, engine="reference", prime=whole[:80])[0]
+    assert torch.equal(rest, whole[80:])
 
 
-def test_it_is_saved_and_checkpoints_without_it_are_of_plain_audio(tmp_path: Path):
+def test_pre_emphasis_is_saved_and_zero_in_old_checkpoints(tmp_path: Path):
     network().save(tmp_path / "a")
     assert wavear.load(tmp_path / "a").config.pre_emphasis == A
     network(a=0.0).save(tmp_path / "old")
@@ -301,7 +293,7 @@ def test_it_is_saved_and_checkpoints_without_it_are_of_plain_audio(tmp_path: Pat
     assert wavear.load(tmp_path / "old").config.pre_emphasis == 0
 
 
-def test_its_best_possible_is_the_round_trip_of_these_codes():
+def test_the_round_trip_bound_includes_pre_emphasis():
     from wavear.audio.grid import Grid
     from wavear.evaluation.bounds import grid_round_trip
 
@@ -312,10 +304,10 @@ def test_its_best_possible_is_the_round_trip_of_these_codes():
         np.abs(np.fft.rfft((y - x).numpy()))[1500:].mean()
         for y in (found, grid_round_trip(x, Grid("mulaw", 256)))
     ]
-    assert high[0] < high[1] / 1.5  # what it is for: less noise above 3 kHz
+    assert high[0] < high[1] / 1.5  # the purpose of pre-emphasis: less noise above 3 kHz
 
 
-def test_what_cannot_be_is_refused():
+def test_invalid_and_mixed_pre_emphasis_is_refused():
     with pytest.raises(ValueError, match=r"pre_emphasis is 1\.0, it must be 0 to less than 1"):
         network(a=1.0)
     from wavear.evaluation.comparison import check_codes

@@ -67,7 +67,7 @@ def clip(n: int, seconds: float = 0.7) -> np.ndarray:
 
 @pytest.fixture(scope="module", autouse=True)
 def stubs() -> Iterator[pytest.MonkeyPatch]:
-    """Quick stand-ins for pYIN, PESQ and STOI, which take most of the time."""
+    """Replace pYIN, PESQ and STOI, which take most of the time, by quick stand-ins."""
 
     def score(reference: np.ndarray, signal: np.ndarray, rate: int) -> float:
         if len(reference) < rate // 2:
@@ -85,7 +85,7 @@ def stubs() -> Iterator[pytest.MonkeyPatch]:
 
 @pytest.fixture(scope="module")
 def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Checkpoints by kind, `held` with three clips, the same in `by_speaker` as ann, bob, ann."""
+    """Return a folder of checkpoints, three clips in `held`, and by speaker in `by_speaker`."""
     folder = tmp_path_factory.mktemp("evaluate")
     models = {
         "mel": tiny(mel=MEL),
@@ -121,7 +121,7 @@ def command(*words: str | Path) -> int:
 
 
 def refused(capsys: pytest.CaptureFixture, *words: str | Path, status: int = 1) -> str:
-    """The one line on stderr of a command that is refused."""
+    """Run a command that is refused; return its message on stderr."""
     try:
         got = command(*words)
     except SystemExit as stop:
@@ -134,7 +134,7 @@ def refused(capsys: pytest.CaptureFixture, *words: str | Path, status: int = 1) 
 
 
 def run_of(here: Path, folder: Path, gains: dict[str, float] | None = None, **config: Any) -> Path:
-    """A checkpoint next to a train.json."""
+    """Return a checkpoint next to a train.json."""
     shutil.copytree(here / "mel", folder / "best")
     record = {"config": config, "data": {} if gains is None else {"gains": gains}}
     (folder / "train.json").write_text(json.dumps(record))
@@ -203,7 +203,7 @@ def test_the_record_has_the_bounds_of_each_measure(made: Evaluation):
         assert found[name]["mulaw"]["mean"] < found[name]["model"]["mean"]
     assert set(found["noise_floor"]) == {"original", "mulaw", "model", "griffin_lim"}
     assert found["noise_floor"]["original"]["mean"] == pytest.approx(-80, abs=2)
-    assert found["noise_floor"]["model"]["mean"] > -40  # of an untrained model
+    assert found["noise_floor"]["model"]["mean"] > -40  # the model is untrained
 
 
 def test_bits_by_loudness_add_up(made: Evaluation):
@@ -228,7 +228,7 @@ def test_the_same_seed_gives_the_same_evaluation(here: Path, made: Evaluation, t
 
 
 def outside(page: str) -> list[str]:
-    """References of a page to anything that is not in it."""
+    """Return a page's references to anything outside it."""
     return re.findall(r'(?:src|href)="(?!data:)[^"]*"|https?://|url\(|@import|<script', page)
 
 
@@ -297,10 +297,10 @@ def test_training_curves_are_in_the_page(here: Path, tmp_path: Path):
     assert found.record["measures"] == {}
 
 
-# ---- the baselines' data, and clips that were trained on
+# ---- data for the baselines, and clips used in training
 
 
-def test_clips_that_were_trained_on_are_marked(here: Path, tmp_path: Path, caplog):
+def test_training_clips_are_marked(here: Path, tmp_path: Path, caplog):
     other = shutil.copytree(here / "held", tmp_path / "other")
     checkpoint = run_of(here, tmp_path / "run", data=str(here / "held"), validation=str(other))
     with caplog.at_level(logging.INFO, "wavear"):
@@ -324,14 +324,16 @@ def test_baselines_are_fitted_to_the_training_data_or_to_the_given_data(here: Pa
     assert [row["trained_on"] for row in known["clips"]] == [False] * 3
     assert known["bits"] == asked["bits"]
     assert known["baselines"]["linear"] == asked["baselines"]["linear"]
-    # One that cannot be read is skipped.
+    # An unreadable recording is skipped.
     soundfile.write(train / "1.wav", np.full(4000, np.nan), RATE, "FLOAT")
     left = evaluate(here / "mel", here / "held", tmp_path / "c", given).record
     assert any(note.startswith("the baselines skip 1.wav: ") for note in left["notes"])
     assert left["baselines"]["seconds"] == pytest.approx(2 * clip(0).size / RATE)
 
 
-def test_each_half_of_the_clips_serves_the_other(here: Path, made: Evaluation, tmp_path: Path):
+def test_baselines_of_a_clip_are_fitted_to_the_other_half(
+    here: Path, made: Evaluation, tmp_path: Path
+):
     """The baselines of the second clip are fitted to the first and the third."""
     (tmp_path / "train").mkdir()
     for name in ("0.wav", "2.wav"):
@@ -360,14 +362,14 @@ def test_levels_and_ends_are_treated_as_in_training(here: Path, tmp_path: Path):
     )
     row = next(row for row in found.clips if row.audio)
     heard = audio.read(found.folder / (row.audio or {})["original"])
-    assert row.samples < clip(0).size - RATE // 20  # of a fifth of a second of silence, and a fade
+    assert row.samples < clip(0).size - RATE // 20  # the clip ends in 0.2 s of silence and a fade
     assert float(heard.abs().max()) == pytest.approx(0.9, abs=0.1)
     assert Preparation(normalise="rms").words == ["level by rms"]
     assert Preparation(trim_silence=30.0).words == ["ends 30 dB down cut"]
 
 
 def test_levels_by_speaker_equal_those_of_training(here: Path):
-    """Of speakers that the training had; others have those of these clips, with a note."""
+    """Speakers outside the training data get the levels of these clips, with a note."""
     peaks = [0.9 / float(audio.read(here / "held" / f"{n}.wav").abs().max()) for n in range(3)]
     start = "treated as in training: level by peak for each speaker; "
     for data, gains, expected, note in (
@@ -407,7 +409,7 @@ def test_clips_of_training_shards_are_marked(here: Path, tmp_path: Path):
 
 
 def test_audio_of_earlier_reports_is_skipped(here: Path, tmp_path: Path):
-    """Folders of these names that are not next to a report are data."""
+    """A folder of the same name without a report next to it is data."""
     shutil.copytree(here / "held", tmp_path / "audio")
     for folder, record in (("r/1/audio/0", "r/1/evaluation.json"), ("t/strip", "t/models.json")):
         (tmp_path / folder).mkdir(parents=True)
@@ -427,13 +429,13 @@ def test_audio_of_earlier_reports_is_skipped(here: Path, tmp_path: Path):
 
 
 def test_names_that_are_not_unicode_are_escaped(here: Path, tmp_path: Path, capsys):
-    """In print, in the page and in the record, where they can be read back."""
+    """The record still restores the original name."""
     name = "caf\udce9.wav"
     try:
         shutil.copytree(here / "held", tmp_path / "held")
         shutil.copy(here / "held" / "0.wav", tmp_path / "held" / name)
     except OSError:
-        pytest.skip("the file system takes no such names")
+        pytest.skip("the file system refuses such names")
     out = tmp_path / "out"
     words = ("--clips", "2", "--seconds", "0.1", *FLAGS)
     assert command("evaluate", here / "mel", tmp_path / "held", "--out", out, *words) == 0
@@ -443,7 +445,9 @@ def test_names_that_are_not_unicode_are_escaped(here: Path, tmp_path: Path, caps
     assert "caf\\udce9.wav" in (tmp_path / "c" / "compare.html").read_text(encoding="utf-8")
 
 
-def test_scoring_keeps_to_the_threads(here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_scoring_uses_the_given_threads_and_restores_them(
+    here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     before, seen, score = torch.get_num_threads(), [], run.score_recording
     torch.set_num_threads(2)
 
@@ -489,7 +493,7 @@ def test_speakers_come_from_folder_names(here: Path, tmp_path: Path):
         assert found["by_speaker"][name]["bits"]["model"]["mean"] == pytest.approx(bits)
 
 
-def test_bad_clips_are_named_and_other_rates_resampled(
+def test_unusable_clips_are_named_and_other_rates_resampled(
     here: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ):
     folder = shutil.copytree(here / "held", tmp_path / "clips")
@@ -509,7 +513,7 @@ def test_bad_clips_are_named_and_other_rates_resampled(
     assert all({"pesq", "stoi"} <= set(row["not_measured"]["model"]) for row in found["clips"])
 
 
-def test_rows_of_a_manifest_that_are_not_for_training_are_evaluated(here: Path, tmp_path: Path):
+def test_only_held_out_rows_of_a_manifest_are_evaluated(here: Path, tmp_path: Path):
     rows = [
         "path,split,speaker",
         "held/0.wav,train,ann",
@@ -552,7 +556,7 @@ def test_refusals(
         assert words in refused(capsys, "evaluate", "mel", "held", "--out", out, *flags, status=2)
 
 
-def test_nothing_is_overwritten_unless_asked(here: Path, tmp_path: Path, capsys):
+def test_only_overwrite_replaces_an_evaluation(here: Path, tmp_path: Path, capsys):
     checkpoint, out = here / "mel", tmp_path / "out"
     out.mkdir()
     (out / "precious.txt").write_text("mine")
@@ -561,13 +565,13 @@ def test_nothing_is_overwritten_unless_asked(here: Path, tmp_path: Path, capsys)
     assert "has no evaluation.json" in refused(capsys, *words, out, "--overwrite")
     assert "is a file" in refused(capsys, *words, out / "precious.txt")
     config = dataclasses.replace(FAST, clips=1, seconds=0.1, overwrite=True)
-    (out / "evaluation.json").write_text("{}")  # of an interrupted evaluation
+    (out / "evaluation.json").write_text("{}")  # as after an interruption
     evaluate(checkpoint, here / "held", out, config)
     capsys.readouterr()
     inside = out / "audio"
-    said = refused(capsys, "evaluate", checkpoint, inside, "--out", out, "--overwrite")
-    assert "which the evaluation replaces" in said
-    # One that cannot begin leaves the earlier one.
+    message = refused(capsys, "evaluate", checkpoint, inside, "--out", out, "--overwrite")
+    assert "which the evaluation replaces" in message
+    # An evaluation that cannot begin leaves the earlier one.
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     (tmp_path / "void").mkdir()
     with pytest.raises(ValueError, match="holds no audio"):
@@ -588,7 +592,7 @@ def test_nothing_is_overwritten_unless_asked(here: Path, tmp_path: Path, capsys)
         ('{"bits": {}, "format": 1}', "not an evaluation of one model"),
     ],
 )
-def test_damaged_evaluations_are_named(tmp_path: Path, content: str, words: str):
+def test_damaged_evaluations_are_refused_with_a_reason(tmp_path: Path, content: str, words: str):
     (tmp_path / "evaluation.json").write_text(content)
     with pytest.raises(ValueError, match=words):
         Evaluation.read(tmp_path)
@@ -611,8 +615,8 @@ def test_a_model_equals_itself(made: Evaluation, tmp_path: Path):
         assert entry["a"] == entry["b"]
 
 
-def test_differences_are_of_pairs(made: Evaluation):
-    """b is 0.1 bits better in every clip, however clips differ: the interval has no width."""
+def test_differences_are_paired_by_clip(made: Evaluation):
+    """A gain of 0.1 bits in every clip has an interval of zero width, although the clips differ."""
 
     def shift(record: dict[str, Any]) -> None:
         for row in record["clips"]:
@@ -633,7 +637,7 @@ def test_differences_are_of_pairs(made: Evaluation):
 def test_two_checkpoints_on_the_command_line(
     here: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ):
-    """With a clip that cannot be used: the exit status is 1."""
+    """A clip that cannot be used makes the exit status 1."""
     data = shutil.copytree(here / "held", tmp_path / "held")
     (data / "words.wav").write_text("no audio")
     flags = ("--clips", "1", "--seconds", "0.3", *FLAGS)
@@ -659,7 +663,7 @@ def test_models_that_cannot_be_compared_are_refused_before_the_work(
     here: Path, made: Evaluation, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.chdir(here)
-    monkeypatch.setattr(run, "measure_everything", lambda *_, **__: pytest.fail("it began to work"))
+    monkeypatch.setattr(run, "measure_everything", lambda *_, **__: pytest.fail("the work began"))
     out, data = tmp_path / "c", ("--data", "held")
     with pytest.raises(ValueError, match="a has 256 mu-law codes and b has 64"):
         compare("mel", "coarse", out, "held")
@@ -697,7 +701,7 @@ def test_records_of_other_clips_are_not_paired(made: Evaluation, words: str, cha
         paired(made.record, changed(made, change).record)
 
 
-def test_other_settings_are_noted(made: Evaluation):
+def test_different_settings_are_noted(made: Evaluation):
     other = changed(made, lambda r: r["settings"].update(temperature=0.8))
     notes = paired(made.record, other.record)["notes"]
     assert notes == ["temperature is 1.0 in a and 0.8 in b: the model is not the only difference"]
@@ -722,7 +726,7 @@ def test_models_of_any_quantisation_are_in_one_table(
     assert rows["mel"]["mulaw_bits"] == rows["mel"]["bits"]
     assert rows["mixture"]["mulaw_bits"]["mean"] < rows["mixture"]["bits"]["mean"] - 2
     finer = rows["coarse"]["mulaw_bits"]["mean"] - rows["coarse"]["bits"]["mean"]
-    assert 1 < finer < np.log2(10)  # 2 to 10 of the 256 codes lie in one of the 64
+    assert 1 < finer < np.log2(10)  # each of the 64 codes covers 2 to 10 of the 256
     assert rows["mel"]["common_bits"]["mean"] > rows["mel"]["bits"]["mean"] + 2
     assert rows["free"]["multiply_adds"] == wavear.load(sources[3]).multiply_adds
     assert all(row["speed"]["reference"] > 0 and row["speed"]["numba"] > 0 for row in rows.values())
@@ -744,20 +748,20 @@ def test_models_of_any_quantisation_are_in_one_table(
         assert made.numel() == whole.numel()
         assert torch.equal(made[:prime], whole[:prime])
         assert not torch.equal(made[prime:], whole[prime:])
-    # Of evaluations only: no strip; two of one grid where the table is asked for.
+    # Finished evaluations give no strip; --models makes a table of two models on one grid.
     again = tmp_path / "again"
     assert command("compare", out / "1", out / "4", "--models", "--out", again) == 0
     assert json.loads((again / "models.json").read_text(encoding="utf-8"))["strip"] is None
 
 
-def test_a_table_is_of_the_same_clips(made: Evaluation):
+def test_a_table_of_different_clips_is_refused(made: Evaluation):
     def renamed(record: dict[str, Any]) -> None:
         for row in record["clips"]:
             row["name"] = f"other/{row['name']}"
 
     def coarse(record: dict[str, Any]) -> None:
         record["checkpoint"]["grid"] = "64 mu-law codes"
-        record["clips"][0]["digest"] = "0"  # of other codes
+        record["clips"][0]["digest"] = "0"  # the digest of other codes
 
     def trimmed(record: dict[str, Any]) -> None:
         record["data"]["treated"] = ["ends 40 dB down cut"]
@@ -780,7 +784,7 @@ def test_a_table_is_of_the_same_clips(made: Evaluation):
     assert note.startswith(start)
 
 
-def test_a_plot_has_names_that_are_not_unicode(made: Evaluation):
+def test_a_plot_escapes_names_that_are_not_unicode(made: Evaluation):
     other = changed(made, lambda r: r["checkpoint"].update(source="runs/caf\udce9/best"))
     names = model_table.name_models([made, other], ["mel", "runs/caf\udce9/best"])
     assert names == ["mel", "caf\\udce9"]
@@ -793,8 +797,8 @@ def test_bits_of_pre_emphasised_codes_have_their_own_column(made: Evaluation):
     assert grids == ["256 mu-law codes", "256 mu-law codes, pre-emphasis 0.85"]
 
 
-def test_a_table_without_a_strip_has_the_reason(here: Path, made: Evaluation, tmp_path: Path):
-    """Frames that end together after more than two seconds; clips below a quarter of a second."""
+def test_a_table_without_a_strip_gives_the_reason(here: Path, made: Evaluation, tmp_path: Path):
+    """Frames coincide only after more than two seconds, or clips are shorter than 0.25 s."""
     reason = str(model_table.find_beginning(here / "held", RATE, [275, 256]))
     assert reason == "mel frames of 256, 275 samples end together only after 8.8 s"
     found = model_table.find_beginning(here / "held", RATE, [64, 40])

@@ -55,7 +55,7 @@ def tiny(**settings: Any) -> WaveNet:
 
 
 def sounds(seconds: float, seed: int = 0) -> np.ndarray:
-    """Filtered noise that swells."""
+    """Return filtered noise with a rising level."""
     x = np.random.default_rng(seed).standard_normal(round(seconds * RATE))
     x = np.convolve(x, [1, 1.2, 0.6], mode="same") * np.linspace(0.002, 0.2, x.size)
     return x.clip(-1, 1).astype(np.float32)
@@ -63,7 +63,7 @@ def sounds(seconds: float, seed: int = 0) -> np.ndarray:
 
 @pytest.fixture
 def recordings(tmp_path: Path):
-    """Three held-out recordings whose lengths are not multiples of the hop."""
+    """Return three held-out recordings whose lengths are not multiples of the hop."""
     (tmp_path / "clips").mkdir()
     for n, seconds in enumerate((0.5, 0.7031, 0.3)):
         audio.write(tmp_path / "clips" / f"{n}.wav", sounds(seconds, n), RATE)
@@ -78,7 +78,7 @@ def recordings(tmp_path: Path):
     "settings", [{}, {"law": "logistic_mixture"}, {"law": "gaussian"}], ids=["own", "mix", "gauss"]
 )
 def test_bits_on_common_grids_equal_those_of_score(recordings, settings):
-    """In blocks too; one of the two grids is the model's own."""
+    """This holds in blocks too; one of the two grids is the model's own."""
     model = tiny(mel=MEL, **settings)
     recording = recordings[0]
     x = audio.read(recording.path)
@@ -132,7 +132,7 @@ def test_grids_without_bits_are_refused(settings, arguments, words):
     ids=["mel", "free", "speakers"],
 )
 def test_bits_equal_score_to_the_last_sample_in_blocks_too(recordings, settings, speaker):
-    """Blocks to float32 rounding: each has its past, and the mel of the whole."""
+    """Blocks equal the whole to float32 rounding, since each has its context and the whole mel."""
     model = tiny(**settings)
     for recording in recordings:
         whole = -score(model, audio.read(recording.path), speaker=speaker)[0].numpy()
@@ -161,7 +161,7 @@ CARRYING: dict[str, Any] = {
 
 @pytest.mark.parametrize("model", CARRYING.values(), ids=CARRYING.keys())
 def test_blocks_of_models_that_carry_a_state_equal_the_whole(recordings, model, monkeypatch):
-    """No more than a block, and the samples under its mel, is read at once."""
+    """Each read covers at most one block and the samples under its mel."""
     model, speaker = model.eval(), 2 if model.config.speakers else None
     for recording in recordings:
         whole = -score(model, audio.read(recording.path), speaker=speaker)[0].numpy()
@@ -180,7 +180,7 @@ def test_blocks_of_models_that_carry_a_state_equal_the_whole(recordings, model, 
 
 
 def test_bits_equal_those_of_training(tmp_path: Path):
-    """Of whole frames; training leaves out the samples after them."""
+    """Only whole frames are compared; training omits the samples after them."""
     audio.write(tmp_path / "a.wav", sounds(0.5), RATE)
     clip = open_corpus(tmp_path, sample_rate=RATE, validation=tmp_path).validation[0]
     model = tiny(mel=MEL)
@@ -190,7 +190,7 @@ def test_bits_equal_those_of_training(tmp_path: Path):
     )
 
 
-def test_bits_by_level_add_up_and_belong_to_the_level_of_the_sound(tmp_path: Path):
+def test_bits_by_level_add_up_and_match_the_level_of_the_sound(tmp_path: Path):
     quiet, loud = 0.0005, 0.05  # -66 and -26 dB
     x = np.random.default_rng(0).standard_normal(RATE).astype(np.float32)
     x[: RATE // 2] *= quiet
@@ -233,7 +233,7 @@ def test_baselines_cover_every_sample_in_blocks_of_any_length(recordings, monkey
 
 
 def test_the_baselines_skip_recordings_that_cannot_be_read(tmp_path: Path):
-    """A non-finite sample, and a file shorter than its header promises."""
+    """One has a non-finite sample, one is shorter than its header states."""
     for n in range(4):
         x = sounds(0.3, n)
         x[1000] = math.nan if n == 1 else x[1000]
@@ -255,7 +255,7 @@ def test_the_baselines_skip_recordings_that_cannot_be_read(tmp_path: Path):
 
 @pytest.mark.parametrize("law", ["laplace", "gaussian"])
 def test_predictor_finds_the_process_and_its_entropy(law):
-    """x[t] = 1.6 x[t-1] - 0.8 x[t-2] + e has h(e) - E log2(width of a code's interval) bits."""
+    """The process x[t] = 1.6 x[t-1] - 0.8 x[t-2] + e has h(e) - E log2(code width) bits."""
     random, scale, grid = np.random.default_rng(0), 0.01, Grid("mulaw", 16384)
     e = random.laplace(0, scale, 60000) if law == "laplace" else random.normal(0, scale, 60000)
     x = np.zeros(60000)
@@ -292,7 +292,7 @@ def test_predictor_sees_only_the_past_and_blocks_equal_the_whole():
 
 
 def test_predictor_chooses_the_domain_that_fits():
-    """A walk over codes is linear in companded values."""
+    """A process on codes is linear in companded values."""
     random = np.random.default_rng(0)
     codes = (
         (128 + 60 * np.sin(np.arange(20000) / 50) + random.laplace(0, 1.5, 20000))
@@ -310,7 +310,7 @@ def test_a_fit_without_samples_is_refused():
 # ---- intervals
 
 
-def test_bootstrap_interval_of_many_clips_equals_the_normal_one():
+def test_bootstrap_interval_of_many_clips_equals_the_normal_interval():
     x = np.random.default_rng(1).normal(3.0, 2.0, 400)
     found = bootstrap(x, resamples=4000)
     error = x.std() / math.sqrt(x.size)

@@ -102,7 +102,7 @@ def test_mel_cepstrum_is_the_cosine_series_of_the_log_mel():
 
 
 def test_mel_cepstral_distortion_is_the_rms_difference_of_the_spectra_in_db():
-    """With all orders, by Parseval, without the level of each frame."""
+    """By Parseval's theorem, with all orders and without the level of each frame."""
     x = noise(8192)
     y = 3 * np.convolve(x, [1, -0.9], mode="same")
     config = MelConfig(sample_rate=RATE, n_fft=1024, window_length=1024, hop_length=256)
@@ -119,8 +119,8 @@ def test_mel_cepstral_distortion_is_the_rms_difference_of_the_spectra_in_db():
 # ---- pitch
 
 
-def test_pitch_error_is_the_shift_and_the_share_of_frames_that_lost_their_voice():
-    """To pyin's resolution, a tenth of a semitone."""
+def test_pitch_errors_are_the_shift_and_the_share_of_unvoiced_frames():
+    """The tolerance is pYIN's resolution, a tenth of a semitone."""
     x, shifted = vowel(200.0, 2.0), vowel(200.0 * 2 ** (-70 / 1200), 2.0)
     shifted[RATE : RATE * 3 // 2] = noise(RATE // 2)
     rmse, voicing = pitch_error(x, shifted, RATE)
@@ -153,7 +153,7 @@ def test_log_mel_distance_equals_that_of_librosa_mels():
 def pulses(
     period: float, samples: int = 44100, noise_power: float = 1e-6, seed: int = 0
 ) -> np.ndarray:
-    """Pulses of unit energy, whose spectrum is flat, and white noise of a power per sample.
+    """Return pulses of unit energy, whose spectrum is flat, in white noise of power `noise_power`.
 
     The harmonic-to-noise ratio of every band is then 1 / (period * noise_power).
     """
@@ -164,7 +164,7 @@ def pulses(
 
 @pytest.mark.parametrize(("period", "decibels"), [(100, 5.0), (147, 5.0), (100, 15.0)])
 def test_harmonic_to_noise_ratio_equals_that_of_pulses_in_noise(period, decibels):
-    """In every band. The best of many lags is 0.8 dB too good at 5 dB."""
+    """This holds in every band; choosing the best of many lags adds 0.8 dB at 5 dB."""
     clean, noisy = pulses(period), pulses(period, noise_power=10 ** (-decibels / 10) / period)
     for band in HNR_BANDS.values():
         assert harmonic_to_noise_ratio(clean, noisy, 22050, band) == pytest.approx(
@@ -173,7 +173,7 @@ def test_harmonic_to_noise_ratio_equals_that_of_pulses_in_noise(period, decibels
         assert harmonic_to_noise_ratio(clean, clean, 22050, band) > 25
 
 
-def test_harmonic_to_noise_ratio_is_of_the_band_only():
+def test_harmonic_to_noise_ratio_ignores_other_bands():
     from scipy.signal import butter, sosfilt
 
     clean, ratios = pulses(100), {}
@@ -189,7 +189,7 @@ def test_harmonic_to_noise_ratio_is_of_the_band_only():
     assert ratios["high"][2] < 0
 
 
-def test_harmonic_to_noise_ratio_is_of_blocks_voiced_in_the_recording():
+def test_harmonic_to_noise_ratio_covers_blocks_voiced_in_the_recording():
     """Noise in the recording's unvoiced parts does not count."""
     x = np.concatenate([pulses(100), noise(44100, 0.02)])
     calm, hoarse = x.copy(), x.copy()
@@ -202,7 +202,7 @@ def test_harmonic_to_noise_ratio_is_of_blocks_voiced_in_the_recording():
     assert hoarse < true - 5
 
 
-def test_bands_beyond_half_of_the_rate_are_left_out():
+def test_bands_above_half_of_the_rate_are_omitted():
     _, missing = measure(pulses(40), pulses(40), 4000, names=HNR_BANDS)
     assert missing == {"hnr_high": "the band from 3000 Hz is beyond half of the rate"}
     _, missing = measure(noise(8000), pulses(40, 8000), 22050, names=HNR_BANDS)
@@ -216,7 +216,7 @@ def test_period_error_is_the_difference_in_cents():
 
 
 def test_gross_errors_are_periods_off_by_more_than_five_per_cent():
-    """Of blocks voiced in both: half of these are off by 6 %, an unvoiced part does not count."""
+    """Only blocks voiced in both signals count; half of these are off by 6 %."""
     x = pulses(100, 66150)
     y = np.concatenate([pulses(100, 22050), pulses(106, 22050), noise(22050, 0.05)])
     _, gross = period_error(x, y, 22050)
@@ -238,7 +238,7 @@ def test_noise_floor_is_the_level_of_noise_added_to_silence():
     assert noise_floor(x, x, RATE) == -120.0
 
 
-def test_noise_floor_leaves_out_frames_next_to_sound():
+def test_noise_floor_omits_frames_next_to_sound():
     """Frames 0-9 are sound, 10-19 silence; the signal rings into frame 10."""
     size = RATE // 50
     x = np.concatenate([noise(10 * size), np.zeros(10 * size)])
@@ -296,7 +296,7 @@ def test_a_missing_package_is_named(name, monkeypatch):
 @pytest.mark.parametrize("samples", [1, 3000])
 def test_short_clips_lack_values_with_reasons(samples):
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # pystoi warns, and returns a number
+        warnings.simplefilter("ignore")  # pystoi warns, but returns a value
         values, missing = measure(noise(samples), noise(samples, seed=1), RATE)
     assert set(values) | set(missing) == set(MEASURES)
     assert {"pesq", "stoi", "f0_rmse"} <= set(missing)
@@ -339,11 +339,11 @@ def test_round_trip_keeps_the_codes():
     ],
     ids=["hifigan", "start", "decibels", "short window", "no logarithm"],
 )
-def test_griffin_lim_has_the_mel_and_is_aligned_with_the_recording(settings):
-    """Shifted by half a hop, it is further from the recording."""
+def test_griffin_lim_matches_the_mel_and_is_aligned_with_the_recording(settings):
+    """A shift by half a hop increases the distance from the recording."""
     config = MelConfig(**{"sample_rate": RATE, "fmax": 8000.0, **settings})
     x = np.concatenate([np.zeros(4000), vowel(seconds=0.5), noise(3000, 0.05), vowel(300.0, 0.4)])
-    x = (x + noise(x.size, 3e-3)).astype(np.float32)  # above the floor of every one of them
+    x = (x + noise(x.size, 3e-3)).astype(np.float32)  # above the floor of every configuration
     mel = log_mel(torch.from_numpy(x)[None], config)[0].numpy()
     y = griffin_lim(mel, config)
     assert y.shape == (mel.shape[1] * config.hop_length,)
@@ -378,7 +378,7 @@ KNOWN = {
 
 
 def test_values_of_a_fixed_signal_do_not_change():
-    """Computed by the first version of these measures, to rounding."""
+    """The first version of these measures computed the expected values."""
     x = np.concatenate([vowel(), np.zeros(RATE // 2)]) + noise(RATE * 3 // 2, 1e-4)
     y = 0.9 * np.convolve(x, [0.2, 0.7, 0.1], "same") + noise(x.size, 0.01, seed=1)
     values, _ = measure(x, y, RATE, names=KNOWN)

@@ -1,4 +1,4 @@
-"""Promises of every family, distribution and engine: step = forward, causality, states, seeds."""
+"""Properties of every family, distribution and engine: step = forward, causality, states, seeds."""
 
 import itertools
 import math
@@ -91,7 +91,7 @@ TRAINED: dict[str, dict[str, Any]] = {
     "wavenet": {
         "layers": 3, "stacks": 1, "residual_channels": 8, "skip_channels": 8, "head_channels": 8,
     },
-    # Unconditional: a network would learn the mels of three tones by heart, and fail on the fourth.
+    # Unconditional: a network would memorise the mels of three tones and fail on the fourth.
     "gru": {"layers": 1, "channels": 16, "head_channels": 16, **UNCONDITIONAL},
     "transformer": {
         "layers": 2, "channels": 16, "heads": 2, "window": 8, "patch": 4, "learning_rate": 3e-3,
@@ -121,14 +121,14 @@ def make(config: Any, dtype: torch.dtype = torch.float64) -> Any:
     torch.manual_seed(0)
     model = next(cls for cls, settings in FAMILIES.values() if type(config) is settings)(config)
     with torch.no_grad():
-        for parameter in model.parameters():  # livelier than at the start of training
+        for parameter in model.parameters():  # larger than initial weights, so that outputs vary
             parameter.mul_(1.5)
     return model.to(dtype).eval()
 
 
 @torch.no_grad()
 def conditioning(model: Any, batch: int, samples: int) -> Any:
-    """cond (B, C, samples), or None."""
+    """Return conditioning (B, C, samples), or None."""
     if not model.conditioned:
         return None
     values = given(model, batch, samples)
@@ -138,13 +138,13 @@ def conditioning(model: Any, batch: int, samples: int) -> Any:
 
 
 def random_codes(model: Any, batch: int, samples: int) -> torch.Tensor:
-    """Codes about silence, as audio has them."""
+    """Return codes near silence, as in audio."""
     spread = torch.randn(batch, samples, generator=torch.Generator().manual_seed(2)) * 0.1
     return model.grid.encode(spread.clamp(-1, 1))
 
 
 def given(model: Any, batch: int, samples: int) -> dict[str, Any]:
-    """A mel and speakers for the public functions."""
+    """Return a mel and speakers for the public functions."""
     found: dict[str, Any] = {}
     if model.config.mel:
         frames = -(-samples // MEL.hop_length)
@@ -156,7 +156,7 @@ def given(model: Any, batch: int, samples: int) -> dict[str, Any]:
 
 
 def part(cond: Any, at: Any) -> Any:
-    """Columns of conditioning, of which that of a speaker without a mel has one for all samples."""
+    """Return columns of conditioning; a speaker without a mel has one column for all samples."""
     if cond is None:
         return None
     if cond.shape[2] == 1:
@@ -184,7 +184,7 @@ def test_step_equals_forward(config):
 
 @every
 @torch.no_grad()
-def test_a_distribution_depends_on_samples_before_it_only(config):
+def test_distributions_depend_only_on_earlier_samples(config):
     model = make(config)
     codes, cond = random_codes(model, 1, 40), conditioning(model, 1, 40)
     before = model(codes, cond)
@@ -227,14 +227,14 @@ def test_no_gradient_reaches_into_the_state(config, batch):
     first = model(codes[:, :20], part(cond, slice(0, 20)), state, start(model, batch))
     assert all(not tensor.requires_grad for tensor in model.export_state(state).values())
     second = model(codes[:, 20:], part(cond, slice(20, 40)), state, codes[:, 19])
-    second.sum().backward()  # needs nothing of the first pass...
-    first.sum().backward()  # ... which the second has not changed
+    second.sum().backward()  # needs no tensor of the first pass
+    first.sum().backward()  # the second pass has not changed the tensors of the first
 
 
 @every
 @torch.no_grad()
 def test_rows_of_a_state_are_independent(config):
-    """Export, mix with rows of a state at another time, import: each row continues unchanged."""
+    """Rows exported at different times and imported as one state continue unchanged."""
     model = make(config)
     codes, cond = random_codes(model, 2, 70), conditioning(model, 2, 70)
     long, short = model.init_state(2), model.init_state(2)
@@ -277,10 +277,10 @@ def test_samples_beyond_the_receptive_field_have_no_effect(config):
 
 
 @every
-def test_every_parameter_gets_a_gradient_of_its_own(config):
-    """None is wasted, and distributed training need not search for unused ones.
+def test_every_parameter_gets_its_own_gradient(config):
+    """No parameter is unused, so distributed training need not search for unused ones.
 
-    Gradients that share memory would be clipped, or accumulated, once for each of them.
+    Gradients that share memory would be clipped, or accumulated, once per parameter.
     """
     model = make(config)
     codes = random_codes(model, 3, 36)
@@ -290,7 +290,7 @@ def test_every_parameter_gets_a_gradient_of_its_own(config):
         speaker = torch.tensor(values["speaker"]) if model.config.speakers else None
         cond = model.condition(values["mel"].double() if model.config.mel else None, speaker)
     (-model.law.log_prob(model(codes, cond), codes)).mean().backward()
-    own = "conditioning.period."  # is trained on its own
+    own = "conditioning.period."  # trained separately
     parameters = {n: p for n, p in model.named_parameters() if not n.startswith(own)}
     assert [n for n, p in parameters.items() if p.grad is None or not p.grad.any()] == []
     memory = {p.grad.untyped_storage().data_ptr() for p in parameters.values()}
@@ -299,7 +299,7 @@ def test_every_parameter_gets_a_gradient_of_its_own(config):
 
 @every
 @engines
-def test_engines_score_like_the_parallel_pass(config, engine, monkeypatch):
+def test_scores_of_engines_equal_the_parallel_pass(config, engine, monkeypatch):
     monkeypatch.setattr(sys.modules["wavear.generation.scoring"], "PARALLEL_CHUNK", 37)
     model = make(config, torch.float32)
     _needs(model, engine)
@@ -313,7 +313,7 @@ def test_engines_score_like_the_parallel_pass(config, engine, monkeypatch):
 @every
 @engines
 def test_the_same_seed_gives_the_same_audio_on_every_engine(config, engine):
-    """To the code, except for uniforms within rounding of a boundary between neighbours."""
+    """Codes are equal, unless a uniform is within rounding of a boundary between neighbours."""
     model = make(config, torch.float32)
     _needs(model, engine)
     conditions = given(model, 2, 180)
@@ -325,7 +325,7 @@ def test_the_same_seed_gives_the_same_audio_on_every_engine(config, engine):
             t = int((expected[b] != found[b]).nonzero()[0])
             steps = model.grid.encode(expected[b, t]) - model.grid.encode(found[b, t])
             assert abs(int(steps)) <= 1, f"sample {t} of stream {b} differs by {int(steps)} codes"
-    # Of 65536 values a boundary lies so near every 30th uniform or so.
+    # With 65536 values, about every 30th uniform is this close to a boundary.
     assert model.grid.classes > 4096 or not differ.all()
 
 
@@ -355,7 +355,7 @@ def test_a_stream_resumes_from_its_file_on_another_engine(config, engine, tmp_pa
     model = make(config, torch.float32)
     _needs(model, engine)
     if model.config.mel is not None:
-        pytest.skip("test_stream has streams with mels")
+        pytest.skip("test_stream covers streams with mels")
     speaker = 1 if model.config.speakers else None
     whole = Stream(model, seed=9, engine=engine, speaker=speaker)
     expected = torch.cat([whole.pull(60), whole.pull(40)])
@@ -375,13 +375,13 @@ def test_a_prime_is_continued_like_generated_audio(config):
     rest = generate(
         model, samples=70, seed=1, engine="reference", prime=whole[:, :50], **conditions
     )
-    # float32 sums in another order may change one code, and then those that follow.
+    # float32 sums in another order may change one code, and hence the following ones.
     assert (rest == whole[:, 50:]).float().mean() > 0.5
 
 
 @every
 @torch.no_grad()
-def test_a_loaded_model_is_the_saved_one(config, tmp_path):
+def test_a_loaded_model_equals_the_saved_one(config, tmp_path):
     model = make(config, torch.float32)
     model.save(tmp_path / "model")
     again = load(tmp_path / "model")
@@ -497,7 +497,7 @@ LAYOUT = Layout(
 )  # fmt: skip
 
 
-def test_lanes_read_recordings_in_order_and_all_parts_equally_often(recordings):
+def test_lanes_read_recordings_in_order_and_every_part_equally_often(recordings):
     corpus, layout = (
         open_corpus(str(recordings), sample_rate=8000, validation_fraction=0.01),
         LAYOUT,
@@ -516,7 +516,7 @@ def test_lanes_read_recordings_in_order_and_all_parts_equally_often(recordings):
     means = [count.mean() for count in counts]
     assert min(means) > 0.8 * max(means)
     assert min(count[:-100].min() for count in counts) > 0.6 * np.mean(means)
-    # Item by item, as planned.
+    # Items follow the plan.
     for batch in (0, 1, VISIT - 1, VISIT, 5 * VISIT + 3):
         for lane in range(3):
             item = lanes[batch * 3 + lane]
@@ -525,7 +525,7 @@ def test_lanes_read_recordings_in_order_and_all_parts_equally_often(recordings):
     assert lanes.visit(0, 0) != lanes.visit(1, 0)
 
 
-def test_a_lane_carries_no_loss_for_an_unreadable_file(recordings, tmp_path):
+def test_an_unreadable_file_adds_no_loss(recordings, tmp_path):
     for path in recordings.glob("*.wav"):
         (tmp_path / path.name).write_bytes(path.read_bytes())
     corpus = open_corpus(str(tmp_path), sample_rate=8000, validation_fraction=0.01)

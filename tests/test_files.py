@@ -27,9 +27,7 @@ def test_a_new_file_has_the_usual_permissions(tmp_path: Path):
 
 
 @pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
-def test_a_failed_write_leaves_the_old_file_and_no_other(
-    tmp_path: Path, error: type[BaseException]
-):
+def test_a_failed_write_leaves_only_the_old_file(tmp_path: Path, error: type[BaseException]):
     (tmp_path / "a").write_text("old")
 
     def fail(path: Path) -> None:
@@ -42,7 +40,7 @@ def test_a_failed_write_leaves_the_old_file_and_no_other(
     assert os.listdir(tmp_path) == ["a"]
 
 
-def test_a_lock_is_held_by_one_at_a_time(tmp_path: Path):
+def test_only_one_holder_has_a_lock(tmp_path: Path):
     waiting, order = threading.Event(), []
 
     def second() -> None:
@@ -58,7 +56,7 @@ def test_a_lock_is_held_by_one_at_a_time(tmp_path: Path):
     assert order == ["first", "second"]
 
 
-def test_where_no_lock_can_be_made_none_is_held(tmp_path: Path):
+def test_without_a_lock_file_the_work_proceeds_unlocked(tmp_path: Path):
     (tmp_path / "file").touch()
     with locked(tmp_path / "file" / "lock"):
         assert os.listdir(tmp_path) == ["file"]
@@ -69,7 +67,7 @@ def test_where_no_lock_can_be_made_none_is_held(tmp_path: Path):
 
 @pytest.fixture
 def no_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """A home that cannot be written, and an own folder for temporary files."""
+    """Make the home unwritable; return a private folder for temporary files."""
     for name in ("NUMBA_CACHE_DIR", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", "/dev/null")
@@ -105,7 +103,7 @@ def test_a_temporary_folder_that_others_can_write_is_not_used(no_home: Path):
     assert found.parent == no_home
 
 
-def test_a_writable_home_leaves_the_environment_alone(no_home: Path, monkeypatch):
+def test_a_writable_home_leaves_the_environment_unchanged(no_home: Path, monkeypatch):
     monkeypatch.setenv("HOME", str(no_home))
     compiled.prepare_numba()
     assert "NUMBA_CACHE_DIR" not in os.environ

@@ -88,7 +88,7 @@ def test_slices_of_slices_equal_those_of_the_tensor(cuts, row):
         assert torch.equal(one[:, :, t], two[:, :, t])
         assert torch.equal(cond[torch.tensor([1, 0]), :, t], tensor[[1, 0], :, t])
     assert torch.equal(dense(cond), dense(tensor))
-    assert one.gates.shape[1] <= (one.samples + 5) // 7 + 1  # no frame that no sample lies in
+    assert one.gates.shape[1] <= (one.samples + 5) // 7 + 1  # every frame has a sample
 
 
 def test_a_sample_beyond_the_end_is_refused():
@@ -103,7 +103,7 @@ def test_joined_blocks_and_stacked_streams_equal_tensors():
     blocks = [cond[:, :, :14], cond[:, :, 14:21], cond[:, :, 21:]]
     assert torch.equal(joined(blocks).dense(), tensor)
     assert joined(blocks[:1]) is blocks[0]
-    # At different places of a frame, some with a frame more than others.
+    # They begin at different places of a frame, so some have one frame more.
     spans = [(0, 9), (6, 15), (13, 22), (33, 42), (7, 16)]
     rows = [cond[:1, :, a:b] for a, b in spans]
     assert len({row.gates.shape[1] for row in rows}) > 1
@@ -124,7 +124,7 @@ def test_a_cast_keeps_the_precision_of_the_prediction():
     assert {cond.coefficients.dtype, cond.scale.dtype, cond.lag.dtype, cond.voicing.dtype} == {
         torch.float32
     }
-    found = cond.dense()  # what `step` of a model in bfloat16 gets
+    found = cond.dense()  # as `step` of a bfloat16 model gets it
     assert torch.equal(found[:, 5:9].transpose(1, 2), cond.per_sample()[0])
 
 
@@ -155,7 +155,7 @@ NAMES = [
 def both_ways(
     model: Any, mel: Tensor, speaker: Tensor | None, padded: bool = False
 ) -> list[FrameConditioning]:
-    """By the compiled code, and by torch, which runs with gradients enabled."""
+    """Return compiled conditioning and that of torch, which runs if gradients are enabled."""
     with torch.no_grad():
         compiled = model.condition(mel, speaker, padded=padded)
     with torch.enable_grad():
@@ -166,7 +166,7 @@ def both_ways(
 
 
 def assert_alike(found: FrameConditioning, expected: FrameConditioning) -> None:
-    """To rounding: float32 sums in another order, a float64 autocorrelation, lags by exp."""
+    """Check equality up to rounding: float32 sums in another order, lags by exp."""
     assert found.samples == expected.samples
     torch.testing.assert_close(found.gates, expected.gates.detach(), rtol=0, atol=2e-5)
     torch.testing.assert_close(found.coefficients, expected.coefficients, rtol=1e-6, atol=1e-6)
@@ -182,7 +182,7 @@ def assert_alike(found: FrameConditioning, expected: FrameConditioning) -> None:
 def test_compiled_conditioning_equals_torch(name, frames):
     model = test_predictive.make(test_predictive.CONFIGS[name], torch.float32)
     with torch.no_grad():
-        model.conditioning.period.lag.weight.mul_(0.2)  # so that rounding tips no maximum
+        model.conditioning.period.lag.weight.mul_(0.2)  # so that rounding does not change a maximum
     mel = test_predictive.random_mel(model, 1, frames)
     speaker = torch.tensor([1]) if model.config.speakers else None
     assert_alike(*both_ways(model, mel, speaker))
@@ -205,8 +205,8 @@ def test_compiled_prediction_equals_torch_for_every_kind_of_mel(name):
 
 @pytest.mark.parametrize("name", ["kernel 3", "causal", "speakers", "44.1 kHz"])
 @torch.no_grad()
-def test_compiled_frames_have_the_same_bits_in_any_number(name):
-    """One at a time, as in a stream, some at a time, or all."""
+def test_compiled_frames_do_not_depend_on_the_block_size(name):
+    """Frames arrive one at a time, as in a stream, several at a time, or all at once."""
     model = test_predictive.make(test_predictive.CONFIGS[name], torch.float32)
     mel = test_predictive.random_mel(model, 1, 20)
     speaker = torch.tensor([1]) if model.config.speakers else None
@@ -223,7 +223,7 @@ def test_compiled_frames_have_the_same_bits_in_any_number(name):
 
 @torch.no_grad()
 def test_generation_on_the_cpu_uses_the_compiled_code(monkeypatch):
-    """And training, other precisions and batches do not."""
+    """Training, other precisions and batches use torch."""
     model = test_predictive.make(test_predictive.CONFIGS["kernel 3"], torch.float32)
     calls = []
     run = frame_kernel.condition
@@ -243,7 +243,7 @@ def test_generation_on_the_cpu_uses_the_compiled_code(monkeypatch):
 @few
 @given(cuts=st.lists(st.integers(1, 287), max_size=5), speakers=st.booleans(), causal=st.booleans())
 def test_spans_of_a_conditioner_equal_the_whole(cuts, speakers, causal):
-    """To the bit: of a growing mel with forgotten frames, and of different lengths."""
+    """Equal bit for bit, for a growing mel with forgotten frames and for different lengths."""
     with torch.inference_mode():
         config = test_predictive.small(speakers=2 if speakers else 0, causal=causal)
         model = test_predictive.make(config, torch.float32)

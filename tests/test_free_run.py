@@ -73,7 +73,7 @@ def replace_generate(
 
 @pytest.mark.parametrize("gain", [1.0, 0.25])
 def test_score_of_a_gain_is_its_logarithm(recordings, monkeypatch, gain):
-    """A gain leaves the harmonic-to-noise ratios; without one everything is 0."""
+    """A gain leaves the harmonic-to-noise ratios unchanged; a gain of 1 scores 0."""
     replace_generate(monkeypatch, recordings, lambda x: gain * x)
     found = free_run(model(), recordings, SECONDS)
     assert found is not None
@@ -95,7 +95,7 @@ def test_score_is_log_mel_distance_plus_differences_of_harmonicity(recordings, m
     gaps = [
         abs(harmonic_to_noise_ratio(x, y, RATE, band) - harmonic_to_noise_ratio(x, x, RATE, band))
         for x, y in found.clips
-        for band in HNR_BANDS.values()  # the third is cut at half of the rate
+        for band in HNR_BANDS.values()  # the third ends at half of the rate
     ]
     assert np.mean(gaps) > 3
     assert found.score == pytest.approx(np.mean(distances) + 0.02 * np.mean(gaps), rel=1e-6)
@@ -103,7 +103,7 @@ def test_score_is_log_mel_distance_plus_differences_of_harmonicity(recordings, m
     assert found.measures["log_mel"] == pytest.approx(np.mean(distances))
 
 
-def test_clips_of_readable_recordings_are_made_in_one_call(recordings, monkeypatch):
+def test_one_call_generates_the_clips_of_all_readable_recordings(recordings, monkeypatch):
     calls = replace_generate(monkeypatch, recordings, lambda x: x)
     names = sorted({recording.speaker for recording in recordings if recording.speaker})
     found = free_run(model(speakers=2), recordings, SECONDS, names)
@@ -149,7 +149,7 @@ def test_probe_measures_the_loudest_and_the_quietest_part(tmp_path, monkeypatch,
         assert made.measures == {}
         return
     assert made.probe["noise_floor_recorded"] == pytest.approx(-60, abs=0.1)
-    assert made.probe["noise_floor"] > -20  # an untrained model makes noise of a pause
+    assert made.probe["noise_floor"] > -20  # an untrained model turns a pause into noise
 
 
 # --- in training
@@ -171,7 +171,7 @@ def data(recordings, tmp_path) -> None:
 
 @pytest.fixture
 def scores(data, monkeypatch) -> list[float]:
-    """Return the scores that the free runs of a run find, one after the other."""
+    """Return a list; the free runs of a training run get its scores in order."""
     prescribed: list[float] = []
 
     def found(*_: Any) -> FreeRun:
@@ -187,16 +187,16 @@ def best_step(out: Path) -> int:
     return json.loads((out / "best" / "config.json").read_text())["training"]["step"]
 
 
-def test_best_has_the_least_score_and_samples_of_new_validations_are_kept(scores, tmp_path, caplog):
+def test_best_has_the_lowest_score_and_new_samples_are_kept(scores, tmp_path, caplog):
     caplog.set_level(logging.INFO, "wavear")
     scores += SCORES
     out = tmp_path / "run"
     train(config(tmp_path, learning_rate=1e-2, progress=True))
     history = record_of(out)["history"]
-    assert best_step(out) == 2  # the first of the least
+    assert best_step(out) == 2  # the first step with the lowest score
     assert min(history, key=lambda entry: entry["bits"])["step"] != 2
     assert [entry["free_run"]["score"] for entry in history[1:]] == list(SCORES)
-    assert "free_run" not in history[0]  # nothing is learned yet
+    assert "free_run" not in history[0]  # the model is untrained
     assert "bits; free run: score 1.000, log_mel 1.000 (best so far)" in caplog.text
     column = [row["free_run_score"] for row in rows_of(out / "metrics.csv")]
     assert [float(value) for value in column if value] == list(SCORES)
@@ -224,7 +224,7 @@ def test_resume_of_a_run_without_scores_chooses_by_scores(scores, tmp_path):
     assert found == [False] * 4 + [True] * 3
 
 
-def test_unconditional_models_are_chosen_by_bits(data, tmp_path, monkeypatch):
+def test_the_best_unconditional_model_has_the_fewest_bits(data, tmp_path, monkeypatch):
     clips = [(voice(0.1), voice(0.1))]
     monkeypatch.setattr(callbacks, "free_run", lambda *_: FreeRun({}, clips, {"level_error": 0.0}))
     out = tmp_path / "run"
@@ -238,7 +238,7 @@ def test_unconditional_models_are_chosen_by_bits(data, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_resumed_run_has_the_scores_of_an_uninterrupted_one(data, tmp_path):
-    """The real free run, to the bit."""
+    """The real free run resumes bit for bit."""
     out = tmp_path / "run"
     train(config(tmp_path, max_steps=4))
     expected = record_of(out)["history"]

@@ -32,8 +32,8 @@ def mels(batch, frames):
     return torch.randn(batch, 5, frames, generator=torch.Generator().manual_seed(1))
 
 
-def test_generation_follows_the_law_of_forward():
-    """Every code is that of its uniform under `forward`, given all codes before it."""
+def test_generation_follows_the_distribution_of_forward():
+    """Each uniform selects its code under `forward`, given all earlier codes."""
     model = make(mel=MEL, speakers=2).double()
     mel = mels(1, 10).double()
     waveform = wavear.generate(model, mel, speaker=1, seed=9, engine="reference")
@@ -73,7 +73,7 @@ def test_an_utterance_does_not_depend_on_its_batch(settings):
     assert not torch.equal(batch[0], batch[1])
 
 
-def test_mels_of_different_lengths():
+def test_shorter_mels_are_padded_with_silence():
     model = make(mel=MEL)
     long, short = mels(1, 9)[0], mels(1, 4)[0]
     batch = wavear.generate(model, [long, short], seed=[1, 2], engine="reference")
@@ -82,7 +82,7 @@ def test_mels_of_different_lengths():
     assert not batch[1, 80:].any()
 
 
-def test_a_prefix_is_the_beginning_of_the_whole():
+def test_fewer_samples_equal_the_beginning_of_the_whole():
     model = make(mel=MEL)
     whole = wavear.generate(model, mels(1, 10), seed=3, engine="reference")
     part = wavear.generate(model, mels(1, 10), seed=3, samples=77, engine="reference")
@@ -90,7 +90,7 @@ def test_a_prefix_is_the_beginning_of_the_whole():
 
 
 @pytest.mark.parametrize("hop", [1, 3, 20, 256, 300])
-def test_conditioning_is_the_same_however_it_is_cut(hop):
+def test_conditioning_does_not_depend_on_the_cuts(hop):
     mel = MelConfig(
         sample_rate=8000, n_fft=1024, window_length=1024, hop_length=hop, bands=5, fmax=4000.0
     )
@@ -100,9 +100,8 @@ def test_conditioning_is_the_same_however_it_is_cut(hop):
     with torch.no_grad():
         whole: Any = Conditioner(model, x, [0, 1]).span(0, frames * hop)
         expected = model.condition(torch.stack(x), torch.tensor([0, 1]))
-        torch.testing.assert_close(
-            whole, expected, rtol=0, atol=1e-5
-        )  # float32 sums in another order
+        # float32 sums in another order.
+        torch.testing.assert_close(whole, expected, rtol=0, atol=1e-5)
         pieces: Any = Conditioner(model, x, [0, 1])
         alone: Any = Conditioner(model, x[1:], [1]).span(0, frames * hop)
         cuts = [0, 1, 100, 511, 512, 513, 777, frames * hop]
@@ -111,8 +110,8 @@ def test_conditioning_is_the_same_however_it_is_cut(hop):
         assert torch.equal(alone[0], whole[1])
 
 
-def test_conditioning_is_always_computed_in_one_shape(monkeypatch):
-    """Libraries may round differently for other shapes: so there is one for all batches."""
+def test_conditioning_is_computed_in_one_shape(monkeypatch):
+    """All batches share one shape, since libraries may round differently for other shapes."""
     shapes = set()
     condition = WaveNet.condition
 
@@ -159,7 +158,7 @@ def test_score_is_a_distribution():
     assert abs(scores.sum(dim=1).exp().sum().item() - 1) < 1e-12
 
 
-def test_score_takes_the_mel_of_the_waveform():
+def test_score_computes_the_mel_of_the_waveform():
     model = make(mel=MEL)
     waveform = torch.randn(1, 210).clamp(-1, 1) * 0.1
     padded = torch.nn.functional.pad(waveform, (0, 10))
@@ -233,7 +232,7 @@ def test_new_weights_are_used_at_once():
         ({}, {"samples": 5, "threads": 0}, "threads is 0"),
     ],
 )
-def test_what_does_not_fit_is_refused(settings, arguments, message):
+def test_unusable_arguments_are_refused(settings, arguments, message):
     with pytest.raises(ValueError, match=message):
         wavear.generate(make(**settings), **arguments)
 
@@ -243,8 +242,8 @@ def test_score_refuses_a_mel_that_is_too_short():
         wavear.score(make(mel=MEL), torch.zeros(1, 41), torch.zeros(1, 5, 2))
 
 
-def test_conditioning_of_many_in_batches_of_one_size(monkeypatch):
-    """As on a card: always as many blocks at once, so that the bits are the same in any batch."""
+def test_conditioning_of_many_utterances_uses_one_batch_size(monkeypatch):
+    """Each call has a constant number of blocks, as on a GPU: bits do not depend on the batch."""
     model, frames = make(mel=MEL, speakers=2), [mels(1, n)[0] for n in (9, 4, 25)]
     single: list[Any] = [
         Conditioner(model, [mel], [b % 2]).span(0, 80) for b, mel in enumerate(frames)
@@ -275,7 +274,7 @@ def test_conditioning_of_many_in_batches_of_one_size(monkeypatch):
 
 
 def test_candidates_share_their_conditioning(monkeypatch):
-    """best_of draws of one mel: it is conditioned on once."""
+    """The mel is processed once for all `best_of` candidates."""
     torch.manual_seed(0)
     mel = MelConfig(
         sample_rate=8000, n_fft=64, window_length=64, hop_length=20, bands=5, fmax=4000.0

@@ -1,6 +1,6 @@
 """GRU: equal to torch.nn.GRU and to its equations, unbounded context, cost, held-out bits.
 
-The promises of every family are tested in `test_families`.
+`test_families` tests the properties that all families share.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def random_codes(model, batch, samples):
 
 @pytest.mark.parametrize("layers", [1, 3])
 def test_layers_equal_those_of_torch(layers):
-    """Against `torch.nn.GRU` and `torch.nn.GRUCell` with the same weights, step by step."""
+    """Compare with `torch.nn.GRU` and `torch.nn.GRUCell` of the same weights, step by step."""
     model = make(GRUConfig(layers=layers, classes=16, speakers=2, **SMALL))
     codes = random_codes(model, 2, 30)
     cells = [torch.nn.GRUCell(6 if i == 0 else 7, 7).double() for i in range(layers)]
@@ -94,7 +94,7 @@ def test_layers_equal_those_of_torch(layers):
 
 
 def test_forward_equals_its_equations():
-    """Written out with matrix products, one sample at a time."""
+    """The equations are matrix products, one sample at a time."""
     config = GRUConfig(layers=2, classes=16, mel=MEL, **SMALL)
     model = make(config)
     codes = random_codes(model, 1, 24)
@@ -124,8 +124,8 @@ def test_forward_equals_its_equations():
 
 
 @shapes
-def test_output_depends_on_all_of_the_past_and_nothing_else(config):
-    """The gradient of the output at t with respect to each sample: zero from t on, else not."""
+def test_output_depends_on_exactly_the_earlier_samples(config):
+    """The gradient of the output at t is zero for samples from t on, nonzero for earlier ones."""
     model = make(config)
     total, t = 20, 14
     codes = random_codes(model, 1, total)
@@ -136,7 +136,7 @@ def test_output_depends_on_all_of_the_past_and_nothing_else(config):
     parameters = model(codes, make_cond(model, 1, total))
     (parameters[0, :, t] * torch.randn(parameters.shape[1], dtype=torch.float64)).sum().backward()
     handle.remove()
-    # The embedding at position u is that of the sample u - 1.
+    # Position u embeds sample u - 1.
     reach = embedded[0].grad[0].abs().sum(dim=1) > 0
     assert reach.tolist() == [u <= t for u in range(total)]
     assert model.receptive_field is None
@@ -145,7 +145,7 @@ def test_output_depends_on_all_of_the_past_and_nothing_else(config):
 
 @pytest.mark.parametrize("name", ["mel and speakers", "mixture"])
 def test_substituted_bfloat16_weights_are_used(name):
-    """As `functional_call` substitutes them; torch.nn.GRU itself would use its own."""
+    """`functional_call` substitutes them; torch.nn.GRU would use its own float32 weights."""
     model = GRU(SHAPES[name]).float()
     codes = random_codes(model, 2, 24)
     cond = make_cond(copy.deepcopy(model).double(), 2, 24).to(torch.bfloat16)
@@ -166,14 +166,14 @@ def test_substituted_bfloat16_weights_are_used(name):
     assert (found.float() - exact).abs().max() < 0.05
 
 
-def test_a_distribution_over_values_begins_spread_about_silence():
+def test_an_initial_distribution_over_values_is_spread_about_silence():
     model = GRU(SHAPES["mixture"])
     torch.testing.assert_close(
         model.head.last.bias.detach(), model.law.initial_bias(), rtol=0, atol=0
     )
 
 
-def test_the_cost_of_a_sample_equals_a_count_by_hand():
+def test_the_cost_of_a_sample_equals_a_manual_count():
     model = GRU(GRUConfig(layers=2, channels=7, input_channels=6, head_channels=9, classes=16))
     expected = 3 * 7 * 6 + 3 * 7 * 7 + 2 * 3 * 7 * 7 + 7 * 9 + 9 * 16
     assert model.multiply_adds == expected
@@ -190,12 +190,12 @@ def test_the_cost_of_a_sample_equals_a_count_by_hand():
 
 
 @shapes
-def test_the_cost_is_counted_the_same_everywhere(config):
+def test_all_cost_functions_agree(config):
     model = GRU(config)
     asked = cost(config)
     assert asked.multiply_adds == model.multiply_adds == multiply_adds(model)[0]
     assert asked.weight_bytes == model.weight_bytes
-    # Read for every sample: all but the first layer's input and the conditioning.
+    # All weights except the first layer's input and the conditioning are read for every sample.
     layers, h, head = config.layers, config.channels, config.head_channels
     hot = (2 * layers - 1) * 3 * h * h + head * (h + model.law.channels)
     assert asked.hot_bytes == 4 * hot
@@ -226,7 +226,7 @@ def test_invalid_configurations_are_refused(settings, message):
 
 @pytest.mark.parametrize(("lanes", "world"), [(3, 1), (2, 3)])
 def test_held_out_bits_equal_those_of_score(lanes, world, tmp_path, monkeypatch):
-    """Per recording, in any lanes; the lengths are whole frames, since `score` extends others."""
+    """Bits agree per recording for any lanes; lengths are whole frames: `score` pads others."""
     monkeypatch.setattr(held_out, "_EVALUATION_SEGMENT", 96)
     monkeypatch.setattr(held_out, "_EVALUATION_LANES", {"cpu": lanes})
     model = make(SHAPES["mel"]).eval()

@@ -1,4 +1,4 @@
-"""The index: it remembers what the files contain, also after interruption, damage or change."""
+"""The index caches headers and levels of files, and survives interruption, damage and change."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def write(path: Path, samples: int, seed: int = 0) -> None:
 
 @pytest.fixture
 def corpus(tmp_path):
-    """30 files of distinct lengths in two folders, and one that is not audio."""
+    """Return a folder with 30 files of distinct lengths, and one that is not audio."""
     for number in range(30):
         write(tmp_path / "data" / f"s{number % 2}" / f"{number:02}.wav", 1000 + 7 * number)
     (tmp_path / "data" / "bad.wav").write_text("not audio")
@@ -55,7 +55,7 @@ SECONDS = pytest.approx(sum(1000 + 7 * n for n in range(30)) / RATE)
 
 @pytest.fixture
 def looks(monkeypatch):
-    """Names of the files that this process looks into."""
+    """Return the list of the files that this process reads, by name."""
     seen: list[str] = []
     real = levels.look
 
@@ -86,8 +86,8 @@ def use_processes(monkeypatch, block: int) -> None:
 # --- listing
 
 
-def test_folder_is_listed_in_the_order_of_names(tmp_path):
-    """Names include characters around the slash; a link to a folder above is not followed twice."""
+def test_folder_is_listed_by_name(tmp_path):
+    """Names have characters that sort near the slash; a link to a parent is not followed twice."""
     names = ["a/x.wav", "a-b.wav", "a.b/y.wav", "a.wav", "a/b/c.wav", "a b/z.wav", "ä.wav", "Z.wav"]
     for name in names:
         write(tmp_path / name, 100)
@@ -98,7 +98,7 @@ def test_folder_is_listed_in_the_order_of_names(tmp_path):
 
 def test_unlistable_folder_is_named(corpus):
     if os.geteuid() == 0:
-        pytest.skip("root may list everything")
+        pytest.skip("root may list every folder")
     (corpus / "s1").chmod(0)
     try:
         found = opened(corpus)
@@ -147,8 +147,8 @@ def test_recordings_are_a_sequence(tmp_path):
         found.train[2]
 
 
-def test_fingerprint_is_that_of_earlier_versions(tmp_path):
-    """A run that version 0.1 began resumes: names, stretches, gains and speakers hash alike."""
+def test_fingerprint_equals_that_of_version_0_1(tmp_path):
+    """So runs of version 0.1 resume: names, stretches, gains and speakers have the same hash."""
     for number in range(6):
         write(tmp_path / f"{number}.wav", 1000 + number)
     rows = [f"{n}.wav,{n * 0.01},{0.05 if n % 2 else ''},s{n % 2}" for n in range(6)]
@@ -157,7 +157,7 @@ def test_fingerprint_is_that_of_earlier_versions(tmp_path):
 
 
 def test_million_rows_take_little_memory():
-    """At most 100 bytes a row and its name; 20,000 rows stand for a million."""
+    """A row takes at most 100 bytes plus its name; 20,000 rows stand for a million."""
     builder = Builder(Path("data"))
     for number in range(20_000):
         builder.add(f"reader-{number // 100:05}/{number:07}.wav", f"reader-{number // 100}")
@@ -168,7 +168,7 @@ def test_million_rows_take_little_memory():
     assert found.take(slice(0, 10)).text is found.text
 
 
-# --- what is kept
+# --- caching
 
 
 def test_second_index_reads_no_file(corpus, looks):
@@ -178,7 +178,7 @@ def test_second_index_reads_no_file(corpus, looks):
     second = wavear.index(corpus)
     assert (second.new, second.bad, second.seconds) == (0, first.bad, first.seconds)
     assert len(looks) == 31
-    assert not list((corpus).glob(".*"))  # nothing is written among the data
+    assert not list((corpus).glob(".*"))  # the data folder is unchanged
     assert first.folder == indexing.cached(corpus)
     assert first.folder.is_relative_to(os.environ["WAVEAR_CACHE"])
 
@@ -215,7 +215,7 @@ def test_corpus_from_index_equals_corpus_without(corpus, monkeypatch, looks, set
 
 
 def test_levels_of_stretches_are_distinct(corpus, monkeypatch):
-    """A loud and a quiet half of a file have two gains, also from the index."""
+    """The loud and the quiet half of a file have different gains, also from the index."""
     waveform = np.random.default_rng(0).uniform(-0.3, 0.3, 8000) * np.repeat([1.0, 0.1], 4000)
     audio.write(corpus / "halves.wav", waveform.astype(np.float32), RATE)
     (corpus / "list.csv").write_text("path,start,duration\nhalves.wav,0,0.5\nhalves.wav,0.5,0.5\n")
@@ -227,7 +227,7 @@ def test_levels_of_stretches_are_distinct(corpus, monkeypatch):
         assert quiet == pytest.approx(0.9 / 0.03, rel=1e-2)
 
 
-def test_new_and_changed_files_are_read_and_removed_ones_forgotten(corpus, looks):
+def test_only_new_and_changed_files_are_read_and_removed_files_dropped(corpus, looks):
     wavear.index(corpus)
     looks.clear()
     write(corpus / "s0" / "new.wav", 2000)
@@ -327,7 +327,7 @@ def test_index_of_an_earlier_format_is_ignored(corpus, looks):
 
 
 def test_store_refuses_links_pipes_and_foreign_journals(tmp_path):
-    """SQLite would follow, block, or delete the file that a journal names."""
+    """SQLite would follow the link, block, or delete the file that a journal names."""
     Store(tmp_path / "real").close()
     (tmp_path / "link").symlink_to(tmp_path / "real")
     (tmp_path / "dangling").symlink_to(tmp_path / "made-elsewhere")
@@ -346,7 +346,7 @@ def test_store_refuses_links_pipes_and_foreign_journals(tmp_path):
         Store(tmp_path / "real")
 
 
-def test_index_beside_the_data_moves_with_them(corpus, looks, monkeypatch, tmp_path):
+def test_an_index_in_the_data_folder_moves_with_it(corpus, looks, monkeypatch, tmp_path):
     assert wavear.index(corpus, beside=True).folder == corpus / ".wavear-index"
     monkeypatch.setenv("WAVEAR_CACHE", str(tmp_path / "somebody else's"))
     looks.clear()
@@ -356,7 +356,7 @@ def test_index_beside_the_data_moves_with_them(corpus, looks, monkeypatch, tmp_p
     assert not (tmp_path / "somebody else's").exists()
 
 
-def test_cache_extends_an_index_beside_read_only_data(corpus, looks, monkeypatch):
+def test_cache_extends_an_index_in_a_read_only_data_folder(corpus, looks, monkeypatch):
     wavear.index(corpus, beside=True)
     write(corpus / "s0" / "new.wav", 2000)
     real = Path.touch
@@ -404,7 +404,7 @@ def test_processes_equal_threads(corpus, monkeypatch):
 
 
 def test_file_that_crashes_its_process_is_named(corpus, monkeypatch, tmp_path):
-    """Stand-in for a decoder's fault: a `soundfile` that ends the process at one file."""
+    """A fake `soundfile` that ends the process at one file stands for a faulty decoder."""
     fake = tmp_path / "fake" / "soundfile.py"
     fake.parent.mkdir()
     fake.write_text(
@@ -483,7 +483,7 @@ def test_two_processes_read_each_file_once(corpus):
     assert sorted(int(child.communicate(timeout=200)[0]) for child in children) == [0, 31]
 
 
-def test_keys_tell_files_apart(corpus):
+def test_keys_of_files_are_distinct(corpus):
     files = Files.of_recordings(listed(corpus))
     assert len(set(files.key.tolist())) == 31
     assert np.array_equal(files.key, Files.of_recordings(listed(corpus)).key)
