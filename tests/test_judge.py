@@ -96,9 +96,9 @@ def test_other_conventions_are_named(trained, name):
         assert (
             f"pass --mel-preset {name} (if all else is as the model's) to convert" in judged.reason
         )
-        told: list[str] = []  # a warning where the other convention clips higher
-        assert judge_mel(adapt_mel(mel, model, name, warn=told.append), model).verdict == "fits"
-        assert bool(told) == (name in ("db01-ref20", "db4-ref20"))
+        warned: list[str] = []  # a warning where the other convention clips higher
+        assert judge_mel(adapt_mel(mel, model, name, warn=warned.append), model).verdict == "fits"
+        assert bool(warned) == (name in ("db01-ref20", "db4-ref20"))
 
 
 def test_natural_mels_for_a_log10_model(trained):
@@ -238,18 +238,18 @@ def test_a_higher_floor_is_accepted_with_a_warning(trained):
     model = trained(replace(LN, floor=1e-8))
     mel = log_mel(voices(1, seed=6)[0], LN)[0]
     mel[:, -3:] = math.log(1e-5)
-    told: list[str] = []
-    adapt_mel(mel, model, LN, warn=told.append)
-    assert len(told) == 1
-    assert "floor is 1e-05, and wanted is 1e-08; they stay where they are" in told[0]
+    warned: list[str] = []
+    adapt_mel(mel, model, LN, warn=warned.append)
+    assert len(warned) == 1
+    assert "floor is 1e-05, and wanted is 1e-08; they stay where they are" in warned[0]
 
 
 def test_force_accepts_other_values_but_not_other_bands(trained):
     model = trained(LN)
     mel = as_convention(log_mel(voices(1, seed=7)[0], LN)[0], "db")
-    told: list[str] = []
-    assert torch.equal(adapt_mel(mel, model, force=True, warn=told.append), mel.float())
-    assert "looks like decibel mels" in told[0]
+    warned: list[str] = []
+    assert torch.equal(adapt_mel(mel, model, force=True, warn=warned.append), mel.float())
+    assert "looks like decibel mels" in warned[0]
     with pytest.raises(ValueError, match="64 bands"):
         adapt_mel(torch.zeros(64, 5), model, force=True)
 

@@ -197,7 +197,7 @@ def test_as_many_frames_as_whole_hops(config):
 
 @configs
 def test_any_short_waveform_has_a_mel(config):
-    # A constant is its own mirror image, however often: all frames are those of a long constant.
+    # Mirroring a constant any number of times leaves it: all frames equal those of a long one.
     hop = config.hop_length
     if config.padding == "reflect":
         long = log_mel(torch.full((1, 20 * hop), 0.3), config)
@@ -406,7 +406,7 @@ def test_survives_json(config):
     assert hash(copy) == hash(config)
 
 
-def test_from_dict_names_what_is_wrong():
+def test_from_dict_names_the_wrong_field():
     fields = MelConfig().to_dict()
     with pytest.raises(ValueError, match="unknown fields hop, n_mels; known"):
         MelConfig.from_dict({**fields, "hop": 256, "n_mels": 80})

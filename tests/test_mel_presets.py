@@ -237,7 +237,7 @@ def test_the_extra_frame_of_centred_mels_is_the_last(name: str):
 
 
 @pytest.mark.parametrize(
-    ("name", "said"),
+    ("name", "message"),
     [
         ("hifi-gan", "did you mean 'hifigan'"),
         ("tacotron2", "did you mean 'nvidia-tacotron2'"),
@@ -246,6 +246,6 @@ def test_the_extra_frame_of_centred_mels_is_the_last(name: str):
         ("x", "known are hifigan, "),
     ],
 )
-def test_an_unknown_preset_is_refused_with_suggestions(name: str, said: str):
-    with pytest.raises(ValueError, match=f"^there is no mel preset '{name}': {said}"):
+def test_an_unknown_preset_is_refused_with_suggestions(name: str, message: str):
+    with pytest.raises(ValueError, match=f"^there is no mel preset '{name}': {message}"):
         MelConfig.preset(name)

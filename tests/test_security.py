@@ -160,7 +160,7 @@ def test_the_sound_of_an_evaluation_lies_in_its_folder(here: Path, name: str):
         Evaluation.read(path)
 
 
-def test_a_pickle_in_place_of_what_wavear_writes_is_refused(here: Path):
+def test_pickles_in_place_of_files_of_wavear_are_refused(here: Path):
     best = saved(here / "run")
     for path in (best / "model.safetensors", best / "config.json", here / "x.safetensors"):
         content = path.read_bytes() if path.exists() else b""

@@ -405,9 +405,9 @@ def test_command_writes_shards(folder, tmp_path, capsys):
         )
         == 0
     )
-    said = capsys.readouterr().out
-    assert "10 files" in said
-    assert "shard-000000.tar to shard-0000" in said
+    printed = capsys.readouterr().out
+    assert "10 files" in printed
+    assert "shard-000000.tar to shard-0000" in printed
     assert commands.main(["index", str(tmp_path / "made" / "*.tar")]) == 0
     assert "10 files, 10 of them new" in capsys.readouterr().out
     assert commands.main(["shards", str(folder), "--out", str(tmp_path / "made")]) == 1

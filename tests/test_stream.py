@@ -963,9 +963,9 @@ def test_ctrl_c_ends_it_quietly(checkpoint):
         read_line(process)
         process.send_signal(signal.SIGINT)
         assert process.wait(60) == 130
-        said = process.stderr.read().decode()  # type: ignore[union-attr]
-        assert "Traceback" not in said
-        assert said.endswith("wavear: interrupted\n")
+        printed = process.stderr.read().decode()  # type: ignore[union-attr]
+        assert "Traceback" not in printed
+        assert printed.endswith("wavear: interrupted\n")
 
 
 def test_an_incomplete_frame_is_an_error_after_the_earlier_sound(checkpoint):

@@ -44,7 +44,7 @@ def test_requested_precision_is_used(monkeypatch):
     assert choice(precision="bf16")[0] == "bf16"
 
 
-def test_law_over_values_needs_float32_unless_the_model_allows_bf16(monkeypatch):
+def test_distribution_over_values_needs_float32_unless_the_model_allows_bf16(monkeypatch):
     measured(monkeypatch, 2.5)
     settings: dict[str, Any] = {"law": "laplace", "classes": 65536}
     model: Any = wavear.WaveNet(config_of("-", "-", **settings).model_config())
