@@ -15,9 +15,6 @@ from wavear import audio
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# All workers share one cache of compiled kernels; `make test` fills it first (tests/warm.py).
-os.environ.setdefault("NUMBA_CACHE_DIR", str(ROOT / ".pytest_cache" / "numba"))
-
 
 @pytest.fixture(autouse=True)
 def _seeds() -> None:

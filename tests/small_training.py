@@ -78,7 +78,7 @@ def assert_same_run(a: Path, b: Path) -> None:
     one, other = state_of(a), state_of(b)
     for state in (one, other):
         del state["seconds"], state["run"]
-        state.pop("loops")  # times of Lightning's own
+        state.pop("loops")  # times of Lightning
     assert_same(one, other)
     assert timeless_rows(a) == timeless_rows(b)
 

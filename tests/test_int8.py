@@ -1,4 +1,4 @@
-"""int8 weights: zeros, non-finite weights, the same audio everywhere, which engines have them."""
+"""int8 weights: zeros, non-finite weights, equal audio of generate and streams, engines."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_non_finite_weights_are_an_error(batch, wrong):
         engine.generate(np.full((batch, 10), 0.5), None)
 
 
-def test_generate_and_streams_give_the_same_audio_and_another_law_than_float32():
+def test_generate_and_streams_are_equal_and_differ_from_float32():
     model = make_wavenet()
     whole = wavear.generate(model, weights="int8", samples=300, seed=3)
     stream = wavear.Stream(model, weights="int8", seed=3)
@@ -51,7 +51,7 @@ def test_generate_and_streams_give_the_same_audio_and_another_law_than_float32()
     assert stream.description == "numba with int8 weights"
 
 
-def test_only_the_compiled_engine_serves_it():
+def test_only_the_compiled_engine_supports_int8():
     for engine in ("reference", "auto"):
         model = make_wavenet().to("cpu" if engine == "reference" else "meta")
         with pytest.raises(ValueError, match="needs engine 'numba'"):

@@ -1,4 +1,4 @@
-"""Mels of unknown origin are judged by their numbers; mels of a given kind are converted."""
+"""Mels without metadata are judged by their values; mels of a stated convention are converted."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ LN = MelConfig()
 
 
 def voices(count: int, seconds: float = 1.5, seed: int = 0) -> list[torch.Tensor]:
-    """Syllables of harmonics at changing pitch and level, hiss between, silence at the end."""
+    """Return syllables of harmonics at changing pitch and level, with hiss and final silence."""
     generator = np.random.default_rng(seed)
     made = []
     for _ in range(count):
@@ -57,7 +57,7 @@ def statistics(config: MelConfig) -> tuple[torch.Tensor, torch.Tensor]:
 
 @pytest.fixture(scope="module")
 def trained() -> Any:
-    """A function that returns a model with the statistics of some voices."""
+    """Return a function that makes a model with the statistics of some voices' mels."""
 
     def model_of(config: MelConfig) -> WaveNet:
         sizes = dict.fromkeys(
@@ -88,7 +88,7 @@ def test_mels_of_the_models_own_convention_fit(trained, name, gain):
 
 
 @pytest.mark.parametrize("name", [name for name in CONVENTIONS if name != "ln"])
-def test_other_conventions_are_told_by_name(trained, name):
+def test_other_conventions_are_named(trained, name):
     model = trained(LN)
     for wave in voices(4, seed=1):
         mel = as_convention(log_mel(wave, LN)[0], name)
@@ -102,9 +102,9 @@ def test_other_conventions_are_told_by_name(trained, name):
         assert (
             f"pass --mel-preset {name} (if all else is as the model's) to convert" in judged.reason
         )
-        told: list[str] = []  # where the other one clips higher
-        assert judge_mel(adapt_mel(mel, model, name, warn=told.append), model).verdict == "fits"
-        assert bool(told) == (name in ("db01-ref20", "db4-ref20"))
+        warned: list[str] = []  # a warning where the other convention clips higher
+        assert judge_mel(adapt_mel(mel, model, name, warn=warned.append), model).verdict == "fits"
+        assert bool(warned) == (name in ("db01-ref20", "db4-ref20"))
 
 
 def test_natural_mels_for_a_log10_model(trained):
@@ -126,7 +126,7 @@ def test_a_preset_is_named_where_it_can_be_converted(trained):
     )
 
 
-def test_mels_of_integers_and_standardised_ones_are_told(trained):
+def test_mels_of_integers_and_standardised_mels_are_detected(trained):
     model = trained(LN)
     mel = log_mel(voices(1, seed=4)[0], LN)[0]
     judged = judge_mel(log_mel(32768 * voices(1, seed=4)[0], LN)[0], model)
@@ -138,7 +138,7 @@ def test_mels_of_integers_and_standardised_ones_are_told(trained):
     assert (judged.verdict, judged.convention) == ("wrong", "standardised")
 
 
-def test_a_model_that_was_never_trained_judges_the_range_alone():
+def test_an_untrained_model_checks_the_range_only():
     model = WaveNet(WaveNetConfig(layers=2, stacks=1, residual_channels=4, skip_channels=4, mel=LN))
     mel = log_mel(voices(1)[0], LN)[0]
     assert judge_mel(mel, model).verdict == "fits"
@@ -150,7 +150,7 @@ def test_a_model_that_was_never_trained_judges_the_range_alone():
 
 
 @pytest.mark.parametrize(
-    ("shape", "seconds", "said"),
+    ("shape", "seconds", "message"),
     [
         (
             (100, 80),
@@ -172,28 +172,24 @@ def test_a_model_that_was_never_trained_judges_the_range_alone():
         ((80, 431), 10.0, "43.1 per second .a hop of 512 samples at 22050 Hz, as librosa-default"),
     ],
 )
-def test_shapes_and_rates_are_named(trained, shape, seconds, said):
+def test_wrong_shapes_and_rates_are_refused(trained, shape, seconds, message):
     model = trained(LN)
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=message):
         adapt_mel(torch.full(shape, -5.0), model, seconds=seconds)
 
 
-def test_frames_that_fit_the_seconds(trained):
+def test_frames_that_match_the_seconds_are_accepted(trained):
     model = trained(LN)
     mel = log_mel(voices(1, seed=5)[0], LN)[0]
-    for frames in (
-        mel,
-        torch.nn.functional.pad(mel, (0, 1), value=-9.0),
-    ):  # one more, as centred mels have
+    centred = torch.nn.functional.pad(mel, (0, 1), value=-9.0)  # centred mels have one more frame
+    for frames in (mel, centred):
         assert adapt_mel(frames, model, seconds=1.5).shape == frames.shape
 
 
-def test_the_seconds_of_a_mel_that_says_what_it_is(trained):
+def test_a_mel_of_a_stated_convention_is_checked_against_the_seconds(trained):
     model = trained(LN)
     mel = log_mel(voices(1, seed=5)[0], LN)[0]
-    decibels = as_convention(
-        mel, "db"
-    )  # far out of the range of natural logarithms, as it should be
+    decibels = as_convention(mel, "db")  # far outside the range of natural logarithms
     torch.testing.assert_close(
         adapt_mel(decibels, model, "db", seconds=1.5), mel.float(), rtol=0, atol=1e-4
     )
@@ -204,12 +200,12 @@ def test_the_seconds_of_a_mel_that_says_what_it_is(trained):
 
 
 @pytest.mark.parametrize("seconds", [0.0, -1.0, float("nan"), float("inf")])
-def test_seconds_that_are_none_are_refused(trained, seconds):
+def test_seconds_must_be_positive_and_finite(trained, seconds):
     with pytest.raises(ValueError, match="must be above 0 and finite"):
         adapt_mel(torch.full((80, 20), -5.0), trained(LN), seconds=seconds)
 
 
-def test_what_says_what_it_is_is_converted_or_refused_by_field(trained):
+def test_a_mel_of_a_stated_convention_is_converted_or_its_differing_field_named(trained):
     model = trained(LN)
     wave = voices(1, seed=6)[0]
     common = replace(LN, log_base="10", floor=1e-10)
@@ -236,7 +232,7 @@ def test_what_says_what_it_is_is_converted_or_refused_by_field(trained):
         adapt_mel(torch.zeros(128, 5), model, "librosa-default", force=True)
 
 
-def test_a_trace_of_a_difference_is_said_and_taken(trained):
+def test_a_negligible_difference_is_accepted_with_a_warning(trained):
     model = trained(LN)
     mel = log_mel(voices(1, seed=6)[0], MelConfig.preset("hifigan"))[0]
     with pytest.warns(
@@ -245,31 +241,31 @@ def test_a_trace_of_a_difference_is_said_and_taken(trained):
         assert torch.equal(adapt_mel(mel, model, "hifigan"), mel.float())
 
 
-def test_a_floor_that_was_higher_is_said_and_taken(trained):
+def test_a_higher_floor_is_accepted_with_a_warning(trained):
     model = trained(replace(LN, floor=1e-8))
     mel = log_mel(voices(1, seed=6)[0], LN)[0]
     mel[:, -3:] = math.log(1e-5)
-    told: list[str] = []
-    adapt_mel(mel, model, LN, warn=told.append)
-    assert len(told) == 1
+    warned: list[str] = []
+    adapt_mel(mel, model, LN, warn=warned.append)
+    assert len(warned) == 1
     assert (
         "floor is 1e-05 in the source and 1e-08 in the target; these values stay at the bound"
-        in told[0]
+        in warned[0]
     )
 
 
-def test_force_takes_what_is_wrong_but_not_other_bands(trained):
+def test_force_accepts_other_values_but_not_other_bands(trained):
     model = trained(LN)
     mel = as_convention(log_mel(voices(1, seed=7)[0], LN)[0], "db")
-    told: list[str] = []
-    assert torch.equal(adapt_mel(mel, model, force=True, warn=told.append), mel.float())
-    assert "looks like decibel mels" in told[0]
+    warned: list[str] = []
+    assert torch.equal(adapt_mel(mel, model, force=True, warn=warned.append), mel.float())
+    assert "looks like decibel mels" in warned[0]
     with pytest.raises(ValueError, match="64 bands"):
         adapt_mel(torch.zeros(64, 5), model, force=True)
 
 
 def test_real_recordings_fit_and_other_conventions_do_not(trained, data_dir):
-    """The statistics of one speaker judge recordings of other speakers and rooms."""
+    """Statistics of one speaker serve to judge recordings of other speakers in other places."""
     model = trained(LN)
 
     def mels(folder: str, count: int) -> list[torch.Tensor]:
@@ -292,8 +288,7 @@ def test_real_recordings_fit_and_other_conventions_do_not(trained, data_dir):
     assert {judge_mel(mel, model).verdict for mel in others} == {"fits"}
     for name in ("log10", "db", "db01", "linear"):
         judged = [judge_mel(as_convention(mel, name), model) for mel in others]
-        # log10 is the nearest to natural, some pass for it; 0 to 1 with and without 20 dB are
-        # alike.
+        # log10 mels resemble natural ones most, so a few pass; db01 and db01-ref20 are similar.
         assert sum(found.verdict == "wrong" for found in judged) >= (
             11 if name == "log10" else len(others)
         )

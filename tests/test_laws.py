@@ -31,7 +31,7 @@ NAMES = ["mixture", "logistic", "gaussian", "laplace"]
 
 
 def parameters(law: Any, log_scale: float | None = None, seed: int = 0) -> torch.Tensor:
-    """(1, P, 1), float64: means within full scale."""
+    """Return float64 parameters (1, P, 1) whose means lie within full scale."""
     draw = torch.Generator().manual_seed(seed)
     made = 0.4 * torch.randn(1, law.channels, 1, dtype=torch.float64, generator=draw)
     if log_scale is not None:
@@ -40,7 +40,7 @@ def parameters(law: Any, log_scale: float | None = None, seed: int = 0) -> torch
 
 
 def every(law: Any, given: torch.Tensor) -> torch.Tensor:
-    """log P of every code, (Q,)."""
+    """Return log P of every code, (Q,)."""
     codes = torch.arange(law.grid.classes)[None]
     return law.log_prob(given.expand(-1, -1, codes.shape[1]), codes)[0]
 
@@ -121,7 +121,7 @@ def test_float32_has_the_likelihood_of_float64(make):
 @pytest.mark.parametrize("grid", GRIDS[:3], ids=str)
 @pytest.mark.parametrize("make", [Categorical, *VALUES], ids=["categorical", *NAMES])
 def test_draws_follow_the_distribution(grid, make):
-    """Chi-squared of the draws of generation; p of this seed is fixed, above 0.001."""
+    """Chi-squared test of generated codes; the seed is fixed, and p must exceed 0.001."""
     law, count = make(grid), 100_000
     given = parameters(law, None if isinstance(law, Categorical) else -1.5, seed=2)
     expected = every(law, given).exp().numpy() * count
@@ -149,7 +149,7 @@ def test_temperature_scales_the_spread(make):
         law.grid.decode(law.sample(given, draws, t)).double().std().item() for t in temperatures
     ]
     assert spread[1] / spread[0] == pytest.approx(0.5, rel=1e-3)
-    assert spread[2] / spread[0] == pytest.approx(2.0, rel=1e-2)  # a few are clipped at full scale
+    assert spread[2] / spread[0] == pytest.approx(2.0, rel=1e-2)  # full scale clips a few
     assert spread[3] == spread[1]
 
 
@@ -180,7 +180,7 @@ def test_distributions_over_values_refuse_truncation(make, cut):
 
 
 def test_small_scales_are_clamped_so_that_gradients_remain():
-    """Below a twentieth of the finest step the likelihood stays, and the code is certain."""
+    """Below a twentieth of the finest step the likelihood is constant, and the code certain."""
     law = Gaussian(LINEAR)
     sharp = every(law, torch.tensor([0.0, -40.0]).double()[None, :, None])
     assert sharp.exp()[128].item() == pytest.approx(1)
@@ -200,7 +200,7 @@ def test_codes_survive_the_round_trip_and_lie_in_their_intervals(grid):
     x = torch.linspace(-1, 1, 20011, dtype=torch.float64)
     found = grid.encode(x).numpy()
     by_edges = np.searchsorted(edges[1:-1], x.numpy(), side="right")
-    assert (by_edges == found).mean() > 0.9999  # but for x on an edge
+    assert (by_edges == found).mean() > 0.9999  # except for x on an edge
     assert np.abs(grid.decode(codes).numpy() - values).max() < 1e-6
 
 
@@ -271,8 +271,8 @@ def test_compiled_distributions_draw_and_score_alike(make, classes, log_scale):
     expected = law.log_prob(given[..., None].expand(-1, -1, 102), codes[None])[0].numpy()
     found = [distributions.log_probability(*numbers, row.ctypes.data, int(code)) for code in codes]
     assert found == pytest.approx(expected, rel=1e-8, abs=1e-8)
-    # (In the last 2**-30 of a mixture's component the value hangs on the last bits of the sum of
-    # the weights.)
+    # In the last 2**-30 of a mixture's component the value depends on the last bits of the sum
+    # of the weights, so the draws stop there.
     draws = np.concatenate([[0.0, 2.0**-53, 1 - 2.0**-30], uniforms(5, 0, 500)])
     for temperature in (1.0, 0.7):
         theirs = law.sample(given.expand(503, -1), torch.from_numpy(draws), temperature).tolist()
@@ -320,7 +320,7 @@ PAIRS = [
 @pytest.mark.parametrize("make", [Categorical, *VALUES], ids=["categorical", *NAMES])
 @pytest.mark.parametrize("log_scale", [-10.0, -1.0])
 def test_probabilities_on_a_coarser_grid_are_sums_over_codes(own, coarser, make, log_scale):
-    """To float64: against summation one by one; and they sum to one."""
+    """They equal a sum over single codes, and add up to one, within float64 rounding."""
     if make is Categorical and own.classes > 1024:
         own = Grid("mulaw", 1024)
     law = make(own)

@@ -1,4 +1,4 @@
-"""Linear prediction: coefficients of statsmodels and librosa, the definition, equal engines."""
+"""Linear prediction equals statsmodels, librosa and the definition; its engines agree."""
 
 import json
 import math
@@ -55,7 +55,7 @@ few = pytest.mark.parametrize("kind", [KINDS[name] for name in FEW], ids=FEW)
 def process(
     coefficients: np.ndarray, samples: int, scale: float, law: str = "gaussian", seed: int = 0
 ) -> np.ndarray:
-    """x[t] = sum of coefficients[k-1] * x[t-k] + e[t]."""
+    """Return x[t] = sum of coefficients[k-1] * x[t-k] + e[t]."""
     random = np.random.default_rng(seed)
     e = random.laplace(0, scale, samples) if law == "laplace" else random.normal(0, scale, samples)
     made: Any = scipy.signal.lfilter([1.0], np.concatenate([[1.0], -np.asarray(coefficients)]), e)
@@ -63,7 +63,7 @@ def process(
 
 
 def speechlike(seconds: float = 0.4, rate: int = 8000, seed: int = 0) -> np.ndarray:
-    """A process whose level swells."""
+    """Return a process whose level swells."""
     samples = round(seconds * rate)
     swell = np.sin(np.arange(samples) / samples * 3 * np.pi) ** 2 + 0.01
     return (process(AR4, samples, 0.03, "laplace", seed) * swell).clip(-1, 1).astype(np.float32)
@@ -81,7 +81,7 @@ def model_of(kind: dict[str, Any], order: int = 5) -> Linear:
 def windows(
     signals: list[np.ndarray], lags: int, edges: str, differencing: int, silence: float
 ) -> np.ndarray:
-    """Every sample predicted and the P before it, (n, P + 1), the newest first: the definition."""
+    """Return each predicted sample and the P before it, (n, P + 1), newest first."""
     found = []
     for x in signals:
         x = np.concatenate([np.full(lags + differencing, silence), x]) if edges == "silence" else x
@@ -94,8 +94,8 @@ def windows(
 
 @pytest.mark.parametrize("edges", lpc.EDGES)
 @pytest.mark.parametrize(("lags", "differencing"), [(0, 2), (1, 0), (7, 1), (64, 2), (150, 0)])
-def test_sums_are_those_of_all_windows_in_any_blocks(edges, differencing, lags):
-    """Of several recordings, of blocks of them, by inner products and by the FFT."""
+def test_sums_equal_sums_over_all_windows_for_any_blocks(edges, differencing, lags):
+    """For whole recordings and for blocks, by inner products and by the FFT."""
     x = process(AR4, 900, 1.0) + 0.3
     signals = [x, x[:100], x[5 : 6 + lags + differencing], x[300:700]]
     expected = windows(signals, lags, edges, differencing, 0.1)
@@ -139,7 +139,7 @@ def test_a_non_finite_signal_is_refused_and_changes_nothing():
 @pytest.mark.parametrize("constant", [False, True], ids=["no constant", "constant"])
 @pytest.mark.parametrize("differencing", [0, 1])
 def test_coefficients_equal_those_of_statsmodels(constant, differencing):
-    """`AutoReg`: ordinary least squares, the covariance method."""
+    """`AutoReg` is ordinary least squares, like the covariance method."""
     autoreg = pytest.importorskip(
         "statsmodels.tsa.ar_model", reason="needs statsmodels, of the extra dev"
     ).AutoReg
@@ -172,8 +172,8 @@ def test_criteria_equal_those_of_statsmodels(kind, constant):
     assert found - found[0] == pytest.approx(expected - expected[0], rel=1e-8, abs=1e-6)
 
 
-def test_the_autocorrelation_method_is_yule_walker():
-    """scipy's solution of the Toeplitz equations, of the autocorrelation over the whole."""
+def test_the_autocorrelation_method_solves_yule_walker():
+    """scipy solves the Toeplitz equations of the autocorrelation of the whole signal."""
     x = process(AR4, 500, 1.0)
     r = np.correlate(x, x, "full")[len(x) - 1 :][:9]
     sums = lpc.Statistics(8, "autocorrelation")
@@ -218,7 +218,7 @@ def test_the_order_of_a_process_is_found(method):
 
 
 def test_a_drifting_process_is_found_by_its_differences():
-    """ARI(2, 1): the sum of an AR(2) process. The taps are those of the signal itself."""
+    """ARI(2, 1) is the running sum of an AR(2) process; the taps apply to the signal itself."""
     x = np.cumsum(process(np.array([0.9, -0.5]), 30000, 0.002))
     x -= x.mean()
     assert np.abs(x).max() < 1
@@ -231,7 +231,7 @@ def test_a_drifting_process_is_found_by_its_differences():
 
 @few
 def test_the_scale_has_the_maximum_likelihood(kind):
-    """All samples of such short recordings are used: the gradient of their likelihood is zero."""
+    """The fit uses all samples of short recordings, so the gradient of their likelihood is zero."""
     model = model_of(kind)
     codes = [model.grid.encode(torch.from_numpy(speechlike(seed=seed)))[None] for seed in (0, 1)]
     nats = torch.cat([-model.law.log_prob(model(row), row) for row in codes], dim=1).mean()
@@ -272,7 +272,7 @@ def test_pieces_are_few_and_evenly_spread(monkeypatch):
 
 
 def unstable_model(stabilise: bool) -> Linear:
-    """A swell that grows: its best predictor has poles outside the unit circle."""
+    """Fit a growing oscillation, whose best predictor has poles outside the unit circle."""
     n = np.arange(400)
     x = 1e-3 * 1.01**n * np.cos(0.3 * n)
     assert 0.01 < np.abs(x).max() < 1
@@ -294,7 +294,7 @@ def test_poles_outside_the_unit_circle_are_reported_and_reflected_on_request():
     assert sorted(inside, key=np.imag) == pytest.approx(
         sorted(1 / np.conj(outside), key=np.imag), abs=1e-9
     )
-    # Generated audio of the one stays within the fitted level, of the other leaves it.
+    # Audio of the stabilised model stays within the fitted level; the other one's exceeds it.
     loud = [
         generate(model, samples=8000, seed=3, engine="numba").abs().max()
         for model in (grows, stays)
@@ -305,7 +305,7 @@ def test_poles_outside_the_unit_circle_are_reported_and_reflected_on_request():
 
 @pytest.mark.parametrize("order", [2, 5, 33, 64])
 def test_reflection_keeps_the_shape_of_the_spectrum(order):
-    """Of poles inside and outside: the magnitude changes by one factor at all frequencies."""
+    """With poles inside and outside, the magnitude changes by one factor at all frequencies."""
     random = np.random.default_rng(order)
     radius, angle = random.uniform(0.5, 1.15, order // 2), random.uniform(0.1, 3.0, order // 2)
     radius[0] = 1.1
@@ -330,7 +330,7 @@ def test_reflection_keeps_the_shape_of_the_spectrum(order):
 
 @kinds
 def test_probabilities_are_integrals_over_each_code(kind):
-    """By scipy: the prediction by hand, the interval's ends from where codes change."""
+    """scipy integrates between the edges where codes change, about a prediction made by hand."""
     model = model_of(kind)
     config, classes = model.config, model.grid.classes
     past = np.random.default_rng(0).integers(
@@ -404,7 +404,7 @@ def test_predictions_have_the_same_bits_in_forward_step_and_engines(kind):
         for t in range(60):
             assert torch.equal(model.step(previous, state), whole[:, :, t])
             previous = codes[:, t]
-    # The compiled loop: its own mass of each interval about our prediction.
+    # The compiled loop computes the mass of each interval about the same prediction.
     law = {"laplace": LAPLACE, "gaussian": GAUSSIAN}[model.config.law]
     scale, limits, last = model.scale().item(), model.predicted_grid.edges(), model.grid.classes - 1
     expected = [
@@ -416,7 +416,7 @@ def test_predictions_have_the_same_bits_in_forward_step_and_engines(kind):
 
 @few
 def test_engines_agree_code_by_code_and_in_their_scores(kind):
-    """With a temperature per sample; in float64 no uniform falls between the engines here."""
+    """Temperatures vary by sample; in float64 rounding changes none of these codes."""
     model = model_of(kind)
     compiled, plain = NumbaLinearEngine(model, 3, threads=2), ReferenceEngine(model, 3)
     draws = np.stack([uniforms(seed, 0, 150) for seed in range(3)])
@@ -436,7 +436,7 @@ def test_engines_agree_code_by_code_and_in_their_scores(kind):
 @pytest.mark.parametrize("law", ["laplace", "gaussian"])
 @pytest.mark.parametrize("grid", ["mulaw", "linear"])
 def test_scores_are_exact_in_far_tails(law, grid):
-    """Up to a million nats from the prediction; against the asymptotics of scipy."""
+    """Codes lie up to a million nats from the prediction; scipy has the asymptotics."""
     model = Linear(LinearConfig(order=1, law=law, grid=grid))
     for scale in (1e-4, 1e-3, 0.3):
         model.set(np.array([0.5]), 0.0, scale)
@@ -506,7 +506,7 @@ def test_a_run_writes_the_files_of_every_family(recordings, tmp_path):
     assert nats.mean().item() / math.log(2) == pytest.approx(result.held_out["model"], rel=1e-6)
     for name in ("coefficients", "constant", "log_scale"):
         assert torch.equal(model.state_dict()[name], load(result.last).state_dict()[name])
-    # What the run fitted is what `fit_linear` fits to these recordings.
+    # The run fits the same model as `fit_linear`.
     rows = [audio.read(recordings / name, 8000) for name in sorted(_trained_on(recordings))]
     expected = fit_linear(rows, sample_rate=8000, order=8, method="silence")
     assert expected.config == model.config
@@ -531,7 +531,6 @@ def _trained_on(recordings: Path) -> set[str]:
 
 
 def test_reading_in_blocks_has_no_effect(recordings, tmp_path, monkeypatch):
-
     whole = load(train(settings(recordings, tmp_path / "whole")).best)
     monkeypatch.setattr(linear_run, "_SECONDS", 0.11)
     cut = load(train(settings(recordings, tmp_path / "cut")).best)
@@ -575,15 +574,14 @@ def test_the_command_line_fits_describes_and_generates(recordings, tmp_path, cap
         "--stabilise",
     ]
     assert main(["train", str(recordings), "--out", out, *flags]) == 0
-    said = "".join(capsys.readouterr())
-    assert "law of scale" in said
-    assert "fitted in" in said
+    printed = "".join(capsys.readouterr())
+    assert "law of scale" in printed
+    assert "fitted in" in printed
     model = load(f"{out}/best")
     assert 1 <= model.config.order <= 12
-    assert f"AR({model.config.order})" in said
+    assert f"AR({model.config.order})" in printed
     assert main(["info", f"{out}/best"]) == 0
-    told = capsys.readouterr().out
-    assert "linear" in told
+    assert "linear" in capsys.readouterr().out
     flags_of_audio = ["--seconds", "0.1", "--out", str(tmp_path / "made.wav")]
     assert main(["generate", f"{out}/best", *flags_of_audio]) == 0
     made = audio.read(tmp_path / "made.wav", 8000)
@@ -595,7 +593,7 @@ def test_the_command_line_fits_describes_and_generates(recordings, tmp_path, cap
 
 
 def test_evaluate_compares_it_with_the_baselines(recordings, tmp_path):
-    """The baseline has the same order 32, fitted to other samples."""
+    """The baseline has the same order, 32, and is fitted to other samples."""
     result = train(settings(recordings, tmp_path / "run", order=32))
     found = evaluate(
         result.best, recordings, tmp_path / "report", EvaluateConfig(clips=2, resamples=100)

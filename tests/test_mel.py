@@ -17,7 +17,7 @@ from wavear import audio
 from wavear.mel import spectrogram
 from wavear.mel.spectrogram import MelConfig, log_mel, mel_filter_bank
 
-# Both sides compute in float64; ours is rounded to float32 in the end: half a bit of the largest
+# Both sides compute in float64; ours rounds to float32 at the end: half a bit of the largest
 # values (16: 9.5e-7).
 ROUNDING = 2e-6
 
@@ -67,14 +67,14 @@ configs = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys()
 
 
 def sound(samples: int, batch: int = 1) -> torch.Tensor:
-    """A swept tone that fades away, over a little noise: loud and quiet bands side by side."""
+    """Return a sweep that fades over faint noise, so that loud and quiet bands are neighbours."""
     time = torch.arange(samples, dtype=torch.float64) / 22050
     sweep = 0.7 * torch.sin(2 * torch.pi * (100 * time + 800 * time**2)) * torch.exp(-3 * time)
     return (sweep + 1e-3 * torch.randn(batch, samples, dtype=torch.float64)).float()
 
 
 def from_librosa(waveform: np.ndarray, config: MelConfig) -> np.ndarray:
-    """The same by librosa, and NumPy's padding, in float64."""
+    """Compute the same mel with librosa and NumPy's padding, in float64."""
     window = {"rectangular": "boxcar"}.get(config.window, config.window)
     before = (
         config.n_fft // 2 if config.centre == "start" else (config.n_fft - config.hop_length) // 2
@@ -144,7 +144,7 @@ def test_equals_librosa(config, samples):
 
 
 def test_equals_the_usual_calls_of_librosa():
-    # Not by our own padding: what a user would call.
+    # A user would make these calls, without our padding.
     waveform = sound(10_000)
     config = CONFIGS["librosa-default"]
     power = librosa.feature.melspectrogram(y=waveform[0].double().numpy(), sr=22050)
@@ -198,7 +198,7 @@ def test_as_many_frames_as_whole_hops(config):
 
 @configs
 def test_any_short_waveform_has_a_mel(config):
-    # A constant is its own mirror image, however often: all frames are those of a long constant.
+    # Mirroring a constant any number of times leaves it: all frames equal those of a long one.
     hop = config.hop_length
     if config.padding == "reflect":
         long = log_mel(torch.full((1, 20 * hop), 0.3), config)
@@ -226,8 +226,8 @@ def test_mel_of_a_crop_is_the_crop_of_the_mel(name, seed, frames, data):
     first = data.draw(st.integers(0, frames - 1))
     last = data.draw(st.integers(first + 1, frames))
     whole = log_mel(waveform, config)
-    # Context as far as there is one; a crop that reaches an end of the waveform has its edge there,
-    # too.
+    # Use as much context as there is; a crop that reaches an end of the waveform has its edge
+    # there, too.
     before = min(context, first)
     end = (last + context) * hop
     crop = waveform[:, (first - before) * hop : end if end <= waveform.shape[1] else None]
@@ -268,7 +268,7 @@ def test_a_frame_depends_on_its_window_and_nothing_else(config):
     assert changes(last)
 
 
-def test_centre_is_where_it_says():
+def test_frames_are_centred_where_the_setting_states():
     hop, frame = 256, 10
     click = torch.zeros(1, 20 * hop)
     energies = {}
@@ -294,7 +294,7 @@ def test_a_batch_is_its_members():
         )
 
 
-def test_long_recordings_in_blocks(monkeypatch):
+def test_blocks_of_a_long_recording_equal_the_whole(monkeypatch):
     waveform = sound(30_000, batch=2)
     whole = log_mel(waveform, MelConfig())
     monkeypatch.setattr(spectrogram, "BLOCK_FRAMES", 7)
@@ -308,7 +308,7 @@ def test_type_and_gradient():
     assert not log_mel(waveform, MelConfig()).requires_grad
 
 
-def test_autocast_does_not_touch_it():
+def test_autocast_does_not_change_the_mel():
     waveform = sound(3000)
     exact = log_mel(waveform, MelConfig())
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -328,7 +328,7 @@ def test_filter_bank_is_computed_once():
     assert spectrogram._filters_and_window.cache_info().misses == before + 1
 
 
-def test_warns_of_bands_without_a_bin():
+def test_bands_without_a_bin_cause_a_warning():
     with pytest.warns(
         UserWarning, match=r"mel bands \[\d.*\] hold no bin of an n_fft of 256: use a larger n_fft"
     ):
@@ -407,7 +407,7 @@ def test_survives_json(config):
     assert hash(copy) == hash(config)
 
 
-def test_from_dict_names_what_is_wrong():
+def test_from_dict_names_the_wrong_field():
     fields = MelConfig().to_dict()
     with pytest.raises(ValueError, match="unknown fields hop, n_mels; known"):
         MelConfig.from_dict({**fields, "hop": 256, "n_mels": 80})

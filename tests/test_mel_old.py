@@ -1,4 +1,4 @@
-"""Mels in what was made before: checkpoints and runs of versions that knew fewer fields; presets in training."""
+"""Checkpoints and runs of older versions, whose mels have fewer fields; presets in training."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SIZES = dict.fromkeys(
 
 
 def test_a_checkpoint_of_an_older_version_loads(tmp_path: Path):
-    """Without `floor_mode`, in both of its files, as the version before it wrote them."""
+    """Neither file of an older checkpoint has `floor_mode`."""
     model = WaveNet(WaveNetConfig(layers=2, stacks=1, sample_rate=8000, mel=MEL, **SIZES))
     model.save(tmp_path / "old")
     described = json.loads((tmp_path / "old" / "config.json").read_text())
@@ -83,7 +83,7 @@ def test_training_with_a_preset(recordings: Path):
     assert wavear.load(result.best).config.mel == MelConfig.preset("torchaudio-tacotron2")
 
 
-def test_a_run_of_an_older_version_is_resumed(recordings: Path):
+def test_a_run_of_an_older_version_resumes(recordings: Path):
     wavear.train(settings(recordings, max_steps=1))
     record = recordings / "run" / "train.json"
     described = json.loads(record.read_text())
@@ -92,10 +92,8 @@ def test_a_run_of_an_older_version_is_resumed(recordings: Path):
     assert wavear.train(settings(recordings, max_steps=2, resume=True)).steps == 2
 
 
-def test_a_preset_and_settings_of_mels_do_not_go_together(tmp_path: Path):
-    with pytest.raises(
-        ValueError, match="mel_preset is 'r9y9' and says what the mels are: leave mel_bands away"
-    ):
+def test_a_preset_excludes_other_mel_settings(tmp_path: Path):
+    with pytest.raises(ValueError, match="mel_preset 'r9y9' sets the mels: drop mel_bands"):
         settings(tmp_path, mel_preset="r9y9", mel_bands=40)
     with pytest.raises(ValueError, match="the mel is of 24000 Hz audio and the model of 22050 Hz"):
         settings(tmp_path, mel_preset="espnet-24k")

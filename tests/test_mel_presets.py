@@ -1,7 +1,7 @@
-"""Every preset equals what its project publishes, written out here from librosa's, torch's and torchaudio's own parts.
+"""Every preset equals the mels of its project, computed here with librosa, torch and torchaudio.
 
 Where the published code centres its windows on multiples of the hop (`center=True`), it has one
-frame more than ours; ours are its first T // hop.
+frame more than ours; ours are its first T // hop frames.
 """
 
 from __future__ import annotations
@@ -27,7 +27,11 @@ def bank(rate: int, n_fft: int, fmin: float, fmax: float | None) -> np.ndarray:
 
 
 def hifigan(wave: Wave) -> np.ndarray:
-    """`mel_spectrogram` of meldataset.py: pad by (n_fft - hop) / 2, no centring, 1e-9 under the root, ln of 1e-5 up."""
+    """Compute `mel_spectrogram` of meldataset.py.
+
+    It pads by (n_fft - hop) / 2 without centring, adds 1e-9 under the root, and clips at 1e-5
+    before ln.
+    """
     padded = torch.nn.functional.pad(
         torch.from_numpy(wave)[None, None], (384, 384), mode="reflect"
     )[0]
@@ -38,7 +42,10 @@ def hifigan(wave: Wave) -> np.ndarray:
 
 
 def nvidia_tacotron2(wave: Wave) -> np.ndarray:
-    """`STFT.transform` and `TacotronSTFT`: a convolution with the windowed Fourier basis, ln of 1e-5 up."""
+    """Compute `STFT.transform` and `TacotronSTFT`.
+
+    They convolve with the windowed Fourier basis, and clip at 1e-5 before ln.
+    """
     padded = np.pad(wave, 512, mode="reflect")
     basis = np.fft.fft(np.eye(1024))[:513] * (
         0.5 - 0.5 * np.cos(2 * np.pi * np.arange(1024) / 1024)
@@ -49,7 +56,7 @@ def nvidia_tacotron2(wave: Wave) -> np.ndarray:
 
 
 def r9y9(wave: Wave) -> np.ndarray:
-    """`logmelspectrogram` of audio.py, with hparams.py."""
+    """Compute `logmelspectrogram` of audio.py, with hparams.py."""
     spectrum = librosa.stft(
         y=wave, n_fft=1024, hop_length=256, win_length=1024, window="hann", pad_mode="reflect"
     )
@@ -59,7 +66,7 @@ def r9y9(wave: Wave) -> np.ndarray:
 def espnet(
     wave: Wave, rate: int = 22050, n_fft: int = 1024, hop: int = 256, window: int = 1024
 ) -> np.ndarray:
-    """`LogMelFbank`: torch.stft, powers of 1e-10 up, log10 of 1e-10 up."""
+    """Compute `LogMelFbank`: torch.stft, powers and mels clipped at 1e-10, log10."""
     hann = torch.hann_window(window, dtype=torch.float64)
     spectrum = torch.stft(
         torch.from_numpy(wave), n_fft, hop, window, hann, pad_mode="reflect", return_complex=True
@@ -70,12 +77,12 @@ def espnet(
 
 
 def espnet_24k(wave: Wave) -> np.ndarray:
-    """The same with the settings of the 24 kHz recipes."""
+    """Compute `LogMelFbank` with the settings of the 24 kHz recipes."""
     return espnet(wave, 24000, 2048, 300, 1200)
 
 
 def parallel_wavegan(wave: Wave) -> np.ndarray:
-    """`logmelfilterbank` of bin/preprocess.py."""
+    """Compute `logmelfilterbank` of bin/preprocess.py."""
     spectrum = librosa.stft(
         wave, n_fft=1024, hop_length=256, win_length=None, window="hann", pad_mode="reflect"
     )
@@ -83,7 +90,10 @@ def parallel_wavegan(wave: Wave) -> np.ndarray:
 
 
 def fatchord(wave: Wave) -> np.ndarray:
-    """`melspectrogram` of utils/dsp.py: librosa.stft as it was (reflect), dB of magnitudes, -100..0 to 0..1."""
+    """Compute `melspectrogram` of utils/dsp.py.
+
+    It uses librosa.stft with its former padding (reflect), and maps -100..0 dB to 0..1.
+    """
     spectrum = librosa.stft(y=wave, n_fft=2048, hop_length=275, win_length=1100, pad_mode="reflect")
     mel = librosa.feature.melspectrogram(
         S=np.abs(spectrum), sr=22050, n_fft=2048, n_mels=80, fmin=40
@@ -94,7 +104,10 @@ def fatchord(wave: Wave) -> np.ndarray:
 def torchaudio_mel(
     wave: Wave, n_fft: int, hop: int, window: int, fmin: float, fmax: float
 ) -> np.ndarray:
-    """`get_datasets` of torchaudio's examples/pipeline_tacotron2/train.py, and its SpectralNormalization."""
+    """Compute `get_datasets` and `SpectralNormalization` of torchaudio's Tacotron 2 example.
+
+    The file is examples/pipeline_tacotron2/train.py.
+    """
     transform = torchaudio.transforms.MelSpectrogram(
         sample_rate=22050,
         n_fft=n_fft,
@@ -123,7 +136,7 @@ def librosa_default(wave: Wave) -> np.ndarray:
     return librosa.power_to_db(librosa.feature.melspectrogram(y=wave, sr=22050), top_db=None)
 
 
-# Tolerances: ours is rounded to float32 at the end, 6e-8 of the largest value. librosa's own calls
+# Tolerances: ours rounds to float32 at the end, 6e-8 of the largest value. librosa's own calls
 # have float32 filters (1.2e-7 of a band, 5e-7 dB) and complex64 spectra of float32 input only.
 # torchaudio's filters are computed in float32, where differences of close frequencies cancel: 1e-3
 # of a band whose sound is at its edge.
@@ -142,7 +155,7 @@ PUBLISHED: dict[str, tuple[Callable[[Wave], np.ndarray], float]] = {
 
 
 def error(name: str, wave: Wave) -> float:
-    """The largest difference of the preset from its independent computation."""
+    """Return the largest difference between the preset and its independent computation."""
     config = MelConfig.preset(name)
     theirs = PUBLISHED[name][0](wave)
     ours = log_mel(torch.from_numpy(wave)[None].float(), config)[0].numpy()
@@ -153,7 +166,7 @@ def error(name: str, wave: Wave) -> float:
 
 
 def speechlike(samples: int) -> Wave:
-    """A voice of gliding harmonics with pauses, and hiss 60 dB below: loud and quiet bands, silence at the end."""
+    """Return gliding harmonics with pauses, hiss 60 dB below, and silence at the end."""
     time = np.arange(samples) / 22050
     phase = 2 * np.pi * (120 * time + 30 * np.sin(3 * time))
     voice = sum(np.sin(k * phase) / k for k in range(1, 40)) * np.maximum(
@@ -170,12 +183,12 @@ def test_every_preset_has_its_computation():
 
 @pytest.mark.parametrize("samples", [30_000, 25_600, 25_599], ids=str)
 @pytest.mark.parametrize("name", PRESETS)
-def test_equals_what_is_published(name: str, samples: int):
+def test_equals_the_published_code(name: str, samples: int):
     assert error(name, speechlike(samples)) < PUBLISHED[name][1]
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_equals_what_is_published_on_real_audio(name: str, data_dir):
+def test_equals_the_published_code_on_real_audio(name: str, data_dir):
     rate = MelConfig.preset(name).sample_rate
     for folder in ("ljspeech_mini", "kerstin_de", "sms_tools_sounds"):
         paths = [
@@ -190,7 +203,10 @@ def test_equals_what_is_published_on_real_audio(name: str, data_dir):
 
 
 def test_hifigan_and_tacotron2_differ_by_half_a_hop_and_a_trace():
-    """HiFi-GAN's frame f lies half a hop after Tacotron 2's; delayed by that, they differ by what 1e-9 adds alone."""
+    """HiFi-GAN's frame f lies half a hop after Tacotron 2's.
+
+    After a delay of half a hop only the 1e-9 that HiFi-GAN adds makes a difference.
+    """
     wave = torch.from_numpy(speechlike(30_000))[None]
     tacotron = log_mel(wave, MelConfig.preset("nvidia-tacotron2"))
     later = torch.nn.functional.pad(wave, (128, 0))
@@ -198,8 +214,8 @@ def test_hifigan_and_tacotron2_differ_by_half_a_hop_and_a_trace():
     inside = slice(4, 108)
     shifted = (hifigan - tacotron)[0, :, inside]
     assert shifted.min() + 1e-9 >= 0
-    # A bin has 3.2e-5 more at most, a band 1.47e-6 (its weights add up to 0.0465), of 1e-5 at
-    # least.
+    # It adds at most 3.2e-5 to a bin, hence 1.47e-6 to a band, whose weights add up to 0.0465.
+    # A band is at least 1e-5.
     assert 1e-4 < shifted.max() < np.log1p(0.147)
     assert shifted[(tacotron > np.log(1e-3))[0, :, inside]].max() < 1e-3
     unshifted = log_mel(wave, MelConfig.preset("hifigan"))
@@ -211,8 +227,8 @@ def test_torchaudio_and_nvidia_have_one_definition():
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_the_frame_more_of_centred_mels_lies_at_the_end(name: str):
-    """T samples: T // hop frames here; `center=True` has one more, of the less than a hop that is left (or nothing)."""
+def test_the_extra_frame_of_centred_mels_is_the_last(name: str):
+    """Ours has T // hop frames; `center=True` has one more, from the rest of less than a hop."""
     config = MelConfig.preset(name)
     for samples in (20 * config.hop_length, 20 * config.hop_length + 1, 21 * config.hop_length - 1):
         theirs = PUBLISHED[name][0](speechlike(samples))
@@ -221,7 +237,7 @@ def test_the_frame_more_of_centred_mels_lies_at_the_end(name: str):
 
 
 @pytest.mark.parametrize(
-    ("name", "said"),
+    ("name", "message"),
     [
         ("hifi-gan", "did you mean 'hifigan'"),
         ("tacotron2", "did you mean 'nvidia-tacotron2'"),
@@ -230,6 +246,6 @@ def test_the_frame_more_of_centred_mels_lies_at_the_end(name: str):
         ("x", "known are hifigan, "),
     ],
 )
-def test_unknown_presets_have_near_ones(name: str, said: str):
-    with pytest.raises(ValueError, match=f"^there is no mel preset '{name}': {said}"):
+def test_an_unknown_preset_is_refused_with_suggestions(name: str, message: str):
+    with pytest.raises(ValueError, match=f"^there is no mel preset '{name}': {message}"):
         MelConfig.preset(name)

@@ -1,4 +1,4 @@
-"""Mu-law codes are those of torchaudio, and come back from the waveform they stand for."""
+"""Mu-law codes equal torchaudio's, and survive decoding and encoding."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from wavear.audio.mulaw import mulaw_decode, mulaw_encode, silence_code
 ODD_AND_EVEN = [2, 3, 7, 255, 256, 1000, 4096, 65535, 65536]
 
 
-def test_every_code_of_every_number_of_classes_comes_back():
+def test_every_code_survives_the_round_trip():
     beyond = [2**bits for bits in range(11, 17)] + [1025, 3001, 9999, 44100, 65535]
     wrong = []
     for classes in [*range(2, 1025), *beyond]:
@@ -29,7 +29,7 @@ def test_codes_equal_those_of_torchaudio(classes):
     # codes gets the same.
     waveform = torch.rand(200_000) * 2 - 1
     assert torch.equal(mulaw_encode(waveform, classes), mu_law_encoding(waveform, classes))
-    quiet = torch.arange(-32768, 32768) / 32768  # all there is in 16-bit files
+    quiet = torch.arange(-32768, 32768) / 32768  # all values of 16-bit files
     assert torch.equal(mulaw_encode(quiet, classes), mu_law_encoding(quiet, classes))
     assert torch.equal(
         mulaw_encode(waveform.double(), classes), mu_law_encoding(waveform.double(), classes)
@@ -39,7 +39,7 @@ def test_codes_equal_those_of_torchaudio(classes):
 @pytest.mark.parametrize("classes", ODD_AND_EVEN)
 def test_waveforms_equal_those_of_torchaudio(classes):
     codes = torch.arange(classes)
-    # One bit of float32 at 1: torchaudio passes 1 by that much for some classes, we do not.
+    # One bit of float32 at 1: torchaudio exceeds 1 by that much for some classes, we do not.
     torch.testing.assert_close(
         mulaw_decode(codes, classes), mu_law_decoding(codes, classes), rtol=0, atol=1.2e-7
     )
@@ -81,7 +81,7 @@ def test_silence(classes):
         assert silence == pytest.approx(half_a_step, rel=1e-3)
 
 
-def test_what_lies_outside_is_clamped():
+def test_values_outside_full_scale_are_clamped():
     beyond = torch.tensor([-torch.inf, -7.0, -1.0, 1.0, 1.0001, torch.inf])
     assert mulaw_encode(beyond).tolist() == [0, 0, 0, 255, 255, 255]
 

@@ -35,7 +35,7 @@ def stored(cache: Path) -> list[Path]:
     return sorted(cache.rglob("*.nbc"))
 
 
-def test_compiled_code_is_kept_and_found_again(cache):
+def test_compiled_code_is_cached_and_found_again(cache):
     before = numba.config.CACHE_DIR
     first = compiled(_double, "int64(int64)")
     assert first(4) == 8
@@ -47,7 +47,7 @@ def test_compiled_code_is_kept_and_found_again(cache):
     assert before == numba.config.CACHE_DIR
 
 
-def test_a_changed_source_compiles_anew(cache, monkeypatch):
+def test_a_changed_source_recompiles(cache, monkeypatch):
     compiled(_double, "int64(int64)")
     monkeypatch.setattr(compiled_module, "source_key", lambda path: "other")
     assert sum(compiled(_double, "int64(int64)").stats.cache_hits.values()) == 0
@@ -72,7 +72,7 @@ def test_the_key_covers_the_kernels_sources_and_the_compiler_only(tmp_path, monk
     assert source_key(loop) == before != source_key(ceiling)
     before = source_key(ceiling)
     (package / "models" / "wavenet.py").write_text("")
-    assert source_key(ceiling) != before  # in other directories too
+    assert source_key(ceiling) != before  # also in other directories
     before = source_key(loop)
     monkeypatch.setattr(numba, "__version__", "0.0.0")
     assert source_key(loop) != before
@@ -114,7 +114,7 @@ def test_a_change_in_a_called_file_recompiles_and_another_does_not(tmp_path):
     assert found == [["8", "0"], ["8", "1"], ["12", "0"]]
 
 
-def test_another_processor_compiles_anew(cache, tmp_path):
+def test_another_processor_recompiles(cache, tmp_path):
     program = tmp_path / "program.py"
     program.write_text(
         "from wavear.common.compiled import compiled\n"

@@ -1,4 +1,4 @@
-"""The contract of compiled engines, for every family: against forward, the reference, itself."""
+"""Compiled engines of every family equal forward, the reference and themselves."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ weights_ = pytest.mark.parametrize("weights", WEIGHTS)
 
 
 @cases
-def test_scores_equal_forward_whatever_the_cuts(case, config):
+def test_scores_equal_forward_for_any_cuts(case, config):
     model = case.make(**config)
     codes, cond = random_codes(model, 5, 150), conditioning(model, 5, 150)
     expected = parallel(model, codes, cond)
@@ -61,7 +61,7 @@ def test_a_stream_has_the_same_bits_in_every_batch_grouping_and_cut(case, config
     bits: dict[tuple[str, int], set[bytes]] = {}
     packed = case.engine(model, 1, weights=weights)
     for number, (batch, threads) in enumerate(GROUPINGS):
-        # Other streams in other places: every seventh, beginning with the number of the grouping.
+        # Each grouping places the streams differently: every seventh, from its own number on.
         chosen = (np.arange(batch) * 7 + number) % most
         cuts = [0, *sorted({1, 17 + number, 64, 64 + 3 * number}), samples]
         packed._asked_threads = threads
@@ -102,7 +102,7 @@ def test_free_running_codes_equal_the_reference(case, config):
     expected = ReferenceEngine(model, 2).generate(uniforms, cond)
     assert_codes_follow(model, found, uniforms, cond)
     for row in range(2):
-        # A uniform near a boundary selects another code, and then another future: up to the first
+        # A uniform near a boundary selects another code, and so another future. Up to the first
         # code that differs, the reference's codes are within tolerance too.
         differ = np.flatnonzero(found[row] != expected[row])
         stop, rows = differ[0] + 1 if differ.size else samples, slice(row, row + 1)
@@ -147,8 +147,8 @@ def test_constant_conditioning_equals_the_same_for_every_sample(name):
         np.testing.assert_array_equal(constant, repeated)
 
 
-# The parts of each family that `weights` rounds, by the definition and not by the engine's.
 def is_rounded(model: Any, name: str) -> bool:
+    """Return if `weights` rounds a parameter, by the definition and not by the engine's."""
     kind = type(model).__name__
     if model.get_parameter(name).dim() != 2:
         return False
@@ -203,7 +203,7 @@ def test_a_state_resumes_on_any_engine(case, config):
     goals = engine.resized(3), case.engine(model, 3, threads=1), ReferenceEngine(model, 3)
     for source in (engine, reference):
         for goal in goals:
-            goal.score(codes[:, :9], piece(cond, 0, 9))  # it was elsewhere before
+            goal.score(codes[:, :9], piece(cond, 0, 9))  # at another position before
             for place, stream in enumerate(order):
                 goal.load_state(place, source.state(stream))
             scores = goal.score(codes[order, 60:], piece(cond, *rest, order))
@@ -348,7 +348,7 @@ def test_auto_is_numba_on_the_cpu_and_a_stream_equals_the_recording(case, config
 
 
 def test_other_threads_run_during_a_call():
-    """The loop over samples holds no lock of the interpreter."""
+    """The loop over samples releases the interpreter lock."""
     model = make_gru(channels=200, layers=2)
     engine = make_engine(model, 1, "numba", threads=1)[1]
     engine.generate(random_uniforms(1, 10), None)
@@ -359,5 +359,5 @@ def test_other_threads_run_during_a_call():
     while not done.is_set():
         turns[0] += 1
     runner.join()
-    # With the lock held this thread would get a turn before the call and one after it.
+    # With the lock held, this thread would run once before the call and once after it.
     assert turns[0] > 500

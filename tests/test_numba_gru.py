@@ -1,4 +1,4 @@
-"""Laws over values on the CPU engine, by way of the GRU: draws and scores."""
+"""Distributions over values on the CPU engine: draws and scores, of a GRU."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from engine_cases import (
 
 from wavear.generation.cpu.gru import NumbaGRUEngine
 
-# What the network puts out is in units of full scale, and a code is narrower than float32's
-# rounding of the sum that makes a mean is small, so the error counts in deviations: about e^-2.
+# The network computes means in units of full scale. A code of 16 bits is so narrow that float32
+# rounding of a mean matters, so the error counts in deviations: about e^-2.
 VALUES = {
     "mixture": {"law": "logistic_mixture", "mixtures": 3, "speakers": 2},
     "10, coarse": {
@@ -35,7 +35,7 @@ values = pytest.mark.parametrize("config", VALUES.values(), ids=VALUES.keys())
 
 @values
 @pytest.mark.parametrize("batch", [1, 5])
-def test_scores_of_laws_over_values_equal_forward(config, batch):
+def test_scores_of_distributions_over_values_equal_forward(config, batch):
     model = make_gru(**config)
     codes, cond = random_codes(model, batch, 150), conditioning(model, batch, 150)
     codes[0, [3, 60]] = 0, model.config.classes - 1
@@ -44,8 +44,8 @@ def test_scores_of_laws_over_values_equal_forward(config, batch):
 
 
 @values
-def test_draws_of_laws_over_values_equal_those_of_the_law(config):
-    """Of the law that forward gives at each sample, the value that the uniform selects."""
+def test_draws_of_distributions_over_values_equal_forward(config):
+    """Each uniform selects its value from the distribution that forward returns."""
     model = make_gru(**config)
     uniforms, cond = random_uniforms(3, 400), conditioning(model, 3, 400)
     temperature = np.where(np.arange(400) < 200, 0.6, 1.0)[None].repeat(3, axis=0)
@@ -62,9 +62,9 @@ def test_draws_of_laws_over_values_equal_those_of_the_law(config):
             for t in range(400)
         ]
     off = np.abs(found - torch.stack(draws, dim=1).numpy())
-    # float32 moves a mean by about 1e-7 of full scale: of the codes of 16 bits, 3e-5 wide, some in
-    # a thousand are at an edge. Where a uniform falls to the very end of a mixture's component, its
-    # value hangs on the last bits.
+    # float32 moves a mean by about 1e-7 of full scale. A code of 16 bits is 3e-5 wide, so a few
+    # values in a thousand cross an edge. A uniform at the very end of a mixture's component selects
+    # a value that depends on the last bits.
     assert (off > 1).mean() < 0.003
     assert (off == 0).mean() > 0.98
     assert len(np.unique(found)) > 50

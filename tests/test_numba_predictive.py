@@ -1,4 +1,4 @@
-"""The predictive WaveNet on the CPU engine: law, streams, states, primes, CUDA graphs."""
+"""The predictive WaveNet on the CPU engine: distribution, streams, states, primes, CUDA graphs."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from wavear.generation.reference import ReferenceEngine
 from wavear.generation.settings import candidate_seeds
 from wavear.models.sampling import uniforms
 
-# Nats. Sums of some ten float32 products round to about 1e-7 of their size.
+# In nats. Sums of about ten float32 products round to 1e-7 of their size.
 TOLERANCE = 1e-5
 HOP = 24
 WIDE = {
@@ -82,21 +82,21 @@ def parallel(model: Any, codes: np.ndarray, cond: Any) -> np.ndarray:
 
 
 @configs
-def test_scores_equal_forward_whatever_the_cuts(config):
+def test_scores_equal_forward_for_any_cuts(config):
     model = make(config)
     codes, cond = codes_of(model, 5, 311), conditioning(model, 5, 311)
     engine = NumbaPredictiveEngine(model, 5, threads=1)
     cuts = pairwise([0, 1, 2, 100, 311])
     found = [engine.score(codes[:, a:b], cond[:, :, a:b]) for a, b in cuts]
-    # Far from the law, nats are many: 1e-6 of them.
+    # Unlikely samples cost many nats, so the tolerance is relative: 1e-6.
     np.testing.assert_allclose(
         np.concatenate(found, axis=1), parallel(model, codes, cond), atol=TOLERANCE, rtol=1e-6
     )
 
 
 @configs
-def test_the_same_uniforms_give_the_codes_of_the_reference(config):
-    """And every uniform selects its code from the law of forward, to a step of the grid."""
+def test_the_same_uniforms_select_the_codes_of_the_reference(config):
+    """Each uniform selects its code from the distribution of forward, to a step of the grid."""
     model = make(config)
     with torch.inference_mode():
         u, cond = draws(1, 600), conditioning(model, 1, 600)
@@ -116,8 +116,8 @@ def test_the_same_uniforms_give_the_codes_of_the_reference(config):
     off = np.abs(found - torch.stack(law, dim=1).numpy())
     assert off.max() <= 1
     assert (off == 0).mean() > 0.98
-    # float32 moves a mean by about 1e-7 of full scale: a uniform lies so near to an edge of a code
-    # once in some hundred samples. From the first on the pasts differ by a step of the grid.
+    # float32 moves a mean by about 1e-7 of full scale. Once in a few hundred samples a uniform
+    # lies that near to an edge of a code; from then on the pasts differ by a step of the grid.
     same = (found == expected).cumprod(axis=1)
     assert same.mean() > 0.3
     np.testing.assert_allclose(nats[0][same == 1], nats[1][same == 1], atol=1e-4)
@@ -133,8 +133,8 @@ def test_scores_do_not_depend_on_the_chunks_of_the_parallel_pass(monkeypatch):
     torch.testing.assert_close(score(model, waveform, mel), whole, rtol=1e-9, atol=1e-9)
 
 
-def test_silence_for_a_mel_makes_finite_quiet_audio():
-    """Of digital silence: the scale is a step of the grid, and nothing divides by zero."""
+def test_a_mel_of_silence_gives_finite_quiet_audio():
+    """In digital silence the scale is a step of the grid, and nothing divides by zero."""
     model = make()
     mel = wavear.log_mel(torch.zeros(1, 40 * HOP), model.config.mel)
     for engine in ("numba", "reference"):
@@ -143,7 +143,7 @@ def test_silence_for_a_mel_makes_finite_quiet_audio():
         assert audio.abs().max() < 0.02
 
 
-# ---- to the bit
+# ---- bit for bit
 
 
 @few
@@ -171,11 +171,11 @@ def test_the_parts_of_a_stream_equal_the_whole(cuts, causal, speakers, seed, eng
     assert len(whole.unique()) > 50
 
 
-def test_a_causal_model_needs_no_frame_to_come():
+def test_a_causal_model_needs_no_future_frames():
     model = make(small(causal=True))
     stream = Stream(model)
     block = stream.latency
-    assert block == 5  # frames of 24 samples: the block that is made at once, and no look-ahead
+    assert block == 5  # frames of 24 samples: one block of generation, and no look-ahead
     mel = random_mel(model, 1, 20)[0]
     assert [len(stream.push(mel[:, f])) for f in range(10)] == [0, 0, 0, 0, 120] * 2
 
@@ -202,7 +202,7 @@ def test_a_causal_model_needs_no_frame_to_come():
     2,
 )
 def test_members_of_a_batch_have_the_bits_of_single_streams(events, weights, threads):
-    """At different places of their frames, side by side, coming and going."""
+    """Members join and leave at different places of their frames."""
     model, frames = make(small(speakers=3)), 26
     batch = StreamBatch(model, engine="numba", weights=weights, threads=threads)
     found: dict[int, list[torch.Tensor]] = {}
@@ -252,7 +252,7 @@ def test_members_of_a_batch_have_the_bits_of_single_streams(events, weights, thr
 
 
 def test_members_at_different_places_of_a_frame_share_an_engine():
-    """Primes of lengths that no frame divides."""
+    """The lengths of the primes are not whole numbers of frames."""
     model = make(small(speakers=3))
     primes = [model.grid.decode(random_codes(model, 1, n, seed=n))[0] for n in (1, 37, 250)]
     mels = [random_mel(model, 1, 20, seed=n)[0] for n in range(3)]
@@ -271,7 +271,7 @@ def test_members_at_different_places_of_a_frame_share_an_engine():
 
 
 @pytest.mark.parametrize(("cut", "causal"), [(0, False), (9, True), (20, False), (33, True)])
-def test_a_saved_stream_equals_one_that_never_stopped(tmp_path, cut, causal):
+def test_resume_equals_uninterrupted(tmp_path, cut, causal):
     model = make(small(speakers=2, causal=causal))
     mel = random_mel(model, 1, 33)[0]
     whole = generate(model, mel, seed=7, speaker=1)[0]
@@ -290,16 +290,16 @@ def test_a_saved_stream_equals_one_that_never_stopped(tmp_path, cut, causal):
 
 
 @pytest.mark.parametrize(("engine", "weights"), ENGINES)
-def test_a_prime_continues_as_the_recording_did(engine, weights):
-    """A recording made with a seed, as a prime; the parallel pass fills in its state."""
+def test_a_prime_continues_like_the_recording(engine, weights):
+    """The prime is the start of a generated recording; the parallel pass fills in its state."""
     model = make(small(speakers=2))
     mel = random_mel(model, 1, 13)
     given: dict[str, Any] = {"seed": 5, "speaker": 1, "engine": engine, "weights": weights}
     whole = generate(model, mel, **given)
     for length in (1, 200):
         rest = generate(model, mel, prime=whole[:, :length], **given)
-        # The queues differ by rounding, 1e-7; where a uniform lies that near to an edge, by a step
-        # of the grid.
+        # The queues differ by rounding, 1e-7. Where a uniform lies that near to an edge, the
+        # samples differ by a step of the grid.
         same = (rest == whole[:, length:]).long().cumprod(1)
         assert same.float().mean() > 0.3
         assert same[0, 0]
@@ -312,7 +312,7 @@ def test_a_prime_continues_as_the_recording_did(engine, weights):
 
 
 def test_utterances_of_a_batch_equal_single_ones():
-    """Of different lengths, with candidates, log-probabilities and temperatures."""
+    """The batch has different lengths, candidates, log-probabilities and temperatures."""
     model = make(small(speakers=3))
     mels = [random_mel(model, 1, frames, seed=frames)[0] for frames in (9, 21, 14)]
     given: dict[str, Any] = {"return_log_probability": True, "best_of": 3, "temperature": 1.1}
@@ -334,7 +334,7 @@ def test_utterances_of_a_batch_equal_single_ones():
         assert torch.equal(candidates[chosen[-1]][0], alone)
         scores = score(model, alone, mel, speaker=[2, 0, 1][b])
         torch.testing.assert_close(own, scores, rtol=1e-6, atol=TOLERANCE)
-    assert any(chosen)  # so that another than the first candidate is kept
+    assert any(chosen)  # so that the best candidate is not always the first
 
 
 def test_a_lower_temperature_is_nearer_to_the_prediction():
@@ -360,7 +360,7 @@ def test_a_lower_temperature_is_nearer_to_the_prediction():
 @pytest.mark.parametrize("name", ["causal, speakers", "kernel 5, two periods"])
 @torch.inference_mode()
 def test_the_graph_engine_equals_the_reference(name, monkeypatch):
-    """By the stand-in, in float64, so that no uniform lies on an edge between codes."""
+    """A stand-in runs the graph, in float64, so that no uniform lies on an edge between codes."""
     monkeypatch.setattr(graph, "CHUNK", 40)
     monkeypatch.setattr(graph, "RUN", 8)
     model = make(CONFIGS[name], torch.float64)
@@ -462,7 +462,7 @@ def test_non_finite_weights_are_an_error(part):
 
 
 def test_a_non_finite_lag_is_an_error_at_its_sample():
-    """It would be an address outside of the arrays."""
+    """Such a lag would be an address outside of the arrays."""
     model = make()
     cond = conditioning(model, 2, 60)
     cond.lag[1, 33] = torch.nan

@@ -1,4 +1,4 @@
-"""The CPU engine of the transformer equals the reference, whatever its shapes."""
+"""The CPU engine of the transformer equals the reference for models of any shape."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from wavear.generation.cpu import transformer_plan
 from wavear.generation.cpu.transformer import NumbaTransformer
 from wavear.generation.reference import ReferenceEngine
 
-# Channels that are not a multiple of a vector, windows that are not a multiple of a block, and some
-# that are.
+# Channels that are multiples of a vector and others; windows that are multiples of a block and
+# others.
 SHAPES: dict[str, dict[str, Any]] = {
     "odd": {
         "channels": 12, "heads": 2, "window": 5, "patch": 3, "sample_channels": 5,
@@ -86,8 +86,8 @@ def test_codes_equal_those_of_the_reference(config):
         # At most a uniform in 10^5 lies within rounding of the boundary between two codes.
         assert (found == expected).all()
     else:
-        # The value is the uniform's place in a law off by float32 rounding: codes of 2^-15 next to
-        # each other, and the past that follows is another one.
+        # float32 rounding of the distribution selects one of the neighbouring codes, 2^-15 apart,
+        # and later samples then depend on another past.
         assert np.abs(found - expected).max() <= 40
     np.testing.assert_array_equal(scores, NumbaTransformer(model, 2).score(found, cond))
 
@@ -96,7 +96,7 @@ def test_codes_equal_those_of_the_reference(config):
 @pytest.mark.parametrize("time", [0, 45])
 @torch.inference_mode()
 def test_states_are_those_of_the_reference(config, time):
-    """Either engine resumes from the state of the other; its own comes back to the bit."""
+    """Either engine resumes from the other's state, and restores its own bit for bit."""
     model = make_transformer(**config)
     codes, cond = random_codes(model, 1, time + 30), conditioning(model, 1, 1, True)
     engine, reference = NumbaTransformer(model, 1), ReferenceEngine(model, 1)

@@ -32,7 +32,7 @@ from wavear.generation.reference import ReferenceEngine
 small = st.integers(1, 40)
 classes_ = st.sampled_from([2, 3, 17, 256, 1024, 5003])
 batches = st.sampled_from([1, 2, 3, 5, 13, 30])
-# Shrinking a failure takes minutes; the example found is enough.
+# No shrinking: it takes minutes, and the first failing example is enough.
 phases = [Phase.explicit, Phase.generate]
 few = settings(max_examples=12, deadline=None, derandomize=True, phases=phases)
 
@@ -108,7 +108,7 @@ def test_the_fewest_and_the_most_classes(classes):
 
 
 def with_bias_only(logits: list[float]) -> WaveNet:
-    """A model whose law is the softmax of `logits` at every sample."""
+    """Return a model whose distribution is the softmax of `logits` at every sample."""
     one = dict.fromkeys(("layers", "stacks", "residual_channels", "skip_channels"), 1)
     model = make_wavenet(**one, head_channels=1, classes=len(logits))
     with torch.no_grad():
@@ -118,7 +118,7 @@ def with_bias_only(logits: list[float]) -> WaveNet:
     return model
 
 
-def test_a_million_draws_follow_the_law():
+def test_a_million_draws_follow_the_distribution():
     logits = np.random.default_rng(0).normal(0, 2, 200)
     model, draws = with_bias_only(logits.tolist()), 1_000_000
     codes = NumbaEngine(model, 100).generate(random_uniforms(100, draws // 100), None)
@@ -134,7 +134,7 @@ def test_a_million_draws_follow_the_law():
     ("first", "second", "classes"), [(2, 4, 7), (2, 20, 40), (20, 37, 40), (16, 32, 64)]
 )
 def test_codes_without_probability_are_never_drawn(first, second, classes):
-    """Not even by a uniform on the very boundary, within a block of the sums or between two."""
+    """Also by uniforms exactly on a boundary, within a block of the sums or between two."""
     logits = np.full(classes, -300.0)
     logits[[0, -1]] = -np.inf
     logits[[first, second]] = 0.0
@@ -173,7 +173,7 @@ for model in models:
 
 @pytest.mark.slow
 def test_narrower_vectors_give_the_same_bits():
-    """As on a processor with AVX2 and without AVX-512."""
+    """A processor with AVX2 and without AVX-512 has such vectors."""
     have = {name for name, present in machine_features()[1].items() if present}
     if not {"avx2", "fma"} <= have:
         pytest.skip("needs a processor with AVX2")

@@ -1,4 +1,4 @@
-"""`wavear.audio.periods`: the period by cross-correlation."""
+"""`wavear.audio.periods` measures the period by cross-correlation."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SIZES = (40, 441, 64, 512)
 def reference(
     x: np.ndarray, shortest: int, longest: int, block: int, window: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The definition, in float64 and without shortcuts."""
+    """Compute the definition, in float64 and without shortcuts."""
     x = np.asarray(x, np.float64)
     lags, correlation = np.full(len(x) // block, float(shortest)), np.zeros(len(x) // block)
     for b in range(len(lags)):
@@ -43,7 +43,7 @@ def reference(
 
 
 def voice(period: float, samples: int, noise: float, seed: int = 0) -> np.ndarray:
-    """Harmonics of one period and white noise."""
+    """Return harmonics of one period and white noise."""
     rng = np.random.default_rng(seed)
     t = np.arange(samples)
     x = sum(
@@ -69,7 +69,7 @@ def test_kernel_equals_reference(period, noise, sizes):
     lags, correlation = measure_period(x, *sizes)
     true_lags, true_correlation = reference(x, *sizes)
     assert lags.dtype == correlation.dtype == np.float32
-    # float32 sums of 512 products are good to 1e-6; a tie between two lags may then fall either
+    # float32 sums of 512 products are accurate to 1e-6; a tie between two lags may then fall either
     # way, in few blocks.
     np.testing.assert_allclose(correlation, true_correlation, atol=2e-5)
     assert (np.abs(lags - true_lags) < 0.02).mean() > 0.98
@@ -97,7 +97,7 @@ def test_period_of_a_sweep_is_that_at_the_middle_of_the_block():
     x = np.sin(2 * np.pi * np.cumsum(frequency) / 22050)
     lags, correlation = measure_period(x, *SIZES)
     b = np.flatnonzero(correlation)
-    # The pair of windows lies around the middle of the block less half of the lag.
+    # The two windows are centred on the middle of the block minus half of the lag.
     middle = b * 64 + 32 - lags[b] / 2
     assert np.abs(1200 * np.log2(22050 / lags[b] / np.interp(middle, t, frequency))).max() < 6
 
@@ -109,7 +109,7 @@ def test_correlation_is_the_share_of_harmonic_power():
         _, correlation = measure_period(x * math.sqrt(ratio) + noise, *SIZES)
         assert correlation[correlation > 0].mean() == pytest.approx(
             ratio / (1 + ratio), abs=0.05
-        )  # the best of many lags is a little above
+        )  # the maximum over many lags is slightly higher
 
 
 def test_silence_and_short_input_have_no_period():
@@ -144,6 +144,6 @@ def test_scaling_leaves_the_period():
         ((10,), (4, 8, 8, 4), "window 4"),
     ],
 )
-def test_sizes_that_do_not_fit_are_rejected(shape, sizes, words):
+def test_inconsistent_sizes_are_refused(shape, sizes, words):
     with pytest.raises(ValueError, match=words):
         measure_period(np.zeros(shape), *sizes)

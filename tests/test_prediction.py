@@ -51,7 +51,7 @@ mels = pytest.mark.parametrize("config", MELS.values(), ids=MELS.keys())
 
 
 def colour() -> np.ndarray:
-    """Coefficients of an all-pole filter: two resonances and a fall."""
+    """Return the coefficients of an all-pole filter with two resonances and a spectral tilt."""
     poles = [0.5]
     for angle, radius in ((0.2, 0.7), (0.8, 0.6)):
         poles += [radius * np.exp(1j * angle), radius * np.exp(-1j * angle)]
@@ -59,13 +59,13 @@ def colour() -> np.ndarray:
 
 
 def process(samples: int, level: float = 0.002, seed: int = 0) -> np.ndarray:
-    """Noise of deviation `level` through that filter."""
+    """Return noise of deviation `level` through that filter."""
     noise = level * np.random.default_rng(seed).normal(size=samples)
     return np.asarray(scipy.signal.lfilter([1.0], colour(), noise))
 
 
 def written_out(mel: np.ndarray, config: MelConfig, order: int) -> np.ndarray:
-    """(M, F) -> autocorrelation (order + 1, F) by numpy.interp and numpy.fft.irfft."""
+    """Compute the autocorrelation (order + 1, F) of a mel (M, F) with NumPy."""
     value = (mel - config.shift) / config.scale
     if config.log_base == "none":
         value = np.log(np.maximum(value, max(config.floor, 1e-10)))
@@ -100,7 +100,7 @@ def test_the_autocorrelation_equals_the_formula(config):
 
 
 def test_levinson_equals_scipys_toeplitz_solver():
-    """Of sums of decaying cosines, as of envelopes: well conditioned, so to 1e-9."""
+    """Sums of decaying cosines are well conditioned, like those of envelopes: hence 1e-9."""
     random = np.random.default_rng(0)
     for order in (1, 2, 7, 32, 64):
         lags = np.arange(order + 1)
@@ -140,7 +140,7 @@ def test_rows_solved_together_have_the_bits_of_single_ones():
 
 
 def test_predictor_does_not_change_its_argument():
-    """Not of a single frame either, whose transpose is not a copy."""
+    """This includes a single frame, whose transpose is not a copy."""
     for frames in (1, 3):
         r = Envelope(MelConfig(), 4).autocorrelation(torch.randn(1, 80, frames) - 4)
         before = r.clone()
@@ -149,11 +149,11 @@ def test_predictor_does_not_change_its_argument():
 
 
 @mels
-def test_a_process_is_whitened_to_unit_scale_whatever_the_mel(config):
-    """The scale is in physical units, so that one gain fits all contracts.
+def test_a_process_is_whitened_to_unit_scale_for_every_mel(config):
+    """The scale is in physical units, so that one gain fits all mel configurations.
 
-    The mel of magnitudes is their mean, not their root mean square: 1.13 times less. A single band
-    fixes a level only.
+    A mel of magnitudes has their mean instead of their root mean square, which is 1.13 times as
+    large. A single band determines only a level.
     """
     rate, level = config.sample_rate, 0.003
     x = process(rate, level)
@@ -170,7 +170,7 @@ def test_a_process_is_whitened_to_unit_scale_whatever_the_mel(config):
         assert 0.1 < residual.std() < 3
         return
     assert 0.9 < residual.std() < 1.15
-    # The residual is as loud as the noise, and as white.
+    # The residual has the level of the noise, and is white.
     assert (residual * np.repeat(s, config.hop_length)[1000:]).std() < 1.05 * level
     assert abs(np.corrcoef(residual[1:], residual[:-1])[0, 1]) < 0.2
     assert np.corrcoef(x[1:], x[:-1])[0, 1] > 0.9
@@ -198,7 +198,7 @@ def test_digital_silence_has_a_finite_predictor(config):
     assert torch.isfinite(coefficients).all()
     assert (scale >= LEAST_SCALE).all()
     assert (scale < 0.1).all()
-    # And so has a mel that no sound can have.
+    # A mel that no sound can have has one, too.
     coefficients, scale = predictor(
         Envelope(config, 32).autocorrelation(torch.full_like(mel, -1e4))
     )
@@ -236,7 +236,7 @@ def test_residuals_equal_a_loop_over_samples(name):
     x = (codes[0].numpy() - 32768) / 32768
     hop, subs, order = config.mel.hop_length, config.sub_frames, config.prediction_order  # type: ignore[union-attr]
     r = written_out(mel[0].numpy(), config.mel, order)  # type: ignore[arg-type]
-    # In frames; a causal frame is known at its end.
+    # In frames; a causal frame is complete at its end.
     centres = np.arange(7) + (1.0 if config.causal else 0.5)
     at = (np.arange(7 * subs) + 0.5) / subs
     r = np.stack([np.interp(at, centres, row) for row in r])
@@ -245,7 +245,7 @@ def test_residuals_equal_a_loop_over_samples(name):
         sub = t // hop * subs + t % hop * subs // hop
         a = -scipy.linalg.solve_toeplitz(r[:-1, sub], r[1:, sub])
         error = r[0, sub] + a @ r[1:, sub]
-        s = max(0.7 * np.sqrt(error), 2.0**-15)  # 0.7 is the gain of these models
+        s = max(0.7 * np.sqrt(error), 2.0**-15)  # these models have the gain 0.7
         p = -sum(a[k] * x[t - 1 - k] for k in range(order) if t - 1 - k >= 0)
         assert abs(scale[0, t] - s) < 1e-6 * s
         assert abs(residual[0, t] - (x[t] - p) / s) < 1e-5  # coefficients are float32
@@ -286,7 +286,7 @@ def slow_period(x: np.ndarray, shortest: int, longest: int, block: int, window: 
     [(64, 200, 20, 150), (33, 101, 9, 60), (7, 64, 1, 9)],
 )
 def test_measured_periods_equal_a_slow_loop(block, window, shortest, longest):
-    """A gliding sawtooth, noise, and silence. In float32, so a lag is off by some thousandths."""
+    """A gliding sawtooth, noise, and silence. float32 moves a lag by a few thousandths."""
     random = np.random.default_rng(0)
     glide = np.cumsum(1 / np.linspace(0.2 * longest, 1.2 * longest, 3000)) % 1 - 0.5
     noise, noisy = 0.1 * random.normal(size=500), glide[:700] + 0.2 * random.normal(size=700)

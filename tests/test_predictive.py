@@ -74,7 +74,7 @@ configs = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys()
 
 
 def make(config: PredictiveWaveNetConfig, dtype: torch.dtype = torch.float64, seed: int = 0) -> Any:
-    """A model as lively as a trained one: lags, voicing and mixtures change by frame."""
+    """Return a model whose lags, voicing and mixtures change by frame, as after training."""
     torch.manual_seed(seed)
     model = PredictiveWaveNet(config)
     with torch.no_grad():
@@ -91,7 +91,7 @@ def make(config: PredictiveWaveNetConfig, dtype: torch.dtype = torch.float64, se
 
 
 def random_mel(model: Any, batch: int, frames: int, seed: int = 1) -> Tensor:
-    """Log-mels of noise that changes its colour from frame to frame."""
+    """Return log-mels of noise whose spectrum changes from frame to frame."""
     noise = torch.randn(
         batch, model.config.mel.bands, frames, generator=torch.Generator().manual_seed(seed)
     )
@@ -108,7 +108,7 @@ def conditioning(model: Any, batch: int, frames: int, seed: int = 1) -> FrameCon
 
 
 def random_codes(model: Any, batch: int, samples: int, seed: int = 2) -> Tensor:
-    """Noise at the level of the scale, so that few residuals are clipped."""
+    """Return codes of noise at the level of the scale, which clips few residuals."""
     spread = torch.randn(batch, samples, generator=torch.Generator().manual_seed(seed)) * 0.03
     return model.grid.encode(spread.clamp(-1, 1))
 
@@ -118,7 +118,7 @@ def frames_for(config: PredictiveWaveNetConfig, samples: int) -> int:
 
 
 def long_enough(config: PredictiveWaveNetConfig) -> int:
-    """Samples in which the rings wrap; of the longest periods some, for the test's sake."""
+    """Return a number of samples that wraps short rings; 150 for long ones, for speed."""
     return config.longest_period + 60 if config.longest_period < 100 else 150
 
 
@@ -132,14 +132,14 @@ def start(model: Any, batch: int) -> Tensor:
 @configs
 @torch.no_grad()
 def test_step_equals_forward(config):
-    """In float64: the same sums in another order. Longer than the rings, so that these wrap."""
+    """In float64, with the same sums in another order, and long enough for the rings to wrap."""
     model = make(config)
     frames = frames_for(config, long_enough(config))
     cond = conditioning(model, 2, frames)
     codes = random_codes(model, 2, cond.samples)
     whole = model(codes, cond)
     assert whole.shape == (2, 9, cond.samples)
-    assert cond.per_sample()[2].unique().numel() > 20  # lags differ, or the test tests little
+    assert cond.per_sample()[2].unique().numel() > 20  # the test needs lags that differ
     state, previous = model.init_state(2), start(model, 2)
     for t in range(cond.samples):
         stepped = model.step(previous, state, cond[:, :, t])
@@ -151,9 +151,9 @@ def test_step_equals_forward(config):
 def written_out(
     model: Any, codes: np.ndarray, cond: FrameConditioning, noise: np.ndarray | None = None
 ) -> np.ndarray:
-    """The model's equations for one stream, one sample at a time from the whole past: (T, 3 K).
+    """Compute the model's equations for one stream, sample by sample from the whole past: (T, 3 K).
 
-    Residuals, and what the network sees, are rounded to float32 as the model rounds them.
+    Round residuals and the network's input to float32, as the model does.
     """
     config = model.config
     weights = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
@@ -229,7 +229,7 @@ def written_out(
     "name", ["kernel 3", "kernel 5, two periods", "causal, kernel 2, two periods", "speakers"]
 )
 @torch.no_grad()
-def test_forward_is_the_equations_written_out(name, noisy):
+def test_forward_equals_the_equations(name, noisy):
     model = make(CONFIGS[name])
     cond = conditioning(model, 1, 9)
     codes = random_codes(model, 1, cond.samples)
@@ -239,9 +239,8 @@ def test_forward_is_the_equations_written_out(name, noisy):
         model, codes[0].numpy(), cond, None if noise is None else noise[0].numpy()
     )
     found = model(codes, cond, noise=noise)[0].T.numpy()
-    np.testing.assert_allclose(
-        found, expected, rtol=0, atol=1e-9
-    )  # asinh and the cubic, each in another form
+    # asinh and the cubic are written in another form.
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-9)
 
 
 @configs
@@ -272,7 +271,7 @@ def test_forward_in_pieces_equals_the_whole(config):
 @configs
 @torch.no_grad()
 def test_an_exported_state_resumes_at_any_place_of_its_rings(config):
-    """Rows exported after different times, in one state: each continues as alone."""
+    """Rows exported at different times and joined in one state continue like single rows."""
     model = make(config)
     cond = conditioning(model, 2, frames_for(config, long_enough(config) + 40))
     codes = random_codes(model, 2, cond.samples)
@@ -288,7 +287,7 @@ def test_an_exported_state_resumes_at_any_place_of_its_rings(config):
         rows.append({name: tensor[row : row + 1] for name, tensor in exported.items()})
         again = model.export_state(model.import_state(exported))
         assert all(torch.equal(again[name], tensor) for name, tensor in exported.items())
-        state.samples.fill_(7)  # what was exported is a copy
+        state.samples.fill_(7)  # the exported state is a copy
         assert not (exported["samples"] == 7).any()
     state = model.import_state({name: torch.cat([row[name] for row in rows]) for name in rows[0]})
     for n in range(40):
@@ -304,7 +303,7 @@ def test_an_exported_state_resumes_at_any_place_of_its_rings(config):
 
 @configs
 def test_gradients_with_respect_to_noise_vanish_at_and_after_the_sample(config):
-    """Noise at t is on the residual of sample t, which outputs up to t have not seen."""
+    """Noise at t is added to the residual of sample t, which outputs up to t do not depend on."""
     model = make(config)
     cond = conditioning(model, 1, frames_for(config, long_enough(config)))
     codes = random_codes(model, 1, cond.samples)
@@ -323,7 +322,7 @@ def test_noise_does_not_change_prediction_and_target():
     model = make(CONFIGS["kernel 3"])
     cond = conditioning(model, 1, 4)
     codes = random_codes(model, 1, cond.samples)
-    model.output.weight.zero_()  # then the law is that of the prediction alone
+    model.output.weight.zero_()  # leaves only the prediction
     noise = 3 * torch.randn(1, cond.samples)
     assert torch.equal(model(codes, cond, noise=noise), model(codes, cond))
     given = model.input_noise(codes, 0.5, torch.Generator().manual_seed(0))
@@ -339,7 +338,7 @@ def test_noise_does_not_change_prediction_and_target():
 @pytest.mark.parametrize("name", ["kernel 4", "no period", "two periods", "causal", "16 kHz"])
 @torch.no_grad()
 def test_a_crop_after_the_receptive_field_equals_the_whole(name):
-    """And a sample further back changes nothing, while the samples inside the field do."""
+    """A sample further back changes nothing; the samples inside the field do."""
     config = CONFIGS[name]
     model = make(config)
     field = model.receptive_field
@@ -350,14 +349,14 @@ def test_a_crop_after_the_receptive_field_equals_the_whole(name):
     codes = random_codes(model, 1, cond.samples)
     whole = model(codes, cond)
     assert cond.samples == frames * hop
-    # In the middle of a frame, by slices of the conditioning.
+    # From the middle of a frame, with a slice of the conditioning.
     begin = 29
     part = model(codes[:, begin:], cond[:, :, begin:])
     torch.testing.assert_close(part[:, :, field:], whole[:, :, begin + field :], rtol=0, atol=1e-12)
     assert not torch.allclose(
         part[:, :, 1:50], whole[:, :, begin + 1 : begin + 50], rtol=0, atol=1e-6
     )
-    # From frame 2 on, by a crop of the mel with its context.
+    # From frame 2 on, with a crop of the mel and its context.
     crop = model.condition(mel[:, :, 2:], padded=True)
     part = model(codes[:, 2 * hop :], crop)
     torch.testing.assert_close(
@@ -374,7 +373,7 @@ def test_a_crop_after_the_receptive_field_equals_the_whole(name):
 @pytest.mark.parametrize("causal", [False, True])
 @torch.no_grad()
 def test_a_mel_frame_reaches_from_lookahead_to_lookback(hop, causal, context):
-    """Frame f changes samples of the frames f - lookahead to f + lookback, both included."""
+    """Frame f changes the samples of frames f - lookahead to f + lookback, both included."""
     model = make(small(hop=hop, causal=causal, conditioning_context=context, sub_frames=1))
     assert (model.lookahead == 0) == causal
     frames, f = 40, 18
@@ -429,7 +428,7 @@ def test_muon_trains_the_matrices_inside_the_network():
 
 
 def test_lengths_follow_the_sample_rate():
-    """Those of 22.05 kHz are the ones that were tuned; others last as long."""
+    """The lengths are tuned at 22.05 kHz; at other rates they last as long."""
     expected = {  # rate, hop: order, sub-frames, shortest and longest period
         (22050, 256): (32, 4, 40, 441),
         (16000, 200): (24, 4, 29, 320),

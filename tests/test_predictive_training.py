@@ -26,7 +26,7 @@ HALF = 2.0**-8  # a step of bfloat16, relative
 
 
 def test_the_fused_gate_equals_tanh_times_sigmoid():
-    """Up to bfloat16 rounding of the result, and of the factors in its gradient."""
+    """They differ by bfloat16 rounding of the result and of the factors in its gradient."""
     z = (3 * torch.randn(200, 14)).bfloat16()
     z[0], z[1] = 30.0, -30.0
     gradient = torch.randn(200, 7).bfloat16()
@@ -39,10 +39,10 @@ def test_the_fused_gate_equals_tanh_times_sigmoid():
     expected.backward(gradient.float())
     assert given.grad is not None
     assert exact.grad is not None
-    # 1 - tanh^2 of a tanh near one keeps the error of the tanh: half a step, twice.
+    # 1 - tanh^2 of a tanh near one has twice the error of the tanh, which is half a step.
     limit = HALF * exact.grad.abs() + 1.5 * HALF * gradient.float().abs().repeat(1, 2) + 1e-6
     assert ((given.grad.float() - exact.grad).abs() <= limit).all()
-    # Half of the roundings are up: no bias, which would add up over a training.
+    # Half of the roundings are up: a bias would add up over a run.
     assert abs((given.grad.float() - exact.grad).mean()) < 3e-4
     assert abs((units.float() - expected).mean()) < 3e-4
 
@@ -50,7 +50,7 @@ def test_the_fused_gate_equals_tanh_times_sigmoid():
 @pytest.mark.parametrize("dilation", [1, 5, 0])
 @pytest.mark.parametrize("taps", [1, 2, 3])
 def test_fused_taps_equal_a_loop(dilation, taps):
-    """Values exactly; gradients as float32 sums, rounded once."""
+    """Values are equal; gradients equal float32 sums, rounded once."""
     batch, total, r = 3, 40, 4
     whole = torch.randint(2, 12, (batch, total))
     x = torch.randn(batch, total, r).bfloat16()
@@ -83,7 +83,7 @@ def test_interpolated_biases_are_added():
 
 
 def gradients(model: Any, dtype: torch.dtype | None) -> tuple[float, dict[str, Tensor]]:
-    """Mean loss of some crops, and the gradients of all weights, as `crop_loss` computes them."""
+    """Return the mean `crop_loss` of a few crops, and the gradients of all weights."""
     model.zero_grad()
     mel = random_mel(model, 3, 10 + model.lookback + model.lookahead)
     cond = model.condition(mel, random_speakers(model, 3), padded=True)
@@ -146,7 +146,7 @@ def test_fused_layers_train_like_plain_ones(changes, monkeypatch):
 
     assert 0 < off(found) < 0.02
     assert off(found) < off(plain) + 0.005
-    # Each matrix on its own, with fewer numbers to average rounding over.
+    # Single matrices differ more: fewer numbers average out the rounding.
     for name, gradient in exact.items():
         assert (found[name] - gradient).norm() < 0.1 * gradient.norm() + 1e-6, name
 
@@ -157,7 +157,7 @@ RATE, HOP = 8000, 64
 
 
 def voice(periods: float | np.ndarray, samples: int, seed: int = 0) -> np.ndarray:
-    """A sawtooth of some harmonics whose period glides, and a little noise."""
+    """Return a sawtooth of a few harmonics whose period glides, with a little noise."""
     random = np.random.default_rng(seed)
     phase = np.cumsum(1 / np.broadcast_to(periods, samples)) + random.random()
     saw = sum(np.sin(2 * np.pi * n * phase) / n for n in range(1, 12))
@@ -165,7 +165,7 @@ def voice(periods: float | np.ndarray, samples: int, seed: int = 0) -> np.ndarra
 
 
 def glide(samples: int, phase: float) -> np.ndarray:
-    """Periods from 30 to 80 samples and back."""
+    """Return periods that glide from 30 to 80 samples and back."""
     return 30 * (80 / 30) ** (0.5 - 0.5 * np.cos(np.linspace(0, 4 * np.pi, samples) + phase))
 
 
@@ -209,8 +209,8 @@ def test_prepare_fits_statistics_period_and_gain(recordings, causal, caplog):
     prepare.prepare(model, segments, 3)
     assert "median error" in caplog.text
     assert "20 to 120 samples, 67 to 400 Hz" in caplog.text
-    # The period of another glide, between a sample in the middle of each frame and the one a period
-    # before: the glide's own half a period earlier. It moves by 36 cents from frame to frame.
+    # Measure another glide. The period between the middle of a frame and one period before it is
+    # the glide's value half a period earlier. It moves by 36 cents from frame to frame.
     periods = glide(12000, 0.5)
     wave = torch.from_numpy(voice(periods, 12000, 9))[None]
     log_lag, voicing = model.conditioning.period_of(log_mel(wave, model.config.mel))
@@ -220,9 +220,8 @@ def test_prepare_fits_statistics_period_and_gain(recordings, causal, caplog):
     ).float()
     cents = 1200 / math.log(2) * (log_lag[0] - true)[10:-10]
     assert cents.abs().median() < 15
-    assert (
-        cents * torch.sign(true.diff())[9:-10]
-    ).median().abs() < 12  # a third of a frame late or early at most
+    # At most a third of a frame late or early.
+    assert (cents * torch.sign(true.diff())[9:-10]).median().abs() < 12
     assert cents.abs().quantile(0.9) < 60
     assert voicing[0, 10:-10].median() > 0.8
     # Nothing else has changed, and the period network is frozen.
@@ -244,7 +243,7 @@ def test_prepare_fits_statistics_period_and_gain(recordings, causal, caplog):
 
 
 @pytest.mark.usefixtures("_fast")
-def test_the_gain_does_not_depend_on_the_gain_before(recordings):
+def test_the_fitted_gain_does_not_depend_on_the_former_gain(recordings):
     model = voiced_model()
     segments = Segments(recordings, layout_of(model, 16 * HOP))
     prepare.fit_gain(model, segments)
@@ -259,12 +258,12 @@ def test_the_gain_does_not_depend_on_the_gain_before(recordings):
         total.append(model.residuals(codes, cond)[0][mask].abs())
     assert torch.cat(total).mean().item() == pytest.approx(
         0.6, rel=0.02
-    )  # but for the clipped ones
+    )  # except for the clipped ones
 
 
 @pytest.mark.usefixtures("_fast")
 def test_fits_to_digital_silence_are_finite(tmp_path, monkeypatch, caplog):
-    """It has no scale, no period and no spread."""
+    """Digital silence has no scale, no period and no spread."""
     monkeypatch.setattr(prepare, "_STEPS", 3)
     audio.write(tmp_path / "a.wav", np.zeros(12000, np.float32), RATE)
     audio.write(tmp_path / "b.wav", np.zeros(12000, np.float32), RATE)
@@ -283,7 +282,7 @@ def test_prepare_depends_on_its_seed_only(recordings, monkeypatch):
 
     def fitted(seed: int) -> Any:
         model = voiced_model()
-        torch.rand(seed)  # what was drawn before does not count
+        torch.rand(seed)  # earlier draws have no effect
         state = torch.random.get_rng_state()
         prepare.prepare(model, Segments(recordings, layout_of(model, 16 * HOP)), seed % 2)
         assert torch.equal(torch.random.get_rng_state(), state)
@@ -313,7 +312,7 @@ def test_the_period_loss_is_least_at_the_measured_lag():
 
 @pytest.mark.parametrize("causal", [False, True])
 def test_crop_loss_equals_the_slice_of_the_whole(recordings, causal):
-    """Crops have the model's look-back and look-ahead, which differ where it is causal."""
+    """Crops include the model's look-back and look-ahead, which differ in a causal model."""
     model = voiced_model(causal=causal).double()
     layout = layout_of(model, 10 * HOP)
     assert (layout.lookahead == 0) == causal

@@ -1,4 +1,4 @@
-"""Continuation of a recording: the parallel pass equals stepping, the future is the same."""
+"""Continuation of a recording: the parallel pass equals stepping, with the same future."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def step_through(model, previous, state, cond) -> None:
 def test_the_parallel_pass_equals_stepping(
     stacks, depth, kernel, speakers, constant, first, samples, chunk
 ):
-    """In float64: whatever the state it begins with, and the pieces it is cut in."""
+    """In float64, from any state, and cut into any pieces."""
     model = make(
         layers=stacks * depth, stacks=stacks, kernel_size=kernel, speakers=speakers
     ).double()
@@ -108,7 +108,7 @@ def test_the_parallel_pass_equals_stepping(
             assert found.keys() == expected.keys()
             for name, tensor in found.items():
                 torch.testing.assert_close(tensor, expected[name], rtol=0, atol=1e-12)
-            # And both go on alike, by the tensors too.
+            # Both states, and the exported tensors, continue alike.
             code, c = torch.tensor([3, 5]), None if cond is None else cond[:, :, 0]
             logits = [
                 model.step(code, state, c) for state in (stepped, filled, model.import_state(found))
@@ -125,7 +125,7 @@ def test_the_parallel_pass_equals_stepping(
 @pytest.mark.parametrize(("engine", "weights"), ENGINES, ids=NAMES)
 @pytest.mark.parametrize("length", [5, 200])
 def test_parallel_fill_equals_stepping(config, engine, weights, length):
-    """Teacher-forced: log-probabilities of the next samples, within rounding."""
+    """Log-probabilities of the next given samples are equal within rounding."""
     model = make(**config)
     codes = np.random.default_rng(0).integers(0, model.config.classes, (1, length + 60))
     cond = torch.randn(1, 5, length + 60) if model.conditioned else None
@@ -144,8 +144,8 @@ def test_parallel_fill_equals_stepping(config, engine, weights, length):
     np.testing.assert_array_equal(found[0], found[2])
 
 
-def test_the_pass_is_short_however_long_the_prime(monkeypatch):
-    """No more than the receptive field is read, so time and memory do not grow."""
+def test_the_pass_reads_only_the_receptive_field(monkeypatch):
+    """Time and memory do not grow with the length of the prime."""
     model = make()
     given = []
     prefill = WaveNet.prefill
@@ -157,7 +157,7 @@ def test_the_pass_is_short_however_long_the_prime(monkeypatch):
 @pytest.mark.parametrize("config", [{}, {"kernel_size": 3, "mel": MEL}, {"layers": 1, "stacks": 1}])
 @pytest.mark.parametrize("more", [-1, 0, 1, 50])
 def test_prime_beyond_the_receptive_field_is_irrelevant(config, more):
-    """The state after the receptive field alone is that after the whole prime."""
+    """The state after only the receptive field equals that after the whole prime."""
     model = make(**config).double()
     codes = np.random.default_rng(0).integers(0, 64, (1, max(1, model.receptive_field + more)))
     conditioner = UtteranceConditioner(model)
@@ -179,8 +179,8 @@ def test_prime_beyond_the_receptive_field_is_irrelevant(config, more):
     "settings", [{}, {"mel": MEL}, {"mel": MEL, "speakers": 2}, {"speakers": 2, "kernel_size": 3}]
 )
 @pytest.mark.parametrize("length", [1, 7, 150])
-def test_what_follows_has_the_law_of_forward(settings, length):
-    """Every code is that of its uniform under `forward`, given the prime and all codes since."""
+def test_the_continuation_follows_the_distribution_of_forward(settings, length):
+    """Each uniform selects its code from `forward`, given the prime and all codes since."""
     model = make(**settings).double()
     mel = mels(1, 12).double() if "mel" in settings else None
     speaker = 1 if "speakers" in settings else None
@@ -230,7 +230,7 @@ def test_a_recording_made_with_a_seed_continues_identically(settings, engine, we
             prime=whole[:, :length],
             **given,
         )
-        # The queues differ by rounding, 1e-6; no uniform of these few lies as near to a boundary.
+        # The queues differ by rounding, 1e-6; none of these few uniforms lies that near to an edge.
         assert torch.equal(rest, whole[:, length:])
     both = wavear.generate(
         model,
@@ -244,7 +244,7 @@ def test_a_recording_made_with_a_seed_continues_identically(settings, engine, we
 
 
 @pytest.mark.parametrize(("engine", "weights"), ENGINES, ids=NAMES)
-def test_what_follows_does_not_depend_on_the_batch(engine, weights):
+def test_the_continuation_does_not_depend_on_the_batch(engine, weights):
     model = make(mel=MEL, speakers=3)
     primes, mel = recording(130, batch=3), list(mels(3, 12))
     mel[1] = mel[1][:, :9]
@@ -262,7 +262,7 @@ def test_what_follows_does_not_depend_on_the_batch(engine, weights):
 @pytest.mark.parametrize("engine", ["reference", "numba"])
 @pytest.mark.parametrize("config", [{}, {"mel": MEL, "speakers": 3}], ids=["free", "mel"])
 def test_candidates_continue_their_own_prime(engine, config):
-    """The best candidate has its own prime in front, as if made one by one."""
+    """The best candidate begins with its own prime, as if generated one by one."""
     model, primes, seeds = make(**config), recording(60, batch=3), [5, 6, 7]
     mel: list[Any] = list(mels(3, 8)) if config else [None] * 3
     speakers: list[Any] = [2, 0, 1] if config else [None] * 3
@@ -295,7 +295,7 @@ def test_candidates_continue_their_own_prime(engine, config):
         assert torch.equal(scores[b, :length], log[0])
         one = wavear.generate(model, seed=seed, include_prime=True, best_of=3, **alone)
         assert torch.equal(one[0][0], best[b, : 60 + length])
-    assert any(chosen)  # so that another than the first candidate is kept
+    assert any(chosen)  # so that the best candidate is not always the first
 
 
 def test_one_prime_has_several_futures():
@@ -319,7 +319,7 @@ def test_a_stream_begins_with_a_prime(engine, weights, length):
     for size in (1, 3, 7, 20):
         stream, parts = Stream(model, prime=prime, **given), []
         for start in range(0, 20, size):
-            if start == 2 * size:  # also where the prime is not filled in yet
+            if start == 2 * size:  # also before the prime is filled in
                 stream = Stream.load(model, stream.state(), engine=engine, weights=weights)
             parts.append(stream.push(mel[:, start : start + size]))
         parts.append(stream.flush())
@@ -380,7 +380,7 @@ def test_a_stream_refuses_a_mel_shorter_than_its_prime():
         Stream(make(), prime=recording(10, batch=2))
 
 
-def test_a_silent_or_clipped_prime_is_warned_of():
+def test_a_silent_or_clipped_prime_causes_a_warning():
     model = make()
     with pytest.warns(UserWarning, match="the prime is silent .it is all zeros"):
         wavear.generate(model, samples=3, prime=torch.zeros(200))
@@ -390,7 +390,7 @@ def test_a_silent_or_clipped_prime_is_warned_of():
         )
     with pytest.warns(UserWarning, match="the prime is clipped .32.8% of its samples"):
         wavear.generate(model, samples=3, prime=(3 * recording(500)).clamp(-1, 1))
-    wavear.generate(model, samples=3, prime=torch.ones(99))  # too short to tell
+    wavear.generate(model, samples=3, prime=torch.ones(99))  # too short to judge
 
 
 # ---- the command
@@ -426,7 +426,7 @@ def test_the_command_continues_a_file(here, capsys):
     found = audio.read("both.wav")
     assert torch.equal(found[:400], prime)
     assert torch.equal(found[400:], audio.read("new.wav"))
-    # It goes on from the end of the clip: another clip, another future.
+    # The continuation depends on the clip: another clip has another future.
     audio.write("clip.wav", clip.flip(0), 8000)
     assert run(capsys, "free", *flags, "--out", "other.wav")[0] == 0
     assert not torch.equal(audio.read("other.wav"), audio.read("new.wav"))
@@ -441,7 +441,7 @@ def test_prime_of_another_rate_is_resampled(here, capsys):
     assert audio.info("new.wav").frames == 800 + 80
 
 
-def test_defects_of_a_prime_are_one_line(here, capsys, recwarn):
+def test_a_defective_prime_is_refused_in_one_line(here, capsys, recwarn):
     audio.write("quiet.wav", torch.zeros(160), 8000)
     status, _, err = run(
         capsys, "free", "--seconds", "0.01", "--out", "a.wav", "--prime", "quiet.wav"

@@ -90,7 +90,7 @@ def test_values_are_flags(name: str, start: Callable[..., int], monkeypatch: pyt
 
 
 def test_folder_recipe_trains(tmp_path: Path):
-    """The script itself, as a user starts it."""
+    """Start the script like a user."""
     noise = np.random.default_rng(0).normal(0, 0.1, 2000).astype(np.float32)
     (tmp_path / "data").mkdir()
     for number in range(3):
@@ -117,7 +117,7 @@ def test_folder_recipe_trains(tmp_path: Path):
 def test_recipe_trains_on_its_corpus(
     name: str, start: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture
 ):
-    """All of the recipe's values except sizes, on the corpus in miniature."""
+    """Use all of the recipe's values except sizes, on a miniature of the corpus."""
     recipe = module(RECIPES / name / "train.py")
     MINIATURES[name](tmp_path / recipe.VALUES.data)
     status = start(recipe, *SMALL, "--stacks", "1", "--batch-size", "2")
@@ -176,7 +176,7 @@ def test_families_recipe_refuses_shards_before_it_trains(
 
 
 def test_music_recipe_trains(start: Callable[..., int], tmp_path: Path):
-    """Stereo at another rate, and a model without mels."""
+    """Train on stereo files of another rate, without mels."""
     noise = np.random.default_rng(0).normal(0, 0.1, (2, 4000)).astype(np.float32)
     album = tmp_path / "data" / "music" / "album"
     album.mkdir(parents=True)
@@ -222,7 +222,7 @@ def vocoder(folder: Path, preset: str) -> str:
 
 @pytest.mark.filterwarnings("ignore:Reached max decoder steps")
 def test_text_to_speech(tmp_path: Path, tacotron: tuple[Any, Any]):
-    """Through torchaudio's processor and Tacotron 2, and its mel through a vocoder."""
+    """Text passes through torchaudio's processor and Tacotron 2, and the mel through a vocoder."""
     tts = module(RECIPES / "tts" / "speak.py")
     checkpoint, out = vocoder(tmp_path / "vocoder", "torchaudio-tacotron2"), tmp_path / "hello.wav"
     given = tts.Speak(checkpoint, "Hello, world!", out=out, engine="reference", seed=3)

@@ -29,7 +29,7 @@ MODULES = sorted(ROOT.glob("wavear/**/*.py"))
 RECIPES = sorted(ROOT.glob("recipes/**/*.py"))
 
 
-# `wavear COMMAND` and its flags, as far as the line, a pipe, a comment or the span goes.
+# `wavear COMMAND` and its flags, up to the end of the line or span, a pipe or a comment.
 COMMAND = re.compile(r"\bwavear ([a-z]+)\b([^|#`\n]*)")
 
 

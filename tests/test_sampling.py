@@ -16,7 +16,7 @@ def test_uniforms_are_a_function_of_seed_and_time():
 
 
 def test_uniforms_do_not_change_between_versions():
-    # Philox4x64-10, key 1, from counter 1 on, by the generator of the paper in exact integer
+    # Philox4x64-10, key 1, from counter 1: the generator of the paper in exact integer
     # arithmetic.
     def philox(counter, key, rounds=10):
         c, k = [counter, 0, 0, 0], [key, 0]
@@ -66,7 +66,7 @@ def test_samples_follow_the_distribution(temperature):
 def by_hand(
     logits: np.ndarray, uniform: float, temperature: float, top_k: int | None, top_p: float | None
 ) -> int:
-    """The definition, step by step, in plain Python."""
+    """Compute the definition step by step in plain Python."""
     scaled = logits / temperature
     law = np.exp(scaled - scaled.max())
     law /= law.sum()
@@ -105,12 +105,12 @@ def test_truncated_sampling_equals_the_definition(temperature, top_k, top_p):
         assert code == by_hand(logits, uniform, temperature, top_k, top_p)
 
 
-def test_of_equal_logits_the_lower_codes_are_kept():
+def test_among_equal_logits_the_lower_codes_are_kept():
     u = torch.tensor([0.999], dtype=torch.float64)
     logits = torch.tensor([[1.0, 2.0, 2.0, 2.0, 2.0]])
     assert sample(logits, u, top_k=2).item() == 2
     assert sample(logits, u, top_k=1).item() == 1
-    # Of 4 equal codes 2 have a share of 1/2 exactly, which reaches it.
+    # Two of 4 equal codes have exactly half of the probability, which reaches top_p.
     assert sample(torch.zeros(1, 4), u, top_p=0.5).item() == 1
     assert sample(torch.zeros(1, 4), u, top_p=0.500001).item() == 2
 
@@ -118,8 +118,8 @@ def test_of_equal_logits_the_lower_codes_are_kept():
 def test_top_p_is_a_share_of_the_codes_top_k_keeps():
     logits = torch.log(torch.tensor([[0.4, 0.3, 0.2, 0.1]]))
     u = torch.tensor([0.999], dtype=torch.float64)
-    # Of all 0.4 + 0.3 < 0.72 takes a third code; of the first two 0.4 / 0.7 < 0.72 takes both, and
-    # there is no third.
+    # Among all codes 0.4 + 0.3 < 0.72 requires a third. Among the first two, 0.4 / 0.7 < 0.72
+    # requires both, and there is no third.
     assert sample(logits, u, top_p=0.72).item() == 2
     assert sample(logits, u, top_k=2, top_p=0.72).item() == 1
     assert sample(logits, u, top_k=2, top_p=0.5).item() == 0

@@ -1,4 +1,4 @@
-"""Each line of SECURITY.md: untrusted data run no code, open no address, take no file."""
+"""Each line of SECURITY.md: untrusted data run no code, open no address, read no other file."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ FAST = EvaluateConfig(clips=1, seconds=0.1, threads=1, resamples=100, shown=0)
 
 
 class Bomb:
-    """Leaves a file "ran" in the current directory when it is unpickled."""
+    """Leave a folder "ran" in the current directory when unpickled."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         return os.mkdir, ("ran",)
@@ -57,7 +57,7 @@ class Bomb:
 
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The current directory, with data/{0..3}.wav; nothing may make a "ran" in it."""
+    """Enter a directory with data/{0..3}.wav, in which nothing may create "ran"."""
     for n in range(4):
         path = tmp_path / "data" / f"{n}.wav"
         path.parent.mkdir(exist_ok=True)
@@ -67,7 +67,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def saved(folder: Path, **record: Any) -> Path:
-    """A checkpoint in a run whose train.json holds a record."""
+    """Save a checkpoint in a run whose train.json holds a record."""
     WaveNet(WaveNetConfig(layers=2, stacks=1, sample_rate=RATE, **SIZES)).save(folder / "best")
     (folder / "train.json").write_text(json.dumps(record))
     return folder / "best"
@@ -132,7 +132,9 @@ def evaluated(here: Path) -> Path:
     return here / "out" / "evaluation.json"
 
 
-def test_an_evaluation_names_no_checkpoint_of_the_hub(here: Path, monkeypatch: pytest.MonkeyPatch):
+def test_an_evaluation_cannot_load_a_checkpoint_of_the_hub(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+):
     import huggingface_hub
 
     def download(*arguments: Any, **named: Any) -> None:
@@ -158,7 +160,7 @@ def test_the_sound_of_an_evaluation_lies_in_its_folder(here: Path, name: str):
         Evaluation.read(path)
 
 
-def test_a_pickle_in_place_of_what_wavear_writes_is_refused(here: Path):
+def test_pickles_in_place_of_files_of_wavear_are_refused(here: Path):
     best = saved(here / "run")
     for path in (best / "model.safetensors", best / "config.json", here / "x.safetensors"):
         content = path.read_bytes() if path.exists() else b""
@@ -228,7 +230,7 @@ def test_index_workers_do_not_import_from_the_current_directory(
 
     plant(here)
     monkeypatch.setattr(sys, "path", ["", str(here), *sys.path])
-    monkeypatch.setenv("PYTHONPATH", os.pathsep)  # which stands for the current directory, too
+    monkeypatch.setenv("PYTHONPATH", os.pathsep)  # which also means the current directory
     blocks = [(n, [(str(here / "data" / f"{n}.wav"),)]) for n in range(4)]
     found = dict(workers.look_in_processes(blocks, 2))
     assert [found[n][0].frames for n in range(4)] == [4000] * 4
@@ -327,7 +329,7 @@ def test_shards_hold_regular_files_inside_the_folder_only(
 
 
 def test_a_download_is_unpacked_below_its_folder_only(here: Path):
-    """torchaudio does not check an existing archive, which somebody else may have put there."""
+    """torchaudio does not check an existing archive, which may be somebody else's."""
     data = here / "corpora"
     data.mkdir()
     with tarfile.open(data / "waves_yesno.tar.gz", "w:gz") as archive:

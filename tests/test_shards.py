@@ -35,7 +35,7 @@ def noise(samples: int, seed: int) -> np.ndarray:
 
 @pytest.fixture
 def folder(tmp_path):
-    """Ten files of two speakers, WAV and FLAC, one with a dot in its name."""
+    """Write ten files of two speakers, WAV and FLAC, one with a dot in its name."""
     for number in range(10):
         name = f"speaker{number % 2}/{number:02}" + (".flac" if number % 3 else ".take.wav")
         (tmp_path / "data" / name).parent.mkdir(parents=True, exist_ok=True)
@@ -45,7 +45,7 @@ def folder(tmp_path):
 
 @pytest.fixture
 def made(folder, tmp_path):
-    """Shards of these."""
+    """Write these files to shards."""
     return shards.write_shards(folder, tmp_path / "shards", megabytes=0.02, speakers=True)
 
 
@@ -108,7 +108,7 @@ def test_webdataset_reads_our_shards(made):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         samples = list(wds.WebDataset(names, shardshuffle=False, empty_check=False))
-        gc.collect()  # it leaves its files open
+        gc.collect()  # webdataset leaves its files open
     assert len(samples) == 10
     corpus = open_corpus(str(made.shards[0].parent / "*.tar"), sample_rate=RATE, speakers=True)
     by_key = {
@@ -146,7 +146,7 @@ def test_shards_of_webdataset_are_read(tmp_path):
 
 
 def test_member_equals_its_file(folder, made):
-    """Whole, in part, and at another rate: to the bit."""
+    """Bit for bit: whole, in part, and at another rate."""
     corpus = open_corpus(str(made.shards[0].parent / "*.tar"), sample_rate=RATE)
     for recording in corpus.train + corpus.validation:
         path = folder / recording.name.split(".tar/")[1].replace("_take", ".take")
@@ -165,7 +165,7 @@ def test_member_equals_its_file(folder, made):
 
 @pytest.mark.parametrize("kind", ["ogg", "flac", "wav"])
 def test_wrong_header_of_a_member_is_corrected(tmp_path, kind):
-    """As a file of that kind is: a WAV from a pipe promises 2**32 bytes."""
+    """The same holds for files: a WAV from a pipe declares 2**32 bytes."""
     audio.write(tmp_path / f"a.{kind}", noise(6000, 0), RATE)
     content = bytearray((tmp_path / f"a.{kind}").read_bytes())
     if kind == "wav":
@@ -205,7 +205,7 @@ def test_order_of_shards_equals_order_of_a_folder(tmp_path, folder):
         assert (a["source"], a["start"]) == (b["source"], b["start"])
 
 
-def test_shards_are_read_through_once(made, monkeypatch):
+def test_every_shard_is_scanned_once(made, monkeypatch):
     pattern = str(made.shards[0].parent / "*.tar")
     first = open_corpus(pattern, sample_rate=RATE)
     seen = []
@@ -233,7 +233,7 @@ def test_index_of_shards_keeps_bad_shards(made, monkeypatch):
     report = wavear.index(pattern)
     assert (report.files, report.new) == (10, 10)
     assert [name for name, _ in report.bad] == ["bad.tar"]
-    monkeypatch.setattr(shards, "scan", None)  # the second time no shard is read through
+    monkeypatch.setattr(shards, "scan", None)  # the second time scans no shard
     again = wavear.index(pattern)
     assert (again.files, again.new, again.bad) == (10, 0, report.bad)
 
@@ -367,7 +367,7 @@ def test_invalid_shard_requests_are_refused(folder, made, tmp_path):
 
 
 def test_run_on_shards_resumes_exactly(made, tmp_path):
-    """A run in two parts equals a run in one, to the bit."""
+    """A run in two parts equals a run in one, bit for bit."""
     from wavear.training.config import TrainConfig
     from wavear.training.run import train
     from wavear.training.state import state_paths
@@ -391,7 +391,7 @@ def test_run_on_shards_resumes_exactly(made, tmp_path):
     straight = run("straight")
     run("parts")
     for path in state_paths(tmp_path / "parts")[:1]:
-        path.unlink()  # as if it had been killed after step 2
+        path.unlink()  # like a run killed after step 2
     resumed = run("parts", resume=True, workers=1)
     a, b = (load_file(folder / "model.safetensors") for folder in (straight, resumed))
     assert all((a[name] == b[name]).all() for name in a)
@@ -405,9 +405,9 @@ def test_command_writes_shards(folder, tmp_path, capsys):
         )
         == 0
     )
-    said = capsys.readouterr().out
-    assert "10 files" in said
-    assert "shard-000000.tar to shard-0000" in said
+    printed = capsys.readouterr().out
+    assert "10 files" in printed
+    assert "shard-000000.tar to shard-0000" in printed
     assert commands.main(["index", str(tmp_path / "made" / "*.tar")]) == 0
     assert "10 files, 10 of them new" in capsys.readouterr().out
     assert commands.main(["shards", str(folder), "--out", str(tmp_path / "made")]) == 1

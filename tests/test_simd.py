@@ -1,4 +1,4 @@
-"""The vector kernels: accuracy, one order of summation whatever the tile, other processors."""
+"""The vector kernels: accuracy, one order of summation in every tile, other processors."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def _functions(x, out, vectors, size):
 
 
 def functions(x: np.ndarray) -> np.ndarray:
-    """exp, tanh, sigmoid of float32 values, as the kernels compute them."""
+    """Compute exp, tanh and sigmoid of float32 values with the kernels."""
     padded = np.zeros(-(-x.size // LANES) * LANES, np.float32)
     padded[: x.size] = x
     out = np.empty((3, padded.size), np.float32)
@@ -53,12 +53,12 @@ def test_relative_error_over_the_whole_range(number):
     found, expected = functions(WIDE)[number].astype(np.float64), exact(WIDE)[number]
     normal = (np.abs(expected) > 1.2e-38) & (expected < 3.4028235e38)
     relative = np.abs(found / np.where(normal, expected, 1) - 1)[normal]
-    # A step of float32 is 1.2e-7 at most. tanh is an approximation of 4e-7, the others round three
-    # times.
+    # A step of float32 is at most 1.2e-7. tanh is an approximation to 4e-7; the others round
+    # three times.
     assert relative.max() < (2.5e-7, 4e-7, 3.5e-7)[number]
     below = np.abs(expected) <= 1.2e-38
-    # Where results are subnormal (tanh: of subnormal inputs), an error of two of their steps. The
-    # sigmoid there is zero or next to it: its reciprocal overflows.
+    # Subnormal results (for tanh: of subnormal inputs) may be off by two of their steps. The
+    # sigmoid is zero or almost zero there, because its reciprocal overflows.
     assert np.abs(found[below] - expected[below]).max() <= (3e-45, 3e-45, 1.2e-38)[number]
     assert (found[expected > 3.41e38] == np.inf).all()
 
@@ -91,7 +91,7 @@ def _row(vectors, kind, weights, inputs, x, bias, init, out):
 @pytest.mark.parametrize("inputs", [1, 3, LANES, 2 * LANES + 5])
 @pytest.mark.parametrize("weights", ["float32", "bfloat16", "int8"])
 def test_an_output_has_the_same_bits_in_every_kernel(inputs, weights):
-    """In every tile of rows by vectors, and in the kernel of one row."""
+    """The kernels are every tile of rows by vectors, and the kernel of one row."""
     draw = np.random.default_rng(inputs)
     kind, zeros = simd.KINDS[weights], np.zeros(simd.WIDEST * LANES, np.float32)
     even = kind == simd.BFLOAT16
@@ -194,7 +194,7 @@ def test_blocks_hold_all_outputs_and_little_more(outputs, width):
 def test_the_same_source_becomes_vector_code_elsewhere(
     triple, processor, lanes, rows, multiply_add
 ):
-    """The inner loop multiplies and adds in registers: no calls, no spills."""
+    """The inner loop multiplies and adds in registers, without calls or spills."""
     llvm.initialize_all_targets()
     llvm.initialize_all_asmprinters()
     try:

@@ -1,4 +1,4 @@
-"""Streams: their parts are the whole to the bit, their states resume anywhere, pipes."""
+"""Streams: parts equal the whole bit for bit, states resume on any engine, and pipes."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ hypothesis = settings(
 
 
 def make(hop: int = 0, **config) -> Any:
-    """A small model with laws that differ from sample to sample; `hop` 0 for no mels."""
+    """Return a small model whose distributions vary by sample; `hop` 0 means no mels."""
     torch.manual_seed(0)
     shape = {
         "sample_rate": 8000,
@@ -69,9 +69,8 @@ def make(hop: int = 0, **config) -> Any:
         for name, parameter in model.named_parameters():
             if name.startswith(("blocks", "head")):
                 parameter.mul_(2.5)
-            if name.startswith(
-                "conditioning.stages"
-            ):  # linear interpolation, as it begins, has no weight for some frames
+            # The initial linear interpolation has no weight for some frames.
+            if name.startswith("conditioning.stages"):
                 parameter.add_(0.2 * torch.randn_like(parameter))
     return model.eval()
 
@@ -105,10 +104,10 @@ def pieces(mel: torch.Tensor, cuts: list[int]) -> list[torch.Tensor]:
 @example(1, 2, 3, 1, 2, 2.3, [1, 2, 128, 129, 132], 1, ("numba", "float32"), {"top_k": 4})
 @example(5, 0, 2, 4, 0, 3.0, [0, 0, 30, 52], 2, ("numba", "bfloat16"), {})
 @example(256, 2, 2, 4, 2, 1.0, [1, 2, 3, 4, 5], 3, ("reference", "float32"), {"top_p": 0.6})
-def test_the_parts_of_a_stream_are_the_whole(
+def test_the_parts_of_a_stream_equal_the_whole(
     hop, context, kernel, layers, speakers, blocks, cuts, seed, engine, truncation
 ):
-    """Whatever the chunks: every bit of every sample is that of `generate`."""
+    """For any chunks, the stream equals `generate` bit for bit."""
     model = make(
         hop,
         conditioning_context=context,
@@ -135,8 +134,8 @@ def test_the_parts_of_a_stream_are_the_whole(
 
 
 @pytest.mark.parametrize("hop", [1, 5, 86, 100, 256, 300])
-def test_a_push_returns_all_that_is_certain_and_no_more(hop):
-    """A sample is certain once its block and the look-ahead are there, at most 192 late."""
+def test_a_push_returns_exactly_the_determined_samples(hop):
+    """A block and its look-ahead determine a sample, which is at most 192 samples late."""
     model = make(hop)
     mel = random_mel(500 // hop + 12)
     stream, block, made = Stream(model), stream_block(model), 0
@@ -145,7 +144,7 @@ def test_a_push_returns_all_that_is_certain_and_no_more(hop):
         made += len(stream.push(mel[:, frame]))
         assert made == max(0, (frame + 1 - model.lookahead) // block) * block * hop
         assert (made > 0) == (frame + 1 >= stream.latency)
-    # One frame fewer would not do: the last one needed changes the last sample of the block.
+    # One frame fewer is not enough: the last frame changes the last sample of the block.
     with torch.inference_mode():
         last = []
         for change in (0, 1):
@@ -162,7 +161,7 @@ def stream_block(model: Any) -> int:
 
 @pytest.mark.parametrize("speakers", [0, 2])
 @pytest.mark.parametrize(("engine", "weights"), ENGINES, ids=NAMES)
-def test_pulled_samples_are_those_of_generate(speakers, engine, weights):
+def test_pulled_samples_equal_generate(speakers, engine, weights):
     model, speaker = make(speakers=speakers), 1 if speakers else None
     whole = wavear.generate(
         model, samples=300, seed=4, speaker=speaker, engine=engine, weights=weights
@@ -173,7 +172,7 @@ def test_pulled_samples_are_those_of_generate(speakers, engine, weights):
     assert torch.equal(torch.cat(parts), whole)
 
 
-def test_long_pushes_are_cut_and_short_ones_are_not_lost(monkeypatch):
+def test_long_pushes_are_cut_and_short_pushes_are_kept(monkeypatch):
     monkeypatch.setattr(streams, "CHUNK", 7)
     model = make(5)
     mel = random_mel(80)
@@ -190,12 +189,12 @@ def test_frames_that_no_sample_needs_are_dropped(hop):
     for k in range(300):
         stream.push(random_mel(3, seed=k))
         held.append(stream.state().tensors["mel"].shape[1])
-    # What a block needs on both sides, the rest of the block, and what was pushed.
+    # The context of a block on both sides, the rest of the block, and the pushed frames.
     assert max(held) <= stream_block(model) + 2 * model.lookahead + 3
     assert stream.position > 600 * hop
 
 
-def test_the_memory_of_what_is_pushed_may_be_used_again():
+def test_the_buffer_of_pushed_frames_can_be_reused():
     model = make(20)
     mel = random_mel(30)
     stream, buffer, parts = Stream(model), torch.empty(BANDS, 3), []
@@ -255,7 +254,7 @@ def test_a_refused_push_changes_nothing():
         ({"top_p": 1.5}, "top_p is 1.5"),
     ],
 )
-def test_what_a_stream_cannot_be_made_of_is_refused(arguments, message):
+def test_invalid_arguments_of_a_stream_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         Stream(make(20), **arguments)
     if set(arguments) <= {"top_k", "top_p"}:
@@ -310,16 +309,15 @@ def test_resume_equals_uninterrupted(tmp_path_factory, hop, kernel, layers, spea
     later = Stream.load(model, path, **runs)
     assert later.position == len(begin)
     assert torch.equal(torch.cat([begin, second(later)]), expected)
-    assert torch.equal(
-        torch.cat([begin, second(stopped)]), expected
-    )  # who was saved can go on, too
+    # The saved stream itself continues, too.
+    assert torch.equal(torch.cat([begin, second(stopped)]), expected)
 
 
 @quiet
 @truncations
 @pytest.mark.parametrize("engine", ["reference", "numba"])
 def test_a_state_keeps_the_truncation(tmp_path, truncation, engine):
-    """Loaded, forked, or as a member of a batch: it goes on as if it had never stopped."""
+    """Loaded, forked, or in a batch, the stream equals an uninterrupted one."""
     model = make()
     stream = Stream(model, seed=5, engine=engine, **truncation)
     begin = stream.pull(40)
@@ -339,7 +337,7 @@ def test_a_state_keeps_the_truncation(tmp_path, truncation, engine):
         stream.fork().pull(160),
         batch.step()[member],
     ]
-    # And through a batch, whose members' states keep it too.
+    # The states of a batch's members keep it, too.
     other = batch.add(seed=5)
     batch.pull(other, 40)
     assert torch.equal(batch.step()[other], begin)
@@ -349,7 +347,7 @@ def test_a_state_keeps_the_truncation(tmp_path, truncation, engine):
 
 
 def test_a_state_of_float64_loses_nothing(tmp_path):
-    """(A law of so few classes hardly shows the rounding of a state; the state itself does.)"""
+    """Compare states: with few classes the samples hardly reveal a rounded state."""
     model = make(20).double()
     stream = Stream(model, engine="reference")
     stream.push(random_mel(20))
@@ -370,7 +368,7 @@ CASES = [
 
 @pytest.mark.parametrize("config", CASES)
 def test_engines_agree_on_the_state(config):
-    """After the same codes: up to rounding between engines, to the bit within the CPU engine."""
+    """After the same codes: within rounding between engines, bit for bit on the CPU engine."""
     model = make(**config)
     samples = 61
     codes = np.random.default_rng(0).integers(0, model.config.classes, (14, samples))
@@ -403,8 +401,8 @@ def test_engines_agree_on_the_state(config):
 @pytest.mark.parametrize(
     ("target", "weights"), [*ENGINES, ("two cores", "float32"), ("batch", "float32")]
 )
-def test_any_engine_resumes_the_state_of_any(config, target, weights):
-    """Teacher-forced: the log-probabilities of the target engine after the same past."""
+def test_every_engine_resumes_the_state_of_every_other(config, target, weights):
+    """Compare log-probabilities of the same samples after the same past."""
     model = make(**config)
     codes = np.random.default_rng(1).integers(0, model.config.classes, (1, 90))
     cond = torch.randn(1, 5, 90) if model.conditioned else None
@@ -428,8 +426,8 @@ def test_any_engine_resumes_the_state_of_any(config, target, weights):
             goal.load_state(batch - 1, origin.state(0))
             rows = None if tail is None else tail.repeat(batch, 1, 1)
             found = goal.score(np.repeat(codes[:, 50:], batch, axis=0), rows)[batch - 1]
-            # A past of rounded matrices is another past, by that rounding; not another one by
-            # chance.
+            # Rounded matrices change the past by their rounding; an unrelated past would differ
+            # by more.
             tolerance = 1e-4 if weights == source_weights else 1.0
             np.testing.assert_allclose(found, whole, rtol=0, atol=tolerance)
             if source == name and source_weights == weights:
@@ -456,13 +454,13 @@ def test_another_process_resumes_on_another_engine(tmp_path, engine, other):
     files = [str(tmp_path / name) for name in ("model", "state.safetensors", "rest.npy", "out.npy")]
     subprocess.run([sys.executable, "-c", _GOES_ON, *files, other], check=True)
     found = np.concatenate([begin.numpy(), np.load(tmp_path / "out.npy")])
-    # 19 frames are few: no uniform lies within rounding of a boundary.
+    # In only 19 frames no uniform lies within rounding of a boundary.
     np.testing.assert_array_equal(
         found, wavear.generate(model, mel, seed=3, speaker=1, engine=engine)[0]
     )
 
 
-def test_two_futures_of_one_beginning():
+def test_one_beginning_has_two_futures():
     model = make()
     stream = Stream(model, seed=1)
     begin = stream.pull(50)
@@ -473,12 +471,12 @@ def test_two_futures_of_one_beginning():
     )
     assert torch.equal(futures[0], futures[1])
     assert not torch.equal(futures[0], futures[2])
-    # The other future has the uniforms of its own seed, of the samples that it is at.
+    # The other future has the uniforms of its own seed, from its current sample on.
     again = stream.fork(seed=2)
     assert again.position == 150
 
 
-def test_a_state_of_another_model_is_refused_by_what_differs(tmp_path):
+def test_a_state_of_another_model_is_refused_with_the_difference(tmp_path):
     model = make(20)
     stream = Stream(model)
     stream.push(random_mel(20))
@@ -492,10 +490,10 @@ def test_a_state_of_another_model_is_refused_by_what_differs(tmp_path):
         other.blocks[1].dilated.bias[2] += 1e-6
     with pytest.raises(ValueError, match=r"other weights.*blocks\.1\.dilated\.bias differ$"):
         Stream.load(other, path)
-    Stream.load(make(20).double(), path)  # the same numbers, in more digits
+    Stream.load(make(20).double(), path)  # the same values in float64
 
 
-def test_files_that_hold_no_state_are_refused(tmp_path):
+def test_files_without_a_state_are_refused(tmp_path):
     from safetensors.torch import save_file
 
     model = make()
@@ -573,8 +571,8 @@ def test_members_equal_single_streams(events, engine, threads):
         threads=threads if engine[0] == "numba" else None,
     )
     found: dict[int, list[torch.Tensor]] = {}
-    who: dict[int, int] = {}  # member: the utterance that it makes
-    at: dict[int, int] = {}  # utterance: frames pushed
+    who: dict[int, int] = {}  # the utterance of each member
+    at: dict[int, int] = {}  # the frames pushed of each utterance
     ended: set[int] = set()
 
     def collect() -> None:
@@ -597,7 +595,7 @@ def test_members_equal_single_streams(events, engine, threads):
         elif what == "flush":
             batch.flush(member)
             ended.add(utterance)
-        elif what == "move":  # out, and in again by its state
+        elif what == "move":  # remove it, and add its state again
             state = batch.state(member)
             batch.remove(member)
             del who[member]
@@ -663,7 +661,7 @@ def test_members_of_different_size_and_temperature(truncation):
     ids=str,
 )
 def test_a_batch_refuses_a_state_of_another_truncation(theirs, ours):
-    """Its members are drawn together: the state would go on in another way than it began."""
+    """All members share one truncation, so the stream would continue with another one."""
     model = make()
     state = Stream(model, engine="reference", **theirs).state()
     batch = StreamBatch(model, engine="reference", **ours)
@@ -680,7 +678,7 @@ def test_a_batch_refuses_a_state_of_another_truncation(theirs, ours):
 
 
 class Slow:
-    """A pipe: gives what it has piece by piece, each after a while."""
+    """A pipe that delivers its data piece by piece, after pauses."""
 
     def __init__(self, *data: bytes, pause: float = 0.0, before: int = -1):
         self.data, self.pause, self.before = list(data), pause, before
@@ -725,7 +723,7 @@ def cut(data: bytes, size: int) -> list[bytes]:
     frames=st.integers(1, 40),
     size=st.integers(1, 300),
 )
-def test_frames_are_read_however_the_bytes_come(kind, frames, size):
+def test_frames_are_read_from_any_pieces(kind, frames, size):
     mel = random_mel(frames).numpy()
     data = {
         "raw": mel.T.astype("<f4").tobytes(),
@@ -739,12 +737,12 @@ def test_frames_are_read_however_the_bytes_come(kind, frames, size):
     source: Any = Slow(*cut(data, size))
     found = list(read_frames(source, BANDS))
     if frames == BANDS and kind in ("rows", "fortran rows", "float64"):
-        mel = mel.T  # as many frames as bands: taken for bands first, as everywhere
+        mel = mel.T  # as many frames as bands: read as bands first, as everywhere
     np.testing.assert_array_equal(np.concatenate(found, axis=1), mel)
     assert all(part.flags.writeable for part in found)
 
 
-def test_frames_are_there_as_soon_as_their_bytes():
+def test_frames_are_returned_as_soon_as_they_are_complete():
     data = random_mel(6).numpy().T.astype("<f4").tobytes()
     source: Any = Slow(*cut(data, 30))  # a frame has 20 bytes
     frames = read_frames(source, BANDS)
@@ -769,12 +767,12 @@ def test_frames_are_there_as_soon_as_their_bytes():
         (npy(np.zeros((0, 5), np.float32)), "no mel frames"),
     ],
 )
-def test_frames_that_do_not_fit_are_refused(data, message):
+def test_frames_of_the_wrong_form_are_refused(data, message):
     with pytest.raises(ValueError, match=message):
         list(read_frames(Slow(*cut(data, 7)), BANDS))  # type: ignore[arg-type]
 
 
-def test_pcm_is_that_of_a_file(tmp_path):
+def test_pcm_equals_that_of_a_file(tmp_path):
     import soundfile
 
     audio = torch.cat([torch.linspace(-1, 1, 1001), torch.tensor([0.5 / 32768, 1.5 / 32768])])
@@ -794,29 +792,30 @@ def logged(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
 def test_serving_logs_latency_and_underruns(logged):
     model, mel = make(20), random_mel(120)
     data = cut(mel.numpy().T.astype("<f4").tobytes(), 400)  # 20 frames, 50 ms each
-    for _ in range(
-        5
-    ):  # by the clock: a machine that is busy for some milliseconds adds a gap of its own
+    # Five attempts, because a busy machine can add a gap.
+    for _ in range(5):
         logged.clear()
         sink = Kept()
         source: Any = Slow(*data, pause=0.4, before=3)
         report = pipes.serve(model, source, sink, Sampling(seed=5))
-        said = logged.messages
+        messages = logged.messages
         assert b"".join(sink.written) == pcm16(wavear.generate(model, mel, seed=5)[0].numpy())
         if report.underruns == 1:
             break
-    assert "first sound after 9 frames (22 ms of mel, 3 of them look-ahead)" in said[0]
-    assert "ms after the first frame came" in said[1]
-    # Three reads brought 60 frames, 150 ms of sound but for the look-ahead; then nothing came for
+    assert "first sound after 9 frames (22 ms of mel, 3 of them look-ahead)" in messages[0]
+    assert "ms after the first frame came" in messages[1]
+    # Three reads delivered 60 frames, 150 ms of sound minus the look-ahead; then came a pause of
     # 400 ms.
     assert report.underruns == 1
     assert 0.2 < report.gaps_waiting < 0.4
-    assert "the mel came late" in said[2]
-    assert f"1 underrun of {report.gaps_waiting + report.gaps_computing:.2f} s in all" in said[-1]
+    assert "the mel came late" in messages[2]
+    assert (
+        f"1 underrun of {report.gaps_waiting + report.gaps_computing:.2f} s in all" in messages[-1]
+    )
     assert report.samples == 2400
 
 
-def test_a_slow_computation_and_a_late_mel_differ(monkeypatch, logged):
+def test_slow_computation_and_a_late_mel_are_reported_separately(monkeypatch, logged):
     model, mel = make(20), random_mel(40)
     push = Stream.push
 
@@ -831,7 +830,7 @@ def test_a_slow_computation_and_a_late_mel_differ(monkeypatch, logged):
     assert "computed at 0." in logged.messages[2]
 
 
-def test_sound_begins_before_a_long_mel_is_done():
+def test_sound_begins_before_the_end_of_a_long_mel():
     model, mel = make(20), random_mel(400)
     sink = Kept()
     source: Any = Slow(npy(mel.numpy()))
@@ -840,7 +839,7 @@ def test_sound_begins_before_a_long_mel_is_done():
     assert max(map(len, sink.written)) <= 2 * 20 * (8 + 2 * 9)
 
 
-def test_frames_of_another_convention_are_converted_as_they_come():
+def test_frames_of_another_convention_are_converted_one_by_one():
     model, mel = make(20), random_mel(8) - 5.0
     common = mel / np.log(10)
     source: Any = Slow(*cut(common.numpy().T.astype("<f4").tobytes(), 60))
@@ -854,8 +853,8 @@ def test_frames_of_another_convention_are_converted_as_they_come():
 
 
 @pytest.mark.parametrize("frames", [450, 60], ids=["after a second", "at the end"])
-def test_wrong_frames_are_warned_of_once(frames, monkeypatch, logged):
-    """Sound has begun by then, and goes on; nothing is said of frames as the model expects them."""
+def test_wrong_frames_cause_one_warning(frames, monkeypatch, logged):
+    """The sound continues after the warning; correct frames cause none."""
     model, mel = make(20), random_mel(frames) - 5.0
     judged = []
     monkeypatch.setattr(
@@ -912,7 +911,7 @@ def begin(
         "reference",
     ]
     pipes: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
-    # Where the tests run in the background Ctrl-C is ignored, and a process inherits that.
+    # Tests in the background ignore Ctrl-C, and a child process would inherit that.
     pipes["preexec_fn"] = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     return subprocess.Popen(
         [*command, *flags], bufsize=0, env={**os.environ, **(environment or {})}, **pipes
@@ -924,8 +923,8 @@ def read_line(process: subprocess.Popen) -> str:
     return process.stderr.readline().decode()
 
 
-def test_a_process_in_front_and_one_behind(checkpoint):
-    """Bytes come in odd pieces; the first sound is there while the mel still comes."""
+def test_the_command_works_in_a_pipe(checkpoint):
+    """Bytes arrive in odd pieces, and the first sound before the end of the mel."""
     mel = random_mel(30)
     with begin(checkpoint, "--seed", "8") as process:
         assert process.stdin
@@ -934,9 +933,8 @@ def test_a_process_in_front_and_one_behind(checkpoint):
         data = mel.numpy().T.astype("<f4").tobytes()
         process.stdin.write(data[:187])
         process.stdin.write(data[187:333])
-        first = process.stdout.read(
-            12
-        )  # 16 frames are there: enough for the first 13 frames' blocks
+        # 16 frames have arrived, enough for the blocks of the first 13.
+        first = process.stdout.read(12)
         process.stdin.write(data[333:])
         process.stdin.close()
         rest = process.stdout.read()
@@ -965,18 +963,17 @@ def test_ctrl_c_ends_it_quietly(checkpoint):
         read_line(process)
         process.send_signal(signal.SIGINT)
         assert process.wait(60) == 130
-        said = process.stderr.read().decode()  # type: ignore[union-attr]
-        assert "Traceback" not in said
-        assert said.endswith("wavear: interrupted\n")
+        printed = process.stderr.read().decode()  # type: ignore[union-attr]
+        assert "Traceback" not in printed
+        assert printed.endswith("wavear: interrupted\n")
 
 
-def test_a_bad_frame_is_an_error_after_the_sound_before_it(checkpoint):
+def test_an_incomplete_frame_is_an_error_after_the_earlier_sound(checkpoint):
     with begin(checkpoint) as process:
         good = random_mel(20).numpy().T.astype("<f4").tobytes()
         out, err = process.communicate(good + b"\0" * 3)
         assert process.returncode == 1
-        # Of a single read nothing is pushed if a part of it is wrong; the frames read before are
-        # sound.
+        # A read with an error pushes none of its frames; frames of earlier reads become sound.
         assert "within frame 20: it had 3 of 20 bytes" in err.decode()
         assert len(out) == 2 * 20 * 12
 
@@ -1002,7 +999,7 @@ class RawOutputStream:
 """
 
 
-def test_a_sound_device_is_played_to(checkpoint, tmp_path, monkeypatch):
+def test_a_sound_device_plays_the_stream(checkpoint, tmp_path, monkeypatch):
     (tmp_path / "sounddevice.py").write_text(_FAKE)
     monkeypatch.chdir(tmp_path)
     mel = random_mel(12)
@@ -1023,7 +1020,7 @@ def test_a_sound_device_is_played_to(checkpoint, tmp_path, monkeypatch):
         sys.modules.pop("sounddevice", None)
 
 
-def test_without_the_package_a_device_is_refused(monkeypatch):
+def test_a_device_without_the_package_is_refused(monkeypatch):
     monkeypatch.setitem(sys.modules, "sounddevice", None)
     with pytest.raises(ValueError, match="pip install sounddevice"):
         pipes.Device(8000)

@@ -299,7 +299,7 @@ def test_randomness_depends_on_seed_and_step_only(tones, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_killed_runs_equal_uninterrupted():
-    """SIGKILL at random moments: the program that makes the figure of docs/training.md."""
+    """Run the program behind the figure of docs/training.md: SIGKILL at random moments."""
     program = Path(wavear.__file__).parents[1] / "bench" / "kills.py"
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(program.parents[1])}
     command = [sys.executable, str(program), "--kills", "3", "--per-run", "3", "--steps", "14"]
@@ -312,7 +312,7 @@ def test_killed_runs_equal_uninterrupted():
 
 @pytest.mark.slow
 def test_workers_end_with_a_run_killed_at_their_start():
-    """The loader's own watch begins after the workers have, and would never end."""
+    """The loader's own watchdog begins too late, after the workers, and would leave them alive."""
     program = """if True:
         import os, time, torch
         from wavear.training.loop import _begin_worker
@@ -329,7 +329,7 @@ def test_workers_end_with_a_run_killed_at_their_start():
         assert run.stdout is not None
         assert run.stdout.readline() == "workers started\n"
         run.kill()
-        rest, _ = run.communicate(timeout=60)  # the end of the pipe: nobody holds it any more
+        rest, _ = run.communicate(timeout=60)  # the pipe ends once no process holds it
     assert rest == ""
 
 
@@ -354,7 +354,7 @@ def test_training_works_outside_the_main_thread(tones, tmp_path):
 
 
 def test_best_is_chosen_among_current_held_out_recordings(tones, tmp_path, lines):
-    """Silence is easy to predict: a run resumed without it would keep its first best for ever."""
+    """Silence is easy to predict: a run resumed without it would never replace its first best."""
     for name, level in (("easy", 0.0), ("hard", 0.3)):
         noise = np.random.default_rng(0).standard_normal(4000)
         (tmp_path / name).mkdir()
@@ -403,7 +403,7 @@ def test_damaged_state_is_reported_and_the_previous_one_used(tones, tmp_path, li
         assert (out / file).read_bytes() == (straight / file).read_bytes()
 
 
-def test_run_of_the_first_layout_is_resumed(tones, tmp_path):
+def test_run_of_the_first_layout_resumes(tones, tmp_path):
     """It has one state, without "run", and a record without later settings."""
     train(config_of(tones, tmp_path / "straight", max_steps=6))
     out = tmp_path / "parts"
@@ -425,7 +425,7 @@ def test_run_of_the_first_layout_is_resumed(tones, tmp_path):
     assert not (out / "resume.safetensors").exists()  # `keep_last` counts it
 
 
-def test_run_killed_before_its_first_state_begins_anew(tones, tmp_path):
+def test_run_killed_before_its_first_state_restarts(tones, tmp_path):
     for name in ("straight", "killed"):
         train(config_of(tones, tmp_path / name, max_steps=3))
     for path in (tmp_path / "killed" / "states").iterdir():
@@ -589,7 +589,7 @@ def test_bf16_gradient_is_that_of_float32_up_to_rounding(tones, tmp_path):
 
 
 def test_input_noise_affects_the_past_only(tones):
-    """A model without input of the past has the loss that it has without noise."""
+    """Noise does not change the loss of a model whose past has no weight."""
     model = settings_model()
     batch, layout = batch_of(tones, model, 1), layout_of(model, 512)
 

@@ -81,7 +81,7 @@ def test_every_weight_is_stepped_by_one_optimizer(name: str):
 
 
 def test_both_equals_its_parts():
-    """With learning rates set through `param_groups`, and after a state was loaded."""
+    """Also with learning rates set through `param_groups`, and after a state is loaded."""
 
     def parts(a: nn.Parameter, b: nn.Parameter) -> list[torch.optim.Optimizer]:
         muon = torch.optim.Muon([a], lr=1.0, momentum=0.95, adjust_lr_fn="match_rms_adamw")

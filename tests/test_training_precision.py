@@ -1,4 +1,4 @@
-"""The precision of a run: limits of the model, the measurement, and what a resumed run keeps."""
+"""The precision of a run: limits of the model, the measurement, and resumed runs."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_requested_precision_is_used(monkeypatch):
     assert choice(precision="bf16")[0] == "bf16"
 
 
-def test_law_over_values_needs_float32_unless_the_model_allows_bf16(monkeypatch):
+def test_distribution_over_values_needs_float32_unless_the_model_allows_bf16(monkeypatch):
     measured(monkeypatch, 2.5)
     settings: dict[str, Any] = {"law": "laplace", "classes": 65536}
     model: Any = wavear.WaveNet(config_of("-", "-", **settings).model_config())
@@ -80,8 +80,8 @@ def test_speedup_is_measured_once_and_draws_nothing():
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_speedup_is_that_of_the_products(monkeypatch):
-    """With a clock that shows 3 s for each float32 product and 2 s for each in bf16."""
+def test_speedup_is_the_ratio_of_product_times(monkeypatch):
+    """The clock shows 3 s for each float32 product and 2 s for each bf16 product."""
     ticks: list[float] = []
     real = torch.nn.functional.linear
 
@@ -113,7 +113,7 @@ def test_run_records_and_logs_its_precision(tones, tmp_path, monkeypatch, caplog
 def test_resume_keeps_the_precision_and_equals_uninterrupted(
     tones, tmp_path, monkeypatch, speedup: float
 ):
-    """Whatever would be measured by then: bit for bit."""
+    """Bit for bit, also if the resumed run would measure another speedup."""
     settings: dict[str, Any] = {"precision": "auto", "optimizer": "muon"}
     measured(monkeypatch, speedup)
     train(config_of(tones, tmp_path / "straight", **settings))
@@ -126,7 +126,7 @@ def test_resume_keeps_the_precision_and_equals_uninterrupted(
 
 
 def test_run_uses_the_precision_of_the_first_process(tones, tmp_path, monkeypatch):
-    """Every process measures for itself; what the first one broadcasts counts."""
+    """Every process measures, and all use the result of the first."""
     measured(monkeypatch, 2.0)
     real, step = SingleDeviceStrategy.broadcast, TrainingModule.training_step
     used: list[torch.dtype | None] = []

@@ -79,7 +79,7 @@ def assert_alike(one: Path, other: Path, tolerance: float = 1e-5) -> None:
 
 
 def slurm_task(rank: int, world: int, port: str) -> dict[str, str]:
-    """Return what srun sets for one task per node; the nodes are this machine."""
+    """Return the variables of srun for one task per node, all on this machine."""
     names = {"NTASKS": world, "NNODES": world, "NTASKS_PER_NODE": 1, "PROCID": rank}
     names |= {"NODEID": rank, "LOCALID": 0, "JOB_ID": 1234, "JOB_NAME": "train"}
     variables = {f"SLURM_{name}": str(value) for name, value in names.items()}
@@ -145,9 +145,9 @@ def test_inconsistent_environments_are_refused(change: dict[str, str], message: 
     [("adamw", 1e-5), pytest.param("muon", 1e-3, marks=pytest.mark.slow)],
 )
 def test_two_processes_train_like_one(tones, tmp_path, optimizer, tolerance):
-    """Lightning's DDP over gloo.
+    """The processes use Lightning's DDP over gloo.
 
-    Muon rounds the gradient to bfloat16: a last bit of it can become one of 256 parts of an update.
+    Muon rounds the gradient to bfloat16, so its last bit can change an update by a part in 256.
     """
     settings: dict[str, Any] = {"max_steps": 3, "batch_size": 4, "validate_every": 2}
     config = config_of(tones, tmp_path / "two", optimizer=optimizer, **settings)
@@ -158,7 +158,7 @@ def test_two_processes_train_like_one(tones, tmp_path, optimizer, tolerance):
 
 
 def test_non_finite_loss_in_one_process_stops_both_before_the_step(tones, tmp_path):
-    """Nothing hangs, and the batch of the process in question is saved."""
+    """Neither process hangs, and the run saves the batch with the non-finite loss."""
     out = tmp_path / "run"
     job = start(config_of(tones, out, batch_size=4), tmp_path, *TWO, kind="broken")
     _, errors = job.communicate(timeout=240)
@@ -186,7 +186,7 @@ def test_resumed_processes_equal_uninterrupted_ones(tones, tmp_path):
 
 @pytest.mark.parametrize("launcher", ["srun", pytest.param("torchrun", marks=pytest.mark.slow)])
 def test_two_nodes_train_like_one_process(tones, tmp_path, launcher):
-    """The environment of srun with two tasks, and two torchruns, each a node."""
+    """Two nodes are two tasks of srun, or two torchruns."""
     held = str(shutil.copytree(tones, tmp_path / "held"))
     settings: dict[str, Any] = {"max_steps": 3, "batch_size": 4, "validate_every": 2}
     two = config_of(tones, tmp_path / "two", validation=held, **settings)
@@ -207,7 +207,7 @@ def test_two_nodes_train_like_one_process(tones, tmp_path, launcher):
 
 @pytest.mark.slow
 def test_slurm_task_saves_on_its_signal_and_resumes(tones, tmp_path):
-    """`sbatch --signal=USR1@120`."""
+    """The signal is that of `sbatch --signal=USR1@120`."""
     out = tmp_path / "run"
     settings: dict[str, Any] = dict.fromkeys(("max_steps", "checkpoint_every"), 4000)
     settings["validate_every"] = 4000

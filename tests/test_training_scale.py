@@ -42,7 +42,7 @@ def gradients(
 def test_checkpointed_activations_give_the_same_gradient_in_less_memory(
     tones, dtype, unconditional
 ):
-    """To the bit: the same operations on the same numbers."""
+    """Bit for bit: the same operations on the same numbers."""
     settings: dict[str, Any] = {"layers": 8, "kernel_size": 3, "unconditional": unconditional}
     model = wavear.WaveNet(config_of("-", "-", **settings).model_config())
     plain, most = gradients(tones, model, dtype)
@@ -62,7 +62,7 @@ def test_run_with_checkpointed_activations_is_the_same(tones, tmp_path):
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 def test_compiled_layers_give_the_gradient_of_plain_ones(tones):
-    """To the rounding of float32: kernels are fused, and sums may be taken in another order."""
+    """Within float32 rounding: fused kernels may add in another order."""
     from torch._dynamo.utils import counters
 
     config = config_of("-", "-", layers=6, kernel_size=3, compile=True)

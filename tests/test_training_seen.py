@@ -1,4 +1,4 @@
-"""What a run reports: bits by loudness and speaker, the average's distance, waits, and loggers."""
+"""Reports of a run: bits by loudness and speaker, the average's distance, waits, loggers."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.fixture(scope="module")
 def fading(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Write tones that fade, of the speakers a and b."""
+    """Write fading tones of the speakers a and b."""
     root = tmp_path_factory.mktemp("fading")
     generator = np.random.default_rng(0)
     for number in range(6):
@@ -196,7 +196,9 @@ def wandb_calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Any]]:
     return calls
 
 
-def test_weights_and_biases_gets_what_tensorboard_gets(fading, tmp_path, wandb_calls, monkeypatch):
+def test_weights_and_biases_receives_the_metrics_of_tensorboard(
+    fading, tmp_path, wandb_calls, monkeypatch
+):
     clip = np.zeros(200, np.float32)
     free = FreeRun({"score": 1.0, "log_mel": 1.0}, [(clip, clip)], {"level_error": 0.5})
     monkeypatch.setattr(callbacks, "free_run", lambda *_: free)
@@ -220,7 +222,7 @@ def test_weights_and_biases_gets_what_tensorboard_gets(fading, tmp_path, wandb_c
     wandb_calls.clear()
     train(config_of(fading, out, max_steps=12, resume=True, **settings))
     (again,) = [values for kind, values in wandb_calls if kind == "init"]
-    assert again["id"] == init["id"]  # the same run there
+    assert again["id"] == init["id"]  # the same run of Weights & Biases
 
 
 # --- dropout of conditioning
@@ -261,7 +263,7 @@ def test_hidden_frames_become_the_mean_and_others_stay(fading, monkeypatch):
 
 
 def test_frames_are_hidden_in_training_only(fading, tmp_path):
-    """With a learning rate of almost 0 the held-out bits are those of the initial weights."""
+    """A learning rate near 0 keeps the initial weights, and with them the held-out bits."""
     settings: dict[str, Any] = {"learning_rate": 1e-30, "weight_decay": 0.0, "max_steps": 10}
     bits, losses = [], []
     for share in (0.0, 0.5):
@@ -277,7 +279,7 @@ def test_frames_are_hidden_in_training_only(fading, tmp_path):
 
 
 def test_held_out_manifest_has_the_recordings_of_the_run(fading, tmp_path):
-    """A file too short for a mel frame is not one of them; tar shards are refused."""
+    """The manifest omits files too short for a mel frame; tar shards are refused."""
     data, out, manifest = tmp_path / "data", tmp_path / "run", tmp_path / "held.jsonl"
     shutil.copytree(fading, data)
     for number in range(40):  # short ones, of which some would be held out by their names

@@ -58,7 +58,7 @@ def make(config) -> Any:
 
 
 def make_codes(config, batch, total):
-    """About silence, so that continuous laws see values of their own size."""
+    """Return codes near silence, where distributions over values have their mass."""
     spread = min(config.classes, 2000)
     return torch.randint(spread, (batch, total)) + (config.classes - spread) // 2
 
@@ -79,7 +79,7 @@ def part(cond, start, stop):
 
 
 def run_steps(model, given, state, cond=None):
-    """Parameters (B, P, T) of stepping with each of `given` (B, T)."""
+    """Step with each of `given` (B, T), and return the parameters (B, P, T)."""
     rows = []
     for t in range(given.shape[1]):
         cond_t = None if cond is None else cond[:, :, min(t, cond.shape[2] - 1)]
@@ -105,8 +105,8 @@ def reach_of(model, codes, cond, t):
     parameters = model(codes, cond)
     (parameters[0, :, t] * torch.randn(parameters.shape[1], dtype=torch.float64)).sum().backward()
     handle.remove()
-    # In front of the samples stand the silence of a patch and the start code; the last sample is
-    # not seen at all.
+    # A patch of silence and the start code precede the samples; no output depends on the last
+    # sample.
     reach = embedded[0].grad[0, model.config.patch + 1 :].abs().sum(dim=1) > 0
     return torch.cat([reach, torch.zeros(1, dtype=torch.bool)])
 
@@ -115,8 +115,7 @@ def reach_of(model, codes, cond, t):
 def test_output_depends_on_exactly_the_receptive_field(config):
     """The gradient of the output at t is zero at samples from t on and before the field."""
     model = make(config)
-    # ReLUs are closed for some inputs; for all of a hidden layer at once only by an unlikely
-    # chance.
+    # A ReLU has no gradient for some inputs, but hardly ever all of a hidden layer at once.
     field, patch = config.receptive_field, config.patch
     first = -(-(field + 2) // patch) * patch
     total = first + 2 * patch
@@ -124,7 +123,7 @@ def test_output_depends_on_exactly_the_receptive_field(config):
     for place in range(patch):
         t = first + place
         expected = torch.zeros(total, dtype=torch.bool)
-        # The field is that of the last sample of a patch; those before it see what it sees.
+        # The field is that of the last sample of a patch; the others reach as far back.
         expected[t - field + patch - 1 - place : t] = True
         assert reach_of(model, codes, cond, t).tolist() == expected.tolist()
 
@@ -141,12 +140,12 @@ def test_receptive_field_of_known_shapes():
 )
 @pytest.mark.parametrize("past", [0, 2, 9])
 def test_attention_equals_the_formula(total, window, past):
-    """Softmax over the keys at distance 0 to window - 1, written out densely."""
+    """Compute softmax over the keys at distance 0 to window - 1, densely."""
     q, k, v = torch.randn(3, 2, 3, total + past, 4, dtype=torch.float64)
     distance = torch.arange(total + past)[:, None] - torch.arange(total + past)
     scores = (q @ k.mT / 2).masked_fill((distance < 0) | (distance >= window), -math.inf)
     expected = (torch.softmax(scores, dim=-1) @ v)[:, :, past:]
-    # Positions before the past must not be seen, whatever they hold.
+    # Positions before the past must have no effect.
     k, v = (torch.nn.functional.pad(t, (0, 0, window, 0), value=7.0)[:, :, past:] for t in (k, v))
     valid = (torch.arange(window) >= window - past).expand(2, -1)
     found = attend_within(q[:, :, past:], k, v, valid)
@@ -157,7 +156,7 @@ def test_attention_equals_the_formula(total, window, past):
     "config", [SHAPES["sample by sample"], SHAPES["mel"]], ids=["sample by sample", "mel"]
 )
 def test_forward_equals_the_equations(config):
-    """Written out position by position, with complex rotations by the absolute position."""
+    """Compute each position in turn, with complex rotations by the absolute position."""
     model = make(config)
     total, patch, heads = 40, config.patch, config.heads
     codes, cond = make_codes(config, 1, total), make_cond(model, 1, total)
@@ -208,7 +207,7 @@ def test_forward_equals_the_equations(config):
 
 @pytest.mark.parametrize("position", [0, 5, 63, 10**12])
 def test_rotated_products_depend_on_distances_only(position):
-    """In float32, after 2000 years of audio, as at its beginning."""
+    """In float32, also after 2000 years of audio."""
     window, channels = 64, 16
     angles, period = turns(channels, window), rotation_period(window)
     q, k = torch.randn(2, channels)
@@ -221,7 +220,7 @@ def test_rotated_products_depend_on_distances_only(position):
         ).sum(dim=1)
 
     torch.testing.assert_close(products(position), products(1000), rtol=0, atol=1e-5)
-    # Angles in bfloat16 itself would be off by a whole turn.
+    # Angles computed in bfloat16 would be off by a whole turn.
     place = torch.tensor(position + 61)
     for rough, fine in zip(
         rotation(place, angles, period, q.bfloat16()),
@@ -248,7 +247,7 @@ def test_all_distances_in_a_window_are_distinct(window):
 @pytest.mark.parametrize("law", ["categorical", "logistic_mixture"])
 @pytest.mark.parametrize("before", [0, 1, 3])
 def test_patches_are_factorised_exactly(law, before):
-    """The probabilities of all sequences of a patch and one sample more sum to one."""
+    """Probabilities of all sequences of a patch and one more sample add up to one."""
     config = TransformerConfig(layers=1, window=2, patch=3, classes=4, law=law, mixtures=2, **SMALL)
     model = make(config)
     sequences = torch.tensor(list(itertools.product(range(4), repeat=4)))
@@ -257,7 +256,7 @@ def test_patches_are_factorised_exactly(law, before):
     with torch.no_grad():
         nats = model.law.log_prob(model(codes), codes)[:, before:].sum(dim=1)
         assert math.isclose(float(nats.exp().sum()), 1.0, rel_tol=1e-10)
-        # And every sample has an effect on those after it.
+        # Every sample has an effect on later ones.
         for place in range(1, 4):
             changed = codes.clone()
             changed[:, before + place - 1] = (codes[:, before + place - 1] + 1) % 4
@@ -272,7 +271,7 @@ def test_patches_are_factorised_exactly(law, before):
 @settings(max_examples=4, deadline=None, derandomize=True)
 @given(cuts=st.lists(st.integers(1, 20), min_size=2, max_size=4))
 def test_segments_with_memory_equal_one_long_forward(config, cuts):
-    """However the audio is cut: keys and values of earlier segments are seen."""
+    """For any cuts, a segment sees the keys and values of earlier segments."""
     model = make(config)
     total = sum(cuts)
     codes, cond = make_codes(config, 2, total), make_cond(model, 2, total)
@@ -292,7 +291,7 @@ def test_segments_with_memory_equal_one_long_forward(config, cuts):
 
 @pytest.mark.parametrize("begin", [12, 14], ids=["at a patch", "inside a patch"])
 def test_gradients_end_at_the_memory(begin):
-    """A segment's gradients equal those of the long forward's; none reaches the past."""
+    """A segment's gradients equal those of one long forward; none reaches the past."""
     config = TransformerConfig(layers=2, window=4, patch=4, classes=16, **SMALL)
     model = make(config)
     codes = make_codes(config, 2, 30)
@@ -308,7 +307,7 @@ def test_gradients_end_at_the_memory(begin):
     (model(codes[:, begin:], None, state, codes[:, begin - 1]) * weights).sum().backward()
     long, before, segment = (e.grad for e in embedded)
     assert before is None
-    # From the segment's first whole patch on, a sample is read by positions of the segment alone.
+    # From its first whole patch on, only positions of the segment itself read its samples.
     whole, margin = -(-begin // 4) * 4, config.patch + 1
     torch.testing.assert_close(
         segment[:, margin + whole - begin :], long[:, margin + whole :], **EXACT
@@ -317,8 +316,8 @@ def test_gradients_end_at_the_memory(begin):
 
 
 @shapes
-def test_rows_at_different_times(config):
-    """Rows that began at different samples, in one `forward` and `step`, equal single ones."""
+def test_rows_at_different_times_equal_single_rows(config):
+    """Rows at different times, in one `forward` and `step`, equal single rows."""
     model = make(config)
     times = [0, 1, config.patch + 1, 3 * config.window * config.patch + 2]
     codes = make_codes(config, len(times), max(times) + 40)
@@ -350,7 +349,7 @@ def test_rows_at_different_times(config):
 
 
 def test_exported_states_are_in_order():
-    """The oldest position first, the newest last, at any time; zeros before the first; copies."""
+    """At any time the oldest position comes first, after zeros; the tensors are copies."""
     config = SHAPES["patches"]
     model = make(config)
     with torch.no_grad():
@@ -389,7 +388,7 @@ def test_damaged_states_are_refused(name, value):
 
 
 class _Sizes(TorchDispatchMode):
-    """The numbers in the largest floating-point tensor that any operation makes."""
+    """Record the size of the largest floating-point tensor that any operation makes."""
 
     largest = 0
 
@@ -420,7 +419,7 @@ def test_prefill_equals_steps_in_bounded_memory(monkeypatch):
 
 
 def test_attention_memory_is_linear_in_the_length():
-    """Not with its square: a window's products for each query are the most that is held."""
+    """The largest tensor holds the products of each query with its window."""
     model = make(SHAPES["sample by sample"])
     found = []
     for total in (256, 512):
@@ -432,7 +431,7 @@ def test_attention_memory_is_linear_in_the_length():
 
 @shapes
 def test_step_never_reads_a_value(config):
-    """On the meta device reading is an error: so a CUDA graph can capture the step."""
+    """Reading on the meta device is an error. A CUDA graph can capture such a step."""
     model = Transformer(config).to("meta")
     state = model.init_state(2)
     addresses = [
@@ -451,7 +450,7 @@ def test_step_never_reads_a_value(config):
 
 @pytest.mark.parametrize("patch", [1, 4])
 def test_output_depends_on_conditioning_up_to_its_sample(patch):
-    """The output at t depends on the conditioning up to t, and on none to come."""
+    """The output at t depends on the conditioning at t, and not on later conditioning."""
     config = TransformerConfig(layers=2, window=3, patch=patch, classes=16, mel=MEL, **SMALL)
     model = make(config)
     codes = make_codes(config, 1, 24)
@@ -463,7 +462,7 @@ def test_output_depends_on_conditioning_up_to_its_sample(patch):
 
 
 def test_runs_in_bfloat16():
-    """As in mixed training: weights in bfloat16, the state in float32."""
+    """Weights in bfloat16 and a state in float32, as in mixed training."""
     config = SHAPES["patches"]
     model = make(config).float()
     codes = make_codes(config, 2, 60)
@@ -479,7 +478,7 @@ def test_runs_in_bfloat16():
             previous = codes[:, start + 29]
     assert state.keys[0].dtype == torch.float32
     assert found[0].dtype == torch.bfloat16
-    # bfloat16 has 8 bits: an error of 2^-9 at each of some tens of operations on numbers near one.
+    # bfloat16 has 8 bits: each of a few tens of operations on numbers near one is off by 2^-9.
     torch.testing.assert_close(
         torch.cat(found, dim=2).float(),
         expected,
@@ -488,8 +487,8 @@ def test_runs_in_bfloat16():
     )
 
 
-def test_cost_is_that_of_the_matrices():
-    """Counted from what a step multiplies, over one patch and beyond the first window."""
+def test_cost_equals_the_size_of_the_matrices():
+    """Count the products of a step, over one patch and beyond the first window."""
     config = TransformerConfig(layers=3, window=4, patch=4, classes=16, speakers=2, **SMALL)
     model = Transformer(config)
     counted = 0

@@ -1,4 +1,4 @@
-"""The Triton engine: compiled ahead of time for cards that are not here, and on a card."""
+"""The Triton engine, compiled ahead of time for cards that need not be here, and on a card."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ SHAPE_A = WaveNetConfig(
 WIDE = WaveNetConfig(
     layers=30, stacks=3, kernel_size=3, residual_channels=128, skip_channels=128, mel=MelConfig()
 )
-SHARED = 163 * 1024  # bytes that a block may have on sm_80, the least of the cards it supports
+SHARED = 163 * 1024  # bytes of a block on sm_80, the fewest of all supported cards
 
 
 def compiled(config: WaveNetConfig, weights: str, capability: int, **flags: bool) -> Any:
-    """The kernel `run`, compiled for a card that need not be here."""
+    """Return the kernel `run`, compiled for a card that need not be here."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
@@ -108,13 +108,13 @@ slow = [pytest.param(*case, id=name, marks=pytest.mark.slow) for name, case in S
     [*(pytest.param(*case, id=name) for name, case in COMPILED.items()), *slow],
 )
 def test_compiles_to_machine_code_that_fits_a_block(config, weights, capability, flags, tmp_path):
-    """On tensor cores, with barriers between threads that write and threads that read."""
+    """The code uses tensor cores, and barriers between writing and reading threads."""
     made = compiled(config, weights, capability, **flags)
     ptx = made.asm["ptx"]
     assert made.metadata.shared <= SHARED
     assert "mma.sync" in ptx
     assert ptx.count("bar.sync") >= 4
-    assert "cp.async" in ptx  # weights are fetched ahead
+    assert "cp.async" in ptx  # prefetches weights
     assert len(made.asm["cubin"]) > 10_000
     tool = (
         shutil.which("cuobjdump")
@@ -128,7 +128,7 @@ def test_compiles_to_machine_code_that_fits_a_block(config, weights, capability,
 
 
 def test_auto_on_a_card(monkeypatch):
-    """triton for a WaveNet where it can run, else cuda-graph with a reason."""
+    """A WaveNet gets triton where it can run, otherwise cuda-graph and a reason."""
     device = torch.device("cuda")
     wavenet, other = WaveNet(WaveNetConfig(layers=1, stacks=1)), torch.nn.Linear(1, 1)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Old Card")
@@ -150,7 +150,7 @@ def test_auto_on_a_card(monkeypatch):
         assert choice.pick(wavenet, device) == "cuda-graph"
 
 
-# On a card. Nats of the worst sample: see tests/test_triton_interpreted.py.
+# On a card. In nats of the worst sample, see tests/test_triton_interpreted.py.
 BOUNDS = {"float32": 1e-4, "bfloat16": 0.1, "float16": 0.01}
 
 
@@ -229,5 +229,5 @@ def test_on_a_card_free_running_codes_equal_the_reference(settings):
     cond = torch.randn(2, model.config.conditioning_channels, 1, device="cuda")
     found = TritonEngine(model, 2).generate(uniforms, cond, **settings)
     expected = ReferenceEngine(model, 2).generate(uniforms, cond, **settings)
-    # A uniform within 1e-6 of a boundary between two codes parts the engines for good.
+    # After a uniform within 1e-6 of a boundary between two codes the engines differ for good.
     assert (found == expected).mean() > 0.5

@@ -14,7 +14,7 @@ pytest.importorskip("triton")
 
 
 def run_interpreted(name: str, markers: str = "not slow") -> None:
-    """Run a file of tests in a process in which Triton has not been imported otherwise."""
+    """Run a file of tests in a process of its own, which imports Triton with its interpreter."""
     file = Path(__file__).parent / name
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", markers]
     environment = {**os.environ, "TRITON_INTERPRET": "1"}

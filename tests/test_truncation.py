@@ -41,7 +41,7 @@ def make(gain: float = 6.0, **settings: Any) -> WaveNet:
 
 
 def constant(logits: list[float]) -> WaveNet:
-    """A model whose logits are these always."""
+    """Return a model with these logits at every sample."""
     model = make(classes=len(logits))
     with torch.no_grad():
         for parameter in model.parameters():
@@ -53,7 +53,7 @@ def constant(logits: list[float]) -> WaveNet:
 @truncations
 @pytest.mark.parametrize("classes", [40, 256, 7])
 def test_engines_draw_the_same_codes(truncation, classes):
-    """At most one stream differs, where a uniform falls on float32's rounding."""
+    """At most one stream differs, at a uniform within float32 rounding of an edge."""
     model = make(classes=classes)
     draws = np.stack([uniforms(seed, 0, 300) for seed in range(4)])
     reference, numba = ReferenceEngine(model, 4), NumbaEngine(model, 4)
@@ -68,7 +68,7 @@ def test_engines_draw_the_same_codes(truncation, classes):
 
 @truncations
 def test_compiled_draw_equals_the_definition_on_given_logits(truncation):
-    """Teacher-forced, with constant logits: one code at the edge does not hide the others."""
+    """The logits are constant, so one code at an edge does not change later ones."""
     logits = torch.randn(40, generator=torch.Generator().manual_seed(5)) * 2
     logits[[3, 17, 30]] = logits.max()  # ties at the top
     model = constant(logits.tolist())
@@ -77,7 +77,7 @@ def test_compiled_draw_equals_the_definition_on_given_logits(truncation):
     temperature = truncation.get("temperature", 1.0)
     cut = {name: value for name, value in truncation.items() if name != "temperature"}
     theirs = sample(logits.expand(20_000, 40), torch.from_numpy(draws[0]), temperature, **cut)
-    assert (ours == theirs.numpy()).mean() > 0.9999  # 1e-6 of uniforms lie at an edge
+    assert (ours == theirs.numpy()).mean() > 0.9999  # one uniform in a million lies at an edge
 
 
 @pytest.mark.parametrize("weights", ["float32", "bfloat16", "int8"])
@@ -116,7 +116,7 @@ def test_two_cores_have_the_same_bits():
 
 
 @ENGINES
-def test_asking_for_log_probabilities_changes_no_sample(engine):
+def test_log_probabilities_do_not_change_samples(engine):
     model = make()
     plain = wavear.generate(model, samples=200, seed=[1, 2], engine=engine)
     asked, scores = wavear.generate(
@@ -130,8 +130,8 @@ def test_asking_for_log_probabilities_changes_no_sample(engine):
 @pytest.mark.parametrize(
     "drawn", [{}, {"temperature": 0.6}, {"top_k": 4}, {"top_p": 0.5, "temperature": 1.5}], ids=str
 )
-def test_log_probability_is_that_of_the_models_own_law(engine, drawn):
-    """Whatever the sample was drawn with: what `score` says of it."""
+def test_log_probability_ignores_truncation(engine, drawn):
+    """For any temperature and truncation it equals `score`."""
     model = make(mel=MEL)
     mel = torch.randn(2, 5, 10, generator=torch.Generator().manual_seed(1))
     waveform, scores = wavear.generate(
@@ -223,6 +223,6 @@ def test_candidates_have_seeds_of_their_own():
         ({"best_of": 2, "argmax": True}, "best_of is 2, and there is one argmax"),
     ],
 )
-def test_what_is_out_of_range_is_refused(arguments, message):
+def test_values_out_of_range_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         wavear.generate(make(), samples=10, **arguments)

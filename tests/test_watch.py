@@ -1,4 +1,4 @@
-"""The watch on generated audio: finds the failures, and lets recordings pass."""
+"""The watch on generated audio finds failures, and none in recordings."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def kinds(waveform: Any, **settings: Any) -> list[str]:
 
 
 def voice(seconds: float, level: float = 0.3) -> np.ndarray:
-    """A buzz whose pitch and level move, with noise 40 dB below."""
+    """Return a buzz of varying pitch and level, with noise 40 dB below."""
     time = np.arange(int(seconds * RATE)) / RATE
     phase = 2 * np.pi * np.cumsum(120 + 20 * np.sin(3 * time)) / RATE
     buzz = sum(np.sin(k * phase) / k for k in range(1, 15)) * (0.6 + 0.4 * np.sin(7 * time))
@@ -52,7 +52,7 @@ def generated(network: WaveNet, seconds: float = 2.0, **settings: Any) -> np.nda
     return wavear.generate(network, samples=int(seconds * RATE), seed=1, **settings)[0].numpy()
 
 
-# ---- failures as models have them
+# ---- failures of models
 
 
 def test_an_untrained_model_makes_noise():
@@ -63,7 +63,7 @@ def test_an_untrained_model_makes_noise():
     assert "temperature of 0.8" in finding.advice
 
 
-def test_a_model_that_knows_silence_alone_collapses_into_it():
+def test_a_model_of_only_silence_is_reported_as_silence():
     network = model()
     with torch.no_grad():
         network.head[3].bias[128] += 50  # type: ignore[union-attr]
@@ -71,7 +71,7 @@ def test_a_model_that_knows_silence_alone_collapses_into_it():
     assert (finding.kind, finding.start, round(finding.stop)) == ("silence", 0.0, 2)
 
 
-def test_a_model_that_sticks_to_a_code_stands_still():
+def test_a_model_of_a_single_code_is_reported_as_constant():
     network = model()
     with torch.no_grad():
         network.head[3].bias[200] += 50  # type: ignore[union-attr]
@@ -81,8 +81,8 @@ def test_a_model_that_sticks_to_a_code_stands_still():
     assert f"a constant ({value:.2f})" in found[0].what
 
 
-def test_the_argmax_of_a_model_is_a_loop_or_a_standstill():
-    """A finite receptive field without chance: a cycle of three codes, made by its embedding."""
+def test_argmax_of_a_model_is_reported_as_a_loop():
+    """Without randomness the embedding leads through a cycle of three codes."""
     network = model()
     with torch.no_grad():
         for parameter in network.parameters():
@@ -106,7 +106,7 @@ def test_the_argmax_of_a_model_is_a_loop_or_a_standstill():
     assert "argmax" in finding.advice
 
 
-def test_noise_that_takes_over_is_found_where_it_begins():
+def test_noise_is_found_where_it_begins():
     waveform = np.concatenate(
         [voice(2), np.random.default_rng(0).normal(0, 0.2, 2 * RATE).astype(np.float32)]
     )
@@ -116,32 +116,29 @@ def test_noise_that_takes_over_is_found_where_it_begins():
     assert abs(finding.stop - 4) < 0.1
 
 
-def test_a_sound_that_dies_is_found_where_it_dies():
+def test_silence_is_found_where_it_begins():
     codes = mulaw_encode(torch.from_numpy(voice(2)))
-    codes[RATE:] = (
-        128 + torch.arange(len(codes) - RATE) % 2
-    )  # silence, as models make it: two codes
+    codes[RATE:] = 128 + torch.arange(len(codes) - RATE) % 2  # models make silence of two codes
     (finding,) = watch(mulaw_decode(codes), RATE)
     assert finding.kind == "silence"
     assert abs(finding.start - 1) < 0.05
 
 
-def test_clipping_is_found_by_its_share():
+def test_clipping_is_reported_with_its_share():
     clean = voice(2)
     assert kinds(clean) == []
     (finding,) = watch(np.clip(8 * clean, -1, 1), RATE)
     assert finding.kind == "clipping"
     share = (np.abs(8 * clean) >= 0.999).mean()
     assert f"{share:.2%} of the samples" in finding.what
-    assert (
-        kinds(np.clip(clean / np.abs(clean).max(), -1, 1)) == []
-    )  # one sample at full scale is none
+    # A single sample at full scale is not clipping.
+    assert kinds(np.clip(clean / np.abs(clean).max(), -1, 1)) == []
 
 
-# ---- beside a mel
+# ---- compared with a mel
 
 
-def test_audio_that_is_silent_where_the_mel_is_not():
+def test_audio_quieter_or_louder_than_the_mel_is_found():
     waveform = voice(3)
     mel = log_mel(torch.from_numpy(waveform)[None], MEL)[0]
     assert kinds(waveform, mel=mel, config=MEL) == []
@@ -160,48 +157,48 @@ def test_audio_that_is_silent_where_the_mel_is_not():
 @pytest.mark.parametrize(
     "base", [{"log_base": "10"}, {"log_base": "db"}, {"log_base": "db", "power": 2.0}], ids=str
 )
-def test_the_same_in_other_conventions(base):
+def test_audio_quieter_than_a_mel_of_any_convention_is_found(base):
     config = MelConfig(**{**MEL.to_dict(), **base})
     waveform = voice(2)
     mel = log_mel(torch.from_numpy(waveform)[None], config)[0]
     assert kinds(waveform, mel=mel, config=config) == []
-    # 22 dB is what is found.
+    # A difference of 20 dB is not reported, one of 26 dB is.
     assert kinds(waveform / 10, mel=mel, config=config) == []
     (finding,) = watch(waveform / 20, RATE, mel=mel, config=config)
     assert "dB quieter than the mel" in finding.what
     assert abs(int(finding.what.split()[0]) - 26) <= 1
 
 
-def test_a_silence_that_the_mel_asks_for_is_none():
+def test_silence_that_the_mel_contains_is_not_found():
     waveform = np.zeros(2 * RATE, np.float32)
     mel = log_mel(torch.from_numpy(waveform)[None], MEL)[0]
     assert kinds(waveform) == ["silence"]
     assert kinds(waveform, mel=mel, config=MEL) == []
 
 
-# ---- what is right
+# ---- audio without failures
 
 
 @pytest.mark.parametrize("seconds", [0.001, 0.1, 0.9])
-def test_too_short_to_tell(seconds):
+def test_short_audio_has_no_finding(seconds):
     assert kinds(np.zeros(max(int(seconds * RATE), 1))) == []
 
 
-def test_a_pause_is_no_collapse():
+def test_a_pause_is_not_found():
     waveform = np.concatenate(
         [voice(1), np.zeros(2 * RATE, np.float32), voice(1), np.zeros(RATE // 2, np.float32)]
     )
     assert kinds(waveform) == []
 
 
-def test_what_is_quiet_is_not_silent():
+def test_quiet_audio_is_not_silence():
     assert kinds(voice(4, level=0.01)) == []  # -40 dB
 
 
 @pytest.mark.parametrize(
     "folder", ["kerstin_de", "ljspeech_mini", "cmu_arctic_slt", "vctk_mini", "sms_tools_sounds"]
 )
-def test_recordings_pass(folder, data_dir: Path):
+def test_recordings_have_no_findings(folder, data_dir: Path):
     paths = sorted(
         path for path in (data_dir / folder).rglob("*") if path.suffix in (".wav", ".flac")
     )

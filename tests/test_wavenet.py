@@ -61,7 +61,7 @@ def test_output_depends_on_exactly_the_receptive_field(config):
     )
     cond = make_cond(model, 1, -(-total // MEL.hop_length))
     cond = cond[:, :, :total] if cond is not None else None
-    # tanh(z) * sigmoid(z) may be flat by chance in one unit, not in the sum of all logits with
+    # tanh(z) * sigmoid(z) may happen to be flat in one unit, but not the sum of all logits with
     # random weights.
     logits = model(codes, cond)
     (logits[0, :, t] * torch.randn(config.classes, dtype=torch.float64)).sum().backward()
@@ -74,7 +74,7 @@ def test_output_depends_on_exactly_the_receptive_field(config):
 
 
 def test_receptive_field_of_a_known_shape():
-    # 10 layers double from 1 to 512: 1023 samples of past per stack, twice, and the sample before.
+    # Dilations 1 to 512: 1023 past samples in each of two stacks, and the sample before.
     assert WaveNetConfig(layers=20, stacks=2).receptive_field == 2047
     assert WaveNetConfig(layers=24, stacks=4, kernel_size=3).receptive_field == 1 + 4 * 2 * 63
 
@@ -92,8 +92,8 @@ def test_the_product_of_the_scales_is_the_hop():
 
 def test_interpolation_starts_linear():
     x = torch.tensor([[[0.0, 1.0, 3.0, 3.0]]])
-    # Between centres: the samples of 1 lie at -3/8, -1/8, 1/8, 3/8 of the distance to their
-    # neighbours.
+    # Interpolate between centres: the samples of a frame lie at -3/8, -1/8, 1/8, 3/8 of the
+    # distance between frames.
     expected = [0.625, 0.875, 1.25, 1.75, 2.25, 2.75, 3.0, 3.0]
     torch.testing.assert_close(
         Interpolation(1, 4)(x)[0, 0], torch.tensor(expected), rtol=0, atol=1e-6
@@ -155,7 +155,7 @@ def test_invalid_configurations_are_refused(settings, message):
 
 
 def test_forward_equals_the_equations_of_the_paper():
-    """Written out with matrix products, one sample at a time, from the whole history."""
+    """Compute matrix products, one sample at a time, from the whole past."""
     config = WaveNetConfig(layers=4, stacks=2, kernel_size=3, classes=16, mel=MEL, **SMALL)
     model = make(config)
     codes = torch.randint(16, (1, 24))

@@ -1,4 +1,4 @@
-"""Compile the kernels of the CPU engines into the tests' cache, in one process per core.
+"""Compile the kernels of the CPU engines into the user's cache, in one process per core.
 
 `make test` runs this first. Otherwise every worker of pytest would compile the same kernels.
 """
@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import os
 from concurrent.futures import ProcessPoolExecutor
-
-import conftest  # noqa: F401 -- sets the cache
 
 FAMILIES = ("WaveNet", "PredictiveWaveNet", "Transformer", "GRU", "Linear")  # the slowest first
 
