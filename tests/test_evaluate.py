@@ -541,7 +541,7 @@ def test_refusals(
         "void holds no audio files": ("mel", "void"),
         "speaker is 1, but the model was trained without": ("mel", "held", "--speaker", "1"),
         "speaker is 2; the model has speakers 0 to 1": ("speakers", "held", "--speaker", "2"),
-        "lies in no sub-folder": ("speakers", "held"),
+        "0.wav has no speaker. Put it into a sub-folder": ("speakers", "held"),
         "engine is 'steam'": ("mel", "held", "--engine", "steam"),
         "weights is 'int3'": ("mel", "held", "--weights", "int3"),
         "has only the evaluated clips": ("mel", "held", "--train-data", "held"),
