@@ -17,7 +17,7 @@ MEL = MelConfig(sample_rate=8000, n_fft=64, window_length=64, hop_length=20, ban
 @pytest.fixture
 def model():
     torch.manual_seed(0)
-    sizes = {"layers": 4, "residual_channels": 6, "skip_channels": 7, "head_channels": 8}
+    sizes: Any = {"layers": 4, "residual_channels": 6, "skip_channels": 7, "head_channels": 8}
     return WaveNet(WaveNetConfig(sample_rate=8000, mel=MEL, speakers=2, **sizes))
 
 

@@ -18,7 +18,7 @@ from wavear.data.recordings import Builder, Recordings
 from wavear.models.crop_loss import crop_loss, layout_of
 
 RATE = 8000
-MEL = {"sample_rate": RATE, "n_fft": 256, "window_length": 256, "hop_length": 64, "bands": 8}
+MEL: Any = {"sample_rate": RATE, "n_fft": 256, "window_length": 256, "hop_length": 64, "bands": 8}
 
 
 def noise(samples: int, seed: int = 0) -> np.ndarray:

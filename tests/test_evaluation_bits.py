@@ -287,6 +287,7 @@ def test_predictor_sees_only_the_past_and_blocks_equal_the_whole():
     changed[2000:] = 255 - changed[2000:]
     assert np.array_equal(bits_of(fitted, changed)[:2000], bits[:2000])
     order = fitted.receptive_field
+    assert order is not None
     later = bits_of(fitted, codes[500 - order :], first=order)
     assert later == pytest.approx(bits[500:], rel=1e-12)
 

@@ -180,6 +180,7 @@ def test_second_index_reads_no_file(corpus, looks):
     assert len(looks) == 31
     assert not list((corpus).glob(".*"))  # the data folder is unchanged
     assert first.folder == indexing.cached(corpus)
+    assert first.folder is not None
     assert first.folder.is_relative_to(os.environ["WAVEAR_CACHE"])
 
 

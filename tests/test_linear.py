@@ -333,6 +333,7 @@ def test_probabilities_are_integrals_over_each_code(kind):
     """scipy integrates between the edges where codes change, about a prediction made by hand."""
     model = model_of(kind)
     config, classes = model.config, model.grid.classes
+    assert model.receptive_field is not None
     past = np.random.default_rng(0).integers(
         classes // 3, 2 * classes // 3, model.receptive_field + 1
     )
@@ -470,6 +471,7 @@ def test_filling_a_state_equals_stepping():
         assert {name: value.tolist() for name, value in state.items()} == {
             n: v.tolist() for n, v in expected.items()
         }
+        assert model.receptive_field is not None
         assert filled.state(0)["past"].tolist() == [model.start_code] * model.receptive_field
 
 

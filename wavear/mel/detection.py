@@ -257,7 +257,7 @@ def _wrong_rate(frames: int, seconds: float, config: MelConfig) -> str:
 
 
 class _Statistics(NamedTuple):
-    """Of each band over the training data, (M, 1), in nepers."""
+    """Mean and deviation of each band over the training data, (M, 1), in nepers."""
 
     mean: Tensor
     deviation: Tensor
