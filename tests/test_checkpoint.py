@@ -1,6 +1,7 @@
 """Checkpoints: round trips; damaged and foreign ones are refused with a reason."""
 
 import json
+from typing import Any
 
 import pytest
 import torch
