@@ -121,15 +121,17 @@ def command(*words: str | Path) -> int:
 
 
 def refused(capsys: pytest.CaptureFixture, *words: str | Path, status: int = 1) -> str:
-    """Run a command that is refused; return its message on stderr."""
+    """Run a command that is refused; return its message on stderr, out of the parser's box."""
     try:
         got = command(*words)
     except SystemExit as stop:
         got = stop.code
     err = capsys.readouterr().err
     assert got == status, err
-    assert err.startswith("wavear: error: ")
     assert "Traceback" not in err
+    if status == 2:
+        return " ".join(err.translate(dict.fromkeys(map(ord, "│╭╮╰╯─"), " ")).split())
+    assert err.startswith("wavear: error: ")
     return err
 
 

@@ -2,6 +2,7 @@
 
 from wavear import audio
 from wavear.audio.mulaw import mulaw_decode, mulaw_encode
+from wavear.common.errors import WavearError
 from wavear.data import corpora
 from wavear.data.corpus import IndexReport, index
 from wavear.evaluation.evaluation import compare, compare_models, evaluate
@@ -49,6 +50,7 @@ __all__ = [
     "TransformerConfig",
     "WaveNet",
     "WaveNetConfig",
+    "WavearError",
     "adapt_mel",
     "audio",
     "compare",

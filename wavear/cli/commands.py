@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def demo(
     out: Folder = Path("demo"),
-    minutes: float = 3.5,
+    minutes: float | None = None,
     seed: int = 0,
     threads: int | None = None,
     overwrite: bool = False,
@@ -55,7 +55,7 @@ def demo(
     out
         Folder to write to: WAV files, a picture, the checkpoint.
     minutes
-        Minutes of training.
+        Minutes of training; by default those of the demo's recipe.
     seed
         Of the sounds, the training and the audio; 0 or more.
     threads
