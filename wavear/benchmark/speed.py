@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-import logging
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ import torch
 
 from wavear.benchmark.networks import config_of, described
 from wavear.common.errors import WavearError
+from wavear.common.log import get_logger
 from wavear.common.machine import available_cores, machine
 from wavear.generation.conditioner import Conditioner
 from wavear.generation.cpu.ceiling import Ceiling, Config, cost
@@ -28,7 +28,7 @@ from wavear.models.families import FAMILIES
 from wavear.models.linear import LinearConfig
 from wavear.models.sampling import uniforms
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 _CHUNK = 2048  # samples per call of the numba engine, as `wavear.generate` calls it
 _REFERENCE_CHUNK = 64  # of the reference engine, which needs a thousandth of a second for each

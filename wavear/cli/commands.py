@@ -2,7 +2,6 @@
 
 # Annotations are objects, not strings: tyro reads them.
 import dataclasses
-import logging
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,10 +15,11 @@ from wavear.cli.synthesis import generate, mel, synthesize
 from wavear.cli.training import recipe, run_training, train
 from wavear.common.atomic import say
 from wavear.common.errors import WavearError
+from wavear.common.log import get_logger
 from wavear.evaluation.records import EvaluateConfig
 
 __all__ = ["COMMANDS", "main", "recipe", "run_training"]
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

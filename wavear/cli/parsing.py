@@ -7,7 +7,6 @@ itself is wrong; 130 interrupted.
 from __future__ import annotations
 
 import functools
-import logging
 import os
 import sys
 import warnings
@@ -17,10 +16,10 @@ from typing import Any
 import tyro
 
 from wavear.common.errors import WavearError
-from wavear.common.log import setup_logging
+from wavear.common.log import get_logger, setup_logging
 from wavear.generation.mel_files import one_line
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 Command = Callable[[], int]  # parsed, to be run: returns the exit status
 _CONFIG = (tyro.conf.FlagCreatePairsOff, tyro.conf.OmitArgPrefixes)

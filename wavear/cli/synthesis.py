@@ -1,7 +1,6 @@
 """`wavear synthesize`, `wavear generate` and `wavear mel`."""
 
 # Annotations are objects, not strings: tyro reads them.
-import logging
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -11,11 +10,12 @@ from tyro.conf import Positional, arg
 from wavear.cli.arguments import Checkpoint, Folder, load_model
 from wavear.common.atomic import say
 from wavear.common.errors import WavearError
+from wavear.common.log import get_logger
 from wavear.generation.files import FORMATS, MelInput, Output, Report
 from wavear.generation.settings import Sampling
 from wavear.mel.spectrogram import MelConfig
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 Inputs = Annotated[Positional[list[Path]], arg(metavar="INPUT...", help_behavior_hint="(required)")]
 

@@ -1,4 +1,4 @@
-"""Set up logging for the command line; modules log through `logging.getLogger(__name__)`."""
+"""Set up logging for the command line; modules log through `get_logger(__name__)`."""
 
 from __future__ import annotations
 
@@ -31,6 +31,19 @@ def _show_warning(message: Any, category: Any, filename: str, *rest: Any) -> Non
         logging.getLogger("wavear").warning("%s", " ".join(str(message).split()))
     else:
         _python_shows(message, category, filename, *rest)
+
+
+def get_logger(name: str) -> logging.Logger:
+    """Return a module's logger; names of files that are not Unicode are escaped in its lines."""
+    logger = logging.getLogger(name)
+    logger.addFilter(_escaped)
+    return logger
+
+
+def _escaped(record: logging.LogRecord) -> bool:
+    line = record.getMessage()
+    record.msg, record.args = line.encode("utf-8", "backslashreplace").decode("utf-8"), None
+    return True
 
 
 def setup_logging(quiet: bool = False) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import logging
 import shlex
 import shutil
 from collections.abc import Sequence
@@ -13,6 +12,7 @@ from typing import Any
 
 from wavear.common.atomic import replace_file
 from wavear.common.errors import WavearError
+from wavear.common.log import get_logger
 from wavear.evaluation.records import (
     COMPARISON_PAGE,
     COMPARISON_RECORD,
@@ -28,7 +28,7 @@ from wavear.evaluation.records import (
     ModelTable,
 )
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 _DEFAULTS = EvaluateConfig()
 
 

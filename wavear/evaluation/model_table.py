@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import time
 from collections.abc import Sequence
@@ -15,6 +14,7 @@ import torch
 
 from wavear import audio
 from wavear.common.errors import WavearError
+from wavear.common.log import get_logger
 from wavear.data.crops import read_span
 from wavear.evaluation.clips import Preparation, open_clips
 from wavear.evaluation.records import STRIP, EvaluateConfig, Evaluation
@@ -30,7 +30,7 @@ _PRIME_SECONDS, _STRIP_SECONDS = 0.5, 1.5
 _SPEED_SECONDS = 2.0
 QUALITY = ("pesq", "stoi", "mcd", "noise_floor")
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 
 def check_before(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
-import logging
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -20,6 +19,7 @@ from tqdm import tqdm
 from wavear import audio
 from wavear.audio.emphasis import coefficient
 from wavear.common.errors import WavearError
+from wavear.common.log import get_logger
 from wavear.common.machine import machine
 from wavear.data.corpus import Recording, reason
 from wavear.data.crops import read_span
@@ -48,7 +48,7 @@ LAWS = ("model", "linear", "markov", "unigram", "uniform")
 _BATCH, _SPREAD = 24, 1.25  # streams at once, and the longest over the shortest of them
 _FREE = 4  # samples of a model that follows no recording
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 
 @contextlib.contextmanager

@@ -11,13 +11,13 @@ import contextlib
 import dataclasses
 import datetime
 import json
-import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from wavear.common.atomic import replace_file
+from wavear.common.log import get_logger
 from wavear.generation.files import MelInput, Output, Report
 from wavear.generation.files import synthesize as synthesize_jobs
 from wavear.generation.jobs import Job
@@ -25,7 +25,7 @@ from wavear.generation.settings import Sampling
 from wavear.generation.states import describe
 from wavear.models.base import AutoregressiveModel
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 RECORD = ".wavear-synthesis.json"  # in the folder of the audio: the model and the settings
 # Processes wait this long for the slowest; torchrun ends them if it dies.

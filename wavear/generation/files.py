@@ -5,7 +5,6 @@ An input that cannot be used is logged, counted and skipped.
 
 from __future__ import annotations
 
-import logging
 import time
 import warnings
 from collections.abc import Sequence
@@ -16,6 +15,7 @@ import torch
 
 from wavear import audio
 from wavear.common.errors import WavearError
+from wavear.common.log import get_logger
 from wavear.generation.cuda.choice import ENGINES as CUDA_ENGINES
 from wavear.generation.defects import Finding, watch
 from wavear.generation.engines import make_engine, name_of_engine
@@ -28,7 +28,7 @@ from wavear.mel.detection import describe_source
 from wavear.mel.spectrogram import MelConfig, log_mel
 from wavear.models.base import AutoregressiveModel
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 _LONGEST_SECONDS = 86400.0  # a WAV file ends at 4 GiB, 27 hours at 22050 Hz
 # By the name of a format: the ending of the file, and the encoding of `wavear.audio.write`.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import zipfile
 import zlib
 from collections.abc import Sequence
@@ -15,11 +14,12 @@ import torch
 
 from wavear.common.atomic import replace_file
 from wavear.common.errors import WavearError
+from wavear.common.log import get_logger
 from wavear.mel.detection import Expectation, adapt_mel, describe_source
 from wavear.mel.spectrogram import MelConfig
 from wavear.models.base import AutoregressiveModel
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 MEL_SUFFIXES = (".npy", ".npz", ".pt", ".safetensors")
 

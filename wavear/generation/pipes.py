@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import logging
 import os
 import re
 import sys
@@ -15,6 +14,7 @@ import numpy as np
 import torch
 
 from wavear.common.errors import WavearError
+from wavear.common.log import get_logger
 from wavear.generation.frame_reader import read_frames
 from wavear.generation.settings import Sampling
 from wavear.generation.streams import Stream
@@ -22,7 +22,7 @@ from wavear.mel.detection import adapt_mel, describe_source, judge_mel
 from wavear.mel.spectrogram import MelConfig
 from wavear.models.base import AutoregressiveModel
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 _PIECE_SECONDS = 0.02  # of mel per push at most, so that sound begins before a long mel is done
 _JUDGED_SECONDS = 1.0

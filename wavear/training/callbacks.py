@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import logging
 import math
 import signal
 import sys
@@ -19,6 +18,7 @@ from typing_extensions import override
 
 from wavear import audio
 from wavear.common.errors import WavearError
+from wavear.common.log import get_logger
 from wavear.data.corpus import Corpus
 from wavear.data.recordings import fingerprint
 from wavear.evaluation.held_out import subset
@@ -32,7 +32,7 @@ from wavear.training.run_directory import write_record
 from wavear.training.state import prune_states, state_path
 from wavear.training.validation import HeldOut, interleave_speakers, score_held_out
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 LOG_EVERY = 10  # steps
 _VALIDATION_SHARE = 0.05  # of the time, at most, for validations that are due by the clock

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -16,6 +15,7 @@ import torch
 
 from wavear.audio.grid import Grid
 from wavear.common.errors import WavearError
+from wavear.common.log import get_logger
 from wavear.data.corpus import Corpus, Recording, reason
 from wavear.data.crops import read_span
 from wavear.evaluation.held_out import held_out_bits, subset
@@ -27,7 +27,7 @@ from wavear.training.processes import Processes
 from wavear.training.run_directory import make_directory, write_record
 from wavear.training.validation import final_scores
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 _SECONDS = 30.0  # of a recording that are read at once
 _THREADS = 2  # that read and encode ahead of the sums

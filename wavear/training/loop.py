@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import signal
 import threading
@@ -18,6 +17,7 @@ import torch
 from typing_extensions import override
 
 from wavear.common.errors import WavearError
+from wavear.common.log import get_logger
 from wavear.data.corpus import Corpus
 from wavear.data.crops import Order, Segments, collate
 from wavear.models.base import AutoregressiveModel
@@ -36,7 +36,7 @@ from wavear.training.run_directory import make_directory, write_record
 from wavear.training.state import FoundState, StateIO, last_good_state, sweep
 from wavear.training.validation import final_scores
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 
 def fit(

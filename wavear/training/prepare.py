@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 import math
 import time
 from typing import Any
@@ -12,6 +11,7 @@ import numpy as np
 import torch
 
 from wavear.audio.periods import measure_period
+from wavear.common.log import get_logger
 from wavear.data.crops import Batch, Layout, Segments, collate
 from wavear.mel.spectrogram import log_mel
 from wavear.models.base import AutoregressiveModel
@@ -20,7 +20,7 @@ from wavear.models.period import period_loss
 from wavear.models.prediction import LEAST_SCALE
 from wavear.models.predictive import PredictiveWaveNet
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 _STATISTICS_CROPS = 64  # random crops whose mels give each band's mean and deviation
 _MEAN_RESIDUAL = 0.6  # mean of |e|: it brings a logistic mixture of scale 1 about to its middle

@@ -17,6 +17,7 @@ import torch
 
 from wavear.common.atomic import replace_file
 from wavear.common.errors import WavearError
+from wavear.common.log import get_logger
 from wavear.data.corpus import Corpus, Recording, open_corpus
 from wavear.data.recordings import Recordings, fingerprint, frames_of
 from wavear.data.shards import is_shards, refuse_remote
@@ -27,7 +28,7 @@ from wavear.training.config import OutputSettings, TrainConfig, TrainResult
 from wavear.training.processes import Processes
 from wavear.training.run_directory import RECORD, open_directory
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 _NAMED = 20  # files that cannot be used, in the messages
 # Settings that may differ in a resumed run without a message: the data count by their contents.
