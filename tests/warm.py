@@ -1,6 +1,7 @@
 """Compile the kernels of the CPU engines into the user's cache, in one process per core.
 
-`make test` runs this first. Otherwise every worker of pytest would compile the same kernels.
+`make test` runs this first. Otherwise every worker of pytest would compile the same kernels; and
+two processes that compile librosa's at the same time can leave a cache that crashes when loaded.
 """
 
 from __future__ import annotations
@@ -26,7 +27,22 @@ def compile_kernels(family: str) -> None:
         wavear.generate(model, torch.zeros(1, mel.bands, 1), engine="numba")
 
 
+def compile_librosa() -> None:
+    """Measure a pitch, which imports librosa and compiles its kernels."""
+    import numpy as np
+
+    from wavear.evaluation.metrics import pitch
+
+    tone = np.sin(np.arange(8000) * 0.2)
+    pitch(tone, 8000)
+    from librosa import yin
+
+    yin(tone, fmin=100, fmax=500, sr=8000)
+
+
 def main() -> None:
+    with ProcessPoolExecutor(1) as alone:
+        alone.submit(compile_librosa).result()
     with ProcessPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(compile_kernels, FAMILIES))
 
