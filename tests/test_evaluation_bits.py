@@ -115,10 +115,10 @@ def test_score_on_mulaw_codes_sums_the_16_bit_values_of_each_code():
 @pytest.mark.parametrize(
     ("settings", "arguments", "words"),
     [
-        ({}, {"grid": "16"}, "grid is '16', it must be linear or mulaw"),
+        ({}, {"grid": "16"}, "grid is '16'; it must be linear or mulaw"),
         ({}, {"grid": "linear", "engine": "reference"}, "needs engine 'parallel'"),
         ({"pre_emphasis": 0.5}, {"grid": "linear"}, "pre-emphasised"),
-        ({"law": "gaussian", "classes": 256}, {"grid": "mulaw"}, "each finer"),
+        ({"law": "gaussian", "classes": 256}, {"grid": "mulaw"}, "each is the finer grid"),
     ],
 )
 def test_grids_without_bits_are_refused(settings, arguments, words):
