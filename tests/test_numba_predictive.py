@@ -414,7 +414,7 @@ def test_generate_and_streams_run_on_the_graph_engine(monkeypatch):
 @pytest.mark.parametrize("choice", [{"argmax": True}, {"top_k": 3}, {"top_p": 0.5}], ids=str)
 def test_choosing_among_codes_is_refused_in_one_line(engine, choice):
     model = make()
-    with pytest.raises(ValueError, match=r"this model's law is logistic_mixture: use temperature$"):
+    with pytest.raises(ValueError, match=r"logistic_mixture: use temperature$"):
         generate(model, random_mel(model, 1, 3), engine=engine, **choice)
     if "argmax" not in choice:
         with pytest.raises(ValueError, match="use temperature"):
