@@ -273,6 +273,7 @@ def test_conditioning_of_many_utterances_uses_one_batch_size(monkeypatch):
     assert torch.equal(together.span(0, 80), found[[2, 0]])
 
 
+@pytest.mark.slow
 def test_candidates_share_their_conditioning(monkeypatch):
     """The mel is processed once for all `best_of` candidates."""
     torch.manual_seed(0)

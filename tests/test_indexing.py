@@ -409,15 +409,16 @@ def test_file_that_crashes_its_process_is_named(corpus, monkeypatch, tmp_path):
     fake = tmp_path / "fake" / "soundfile.py"
     fake.parent.mkdir()
     fake.write_text(
-        "import os, sys\n"
-        "sys.path.remove(os.path.dirname(__file__))\n"
-        "del sys.modules['soundfile']\n"
-        "import soundfile\n"
-        "real = soundfile.SoundFile\n"
-        "def deadly(source, *rest, **more):\n"
+        "import importlib.util, os, sys\n"
+        "from importlib.machinery import PathFinder\n"
+        "rest = [path for path in sys.path if path != os.path.dirname(__file__)]\n"
+        "spec = PathFinder.find_spec('soundfile', rest)\n"
+        "real = importlib.util.module_from_spec(spec)\n"
+        "spec.loader.exec_module(real)\n"
+        "globals().update(vars(real))\n"
+        "def SoundFile(source, *rest, **more):\n"
         "    if '17.wav' in str(source): os._exit(139)\n"
-        "    return real(source, *rest, **more)\n"
-        "soundfile.SoundFile = deadly\n"
+        "    return real.SoundFile(source, *rest, **more)\n"
     )
     monkeypatch.syspath_prepend(fake.parent)  # workers use this process's import path
     use_processes(monkeypatch, 16)

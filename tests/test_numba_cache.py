@@ -114,6 +114,7 @@ def test_a_change_in_a_called_file_recompiles_and_another_does_not(tmp_path):
     assert found == [["8", "0"], ["8", "1"], ["12", "0"]]
 
 
+@pytest.mark.slow
 def test_another_processor_recompiles(cache, tmp_path):
     program = tmp_path / "program.py"
     program.write_text(

@@ -157,6 +157,7 @@ def test_two_processes_train_like_one(tones, tmp_path, optimizer, tolerance):
     assert_alike(tmp_path / "one", tmp_path / "two", tolerance)
 
 
+@pytest.mark.slow
 def test_non_finite_loss_in_one_process_stops_both_before_the_step(tones, tmp_path):
     """Neither process hangs, and the run saves the batch with the non-finite loss."""
     out = tmp_path / "run"

@@ -116,6 +116,7 @@ def test_speakers_take_turns():
 # --- metrics.csv
 
 
+@pytest.mark.slow
 def test_distance_of_the_average_and_waits_are_written(fading, tmp_path, monkeypatch):
     real = Segments.__getitem__
 

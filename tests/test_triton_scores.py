@@ -23,6 +23,7 @@ def run_interpreted(name: str, markers: str = "not slow") -> None:
     assert re.search(r"\d passed", found.stdout)
 
 
+@pytest.mark.slow
 def test_scores_batches_and_states():
     run_interpreted("interpreted_triton.py")
 

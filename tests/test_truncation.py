@@ -165,6 +165,7 @@ def test_argmax_is_the_likeliest_code_for_every_seed_and_warns(engine):
         )
 
 
+@pytest.mark.slow
 @ENGINES
 def test_best_of_is_the_likeliest_candidate(engine):
     model = make(mel=MEL, speakers=3)
