@@ -475,6 +475,13 @@ def test_filling_a_state_equals_stepping():
         assert filled.state(0)["past"].tolist() == [model.start_code] * model.receptive_field
 
 
+@pytest.mark.parametrize("code", [-1, 33])
+def test_the_compiled_engine_refuses_codes_out_of_range(code):
+    engine = NumbaLinearEngine(model_of(KINDS["33 codes, differences"]), 1)
+    with pytest.raises(ValueError, match="code"):
+        engine.score(np.full((1, 4), code), None)
+
+
 # ---- files, training, the command line
 
 

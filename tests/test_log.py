@@ -41,3 +41,8 @@ def test_other_packages_warnings_keep_their_form(monkeypatch: pytest.MonkeyPatch
     log.setup_logging()
     warnings.warn_explicit("theirs", UserWarning, "elsewhere.py", 7)
     assert shown == [("elsewhere.py", 7)]
+
+
+def test_names_that_are_not_unicode_are_escaped_in_records(caplog: pytest.LogCaptureFixture):
+    log.get_logger("wavear.test_log").warning("skipped %s", "caf\udce9.wav")
+    assert caplog.messages == ["skipped caf\\udce9.wav"]

@@ -130,10 +130,10 @@ def index(data: Data, beside: bool = False, processes: int | None = None) -> int
     processes
         Number of processes that read; by default one per core, up to 16.
     """
+    from wavear.common.progress import bar
     from wavear.data.corpus import index
-    from wavear.training.run import _bar
 
-    report = index(data, beside=beside, processes=processes, progress=_bar)
+    report = index(data, beside=beside, processes=processes, progress=bar)
     for note in report.notes:
         logger.warning("%s", note)
     _list_failed(report.bad, at_most=20)
@@ -167,11 +167,11 @@ def shards(
     seed
         Of the order of the files: it is shuffled, so that each shard is a sample of all.
     """
+    from wavear.common.progress import bar
     from wavear.data.shards import write_shards
-    from wavear.training.run import _bar
 
     report = write_shards(
-        data, out, megabytes=megabytes, speakers=speakers, seed=seed, progress=_bar
+        data, out, megabytes=megabytes, speakers=speakers, seed=seed, progress=bar
     )
     _list_failed(report.failed)
     first, last = report.shards[0].name, report.shards[-1].name

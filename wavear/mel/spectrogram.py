@@ -306,7 +306,7 @@ def log_mel(waveform: Tensor, config: MelConfig) -> Tensor:
     if frames == 0:
         raise WavearError(f"waveform has {samples} samples, a mel needs at least one hop ({hop})")
     exact = torch.float32 if waveform.device.type == "mps" else torch.float64
-    filters, window = _filters_and_window(config, waveform.device, exact)
+    filters, window = filters_and_window(config, waveform.device, exact)
     before = _samples_before(config)
     # The last frame's window ends at (frames - 1) * hop - before + n_fft.
     after = max((frames - 1) * hop - before + config.n_fft - samples, 0)
@@ -422,9 +422,10 @@ _WINDOWS = {
 
 
 @functools.lru_cache(maxsize=32)
-def _filters_and_window(
+def filters_and_window(
     config: MelConfig, device: torch.device, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
+    """Return the filter bank (M, n_fft / 2 + 1) and the window (window_length,)."""
     window = _WINDOWS[config.window](config.window_length, dtype=torch.float64)
     return mel_filter_bank(config).to(device, dtype), window.to(device, dtype)
 

@@ -133,9 +133,9 @@ def _tables(config: MelConfig, order: int) -> Tables:
 
 def _window_energy(config: MelConfig) -> float:
     """Sum of the window's squares: a bin's power over it is the power density of the waveform."""
-    from wavear.mel.spectrogram import _filters_and_window
+    from wavear.mel.spectrogram import filters_and_window
 
-    return float(_filters_and_window(config, torch.device("cpu"), torch.float64)[1].square().sum())
+    return float(filters_and_window(config, torch.device("cpu"), torch.float64)[1].square().sum())
 
 
 def predictor(autocorrelation: Tensor, gain: float | Tensor = 1.0) -> tuple[Tensor, Tensor]:

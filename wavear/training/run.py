@@ -18,6 +18,7 @@ import torch
 from wavear.common.atomic import replace_file
 from wavear.common.errors import WavearError
 from wavear.common.log import get_logger
+from wavear.common.progress import bar
 from wavear.data.corpus import Corpus, Recording, open_corpus
 from wavear.data.recordings import Recordings, fingerprint, frames_of
 from wavear.data.shards import is_shards, refuse_remote
@@ -103,7 +104,7 @@ def _open(config: TrainConfig, visible: bool) -> Corpus:
         normalise=config.normalise,
         normalise_by=config.normalise_by,
         trim_silence=config.trim_silence,
-        progress=_bar if visible else None,
+        progress=bar if visible else None,
     )
     if not len(corpus.train):
         raise WavearError(
@@ -242,12 +243,6 @@ def write_held_out(run: str | os.PathLike[str], manifest: str | os.PathLike[str]
         lines.append(json.dumps(row | ({} if r.speaker is None else {"speaker": r.speaker})) + "\n")
     replace_file(Path(manifest), lambda path: path.write_text("".join(lines), encoding="utf-8"))
     return Path(manifest)
-
-
-def _bar(items: Any, total: int, description: str) -> Any:
-    from tqdm import tqdm
-
-    return tqdm(items, total=total, desc=description, dynamic_ncols=True, leave=False, delay=1.0)
 
 
 # Warnings of libraries that do not concern a run.
