@@ -128,6 +128,8 @@ class ModelSettings:
     """predictive: shortest period, in samples (that of 550 Hz)."""
     longest_period: int | None = None
     """predictive: longest period, in samples (that of 50 Hz)."""
+    period_residuals: int | None = None
+    """predictive: residuals at the input on each side of one period ago (4)."""
     causal: bool | None = None
     """predictive: condition a frame on itself and earlier frames, without look-ahead (False)."""
     channels: int | None = None
