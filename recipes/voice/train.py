@@ -49,7 +49,9 @@ def clips(data: Path) -> list[corpora.Clip]:
     for folder, globs in patterns.items():
         paths = [path for pattern in globs for path in sorted((data / folder).glob(pattern))]
         if not paths:
-            raise FileNotFoundError(f"{data / folder} has no recordings: see recipes/voice/README.md")
+            raise FileNotFoundError(
+                f"{data / folder} has no recordings: see recipes/voice/README.md"
+            )
         held.append([corpora.Clip(p, "validation") for p in paths if held_out[folder](p)])
         training = [corpora.Clip(p, "train") for p in paths if not held_out[folder](p)]
         found += training * REPEATS.get(folder, 1)

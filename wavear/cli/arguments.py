@@ -1,6 +1,7 @@
 """Arguments that several commands share."""
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,6 +12,27 @@ from wavear.common.errors import WavearError
 Checkpoint = Annotated[Positional[str], arg(metavar="CHECKPOINT")]
 Data = Annotated[Positional[str], arg(metavar="DATA")]
 Folder = Annotated[Path, arg(metavar="DIR")]
+
+
+def checkpoint_and_inputs(paths: Sequence[Path]) -> tuple[str, list[Path]]:
+    """Divide the arguments [CHECKPOINT] INPUT...: the shipped voice serves if no checkpoint leads.
+
+    A single argument is an input. Of several, the first is a checkpoint unless it is a file, or
+    named as one.
+    """
+    from wavear.generation.jobs import AUDIO_SUFFIXES
+    from wavear.generation.mel_files import MEL_SUFFIXES
+    from wavear.models.checkpoint import CONFIG, VOICE
+
+    first, *others = paths
+    if not others:
+        if first.name and (str(first) == VOICE or (first / CONFIG).is_file()):
+            raise WavearError(f"{first} is a checkpoint: name the audio or mels to synthesize, too")
+        return VOICE, [first]
+    named_as_file = first.suffix.lower() in AUDIO_SUFFIXES + MEL_SUFFIXES
+    if str(first) == "-" or first.is_file() or (named_as_file and not first.is_dir()):
+        return VOICE, list(paths)
+    return str(first), others
 
 
 def load_model(checkpoint: str, device: str) -> Any:

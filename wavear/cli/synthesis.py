@@ -7,7 +7,7 @@ from typing import Annotated
 
 from tyro.conf import Positional, arg
 
-from wavear.cli.arguments import Checkpoint, Folder, load_model
+from wavear.cli.arguments import Checkpoint, Folder, checkpoint_and_inputs, load_model
 from wavear.common.atomic import say
 from wavear.common.errors import WavearError
 from wavear.common.log import get_logger
@@ -21,10 +21,12 @@ Inputs = Annotated[Positional[list[Path]], arg(metavar="INPUT...", help_behavior
 
 
 def synthesize(
-    checkpoint: Checkpoint,
-    inputs: Inputs,
+    inputs: Annotated[
+        Positional[list[Path]],
+        arg(metavar="[CHECKPOINT] INPUT...", help_behavior_hint="(required)"),
+    ],
     out: Annotated[
-        Path | None, arg(metavar="DIR", help_behavior_hint="(required without --stream)")
+        Path | None, arg(metavar="DIR", help_behavior_hint="(default: next to the inputs)")
     ] = None,
     overwrite: bool = False,
     resume: bool = False,
@@ -39,18 +41,19 @@ def synthesize(
     """Make audio from mel spectrograms, or from the mels of recordings.
 
     A mel of F frames becomes F * hop samples. With `- --stream`, frames from stdin become raw
-    16-bit PCM on stdout as they come: ... | wavear synthesize CHECKPOINT - --stream | aplay -t
-    raw -f S16_LE -c 1 -r 22050
+    16-bit PCM on stdout as they come: ... | wavear synthesize - --stream | aplay -t raw -f S16_LE
+    -c 1 -r 22050
 
     Parameters
     ----------
-    checkpoint
-        Folder that `wavear train` wrote, or owner/name on the Hugging Face hub.
     inputs
         Audio files (their mel is taken), mels (.npy, .npz, .pt, .safetensors; bands first), or
         folders of these. With --stream: -, stdin, float32 frame after frame, or a .npy array.
+        Before them a folder that `wavear train` wrote, or owner/name on the Hugging Face hub; by
+        default the voice that comes with wavear.
     out
-        Folder to write to; it is made if missing. With --stream: - for stdout, the default;
+        Folder to write to; it is made if missing. By default x.wav becomes x-synthesized.wav next
+        to it, and its similarity to x.wav is measured. With --stream: - for stdout, the default;
         device, or device:NAME, for a sound device (needs the package sounddevice).
     overwrite
         Replace files that exist.
@@ -77,6 +80,7 @@ def synthesize(
     from wavear.generation import distributed, files, pipes
     from wavear.generation.jobs import plan
 
+    checkpoint, inputs = checkpoint_and_inputs(inputs)
     if stream:
         if inputs != [Path("-")]:
             raise WavearError("--stream follows the frames on stdin: its one input is -")
@@ -89,19 +93,24 @@ def synthesize(
         return 0
     if Path("-") in inputs:
         raise WavearError("- is stdin, whose frames are followed as they come: pass --stream")
-    if out is None:
-        logger.error("--out is required without --stream (see wavear synthesize --help)")
-        return 2
     rank, world = distributed.ranks()
     resume = resume or world > 1
+    if resume and out is None:
+        raise WavearError("--resume and torchrun need a folder to write to: pass --out")
     jobs = plan(inputs, out, output.suffix, overwrite=overwrite or resume)
     model = load_model(checkpoint, distributed.own_device(device))
     mels = MelInput(mel_preset, mel_seconds, force)
     if not resume:
         bar = sys.stderr.isatty()
-        return _summary(
-            files.synthesize(model, jobs, sampling, mels=mels, output=output, progress=bar)
-        )
+        report = files.synthesize(model, jobs, sampling, mels=mels, output=output, progress=bar)
+        if out is None:
+            from wavear.evaluation.similarity import report_similarity
+
+            failed = {path for path, _ in report.failed}
+            made = [job for job in jobs if job.source not in failed]
+            report_similarity(model, made, sampling.speaker)
+        return _summary(report)
+    assert out is not None
     report = distributed.synthesize(
         model, jobs, out, sampling, mels=mels, output=output, overwrite=overwrite
     )

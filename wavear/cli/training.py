@@ -20,6 +20,9 @@ class _Flags(TrainConfig):
     data: Annotated[Positional[str], arg(metavar="DATA")]
 
 
+_Flags.__annotations__["from_checkpoint"] = Annotated[
+    str | None, arg(name="from", metavar="CHECKPOINT")
+]
 # The default of a field that is None depends on the family: show that instead.
 _types = get_type_hints(TrainConfig)
 for _name, _text in family_defaults().items():

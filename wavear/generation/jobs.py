@@ -11,6 +11,8 @@ from pathlib import Path
 from wavear.common.errors import WavearError
 from wavear.generation.mel_files import MEL_SUFFIXES, listed
 
+MADE = "-synthesized"
+"""End of the name of a file written next to its input."""
 AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".mp3", ".aif", ".aiff")
 
 
@@ -24,7 +26,7 @@ class Job:
 
 def plan(
     inputs: Sequence[str | Path],
-    out: str | Path,
+    out: str | Path | None,
     suffix: str,
     *,
     mels: bool = True,
@@ -34,15 +36,18 @@ def plan(
 
     Inputs are files, and folders, whose audio (and, with `mels`, mel) files at any depth are taken,
     except hidden ones and those in `out`. `x.flac` becomes `x.wav` in `out`, `sub/x.flac` of a
-    folder `sub/x.wav`. Without `overwrite` no file is replaced, and an input never is.
+    folder `sub/x.wav`; if `out` is None, both become `x-synthesized.wav` next to `x.flac`, and
+    folders are searched for other files than such ones. Without `overwrite` no file is replaced,
+    and an input never is.
     """
-    out = Path(out)
+    beside = out is None
+    out = Path(out or "")
     suffixes = AUDIO_SUFFIXES + MEL_SUFFIXES * mels
     kinds = "audio or mel" if mels else "audio"
     found: list[tuple[Path, Path]] = []
     for source in map(Path, inputs):
         if source.is_dir():
-            inside = _walk(source, suffixes, out)
+            inside = _walk(source, suffixes, None if beside else out)
             if not inside:
                 raise WavearError(f"{source} holds no {kinds} files ({listed(suffixes)})")
             found += inside
@@ -56,6 +61,8 @@ def plan(
             found.append((source, Path(source.name)))
     if not found:
         raise WavearError(f"no input: name {kinds} files, or a folder of them")
+    if beside:
+        found = [(source, source.with_name(f"{source.stem}{MADE}")) for source, _ in found]
     above = next((part for part in (out, *out.parents) if part.exists()), out)
     if above.exists() and not above.is_dir():
         raise NotADirectoryError(f"{above} is a file: --out names the folder to write to")
@@ -78,10 +85,12 @@ def plan(
             raise FileExistsError(f"{target} is an input itself: choose another folder to write to")
         if target.exists() and not overwrite:
             raise FileExistsError(
-                f"{target} exists: choose another folder to write to, or pass --overwrite"
+                f"{target} exists: {'choose a' if beside else 'choose another'} folder to write to"
+                f"{' with --out' if beside else ''}, or pass --overwrite"
             )
         jobs[target] = Job(source, target)
-    check_writable(out)
+    for folder in sorted({job.target.parent for job in jobs.values()}) if beside else [out]:
+        check_writable(folder)
     return list(jobs.values())
 
 
@@ -95,17 +104,19 @@ def check_writable(folder: str | Path) -> None:
         raise OSError(error.errno, f"cannot write to {existing}: {error.strerror}") from None
 
 
-def _walk(folder: Path, suffixes: tuple[str, ...], out: Path) -> list[tuple[Path, Path]]:
-    """Return (file, name below `folder`), sorted, without the folder `out` below it."""
+def _walk(folder: Path, suffixes: tuple[str, ...], out: Path | None) -> list[tuple[Path, Path]]:
+    """Return (file, name below `folder`), sorted, without what was written to `out` below it."""
     found = []
     for directory, subdirectories, files in os.walk(folder):
         subdirectories[:] = [
             name
             for name in subdirectories
-            if not name.startswith(".") and Path(directory, name).resolve() != out.resolve()
+            if not name.startswith(".")
+            and (out is None or Path(directory, name).resolve() != out.resolve())
         ]
         for name in files:
-            if not name.startswith(".") and name.lower().endswith(suffixes):
-                path = Path(directory, name)
+            path = Path(directory, name)
+            made = out is None and path.stem.endswith(MADE)
+            if not name.startswith(".") and name.lower().endswith(suffixes) and not made:
                 found.append((path, path.relative_to(folder)))
     return sorted(found)

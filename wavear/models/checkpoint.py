@@ -23,13 +23,20 @@ class CheckpointError(WavearError):
     """A checkpoint that is damaged, foreign or of another version; the message gives the reason."""
 
 
-def load(source: str | Path, device: str | torch.device = "cpu") -> Any:
+SHIPPED = Path(__file__).parents[1] / "voices"
+"""Folder of the models that come with wavear."""
+VOICE = "voice"
+"""Name of the one that is used where none is given."""
+
+
+def load(source: str | Path = VOICE, device: str | torch.device = "cpu") -> Any:
     """Load a saved model, ready to generate (in evaluation mode).
 
     Parameters
     ----------
     source : str or Path
-        A directory that `save` wrote, or the id "owner/name" of a model on the Hugging Face hub.
+        "voice", the speech model that comes with wavear; a directory that `save` wrote (one of the
+        same name is "./voice"); or the id "owner/name" of a model on the Hugging Face hub.
     device : str or torch.device
 
     Returns
@@ -100,6 +107,18 @@ def read_config(source: str | Path) -> dict:
     return described
 
 
+def saved_config(source: str | Path) -> tuple[str, Any]:
+    """Return the family of a checkpoint, and the configuration of its model.
+
+    Raises
+    ------
+    FileNotFoundError, CheckpointError
+        As `load`.
+    """
+    described = read_config(source)
+    return described["family"], _config(described, _find(source) / CONFIG)
+
+
 def _parse(text: bytes, path: Path) -> dict:
     try:
         described = json.loads(text.decode("utf-8"))
@@ -136,13 +155,21 @@ def _settings(described: dict, path: Path) -> dict:
     return settings
 
 
-def _build(described: dict, path: Path) -> AutoregressiveModel:
-    family, config_class = FAMILIES[described["family"]]
+def _config(described: dict, path: Path) -> Any:
     settings = _settings(described, path)
     try:
         if settings["mel"] is not None:
             settings["mel"] = MelConfig.from_dict(settings["mel"])
-        return family(config_class(**settings))
+        return FAMILIES[described["family"]][1](**settings)
+    except (AttributeError, TypeError, ValueError, RuntimeError, MemoryError) as error:
+        raise CheckpointError(f"{path}: {error}") from None
+
+
+def _build(described: dict, path: Path) -> AutoregressiveModel:
+    try:
+        return FAMILIES[described["family"]][0](_config(described, path))
+    except CheckpointError:
+        raise
     except (AttributeError, TypeError, ValueError, RuntimeError, MemoryError) as error:
         raise CheckpointError(f"{path}: {error}") from None
 
@@ -170,6 +197,8 @@ def _some(names: list[str]) -> str:
 
 
 def _find(source: str | Path) -> Path:
+    if str(source) == VOICE:
+        return SHIPPED / VOICE
     directory = Path(source)
     if directory.is_dir():
         return directory

@@ -15,6 +15,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from wavear.common.errors import WavearError
 from wavear.data.corpus import Normalise
 from wavear.mel.spectrogram import MelConfig
+from wavear.models.checkpoint import saved_config
 from wavear.models.families import FAMILIES
 
 
@@ -105,6 +106,9 @@ class DataSettings:
 class ModelSettings:
     """The model. None is the family's own default; a field that the family lacks is rejected."""
 
+    from_checkpoint: str | None = None
+    """Fine-tune this model: voice (the one that comes with wavear), a checkpoint's folder, or
+    owner/name on the Hugging Face hub. It sets the model, its sample rate and its mels."""
     family: str | None = None
     """predictive, wavenet, gru, transformer or linear; None: predictive, wavenet without mels."""
     layers: int | None = None
@@ -311,11 +315,49 @@ class TrainConfig(OutputSettings, ScheduleSettings, OptimizerSettings, ModelSett
         for name, hint in _field_types().items():
             if not _fits(value := getattr(self, name), hint):
                 raise WavearError(f"{name} is {value!r}, expected {_described(hint)}")
-        if self.family is None:
+        if self.from_checkpoint is not None:
+            self._follow_checkpoint()
+        elif self.family is None:
             object.__setattr__(self, "family", "wavenet" if self.unconditional else "predictive")
         self._check_ranges()
         self._check_combinations()
         self.model_config()
+
+    @functools.cached_property
+    def _start(self) -> tuple[str, Any]:
+        """Family and configuration of the checkpoint to fine-tune."""
+        return saved_config(str(self.from_checkpoint))
+
+    def _follow_checkpoint(self) -> None:
+        """Take what the checkpoint to fine-tune sets, and refuse other values."""
+        family, own = self._start
+        if family == "linear":
+            raise WavearError(
+                f"{self.from_checkpoint} is a linear model, which is fitted in closed form: fit it"
+                " anew, without from_checkpoint"
+            )
+        set_by_it = {
+            "family": family,
+            "sample_rate": own.sample_rate,
+            "unconditional": own.mel is None,
+            "pre_emphasis": getattr(own, "pre_emphasis", 0.0),
+        }
+        mel = {name: name.removeprefix("mel_") for name in _MEL_FIELDS}
+        set_by_it |= {name: getattr(own.mel, key, None) for name, key in mel.items()}
+        set_by_it |= {name: getattr(own, name, None) for name in _MODEL_FIELDS}
+        for name, value in set_by_it.items():
+            if (given := getattr(self, name)) not in (getattr(type(self), name), value):
+                raise WavearError(
+                    f"{name} is {given!r}, and {self.from_checkpoint} has {value!r}: drop {name},"
+                    " or train without from_checkpoint"
+                )
+        for name in ("family", "sample_rate", "unconditional", "pre_emphasis"):
+            object.__setattr__(self, name, set_by_it[name])
+        if self.speakers != bool(own.speakers):
+            raise WavearError(
+                f"{self.from_checkpoint} has {own.speakers or 'no'} speakers:"
+                f" {'drop' if self.speakers else 'set'} speakers"
+            )
 
     def _check_ranges(self) -> None:
         for names, good, expected in (
@@ -371,6 +413,8 @@ class TrainConfig(OutputSettings, ScheduleSettings, OptimizerSettings, ModelSett
     @property
     def mel(self) -> MelConfig | None:
         """Return the mels to condition on, or None."""
+        if self.from_checkpoint is not None:
+            return self._start[1].mel
         if self.unconditional or self.family == "linear":
             return None
         if self.mel_preset is not None:
@@ -393,6 +437,8 @@ class TrainConfig(OutputSettings, ScheduleSettings, OptimizerSettings, ModelSett
         """Return the configuration of the family's model."""
         if self.family not in FAMILIES:
             raise WavearError(f"family is {self.family!r}, it must be one of {', '.join(FAMILIES)}")
+        if self.from_checkpoint is not None:
+            return self._start[1]
         config_class = FAMILIES[self.family][1]
         own = config_class.__dataclass_fields__
         given = {name: getattr(self, name) for name in _MODEL_FIELDS}
@@ -408,7 +454,12 @@ class TrainConfig(OutputSettings, ScheduleSettings, OptimizerSettings, ModelSett
 
 
 _MODEL_FIELDS = [f.name for f in dataclasses.fields(ModelSettings)]
-_MODEL_FIELDS = _MODEL_FIELDS[1 : _MODEL_FIELDS.index("coarse_classes") + 1]
+_MODEL_FIELDS = _MODEL_FIELDS[
+    _MODEL_FIELDS.index("layers") : _MODEL_FIELDS.index("coarse_classes") + 1
+]
+
+
+_MEL_FIELDS = ("mel_bands", "mel_hop_length", "mel_n_fft", "mel_fmin", "mel_fmax")
 
 
 @functools.cache

@@ -50,7 +50,7 @@ def fit(
     processes, kind = Processes.here(), _device_kind(config.device)
     segments = _segments(config, corpus, speakers, model, processes)
     found = _find_state(config, record, processes) if config.resume else None
-    if found is None:
+    if found is None and config.from_checkpoint is None:
         prepare(model, segments, config.seed)
     recorded = record.get("precision") if config.resume else None
     record["precision"], why = choose(config, model, kind, recorded)

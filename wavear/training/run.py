@@ -23,7 +23,8 @@ from wavear.data.corpus import Corpus, Recording, open_corpus
 from wavear.data.recordings import Recordings, fingerprint, frames_of
 from wavear.data.shards import is_shards, refuse_remote
 from wavear.mel.spectrogram import MelConfig
-from wavear.models.checkpoint import LATER
+from wavear.models.base import AutoregressiveModel
+from wavear.models.checkpoint import LATER, load, read_config
 from wavear.models.families import FAMILIES
 from wavear.training.config import OutputSettings, TrainConfig, TrainResult
 from wavear.training.processes import Processes
@@ -76,6 +77,8 @@ def train(config: TrainConfig) -> TrainResult:
         _report_data(corpus, speakers, config.sample_rate)
         torch.manual_seed(config.seed)
         model = FAMILIES[str(config.family)][0](config.model_config(len(speakers)))
+        if config.from_checkpoint is not None:
+            _start_from(config.from_checkpoint, model, speakers)
         _check_same_run(record, config, model.config)
         by_speaker = config.normalise_by == "speaker"
         record |= {
@@ -118,6 +121,17 @@ def _open(config: TrainConfig, visible: bool) -> Corpus:
             " per speaker, or drop --speakers and --normalise-by"
         )
     return corpus
+
+
+def _start_from(checkpoint: str, model: AutoregressiveModel, speakers: list[str]) -> None:
+    """Give `model` the weights of a checkpoint, if its speakers are the same."""
+    before = read_config(checkpoint).get("training", {}).get("speakers", [])
+    if speakers != before:
+        raise WavearError(
+            f"{checkpoint} has the speakers {', '.join(before)}, and the data"
+            f" {', '.join(speakers)}: use data of the same speakers, or drop from_checkpoint"
+        )
+    model.load_state_dict(load(checkpoint).float().state_dict())
 
 
 def _check_same_run(record: dict[str, Any], config: TrainConfig, model: Any) -> None:
