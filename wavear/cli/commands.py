@@ -48,7 +48,7 @@ def demo(
     threads: int | None = None,
     overwrite: bool = False,
 ) -> int:
-    """Make sounds, train a small WaveNet on them, and synthesize held-out notes: no download.
+    """Speak a sentence, train a small WaveNet on generated notes, play some: no download.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""`wavear demo`: make sounds, train a small WaveNet, synthesize and measure held-out notes."""
+"""`wavear demo`: speak a sentence, then train a small WaveNet and synthesize held-out notes."""
 
 from __future__ import annotations
 
@@ -20,9 +20,10 @@ from wavear.common.atomic import say
 from wavear.common.errors import WavearError
 from wavear.demo.sounds import Note, notes
 from wavear.generation.engines import make_engine
+from wavear.generation.mel_files import read_mel
 from wavear.generation.sampler import generate
 from wavear.mel.spectrogram import log_mel
-from wavear.models.checkpoint import load
+from wavear.models.checkpoint import SHIPPED, VOICE, load
 from wavear.training.config import TrainConfig, TrainResult
 from wavear.training.run import train
 
@@ -111,12 +112,13 @@ def run(
     threads: int | None = None,
     overwrite: bool = False,
 ) -> DemoResult:
-    """Make sounds, train, synthesize the held-out notes, measure and draw them.
+    """Speak a sentence; then make sounds, train, synthesize held-out notes, measure and draw them.
 
     Parameters
     ----------
     out : str or Path
-        Folder to write to: `sounds/` and `held_out/` (WAV), `run/` (see `wavear.train`; `run/best`
+        Folder to write to: `voice.wav` (the voice that comes with wavear, from the mel of a
+        recording that it was not trained on), `sounds/` and `held_out/` (WAV), `run/` (see `wavear.train`; `run/best`
         is the checkpoint), `synthesized/` (WAV), `demo.png`, `demo.json`.
     config : TrainConfig
         Its `data`, `out`, `validation`, `seed` and `overwrite` are replaced.
@@ -148,6 +150,7 @@ def run(
     if threads is not None and threads < 1:
         raise WavearError(f"threads is {threads}; it must be at least 1")
     _make_folder(out, overwrite)
+    speak(out / "voice.wav", seed)
     rate = config.sample_rate
     count = write_notes(out, rate, seed)
     held = notes(NOTE_SECONDS, rate, seed=seed, held_out=True)
@@ -203,6 +206,17 @@ def run(
         verdict = f"{wrong} of {len(heard)} notes have the wrong pitch"
     say(f"{verdict}; {result.seconds:.0f} s in all")
     return result
+
+
+def speak(path: Path, seed: int = 0) -> None:
+    """Write a sentence in the voice that comes with wavear, from a mel that comes with it."""
+    began = time.perf_counter()
+    model = load(VOICE)
+    mel = read_mel(SHIPPED / VOICE / "sentence.npz", model.config.mel)
+    waveform = generate(model, mel, seed=seed)[0]
+    audio.write(path, waveform.numpy(), model.config.sample_rate)
+    seconds, taken = len(waveform) / model.config.sample_rate, time.perf_counter() - began
+    say(f"{path}: {seconds:.1f} s of speech in {taken:.1f} s, compilation included; play it now")
 
 
 def write_notes(out: str | Path, sample_rate: int, seed: int = 0) -> int:
