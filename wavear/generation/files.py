@@ -14,13 +14,13 @@ from pathlib import Path
 import torch
 
 from wavear import audio
-from wavear.common.errors import WavearError
+from wavear.common.errors import WavearError, one_line
 from wavear.common.log import get_logger
 from wavear.generation.cuda.choice import ENGINES as CUDA_ENGINES
 from wavear.generation.defects import Finding, watch
 from wavear.generation.engines import make_engine, name_of_engine
 from wavear.generation.jobs import Job, check_writable
-from wavear.generation.mel_files import MEL_SUFFIXES, one_line, read_mel, write_mel
+from wavear.generation.mel_files import MEL_SUFFIXES, read_mel, write_mel
 from wavear.generation.priming import check_prime, doubts
 from wavear.generation.sampler import generate_with
 from wavear.generation.settings import Sampling

@@ -13,8 +13,9 @@ import numpy as np
 import torch
 
 from wavear.common.atomic import replace_file
-from wavear.common.errors import WavearError
+from wavear.common.errors import WavearError, one_line
 from wavear.common.log import get_logger
+from wavear.common.untrusted import parse_json
 from wavear.mel.detection import Expectation, adapt_mel, describe_source
 from wavear.mel.spectrogram import MelConfig
 from wavear.models.base import AutoregressiveModel
@@ -112,13 +113,6 @@ def listed(suffixes: Sequence[str]) -> str:
     return ", ".join(suffixes[:-1]) + f" or {suffixes[-1]}"
 
 
-def one_line(error: BaseException) -> str:
-    """Return the message of an error on one line; of an `OSError`, the file and the reason."""
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror if error.filename is None else f"{error.filename}: {error.strerror}"
-    return " ".join(str(error).split()) or type(error).__name__
-
-
 def _read_npy(path: Path) -> torch.Tensor:
     try:
         with open(path, "rb") as file:
@@ -208,7 +202,7 @@ def _to_tensor(array: np.ndarray) -> torch.Tensor:
 def _config_of(described: Any, path: Path) -> MelConfig:
     try:
         return MelConfig.from_dict(
-            json.loads(described) if isinstance(described, str) else described
+            parse_json(described) if isinstance(described, str) else described
         )
     except ValueError as error:
         raise WavearError(

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from wavear.common.atomic import replace_file
 from wavear.common.errors import WavearError
+from wavear.common.untrusted import parse_json
 from wavear.models.base import AutoregressiveModel
 
 FORMAT = 1
@@ -83,7 +84,7 @@ class StreamState:
         if about is None:
             raise WavearError(f"{path} is a safetensors file, but not of a stream's state")
         try:
-            about = json.loads(about)
+            about = parse_json(about)
             found = about["format"]
         except (ValueError, TypeError, KeyError):
             raise WavearError(

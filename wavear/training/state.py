@@ -18,7 +18,8 @@ from lightning.pytorch.plugins import CheckpointIO
 from typing_extensions import override
 
 from wavear.common.atomic import replace_file
-from wavear.common.errors import WavearError
+from wavear.common.errors import WavearError, one_line
+from wavear.common.untrusted import parse_json
 
 _KEY, _SUM = "wavear_state", "wavear_crc32"
 _FOLDER, _OLD = "states", "resume.safetensors"
@@ -105,12 +106,13 @@ def load_state(path: str | Path) -> dict[str, Any]:
     if metadata.get(_SUM, checksum := _checksum(text, tensors)) != checksum:
         raise WavearError(f"{path} is damaged: its CRC-32 does not match")
     try:
-        state = decode(json.loads(text), tensors)
-    except (ValueError, KeyError) as error:
-        raise WavearError(f"{path} is damaged: {error}") from None
-    for name, tensor in state.get("state_dict", {}).items():
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise WavearError(f"{path} cannot be used: {name} holds NaN or infinity")
+        state = decode(parse_json(text), tensors)
+        weights = {n: t for n, t in state.get("state_dict", {}).items() if t.is_floating_point()}
+        wrong = [name for name, tensor in weights.items() if not torch.isfinite(tensor).all()]
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, RuntimeError) as error:
+        raise WavearError(f"{path} is damaged: {one_line(error)}") from None
+    if wrong:
+        raise WavearError(f"{path} cannot be used: {wrong[0]} holds NaN or infinity")
     return state
 
 
