@@ -2,17 +2,32 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
+import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import soundfile
 import torch
 from limits import AVAILABLE, bounded
 
 import wavear
-from wavear import MelConfig, PredictiveWaveNet, PredictiveWaveNetConfig, WaveNet, WaveNetConfig
+from wavear import (
+    MelConfig,
+    PredictiveWaveNet,
+    PredictiveWaveNetConfig,
+    WaveNet,
+    WaveNetConfig,
+    audio,
+)
+from wavear.audio import headers, reading
 from wavear.common.errors import WavearError
+from wavear.data.corpus import open_corpus
+from wavear.data.levels import Stretch, look
 from wavear.models.gru import GRU, GRUConfig
 from wavear.models.linear import Linear, LinearConfig
 from wavear.models.transformer import Transformer, TransformerConfig
@@ -146,3 +161,100 @@ def test_json_nested_too_deep_is_refused_everywhere(tmp_path: Path):
         with pytest.raises(WavearError, match="nested too deep"):
             call()
     assert training_record(tmp_path / "run" / "best") == {}
+
+
+# ---- audio
+
+
+def claiming(path: Path, samples: int) -> Path:
+    """Write 10 s of Ogg Vorbis whose last page promises a number of samples."""
+    noise = np.random.default_rng(0).uniform(-0.5, 0.5, 10 * RATE)
+    soundfile.write(path, noise, RATE, format="OGG")
+    data = bytearray(path.read_bytes())
+    page = data.rindex(b"OggS")
+    data[page + 6 : page + 14] = samples.to_bytes(8, "little")
+    data[page + 22 : page + 26] = headers._ogg_checksum(bytes(data[page:])).to_bytes(4, "little")
+    path.write_bytes(data)
+    return path
+
+
+@pytest.mark.parametrize("samples", [2**25, 2**33, 2**62, 2**63 - 1])
+def test_an_ogg_that_promises_more_than_it_holds_is_refused(tmp_path: Path, samples: int):
+    path = claiming(tmp_path / "a.ogg", samples)
+    with bounded(200, 10) as cost, pytest.raises(audio.AudioError, match=r"a\.ogg: is damaged"):
+        audio.read(path)
+    assert cost.mebibytes < 50
+    for rate in (RATE, 16000):  # in a data set it is skipped
+        audio.write(tmp_path / "b.wav", np.zeros(RATE), RATE)
+        assert len(open_corpus(tmp_path, sample_rate=rate, normalise="peak").bad) == 1
+
+
+def _flac_of(junk: bytes) -> bytes:
+    stream = io.BytesIO()
+    soundfile.write(stream, np.zeros(RATE), RATE, format="FLAC")
+    data = bytearray(stream.getvalue())
+    data[8 + 7 : 8 + 10] = b"\xff\xff\xff"  # the largest frame
+    return bytes(data) + junk
+
+
+RIFF = b"RIFF\xff\xff\xff\x7fWAVE"
+LARGE = 64 * 2**20
+HEADERS = {
+    "zeros.wav": lambda: RIFF + bytes(LARGE),
+    "empty-chunks.wav": lambda: RIFF + b"junk\0\0\0\0" * (LARGE // 8),
+    "empty-chunks.aiff": lambda: b"FORM\x7f\xff\xff\xffAIFF" + b"junk\0\0\0\0" * (LARGE // 8),
+    "tags.mp3": lambda: b"ID3\3\0\0\0\0\0\0" * (LARGE // 10),
+    "ones.mp3": lambda: b"\xff\xfb\x90\0" + bytes(413) + b"\xff" * LARGE,
+    "junk.flac": lambda: _flac_of(b"\xff\xf8\x59\x08" * (LARGE // 4)),
+    "zeros.ogg": lambda: b"OggS" + bytes(LARGE),
+    "zeros.caf": lambda: b"caff\0\1\0\0" + bytes(LARGE),
+    "zeros.au": lambda: b".snd" + bytes(LARGE),
+}
+
+
+@pytest.mark.parametrize("name", HEADERS)
+def test_a_long_file_of_little_audio_takes_little_time(tmp_path: Path, name: str):
+    """The walk through 256 MiB of zeros as chunks of no length took 19 s."""
+    (tmp_path / name).write_bytes(HEADERS[name]())
+    refused = pytest.raises(audio.AudioError, match=re.escape(name))
+    with bounded(400, 20) as cost, refused if name != "junk.flac" else contextlib.nullcontext():
+        audio.read(tmp_path / name)
+    assert cost.seconds < 3
+
+
+@pytest.mark.parametrize("rate", [RATE, 12000])
+@pytest.mark.parametrize(("normalise", "trim"), [("peak", None), ("rms", 40.0), ("none", 30.0)])
+def test_levels_in_blocks_equal_those_of_the_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rate: int, normalise: Any, trim: float | None
+):
+    generator = np.random.default_rng(0)
+    level = np.concatenate([np.full(3001, 1e-4), np.full(20_011, 0.1), np.full(5003, 1e-4)])
+    audio.write(tmp_path / "a.flac", level * generator.standard_normal(len(level)), RATE)
+    start, frames = 100, 25_000
+    whole = audio.read(tmp_path / "a.flac", rate, start, frames)
+    kept = whole
+    if trim is not None:
+        kept = audio.trim_silence(whole, top_db=trim, margin=round(0.05 * rate))
+    peak, rms = float(kept.abs().max()), float(kept.double().square().mean().sqrt())
+    gain = {"peak": 0.9 / peak, "rms": min(10 ** (-23 / 20) / rms, 1 / peak), "none": 1.0}
+    asked = Stretch(rate, start, frames, normalise, trim)
+    for block in (700, 2**20):
+        monkeypatch.setattr(reading, "_BLOCK", block)
+        assert torch.equal(audio.read(tmp_path / "a.flac", rate, start, frames), whole)
+        found = look(tmp_path / "a.flac", asked)
+        assert (found.start, found.frames) == (
+            start + kept.storage_offset() - whole.storage_offset(),
+            len(kept) if trim is not None else frames,
+        )
+        assert found.gain == pytest.approx(gain[normalise], rel=1e-12)  # sums in another order
+
+
+def test_levels_of_a_long_recording_take_little_memory(tmp_path: Path):
+    with soundfile.SoundFile(tmp_path / "a.flac", "w", 44100, 2) as file:
+        for _ in range(40):  # 15 minutes, 320 MiB decoded
+            file.write(np.full((2**20, 2), 0.25, np.float32))
+    look(tmp_path / "a.flac", Stretch(22050, 0, 2**20, "rms", 40.0))
+    with bounded(400, 120) as cost:
+        found = look(tmp_path / "a.flac", Stretch(22050, 0, 20 * 2**20, "rms", 40.0))
+    assert found.error is None
+    assert cost.mebibytes < 80
