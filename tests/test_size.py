@@ -6,6 +6,8 @@ import contextlib
 import io
 import json
 import re
+import struct
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,8 @@ from wavear.audio import headers, reading
 from wavear.common.errors import WavearError
 from wavear.data.corpus import open_corpus
 from wavear.data.levels import Stretch, look
+from wavear.generation.frame_reader import read_frames
+from wavear.generation.mel_files import read_mel
 from wavear.models.gru import GRU, GRUConfig
 from wavear.models.linear import Linear, LinearConfig
 from wavear.models.transformer import Transformer, TransformerConfig
@@ -258,3 +262,98 @@ def test_levels_of_a_long_recording_take_little_memory(tmp_path: Path):
         found = look(tmp_path / "a.flac", Stretch(22050, 0, 20 * 2**20, "rms", 40.0))
     assert found.error is None
     assert cost.mebibytes < 80
+
+
+# ---- mels
+
+
+def _compressed(shape: str, content: bytes) -> bytes:
+    """Return an .npz archive whose array `mel` has a header with a shape."""
+    stream, header = io.BytesIO(), io.BytesIO()
+    fields = f"{{'descr': '<f4', 'fortran_order': False, 'shape': {shape}, }}".encode()
+    header.write(b"\x93NUMPY\1\0" + struct.pack("<H", len(fields) + 1) + fields + b"\n")
+    archive = zipfile.ZipFile(stream, "w", zipfile.ZIP_DEFLATED, compresslevel=1)
+    with archive, archive.open("mel.npy", "w", force_zip64=True) as file:
+        file.write(header.getvalue() + content)
+        for _ in range(0 if content else 1100):  # 1.1 GiB
+            file.write(bytes(2**20))
+    return stream.getvalue()
+
+
+def _saved(value: Any, **options: Any) -> bytes:
+    stream = io.BytesIO()
+    torch.save(value, stream, **options)
+    return stream.getvalue()
+
+
+def _pickled(text: bytes) -> bytes:
+    """Return a `.pt` file with a pickle of its own."""
+    stream = io.BytesIO()
+    old = zipfile.ZipFile(io.BytesIO(_saved(torch.zeros(8, 3))))
+    with old, zipfile.ZipFile(stream, "w") as new:
+        for name in old.namelist():
+            new.writestr(name, text if name.endswith("data.pkl") else old.read(name))
+    return stream.getvalue()
+
+
+def _of_type(dtype: torch.dtype) -> bytes:
+    from safetensors.torch import save
+
+    return save({"mel": torch.zeros(8, 3).to(dtype)})
+
+
+MELS = {
+    "expanded.pt": lambda: _saved(torch.zeros(8, 1).expand(8, 10**9)),
+    "in-a-dict.pt": lambda: _saved({"mel": torch.zeros(1, 1).expand(8, 10**9)}),
+    "legacy.pt": lambda: _saved(
+        torch.zeros(8, 1).expand(8, 10**9), _use_new_zipfile_serialization=False
+    ),
+    "legacy-claim.pt": lambda: _saved(
+        torch.zeros(8, 300), _use_new_zipfile_serialization=False
+    ).replace(b"M\x60\x09", b"J\xff\xff\xff\x7f"),  # of 2400 numbers, 2**31 - 1
+    "bytearray.pt": lambda: _pickled(
+        b"\x80\x02cbuiltins\nbytearray\nJ\xff\xff\xff\x7f\x85R."
+    ),
+    "float8.pt": lambda: _saved(torch.zeros(8, 3).to(torch.float8_e4m3fn)),
+    "complex.pt": lambda: _saved(torch.zeros(8, 3, dtype=torch.complex64)),
+    "sparse.pt": lambda: _saved(torch.zeros(8, 3).to_sparse()),
+    "bomb.npz": lambda: _compressed("(8, 3)", b""),
+    "header.npz": lambda: _compressed("(8, 1000000000000)", bytes(96)),
+    "negative.npz": lambda: _compressed("(-8, -3)", bytes(96)),
+    "nested.npz": lambda: _compressed("(" * 3000, bytes(96)),
+    "header.npy": lambda: b"\x93NUMPY\1\0" + struct.pack("<H", 72)
+    + b"{'descr': '<f4', 'fortran_order': False, 'shape': (8, 1000000000000), }".ljust(72),
+    "complex.safetensors": lambda: _of_type(torch.complex64),
+    "float8.safetensors": lambda: _of_type(torch.float8_e5m2),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MELS)
+def test_a_mel_larger_than_its_file_is_refused(tmp_path: Path, name: str):
+    (tmp_path / name).write_bytes(MELS[name]())
+    with bounded(300, 10) as cost, pytest.raises(WavearError, match=re.escape(name)):
+        read_mel(tmp_path / name, MEL)
+    assert cost.mebibytes < 60
+
+
+def test_an_array_on_stdin_that_promises_too_much_is_refused():
+    for name in ("header.npy", "header.npz"):
+        data = MELS[name]()
+        data = zipfile.ZipFile(io.BytesIO(data)).read("mel.npy") if name[-1] == "z" else data
+        with bounded(300, 10), pytest.raises(WavearError, match="promises"):
+            list(read_frames(io.BufferedReader(io.BytesIO(data)), 8))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("suffix", ["pt", "legacy.pt", "npz", "compressed.npz", "npy"])
+def test_a_mel_that_fits_its_file_is_read(tmp_path: Path, suffix: str):
+    mel = torch.randn(8, 40).sub(5).requires_grad_()
+    path, array = tmp_path / f"a.{suffix}", mel.detach().numpy()
+    if suffix.endswith("pt"):
+        zipped = suffix == "pt"
+        torch.save({"mel": mel, "hop": 64}, path, _use_new_zipfile_serialization=zipped)
+    elif suffix == "npy":
+        np.save(path, np.asfortranarray(array))
+    else:
+        save = np.savez if suffix == "npz" else np.savez_compressed
+        save(path, mel=np.asfortranarray(array), config=np.array(json.dumps(MEL.to_dict())))
+    assert torch.equal(read_mel(path, MEL, source=MEL, force=True), mel)
