@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import re
-import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from typing_extensions import override
 
 from wavear.common.atomic import replace_file
 from wavear.common.errors import WavearError, one_line
-from wavear.common.untrusted import parse_json
+from wavear.common.untrusted import checksum, parse_json
 
 _KEY, _SUM = "wavear_state", "wavear_crc32"
 _FOLDER, _OLD = "states", "resume.safetensors"
@@ -66,17 +65,8 @@ def save_state(state: dict[str, Any], path: str | Path) -> None:
 
     tensors: dict[str, torch.Tensor] = {}
     text = json.dumps(encode(state, tensors))
-    metadata = {_KEY: text, _SUM: _checksum(text, tensors)}
+    metadata = {_KEY: text, _SUM: checksum(text, tensors)}
     replace_file(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
-
-
-def _checksum(text: str, tensors: dict[str, torch.Tensor]) -> str:
-    """Return the CRC-32 of a state: safetensors detects short files, but not changed bytes."""
-    value = zlib.crc32(text.encode())
-    for name in sorted(tensors):
-        content: Any = tensors[name].reshape(-1).view(torch.uint8).numpy()
-        value = zlib.crc32(content, zlib.crc32(name.encode(), value))
-    return f"{value:08x}"
 
 
 def load_state(path: str | Path) -> dict[str, Any]:
@@ -103,7 +93,7 @@ def load_state(path: str | Path) -> dict[str, Any]:
     if (text := metadata.get(_KEY)) is None:
         raise WavearError(f"{path} is not a training state: weights only")
     # The first versions wrote no checksum.
-    if metadata.get(_SUM, checksum := _checksum(text, tensors)) != checksum:
+    if metadata.get(_SUM, expected := checksum(text, tensors)) != expected:
         raise WavearError(f"{path} is damaged: its CRC-32 does not match")
     try:
         state = decode(parse_json(text), tensors)
