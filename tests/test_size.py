@@ -31,8 +31,11 @@ from wavear.audio import headers, reading
 from wavear.common.errors import WavearError
 from wavear.data.corpus import open_corpus
 from wavear.data.levels import Stretch, look
+from wavear.generation import files
 from wavear.generation.frame_reader import read_frames
+from wavear.generation.jobs import plan
 from wavear.generation.mel_files import read_mel
+from wavear.generation.settings import Sampling
 from wavear.generation.states import StreamState
 from wavear.models.gru import GRU, GRUConfig
 from wavear.models.linear import Linear, LinearConfig
@@ -425,3 +428,48 @@ def test_a_state_with_changed_tensors_is_refused(stream: Stream):
         for other in changed:
             with pytest.raises(WavearError, match="the state is damaged"):
                 resume(stream, StreamState(state.tensors | {name: other}, state.about))
+
+
+# ---- memory runs out
+
+
+@pytest.mark.parametrize("error", [MemoryError, "DefaultCPUAllocator: can't allocate memory"])
+def test_a_file_without_enough_memory_is_skipped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Any
+):
+    """The batch of all three fails, then each by itself, of which one is too long."""
+    generator = np.random.default_rng(0)
+    for name, frames in (("a", 6), ("b", 7), ("c", 6)):
+        audio.write(tmp_path / f"{name}.wav", generator.uniform(-0.1, 0.1, 64 * frames), RATE)
+    original, batches = files.generate_with, []
+
+    def generate_with(model: Any, sampling: Any, mels: list, **options: Any) -> Any:
+        batches.append(len(mels))
+        if sum(mel.shape[1] for mel in mels) > 6:
+            raise MemoryError if error is MemoryError else RuntimeError(error)
+        return original(model, sampling, mels, **options)
+
+    monkeypatch.setattr(files, "generate_with", generate_with)
+    model = SMALL["wavenet"]()
+    jobs = plan(sorted(tmp_path.glob("*.wav")), tmp_path / "out", ".wav")
+    report = files.synthesize(model, jobs, Sampling(engine="reference"))
+    assert (batches, report.files) == ([3, 1, 1, 1], 2)
+    assert report.failed == [
+        (tmp_path / "b.wav", f"{tmp_path / 'b.wav'}: not enough memory for it")
+    ]
+
+
+def test_a_recording_that_does_not_fit_the_memory_is_skipped(tmp_path: Path):
+    generator = np.random.default_rng(0)
+    audio.write(tmp_path / "a.wav", generator.uniform(-0.1, 0.1, RATE), RATE)
+    with soundfile.SoundFile(tmp_path / "long.flac", "w", RATE, 1) as file:
+        for _ in range(128):  # 4.6 hours, 512 MiB decoded
+            file.write(np.zeros(2**20, np.float32))
+    jobs = plan(sorted(tmp_path.glob("*.*")), tmp_path / "out", ".npy", mels=False)
+    files.write_mels(jobs[:1], MEL)
+    with bounded(400, 60):
+        report = files.write_mels(jobs, MEL)
+    assert report.files == 1
+    assert report.failed == [
+        (tmp_path / "long.flac", f"{tmp_path / 'long.flac'}: not enough memory for it")
+    ]

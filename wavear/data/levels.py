@@ -11,6 +11,7 @@ import numpy as np
 from wavear import audio
 from wavear.audio.reading import blocks
 from wavear.audio.waveforms import sounding
+from wavear.common.errors import one_line
 
 Normalise = Literal["none", "peak", "rms"]
 
@@ -83,8 +84,8 @@ def look(source: audio.AudioPath, stretch: Stretch | None = None) -> Looked:
             return _level(source, stretch)
         info = audio.info(source)
         return Looked(frames=info.frames, rate=info.sample_rate)
-    except (ValueError, OSError) as error:
-        return Looked(error=why(error, source), lasting=not isinstance(error, OSError))
+    except (ValueError, OSError, MemoryError) as error:
+        return Looked(error=why(error, source), lasting=isinstance(error, ValueError))
 
 
 def _level(source: audio.AudioPath, asked: Stretch) -> Looked:
@@ -114,5 +115,7 @@ def _level(source: audio.AudioPath, asked: Stretch) -> Looked:
 
 def why(error: Exception, source: audio.AudioPath) -> str:
     """Return why a file cannot be used, in one line without its name."""
+    if isinstance(error, MemoryError):
+        return one_line(error)
     lines = str(error).strip().splitlines()
     return lines[0].replace(f"{source}: ", "") if lines else type(error).__name__
