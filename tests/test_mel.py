@@ -364,7 +364,7 @@ def test_refused_waveforms(waveform, message):
         ({"sample_rate": 0}, "sample_rate is 0, expected 1000 to 384000 Hz"),
         ({"sample_rate": 22050.0}, "sample_rate is 22050.0, expected an integer"),
         ({"sample_rate": 500_000}, "sample_rate is 500000, expected 1000 to 384000 Hz"),
-        ({"n_fft": 1}, "n_fft is 1, expected 2 or more"),
+        ({"n_fft": 1}, "n_fft is 1, expected 2 to 65536"),
         ({"window_length": 2048}, r"window_length is 2048, expected 1 to n_fft \(1024\)"),
         ({"hop_length": 1025}, r"hop_length is 1025, expected 1 to window_length \(1024\)"),
         ({"hop_length": True}, "hop_length is True, expected an integer"),

@@ -16,8 +16,10 @@ Formats other than WAV, AIFF, FLAC, OGG and MP3 are left to libsndfile.
 from __future__ import annotations
 
 import functools
+import itertools
 import mmap
 import os
+import re
 import zlib
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -25,6 +27,9 @@ from typing import NamedTuple
 from wavear.common.errors import WavearError
 
 Bytes = bytes | mmap.mmap
+_MOST_PARTS = 4096  # chunks before the audio: bounds the time to walk through them
+_MOST_TAGS = 17  # where a file begins; libsndfile's time grows with their square
+_MOST_CANDIDATES = 100_000  # places that look like a frame of FLAC or MP3, and are none
 
 
 class HeaderError(WavearError):
@@ -95,12 +100,14 @@ def _examine_bytes(data: Bytes) -> Findings:
 def _after_id3(data: Bytes) -> int:
     """Return where the audio begins: ID3v2 tags give their length in four times seven bits."""
     position = 0
-    while data[position : position + 3] == b"ID3" and position + 10 <= len(data):
+    for _ in range(_MOST_TAGS):
+        if data[position : position + 3] != b"ID3" or position + 10 > len(data):
+            return position
         length = 0
         for byte in data[position + 6 : position + 10]:
             length = length << 7 | byte & 0x7F
         position += 10 + length + (10 if data[position + 5] & 0x10 else 0)
-    return position
+    raise HeaderError(f"begins with more than {_MOST_TAGS - 1} ID3 tags")
 
 
 def _big(data: Bytes, position: int, count: int) -> int:
@@ -119,11 +126,16 @@ def _examine_chunks(data: Bytes, magic: bytes) -> Findings:
     audio = b"SSND" if magic == b"FORM" else b"data"
     whole = int.from_bytes(data[4:8], order) + 8
     position = 12
-    while data[position : position + 4] != audio:
-        if position + 8 > len(data):
+    for _ in range(_MOST_PARTS):
+        name = data[position : position + 4]
+        if name == audio:
+            break
+        if position + 8 > len(data) or not (name.isascii() and name.decode().isprintable()):
             return Findings()  # there is no audio: libsndfile reports it
         length = int.from_bytes(data[position + 4 : position + 8], order)
         position += 8 + length + length % 2
+    else:
+        raise HeaderError(f"holds no audio among its first {_MOST_PARTS} chunks")
     claimed = int.from_bytes(data[position + 4 : position + 8], order)
     first = position + 8
     there = len(data) - first
@@ -187,12 +199,15 @@ def _examine_flac(data: Bytes, start: int) -> Findings:
 
 def _flac_frame_ends(data: Bytes, streaminfo: int, block: int) -> set[int]:
     """Return the sample where each of the last frames ends."""
-    largest = _big(data, streaminfo + 7, 3) or 65536
+    # A frame is at most 65535 samples of 8 channels of 32 bits, whatever the header promises.
+    largest = min(_big(data, streaminfo + 7, 3) or 65536, 2**21)
     tail = data[max(len(data) - 4 * largest, streaminfo) :]
     ends = set()
     for sync, fixed_size in ((b"\xff\xf8", True), (b"\xff\xf9", False)):
         at = tail.find(sync)
-        while at >= 0:
+        for _ in range(_MOST_CANDIDATES):
+            if at < 0:
+                break
             if header := _flac_frame_header(tail[at : at + 16]):
                 number, length = header  # of the block, or of its first sample
                 ends.add((number * block if fixed_size else number) + length)
@@ -285,6 +300,9 @@ _MP3_KBITS = (
 )
 
 
+_MP3_SYNC = re.compile(rb"\xff(?=[\xe2\xe3\xf2\xf3\xfa\xfb][^\xf0-\xff])")  # layer III
+
+
 class _Mp3Frame(NamedTuple):
     """The header of a frame of MPEG 1, 2 or 2.5, layer III."""
 
@@ -361,12 +379,12 @@ def _next_mp3_frame(
     data: Bytes, position: int, kind: tuple[int, int] | None
 ) -> tuple[int, _Mp3Frame] | None:
     """Return the next place where two frames of a kind are adjacent, or one ends the file."""
-    while (position := data.find(b"\xff", position)) >= 0:
+    for match in itertools.islice(_MP3_SYNC.finditer(data, position), _MOST_CANDIDATES):
+        position = match.start()
         frame = _Mp3Frame.parse(data[position : position + 4])
         if frame and kind in (None, frame.kind):
             after = data[position + frame.length : position + frame.length + 4]
             following = _Mp3Frame.parse(after)
             if (following and following.kind == frame.kind) or not after:
                 return position, frame
-        position += 1
     return None

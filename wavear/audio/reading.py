@@ -29,7 +29,7 @@ from wavear.audio.waveforms import (
     MIN_SAMPLE_RATE,
     check_count,
     check_rate,
-    resample_row,
+    resample_blocks,
     resampled_length,
 )
 from wavear.common.errors import WavearError
@@ -62,6 +62,10 @@ class Member:
     def __str__(self) -> str:
         return f"{self.archive}/{self.member}"
 
+
+_BLOCK = 2**18  # samples that are decoded at once
+# The densest coding is FLAC's of constant samples: blocks of 65535 in 13 bytes or more.
+_SAMPLES_PER_BYTE = 8192
 
 AudioPath = str | os.PathLike[str] | Member
 
@@ -137,6 +141,17 @@ def read(
     FileNotFoundError, IsADirectoryError, PermissionError, OSError
         If the file is missing, is a folder, or cannot be read.
     """
+    parts = list(blocks(path, sample_rate, start, frames))
+    return torch.from_numpy(parts[0] if len(parts) == 1 else np.concatenate(parts))
+
+
+def blocks(
+    path: AudioPath, sample_rate: int | None = None, start: int = 0, frames: int | None = None
+) -> Iterator[np.ndarray]:
+    """Yield what `read` returns, bit for bit, in blocks of at most 262,144 samples.
+
+    Parameters, exceptions: see `read`.
+    """
     if sample_rate is not None:
         sample_rate = check_rate(sample_rate)
     start = check_count("start", start, 0)
@@ -157,13 +172,17 @@ def read(
             )
         stop = length if frames is None else min(start + frames, length)
         first, last = _needed(start, stop, own_rate, rate, file.frames)
-        waveform = _decode(path, file, first, last, last_seek)
-    if rate == own_rate:
-        return torch.from_numpy(waveform)
-    # `first` is a multiple of the ratio's denominator, so it falls on a sample of the result.
-    offset = first * rate // own_rate
-    resampled = resample_row(waveform, own_rate, rate)
-    return torch.from_numpy(resampled[start - offset : stop - offset].copy())
+        decoded = _decode(path, file, first, last, last_seek)
+        if rate == own_rate:
+            yield from decoded
+            return
+        # `first` is a multiple of the ratio's denominator, so it falls on a sample of the result.
+        at = first * rate // own_rate
+        for block in resample_blocks(decoded, own_rate, rate):
+            part = block[max(start - at, 0) : max(stop - at, 0)]
+            at += len(block)
+            if part.size:
+                yield part.copy()
 
 
 @contextlib.contextmanager
@@ -189,7 +208,18 @@ def _open(path: AudioPath) -> Iterator[tuple[soundfile.SoundFile, int | None]]:
                 )
             if file.frames == 0:
                 raise AudioError(f"{path}: holds no audio (0 samples)")
+            size = _size(path)
+            if not 0 < file.frames <= size * _SAMPLES_PER_BYTE:
+                raise AudioError(
+                    f"{path}: is damaged: its header promises {file.frames} samples, and it has"
+                    f" {size} bytes"
+                )
             yield file, findings.last_seek
+
+
+def _size(path: AudioPath) -> int:
+    """Return the bytes of a file."""
+    return path.size if isinstance(path, Member) else os.path.getsize(path)
 
 
 def _checked(path: AudioPath) -> tuple[Any, headers.Findings]:
@@ -230,8 +260,11 @@ def _checked(path: AudioPath) -> tuple[Any, headers.Findings]:
 
 def _decode(
     path: AudioPath, file: soundfile.SoundFile, first: int, last: int, last_seek: int | None
-) -> np.ndarray:
-    """Return samples [first, last) of a file, mono."""
+) -> Iterator[np.ndarray]:
+    """Yield samples [first, last) of a file, mono, in blocks.
+
+    Memory grows with what is decoded, whatever the header promises.
+    """
     import soundfile
 
     begin = first if last_seek is None else min(first, last_seek)
@@ -244,19 +277,27 @@ def _decode(
     try:
         if begin:
             file.seek(begin)
-        samples = file.read(last - begin, dtype="float32", always_2d=True)
+        for at in range(begin, last, _BLOCK):
+            count = min(_BLOCK, last - at)
+            samples = file.read(count, dtype="float32", always_2d=True)
+            if len(samples) < count:
+                raise AudioError(
+                    f"{path}: is damaged or truncated inside (audio ends at sample"
+                    f" {at + len(samples)} of {file.frames})"
+                )
+            samples = samples[max(first - at, 0) :]
+            if samples.size:
+                yield _mono(path, samples, max(first, at))
     except soundfile.LibsndfileError as error:
         raise AudioError(
             f"{path}: is damaged or truncated inside ({error.error_string})"
         ) from error
-    if len(samples) < last - begin:
-        end = begin + len(samples)
-        raise AudioError(
-            f"{path}: is damaged or truncated inside (audio ends at sample {end} of {file.frames})"
-        )
-    samples = samples[first - begin :]
+
+
+def _mono(path: AudioPath, samples: np.ndarray, start: int) -> np.ndarray:
+    """Return the mean of the channels of samples (n, C), the first of which is number `start`."""
     if not np.isfinite(samples).all():
-        at = first + int(np.argwhere(~np.isfinite(samples))[0, 0])
+        at = start + int(np.argwhere(~np.isfinite(samples))[0, 0])
         raise AudioError(f"{path}: holds NaN or infinity (at sample {at})")
     return samples[:, 0].copy() if samples.shape[1] == 1 else samples.mean(axis=1, dtype=np.float32)
 

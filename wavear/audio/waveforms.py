@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import operator
+from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
 import numpy as np
@@ -172,15 +173,39 @@ def trim_silence(
         raise WavearError(
             f"waveform is {x.dtype} of shape {x.shape}, expected floating point of shape (T,)"
         )
-    # The energy of a frame is the difference of the cumulative energy at its ends.
-    energy = np.concatenate([[0.0], np.cumsum(x.astype(np.float64) ** 2)])
-    begins = np.arange(0, len(x) + 1, hop) - frame // 2
-    powers = energy[(begins + frame).clip(0, len(x))] - energy[begins.clip(0, len(x))]
+    first, last = sounding([x], top_db, margin, frame, hop)
+    return waveform[first:last]
+
+
+def sounding(
+    blocks: Iterable[np.ndarray],
+    top_db: float,
+    margin: int,
+    frame: int = 2048,
+    hop: int = 512,
+) -> tuple[int, int]:
+    """Return the samples [first, last) that `trim_silence` keeps of a signal in blocks (T_i,)."""
+    # The energy of a frame is the difference of the cumulative energy at its ends, which are
+    # multiples of `step`.
+    step = math.gcd(frame, frame // 2, hop)
+    marks, energy, total = [np.zeros(1)], 0.0, 0
+    for x in blocks:
+        cumulative = np.cumsum(np.concatenate([[energy], x.astype(np.float64) ** 2]))[1:]
+        marks.append(cumulative[(-total - 1) % step :: step].copy())
+        total += len(x)
+        energy = float(cumulative[-1]) if len(x) else energy
+    at = np.concatenate(marks)
+
+    def until(places: np.ndarray) -> np.ndarray:
+        inside = at[places.clip(0, total) // step]
+        return np.where(places >= total, energy, inside)
+
+    begins = np.arange(0, total + 1, hop) - frame // 2
+    powers = until(begins + frame) - until(begins)
     loud = np.flatnonzero(powers > powers.max() * 10 ** (-top_db / 10))
     if not loud.size:
-        return waveform
-    first = max(int(loud[0]) * hop - margin, 0)
-    return waveform[first : min((int(loud[-1]) + 1) * hop + margin, len(x))]
+        return 0, total
+    return max(int(loud[0]) * hop - margin, 0), min((int(loud[-1]) + 1) * hop + margin, total)
 
 
 def resampled_length(samples: int, from_rate: int, to_rate: int) -> int:
@@ -190,14 +215,28 @@ def resampled_length(samples: int, from_rate: int, to_rate: int) -> int:
 
 def resample_row(x: np.ndarray, from_rate: int, to_rate: int) -> np.ndarray:
     """Resample an array of shape (T,) as `resample` does, without checks."""
+    return np.concatenate(list(resample_blocks([x], from_rate, to_rate)))
+
+
+def resample_blocks(
+    blocks: Iterable[np.ndarray], from_rate: int, to_rate: int
+) -> Iterator[np.ndarray]:
+    """Resample a signal that comes in blocks (T_i,); the same bits as for the whole."""
     import soxr
 
-    # soxr rounds the length of its result in floating point, which can drop the last sample. It
-    # assumes zeros beyond the end, so appending some changes only the length.
-    padded = np.pad(x, (0, from_rate // to_rate + 1))
-    padded = padded.astype(np.float64 if x.dtype.itemsize > 4 else np.float32)
-    y = soxr.resample(padded, from_rate, to_rate, quality="VHQ")
-    return y[: resampled_length(len(x), from_rate, to_rate)]
+    stream, taken, made = None, 0, 0
+    for block in blocks:
+        kind = np.float64 if block.dtype.itemsize > 4 else np.float32
+        stream = stream or soxr.ResampleStream(from_rate, to_rate, 1, dtype=kind, quality="VHQ")
+        taken += len(block)
+        y = stream.resample_chunk(block.astype(kind, copy=False))
+        made += len(y)
+        yield y
+    if stream is not None:
+        # soxr rounds the length of its result in floating point, which can drop the last sample. It
+        # assumes zeros beyond the end, so appending some changes only the length.
+        y = stream.resample_chunk(np.zeros(from_rate // to_rate + 1, kind), last=True)
+        yield y[: max(resampled_length(taken, from_rate, to_rate) - made, 0)]
 
 
 def as_array(waveform: Tensor | np.ndarray) -> np.ndarray:

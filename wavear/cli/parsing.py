@@ -15,9 +15,8 @@ from typing import Any
 
 import tyro
 
-from wavear.common.errors import WavearError
+from wavear.common.errors import WavearError, one_line
 from wavear.common.log import get_logger, setup_logging
-from wavear.generation.mel_files import one_line
 
 logger = get_logger(__name__)
 

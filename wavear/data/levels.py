@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 
 from wavear import audio
+from wavear.audio.reading import blocks
+from wavear.audio.waveforms import sounding
+from wavear.common.errors import one_line
 
 Normalise = Literal["none", "peak", "rms"]
 
@@ -80,27 +84,38 @@ def look(source: audio.AudioPath, stretch: Stretch | None = None) -> Looked:
             return _level(source, stretch)
         info = audio.info(source)
         return Looked(frames=info.frames, rate=info.sample_rate)
-    except (ValueError, OSError) as error:
-        return Looked(error=why(error, source), lasting=not isinstance(error, OSError))
+    except (ValueError, OSError, MemoryError) as error:
+        return Looked(error=why(error, source), lasting=isinstance(error, ValueError))
 
 
 def _level(source: audio.AudioPath, asked: Stretch) -> Looked:
     """Return the gain that brings a stretch to its level, and the stretch without silent ends."""
-    waveform = audio.read(source, asked.rate, asked.start, asked.frames)
-    start, frames = asked.start, asked.frames
+    first, last = 0, asked.frames
     if asked.trim_silence is not None:
         margin = round(_TRIM_KEEP_SECONDS * asked.rate)
-        kept = audio.trim_silence(waveform, top_db=asked.trim_silence, margin=margin)
-        start += int(kept.storage_offset() - waveform.storage_offset())  # it is a view
-        waveform, frames = kept, len(kept)
-    peak, rms = float(waveform.abs().max()), float(waveform.double().square().mean().sqrt())
-    if asked.normalise == "none" or peak == 0:
+        whole = blocks(source, asked.rate, asked.start, asked.frames)
+        first, last = sounding(whole, asked.trim_silence, margin)
+    start, frames = asked.start + first, last - first
+    if asked.normalise == "none":
         return Looked(start, frames)
+    peak, energy, at, count = 0.0, 0.0, 0, 0
+    for block in blocks(source, asked.rate, asked.start, asked.frames):
+        kept = block[max(first - at, 0) : max(last - at, 0)]
+        at += len(block)
+        if kept.size:
+            peak = max(peak, float(np.abs(kept).max()))
+            count += kept.size
+            energy += float(np.square(kept, dtype=np.float64).sum())
+    if peak == 0:
+        return Looked(start, frames)
+    rms = math.sqrt(energy / count)
     gain = _PEAK_TARGET / peak if asked.normalise == "peak" else min(_RMS_TARGET / rms, 1 / peak)
     return Looked(start, frames, gain=gain)
 
 
 def why(error: Exception, source: audio.AudioPath) -> str:
     """Return why a file cannot be used, in one line without its name."""
+    if isinstance(error, MemoryError):
+        return one_line(error)
     lines = str(error).strip().splitlines()
     return lines[0].replace(f"{source}: ", "") if lines else type(error).__name__

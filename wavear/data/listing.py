@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import math
 import os
 from collections.abc import Iterator
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from wavear.common.errors import WavearError
+from wavear.common.untrusted import parse_json
 from wavear.data.recordings import Builder, Recordings
 
 SUFFIXES = (".wav", ".flac", ".ogg", ".mp3", ".aif", ".aiff")
@@ -138,7 +138,7 @@ def _rows(manifest: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 def _json_row(manifest: Path, line: int, content: str) -> dict[str, Any]:
     try:
-        row = json.loads(content)
+        row = parse_json(content)
     except ValueError as error:
         raise WavearError(f"{manifest}:{line} is not JSON: {error}") from None
     if not isinstance(row, dict):

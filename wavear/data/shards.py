@@ -27,6 +27,7 @@ from platformdirs import user_cache_path
 
 from wavear.common.atomic import locked, replace_file
 from wavear.common.errors import WavearError
+from wavear.common.untrusted import parse_json
 from wavear.data.listing import SUFFIXES, listed, split_named
 from wavear.data.recordings import SPLIT_NAMES, Builder, Recordings, encoded
 
@@ -315,7 +316,7 @@ def _note(ending: str, content: bytes) -> dict[str, str]:
     if ending != "json":
         return {"speaker": text}
     try:
-        row = json.loads(text)
+        row = parse_json(text)
     except ValueError as error:
         raise WavearError(f"is not JSON: {error}") from None
     if not isinstance(row, dict):

@@ -74,7 +74,7 @@ class Baselines:
         for recording in recordings:
             try:
                 blocks = [codes.astype(small) for codes in code_blocks(recording, layout, grid)]
-            except (ValueError, OSError) as error:
+            except (ValueError, OSError, MemoryError) as error:
                 failed[recording.name] = reason(error, recording)
             else:
                 good.append(recording)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from wavear.common.errors import WavearError
+from wavear.common.untrusted import parse_json
 from wavear.data.corpus import Treatment, find, open_corpus, overlapping, prepare
 from wavear.data.recordings import Recording, Recordings
 from wavear.data.shards import is_shards, refuse_remote
@@ -67,7 +67,7 @@ def training_record(checkpoint: str | Path) -> dict[str, Any]:
     if path is None:
         return {}
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = parse_json(path.read_bytes())
         return record.get("config", {}) | {"gains": record.get("data", {}).get("gains", {})}
     except (ValueError, OSError, AttributeError, TypeError):
         return {}

@@ -167,7 +167,7 @@ def _read(recording: Recording, layout: Layout, start: int, found: Bits) -> np.n
     """Read a crop; note one that cannot be read in `found`, and return None."""
     try:
         return read_crop(recording, layout, start)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, MemoryError) as error:
         found.skipped.setdefault(recording.name, reason(error, recording))
         return None
 
@@ -222,7 +222,7 @@ class Counts:
                         before = np.concatenate([[previous], codes[:-1]])
                         pairs += np.bincount(before * classes + codes, minlength=classes * classes)
                         previous = codes[-1]
-            except (ValueError, OSError):
+            except (ValueError, OSError, MemoryError):
                 continue
         return cls(single, None if pairs is None else pairs.reshape(classes, classes))
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from wavear.common.errors import WavearError
+from wavear.common.untrusted import parse_json
 from wavear.evaluation.metrics import MEASURES
 
 FORMAT = 1
@@ -211,7 +211,7 @@ class Evaluation:
         if not path.is_file():
             raise FileNotFoundError(f"{path}: no such evaluation")
         try:
-            record = json.loads(path.read_text(encoding="utf-8"))
+            record = parse_json(path.read_bytes())
         except ValueError as error:
             raise WavearError(f"{path} is damaged, it is not JSON: {error}") from None
         if not isinstance(record, dict) or "bits" not in record:

@@ -21,6 +21,7 @@ from wavear.audio.emphasis import coefficient
 from wavear.common.errors import WavearError
 from wavear.common.log import get_logger
 from wavear.common.machine import machine
+from wavear.common.memory import memory_errors
 from wavear.data.corpus import Recording, reason
 from wavear.data.crops import read_span
 from wavear.evaluation.bits import LEVELS, Baselines, Scores, score_recording
@@ -105,8 +106,9 @@ def measure_everything(
     scores: dict[int, Scores] = {}
     for n, clip in enumerate(_bar(good, progress, "scoring")):
         try:
-            scores[n] = score_recording(model, clip, speakers[n])
-        except (ValueError, OSError) as error:
+            with memory_errors():
+                scores[n] = score_recording(model, clip, speakers[n])
+        except (ValueError, OSError, MemoryError) as error:
             clips.failed[clip.name] = reason(error, clip)
             logger.warning(f"{clip.name}: {clips.failed[clip.name]}")
     if not scores:

@@ -152,11 +152,18 @@ class UtteranceConditioner:
         """Drop the frames that no sample from `sample` on needs, but the last, which may repeat."""
         if not self._held:
             return
-        block = sample // (self.block * self.hop)
-        first = max(0, min(block * self.block - self.model.lookback, self.frames - 1))
+        first = self._first_needed(sample)
         if first > self._first:
             self._held = [self.held[:, first - self._first :].clone()]
             self._first = first
+
+    def holds(self, sample: int) -> bool:
+        """Return whether no frame that samples from `sample` on need was forgotten."""
+        return self._first_needed(sample) >= self._first
+
+    def _first_needed(self, sample: int) -> int:
+        block = sample // (self.block * self.hop)
+        return max(0, min(block * self.block - self.model.lookback, self.frames - 1))
 
     def span(self, start: int, stop: int) -> Any:
         """Return the conditioning of samples `start` to `stop`: (1, C, n), (1, C, 1) or None."""

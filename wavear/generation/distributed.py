@@ -18,6 +18,7 @@ from typing import Any
 
 from wavear.common.atomic import replace_file
 from wavear.common.log import get_logger
+from wavear.common.untrusted import parse_json
 from wavear.generation.files import MelInput, Output, Report
 from wavear.generation.files import synthesize as synthesize_jobs
 from wavear.generation.jobs import Job
@@ -68,8 +69,8 @@ def claim(out: Path, jobs: Sequence[Job], record: dict[str, Any], overwrite: boo
     path, remedy = out / RECORD, "choose another folder, or pass --overwrite"
     if path.exists() and not overwrite:
         try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError:
+            found = dict(parse_json(path.read_bytes()))
+        except (ValueError, TypeError):
             raise FileExistsError(f"{path} is damaged: {remedy}") from None
         names = [n for n in sorted({*found, *record}) if found.get(n) != record.get(n)]
         if names:

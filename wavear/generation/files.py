@@ -14,13 +14,14 @@ from pathlib import Path
 import torch
 
 from wavear import audio
-from wavear.common.errors import WavearError
+from wavear.common.errors import WavearError, one_line
 from wavear.common.log import get_logger
+from wavear.common.memory import memory_errors
 from wavear.generation.cuda.choice import ENGINES as CUDA_ENGINES
 from wavear.generation.defects import Finding, watch
 from wavear.generation.engines import make_engine, name_of_engine
 from wavear.generation.jobs import Job, check_writable
-from wavear.generation.mel_files import MEL_SUFFIXES, one_line, read_mel, write_mel
+from wavear.generation.mel_files import MEL_SUFFIXES, read_mel, write_mel
 from wavear.generation.priming import check_prime, doubts
 from wavear.generation.sampler import generate_with
 from wavear.generation.settings import Sampling
@@ -188,11 +189,23 @@ def synthesize(
         read: list[tuple[Job, torch.Tensor]] = []
         for job in jobs[at : at + batching.window]:
             try:
-                read.append((job, reader.read(job.source, model, mels)))
-            except (ValueError, OSError) as error:
+                with memory_errors():
+                    read.append((job, reader.read(job.source, model, mels)))
+            except (ValueError, OSError, MemoryError) as error:
                 report.skip(job.source, error)
-        for batch in _batches(read, config.hop_length, batching):
-            made, _ = generate_with(model, sampling, [mel for _, mel in batch], progress=progress)
+        todo = _batches(read, config.hop_length, batching)
+        while todo:
+            batch = todo.pop(0)
+            try:
+                with memory_errors():
+                    made, _ = generate_with(
+                        model, sampling, [mel for _, mel in batch], progress=progress
+                    )
+            except MemoryError as error:
+                if len(batch) == 1:
+                    report.skip(batch[0][0].source, error)
+                todo = [[one] for one in batch if len(batch) > 1] + todo
+                continue
             for (job, mel), row in zip(batch, made, strict=True):
                 waveform = row[: mel.shape[1] * config.hop_length]
                 output.write(job.target, waveform, rate)
@@ -263,8 +276,9 @@ def write_mels(jobs: Sequence[Job], config: MelConfig) -> Report:
     reader = _MelReader(config)
     for job in jobs:
         try:
-            mel = reader.of_audio(job.source)
-        except (ValueError, OSError) as error:
+            with memory_errors():
+                mel = reader.of_audio(job.source)
+        except (ValueError, OSError, MemoryError) as error:
             report.skip(job.source, error)
             continue
         job.target.parent.mkdir(parents=True, exist_ok=True)

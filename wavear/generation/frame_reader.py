@@ -7,7 +7,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from wavear.common.errors import WavearError
+from wavear.common.errors import WavearError, one_line
+from wavear.generation.mel_files import array_of
 
 _MAGIC = b"\x93NUMPY"
 
@@ -44,9 +45,9 @@ def read_frames(source: io.BufferedReader, bands: int) -> Iterator[np.ndarray]:
 def _mel_of_array(data: bytes, bands: int) -> np.ndarray:
     """Return the mel (M, F) of a .npy file."""
     try:
-        array = np.load(io.BytesIO(data), allow_pickle=False)
-    except (ValueError, EOFError, OverflowError, MemoryError) as error:
-        raise WavearError(f"the array on stdin is damaged: {error}") from None
+        array = array_of(data)
+    except (ValueError, EOFError, OverflowError) as error:
+        raise WavearError(f"the array on stdin is damaged: {one_line(error)}") from None
     if array.dtype.kind != "f":
         raise WavearError(f"the array on stdin is {array.dtype}, expected floating point")
     mel = array[0] if array.ndim == 3 and len(array) == 1 else array

@@ -2,26 +2,33 @@
 
 from __future__ import annotations
 
+import io
 import json
+import math
 import zipfile
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from tokenize import TokenError
+from typing import Any
 
 import numpy as np
 import torch
 
 from wavear.common.atomic import replace_file
-from wavear.common.errors import WavearError
+from wavear.common.errors import WavearError, one_line
 from wavear.common.log import get_logger
+from wavear.common.untrusted import parse_json
+from wavear.generation.torch_files import load_tensors
 from wavear.mel.detection import Expectation, adapt_mel, describe_source
 from wavear.mel.spectrogram import MelConfig
 from wavear.models.base import AutoregressiveModel
 
 logger = get_logger(__name__)
 
+LARGEST_ARRAY = 2**30  # bytes in a compressed file: 10 hours of 80 bands at 86 frames per second
 MEL_SUFFIXES = (".npy", ".npz", ".pt", ".safetensors")
+_FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
 def read_mel(
@@ -61,11 +68,11 @@ def read_mel(
         raise WavearError(
             f"{path}: the mel has shape {shape}, expected ({config.bands} bands, frames)"
         )
-    if not mel.is_floating_point():
+    if mel.dtype not in _FLOATS or mel.layout is not torch.strided:
         raise WavearError(f"{path}: the mel is {mel.dtype}, expected floating point")
     if mel.shape[1] == 0:
         raise WavearError(f"{path}: the mel has no frames")
-    mel = mel.float()
+    mel = mel.detach().float()
     if not bool(torch.isfinite(mel).all()):
         frame = int((~torch.isfinite(mel)).any(dim=0).nonzero()[0])
         raise WavearError(f"{path}: the mel holds NaN or infinity, first in frame {frame}")
@@ -112,54 +119,79 @@ def listed(suffixes: Sequence[str]) -> str:
     return ", ".join(suffixes[:-1]) + f" or {suffixes[-1]}"
 
 
-def one_line(error: BaseException) -> str:
-    """Return the message of an error on one line; of an `OSError`, the file and the reason."""
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror if error.filename is None else f"{error.filename}: {error.strerror}"
-    return " ".join(str(error).split()) or type(error).__name__
-
-
 def _read_npy(path: Path) -> torch.Tensor:
     try:
-        with open(path, "rb") as file:
-            _require_magic(file)
-        # Mapped, so that a header that promises too much is refused before memory is allocated.
-        return _to_tensor(np.load(path, mmap_mode="r", allow_pickle=False))
+        return _to_tensor(array_of(path.read_bytes()))
     except (ValueError, EOFError, OverflowError) as error:
         raise WavearError(f"{path} is damaged or not a NumPy array: {one_line(error)}") from None
-
-
-def _require_magic(file: BinaryIO) -> None:
-    if file.read(6) != b"\x93NUMPY":  # np.load would try to unpickle it
-        raise WavearError("it does not begin like a NumPy array")
 
 
 def _read_npz(path: Path) -> tuple[torch.Tensor, Any]:
     if not zipfile.is_zipfile(path):  # np.load would try to unpickle it
         raise WavearError(f"{path} is damaged or not an .npz archive")
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            name = _only("mel", [name for name in archive.files if name != "config"])
-            described = str(archive["config"]) if "config" in archive.files else None
-            return _to_tensor(archive[name]), described
+        with zipfile.ZipFile(path) as archive:
+            arrays = {name.removesuffix(".npy"): name for name in archive.namelist()}
+            name = _only("mel", [name for name in arrays if name != "config"])
+            described = "config" in arrays and str(_member(archive, arrays["config"]))
+            return _to_tensor(_member(archive, arrays[name])), described or None
     except (
         ValueError,
         EOFError,
         OverflowError,
         MemoryError,
+        NotImplementedError,
+        RuntimeError,
         zipfile.BadZipFile,
         zlib.error,
     ) as error:
         raise WavearError(f"{path} is damaged or not a mel: {one_line(error)}") from None
 
 
+def _member(archive: zipfile.ZipFile, name: str) -> np.ndarray:
+    """Return an array of an .npz archive: its header and its size have to agree, and be limited."""
+    size = archive.getinfo(name).file_size
+    if size > LARGEST_ARRAY:
+        raise WavearError(f"{name} has {size} bytes, expected at most {LARGEST_ARRAY}")
+    with archive.open(name) as file:
+        return array_of(file.read())
+
+
+def array_of(data: bytes) -> np.ndarray:
+    """Return the array of a .npy file in memory, which it shares.
+
+    Raises
+    ------
+    ValueError
+        If it is damaged, holds objects, or its header promises another size.
+    """
+    file = io.BytesIO(data)
+    if data[:6] != b"\x93NUMPY":
+        raise WavearError("it does not begin like a NumPy array")
+    try:
+        form = np.lib.format
+        first = form.read_magic(file) == (1, 0)
+        read = form.read_array_header_1_0 if first else form.read_array_header_2_0
+        shape, fortran, dtype = read(file)
+    except (SyntaxError, TypeError, KeyError, RecursionError, MemoryError, TokenError) as error:
+        raise WavearError(f"its header is damaged: {one_line(error)}") from None
+    if dtype.hasobject:
+        raise WavearError("it holds objects, not numbers")
+    count = math.prod(shape)
+    if count < 0 or count * dtype.itemsize != len(data) - file.tell():
+        raise WavearError(
+            f"its header promises {shape} of {dtype}, and {len(data) - file.tell()} bytes follow"
+        )
+    array = np.frombuffer(data, dtype, count, file.tell())
+    return array.reshape(shape, order="F" if fortran else "C")
+
+
 def _read_pt(path: Path) -> tuple[torch.Tensor, Any]:
     try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # the loader raises whatever the first damaged byte leads to
-        reason = one_line(error).split(". ")[0][:200]
+        loaded = load_tensors(path)
+    except WavearError as error:
         raise WavearError(
-            f"{path} is damaged or not a tensor that loads without running code: {reason}"
+            f"{path} is damaged or not a tensor that loads without running code: {error}"
         ) from None
     described = None
     if isinstance(loaded, dict):
@@ -208,7 +240,7 @@ def _to_tensor(array: np.ndarray) -> torch.Tensor:
 def _config_of(described: Any, path: Path) -> MelConfig:
     try:
         return MelConfig.from_dict(
-            json.loads(described) if isinstance(described, str) else described
+            parse_json(described) if isinstance(described, str) else described
         )
     except ValueError as error:
         raise WavearError(

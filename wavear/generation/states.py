@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,13 +16,30 @@ from torch import Tensor
 
 from wavear.common.atomic import replace_file
 from wavear.common.errors import WavearError
+from wavear.common.untrusted import checksum, parse_json
 from wavear.models.base import AutoregressiveModel
 
 FORMAT = 1
-_KEY = "wavear_stream"
-_FIELDS = (
-    "position asked seed speaker temperature top_k top_p first_frame closed model".split()  # noqa: SIM905
-)
+_KEY, _SUM = "wavear_stream", "wavear_crc32"
+_COUNT = range(2**62)
+_FIELDS: dict[str, Callable[[Any], bool]] = {
+    "position": lambda value: type(value) is int and value in _COUNT,
+    "asked": lambda value: type(value) is int and value in _COUNT,
+    "seed": lambda value: type(value) is int and value in range(2**64),
+    "speaker": lambda value: value is None or (type(value) is int and value in _COUNT),
+    "temperature": lambda value: type(value) in (int, float),
+    "top_k": lambda value: value is None or (type(value) is int and value in _COUNT),
+    "top_p": lambda value: value is None or type(value) in (int, float),
+    "first_frame": lambda value: type(value) is int and value in _COUNT,
+    "closed": lambda value: type(value) is bool,
+    "model": lambda value: (
+        isinstance(value, dict)
+        and isinstance(value.get("family"), str)
+        and all(isinstance(value.get(part), dict) for part in ("config", "weights"))
+    ),
+}
+"""What the description of a stream has, and which values are possible."""
+_FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
@@ -55,7 +74,8 @@ class StreamState:
         """
         from safetensors.torch import save_file
 
-        metadata = {_KEY: json.dumps(self.about)}
+        text = json.dumps(self.about)
+        metadata = {_KEY: text, _SUM: checksum(text, self.tensors)}
         replace_file(path, lambda temporary: save_file(self.tensors, temporary, metadata=metadata))
         return Path(path)
 
@@ -76,14 +96,14 @@ class StreamState:
             raise FileNotFoundError(f"{path}: no such file")
         try:
             with safe_open(path, framework="pt") as file:
-                about = (file.metadata() or {}).get(_KEY)
+                metadata = file.metadata() or {}
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
         except SafetensorError as error:
             raise WavearError(f"{path} is damaged or not a safetensors file: {error}") from None
-        if about is None:
+        if (text := metadata.get(_KEY)) is None:
             raise WavearError(f"{path} is a safetensors file, but not of a stream's state")
         try:
-            about = json.loads(about)
+            about = parse_json(text)
             found = about["format"]
         except (ValueError, TypeError, KeyError):
             raise WavearError(
@@ -93,8 +113,14 @@ class StreamState:
             raise WavearError(
                 f"{path} has format {found!r}, this version of wavear reads format {FORMAT}"
             )
+        # The first versions wrote no checksum.
+        if metadata.get(_SUM, expected := checksum(text, tensors)) != expected:
+            raise WavearError(f"{path} is damaged: its CRC-32 does not match")
         if missing := set(_FIELDS) - set(about):
             raise WavearError(f"{path} is damaged: it lacks {', '.join(sorted(missing))}")
+        for name, possible in _FIELDS.items():
+            if not possible(about[name]):
+                raise WavearError(f"{path} is damaged: {name} is {about[name]!r:.60}")
         return cls(tensors, about)
 
 
@@ -150,24 +176,40 @@ def engine_tensors(
     state: StreamState, pattern: dict[str, Tensor], model: AutoregressiveModel
 ) -> dict[str, Tensor]:
     """Return the engine's part of a state, whose names and shapes must be those of `pattern`."""
+    classes = model.config.classes
     tensors = {
         name: tensor for name, tensor in state.tensors.items() if name not in ("mel", "prime")
     }
     found, expected = (
-        {name: tuple(tensor.shape) for name, tensor in each.items()} for each in (tensors, pattern)
+        {n: (tuple(t.shape), t.dtype in _FLOATS) for n, t in each.items()}
+        for each in (tensors, pattern)
     )
     names = ("previous", "prime", "codes", "past")
     codes = [state.tensors[name] for name in names if name in state.tensors]
-    mel = state.tensors.get("mel")
+    whole = [*codes, *(t for name, t in tensors.items() if not expected.get(name, ((), True))[1])]
     intact = (
         found == expected
+        and all(tensor.dtype in (torch.int32, torch.int64) for tensor in whole)
         and int(tensors.get("time", torch.zeros(1)).min()) >= 0
-        and all(0 <= int(c.min()) <= int(c.max()) < model.config.classes for c in codes)
+        and all(c.numel() and 0 <= int(c.min()) <= int(c.max()) < classes for c in codes)
     )
-    if intact and mel is not None:
-        intact = mel.dim() == 2 and len(mel) == model.config.mel.bands and mel.numel() > 0
+    if intact and "lags" in tensors:
+        lags = tensors["lags"]
+        intact = 0 <= int(lags.min()) <= int(lags.max()) <= model.config.longest_period
+    if intact and (mel := state.tensors.get("mel")) is not None:
+        intact = (
+            model.config.mel is not None
+            and mel.dim() == 2
+            and len(mel) == model.config.mel.bands
+            and mel.numel() > 0
+            and mel.dtype in _FLOATS
+        )
+    if intact and (prime := state.tensors.get("prime")) is not None:
+        intact = prime.shape == (state.about["position"],)
+    deemphasis = state.about.get("deemphasis", 0.0)
+    intact = intact and type(deemphasis) in (int, float) and math.isfinite(deemphasis)
     if not intact:
         raise WavearError(
-            "the state is damaged: its tensors are not those of a stream of this model"
+            "the state is damaged: its contents are not those of a stream of this model"
         )
     return tensors

@@ -21,6 +21,8 @@ from wavear.models.base import AutoregressiveModel
 from wavear.models.frames import stacked
 from wavear.models.sampling import uniforms
 
+_LONGEST_SECONDS = 86400  # that a state can ask for
+
 
 class Utterance:
     """One stream: frames and samples so far, and the inputs of the next samples."""
@@ -167,7 +169,23 @@ class Utterance:
             utterance.conditioner.close()
         if "prime" in state.tensors:
             utterance.prime = state.tensors["prime"].numpy()
+        if not utterance.consistent:
+            raise WavearError(
+                f"the state is damaged: position {utterance.position}, asked {utterance.asked} and"
+                f" first_frame {about['first_frame']} do not fit its frames"
+            )
         return utterance
+
+    @property
+    def consistent(self) -> bool:
+        """True if the samples so far, those asked for and the frames held fit each other."""
+        conditioner, longest = self.conditioner, _LONGEST_SECONDS * self.model.config.sample_rate
+        if not conditioner.has_mel:
+            return not conditioner.frames and 0 <= self.asked - self.position <= longest
+        covered = max(
+            conditioner.frames * conditioner.hop, 0 if self.prime is None else len(self.prime)
+        )
+        return self.position <= covered and conditioner.holds(self._needed())
 
 
 def advance(engine: Engine, utterances: list[Utterance], samples: int) -> list[Tensor]:

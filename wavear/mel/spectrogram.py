@@ -61,6 +61,8 @@ _LATER = {"floor_mode": "clip"}
 
 # Frames computed at once: bounds the memory for an hour-long recording to that for some seconds.
 BLOCK_FRAMES = 4096
+_BLOCK_BINS = BLOCK_FRAMES * 2049  # Fourier bins at once, where n_fft is above 4096
+MAX_N_FFT, MAX_BANDS = 2**16, 1024  # a filter bank of 256 MiB; 65536 samples are 1.5 s at 44.1 kHz
 
 
 @dataclass(frozen=True)
@@ -156,13 +158,14 @@ class MelConfig:
         logarithm = self.log_base != "none"
         for field, holds, wanted in (
             ("sample_rate", 1000 <= self.sample_rate <= 384_000, "1000 to 384000 Hz"),
-            ("n_fft", self.n_fft >= 2, "2 or more"),
+            ("n_fft", 2 <= self.n_fft <= MAX_N_FFT, f"2 to {MAX_N_FFT}"),
             ("window_length", 1 <= self.window_length <= self.n_fft, f"1 to n_fft ({self.n_fft})"),
             (
                 "hop_length",
                 1 <= self.hop_length <= self.window_length,
                 f"1 to window_length ({self.window_length})",
             ),
+            ("bands", self.bands <= MAX_BANDS, f"at most {MAX_BANDS}"),
             ("bands", 1 <= self.bands <= bins, f"1 to n_fft // 2 + 1 ({bins})"),
             (
                 "fmin",
@@ -312,8 +315,9 @@ def log_mel(waveform: Tensor, config: MelConfig) -> Tensor:
     after = max((frames - 1) * hop - before + config.n_fft - samples, 0)
     padded = _pad(waveform, before, after, config.padding)
     mel = waveform.new_empty(waveform.shape[0], config.bands, frames)
-    for first in range(0, frames, BLOCK_FRAMES):
-        last = min(first + BLOCK_FRAMES, frames)
+    step = max(min(BLOCK_FRAMES, _BLOCK_BINS // (config.n_fft // 2 + 1)), 1)
+    for first in range(0, frames, step):
+        last = min(first + step, frames)
         block = padded[:, first * hop : (last - 1) * hop + config.n_fft].to(exact)
         spectrum = torch.stft(
             block,
@@ -470,5 +474,5 @@ def _number(field: str, value: Any) -> float:
         if isinstance(value, (bool, str)) or not math.isfinite(float(value)):
             raise TypeError
         return float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise _refusal(field, value, "a finite number") from None

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import json
+import math
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.overrides import TorchFunctionMode
 
-from wavear.common.errors import WavearError
+from wavear.common.errors import WavearError, one_line
+from wavear.common.untrusted import parse_json
 from wavear.mel.spectrogram import MelConfig
 from wavear.models.base import AutoregressiveModel
 from wavear.models.families import FAMILIES
@@ -17,6 +19,14 @@ from wavear.models.saving import CONFIG, FORMAT, WEIGHTS
 
 # Fields added after the first checkpoints, with the values that their absence means.
 LATER = {"law": "categorical", "mixtures": 10, "coarse_classes": 0, "pre_emphasis": 0.0}
+
+
+_FLOATS = ("F32", "F64", "F16", "BF16")  # types of weights, as safetensors names them
+_LARGEST_STATE = 2**26  # numbers in a stream's state: those of the default models are 131,000
+
+
+# By which models make weights and states, before all else of the same size.
+_MAKERS = (torch.empty, torch.zeros, torch.ones, torch.full, torch.Tensor.new_zeros)
 
 
 class CheckpointError(WavearError):
@@ -55,12 +65,17 @@ def load(source: str | Path = VOICE, device: str | torch.device = "cpu") -> Any:
 
     directory = _find(source)
     path = directory / WEIGHTS
-    model = _build(read_config(directory), directory / CONFIG)
+    described, header = read_config(directory), _header(path)
+    model = _build(described, directory / CONFIG, header)
+    _check_header(model, header, path)
+    _check_state(model, directory / CONFIG)
     try:
         tensors = load_file(path)
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} is damaged or not a safetensors file: {error}") from None
-    _check_tensors(model, tensors, path)
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise CheckpointError(f"{path}: {name} holds NaN or infinity")
     dtypes = {tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()}
     if len(dtypes) == 1:
         model.to(dtypes.pop())
@@ -121,7 +136,7 @@ def saved_config(source: str | Path) -> tuple[str, Any]:
 
 def _parse(text: bytes, path: Path) -> dict:
     try:
-        described = json.loads(text.decode("utf-8"))
+        described = parse_json(text.decode("utf-8"))
     except ValueError as error:
         raise CheckpointError(f"{path} is damaged, not valid JSON: {error}") from None
     if not isinstance(described, dict) or not {"family", "format"} <= set(described):
@@ -161,35 +176,90 @@ def _config(described: dict, path: Path) -> Any:
         if settings["mel"] is not None:
             settings["mel"] = MelConfig.from_dict(settings["mel"])
         return FAMILIES[described["family"]][1](**settings)
-    except (AttributeError, TypeError, ValueError, RuntimeError, MemoryError) as error:
-        raise CheckpointError(f"{path}: {error}") from None
+    except (AttributeError, TypeError, ValueError, OverflowError) as error:
+        raise CheckpointError(f"{path}: {one_line(error)}") from None
 
 
-def _build(described: dict, path: Path) -> AutoregressiveModel:
+def _build(
+    described: dict, path: Path, header: dict[str, tuple[str, list[int]]]
+) -> AutoregressiveModel:
+    """Return a model of random weights, no larger than the weights in a file."""
+    config = _config(described, path)
     try:
-        return FAMILIES[described["family"]][0](_config(described, path))
-    except CheckpointError:
-        raise
-    except (AttributeError, TypeError, ValueError, RuntimeError, MemoryError) as error:
-        raise CheckpointError(f"{path}: {error}") from None
+        with _Budget(sum(math.prod(shape) for _, shape in header.values())):
+            return FAMILIES[described["family"]][0](config)
+    except MemoryError:
+        raise CheckpointError(
+            f"{path} is of a larger model than {WEIGHTS}, which holds {len(header)} tensors"
+        ) from None
+    except (AttributeError, TypeError, ValueError, OverflowError, RuntimeError) as error:
+        raise CheckpointError(f"{path}: {one_line(error)}") from None
 
 
-def _check_tensors(
-    model: AutoregressiveModel, tensors: dict[str, torch.Tensor], path: Path
+class _Budget(TorchFunctionMode):
+    """Refuse to make tensors of more than `elements` numbers altogether.
+
+    To build the model on torch's device "meta" first would do, too, but importing what that needs
+    takes 5 s.
+    """
+
+    def __init__(self, elements: int):
+        super().__init__()
+        self.left = elements
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        if func in _MAKERS:
+            sizes = args[1:] if func is torch.Tensor.new_zeros else args
+            sizes = sizes[0] if sizes and isinstance(sizes[0], tuple | list) else sizes
+            self.left -= math.prod(size for size in sizes if isinstance(size, int))
+            if self.left < 0:
+                raise MemoryError
+        return func(*args, **(kwargs or {}))
+
+
+def _header(path: Path) -> dict[str, tuple[str, list[int]]]:
+    """Return the type and the shape of each tensor of a file; safetensors compares its size."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+            return {name: (part.get_dtype(), part.get_shape()) for name, part in parts.items()}
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} is damaged or not a safetensors file: {error}") from None
+
+
+def _check_header(
+    model: AutoregressiveModel, header: dict[str, tuple[str, list[int]]], path: Path
 ) -> None:
+    """Refuse a file whose tensors are not those of a model."""
     expected = model.state_dict()
-    if missing := sorted(set(expected) - set(tensors)):
+    if missing := sorted(set(expected) - set(header)):
         raise CheckpointError(f"{path} lacks {_some(missing)}")
-    if unknown := sorted(set(tensors) - set(expected)):
+    if unknown := sorted(set(header) - set(expected)):
         raise CheckpointError(f"{path} holds {_some(unknown)}, unknown to the configuration")
-    for name, tensor in tensors.items():
-        shape = expected[name].shape
-        if tensor.shape != shape:
+    for name, (kind, found) in header.items():
+        shape = tuple(expected[name].shape)
+        if tuple(found) != shape:
+            raise CheckpointError(f"{path}: {name} has shape {tuple(found)}, expected {shape}")
+        if kind not in _FLOATS:
             raise CheckpointError(
-                f"{path}: {name} has shape {tuple(tensor.shape)}, expected {tuple(shape)}"
+                f"{path}: {name} is {kind}, expected {', '.join(_FLOATS)}: convert the weights"
             )
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise CheckpointError(f"{path}: {name} holds NaN or infinity")
+
+
+def _check_state(model: AutoregressiveModel, path: Path) -> None:
+    """Refuse a model whose state, such as the past of its layers, is beyond all use."""
+    try:
+        with _Budget(_LARGEST_STATE):
+            model.init_state(1)
+    except MemoryError:
+        raise CheckpointError(
+            f"{path}: the model's state has more than {_LARGEST_STATE:,} numbers for each stream:"
+            " its dilations or windows are too long"
+        ) from None
 
 
 def _some(names: list[str]) -> str:

@@ -25,6 +25,7 @@ from wavear.models.distributions import Gaussian, Laplace, Law, _scale
 
 LAWS = ("laplace", "gaussian")
 DOMAINS = ("linear", "companded")
+MAX_DIFFERENCING = 64
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,10 @@ class LinearConfig:
         check_whole(self, order=0, differencing=0)
         if self.order + self.differencing < 1:
             raise WavearError("order is 0 and differencing 0: together they must be 1 or more")
+        if self.differencing > MAX_DIFFERENCING:
+            raise WavearError(
+                f"differencing is {self.differencing}, expected at most {MAX_DIFFERENCING}"
+            )
         for name, known in (("law", LAWS), ("domain", DOMAINS)):
             if getattr(self, name) not in known:
                 raise WavearError(

@@ -8,6 +8,7 @@ from wavear.common.errors import WavearError
 from wavear.models.config import CommonConfig, check_whole
 
 _REFERENCE_RATE = 22050  # Hz, at which the lengths below were tuned
+MAX_ORDER = 1024  # that of the highest sample rate is 558 by default
 _FIXED = {"law": "logistic_mixture", "classes": 65536, "coarse_classes": 0, "pre_emphasis": 0.0}
 
 
@@ -83,6 +84,10 @@ class PredictiveWaveNetConfig(CommonConfig):
         if self.layers > 12:
             raise WavearError(
                 f"layers is {self.layers}: the dilation triples from layer to layer, at most 12"
+            )
+        if self.prediction_order > MAX_ORDER:
+            raise WavearError(
+                f"prediction_order is {self.prediction_order}, expected at most {MAX_ORDER}"
             )
         if self.longest_period > self.sample_rate:
             raise WavearError(

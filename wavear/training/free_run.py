@@ -74,7 +74,7 @@ def free_run(
         length = min(layout.length(recording), _SEARCHED_SECONDS * rate)
         try:
             whole = read_span(recording, rate, 0, length)
-        except (ValueError, OSError):
+        except (ValueError, OSError, MemoryError):
             continue  # the held-out bits report it
         if not louds:
             quiet_length = min(seconds, _QUIET_SECONDS) * rate

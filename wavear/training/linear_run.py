@@ -140,7 +140,7 @@ def _ahead(
         try:
             waveform = read_span(recording, sample_rate, start, stop)
             return grid.encode(torch.from_numpy(waveform)).numpy().astype(small)
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, MemoryError) as error:
             return error
 
     blocks = ((r, start) for r in recordings for start in range(0, r.frames, length))

@@ -16,9 +16,10 @@ import numpy as np
 import torch
 
 from wavear.common.atomic import replace_file
-from wavear.common.errors import WavearError
+from wavear.common.errors import WavearError, one_line
 from wavear.common.log import get_logger
 from wavear.common.progress import bar
+from wavear.common.untrusted import parse_json
 from wavear.data.corpus import Corpus, Recording, open_corpus
 from wavear.data.recordings import Recordings, fingerprint, frames_of
 from wavear.data.shards import is_shards, refuse_remote
@@ -231,8 +232,11 @@ def write_held_out(run: str | os.PathLike[str], manifest: str | os.PathLike[str]
     record = Path(run) / RECORD
     if not record.is_file():
         raise FileNotFoundError(f"{run} holds no run (no train.json)")
-    trained = json.loads(record.read_text(encoding="utf-8"))
-    config, mel = trained["config"], trained["model"].get("mel")
+    try:
+        trained = parse_json(record.read_bytes())
+        config, mel = trained["config"], trained["model"].get("mel")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise WavearError(f"{record} is damaged: {one_line(error)}") from None
     for name in ("data", "validation"):
         if config[name] is not None:
             refuse_remote(config[name], record)

@@ -10,6 +10,7 @@ from typing import Any
 
 from wavear.common.atomic import replace_file
 from wavear.common.errors import WavearError
+from wavear.common.untrusted import parse_json
 from wavear.training.config import TrainConfig
 
 RECORD = "train.json"
@@ -27,7 +28,7 @@ def open_directory(config: TrainConfig, writes: bool) -> dict[str, Any]:
         if not record.is_file():
             raise FileNotFoundError(f"{out} holds no run to resume (no train.json)")
         try:
-            return json.loads(record.read_text(encoding="utf-8"))
+            return parse_json(record.read_bytes())
         except ValueError as error:
             raise WavearError(f"{record} is damaged, it is not JSON: {error}") from None
     if writes:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import re
-import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,8 @@ from lightning.pytorch.plugins import CheckpointIO
 from typing_extensions import override
 
 from wavear.common.atomic import replace_file
-from wavear.common.errors import WavearError
+from wavear.common.errors import WavearError, one_line
+from wavear.common.untrusted import checksum, parse_json
 
 _KEY, _SUM = "wavear_state", "wavear_crc32"
 _FOLDER, _OLD = "states", "resume.safetensors"
@@ -65,17 +65,8 @@ def save_state(state: dict[str, Any], path: str | Path) -> None:
 
     tensors: dict[str, torch.Tensor] = {}
     text = json.dumps(encode(state, tensors))
-    metadata = {_KEY: text, _SUM: _checksum(text, tensors)}
+    metadata = {_KEY: text, _SUM: checksum(text, tensors)}
     replace_file(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
-
-
-def _checksum(text: str, tensors: dict[str, torch.Tensor]) -> str:
-    """Return the CRC-32 of a state: safetensors detects short files, but not changed bytes."""
-    value = zlib.crc32(text.encode())
-    for name in sorted(tensors):
-        content: Any = tensors[name].reshape(-1).view(torch.uint8).numpy()
-        value = zlib.crc32(content, zlib.crc32(name.encode(), value))
-    return f"{value:08x}"
 
 
 def load_state(path: str | Path) -> dict[str, Any]:
@@ -102,15 +93,16 @@ def load_state(path: str | Path) -> dict[str, Any]:
     if (text := metadata.get(_KEY)) is None:
         raise WavearError(f"{path} is not a training state: weights only")
     # The first versions wrote no checksum.
-    if metadata.get(_SUM, checksum := _checksum(text, tensors)) != checksum:
+    if metadata.get(_SUM, expected := checksum(text, tensors)) != expected:
         raise WavearError(f"{path} is damaged: its CRC-32 does not match")
     try:
-        state = decode(json.loads(text), tensors)
-    except (ValueError, KeyError) as error:
-        raise WavearError(f"{path} is damaged: {error}") from None
-    for name, tensor in state.get("state_dict", {}).items():
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise WavearError(f"{path} cannot be used: {name} holds NaN or infinity")
+        state = decode(parse_json(text), tensors)
+        weights = {n: t for n, t in state.get("state_dict", {}).items() if t.is_floating_point()}
+        wrong = [name for name, tensor in weights.items() if not torch.isfinite(tensor).all()]
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, RuntimeError) as error:
+        raise WavearError(f"{path} is damaged: {one_line(error)}") from None
+    if wrong:
+        raise WavearError(f"{path} cannot be used: {wrong[0]} holds NaN or infinity")
     return state
 
 
