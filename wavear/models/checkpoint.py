@@ -13,7 +13,7 @@ from wavear.common.errors import WavearError
 from wavear.mel.spectrogram import MelConfig
 from wavear.models.base import AutoregressiveModel
 from wavear.models.families import FAMILIES
-from wavear.models.saving import CONFIG, FORMAT, WEIGHTS
+from wavear.models.saving import CONFIG, FORMAT, WEIGHTS, non_finite
 
 # Fields added after the first checkpoints, with the values that their absence means.
 LATER = {"law": "categorical", "mixtures": 10, "coarse_classes": 0, "pre_emphasis": 0.0}
@@ -161,8 +161,11 @@ def _check_tensors(
             raise CheckpointError(
                 f"{path}: {name} has shape {tuple(tensor.shape)}, expected {tuple(shape)}"
             )
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise CheckpointError(f"{path}: {name} holds NaN or infinity")
+    if name := non_finite(tensors):
+        raise CheckpointError(
+            f"{path}: {name} holds NaN or infinity, from a training that diverged: use another"
+            " checkpoint of the run"
+        )
 
 
 def _some(names: list[str]) -> str:

@@ -22,6 +22,7 @@ from wavear.common.log import get_logger
 from wavear.data.corpus import Corpus
 from wavear.data.recordings import fingerprint
 from wavear.evaluation.held_out import subset
+from wavear.models.saving import non_finite
 from wavear.training.config import TrainConfig
 from wavear.training.faults import Spikes, crops_named, save_batch, some
 from wavear.training.free_run import FreeRun, free_run
@@ -284,7 +285,9 @@ class Run(L.Callback):
             if group:
                 entry[name] = {key: round(value, 5) for key, (value, _) in group.items()}
         free, seconds = None, self.config.sample_seconds
-        if trainer.is_global_zero and step > 0 and seconds > 0:
+        # Non-finite weights are for the next step to find, which falls back to earlier ones.
+        finite = not non_finite(module.average.state_dict())
+        if trainer.is_global_zero and step > 0 and seconds > 0 and finite:
             model = copy.deepcopy(module.average).cpu()
             free = free_run(model, self.validation, seconds, self.speakers)
         if free is not None and free.score is not None:

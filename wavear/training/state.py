@@ -20,6 +20,7 @@ from typing_extensions import override
 from wavear.common.atomic import replace_file
 from wavear.common.errors import WavearError
 from wavear.common.log import get_logger
+from wavear.models.saving import non_finite
 
 logger = get_logger(__name__)
 
@@ -111,9 +112,8 @@ def load_state(path: str | Path) -> dict[str, Any]:
         state = decode(json.loads(text), tensors)
     except (ValueError, KeyError) as error:
         raise WavearError(f"{path} is damaged: {error}") from None
-    for name, tensor in state.get("state_dict", {}).items():
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise WavearError(f"{path} cannot be used: {name} holds NaN or infinity")
+    if name := non_finite(state.get("state_dict", {})):
+        raise WavearError(f"{path} cannot be used: {name} holds NaN or infinity")
     return state
 
 
