@@ -146,7 +146,7 @@ DAMAGE = {
         lambda d: edit_tensors(
             d, lambda t: t.update({"head.3.bias": torch.full((256,), torch.nan)})
         ),
-        "head.3.bias holds NaN",
+        "head.3.bias holds NaN or infinity, from a training that diverged",
     ),
 }
 
@@ -195,3 +195,17 @@ def test_an_unreachable_hub_is_reported(monkeypatch):
     message = "someone/some-model: no such directory, and the hub did not provide it: Name"
     with pytest.raises(FileNotFoundError, match=message):
         wavear.load("someone/some-model")
+
+
+@pytest.mark.parametrize("engine", ["reference", "numba", "parallel"])
+def test_non_finite_weights_are_refused_before_they_score(engine):
+    """In memory, where no checkpoint was read; a compiled engine scored NaN."""
+    sizes: Any = {"layers": 2, "stacks": 1, "residual_channels": 4, "skip_channels": 4}
+    model = WaveNet(WaveNetConfig(sample_rate=8000, **sizes)).eval()
+    with torch.no_grad():
+        model.embedding.weight[3] = torch.inf
+    with pytest.raises(WavearError, match=r"model's embedding\.weight holds NaN or infinity"):
+        wavear.score(model, torch.zeros(1, 20), engine=engine)
+    if engine != "parallel":
+        with pytest.raises(WavearError, match="holds NaN or infinity"):
+            wavear.generate(model, samples=5, engine=engine)

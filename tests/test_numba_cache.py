@@ -138,9 +138,27 @@ def test_an_unwritable_cache_warns_once_and_compiles(tmp_path, monkeypatch):
         assert compiled(_double, "int64(int64)")(4) == 8
 
 
-def test_a_damaged_cache_warns_and_compiles(cache):
+@pytest.mark.parametrize("kind", ["nbi", "nbc", "sums"])
+@pytest.mark.parametrize("damage", ["empty", "short", "flipped", "other"])
+def test_a_damaged_cache_is_repaired(cache, kind, damage):
+    """Numba detects few of these: changed machine code would run."""
     compiled(_double, "int64(int64)")
-    for path in cache.rglob("*.nb?"):
-        path.write_bytes(b"damaged")
-    with pytest.warns(UserWarning, match="not kept"):
-        assert compiled(_double, "int64(int64)")(4) == 8
+    (path,) = cache.rglob(f"*.{kind}")
+    whole = path.read_bytes()
+    flipped = bytearray(whole)
+    flipped[len(whole) // 2] ^= 1
+    made = {"empty": b"", "short": whole[:-9], "flipped": bytes(flipped), "other": b"damaged"}
+    path.write_bytes(made[damage])
+    hits = []
+    for _ in range(2):
+        again = compiled(_double, "int64(int64)")
+        assert again(4) == 8
+        hits.append(sum(again.stats.cache_hits.values()))
+    assert hits == [0, 1]
+
+
+def test_a_cache_of_a_version_without_checksums_is_compiled_once(cache):
+    compiled(_double, "int64(int64)")
+    next(cache.rglob("*.sums")).unlink()
+    hits = [sum(compiled(_double, "int64(int64)").stats.cache_hits.values()) for _ in range(2)]
+    assert hits == [0, 1]

@@ -458,7 +458,7 @@ def test_non_finite_weights_are_an_error(part):
     with pytest.raises(
         ValueError, match="sample 0 of this call are infinite or NaN: check the model's weights"
     ):
-        generate(model, random_mel(model, 1, 3), engine="numba")
+        NumbaPredictiveEngine(model, 1).generate(np.zeros((1, 10)), conditioning(model, 1, 10))
 
 
 def test_a_non_finite_lag_is_an_error_at_its_sample():

@@ -39,6 +39,7 @@ from wavear.data.crops import Order, Segments, collate
 from wavear.evaluation import held_out
 from wavear.evaluation.held_out import Counts, baselines, held_out_bits, subset
 from wavear.models.crop_loss import crop_loss, layout_of
+from wavear.training import callbacks, loop
 from wavear.training import module as training_module
 from wavear.training.module import TrainingModule, learning_rate
 from wavear.training.state import load_state, save_state, state_paths
@@ -314,11 +315,11 @@ def test_killed_runs_equal_uninterrupted():
 def test_workers_end_with_a_run_killed_at_their_start():
     """The loader's own watchdog begins too late, after the workers, and would leave them alive."""
     program = """if True:
-        import os, time, torch
+        import time, torch
         from wavear.training.loop import _begin_worker
-        def begin(worker, main=os.getpid()):
+        def begin(worker):
             time.sleep(1)
-            _begin_worker(main, worker)
+            _begin_worker(worker)
         loader = torch.utils.data.DataLoader(range(1000), num_workers=2, worker_init_fn=begin)
         batches = iter(loader)
         print("workers started", flush=True)
@@ -341,7 +342,61 @@ def test_interrupt_saves_explains_resume_and_restores_the_signal(tones, tmp_path
     assert signal.getsignal(signal.SIGINT) is before
     assert "--resume" in lines()
     assert wavear.load(result.last).config == wavear.load(result.best).config
+    assert result.best == result.last  # not validated since the first step: nothing is the best
+    assert not (tmp_path / "run" / "best").exists()
     assert state_of(tmp_path / "run")["global_step"] == 2
+
+
+def test_signals_are_the_callers_in_and_after_the_last_scoring(tones, tmp_path, monkeypatch):
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.getsignal(number) for number in numbers]
+    found = []
+
+    def scores(*arguments: Any) -> Any:
+        found.append([signal.getsignal(number) for number in numbers])
+        return {"model": 5.0}, {}
+
+    monkeypatch.setattr(loop, "final_scores", scores)
+    train(config_of(tones, tmp_path / "run", max_steps=2))
+    assert [*found, [signal.getsignal(number) for number in numbers]] == [before, before]
+
+
+def test_sigterm_in_the_last_validation_ends_the_run(tones, tmp_path, monkeypatch):
+    real = callbacks.score_held_out
+
+    def score(trainer: Any, *others: Any) -> Any:
+        if trainer.global_step == 2:
+            signal.raise_signal(signal.SIGTERM)
+        return real(trainer, *others)
+
+    monkeypatch.setattr(callbacks, "score_held_out", score)
+    result = train(config_of(tones, tmp_path / "run", max_steps=2))
+    assert (result.stopped_by, result.steps, result.held_out) == ("interrupt", 2, {})
+    assert state_of(tmp_path / "run")["global_step"] == 2
+    monkeypatch.undo()
+    assert train(config_of(tones, tmp_path / "run", max_steps=2, resume=True)).held_out
+
+
+@pytest.mark.parametrize("method", ["forkserver", pytest.param("spawn", marks=pytest.mark.slow)])
+def test_workers_of_every_start_method_train_alike(tones, tmp_path, method):
+    """Python 3.14 starts processes through a fork server."""
+    train(config_of(tones, tmp_path / "none", max_steps=2))
+    values = dataclasses.asdict(config_of(tones, tmp_path / method, max_steps=2, workers=1))
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import json, multiprocessing, sys, wavear\n"
+        "if __name__ == '__main__':\n"
+        f"    multiprocessing.set_start_method({method!r})\n"
+        "    wavear.train(wavear.TrainConfig(**json.loads(sys.argv[1])))\n"
+    )
+    environment = os.environ | {"PYTHONPATH": str(Path(wavear.__file__).parents[1])}
+    environment["OMP_NUM_THREADS"] = "1"
+    command = [sys.executable, str(program), json.dumps(values)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    for name in state_of(tmp_path / "none")["state_dict"]:
+        one, other = (state_of(tmp_path / n)["state_dict"][name] for n in ("none", method))
+        assert torch.equal(one, other), name
 
 
 def test_training_works_outside_the_main_thread(tones, tmp_path):
@@ -454,10 +509,15 @@ def test_non_finite_step_ends_the_run_before_it(tones, tmp_path, monkeypatch, gr
     monkeypatch.setattr(training_module, "crop_loss", broken)
     out = tmp_path / "run"
     with pytest.raises(WavearError, match=r"step 3: the loss became .*lower learning") as caught:
-        train(config_of(tones, out, max_steps=6))
-    assert state_of(out)["global_step"] == 2
-    for name in ("best", "last"):
-        wavear.load(out / name)  # which refuses non-finite weights
+        train(config_of(tones, out, max_steps=6, checkpoint_every=1))
+    # The weights after step 2 gave the non-finite loss: those after step 1 had a normal one.
+    names = ["step-00000001.safetensors", "step-00000000.safetensors"]
+    assert [path.name for path in state_paths(out)] == names
+    assert state_of(out)["global_step"] == record_of(out)["steps"] == 1
+    assert not (out / "best").exists()
+    last = wavear.load(out / "last").state_dict()  # refuses non-finite weights
+    for name, weight in last.items():
+        assert torch.equal(weight, state_of(out)["state_dict"][f"average.{name}"]), name
     (path,) = out.glob("bad-step-*")
     assert path.name == "bad-step-00000003.safetensors"
     with safe_open(path, framework="pt") as file:
@@ -477,6 +537,56 @@ def test_non_finite_step_ends_the_run_before_it(tones, tmp_path, monkeypatch, gr
     train(config_of(tones, out, max_steps=6, resume=True))
     train(config_of(tones, tmp_path / "straight", max_steps=6))
     assert_same_run(out, tmp_path / "straight")
+
+
+@pytest.mark.parametrize("rise", [9.0, 100.0], ids=["spike", "early"])
+def test_divergence_falls_back_to_the_last_normal_state(tones, tmp_path, monkeypatch, rise):
+    """The loss leaves its range at steps 24 and 25, both of them saved, and is NaN at step 26.
+
+    A rise that is not yet a spike, for want of earlier steps, counts if it is far above the
+    untrained model's loss.
+    """
+    first = 24 if rise == 9.0 else 4
+    real, calls = training_module.crop_loss, []
+
+    def diverging(model: Any, *others: Any) -> Any:
+        losses, mask = real(model, *others)
+        calls.append(1)
+        factor = {first: rise, first + 1: rise, first + 2: math.nan}.get(len(calls), 1.0)
+        return losses * factor, mask
+
+    monkeypatch.setattr(training_module, "crop_loss", diverging)
+    settings: dict[str, Any] = {"max_steps": 30, "checkpoint_every": 1, "keep_last": 1}
+    out = tmp_path / "run"
+    with pytest.raises(WavearError, match=f"the state to resume is that of step {first - 2}, "):
+        train(config_of(tones, out, **settings))
+    assert [state_of(out)["global_step"], len(state_paths(out))] == [first - 2, 1]
+    settings |= {"learning_rate": 1e-4, "resume": True}
+    assert train(config_of(tones, out, **settings)).steps == 30  # further calls are normal
+
+
+def test_a_killed_run_resumes_from_its_last_state_and_remembers_the_normal_one(
+    tones, tmp_path, monkeypatch
+):
+    """A kill in a spike resumes from the spike, exactly; the NaN after it falls back before it."""
+    real, calls = training_module.crop_loss, []
+
+    def diverging(model: Any, *others: Any) -> Any:
+        losses, mask = real(model, *others)
+        calls.append(1)
+        factor = {24: 2.0, 25: 2.0, 26: math.nan}.get(len(calls), 1.0)
+        return losses * factor, mask
+
+    monkeypatch.setattr(training_module, "crop_loss", diverging)
+    settings: dict[str, Any] = {"max_steps": 30, "checkpoint_every": 1, "keep_last": 1}
+    out = tmp_path / "run"
+    with interrupt_at_step(25):
+        train(config_of(tones, out, **settings))
+    assert [path.name for path in state_paths(out)] == [
+        "step-00000025.safetensors", "step-00000022.safetensors"
+    ]  # fmt: skip
+    with pytest.raises(WavearError, match=r"step 26: .* state to resume is that of step 22, "):
+        train(config_of(tones, out, resume=True, **settings))
 
 
 def test_spike_of_the_loss_is_reported_once(tones, tmp_path, monkeypatch, lines):

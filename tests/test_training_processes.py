@@ -165,7 +165,7 @@ def test_non_finite_loss_in_one_process_stops_both_before_the_step(tones, tmp_pa
     _, errors = job.communicate(timeout=240)
     assert job.returncode != 0
     assert "step 3: the loss became" in errors
-    assert state_of(out)["global_step"] == 2
+    assert state_of(out)["global_step"] == 0  # the state before step 3 is ruined
     kept = {}
     for path in out.glob("bad-step-00000003-process-*"):
         with safe_open(path, framework="pt") as file:

@@ -156,7 +156,7 @@ def test_training_begins_with_the_weights_of_the_checkpoint(tmp_path):
             data / f"{number}.wav", 0.1 * rng.standard_normal(6000).astype(np.float32), 8000
         )
     first = wavear.train(config_of(data, tmp_path / "first", max_steps=30, learning_rate=0.01))
-    settings = {k: None for k in ("layers", "stacks", "residual_channels", "skip_channels")}
+    settings = dict.fromkeys(("layers", "stacks", "residual_channels", "skip_channels"))
     settings |= dict.fromkeys(("classes", "head_channels", "conditioning_channels"))
     second = wavear.train(
         config_of(

@@ -9,6 +9,7 @@ import ast
 import contextlib
 import functools
 import hashlib
+import json
 import os
 import stat
 import sys
@@ -19,6 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from platformdirs import user_cache_path
+
+from wavear.common.atomic import locked, replace_file
 
 _lock = threading.RLock()
 
@@ -111,7 +114,8 @@ def compiled(function, signature: str, callback: bool = False, **options: Any) -
     """Compile a function for one signature, or load it from the cache.
 
     Called from Python, the result releases the GIL; a `callback` is called by its `address` from
-    other compiled code. `options` are Numba's, such as `error_model`.
+    other compiled code. `options` are Numba's, such as `error_model`. Cached code whose checksum
+    does not match, or that cannot be loaded, is removed and compiled anew.
     """
     with _lock:
         try:
@@ -119,10 +123,54 @@ def compiled(function, signature: str, callback: bool = False, **options: Any) -
             directory = cache_directory() / f"kernels-{key}"
             directory.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=directory).close()
-            return _compile(function, signature, callback, directory, options)
+            # One process compiles, the others then load what it has kept.
+            with locked(directory / f"{function.__name__}.lock"):
+                return _cached(function, signature, callback, directory, options)
         except Exception as error:  # a cache that fails for any reason must not stop the engine
             _warn_once(error)
             return _compile(function, signature, callback, None, options)
+
+
+def _cached(
+    function, signature: str, callback: bool, directory: Path, options: dict[str, Any]
+) -> Any:
+    """Compile or load a function; remove its files from the cache first if they are damaged."""
+    # Numba names its files like this.
+    qualified = function.__qualname__.replace("<", "").replace(">", "")
+    name = f"*.{qualified}-{function.__code__.co_firstlineno}.*.nb[ic]"
+    sums = directory / f"{function.__name__}-{function.__code__.co_firstlineno}.sums"
+    before = _checksums(directory, name)
+    if before and before != _read_sums(sums):
+        _remove(directory, name)
+    try:
+        result = _compile(function, signature, callback, directory, options)
+    except Exception:  # whatever unpickling raises
+        _remove(directory, name)
+        result = _compile(function, signature, callback, directory, options)
+    after = _checksums(directory, name)
+    if after != _read_sums(sums):
+        replace_file(sums, lambda path: path.write_text(json.dumps(after), "utf-8"))
+    return result
+
+
+def _checksums(directory: Path, name: str) -> dict[str, str]:
+    paths = sorted(directory.rglob(name))
+    return {
+        path.relative_to(directory).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in paths
+    }
+
+
+def _read_sums(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def _remove(directory: Path, name: str) -> None:
+    for path in directory.rglob(name):
+        path.unlink(missing_ok=True)
 
 
 _warned = False

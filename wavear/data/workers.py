@@ -112,14 +112,18 @@ def _start_worker() -> None:
 
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the parent, which ends this one
+    threading.Thread(target=end_with_parent, daemon=True).start()
+
+
+def end_with_parent() -> None:
+    """Wait for the end of the process that started this one, and end this one.
+
+    Under a fork server that process is not the parent of the system.
+    """
     parent = multiprocessing.parent_process()
     assert parent is not None
-
-    def end_with_parent() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=end_with_parent, daemon=True).start()
+    parent.join()
+    os._exit(1)
 
 
 class _Process(SpawnProcess):

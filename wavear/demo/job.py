@@ -118,8 +118,9 @@ def run(
     ----------
     out : str or Path
         Folder to write to: `voice.wav` (the voice that comes with wavear, from the mel of a
-        recording that it was not trained on), `sounds/` and `held_out/` (WAV), `run/` (see `wavear.train`; `run/best`
-        is the checkpoint), `synthesized/` (WAV), `demo.png`, `demo.json`.
+        recording that it was not trained on), `sounds/` and `held_out/` (WAV), `run/` (see
+        `wavear.train`; `run/best` is the checkpoint), `synthesized/` (WAV), `demo.png`,
+        `demo.json`.
     config : TrainConfig
         Its `data`, `out`, `validation`, `seed` and `overwrite` are replaced.
     minutes : float, optional

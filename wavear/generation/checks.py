@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from wavear.common.errors import WavearError
+from wavear.models import saving
 from wavear.models.base import AutoregressiveModel
 from wavear.models.frames import FrameConditioning
 
@@ -21,6 +22,15 @@ def check_weights(weights: str, known: tuple[str, ...]) -> None:
     """Refuse weights that an engine does not have."""
     if weights not in known:
         raise WavearError(f"weights is {weights!r}, it must be one of {', '.join(known)}")
+
+
+def check_finite_weights(model: AutoregressiveModel) -> None:
+    """Refuse a model whose weights are not finite; compiled engines would score NaN."""
+    if name := saving.non_finite(model.state_dict()):
+        raise WavearError(
+            f"the model's {name} holds NaN or infinity, from a training that diverged: use another"
+            " checkpoint of the run"
+        )
 
 
 def check_streams(shape: tuple[int, ...], batch: int) -> None:

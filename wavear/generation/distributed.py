@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from wavear.common.atomic import replace_file
+from wavear.common.claims import claimed
+from wavear.common.errors import WavearError
 from wavear.common.log import get_logger
 from wavear.common.untrusted import parse_json
 from wavear.generation.files import MelInput, Output, Report
@@ -108,8 +110,13 @@ def synthesize(
     for name in ("engine", "threads"):  # these change no sample
         del settings[name]
     record = json.loads(json.dumps({"model": describe(model), **settings}, default=str))
+
+    def begin() -> None:
+        with claimed([job.target for job in jobs], out):  # no other run may lose its files
+            claim(out, jobs, record, overwrite)
+
     with _together(world):
-        _first(lambda: claim(out, jobs, record, overwrite), rank, world)
+        _first(begin, rank, world)
         own = share(jobs, rank, world)
         todo = own if overwrite else [job for job in own if not job.target.exists()]
         if len(todo) < len(own):
@@ -138,7 +145,7 @@ def _first(action: Callable[[], object], rank: int, world: int) -> None:
     if rank == 0:
         try:
             action()
-        except OSError as error:
+        except (OSError, WavearError) as error:
             refused = [str(error)]
     if world > 1:
         import torch.distributed as dist

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from wavear.common.errors import WavearError
+from wavear.generation.checks import check_finite_weights
 from wavear.generation.cuda import choice
 from wavear.generation.engine import Engine
 from wavear.generation.reference import ReferenceEngine
@@ -44,7 +45,8 @@ def make_engine(
     Raises
     ------
     WavearError
-        If there is no such engine, or it cannot run the model; the message names one that can.
+        If there is no such engine, it cannot run the model (the message names one that can), or
+        weights are not finite.
     """
     if engine not in ENGINES:
         raise WavearError(f"engine is {engine!r}; it must be one of {', '.join(ENGINES)}")
@@ -52,6 +54,7 @@ def make_engine(
         raise WavearError(f"weights is {weights!r}; it must be one of {', '.join(WEIGHTS)}")
     if threads is not None and threads < 1:
         raise WavearError(f"threads is {threads}; it must be at least 1")
+    check_finite_weights(model)
     if engine == "auto":
         device = next(model.parameters()).device
         if device.type == "cuda":

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from wavear import audio
+from wavear.common.claims import claimed
 from wavear.common.errors import WavearError, one_line
 from wavear.common.log import get_logger
 from wavear.common.memory import memory_errors
@@ -170,7 +171,8 @@ def synthesize(
     A mel of F frames gives exactly F * hop samples. Audio is resampled to the model's rate and its
     own mel is taken, so T samples give T // hop * hop. Inputs of similar length share a batch,
     which does not change the audio; the same seed serves each. A file that cannot be written raises
-    `OSError`: the next one could not be written either.
+    `OSError`: the next one could not be written either. A file that another process is to write
+    raises `WavearError`, before any work.
     """
     config, rate = model.config.mel, model.config.sample_rate
     if config is None:
@@ -185,36 +187,37 @@ def synthesize(
     report, began = Report(engine=name_of_engine(name, sampling.weights)), time.perf_counter()
     reader = _MelReader(config)
     batching = _CUDA if name in CUDA_ENGINES else _CPU
-    for at in range(0, len(jobs), batching.window):
-        read: list[tuple[Job, torch.Tensor]] = []
-        for job in jobs[at : at + batching.window]:
-            try:
-                with memory_errors():
-                    read.append((job, reader.read(job.source, model, mels)))
-            except (ValueError, OSError, MemoryError) as error:
-                report.skip(job.source, error)
-        todo = _batches(read, config.hop_length, batching)
-        while todo:
-            batch = todo.pop(0)
-            try:
-                with memory_errors():
-                    made, _ = generate_with(
-                        model, sampling, [mel for _, mel in batch], progress=progress
-                    )
-            except MemoryError as error:
-                if len(batch) == 1:
-                    report.skip(batch[0][0].source, error)
-                todo = [[one] for one in batch if len(batch) > 1] + todo
-                continue
-            for (job, mel), row in zip(batch, made, strict=True):
-                waveform = row[: mel.shape[1] * config.hop_length]
-                output.write(job.target, waveform, rate)
-                report.inspect(job.target, waveform, rate, mel, config)
-                report.files += 1
-                seconds = len(waveform) / rate
-                report.audio_seconds += seconds
-                stated = f"{seconds:.2f} s, {len(waveform)} samples"
-                logger.info("%s -> %s  %s", job.source, job.target, stated)
+    with claimed(job.target for job in jobs):
+        for at in range(0, len(jobs), batching.window):
+            read: list[tuple[Job, torch.Tensor]] = []
+            for job in jobs[at : at + batching.window]:
+                try:
+                    with memory_errors():
+                        read.append((job, reader.read(job.source, model, mels)))
+                except (ValueError, OSError, MemoryError) as error:
+                    report.skip(job.source, error)
+            todo = _batches(read, config.hop_length, batching)
+            while todo:
+                batch = todo.pop(0)
+                try:
+                    with memory_errors():
+                        made, _ = generate_with(
+                            model, sampling, [mel for _, mel in batch], progress=progress
+                        )
+                except MemoryError as error:
+                    if len(batch) == 1:
+                        report.skip(batch[0][0].source, error)
+                    todo = [[one] for one in batch if len(batch) > 1] + todo
+                    continue
+                for (job, mel), row in zip(batch, made, strict=True):
+                    waveform = row[: mel.shape[1] * config.hop_length]
+                    output.write(job.target, waveform, rate)
+                    report.inspect(job.target, waveform, rate, mel, config)
+                    report.files += 1
+                    seconds = len(waveform) / rate
+                    report.audio_seconds += seconds
+                    stated = f"{seconds:.2f} s, {len(waveform)} samples"
+                    logger.info("%s -> %s  %s", job.source, job.target, stated)
     report.seconds = time.perf_counter() - began
     return report
 
@@ -253,7 +256,7 @@ def generate_file(
         model, 1, sampling.engine, weights=sampling.weights, threads=sampling.threads
     )[0]
     began = time.perf_counter()
-    with warnings.catch_warnings():
+    with claimed([out]), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="the prime is")  # logged by _read_prime
         made, _ = generate_with(
             model,
@@ -263,7 +266,7 @@ def generate_file(
             include_prime=include_prime,
             progress=progress,
         )
-    output.write(out, made[0], rate)
+        output.write(out, made[0], rate)
     report = Report(name_of_engine(name, sampling.weights), 1, samples / rate)
     report.seconds = time.perf_counter() - began
     report.inspect(out, made[0], rate)
@@ -274,18 +277,19 @@ def write_mels(jobs: Sequence[Job], config: MelConfig) -> Report:
     """Write the log-mel of every recording to its job's target; log every file."""
     report, began = Report(), time.perf_counter()
     reader = _MelReader(config)
-    for job in jobs:
-        try:
-            with memory_errors():
-                mel = reader.of_audio(job.source)
-        except (ValueError, OSError, MemoryError) as error:
-            report.skip(job.source, error)
-            continue
-        job.target.parent.mkdir(parents=True, exist_ok=True)
-        write_mel(job.target, mel, config)
-        report.files += 1
-        report.audio_seconds += mel.shape[1] * config.hop_length / config.sample_rate
-        logger.info("%s -> %s  %d bands, %d frames", job.source, job.target, *mel.shape)
+    with claimed(job.target for job in jobs):
+        for job in jobs:
+            try:
+                with memory_errors():
+                    mel = reader.of_audio(job.source)
+            except (ValueError, OSError, MemoryError) as error:
+                report.skip(job.source, error)
+                continue
+            job.target.parent.mkdir(parents=True, exist_ok=True)
+            write_mel(job.target, mel, config)
+            report.files += 1
+            report.audio_seconds += mel.shape[1] * config.hop_length / config.sample_rate
+            logger.info("%s -> %s  %d bands, %d frames", job.source, job.target, *mel.shape)
     report.seconds = time.perf_counter() - began
     return report
 

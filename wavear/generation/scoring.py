@@ -12,6 +12,7 @@ from torch import Tensor
 from wavear.audio.emphasis import coefficient, emphasised
 from wavear.audio.grid import COMMON_GRIDS, Grid
 from wavear.common.errors import WavearError
+from wavear.generation.checks import check_finite_weights
 from wavear.generation.conditioner import Conditioner
 from wavear.generation.engines import make_engine, require_float32
 from wavear.generation.inputs import Mel, prepare
@@ -95,6 +96,7 @@ def score(
     codes = model.grid.encode(emphasised(waveform.cpu(), coefficient(model.config)))
     if engine == "parallel":
         require_float32(weights, engine)
+        check_finite_weights(model)
         return score_parallel(model, codes, conditioner, progress, grids=[on])[0]
     with torch.inference_mode():
         name, runner = make_engine(model, batch, engine, weights=weights, threads=threads)

@@ -15,7 +15,7 @@ from wavear.common.untrusted import parse_json
 from wavear.mel.spectrogram import MelConfig
 from wavear.models.base import AutoregressiveModel
 from wavear.models.families import FAMILIES
-from wavear.models.saving import CONFIG, FORMAT, WEIGHTS
+from wavear.models.saving import CONFIG, FORMAT, WEIGHTS, non_finite
 
 # Fields added after the first checkpoints, with the values that their absence means.
 LATER = {"law": "categorical", "mixtures": 10, "coarse_classes": 0, "pre_emphasis": 0.0}
@@ -73,9 +73,11 @@ def load(source: str | Path = VOICE, device: str | torch.device = "cpu") -> Any:
         tensors = load_file(path)
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} is damaged or not a safetensors file: {error}") from None
-    for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise CheckpointError(f"{path}: {name} holds NaN or infinity")
+    if name := non_finite(tensors):
+        raise CheckpointError(
+            f"{path}: {name} holds NaN or infinity, from a training that diverged: use another"
+            " checkpoint of the run"
+        )
     dtypes = {tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()}
     if len(dtypes) == 1:
         model.to(dtypes.pop())

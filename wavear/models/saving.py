@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from wavear.common.atomic import replace_file
@@ -54,3 +56,11 @@ def save(
     )
     replace_file(directory / CONFIG, lambda path: path.write_text(text + "\n", encoding="utf-8"))
     return directory
+
+
+def non_finite(tensors: Mapping[str, Tensor]) -> str:
+    """Return the name of the first tensor with NaN or infinity, or ""."""
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            return name
+    return ""

@@ -22,6 +22,7 @@ from wavear.common.log import get_logger
 from wavear.data.corpus import Corpus
 from wavear.data.recordings import fingerprint
 from wavear.evaluation.held_out import subset
+from wavear.models.saving import non_finite
 from wavear.training.config import TrainConfig
 from wavear.training.faults import Spikes, crops_named, save_batch, some
 from wavear.training.free_run import FreeRun, free_run
@@ -29,7 +30,7 @@ from wavear.training.log import Log
 from wavear.training.module import TrainingModule
 from wavear.training.processes import Processes
 from wavear.training.run_directory import write_record
-from wavear.training.state import prune_states, state_path
+from wavear.training.state import fall_back, prune_states, state_path
 from wavear.training.validation import HeldOut, interleave_speakers, score_held_out
 
 logger = get_logger(__name__)
@@ -91,10 +92,12 @@ class Run(L.Callback):
         self.stopped_by: str | None = None
         """"steps", "time" or "interrupt"."""
         self.began = False
-        self._interrupted = False
-        self._handlers: dict[int, Any] = {}
+        self.interrupted = False
         resumed = resumed or {}
         self._spikes = Spikes(resumed.get("recent", ()), resumed.get("inside", False))
+        # Steps of the last saved state, and of the last one after which a step was normal: the one
+        # that a failed run falls back to.
+        self._saved, self._sound = 0, resumed.get("sound")
         # Since the last row of metrics.csv. The first two are saved, so that a resumed run writes
         # the same rows.
         self._nats, self._samples = float(resumed.get("nats", 0.0)), int(resumed.get("samples", 0))
@@ -116,6 +119,8 @@ class Run(L.Callback):
             self._validate(trainer, module)
             self._save(trainer, module)
         else:
+            self._saved = trainer.global_step
+            self._sound = self._saved if self._sound is None else self._sound
             self.save_last(trainer, module)
             self._show_validation(history[-1])
         self._validated_at = self._since = self._step_ended = time.monotonic()
@@ -126,18 +131,13 @@ class Run(L.Callback):
             return
 
         def stop(number: int, frame: Any) -> None:
-            if self._interrupted and number == signal.SIGINT:
+            if self.interrupted and number == signal.SIGINT:
                 raise KeyboardInterrupt
-            self._interrupted = True
+            self.interrupted = True
 
         slurm = [signal.SIGUSR1] if Processes.here().launcher == "slurm" else []
         for number in (signal.SIGINT, signal.SIGTERM, *slurm):
-            self._handlers[number] = signal.signal(number, stop)
-
-    def release(self) -> None:
-        """Restore the signal handlers."""
-        while self._handlers:
-            signal.signal(*self._handlers.popitem())
+            signal.signal(number, stop)  # `fit` restores the caller's handlers
 
     # --- around every step
 
@@ -154,7 +154,7 @@ class Run(L.Callback):
             self.skip(name, reason)
         if not module.last.finite:
             self._refuse_step(trainer, module, batch)
-        elapsed, interrupted = module.largest(module.elapsed, float(self._interrupted))
+        elapsed, interrupted = module.largest(module.elapsed, float(self.interrupted))
         if config.max_steps is not None and step >= config.max_steps:
             self.stopped_by = "steps"
         elif config.max_minutes is not None and elapsed >= 60 * config.max_minutes:
@@ -165,6 +165,8 @@ class Run(L.Callback):
         self._samples += module.last.samples
         self._counted += module.last.samples
         self._detect_spike(trainer, module, batch)
+        if self._saved == step - 1 and self._normal(module.last.bits):
+            self._sound = step - 1
         last = self.stopped_by is not None
         if step % LOG_EVERY == 0 or (last and self.stopped_by != "interrupt"):
             self._log_training(trainer, module)
@@ -176,20 +178,38 @@ class Run(L.Callback):
         trainer.should_stop = trainer.should_stop or last
         self._step_ended = time.monotonic()
 
+    def _normal(self, bits: float) -> bool:
+        """Return whether a loss is neither in a spike nor far above that of the untrained model."""
+        return not self._spikes.inside and bits < 1.5 * max(self.record["history"][0]["bits"], 1.0)
+
     def _refuse_step(self, trainer: L.Trainer, module: TrainingModule, batch: Any) -> None:
-        """Save the batch of a non-finite loss or gradient, and the state before it; end the run."""
+        """Save the batch of a non-finite loss or gradient, drop ruined states, and end the run.
+
+        The weights before this step gave a non-finite number, and would give it again.
+        """
         step, last = trainer.global_step + 1, module.last
         process = f"-process-{trainer.global_rank}" if trainer.world_size > 1 else ""
         path = self.out / f"bad-step-{step:08}{process}.safetensors"
         crops = crops_named(batch, self.train, module.layout.sample_rate, last.crop_nats)
         save_batch(path, batch, module, step, crops)
-        self._save(trainer, module)
+        if trainer.is_global_zero and (found := fall_back(self.out, self._sound or 0)):
+            self._restore_last(module, found.state)
+        trainer.strategy.barrier()  # torchrun ends the others when one ends
         raise WavearError(
             f"step {step}: the loss became {last.bits:.4g} bits and the gradient's norm"
-            f" {last.gradient_norm:.4g}; the saved weights are those before this step. Its batch"
-            f" ({path}): {some(crops)}. Resume with a lower learning rate than"
-            f" {self.config.learning_rate:g}, or precision 32"
+            f" {last.gradient_norm:.4g}; the state to resume is that of step {self._sound or 0},"
+            f" whose loss was normal. Its batch ({path}): {some(crops)}. Resume with a lower"
+            f" learning rate than {self.config.learning_rate:g}, or precision 32"
         )
+
+    def _restore_last(self, module: TrainingModule, state: dict[str, Any]) -> None:
+        """Write `last/` and train.json of an earlier state."""
+        tensors = state["state_dict"]
+        average = {name: tensors[f"average.{name}"] for name in module.average.state_dict()}
+        module.average.load_state_dict(average)
+        self.record["history"] = list(state.get("run", {}).get("history", self.record["history"]))
+        self._sound = state["global_step"]
+        self._write_last(module, state["global_step"], state["seconds"])
 
     def _detect_spike(self, trainer: L.Trainer, module: TrainingModule, batch: Any) -> None:
         """Name the crops of a batch with a spike; every process watches its share, 0 writes."""
@@ -265,7 +285,9 @@ class Run(L.Callback):
             if group:
                 entry[name] = {key: round(value, 5) for key, (value, _) in group.items()}
         free, seconds = None, self.config.sample_seconds
-        if trainer.is_global_zero and step > 0 and seconds > 0:
+        # Non-finite weights are for the next step to find, which falls back to earlier ones.
+        finite = not non_finite(module.average.state_dict())
+        if trainer.is_global_zero and step > 0 and seconds > 0 and finite:
             model = copy.deepcopy(module.average).cpu()
             free = free_run(model, self.validation, seconds, self.speakers)
         if free is not None and free.score is not None:
@@ -285,12 +307,18 @@ class Run(L.Callback):
         self._since += self._validation_cost  # not time of training
 
     def _is_best(self, entry: dict[str, Any]) -> bool:
-        """Compare with the curve so far: by the free run, or by bits where there are none."""
-        earlier = self.comparable()
+        """Compare with the curve so far: by the free run, or by bits where there are none.
+
+        The untrained model is never the best: who stops in the first minutes gets no `best/`.
+        """
+        earlier = [e for e in self.comparable() if e["step"] > 0]
         scores = [e["free_run"]["score"] for e in earlier if "free_run" in e]
+        if entry["step"] == 0:
+            return False
         if "free_run" in entry:
-            return entry["free_run"]["score"] < min(scores, default=math.inf)
-        return not scores and entry["bits"] < min((e["bits"] for e in earlier), default=math.inf)
+            return entry["free_run"]["score"] < min(filter(math.isfinite, scores), default=math.inf)
+        bits = filter(math.isfinite, (e["bits"] for e in earlier))
+        return not scores and entry["bits"] < min(bits, default=math.inf)
 
     def comparable(self) -> list[dict[str, Any]]:
         """Return the points of the curve that are of the current held-out recordings."""
@@ -339,7 +367,8 @@ class Run(L.Callback):
             path.parent.mkdir(exist_ok=True)
         trainer.save_checkpoint(path)  # every process takes part, one writes
         if trainer.is_global_zero:
-            prune_states(self.out, trainer.global_step, self.config.keep_last)
+            prune_states(self.out, trainer.global_step, self.config.keep_last, self._sound or 0)
+        self._saved = trainer.global_step
         self.save_last(trainer, module)
 
     @override
@@ -353,18 +382,20 @@ class Run(L.Callback):
             "samples": self._samples,
             "recent": self._spikes.recent,
             "inside": self._spikes.inside,
+            "sound": self._sound,
         }
 
     def save_last(self, trainer: L.Trainer, module: TrainingModule) -> None:
         """Write `last/` and `train.json` for the state that was just written or read."""
-        if not trainer.is_global_zero:
-            return
-        step = trainer.global_step
+        if trainer.is_global_zero:
+            self._write_last(module, trainer.global_step, module.elapsed)
+
+    def _write_last(self, module: TrainingModule, step: int, seconds: float) -> None:
         entries = self.record["history"][-1:]
         bits = next((entry["bits"] for entry in entries if entry["step"] == step), None)
         described = self._described(step, bits)
         module.average.save(self.out / "last", overwrite=True, training=described)
-        self.record |= {"steps": step, "seconds": round(module.elapsed, 2), "skipped": self.skipped}
+        self.record |= {"steps": step, "seconds": round(seconds, 2), "skipped": self.skipped}
         write_record(self.config, self.record)
 
     def _described(self, step: int, bits: float | None) -> dict[str, Any]:

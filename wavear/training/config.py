@@ -512,7 +512,7 @@ class TrainResult:
     stopped_by: str
     """"steps", "time" or "interrupt"; "fit" for a linear model, fitted in closed form."""
     best: Path
-    """Checkpoint directory."""
+    """Checkpoint directory; that of `last` if the run was stopped before its first validation."""
     last: Path
     """Checkpoint directory."""
     skipped: dict[str, str] = field(default_factory=dict)

@@ -6,9 +6,7 @@ import contextlib
 import os
 import signal
 import threading
-import time
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +18,7 @@ from wavear.common.errors import WavearError
 from wavear.common.log import get_logger
 from wavear.data.corpus import Corpus
 from wavear.data.crops import Order, Segments, collate
+from wavear.data.workers import end_with_parent
 from wavear.models.base import AutoregressiveModel
 from wavear.models.checkpoint import load
 from wavear.models.crop_loss import layout_of
@@ -74,13 +73,15 @@ def fit(
     try:
         data = _Data(segments, config)
         path = found.path if found else None
-        with torch.random.fork_rng(devices=[device] if kind == "cuda" else []), _safe_path():
+        forked = torch.random.fork_rng(devices=[device] if kind == "cuda" else [])
+        with forked, _safe_path(), _signals_restored():
             trainer.fit(module, datamodule=data, ckpt_path=path, weights_only=False)
         if not run.began:  # all steps had been taken already
             run.save_last(trainer, module)
     finally:
-        run.release()
         finish(trainer)
+    if run.interrupted:  # perhaps during the last validation
+        run.stopped_by = "interrupt"
     return _finish(config, corpus, trainer, run)
 
 
@@ -200,7 +201,7 @@ class _Data(L.LightningDataModule):
             collate_fn=collate,
             num_workers=workers,
             pin_memory=gpu,
-            worker_init_fn=partial(_begin_worker, os.getpid()),
+            worker_init_fn=_begin_worker,
             prefetch_factor=4 if workers else None,
             # Its own generator: otherwise it draws from the global one.
             generator=torch.Generator().manual_seed(config.seed),
@@ -224,20 +225,28 @@ def _safe_path() -> Iterator[None]:
             os.environ["PYTHONSAFEPATH"] = before
 
 
-def _begin_worker(main: int, worker: int) -> None:
-    """Ignore Ctrl-C, which reaches all processes of the group, and end with the process `main`.
+@contextlib.contextmanager
+def _signals_restored() -> Iterator[None]:
+    """Restore the signal handlers of the caller: Lightning and `Run` replace each other's."""
+    names = [name for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
+    before = {name: signal.getsignal(getattr(signal, name)) for name in names}
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            for name, handler in before.items():
+                signal.signal(getattr(signal, name), handler)
 
-    The loader's own watch misses a death of `main` before it begins: the worker would never end.
+
+def _begin_worker(worker: int) -> None:
+    """Ignore Ctrl-C, which reaches all processes of the group, and end with the main process.
+
+    The loader's own watch misses a death of that process before it begins: the worker would never
+    end.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
-    threading.Thread(target=_end_with, args=(main,), daemon=True).start()
-
-
-def _end_with(main: int) -> None:
-    while os.getppid() == main:
-        time.sleep(1)
-    os._exit(1)
+    threading.Thread(target=end_with_parent, daemon=True).start()
 
 
 def _finish(config: TrainConfig, corpus: Corpus, trainer: L.Trainer, run: Run) -> TrainResult:
@@ -245,15 +254,22 @@ def _finish(config: TrainConfig, corpus: Corpus, trainer: L.Trainer, run: Run) -
     out, history = Path(config.out), run.record["history"]
     stopped_by = run.stopped_by or "steps"
     held_out: dict[str, float] = {}
+    # Without a validation since the first step there is no best yet.
+    best_path = out / ("best" if (out / "best").is_dir() else "last")
     if stopped_by == "interrupt":
         logger.info(f"saved; to resume: the same command with --resume ({out})")
     elif trainer.is_global_zero:
-        best = load(out / "best", device=trainer.strategy.root_device)
+        best = load(best_path, device=trainer.strategy.root_device)
         held_out, skipped = final_scores(config, corpus, best, run.speakers)
         for name, why in skipped.items():
             run.skip(name, why)
         run.record |= {"held_out": held_out, "skipped": run.skipped}
         write_record(config, run.record)
+        if min(entry["bits"] for entry in history[1:] or history) >= history[0]["bits"]:
+            logger.warning(
+                f"no validation is better than the untrained model's {history[0]['bits']:.3f} bits:"
+                " train longer, or with another learning rate"
+            )
     return TrainResult(
         bits_before=history[0]["bits"],
         bits_best=min((entry["bits"] for entry in run.comparable()), default=history[-1]["bits"]),
@@ -262,7 +278,7 @@ def _finish(config: TrainConfig, corpus: Corpus, trainer: L.Trainer, run: Run) -
         steps=trainer.global_step,
         seconds=float(run.record.get("seconds", 0.0)),
         stopped_by=stopped_by,
-        best=out / "best",
+        best=best_path,
         last=out / "last",
         skipped=dict(run.skipped),
     )

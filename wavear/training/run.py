@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from wavear.common.atomic import replace_file
+from wavear.common.claims import claimed
 from wavear.common.errors import WavearError, one_line
 from wavear.common.log import get_logger
 from wavear.common.progress import bar
@@ -61,9 +62,17 @@ def train(config: TrainConfig) -> TrainResult:
     FileNotFoundError
         If the data do not exist, or there is nothing to resume.
     WavearError
-        If no file can be used, or `resume` meets a run of another model.
+        If no file can be used, `resume` meets a run of another model, or another process trains in
+        the same directory.
     """
     config = config.resolved()
+    if Processes.here().rank > 0:
+        return _train(config)
+    with claimed([config.out], config.out):
+        return _train(config)
+
+
+def _train(config: TrainConfig) -> TrainResult:
     if config.family == "linear":
         from wavear.training.linear_run import fit
     else:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -32,9 +31,9 @@ def open_directory(config: TrainConfig, writes: bool) -> dict[str, Any]:
         except ValueError as error:
             raise WavearError(f"{record} is damaged, it is not JSON: {error}") from None
     if writes:
-        # A run that is killed before its first file leaves temporary files only.
+        # A run that is killed before its first file leaves temporary files and claims only.
         names = [path.name for path in out.iterdir()] if out.is_dir() else []
-        filled = not all(re.fullmatch(r"\.wavear-.*\.tmp", name) for name in names)
+        filled = not all(name.startswith(".wavear-") for name in names)
         if filled and not config.overwrite:
             raise FileExistsError(
                 f"{out} is not empty: choose another directory, or give --resume or --overwrite"

@@ -18,7 +18,11 @@ from typing_extensions import override
 
 from wavear.common.atomic import replace_file
 from wavear.common.errors import WavearError, one_line
+from wavear.common.log import get_logger
 from wavear.common.untrusted import checksum, parse_json
+from wavear.models.saving import non_finite
+
+logger = get_logger(__name__)
 
 _KEY, _SUM = "wavear_state", "wavear_crc32"
 _FOLDER, _OLD = "states", "resume.safetensors"
@@ -97,12 +101,11 @@ def load_state(path: str | Path) -> dict[str, Any]:
         raise WavearError(f"{path} is damaged: its CRC-32 does not match")
     try:
         state = decode(parse_json(text), tensors)
-        weights = {n: t for n, t in state.get("state_dict", {}).items() if t.is_floating_point()}
-        wrong = [name for name, tensor in weights.items() if not torch.isfinite(tensor).all()]
+        name = non_finite(state.get("state_dict", {}))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, RuntimeError) as error:
         raise WavearError(f"{path} is damaged: {one_line(error)}") from None
-    if wrong:
-        raise WavearError(f"{path} cannot be used: {wrong[0]} holds NaN or infinity")
+    if name:
+        raise WavearError(f"{path} cannot be used: {name} holds NaN or infinity")
     return state
 
 
@@ -172,14 +175,41 @@ def last_good_state(out: str | Path) -> FoundState | None:
     return None
 
 
-def prune_states(out: str | Path, step: int, keep: int) -> None:
-    """Keep the last `keep` states up to `step`; later ones could not be resumed and go, too."""
-    kept = 0
+def prune_states(out: str | Path, step: int, keep: int, sound: int) -> None:
+    """Keep the last `keep` states up to `step`, and that of the step `sound`.
+
+    Later ones could not be resumed and go, too.
+    """
+    drop_states_after(out, step)
+    for path in state_paths(out)[keep:]:
+        if path != state_path(out, sound):
+            path.unlink(missing_ok=True)
+
+
+def fall_back(out: str | Path, step: int) -> FoundState | None:
+    """Make the last good state up to `step` the newest one: remove later ones, and return it.
+
+    Returns None, and removes nothing, if there is no such state.
+    """
     for path in state_paths(out):
         match = _NAME.fullmatch(path.name)
-        later = match is not None and int(match[1]) > step
-        kept += not later
-        if later or kept > keep:
+        if match is not None and int(match[1]) > step:
+            continue
+        try:
+            found = FoundState(path, load_state(path))
+        except (WavearError, OSError) as error:
+            logger.warning(f"{error}; the state before it is used")
+            continue
+        drop_states_after(out, found.state["global_step"])
+        return found
+    return None
+
+
+def drop_states_after(out: str | Path, step: int) -> None:
+    """Remove the states of later steps."""
+    for path in state_paths(out):
+        match = _NAME.fullmatch(path.name)
+        if match is not None and int(match[1]) > step:
             path.unlink(missing_ok=True)
 
 
