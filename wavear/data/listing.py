@@ -126,14 +126,36 @@ def _rows(manifest: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                 if content.strip():
                     yield line, {"path": content.rstrip("\r\n").split("|")[0]}
             return
-        reader = csv.reader(file, delimiter=max(",;\t|", key=first.count), skipinitialspace=True)
+        separator = max(",;\t|", key=first.count)
+        # A quotation mark in the text of such a list is an ordinary character.
+        plain = separator in "\t|"
+        quoting = csv.QUOTE_NONE if plain else csv.QUOTE_MINIMAL
+        reader = csv.reader(
+            file, delimiter=separator, quoting=quoting, skipinitialspace=True, strict=True
+        )
+        last = 0
         try:
-            header = [name.strip().lower() for name in next(reader, [])]
+            header = [_value(name, plain).lower() for name in next(reader, [])]
+            last = reader.line_num
             for values in reader:
+                last = reader.line_num
                 if any(values):
-                    yield reader.line_num, dict(zip(header, values, strict=False))
+                    row = [_value(value, plain) for value in values]
+                    yield last, dict(zip(header, row, strict=False))
         except csv.Error as error:
-            raise WavearError(f"{manifest}:{reader.line_num} is not CSV: {error}") from None
+            # A quotation mark without its pair can begin many lines above the place of the error.
+            raise WavearError(
+                f"{manifest}:{last + 1}: {error}, up to line {reader.line_num}. Balance the"
+                " quotation marks, or separate the columns by tabs, where they are characters."
+            ) from None
+
+
+def _value(value: str, plain: bool) -> str:
+    """Return a value without blanks around it and, where a list is `plain`, around quotes."""
+    value = value.strip()
+    if plain and len(value) > 1 and value[0] == value[-1] == '"':
+        return value[1:-1].replace('""', '"')
+    return value
 
 
 def _json_row(manifest: Path, line: int, content: str) -> dict[str, Any]:

@@ -272,6 +272,8 @@ class OutputSettings:
     """Saved states to keep: a damaged one then costs some steps, not the run."""
     resume: bool = False
     """Resume the run in `out` from its last good state."""
+    extend_speakers: bool = False
+    """Resume although speakers were added or removed; the others keep their numbers."""
     overwrite: bool = False
     """Replace the run in `out`."""
     progress: bool = True
@@ -376,6 +378,8 @@ class TrainConfig(OutputSettings, ScheduleSettings, OptimizerSettings, ModelSett
             raise WavearError("the run needs an end: set max_steps, max_minutes, or both")
         if self.resume and self.overwrite:
             raise WavearError("resume continues a run and overwrite replaces it: choose one")
+        if self.extend_speakers and not (self.resume and self.speakers):
+            raise WavearError("extend_speakers is for a resumed run with speakers: add --resume")
         batch = self.defaults.batch_size if self.batch_size is None else self.batch_size
         if batch % self.accumulate:
             raise WavearError(f"a batch of {batch} does not divide into {self.accumulate} parts")

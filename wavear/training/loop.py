@@ -32,6 +32,7 @@ from wavear.training.precision import choose
 from wavear.training.prepare import prepare
 from wavear.training.processes import Processes
 from wavear.training.run_directory import make_directory, write_record
+from wavear.training.speakers import extend_state
 from wavear.training.state import FoundState, StateIO, last_good_state, sweep
 from wavear.training.validation import final_scores
 
@@ -51,6 +52,8 @@ def fit(
     found = _find_state(config, record, processes) if config.resume else None
     if found is None and config.from_checkpoint is None:
         prepare(model, segments, config.seed)
+    else:
+        extend_state(found.state, record, model, config)
     recorded = record.get("precision") if config.resume else None
     record["precision"], why = choose(config, model, kind, recorded)
     bf16 = record["precision"] == "bf16"

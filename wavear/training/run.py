@@ -31,6 +31,7 @@ from wavear.models.families import FAMILIES
 from wavear.training.config import OutputSettings, TrainConfig, TrainResult
 from wavear.training.processes import Processes
 from wavear.training.run_directory import RECORD, open_directory
+from wavear.training.speakers import bound
 
 logger = get_logger(__name__)
 
@@ -82,7 +83,7 @@ def _train(config: TrainConfig) -> TrainResult:
     record = open_directory(config, writes)
     with _reporting(visible), torch.random.fork_rng(devices=[]):
         corpus = _open(config, visible)
-        speakers = corpus.speakers if config.speakers else []
+        speakers = bound(record, corpus.speakers if config.speakers else [], config)
         _report_changes(record, config, corpus)
         _report_data(corpus, speakers, config.sample_rate)
         torch.manual_seed(config.seed)
