@@ -50,8 +50,9 @@ def fit(
     processes, kind = Processes.here(), _device_kind(config.device)
     segments = _segments(config, corpus, speakers, model, processes)
     found = _find_state(config, record, processes) if config.resume else None
-    if found is None and config.from_checkpoint is None:
-        prepare(model, segments, config.seed)
+    if found is None:
+        if config.from_checkpoint is None:
+            prepare(model, segments, config.seed)
     else:
         extend_state(found.state, record, model, config)
     recorded = record.get("precision") if config.resume else None
