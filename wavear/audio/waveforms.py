@@ -227,7 +227,9 @@ def resample_blocks(
     stream, taken, made = None, 0, 0
     for block in blocks:
         kind = np.float64 if block.dtype.itemsize > 4 else np.float32
-        stream = stream or soxr.ResampleStream(from_rate, to_rate, 1, dtype=kind, quality="VHQ")
+        stream = stream or soxr.ResampleStream(
+            from_rate, to_rate, 1, dtype=np.dtype(kind).name, quality="VHQ"
+        )
         taken += len(block)
         y = stream.resample_chunk(block.astype(kind, copy=False))
         made += len(y)
