@@ -4,8 +4,8 @@ import csv
 import dataclasses
 from pathlib import Path
 
-from wavear import TrainConfig, corpora
-from wavear.cli import recipe, run_training
+from wavear import TrainConfig, corpora, train
+from wavear.cli import recipe
 
 VALUES = TrainConfig(
     data="data",
@@ -65,7 +65,9 @@ def run(config: TrainConfig) -> int:
     manifest = Path(config.out).with_suffix(".csv")
     if not (config.resume and manifest.is_file()):
         corpora.write_manifest(manifest, clips(Path(config.data)), config.overwrite)
-    return run_training(dataclasses.replace(config, data=str(manifest)))
+    result = train(dataclasses.replace(config, data=str(manifest)))
+    print(f"checkpoint: {result.best}")
+    return 130 if result.stopped_by == "interrupt" else 0
 
 
 if __name__ == "__main__":
