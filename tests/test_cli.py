@@ -187,7 +187,6 @@ def test_info(here: Path, capsys: pytest.CaptureFixture):
 
 
 def test_usage_errors_exit_with_status_2(here: Path, capsys: pytest.CaptureFixture):
-    assert "--out" in refused(capsys, "synthesize", "mel", "good.npy", status=2)
     for words, arguments in {
         "--bogus": ("synthesize", "mel", "good.npy", "--out", "o", "--bogus", "1"),
         "'many'": ("generate", "free", "--seconds", "many", "--out", "x.wav"),
@@ -249,7 +248,7 @@ def test_inputs_with_the_same_output_are_refused(here: Path, capsys: pytest.Capt
         ("synthesize mel void --out o", "void holds no audio or mel files"),
         ("synthesize mel --out o", "no input"),
         ("synthesize nowhere good.npy --out o", "nowhere: no such directory"),
-        ("synthesize good.npy good.npy --out o", "good.npy is a file"),
+        ("synthesize good.npy --out o", "has 10 bands"),  # the voice has 80
         ("synthesize free good.npy --out o", "not conditioned on mels"),
         ("synthesize mel good.npy --out o --engine reference --temperature 0", "temperature is 0"),
         ("synthesize mel good.npy --out o --engine reference --seed -1", "seed is -1"),
