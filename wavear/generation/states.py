@@ -38,7 +38,7 @@ _FIELDS: dict[str, Callable[[Any], bool]] = {
         and all(isinstance(value.get(part), dict) for part in ("config", "weights"))
     ),
 }
-"""What the description of a stream has, and which values are possible."""
+"""Fields of the description of a stream, and the values that are possible."""
 _FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 

@@ -9,7 +9,6 @@ import numbers
 import os
 import types
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from wavear.common.errors import WavearError
@@ -17,6 +16,9 @@ from wavear.data.corpus import Normalise
 from wavear.mel.spectrogram import MelConfig
 from wavear.models.checkpoint import saved_config
 from wavear.models.families import FAMILIES
+from wavear.training.result import TrainResult
+
+__all__ = ["TRAINING_DEFAULTS", "OutputSettings", "TrainConfig", "TrainResult"]
 
 
 @dataclass(frozen=True)
@@ -495,29 +497,3 @@ def _described(hint: Any) -> str:
     if get_origin(hint) is Literal:
         return f"{', '.join(options[:-1])} or {options[-1]}"
     return _described(options[0]) if options else _TYPES[hint][1]
-
-
-@dataclass(frozen=True)
-class TrainResult:
-    """Outcome of a run. Bits are per sample; those of the curve are of the same held-out files."""
-
-    bits_before: float
-    """Bits of the model at its first step."""
-    bits_best: float
-    """The least on the curve."""
-    bits_final: float
-    """The last on the curve."""
-    held_out: dict[str, float]
-    """On all held-out files (up to `final_seconds`): "model" (that of `best`), "uniform",
-    "unigram", "markov"."""
-    steps: int
-    seconds: float
-    """Duration of training and validations, including resumed runs."""
-    stopped_by: str
-    """"steps", "time" or "interrupt"; "fit" for a linear model, fitted in closed form."""
-    best: Path
-    """Checkpoint directory; that of `last` if the run was stopped before its first validation."""
-    last: Path
-    """Checkpoint directory."""
-    skipped: dict[str, str] = field(default_factory=dict)
-    """Files that could not be used, and why."""
