@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -128,6 +129,30 @@ def test_recipe_trains_on_its_corpus(
     assert trained.config.sample_rate == recipe.VALUES.sample_rate
     assert trained.config.speakers == {"vctk": 4, "digits": 2}.get(name, 0)
     assert (tmp_path / "runs" / f"{name}.csv").is_file()
+
+
+def test_voice_recipe_holds_out_voices_and_repeats_small_folders(tmp_path: Path):
+    recipe = module(RECIPES / "voice" / "train.py")
+    for name in (
+        "kerstin_de/dev/a.flac", "kerstin_de/train/b.flac", "kerstin_de/more/c.flac",
+        "ljspeech_mini/wavs/LJ001-0028.wav", "ljspeech_mini/wavs/LJ001-0029.wav",
+        "vctk_mini/p225/p225_1.wav", "vctk_mini/p227/p227_1.wav",
+        "librivox_fr_multi/x.mp3", "librivox_fr_multi/y.mp3",
+        "cmu_arctic_slt/wav/s.wav",
+    ):  # fmt: skip
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    table = tmp_path / "librivox_fr_multi" / "speakers.csv"
+    table.write_text("file,reader\nx.mp3,Margot\ny.mp3,Cocotte\n")
+    counts = Counter((clip.path.stem, clip.split) for clip in recipe.Voices().clips(tmp_path))
+    held_out = {"a", "LJ001-0029", "p227_1", "y"}
+    training = {"b": 1, "c": 1, "LJ001-0028": 4, "p225_1": 4, "x": 1, "s": 2}
+    assert counts == {(name, "validation"): 1 for name in held_out} | {
+        (name, "train"): times for name, times in training.items()
+    }
+    table.unlink()
+    with pytest.raises(FileNotFoundError, match=r"speakers\.csv is missing"):
+        recipe.Voices().clips(tmp_path)
 
 
 @pytest.mark.slow

@@ -1,74 +1,84 @@
-"""Train the universal voice that wavear ships. Every value below is a flag too."""
+"""Train the universal voice that comes with wavear. Every value below is a flag too."""
 
 import csv
-import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 
-from wavear import TrainConfig, corpora, train
+from wavear import TrainConfig, corpora
 from wavear.cli import recipe
-
-VALUES = TrainConfig(
-    data="data",
-    out="runs/voice",
-    sample_rate=22050,  # with 80 HiFi-GAN mels, the default
-    max_steps=None,
-    max_minutes=60.0,
-    validate_seconds=600.0,
-)
-
-REPEATS = {"ljspeech_mini": 4, "vctk_mini": 4, "cmu_arctic_slt": 2}
-"""Times that the clips of a small folder are listed, so that training draws them that often."""
 
 HELD_OUT_READERS = ("Cocotte", "VioletBleu")
 HELD_OUT_LJ = ("LJ001-0029", "LJ001-0030", "LJ001-0031", "LJ001-0032")
 HELD_OUT_SPEAKER = "p227"
 
 
-def clips(data: Path) -> list[corpora.Clip]:
-    """Return the clips of the five speech folders, with what is held out."""
-    readers = {}
-    with open(data / "librivox_fr_multi" / "speakers.csv", encoding="utf-8", newline="") as file:
-        for row in csv.DictReader(file):
-            readers[row["file"]] = row["reader"]
-    held_out = {
-        "kerstin_de": lambda path: path.parent.name == "dev",
-        "ljspeech_mini": lambda path: path.stem in HELD_OUT_LJ,
-        "vctk_mini": lambda path: path.parent.name == HELD_OUT_SPEAKER,
-        "librivox_fr_multi": lambda path: readers[path.name] in HELD_OUT_READERS,
-        "cmu_arctic_slt": lambda path: False,
+@dataclass(frozen=True)
+class Voices(corpora.PublishedCorpus):
+    """Five folders of speech, in which some clips and some voices are held out."""
+
+    title = "the speech of wavear's voice"
+    get = "see recipes/voice/README.md"
+
+    # The recordings of each folder, and how often its clips are listed, so that the small ones are
+    # drawn more often.
+    FOLDERS = {  # noqa: RUF012 (not a field)
+        "kerstin_de": (("dev/*.flac", "train/*.flac", "more/*.flac"), 1),
+        "ljspeech_mini": (("wavs/*.wav",), 4),
+        "vctk_mini": (("p*/*.wav",), 4),
+        "librivox_fr_multi": (("*.mp3",), 1),
+        "cmu_arctic_slt": (("wav/*.wav",), 2),
     }
-    patterns = {
-        "kerstin_de": ("dev/*.flac", "train/*.flac", "more/*.flac"),
-        "ljspeech_mini": ("wavs/*.wav",),
-        "vctk_mini": ("p*/*.wav",),
-        "librivox_fr_multi": ("*.mp3",),
-        "cmu_arctic_slt": ("wav/*.wav",),
-    }
-    found: list[corpora.Clip] = []
-    held: list[list[corpora.Clip]] = []
-    for folder, globs in patterns.items():
-        paths = [path for pattern in globs for path in sorted((data / folder).glob(pattern))]
-        if not paths:
-            raise FileNotFoundError(
-                f"{data / folder} has no recordings: see recipes/voice/README.md"
+
+    def parts(self) -> tuple[str, ...]:
+        return tuple(self.FOLDERS)
+
+    def folder(self, part: str) -> str:
+        return part
+
+    def dataset(self, data: Path, part: str, download: bool = False) -> list[Path]:
+        patterns, _ = self.FOLDERS[part]
+        return [path for pattern in patterns for path in sorted((data / part).glob(pattern))]
+
+    def clips_of(self, dataset: list[Path], part: str) -> Iterator[corpora.Clip]:
+        readers = _readers(dataset[0].parent) if part == "librivox_fr_multi" and dataset else {}
+        for path in dataset:
+            held_out = (
+                path.parent.name in ("dev", HELD_OUT_SPEAKER)
+                or path.stem in HELD_OUT_LJ
+                or readers.get(path.name) in HELD_OUT_READERS
             )
-        held.append([corpora.Clip(p, "validation") for p in paths if held_out[folder](p)])
-        training = [corpora.Clip(p, "train") for p in paths if not held_out[folder](p)]
-        found += training * REPEATS.get(folder, 1)
-    # One clip of each voice after the other: validations synthesize the first four.
-    turns = range(max(map(len, held)))
-    return [clips[turn] for turn in turns for clips in held if turn < len(clips)] + found
+            times = 1 if held_out else self.FOLDERS[part][1]
+            yield from [corpora.Clip(path, "validation" if held_out else "train")] * times
+
+    def clips(self, data: str | Path) -> list[corpora.Clip]:
+        """Return all clips, first one held-out clip of each folder: validations synthesize four."""
+        found = super().clips(data)
+        held: dict[str, list[corpora.Clip]] = {}
+        for clip in found:
+            if clip.split == "validation":
+                held.setdefault(clip.path.relative_to(data).parts[0], []).append(clip)
+        turns = zip_longest(*held.values())
+        first = [clip for turn in turns for clip in turn if clip is not None]
+        return first + [clip for clip in found if clip.split == "train"]
 
 
-def run(config: TrainConfig) -> int:
-    """List the clips next to the run, and train on them."""
-    manifest = Path(config.out).with_suffix(".csv")
-    if not (config.resume and manifest.is_file()):
-        corpora.write_manifest(manifest, clips(Path(config.data)), config.overwrite)
-    result = train(dataclasses.replace(config, data=str(manifest)))
-    print(f"checkpoint: {result.best}")
-    return 130 if result.stopped_by == "interrupt" else 0
+def _readers(folder: Path) -> dict[str, str]:
+    """Return the reader of each file of the French recordings."""
+    with open(folder / "speakers.csv", encoding="utf-8", newline="") as file:
+        return {row["file"]: row["reader"] for row in csv.DictReader(file)}
 
+
+VALUES = TrainConfig(
+    data="data",
+    out="runs/voice",
+    sample_rate=22050,  # with the default mels, those of HiFi-GAN
+    period_residuals=8,
+    max_steps=None,
+    max_minutes=60.0,
+    validate_seconds=600.0,
+)
 
 if __name__ == "__main__":
-    recipe(VALUES, __doc__, run=run)
+    recipe(VALUES, __doc__, Voices())
