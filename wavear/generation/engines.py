@@ -54,7 +54,6 @@ def make_engine(
         raise WavearError(f"weights is {weights!r}; it must be one of {', '.join(WEIGHTS)}")
     if threads is not None and threads < 1:
         raise WavearError(f"threads is {threads}; it must be at least 1")
-    check_finite_weights(model)
     if engine == "auto":
         device = next(model.parameters()).device
         if device.type == "cuda":
@@ -62,10 +61,12 @@ def make_engine(
         else:
             compiled = device.type == "cpu" and _compiled_engine(model) is not None
             engine = "numba" if compiled else "reference"
+    if engine == "reference":
+        require_float32(weights, engine)
+    check_finite_weights(model)
     if engine in choice.ENGINES:
         return engine, choice.make(model, batch, engine, weights)
     if engine == "reference":
-        require_float32(weights, engine)
         return engine, ReferenceEngine(model, batch)
     compiled = _compiled_engine(model)
     if compiled is None:

@@ -22,6 +22,7 @@ LATER = {"law": "categorical", "mixtures": 10, "coarse_classes": 0, "pre_emphasi
 
 
 _FLOATS = ("F32", "F64", "F16", "BF16")  # types of weights, as safetensors names them
+_MOMENTARY = 2**16  # numbers of the first values that a model makes besides its weights
 _LARGEST_STATE = 2**26  # numbers in a stream's state: those of the default models are 131,000
 
 
@@ -188,7 +189,7 @@ def _build(
     """Return a model of random weights, no larger than the weights in a file."""
     config = _config(described, path)
     try:
-        with _Budget(sum(math.prod(shape) for _, shape in header.values())):
+        with _Budget(sum(math.prod(shape) for _, shape in header.values()) + _MOMENTARY):
             return FAMILIES[described["family"]][0](config)
     except MemoryError:
         raise CheckpointError(

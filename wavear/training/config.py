@@ -338,7 +338,7 @@ class TrainConfig(OutputSettings, ScheduleSettings, OptimizerSettings, ModelSett
         if family == "linear":
             raise WavearError(
                 f"{self.from_checkpoint} is a linear model, which is fitted in closed form: fit it"
-                " anew, without from_checkpoint"
+                " again, without from_checkpoint"
             )
         set_by_it = {
             "family": family,
