@@ -158,12 +158,14 @@ def test_training_begins_with_the_weights_of_the_checkpoint(tmp_path):
     first = wavear.train(config_of(data, tmp_path / "first", max_steps=30, learning_rate=0.01))
     settings = dict.fromkeys(("layers", "stacks", "residual_channels", "skip_channels"))
     settings |= dict.fromkeys(("classes", "head_channels", "conditioning_channels"))
-    second = wavear.train(
-        config_of(
-            data, tmp_path / "second", from_checkpoint=str(first.last), max_steps=1, **settings
-        )
-    )
+    settings |= {"from_checkpoint": str(first.last), "max_steps": 1}
+    second = wavear.train(config_of(data, tmp_path / "second", **settings))
     assert second.bits_before == pytest.approx(first.bits_final, abs=1e-4)
     assert second.bits_before < first.bits_before - 0.1
     record = json.loads((tmp_path / "second" / "train.json").read_text())
     assert record["model"] == json.loads((first.last / "config.json").read_text())["config"]
+    for path in data.iterdir():
+        audio.write(path, 4 * audio.read(path).numpy(), 8000)
+    louder = wavear.train(config_of(data, tmp_path / "louder", **settings))
+    before, after = (wavear.load(run.last).conditioning for run in (first, louder))
+    assert torch.equal(before.mel_mean, after.mel_mean), "the weights expect these statistics"
