@@ -11,8 +11,8 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -677,20 +677,17 @@ def test_a_batch_refuses_a_state_of_another_truncation(theirs, ours):
 # ---- frames from a pipe
 
 
-class Slow:
-    """A pipe that delivers its data piece by piece, after pauses."""
+class Pieces:
+    """A pipe that delivers its data piece by piece."""
 
-    def __init__(self, *data: bytes, pause: float = 0.0, before: int = -1):
-        self.data, self.pause, self.before = list(data), pause, before
+    def __init__(self, *data: bytes):
+        self.data = list(data)
 
     def read(self) -> bytes:
         rest, self.data = b"".join(self.data), []
         return rest
 
     def read1(self, size: int) -> bytes:
-        self.before -= 1
-        if self.before == -1:
-            time.sleep(self.pause)
         return self.data.pop(0) if self.data else b""
 
 
@@ -734,7 +731,7 @@ def test_frames_are_read_from_any_pieces(kind, frames, size):
         "batch of one": npy(np.ascontiguousarray(mel)[None]),
         "float64": npy(mel.T.astype(">f8")),
     }[kind]
-    source: Any = Slow(*cut(data, size))
+    source: Any = Pieces(*cut(data, size))
     found = list(read_frames(source, BANDS))
     if frames == BANDS and kind in ("rows", "fortran rows", "float64"):
         mel = mel.T  # as many frames as bands: read as bands first, as everywhere
@@ -744,7 +741,7 @@ def test_frames_are_read_from_any_pieces(kind, frames, size):
 
 def test_frames_are_returned_as_soon_as_they_are_complete():
     data = random_mel(6).numpy().T.astype("<f4").tobytes()
-    source: Any = Slow(*cut(data, 30))  # a frame has 20 bytes
+    source: Any = Pieces(*cut(data, 30))  # a frame has 20 bytes
     frames = read_frames(source, BANDS)
     assert [(next(frames).shape[1], len(source.data)) for _ in range(3)] == [(1, 3), (2, 2), (1, 1)]
 
@@ -769,7 +766,7 @@ def test_frames_are_returned_as_soon_as_they_are_complete():
 )
 def test_frames_of_the_wrong_form_are_refused(data, message):
     with pytest.raises(ValueError, match=message):
-        list(read_frames(Slow(*cut(data, 7)), BANDS))  # type: ignore[arg-type]
+        list(read_frames(Pieces(*cut(data, 7)), BANDS))  # type: ignore[arg-type]
 
 
 def test_pcm_equals_that_of_a_file(tmp_path):
@@ -789,51 +786,58 @@ def logged(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
     return caplog
 
 
-def test_serving_logs_latency_and_underruns(logged):
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """The time that serving reads, in seconds; it moves only when a test moves it."""
+    clock = SimpleNamespace(now=100.0)
+    monkeypatch.setattr(pipes, "time", SimpleNamespace(perf_counter=lambda: clock.now))
+    return clock
+
+
+def test_serving_logs_latency_and_underruns(logged, clock):
     model, mel = make(20), random_mel(120)
-    data = cut(mel.numpy().T.astype("<f4").tobytes(), 400)  # 20 frames, 50 ms each
-    # Five attempts, because a busy machine can add a gap.
-    for _ in range(5):
-        logged.clear()
-        sink = Kept()
-        source: Any = Slow(*data, pause=0.4, before=3)
-        report = pipes.serve(model, source, sink, Sampling(seed=5))
-        messages = logged.messages
-        assert b"".join(sink.written) == pcm16(wavear.generate(model, mel, seed=5)[0].numpy())
-        if report.underruns == 1:
-            break
-    assert "first sound after 9 frames (22 ms of mel, 3 of them look-ahead)" in messages[0]
-    assert "ms after the first frame came" in messages[1]
-    # Three reads delivered 60 frames, 150 ms of sound minus the look-ahead; then came a pause of
-    # 400 ms.
-    assert report.underruns == 1
-    assert 0.2 < report.gaps_waiting < 0.4
-    assert "the mel came late" in messages[2]
-    assert (
-        f"1 underrun of {report.gaps_waiting + report.gaps_computing:.2f} s in all" in messages[-1]
-    )
+
+    class Late(Pieces):
+        def read1(self, size: int) -> bytes:
+            clock.now += 0.4 if len(self.data) == 3 else 0.0
+            return super().read1(size)
+
+    # 20 frames, 50 ms, in each of six pieces
+    source: Any = Late(*cut(mel.numpy().T.astype("<f4").tobytes(), 400))
+    sink = Kept()
+    report = pipes.serve(model, source, sink, Sampling(seed=5))
+    assert b"".join(sink.written) == pcm16(wavear.generate(model, mel, seed=5)[0].numpy())
+    first, sound, underrun, last = logged.messages
+    assert "first sound after 9 frames (22 ms of mel, 3 of them look-ahead)" in first
+    assert "first sound 0 ms after the first frame came" in sound
+    # Three reads delivered 60 frames of 2.5 ms, and 54 were played in the pause of 400 ms.
+    assert report.gaps_waiting == pytest.approx(0.4 - 54 * 0.0025)
+    assert report.gaps_computing == 0
+    assert underrun == "underrun of 265 ms after 0.14 s: the mel came late"
+    assert "1 underrun of 0.27 s in all" in last
     assert report.samples == 2400
 
 
-def test_slow_computation_and_a_late_mel_are_reported_separately(monkeypatch, logged):
+def test_slow_computation_and_a_late_mel_are_reported_separately(monkeypatch, logged, clock):
     model, mel = make(20), random_mel(40)
     push = Stream.push
 
     def slow(self, mel):
-        time.sleep(0.05)
+        clock.now += 0.05
         return push(self, mel)
 
     monkeypatch.setattr(Stream, "push", slow)
-    source: Any = Slow(mel.numpy().T.astype("<f4").tobytes())
+    source: Any = Pieces(mel.numpy().T.astype("<f4").tobytes())
     report = pipes.serve(model, source, Kept())
-    assert report.gaps_computing > 5 * report.gaps_waiting
+    assert report.gaps_waiting == 0
+    assert report.gaps_computing == pytest.approx(0.09)  # 20 ms after 50 of each of four pushes
     assert "computed at 0." in logged.messages[2]
 
 
 def test_sound_begins_before_the_end_of_a_long_mel():
     model, mel = make(20), random_mel(400)
     sink = Kept()
-    source: Any = Slow(npy(mel.numpy()))
+    source: Any = Pieces(npy(mel.numpy()))
     pipes.serve(model, source, sink)
     assert len(sink.written) > 40
     assert max(map(len, sink.written)) <= 2 * 20 * (8 + 2 * 9)
@@ -842,7 +846,7 @@ def test_sound_begins_before_the_end_of_a_long_mel():
 def test_frames_of_another_convention_are_converted_one_by_one():
     model, mel = make(20), random_mel(8) - 5.0
     common = mel / np.log(10)
-    source: Any = Slow(*cut(common.numpy().T.astype("<f4").tobytes(), 60))
+    source: Any = Pieces(*cut(common.numpy().T.astype("<f4").tobytes(), 60))
     sink = Kept()
     pipes.serve(model, source, sink, Sampling(engine="reference"), mel_source="log10")
     known = wavear.adapt_mel(common, model, "log10")
@@ -863,7 +867,7 @@ def test_wrong_frames_cause_one_warning(frames, monkeypatch, logged):
     for values, wrong in ((mel, False), (mel * 20 / np.log(10), True)):
         logged.clear()
         sink = Kept()
-        source: Any = Slow(*cut(values.numpy().T.astype("<f4").tobytes(), 4000))
+        source: Any = Pieces(*cut(values.numpy().T.astype("<f4").tobytes(), 4000))
         pipes.serve(model, source, sink)
         warned = [record for record in logged.records if record.levelname == "WARNING"]
         assert len(warned) == wrong
