@@ -155,6 +155,27 @@ def test_parts_are_exact_where_libsndfile_seeks_wrongly(tmp_path, kind, samples,
     assert wrong > 0, "libsndfile now seeks correctly: simplify audio._decode"
 
 
+@pytest.mark.parametrize(
+    ("ending", "subtype"),
+    [("wav", "GSM610"), ("wav", "G721_32"), ("wav", "NMS_ADPCM_24"), ("au", "G723_40")],
+)
+@pytest.mark.parametrize("rate", [None, 11025])
+def test_parts_of_files_without_seeking_are_exact_and_decoded_once(
+    tmp_path, monkeypatch, ending, subtype, rate
+):
+    path = encode(tmp_path / f"a.{ending}", rate=8000, subtype=subtype)
+    with soundfile.SoundFile(path) as file:
+        count = file.frames
+        expected = file.read(count, dtype="float32")
+    np.testing.assert_array_equal(audio.read(path).numpy(), expected)
+    whole, reads = audio.read(path, rate), []
+    monkeypatch.setattr(soundfile.SoundFile, "read", lambda *_, **__: reads.append(1))
+    for start in (1, 5000, len(whole) - 500):
+        part = audio.read(path, rate, start=start, frames=500)
+        torch.testing.assert_close(part, whole[start : start + 500], rtol=0, atol=1e-6)
+    assert not reads
+
+
 def test_only_the_part_is_decoded(tmp_path, monkeypatch):
     path = encode(tmp_path / "a.flac", sound(200_000))
     decoded = []

@@ -7,6 +7,7 @@ libsndfile decodes WAV, FLAC, OGG (Vorbis, Opus), MP3, AIFF and its other format
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import math
 import os
@@ -36,6 +37,9 @@ from wavear.common.errors import WavearError
 
 if TYPE_CHECKING:
     import soundfile
+
+
+_MOST_KEPT = 2**24  # samples of a decoded file that is kept: 64 MiB, 35 minutes at 8 kHz
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,7 +161,10 @@ def read(
             )
         stop = length if frames is None else min(start + frames, length)
         first, last = _needed(start, stop, own_rate, rate, file.frames)
-        waveform = _decode(path, file, first, last, last_seek)
+        if file.seekable() or file.frames > _MOST_KEPT:
+            waveform = _decode(path, file, first, last, last_seek)
+        else:
+            waveform = _decoded_whole(path, _state(path))[first:last].copy()
     if rate == own_rate:
         return torch.from_numpy(waveform)
     # `first` is a multiple of the ratio's denominator, so it falls on a sample of the result.
@@ -228,6 +235,18 @@ def _checked(path: AudioPath) -> tuple[Any, headers.Findings]:
     return os.fsencode(holder) if os.name == "posix" else os.fspath(holder), findings
 
 
+@functools.lru_cache(maxsize=1)
+def _decoded_whole(path: AudioPath, state: tuple[int, int]) -> np.ndarray:
+    """Decode a file without seeking (GSM 6.10, G.721) once, for all crops; cached by its state."""
+    with _open(path) as (file, _):
+        return _decode(path, file, 0, file.frames, None)
+
+
+def _state(path: AudioPath) -> tuple[int, int]:
+    status = os.stat(path.archive if isinstance(path, Member) else path)
+    return status.st_size, status.st_mtime_ns
+
+
 def _decode(
     path: AudioPath, file: soundfile.SoundFile, first: int, last: int, last_seek: int | None
 ) -> np.ndarray:
@@ -235,8 +254,8 @@ def _decode(
     import soundfile
 
     begin = first if last_seek is None else min(first, last_seek)
-    if file.subtype == "OPUS":
-        begin = 0  # its prediction has unlimited memory
+    if file.subtype == "OPUS" or not file.seekable():
+        begin = 0  # Opus: its prediction has unlimited memory
     elif file.format in ("MP3", "OGG"):
         # These decoders have a short memory (MP3: a bit reservoir of three frames of 1152 samples;
         # Vorbis: a block) and reach the same state from this much earlier.
