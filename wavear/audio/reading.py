@@ -39,6 +39,24 @@ if TYPE_CHECKING:
     import soundfile
 
 
+ENDINGS = {
+    "WAV": (".wav", ".wave"),
+    "RF64": (".rf64",),
+    "W64": (".w64",),
+    "FLAC": (".flac",),
+    "OGG": (".ogg", ".oga", ".opus"),
+    "MP3": (".mp3",),
+    "AIFF": (".aif", ".aiff", ".aifc"),
+    "AU": (".au", ".snd"),
+    "CAF": (".caf",),
+    "NIST": (".sph", ".nist"),
+    "VOC": (".voc",),
+}
+"""Endings of audio files, by libsndfile's name of the format. Its others are rare, have no header
+(RAW), or share their ending with files that are not audio (MAT5)."""
+SUFFIXES = tuple(ending for endings in ENDINGS.values() for ending in endings)
+"""Endings of the files that folders are searched for."""
+
 _MOST_KEPT = 2**24  # samples of a decoded file that is kept: 64 MiB, 35 minutes at 8 kHz
 
 

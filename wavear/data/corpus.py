@@ -62,12 +62,14 @@ def find(data: str | Path, speakers: bool = False) -> Recordings:
     Parameters
     ----------
     data : str or Path
-        A folder with WAV, FLAC, OGG, MP3 or AIFF files (hidden ones are skipped), one such file,
+        A folder with audio files (`wavear.audio.SUFFIXES`; hidden ones are skipped), one such file,
         tar shards (`shards/{000..012}.tar`, `shards/*.tar`: see `wavear.data.shards`), or a
-        manifest: CSV with a header, or JSON lines (`.jsonl`, `.json`). A manifest has `path`
-        (relative to the manifest), and optionally `start` and `duration` in seconds, `speaker`, and
-        `split` (train, validation or dev, test). A CSV without a header whose lines read
-        `path|text` works too.
+        manifest: a table with a header whose columns are separated by commas, semicolons, tabs or
+        bars, or JSON lines (`.jsonl`, `.ndjson`, `.json`). A manifest has `path` (or
+        `audio_filepath`, or `file_name`), relative to the manifest, and optionally `start` (or
+        `offset`), `duration` or `end` in seconds, `speaker`, and `split` (train, validation or dev,
+        test). A list without a header whose lines read `path|text` works too; an id for a path, as
+        in LJ Speech's `metadata.csv`, is a file in the folder `wavs` next to the list.
     speakers : bool
         A folder's first level of sub-folders names the speakers. (A manifest's column `speaker`
         always counts.)

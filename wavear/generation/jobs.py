@@ -8,10 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from wavear.audio import SUFFIXES
 from wavear.common.errors import WavearError
 from wavear.generation.mel_files import MEL_SUFFIXES, listed
-
-AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".mp3", ".aif", ".aiff")
 
 
 @dataclass(frozen=True)
@@ -37,7 +36,7 @@ def plan(
     folder `sub/x.wav`. Without `overwrite` no file is replaced, and an input never is.
     """
     out = Path(out)
-    suffixes = AUDIO_SUFFIXES + MEL_SUFFIXES * mels
+    suffixes = SUFFIXES + MEL_SUFFIXES * mels
     kinds = "audio or mel" if mels else "audio"
     found: list[tuple[Path, Path]] = []
     for source in map(Path, inputs):
