@@ -348,6 +348,37 @@ def test_bytes_after_the_audio_are_ignored(tmp_path, kind, tail):
     torch.testing.assert_close(audio.read(path), audio.read(honest), rtol=0, atol=1e-6)
 
 
+GARBAGE = {
+    "random": np.random.default_rng(0).bytes(19_999),
+    "long": np.random.default_rng(1).bytes(300_000),
+    "text": b"<html>\xe9 no audio\n" * 700,
+    "steps": bytes(range(4)) * 3000,
+    "ones": b"\xff" * 5000,
+}
+
+
+@pytest.mark.parametrize("tail", GARBAGE.values(), ids=GARBAGE.keys())
+@pytest.mark.parametrize("ending", sorted({ends[0] for ends in reading.ENDINGS.values()}))
+def test_garbage_after_the_audio_is_not_played(tmp_path, ending, tail):
+    container = next(name for name, endings in reading.ENDINGS.items() if ending in endings)
+    options = {} if container == "MP3" else {"format": container}
+    honest = encode(tmp_path / f"a{ending}", **options)
+    path = damage(honest, lambda data: data + tail)
+    assert audio.info(path).frames == audio.info(honest).frames
+    torch.testing.assert_close(audio.read(path), audio.read(honest), rtol=0, atol=1e-6)
+    torch.testing.assert_close(
+        audio.read(path, start=39_000), audio.read(honest, start=39_000), rtol=0, atol=1e-6
+    )
+
+
+@pytest.mark.parametrize(("ending", "container"), [("w64", "W64"), ("sph", "NIST")])
+def test_truncated_w64_and_sphere_files_are_refused(tmp_path, ending, container):
+    honest = encode(tmp_path / f"a.{ending}", format=container)
+    path = damage(honest, lambda data: data[:-1000])
+    with pytest.raises(audio.AudioError, match="truncated inside: its header promises 80000 bytes"):
+        audio.read(path)
+
+
 def test_a_changed_file_is_read_again(tmp_path):
     path = encode(tmp_path / "a.wav")
     assert audio.info(path).frames == 40_000

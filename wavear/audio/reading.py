@@ -50,7 +50,6 @@ ENDINGS = {
     "AU": (".au", ".snd"),
     "CAF": (".caf",),
     "NIST": (".sph", ".nist"),
-    "VOC": (".voc",),
 }
 """Endings of audio files, by libsndfile's name of the format. Its others are rare, have no header
 (RAW), or share their ending with files that are not audio (MAT5)."""
