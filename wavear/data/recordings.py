@@ -115,7 +115,7 @@ class Recordings(Sequence[Recording]):
         archive = self.archives[number]
         return Member(os.path.join(folder, archive), offset, size, name[len(archive) + 1 :])
 
-    def take(self, rows: np.ndarray | slice) -> Recordings:
+    def take(self, rows: np.ndarray | slice | list[int]) -> Recordings:
         """Return some rows, by numbers, a mask or a slice."""
         columns = {name: getattr(self, name) for name in _COLUMNS}
         chosen = {

@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 
 from wavear.common.errors import WavearError
-from wavear.data.corpus import Treatment, find, open_corpus, overlapping, prepare
+from wavear.data.corpus import Treatment, find, open_corpus, prepare
+from wavear.data.duplicates import overlapping
 from wavear.data.recordings import Recording, Recordings
 from wavear.data.shards import is_shards, refuse_remote
 from wavear.evaluation.held_out import subset
