@@ -161,7 +161,7 @@ def _examine_chunks(data: Bytes, magic: bytes) -> Findings:
 
 
 def _continues(data: Bytes, layout: int, position: int) -> bool:
-    """Return whether 16-bit samples of a WAV file go on at a position: neighbours are alike."""
+    """Return whether 16-bit samples of a WAV file continue at a position: neighbours are alike."""
     if layout < 0 or int.from_bytes(data[layout + 22 : layout + 24], "little") != 16:
         return False
     channels = max(int.from_bytes(data[layout + 10 : layout + 12], "little"), 1)
