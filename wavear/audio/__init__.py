@@ -1,6 +1,16 @@
 """Waveforms: read and write files, mu-law, grids of codes, pre-emphasis, periods."""
 
-from wavear.audio.reading import SUFFIXES, AudioError, AudioInfo, AudioPath, Member, info, read
+from wavear.audio.reading import (
+    SUFFIXES,
+    AudioError,
+    AudioInfo,
+    AudioPath,
+    Member,
+    count_beyond,
+    info,
+    read,
+    read_channels,
+)
 from wavear.audio.waveforms import fade, normalize_peak, resample, trim_silence
 from wavear.audio.writing import write
 
@@ -10,10 +20,12 @@ __all__ = [
     "AudioInfo",
     "AudioPath",
     "Member",
+    "count_beyond",
     "fade",
     "info",
     "normalize_peak",
     "read",
+    "read_channels",
     "resample",
     "trim_silence",
     "write",

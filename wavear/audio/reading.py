@@ -25,6 +25,7 @@ import numpy as np
 import torch
 
 from wavear.audio import headers
+from wavear.audio.scale import counts
 from wavear.audio.waveforms import (
     MAX_SAMPLE_RATE,
     MIN_SAMPLE_RATE,
@@ -56,6 +57,7 @@ ENDINGS = {
 SUFFIXES = tuple(ending for endings in ENDINGS.values() for ending in endings)
 """Endings of the files that folders are searched for."""
 
+_BLOCK = 2**18  # samples decoded at a time
 _MOST_KEPT = 2**24  # samples of a decoded file that is kept: 64 MiB, 35 minutes at 8 kHz
 
 
@@ -100,6 +102,8 @@ class AudioInfo:
     frames: int
     """Samples per channel."""
     channels: int
+    floating: bool = False
+    """True if the file stores floating-point samples, which may exceed [-1, 1]."""
 
     @property
     def seconds(self) -> float:
@@ -120,7 +124,30 @@ def info(path: AudioPath) -> AudioInfo:
         As `read`, except for damage that only decoding reveals.
     """
     with _open(path) as (file, _):
-        return AudioInfo(file.samplerate, file.frames, file.channels)
+        floating = file.subtype in ("FLOAT", "DOUBLE")
+        return AudioInfo(file.samplerate, file.frames, file.channels, floating)
+
+
+def read_channels(path: AudioPath, start: int, frames: int) -> np.ndarray:
+    """Return samples of all channels at the file's own rate, (T, channels), float32; see `read`."""
+    with _open(path) as (file, last_seek):
+        stop = min(start + frames, file.frames)
+        return _decode_channels(path, file, min(start, stop), stop, last_seek)
+
+
+def count_beyond(path: AudioPath) -> np.ndarray:
+    """Decode a floating-point file, and return `wavear.audio.scale.counts` of its mono mix."""
+    import soundfile
+
+    found = np.zeros(3, np.int64)
+    with _open(path) as (file, _):
+        try:
+            for block in file.blocks(_BLOCK, dtype="float32", always_2d=True):
+                found += counts(block.mean(axis=1, dtype=np.float32))
+        except soundfile.LibsndfileError as error:
+            message = f"{path}: is damaged or truncated inside ({error.error_string})"
+            raise AudioError(message) from error
+    return found
 
 
 def read(
@@ -268,6 +295,14 @@ def _decode(
     path: AudioPath, file: soundfile.SoundFile, first: int, last: int, last_seek: int | None
 ) -> np.ndarray:
     """Return samples [first, last) of a file, mono."""
+    samples = _decode_channels(path, file, first, last, last_seek)
+    return samples[:, 0].copy() if samples.shape[1] == 1 else samples.mean(axis=1, dtype=np.float32)
+
+
+def _decode_channels(
+    path: AudioPath, file: soundfile.SoundFile, first: int, last: int, last_seek: int | None
+) -> np.ndarray:
+    """Return samples [first, last) of a file, (T, channels)."""
     import soundfile
 
     begin = first if last_seek is None else min(first, last_seek)
@@ -294,7 +329,7 @@ def _decode(
     if not np.isfinite(samples).all():
         at = first + int(np.argwhere(~np.isfinite(samples))[0, 0])
         raise AudioError(f"{path}: holds NaN or infinity (at sample {at})")
-    return samples[:, 0].copy() if samples.shape[1] == 1 else samples.mean(axis=1, dtype=np.float32)
+    return samples
 
 
 def _needed(start: int, stop: int, own_rate: int, rate: int, frames: int) -> tuple[int, int]:

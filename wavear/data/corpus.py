@@ -298,7 +298,9 @@ def prepare(
         elif reason is None:
             reason = f"has {frames[row]} samples at {rate} Hz, fewer than {how.least_samples}"
         bad.append((listed.name(row), reason))
-    opened = dataclasses.replace(listed, start=start, frames=frames, rate=own).take(usable)
+    beyond = 1 - found.gain
+    opened = dataclasses.replace(listed, start=start, frames=frames, rate=own, beyond=beyond)
+    opened = opened.take(usable)
     if not how.measures or not len(opened):
         return opened, bad
     keys = mixed(files.key[files.of[usable]], opened.start, opened.frames)

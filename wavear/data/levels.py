@@ -10,6 +10,7 @@ from typing import Any, Literal
 import numpy as np
 
 from wavear import audio
+from wavear.audio.scale import share_beyond
 
 Normalise = Literal["none", "peak", "rms"]
 
@@ -30,6 +31,7 @@ class Looked:
     rate: int = 0
     """Sample rate of the file in Hz, for a header."""
     gain: float = 1.0
+    """For a header: the share of samples within full scale."""
     error: str | None = None
     """Why the file cannot be used."""
     lasting: bool = True
@@ -92,7 +94,8 @@ def look(source: audio.AudioPath, question: Stretch | Digest | None = None) -> L
         if question is not None:
             return Looked(start=_hashed(source, question.whole))
         info = audio.info(source)
-        return Looked(frames=info.frames, rate=info.sample_rate)
+        within = 1 - share_beyond(audio.count_beyond(source)) if info.floating else 1.0
+        return Looked(frames=info.frames, rate=info.sample_rate, gain=within)
     except (ValueError, OSError) as error:
         return Looked(error=why(error, source), lasting=not isinstance(error, OSError))
 
