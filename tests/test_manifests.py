@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import soundfile
@@ -67,7 +69,7 @@ def test_lj_speech_itself(data_dir):
     metadata = data_dir / "ljspeech_mini" / "metadata.csv"
     if not metadata.is_file():
         pytest.skip(f"no {metadata}")
-    assert all(r.path.is_file() for r in find(metadata))
+    assert all(Path(str(r.path)).is_file() for r in find(metadata))
 
 
 @pytest.mark.parametrize(
