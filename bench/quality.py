@@ -28,10 +28,10 @@ from pages import write_section
 
 import wavear
 from wavear import audio
+from wavear.audio import SUFFIXES
 from wavear.audio.emphasis import coefficient
 from wavear.audio.grid import COMMON_GRIDS
 from wavear.common.machine import machine
-from wavear.data.listing import SUFFIXES
 from wavear.evaluation.clips import of_run
 from wavear.evaluation.metrics import MEASURES, NEAR, measure
 from wavear.evaluation.pictures import mel_pixels

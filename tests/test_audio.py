@@ -9,6 +9,7 @@ import stat
 import struct
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import librosa
 import numpy as np
@@ -153,6 +154,27 @@ def test_parts_are_exact_where_libsndfile_seeks_wrongly(tmp_path, kind, samples,
             file.seek(start)
             wrong += not np.allclose(file.read(500), expected, rtol=0, atol=1e-6)
     assert wrong > 0, "libsndfile now seeks correctly: simplify audio._decode"
+
+
+@pytest.mark.parametrize(
+    ("ending", "subtype"),
+    [("wav", "GSM610"), ("wav", "G721_32"), ("wav", "NMS_ADPCM_24"), ("au", "G723_40")],
+)
+@pytest.mark.parametrize("rate", [None, 11025])
+def test_parts_of_files_without_seeking_are_exact_and_decoded_once(
+    tmp_path, monkeypatch, ending, subtype, rate
+):
+    path = encode(tmp_path / f"a.{ending}", rate=8000, subtype=subtype)
+    with soundfile.SoundFile(path) as file:
+        count = file.frames
+        expected = file.read(count, dtype="float32")
+    np.testing.assert_array_equal(audio.read(path).numpy(), expected)
+    whole, reads = audio.read(path, rate), []
+    monkeypatch.setattr(soundfile.SoundFile, "read", lambda *_, **__: reads.append(1))
+    for start in (1, 5000, len(whole) - 500):
+        part = audio.read(path, rate, start=start, frames=500)
+        torch.testing.assert_close(part, whole[start : start + 500], rtol=0, atol=1e-6)
+    assert not reads
 
 
 def test_only_the_part_is_decoded(tmp_path, monkeypatch):
@@ -325,6 +347,37 @@ def test_bytes_after_the_audio_are_ignored(tmp_path, kind, tail):
     honest = encode(tmp_path / f"a.{kind}")
     path = damage(honest, lambda data: data + tail)
     torch.testing.assert_close(audio.read(path), audio.read(honest), rtol=0, atol=1e-6)
+
+
+GARBAGE = {
+    "random": np.random.default_rng(0).bytes(19_999),
+    "long": np.random.default_rng(1).bytes(300_000),
+    "text": b"<html>\xe9 no audio\n" * 700,
+    "steps": bytes(range(4)) * 3000,
+    "ones": b"\xff" * 5000,
+}
+
+
+@pytest.mark.parametrize("tail", GARBAGE.values(), ids=GARBAGE.keys())
+@pytest.mark.parametrize("ending", sorted({ends[0] for ends in reading.ENDINGS.values()}))
+def test_garbage_after_the_audio_is_not_played(tmp_path, ending, tail):
+    container = next(name for name, endings in reading.ENDINGS.items() if ending in endings)
+    options: dict[str, Any] = {} if container == "MP3" else {"format": container}
+    honest = encode(tmp_path / f"a{ending}", **options)
+    path = damage(honest, lambda data: data + tail)
+    assert audio.info(path).frames == audio.info(honest).frames
+    torch.testing.assert_close(audio.read(path), audio.read(honest), rtol=0, atol=1e-6)
+    torch.testing.assert_close(
+        audio.read(path, start=39_000), audio.read(honest, start=39_000), rtol=0, atol=1e-6
+    )
+
+
+@pytest.mark.parametrize(("ending", "container"), [("w64", "W64"), ("sph", "NIST")])
+def test_truncated_w64_and_sphere_files_are_refused(tmp_path, ending, container):
+    honest = encode(tmp_path / f"a.{ending}", format=container)
+    path = damage(honest, lambda data: data[:-1000])
+    with pytest.raises(audio.AudioError, match="truncated inside: its header promises 80000 bytes"):
+        audio.read(path)
 
 
 def test_a_changed_file_is_read_again(tmp_path):

@@ -170,7 +170,7 @@ def test_unusable_files_are_named_and_skipped(tmp_path):
 
 def test_other_rates_are_resampled_with_one_note(tmp_path):
     for number in range(3):
-        write(tmp_path / f"{number}.wav", 4000, rate=RATE if number else 16000)
+        write(tmp_path / f"{number}.wav", 4000, number, rate=RATE if number else 16000)
     corpus = open_corpus(tmp_path, sample_rate=RATE)
     assert corpus.notes == ["1 of 3 files are resampled to 8000 Hz (from 16000 Hz)"]
     found = {r.name: r.frames for r in corpus.train + corpus.validation}
@@ -246,8 +246,8 @@ def test_single_file_is_cut(tmp_path):
 
 
 def test_second_folder_is_held_out_and_not_trained_on(tmp_path):
-    for name in ("dev/a.wav", "dev/b.wav", "c.wav", "d.wav"):
-        write(tmp_path / "all" / name)
+    for seed, name in enumerate(("dev/a.wav", "dev/b.wav", "c.wav", "d.wav")):
+        write(tmp_path / "all" / name, seed=seed)
     corpus = open_corpus(tmp_path / "all", sample_rate=RATE, validation=tmp_path / "all" / "dev")
     assert names_of(corpus.train) == ["c.wav", "d.wav"]
     assert names_of(corpus.validation) == ["a.wav", "b.wav"]

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
-import pytest
+from pathlib import Path
 
-from wavear.data.corpus import find
+import numpy as np
+import pytest
+import soundfile
+
+from wavear import audio
+from wavear.audio.reading import ENDINGS
+from wavear.data.corpus import find, open_corpus
+from wavear.generation.jobs import plan
 
 LINES = [f"{n}.wav@{text}@ann" for n, text in enumerate(["a", '"b', "c", 'd"', '"e" f', "g", '"h'])]
 
@@ -39,3 +46,68 @@ def test_an_unbalanced_quotation_mark_between_commas_is_refused(tmp_path, text, 
 def test_a_quoted_text_of_several_lines_is_one_value(tmp_path):
     (tmp_path / "list.csv").write_text('path,text\na.wav,"x, ""y""\nz"\nb.wav,w\n')
     assert [r.name for r in find(tmp_path / "list.csv")] == ["a.wav", "b.wav"]
+
+
+@pytest.mark.parametrize("header", ["path | speaker", " Path|Speaker ", '"path"|"speaker"'])
+def test_blanks_around_bars_are_dropped(tmp_path, header):
+    (tmp_path / "list.txt").write_text(f"{header}\na b.wav | ann \n")
+    assert [(r.name, r.speaker) for r in find(tmp_path / "list.txt")] == [("a b.wav", "ann")]
+
+
+def test_the_metadata_of_lj_speech_is_a_manifest(tmp_path):
+    (tmp_path / "wavs").mkdir()
+    for name in ("LJ001-0001.wav", "LJ001-0002.flac"):
+        (tmp_path / "wavs" / name).touch()
+    (tmp_path / "metadata.csv").write_text(
+        'LJ001-0001|"Printing, in 1|Printing, in one\nLJ001-0002 |b|c\nLJ001-0003|d|e\n'
+    )
+    names = ["wavs/LJ001-0001.wav", "wavs/LJ001-0002.flac", "LJ001-0003"]
+    assert [r.name for r in find(tmp_path / "metadata.csv")] == names
+
+
+def test_lj_speech_itself(data_dir):
+    metadata = data_dir / "ljspeech_mini" / "metadata.csv"
+    if not metadata.is_file():
+        pytest.skip(f"no {metadata}")
+    assert all(Path(str(r.path)).is_file() for r in find(metadata))
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("nemo.json", '{"audio_filepath": "a.wav", "offset": 1.5, "duration": 2, "text": "x"}'),
+        ("metadata.jsonl", '{"file_name": "a.wav", "Start": 1.5, "end": 3.5}'),
+        ("metadata.csv", "file_name,start,end,duration\na.wav,1.5,3.5,2.004"),
+        ("list.tsv", "Path\tstart\tend\na.wav\t1.5\t3.5"),
+    ],
+)
+def test_columns_of_other_projects(tmp_path, name, text):
+    (tmp_path / name).write_text(text + "\n")
+    assert [(r.path, r.span) for r in find(tmp_path / name)] == [(tmp_path / "a.wav", (1.5, 2.0))]
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ('"start": 2, "end": 2', "end is 2, expected more than the start, 2 s"),
+        ('"start": 1, "end": 3, "duration": 3', "duration is 3 and end 3: keep one"),
+        ('"start": 1, "offset": 2', "start is 1 and offset 2: keep one"),
+        ('"end": "soon"', "end is 'soon', expected seconds"),
+    ],
+)
+def test_columns_that_contradict_each_other_are_refused(tmp_path, row, message):
+    (tmp_path / "list.jsonl").write_text(f'{{"path": "a.wav", {row}}}\n')
+    with pytest.raises(ValueError, match=rf"list\.jsonl:1: {message}"):
+        find(tmp_path / "list.jsonl")
+
+
+@pytest.mark.parametrize("ending", audio.SUFFIXES)
+def test_every_format_is_found_and_planned_by_its_ending(tmp_path, ending):
+    containers = {e: name for name, endings in ENDINGS.items() for e in endings}
+    container, subtype = containers[ending], {".opus": "OPUS"}.get(ending)
+    file, wave = tmp_path / f"a{ending.upper()}", 0.3 * np.sin(np.arange(8000) / 20)
+    soundfile.write(file, wave, 8000, subtype, format=container)
+    corpus = open_corpus(tmp_path, sample_rate=8000)
+    assert [r.path for r in corpus.train] == [file]
+    assert [job.source for job in plan([file, tmp_path], tmp_path / "out", ".npz")] == [file]
+    assert audio.read(file, 8000).shape == (8000,)

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import soundfile
 import torch
 from safetensors import safe_open
 from small_training import (
@@ -832,3 +833,14 @@ def test_damaged_states_are_refused(tones, tmp_path):
     path.write_bytes((out / "last" / "model.safetensors").read_bytes())
     with pytest.raises(WavearError, match=r"1\.safetensors is not a training state: weights only"):
         train(config_of(tones, out, max_steps=2, resume=True))
+
+
+def test_a_damaged_held_out_file_has_no_unigram_bits(tones, tmp_path):
+    """Its codes cannot be counted: -0.000 bits would be a number of nothing."""
+    held = tmp_path / "held"
+    held.mkdir()
+    waveform = np.full(40000, 0.1, np.float32)
+    waveform[30000] = np.nan
+    soundfile.write(held / "a.wav", waveform, RATE, "FLOAT")
+    result = train(config_of(tones, tmp_path / "run", validation=str(held), max_steps=1))
+    assert result.held_out.keys() == {"model", "uniform"}

@@ -8,21 +8,24 @@ the bytes and distinguishes two cases:
   where there are no units, before the length on which all its headers agree.
 - A wrong header is corrected in a copy in memory, which libsndfile then reads to the real end:
   lengths that mean "unknown" in streams, lengths shorter than the audio, and lengths that
-  contradict the length of the whole file.
+  contradict the length of the whole file. Other bytes after the audio are not played.
 
-Formats other than WAV, AIFF, FLAC, OGG and MP3 are left to libsndfile.
+Formats other than WAV, AIFF, W64, NIST, FLAC, OGG and MP3 are left to libsndfile.
 """
 
 from __future__ import annotations
 
 import functools
 import itertools
+import math
 import mmap
 import os
 import re
 import zlib
 from dataclasses import dataclass
 from typing import NamedTuple
+
+import numpy as np
 
 from wavear.common.errors import WavearError
 
@@ -88,6 +91,10 @@ def _examine_bytes(data: Bytes) -> Findings:
     magic = data[start : start + 4]
     if magic in (b"RIFF", b"RIFX", b"RF64", b"FORM"):
         return _examine_chunks(data, magic)
+    if data[:16] == _W64:
+        return _examine_w64(data)
+    if data[:8] == b"NIST_1A\n":
+        return _examine_nist(data)
     if magic == b"fLaC":
         return _examine_flac(data, start)
     if magic == b"OggS":
@@ -119,6 +126,7 @@ def _big(data: Bytes, position: int, count: int) -> int:
 # From here on, a length beyond the end of the file means "unknown": ffmpeg writes 2**32 - 1, sox
 # 0x7FFFF000.
 _UNKNOWN_LENGTH = 0x7FFF0000
+_ALIKE = 0.5  # correlation of neighbouring samples: about 0 for other bytes, 0.9 for speech
 
 
 def _examine_chunks(data: Bytes, magic: bytes) -> Findings:
@@ -155,7 +163,24 @@ def _examine_chunks(data: Bytes, magic: bytes) -> Findings:
     complete = claimed == there or any(_no_audio(data, at, claimed) for at in (end, end + end % 2))
     if complete or magic == b"RF64":
         return Findings()
+    # Where both lengths agree, what follows is garbage, unless it continues the samples: the file
+    # grew after its header was written. Lengths of 32 bits wrap at 4 GiB.
+    agree = claimed > 0 and whole in (end, end + end % 2) and (there - claimed) % 2**32 > 1
+    if agree and not _continues(data, data.rfind(b"fmt ", 0, position), end):
+        return Findings()
     return Findings(Splice(position + 4, 4, b"\xff\xff\xff\xff"))
+
+
+def _continues(data: Bytes, layout: int, position: int) -> bool:
+    """Return whether 16-bit samples of a WAV file continue at a position: neighbours are alike."""
+    if layout < 0 or int.from_bytes(data[layout + 22 : layout + 24], "little") != 16:
+        return False
+    channels = max(int.from_bytes(data[layout + 10 : layout + 12], "little"), 1)
+    tail = data[position : position + 65536]
+    x = np.frombuffer(tail[: len(tail) // 2 * 2], "<i2").astype(np.float64)
+    x -= x.mean() if x.size else 0.0
+    power = float(np.square(x).sum())
+    return bool(x[channels:] @ x[:-channels] > _ALIKE * power) if x.size > channels else False
 
 
 def _no_audio(data: Bytes, position: int, claimed: int) -> bool:
@@ -168,6 +193,40 @@ def _no_audio(data: Bytes, position: int, claimed: int) -> bool:
     if name[:4].isascii() and name[:4].decode().isprintable():
         return True
     return claimed > 0 and not any(data[position : position + 65536])
+
+
+# --- W64 and NIST SPHERE: libsndfile reads to the end of the file, whatever the header gives
+
+_W64 = b"riff\x2e\x91\xcf\x11\xa5\xd6\x28\xdb\x04\xc1\x00\x00"
+
+
+def _examine_w64(data: Bytes) -> Findings:
+    position = 40  # chunks: 16 bytes that begin with a name, a length with these 24, multiples of 8
+    while position + 24 <= len(data):
+        length = int.from_bytes(data[position + 16 : position + 24], "little")
+        if data[position : position + 4] == b"data":
+            return _cut(data, position + 24, length - 24)
+        position += max(length + -length % 8, 24)
+    return Findings()
+
+
+def _examine_nist(data: Bytes) -> Findings:
+    first = int(data[8:16]) if data[8:16].strip().isdigit() else 0
+    fields = (b"sample_count", b"channel_count", b"sample_n_bytes")
+    found = [re.search(field + rb" -i (\d{1,18})\s", data[:first]) for field in fields]
+    return _cut(data, first, math.prod(int(match[1]) if match else 0 for match in found))
+
+
+def _cut(data: Bytes, first: int, claimed: int) -> Findings:
+    """Return the removal of what follows the audio, or raise if the audio is cut off."""
+    there = len(data) - first
+    if claimed <= 0 or claimed >= max(_UNKNOWN_LENGTH, there) or claimed == there:
+        return Findings()
+    if claimed > there:
+        raise HeaderError(
+            f"truncated inside: its header promises {claimed} bytes of audio, {there} are there"
+        )
+    return Findings(Splice(first + claimed, there - claimed, b""))
 
 
 # --- FLAC: frames that begin with a synchronisation code and their own number

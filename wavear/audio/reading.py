@@ -7,6 +7,7 @@ libsndfile decodes WAV, FLAC, OGG (Vorbis, Opus), MP3, AIFF and its other format
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import math
 import os
@@ -24,6 +25,7 @@ import numpy as np
 import torch
 
 from wavear.audio import headers
+from wavear.audio.scale import counts
 from wavear.audio.waveforms import (
     MAX_SAMPLE_RATE,
     MIN_SAMPLE_RATE,
@@ -36,6 +38,26 @@ from wavear.common.errors import WavearError
 
 if TYPE_CHECKING:
     import soundfile
+
+
+ENDINGS = {
+    "WAV": (".wav", ".wave"),
+    "RF64": (".rf64",),
+    "W64": (".w64",),
+    "FLAC": (".flac",),
+    "OGG": (".ogg", ".oga", ".opus"),
+    "MP3": (".mp3",),
+    "AIFF": (".aif", ".aiff", ".aifc"),
+    "AU": (".au", ".snd"),
+    "CAF": (".caf",),
+    "NIST": (".sph", ".nist"),
+}
+"""Endings of audio files, by libsndfile's name of the format. Its others are rare, have no header
+(RAW), or share their ending with files that are not audio (MAT5)."""
+SUFFIXES = tuple(ending for endings in ENDINGS.values() for ending in endings)
+"""Endings of the files that folders are searched for."""
+
+_MOST_KEPT = 2**24  # samples of a decoded file that is kept: 64 MiB, 35 minutes at 8 kHz
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +105,8 @@ class AudioInfo:
     frames: int
     """Samples per channel."""
     channels: int
+    floating: bool = False
+    """True if the file stores floating-point samples, which may exceed [-1, 1]."""
 
     @property
     def seconds(self) -> float:
@@ -103,7 +127,25 @@ def info(path: AudioPath) -> AudioInfo:
         As `read`, except for damage that only decoding reveals.
     """
     with _open(path) as (file, _):
-        return AudioInfo(file.samplerate, file.frames, file.channels)
+        floating = file.subtype in ("FLOAT", "DOUBLE")
+        return AudioInfo(file.samplerate, file.frames, file.channels, floating)
+
+
+def read_channels(path: AudioPath, start: int, frames: int) -> np.ndarray:
+    """Return samples of all channels at the file's own rate, (T, channels), float32; see `read`."""
+    with _open(path) as (file, last_seek):
+        stop = min(start + frames, file.frames)
+        parts = [*_decode(path, file, min(start, stop), stop, last_seek)]
+        return np.concatenate([np.empty((0, file.channels), np.float32), *parts])
+
+
+def count_beyond(path: AudioPath) -> np.ndarray:
+    """Decode a floating-point file, and return `wavear.audio.scale.counts` of its mono mix."""
+    found = np.zeros(3, np.int64)
+    with _open(path) as (file, last_seek):
+        for block in _mono(_decode(path, file, 0, file.frames, last_seek)):
+            found += counts(block)
+    return found
 
 
 def read(
@@ -172,7 +214,10 @@ def blocks(
             )
         stop = length if frames is None else min(start + frames, length)
         first, last = _needed(start, stop, own_rate, rate, file.frames)
-        decoded = _decode(path, file, first, last, last_seek)
+        if file.seekable() or file.frames > _MOST_KEPT:
+            decoded = _mono(_decode(path, file, first, last, last_seek))
+        else:
+            decoded = iter([_decoded_whole(path, _state(path))[first:last].copy()])
         if rate == own_rate:
             yield from decoded
             return
@@ -258,18 +303,30 @@ def _checked(path: AudioPath) -> tuple[Any, headers.Findings]:
     return os.fsencode(holder) if os.name == "posix" else os.fspath(holder), findings
 
 
+@functools.lru_cache(maxsize=1)
+def _decoded_whole(path: AudioPath, state: tuple[int, int]) -> np.ndarray:
+    """Decode a file without seeking (GSM 6.10, G.721) once, for all crops; cached by its state."""
+    with _open(path) as (file, _):
+        return np.concatenate([*_mono(_decode(path, file, 0, file.frames, None))])
+
+
+def _state(path: AudioPath) -> tuple[int, int]:
+    status = os.stat(path.archive if isinstance(path, Member) else path)
+    return status.st_size, status.st_mtime_ns
+
+
 def _decode(
     path: AudioPath, file: soundfile.SoundFile, first: int, last: int, last_seek: int | None
 ) -> Iterator[np.ndarray]:
-    """Yield samples [first, last) of a file, mono, in blocks.
+    """Yield samples [first, last) of a file, (n, channels), in blocks.
 
     Memory grows with what is decoded, whatever the header promises.
     """
     import soundfile
 
     begin = first if last_seek is None else min(first, last_seek)
-    if file.subtype == "OPUS":
-        begin = 0  # its prediction has unlimited memory
+    if file.subtype == "OPUS" or not file.seekable():
+        begin = 0  # Opus: its prediction has unlimited memory
     elif file.format in ("MP3", "OGG"):
         # These decoders have a short memory (MP3: a bit reservoir of three frames of 1152 samples;
         # Vorbis: a block) and reach the same state from this much earlier.
@@ -286,20 +343,22 @@ def _decode(
                     f" {at + len(samples)} of {file.frames})"
                 )
             samples = samples[max(first - at, 0) :]
+            if not np.isfinite(samples).all():
+                wrong = max(first, at) + int(np.argwhere(~np.isfinite(samples))[0, 0])
+                raise AudioError(f"{path}: holds NaN or infinity (at sample {wrong})")
             if samples.size:
-                yield _mono(path, samples, max(first, at))
+                yield samples
     except soundfile.LibsndfileError as error:
         raise AudioError(
             f"{path}: is damaged or truncated inside ({error.error_string})"
         ) from error
 
 
-def _mono(path: AudioPath, samples: np.ndarray, start: int) -> np.ndarray:
-    """Return the mean of the channels of samples (n, C), the first of which is number `start`."""
-    if not np.isfinite(samples).all():
-        at = start + int(np.argwhere(~np.isfinite(samples))[0, 0])
-        raise AudioError(f"{path}: holds NaN or infinity (at sample {at})")
-    return samples[:, 0].copy() if samples.shape[1] == 1 else samples.mean(axis=1, dtype=np.float32)
+def _mono(blocks: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
+    """Average the channels of blocks (n, C): (n,) each."""
+    for block in blocks:
+        one = block.shape[1] == 1
+        yield block[:, 0].copy() if one else block.mean(axis=1, dtype=np.float32)
 
 
 def _needed(start: int, stop: int, own_rate: int, rate: int, frames: int) -> tuple[int, int]:

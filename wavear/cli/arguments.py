@@ -20,7 +20,7 @@ def checkpoint_and_inputs(paths: Sequence[Path]) -> tuple[str, list[Path]]:
     A single argument is an input. Of several, the first is a checkpoint unless it is a file, or
     named as one.
     """
-    from wavear.generation.jobs import AUDIO_SUFFIXES
+    from wavear.audio import SUFFIXES
     from wavear.generation.mel_files import MEL_SUFFIXES
     from wavear.models.checkpoint import CONFIG, VOICE
 
@@ -29,7 +29,7 @@ def checkpoint_and_inputs(paths: Sequence[Path]) -> tuple[str, list[Path]]:
         if first.name and (str(first) == VOICE or (first / CONFIG).is_file()):
             raise WavearError(f"{first} is a checkpoint: name the audio or mels to synthesize, too")
         return VOICE, [first]
-    named_as_file = first.suffix.lower() in AUDIO_SUFFIXES + MEL_SUFFIXES
+    named_as_file = first.suffix.lower() in SUFFIXES + MEL_SUFFIXES
     if str(first) == "-" or first.is_file() or (named_as_file and not first.is_dir()):
         return VOICE, list(paths)
     return str(first), others

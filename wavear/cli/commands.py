@@ -99,7 +99,8 @@ def evaluate(
     checkpoint
         Folder that `wavear train` wrote, or owner/name on the Hugging Face hub.
     data
-        Held-out recordings: a folder, a file, or a manifest.
+        Held-out recordings: a folder, a file, or a manifest (table or JSON lines with `path`,
+        `audio_filepath` or `file_name`, `start`, `duration` or `end`; `path|text`; docs/data.md).
     out
         Folder to write to: report.html, evaluation.json, audio/.
     config
@@ -122,8 +123,9 @@ def index(data: Data, beside: bool = False, processes: int | None = None) -> int
     Parameters
     ----------
     data
-        Recordings: a folder, a manifest, or tar shards (a pattern in quotes, such as
-        'shards/{000..012}.tar').
+        Recordings: a folder, a manifest (table or JSON lines with `path`, `audio_filepath` or
+        `file_name`, `start`, `duration` or `end`; `path|text`; docs/data.md), or tar shards (a
+        pattern in quotes, such as 'shards/{000..012}.tar').
     beside
         Keep the index next to the data, for everybody who reads them there, rather than in your
         cache.

@@ -7,7 +7,7 @@ levels (`wavear.data.indexing`). Audio is decoded here only to measure levels or
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -15,6 +15,7 @@ from typing import Any, Literal
 import numpy as np
 
 from wavear.common.errors import WavearError
+from wavear.data.duplicates import contents, overlapping
 from wavear.data.indexing import LEVELS, Files, Index, mixed
 from wavear.data.levels import Normalise, Stretch, why
 from wavear.data.recordings import SPLIT_NAMES, Recording, Recordings
@@ -62,12 +63,14 @@ def find(data: str | Path, speakers: bool = False) -> Recordings:
     Parameters
     ----------
     data : str or Path
-        A folder with WAV, FLAC, OGG, MP3 or AIFF files (hidden ones are skipped), one such file,
+        A folder with audio files (`wavear.audio.SUFFIXES`; hidden ones are skipped), one such file,
         tar shards (`shards/{000..012}.tar`, `shards/*.tar`: see `wavear.data.shards`), or a
-        manifest: CSV with a header, or JSON lines (`.jsonl`, `.json`). A manifest has `path`
-        (relative to the manifest), and optionally `start` and `duration` in seconds, `speaker`, and
-        `split` (train, validation or dev, test). A CSV without a header whose lines read
-        `path|text` works too.
+        manifest: a table with a header whose columns are separated by commas, semicolons, tabs or
+        bars, or JSON lines (`.jsonl`, `.ndjson`, `.json`). A manifest has `path` (or
+        `audio_filepath`, or `file_name`), relative to the manifest, and optionally `start` (or
+        `offset`), `duration` or `end` in seconds, `speaker`, and `split` (train, validation or dev,
+        test). A list without a header whose lines read `path|text` works too; an id for a path, as
+        in LJ Speech's `metadata.csv`, is a file in the folder `wavs` next to the list.
     speakers : bool
         A folder's first level of sub-folders names the speakers. (A manifest's column `speaker`
         always counts.)
@@ -98,8 +101,9 @@ def open_corpus(
     """Read the header of every file and hold a part of the recordings out.
 
     The hash of a file's name decides whether it is held out, so it stays in its split when others
-    are added or removed; at least one file is on each side. A single file is cut: its end is held
-    out. A manifest's column `split` that holds anything out, or `validation`, decides instead.
+    are added or removed; at least one file is on each side. Links to a file and copies of it stay
+    with it. A single file is cut: its end is held out. A manifest's column `split` that holds
+    anything out, or `validation`, decides instead; then copies are not trained on.
 
     Parameters
     ----------
@@ -140,7 +144,7 @@ def open_corpus(
     how = Treatment(sample_rate, least_samples, normalise, normalise_by, trim_silence)
     bad: Bad = []
     notes: list[str] = []
-    parts = []
+    parts, indexes = [], []
     for source in (data, *([] if validation is None else [validation])):
         index = Index(source, progress=progress)
         part, unusable = prepare(index.recordings(speakers), how, index)
@@ -148,22 +152,32 @@ def open_corpus(
             name, told = unusable[len(part.bad) :][0]
             raise WavearError(f"{source}: none of the files can be used; the first: {name}: {told}")
         parts.append(part)
+        indexes.append(index)
         bad += unusable
-        notes += index.notes
     rates = np.concatenate([part.rate for part in parts])
     if others := sorted(set(np.unique(rates).tolist()) - {sample_rate}):
         count, text = int((rates != sample_rate).sum()), ", ".join(map(str, others))
         notes.append(
             f"{count} of {len(rates)} files are resampled to {sample_rate} Hz (from {text} Hz)"
         )
-    if validation is None:
-        train, held = split(parts[0], validation_fraction, least_samples)
-    else:
+    if validation is not None:
         train, held = parts[0].take(parts[0].split <= _TRAIN), parts[1]
         _check_left(train, data)
-        if (twice := overlapping(train, held)).any():
-            notes.append(f"{twice.sum()} recordings of {data} are also in {validation}: held out")
-            train = train.take(~twice)
+        train = _without(train, held, f"{data} are also in {validation}", notes)
+    elif (parts[0].split == _VALIDATION).any():
+        train, held = split(parts[0], validation_fraction, least_samples)
+        away = parts[0].take(parts[0].split > _TRAIN)
+        train = _without(train, away, f"{data} are also held out by the column `split`", notes)
+        _check_left(train, data)
+    else:
+        keyed = dataclasses.replace(parts[0], key=contents(parts[0], indexes[0]))
+        if copies := len(np.unique(parts[0].key)) - len(np.unique(keyed.key)):
+            notes.append(
+                f"{copies} of {len(np.unique(parts[0].key))} files are links to others or copies of"
+                " them: they stay on the same side of the split"
+            )
+        train, held = split(keyed, validation_fraction, least_samples)
+    notes += [note for index in indexes for note in index.notes]
     names = sorted(train.speakers() | held.speakers())
     for part in (train, held):
         if names and (part.speaker < 0).any():
@@ -284,7 +298,9 @@ def prepare(
         elif reason is None:
             reason = f"has {frames[row]} samples at {rate} Hz, fewer than {how.least_samples}"
         bad.append((listed.name(row), reason))
-    opened = dataclasses.replace(listed, start=start, frames=frames, rate=own).take(usable)
+    beyond = 1 - found.gain
+    opened = dataclasses.replace(listed, start=start, frames=frames, rate=own, beyond=beyond)
+    opened = opened.take(usable)
     if not how.measures or not len(opened):
         return opened, bad
     keys = mixed(files.key[files.of[usable]], opened.start, opened.frames)
@@ -338,11 +354,30 @@ def split(
     names = np.unique(chosen.key)
     if len(names) == 1:
         count = max(1, min(round(len(chosen) * fraction), len(chosen) - 1))
-        return chosen.take(slice(None, -count)), chosen.take(slice(-count, None))
+        held = chosen.take(slice(-count, None))
+        train = chosen.take(~overlapping(chosen, held))
+        return (train, held) if len(train) else _cut_copies(chosen, fraction, least_samples)
     chance = names.astype(np.float64) / 2**64
     count = min(max(int((chance < fraction).sum()), 1), len(names) - 1)
     held = chosen.key <= names[count - 1]
     return chosen.take(~held), chosen.take(held)
+
+
+def _without(train: Recordings, held: Recordings, where: str, notes: list[str]) -> Recordings:
+    """Return the training recordings without those that are held out too, with a note.
+
+    Where nothing but copies would be left, somebody validates on the training data on purpose.
+    """
+    twice = overlapping(train, held)
+    if len(train) and twice.all() and not overlapping(train, held, copies=False).any():
+        notes.append(
+            f"all {len(train)} recordings of {where}, as copies: they are trained on, so held-out"
+            " scores are those of the training data"
+        )
+        return train
+    if twice.any():
+        notes.append(f"{twice.sum()} recordings of {where}: held out, not trained on")
+    return train.take(~twice)
 
 
 def _check_left(train: Recordings, data: str | Path) -> None:
@@ -350,6 +385,17 @@ def _check_left(train: Recordings, data: str | Path) -> None:
         raise WavearError(
             f"{data}: no training recordings. The column `split` holds all of them out."
         )
+
+
+def _cut_copies(
+    copies: Recordings, fraction: float, least_samples: int
+) -> tuple[Recordings, Recordings]:
+    """Hold out the end of the last of some recordings that overlap, and cut it off the others."""
+    one, end = _cut(copies.take(slice(-1, None)), fraction, least_samples)
+    others = copies.take(slice(None, -1))
+    others = dataclasses.replace(others, frames=np.minimum(others.frames, one.frames))
+    others = others.take(~overlapping(others, end))
+    return (others if len(others) else one), end
 
 
 def _cut(whole: Recordings, fraction: float, least_samples: int) -> tuple[Recordings, Recordings]:
@@ -364,20 +410,6 @@ def _cut(whole: Recordings, fraction: float, least_samples: int) -> tuple[Record
         whole, start=whole.start + at, frames=np.array([frames - at]), suffix="#end"
     )
     return train, end
-
-
-def overlapping(recordings: Sequence[Recording], others: Sequence[Recording]) -> np.ndarray:
-    """Return which recordings share samples of a file with one of the others, (n,) bool."""
-    spans: dict[Any, list[tuple[int, int]]] = {}
-    for other in others:
-        spans.setdefault(other.path.resolve(), []).append((other.start, other.start + other.frames))
-    names = {path.name for path in spans}  # few paths have to be resolved
-
-    def overlaps(r: Recording) -> bool:
-        taken = spans.get(r.path.resolve(), ()) if r.path.name in names else ()
-        return any(r.start < stop and start < r.start + r.frames for start, stop in taken)
-
-    return np.array([overlaps(r) for r in recordings], bool)
 
 
 def reason(error: Exception, recording: Recording) -> str:

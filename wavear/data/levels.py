@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
+import os
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -10,6 +12,7 @@ import numpy as np
 
 from wavear import audio
 from wavear.audio.reading import blocks
+from wavear.audio.scale import share_beyond
 from wavear.audio.waveforms import sounding
 from wavear.common.errors import one_line
 
@@ -17,6 +20,7 @@ Normalise = Literal["none", "peak", "rms"]
 
 _PEAK_TARGET = 0.9  # of full scale
 _RMS_TARGET = 10 ** (-23 / 20)  # -23 dB of full scale, near the level of broadcast (EBU R 128)
+_HASHED = 4096  # bytes from the middle of a file
 _TRIM_KEEP_SECONDS = 0.05  # silence that `trim_silence` leaves at either end
 
 
@@ -31,6 +35,7 @@ class Looked:
     rate: int = 0
     """Sample rate of the file in Hz, for a header."""
     gain: float = 1.0
+    """For a header: the share of samples within full scale."""
     error: str | None = None
     """Why the file cannot be used."""
     lasting: bool = True
@@ -77,13 +82,24 @@ class Stretch:
     trim_silence: float | None
 
 
-def look(source: audio.AudioPath, stretch: Stretch | None = None) -> Looked:
-    """Read the header of a file, or measure the level of a stretch of it."""
+@dataclass(frozen=True, slots=True)
+class Digest:
+    """A question about the bytes of a file; the answer is in `Looked.start`."""
+
+    whole: bool
+    """All bytes, or a block from the middle."""
+
+
+def look(source: audio.AudioPath, question: Stretch | Digest | None = None) -> Looked:
+    """Read the header of a file, measure the level of a stretch of it, or hash its bytes."""
     try:
-        if stretch is not None:
-            return _level(source, stretch)
+        if isinstance(question, Stretch):
+            return _level(source, question)
+        if question is not None:
+            return Looked(start=_hashed(source, question.whole))
         info = audio.info(source)
-        return Looked(frames=info.frames, rate=info.sample_rate)
+        within = 1 - share_beyond(audio.count_beyond(source)) if info.floating else 1.0
+        return Looked(frames=info.frames, rate=info.sample_rate, gain=within)
     except (ValueError, OSError, MemoryError) as error:
         return Looked(error=why(error, source), lasting=isinstance(error, ValueError))
 
@@ -111,6 +127,20 @@ def _level(source: audio.AudioPath, asked: Stretch) -> Looked:
     rms = math.sqrt(energy / count)
     gain = _PEAK_TARGET / peak if asked.normalise == "peak" else min(_RMS_TARGET / rms, 1 / peak)
     return Looked(start, frames, gain=gain)
+
+
+def _hashed(source: audio.AudioPath, whole: bool) -> int:
+    """Return a hash of 63 bits of a file's bytes, or of a block from its middle."""
+    member = source if isinstance(source, audio.Member) else None
+    digest = hashlib.blake2b(digest_size=8)
+    with open(member.archive if member else os.fspath(source), "rb") as file:  # type: ignore
+        size = member.size if member else os.fstat(file.fileno()).st_size
+        left = size if whole else min(size, _HASHED)
+        file.seek((member.offset if member else 0) + (size - left) // 2)
+        while left and (block := file.read(min(left, 1 << 20))):
+            digest.update(block)
+            left -= len(block)
+    return int.from_bytes(digest.digest(), "big") >> 1
 
 
 def why(error: Exception, source: audio.AudioPath) -> str:

@@ -9,11 +9,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from wavear.audio import SUFFIXES
 from wavear.common.errors import WavearError
 from wavear.common.untrusted import parse_json
 from wavear.data.recordings import Builder, Recordings
 
-SUFFIXES = (".wav", ".flac", ".ogg", ".mp3", ".aif", ".aiff")
+_PATHS = ("path", "audio_filepath", "file_name")  # the last two: NeMo, Hugging Face
+_ROUNDING = 0.011  # seconds by which `duration` and `end` may differ: both may be rounded
 _SPLITS = {
     "train": "train",
     "training": "train",
@@ -121,10 +123,13 @@ def _rows(manifest: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             return
         first = file.readline().rstrip("\r\n")
         file.seek(0)
-        if "|" in first and "path" not in first.split("|"):  # LJSpeech's list: path|text|...
+        names = {_value(name, True).lower() for name in first.split("|")}
+        if "|" in first and names.isdisjoint(_PATHS):  # a list without a header: path|text|...
+            by_id = _files_by_id(manifest.parent / "wavs")
             for line, content in enumerate(file, 1):
                 if content.strip():
-                    yield line, {"path": content.rstrip("\r\n").split("|")[0]}
+                    name = content.split("|")[0].strip()
+                    yield line, {"path": by_id.get(name, name)}
             return
         separator = max(",;\t|", key=first.count)
         # A quotation mark in the text of such a list is an ordinary character.
@@ -150,6 +155,14 @@ def _rows(manifest: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             ) from None
 
 
+def _files_by_id(folder: Path) -> dict[str, str]:
+    """Return the audio files of a folder by their names without ending, as LJ Speech lists them."""
+    if not folder.is_dir():
+        return {}
+    files = sorted(name for name in os.listdir(folder) if name.lower().endswith(SUFFIXES))
+    return {os.path.splitext(name)[0]: f"{folder.name}/{name}" for name in files}
+
+
 def _value(value: str, plain: bool) -> str:
     """Return a value without blanks around it and, where a list is `plain`, around quotes."""
     value = value.strip()
@@ -165,19 +178,35 @@ def _json_row(manifest: Path, line: int, content: str) -> dict[str, Any]:
         raise WavearError(f"{manifest}:{line} is not JSON: {error}") from None
     if not isinstance(row, dict):
         raise WavearError(f"{manifest}:{line} is not a JSON object: {content.strip():.60}")
-    return row
+    return {name.strip().lower(): value for name, value in row.items()}
 
 
 def _add_row(builder: Builder, row: dict[str, Any]) -> None:
-    file = row.get("path")
-    if not isinstance(file, str) or not file:
+    file = next((row[name] for name in _PATHS if row.get(name)), None)
+    if not isinstance(file, str):
         columns = ", ".join(filter(None, row)) or "none"
         raise WavearError(f"no path. Add a column `path`; the columns are {columns}.")
     if os.sep != "/" or "//" in file or "./" in file or file[-1] in "./" or file[0] == ".":
         file = Path(file).as_posix()
     speaker = "" if row.get("speaker") is None else str(row["speaker"]).strip()
-    start, duration = _seconds(row, "start"), _seconds(row, "duration")
-    builder.add(file, speaker or None, split_named(row.get("split")), start or 0.0, duration)
+    start, duration = _stretch(row)
+    builder.add(file, speaker or None, split_named(row.get("split")), start, duration)
+
+
+def _stretch(row: dict[str, Any]) -> tuple[float, float | None]:
+    """Return start and duration in seconds of a row with `start` or `offset`, `duration`, `end`."""
+    start, offset = _seconds(row, "start"), _seconds(row, "offset")
+    if start is not None and offset is not None and start != offset:
+        raise WavearError(f"start is {start:g} and offset {offset:g}: keep one of them")
+    start = start or offset or 0.0
+    duration, end = _seconds(row, "duration"), _seconds(row, "end")
+    if end is None:
+        return start, duration
+    if end <= start:
+        raise WavearError(f"end is {end:g}, expected more than the start, {start:g} s")
+    if duration is not None and abs(start + duration - end) > _ROUNDING:
+        raise WavearError(f"duration is {duration:g} and end {end:g}: keep one of them")
+    return start, end - start
 
 
 def _seconds(row: dict[str, Any], key: str) -> float | None:

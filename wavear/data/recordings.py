@@ -53,6 +53,7 @@ def decoded(name: bytes) -> str:
 
 _COLUMNS = (
     "begin", "end", "key", "speaker", "split", "span", "member", "start", "frames", "rate", "gain",
+    "beyond",
 )  # fmt: skip
 
 
@@ -82,6 +83,8 @@ class Recordings(Sequence[Recording]):
     """(n,) int64: sample rate of the file in Hz; 0 until the header has been read."""
     gain: np.ndarray | None = None
     """(n,) float64: factors on the samples; None: all 1."""
+    beyond: np.ndarray | None = None
+    """(n,) float64: share of the file's samples that exceed full scale; None: not known."""
     span: np.ndarray | None = None
     """(n, 2) float64: start and duration in seconds, NaN for up to the end; None: all whole."""
     member: np.ndarray | None = None
@@ -115,7 +118,7 @@ class Recordings(Sequence[Recording]):
         archive = self.archives[number]
         return Member(os.path.join(folder, archive), offset, size, name[len(archive) + 1 :])
 
-    def take(self, rows: np.ndarray | slice) -> Recordings:
+    def take(self, rows: np.ndarray | slice | list[int]) -> Recordings:
         """Return some rows, by numbers, a mask or a slice."""
         columns = {name: getattr(self, name) for name in _COLUMNS}
         chosen = {

@@ -25,10 +25,11 @@ from typing import Any
 import numpy as np
 from platformdirs import user_cache_path
 
+from wavear.audio import SUFFIXES
 from wavear.common.atomic import locked, replace_file
 from wavear.common.errors import WavearError
 from wavear.common.untrusted import parse_json
-from wavear.data.listing import SUFFIXES, listed, split_named
+from wavear.data.listing import listed, split_named
 from wavear.data.recordings import SPLIT_NAMES, Builder, Recordings, encoded
 
 _THREADS = 8  # shards that are read at once: reading waits for the disk

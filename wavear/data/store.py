@@ -23,7 +23,7 @@ from wavear.data.recordings import decoded, encoded
 from wavear.data.shards import Entry
 
 FILE = "index.sqlite3"
-_APPLICATION, _VERSION = 0x77766172, 1  # in SQLite's header; "wvar"
+_APPLICATION, _VERSION = 0x77766172, 2  # in SQLite's header; "wvar"
 _CHUNK = 1 << 16  # rows read at a time, which bounds memory
 _LOCK_SECONDS = 600.0  # to wait for another process that reads or commits
 _JOURNAL_MAGIC = bytes.fromhex("d9d505f920a163d7")

@@ -14,7 +14,9 @@ import numpy as np
 
 from wavear.common.errors import WavearError
 from wavear.common.untrusted import parse_json
-from wavear.data.corpus import Treatment, find, open_corpus, overlapping, prepare
+from wavear.data.corpus import Treatment, find, open_corpus, prepare
+from wavear.data.doubts import doubts
+from wavear.data.duplicates import overlapping
 from wavear.data.recordings import Recording, Recordings
 from wavear.data.shards import is_shards, refuse_remote
 from wavear.evaluation.held_out import subset
@@ -113,7 +115,8 @@ def open_clips(
                 f"{len(held)} of {len(found)} recordings: those not for training by their split"
             )
         found = held
-    clips.good, clips.failed = _open_each(found, rate, least, prepared)
+    clips.good, clips.failed, doubtful = _open_each(found, rate, least, prepared)
+    clips.notes += doubtful
     if not clips.good:
         raise none_usable(data, clips.failed)
     by = ""
@@ -139,7 +142,7 @@ def open_clips_for_fitting(
         raise WavearError(
             f"{data}: every recording is held out by its 'split'; pass recordings for training"
         )
-    good, failed = _open_each(found, rate, least, prepared)
+    good, failed, _ = _open_each(found, rate, least, prepared)
     if not good:
         raise none_usable(data, failed)
     return _speaker_levels(good, prepared.gains)[0] if prepared.by_speaker else good
@@ -147,13 +150,13 @@ def open_clips_for_fitting(
 
 def _open_each(
     recordings: Recordings, rate: int, least: int, prepared: Preparation
-) -> tuple[list[Recording], dict[str, str]]:
-    """Return the usable recordings, with length and gain, and the reasons for the others."""
+) -> tuple[list[Recording], dict[str, str], list[str]]:
+    """Return the usable recordings, the reasons for the others, and doubts about the usable."""
     treatment = Treatment(
         rate, least, prepared.normalise, prepared.normalise_by, prepared.trim_silence
     )
     good, bad = prepare(recordings, treatment)
-    return list(good), dict(bad[len(recordings.bad) :])
+    return list(good), dict(bad[len(recordings.bad) :]), doubts(good, rate) if len(good) else []
 
 
 def _find(data: str | Path, speakers: bool, prepared: Preparation, notes: list[str]) -> Recordings:

@@ -235,14 +235,15 @@ def baselines(train: Counts, held_out: Counts) -> dict[str, float]:
     - markov: order 1, p(b | a) = (n(a, b) + d(a) p(b)) / (n(a) + d(a)) with d(a) the number of
       distinct successors of a (Witten and Bell, 1991): unseen pairs fall back on the unigram. Left
       out for more than 1024 classes.
+
+    Without held-out codes, only the uniform distribution has bits.
     """
     classes = train.single.size
     unigram = (train.single + 1) / (train.single.sum() + classes)
-    count = max(int(held_out.single.sum()), 1)
-    found = {
-        "uniform": math.log2(classes),
-        "unigram": float(-(held_out.single * np.log2(unigram)).sum() / count),
-    }
+    found = {"uniform": math.log2(classes)}
+    if not (count := int(held_out.single.sum())):
+        return found
+    found["unigram"] = float(-(held_out.single * np.log2(unigram)).sum() / count)
     if train.pairs is not None and held_out.pairs is not None:
         distinct = (train.pairs > 0).sum(1, keepdims=True)
         law = (train.pairs + distinct * unigram) / np.maximum(

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from wavear import audio
+from wavear.audio.scale import limited
 from wavear.common.claims import claimed
 from wavear.common.errors import WavearError, one_line
 from wavear.common.log import get_logger
@@ -322,7 +323,9 @@ class _MelReader:
             raise WavearError(
                 f"{path} has {waveform.shape[-1]} samples at {rate} Hz, less than one frame ({hop})"
             )
-        own = audio.info(path).sample_rate
+        info = audio.info(path)
+        own = info.sample_rate
+        waveform = limited(waveform, path, logger.warning, info.floating)
         if own != rate and not self.resampled:
             logger.info(
                 "%s has %d Hz: resampled to %d Hz, like others of another rate", path, own, rate

@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from wavear.audio import SUFFIXES
 from wavear.common.errors import WavearError
 from wavear.generation.mel_files import MEL_SUFFIXES, listed
 
 MADE = "-synthesized"
 """End of the name of a file written next to its input."""
-AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".mp3", ".aif", ".aiff")
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ def plan(
     """
     beside = out is None
     out = Path(out or "")
-    suffixes = AUDIO_SUFFIXES + MEL_SUFFIXES * mels
+    suffixes = SUFFIXES + MEL_SUFFIXES * mels
     kinds = "audio or mel" if mels else "audio"
     found: list[tuple[Path, Path]] = []
     for source in map(Path, inputs):

@@ -11,7 +11,9 @@ from torch import Tensor
 
 from wavear.audio.emphasis import coefficient, emphasised
 from wavear.audio.grid import COMMON_GRIDS, Grid
+from wavear.audio.scale import limited
 from wavear.common.errors import WavearError
+from wavear.common.log import get_logger
 from wavear.generation.checks import check_finite_weights
 from wavear.generation.conditioner import Conditioner
 from wavear.generation.engines import make_engine, require_float32
@@ -21,6 +23,8 @@ from wavear.generation.settings import Sampling
 from wavear.mel.spectrogram import log_mel
 from wavear.models.base import AutoregressiveModel
 from wavear.models.distributions import log_prob_on
+
+logger = get_logger(__name__)
 
 PARALLEL_CHUNK = 16384  # samples per forward, besides the receptive field in front of them
 
@@ -43,7 +47,8 @@ def score(
     ----------
     model : AutoregressiveModel
     waveform : Tensor or array, shape (B, T) or (T,), floating point in [-1, 1]
-        At the model's sample rate.
+        At the model's sample rate. Samples beyond are clipped, with a warning; a waveform that is
+        mostly beyond is refused.
     mel : optional
         As in `generate`; a model that needs one takes the waveform's own by default.
     speaker : optional
@@ -78,6 +83,7 @@ def score(
         )
     if not waveform.is_floating_point():
         raise WavearError(f"waveform is {waveform.dtype}, expected floating point in [-1, 1]")
+    waveform = limited(waveform, "waveform", logger.warning)
     batch, total = waveform.shape
     if model.config.mel is not None and mel is None:  # its own, the last frame filled with zeros
         missing = -total % model.config.mel.hop_length

@@ -78,8 +78,10 @@ class DataSettings:
     """Recordings and how they are read."""
 
     data: str = field(kw_only=False)
-    """Recordings: a folder (WAV, FLAC, OGG, MP3, AIFF, at any depth), a manifest (CSV or JSON lines
-    with `path`, optionally `start`, `duration` in seconds, `speaker`, `split`), or tar shards."""
+    """Recordings: a folder (WAV, FLAC, OGG, MP3, AIFF..., at any depth), tar shards, or a manifest,
+    which is a table or JSON lines with `path`, `audio_filepath` (NeMo) or `file_name` (Hugging
+    Face), and optionally `start` or `offset`, `duration` or `end` in seconds, `speaker`, `split`;
+    or a list `path|text` or `id|text` (LJ Speech's metadata.csv). See docs/data.md."""
     validation: str | None = None
     """A second folder or manifest, held out as a whole. None: a part of `data` is held out."""
     validation_fraction: float = 0.05

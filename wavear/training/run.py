@@ -22,6 +22,7 @@ from wavear.common.log import get_logger
 from wavear.common.progress import bar
 from wavear.common.untrusted import parse_json
 from wavear.data.corpus import Corpus, Recording, open_corpus
+from wavear.data.doubts import doubts
 from wavear.data.recordings import Recordings, fingerprint, frames_of
 from wavear.data.shards import is_shards, refuse_remote
 from wavear.mel.spectrogram import MelConfig
@@ -86,6 +87,8 @@ def _train(config: TrainConfig) -> TrainResult:
         speakers = bound(record, corpus.speakers if config.speakers else [], config)
         _report_changes(record, config, corpus)
         _report_data(corpus, speakers, config.sample_rate)
+        for doubt in doubts(corpus.train, config.sample_rate) if visible else ():
+            logger.warning(doubt)
         torch.manual_seed(config.seed)
         model = FAMILIES[str(config.family)][0](config.model_config(len(speakers)))
         if config.from_checkpoint is not None:
