@@ -115,7 +115,7 @@ def compiled(function, signature: str, callback: bool = False, **options: Any) -
 
     Called from Python, the result releases the GIL; a `callback` is called by its `address` from
     other compiled code. `options` are Numba's, such as `error_model`. Cached code whose checksum
-    does not match, or that cannot be loaded, is removed and compiled anew.
+    does not match, or that cannot be loaded, is removed and compiled again.
     """
     with _lock:
         try:
