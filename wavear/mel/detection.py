@@ -351,7 +351,7 @@ def _wrong_axis(values: Tensor, heard: Tensor, config: MelConfig) -> str:
     Neighbouring frames of sound are alike, as their windows overlap; where a mel is read along the
     wrong axis, they are values of other times.
     """
-    overlaps = 2 * config.hop_length <= config.window_length
+    overlaps = 4 * config.hop_length <= config.window_length  # less relates no frames of noise
     if not overlaps or int(heard.any(0).sum()) < _LEAST_FRAMES:
         return ""
     count = heard.sum(1, keepdim=True).clamp(min=1)
