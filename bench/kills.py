@@ -1,11 +1,14 @@
-"""Kill a training run at random moments, resume it, and compare it with one never killed.
+"""Kill training and synthesis at random moments, resume them, and compare with uninterrupted ones.
 
-    python bench/kills.py --kills 50
+    make soak                                        # 100 kills: 67 in training, 33 in synthesis
+    python bench/kills.py --kills 50 --synthesis-kills 25
 
-Compared, bit for bit: the last state (weights, optimizer, moving average, Lightning's loops, losses
-not yet written), `best/` and `last/`, and metrics.csv but for its columns of times. Every attempt
-reads its data with another number of workers. A run that is done before its kills are used up is
-followed by another one in a fresh folder.
+Synthesis: `wavear synthesize --resume`; after every kill, each file that is there must be whole.
+
+Training. Compared, bit for bit: the last state (weights, optimizer, moving average, Lightning's
+loops, losses not yet written), `best/` and `last/`, and metrics.csv but for its columns of times.
+Every attempt reads its data with another number of workers. A run that is done before its kills are
+used up is followed by another one in a fresh folder.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ import argparse
 import csv
 import multiprocessing
 import shutil
+import subprocess
 import sys
 import tempfile
 import time
@@ -80,6 +84,80 @@ def timeless(value: Any) -> Any:
     return [timeless(item) for item in value] if isinstance(value, list | tuple) else value
 
 
+def mels_and_model(root: Path) -> None:
+    """Write a tiny model and 60 mels of several lengths."""
+    import torch
+
+    import wavear
+    from wavear import MelConfig, WaveNet, WaveNetConfig
+
+    mel = MelConfig(
+        sample_rate=8000, n_fft=128, window_length=128, hop_length=64, bands=8, fmax=None
+    )
+    torch.manual_seed(0)
+    sizes: Any = {"layers": 4, "stacks": 2, "residual_channels": 8, "skip_channels": 8}
+    WaveNet(WaveNetConfig(sample_rate=8000, mel=mel, **sizes)).save(root / "model")
+    generator = np.random.default_rng(0)
+    (root / "mels").mkdir()
+    for number in range(60):
+        frames = int(generator.integers(20, 200))
+        noise = torch.from_numpy(0.1 * generator.standard_normal((1, 64 * frames)))
+        np.save(root / "mels" / f"{number:02}.npy", wavear.log_mel(noise.float(), mel)[0].numpy())
+
+
+def kill_synthesis(root: Path, kills: int, random: np.random.Generator) -> int:
+    """Kill syntheses, print the figure, and return how many files differ or were not whole."""
+    mels_and_model(root)
+
+    def start(out: Path) -> subprocess.Popen:
+        words = ["synthesize", str(root / "model"), str(root / "mels"), "--out", str(out)]
+        command = [sys.executable, "-m", "wavear", *words, "--resume"]
+        return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+    def sounds(out: Path) -> dict[str, bytes]:
+        return {path.name: path.read_bytes() for path in out.glob("*.wav")}
+
+    for name in ("first", "whole"):  # the first one compiles
+        began = time.monotonic()
+        status = start(root / name).wait()
+        taken = time.monotonic() - began
+    expected = sounds(root / "whole")
+    if status != 0 or len(expected) != 60:
+        print(f"the uninterrupted synthesis ended with {status} and {len(expected)} files")
+        return 1
+    done = runs = wrong = between = 0
+    while done < kills:
+        out, here = root / f"sounds{runs}", 0
+        while True:
+            child = start(out)
+            try:
+                # Imports take about half of the time.
+                limit = random.uniform(0.3, 1.0) * taken if done < kills and here < 5 else None
+                status = child.wait(limit)
+            except subprocess.TimeoutExpired:
+                child.kill()
+                child.wait()
+                found = sounds(out)
+                wrong += sum(expected[name] != content for name, content in found.items())
+                between += 0 < len(found) < len(expected)
+                here, done = here + 1, done + 1
+                continue
+            if status != 0:
+                print(f"a synthesis ended with {status}")
+                return 1
+            break
+        wrong += sounds(out) != expected
+        left = [path.name for path in out.iterdir() if path.name.startswith(".wavear-claim")]
+        wrong += bool(left)
+        runs += 1
+        shutil.rmtree(out)
+    print(
+        f"{done} kills in synthesis ({between} with a part of the files) in {runs} runs of 60"
+        f" files: {'all equal to the uninterrupted one' if not wrong else f'{wrong} differences'}"
+    )
+    return wrong
+
+
 def differences(a: Path, b: Path) -> list[str]:
     """Return the differences of two finished runs."""
     import torch
@@ -123,7 +201,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--kills", type=int, default=50)
+    parser.add_argument("--kills", type=int, default=50, help="in training")
+    parser.add_argument("--synthesis-kills", type=int, default=25)
     parser.add_argument("--steps", type=int, default=60, help="of a run")
     parser.add_argument(
         "--per-run", type=int, default=10, help="kills before a run is left to finish"
@@ -200,11 +279,12 @@ def main() -> int:
             runs += 1
             shutil.rmtree(out)
         print(
-            f"{kills} kills ({writing} while a file was being written, {resumed} with a run to "
-            f"resume) in {runs} runs"
-            f" of {arguments.steps} steps: {runs - unequal} of {runs} equal to the "
-            "uninterrupted one, bit for bit"
+            f"{kills} kills in training ({writing} while a file was being written, {resumed} with"
+            f" a run to resume) in {runs} runs of {arguments.steps} steps: {runs - unequal} of"
+            f" {runs} equal to the uninterrupted one, bit for bit"
         )
+        if arguments.synthesis_kills:
+            unequal += kill_synthesis(root, arguments.synthesis_kills, random)
         return 1 if unequal else 0
     finally:
         shutil.rmtree(root, ignore_errors=True)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 AVAILABLE = sys.platform == "linux"
 MIB = 2**20
-_BUSY = 3  # a machine with other work takes so many times as long
+_BUSY = 3  # times as long, as other work may run
 
 
 class TooSlow(BaseException):

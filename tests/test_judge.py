@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import math
+import re
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,7 +23,7 @@ from wavear import (
     judge_mel,
     log_mel,
 )
-from wavear.mel.detection import CONVENTIONS
+from wavear.mel.detection import CONVENTIONS, Expectation
 
 LN = MelConfig()
 
@@ -262,6 +264,139 @@ def test_force_accepts_other_values_but_not_other_bands(trained):
     assert "looks like decibel mels" in warned[0]
     with pytest.raises(ValueError, match="64 bands"):
         adapt_mel(torch.zeros(64, 5), model, force=True)
+
+
+def padded(mel: torch.Tensor, value: float, share: float = 0.6) -> torch.Tensor:
+    """Return a mel with frames of one value at its end, which are `share` of all."""
+    count = int(mel.shape[1] * share / (1 - share))
+    return torch.cat([mel, torch.full((len(mel), count), value)], dim=1)
+
+
+def scrambled(mel: torch.Tensor) -> torch.Tensor:
+    """Return the frames of a raw stream (M, F) that should have been (F, M)."""
+    bands, frames = mel.shape
+    return mel.reshape(frames, bands).T
+
+
+LOG10 = replace(LN, log_base="10", floor=1e-10)
+LN_POWER = replace(LN, power=2.0, floor=1e-10)
+KINDS = {
+    "ln": LN,
+    "log10": LOG10,
+    "db": replace(LN, log_base="db"),
+    "fatchord": MelConfig.preset("fatchord"),
+    "librosa": MelConfig.preset("librosa-default"),
+    "ln of powers": LN_POWER,
+}
+
+
+@pytest.mark.parametrize("gain", [1.0, 0.1], ids=["as trained", "-20 dB"])
+@pytest.mark.parametrize(
+    ("kind", "floor"),
+    [
+        ("ln", math.log(1e-5)),
+        ("log10", -10.0),
+        ("db", -100.0),
+        ("fatchord", 0.0),
+        ("librosa", -100.0),
+        ("ln of powers", math.log(1e-10)),
+    ],
+)
+def test_frames_at_the_floor_do_not_count(trained, kind, floor, gain):
+    """A right mel with 60 or 90 % of padding, or digital silence, fits."""
+    config = KINDS[kind]
+    model = trained(config)
+    for wave in voices(3, seed=1):
+        mel = log_mel(gain * wave, config)[0]
+        silence = torch.zeros(1, 4 * wave.shape[1])
+        digital = log_mel(torch.cat([gain * wave, silence], dim=1), config)[0]
+        cases = [mel, padded(mel, floor), padded(mel, floor, 0.9), digital]
+        assert {judge_mel(case, model).verdict for case in cases} == {"fits"}
+    assert judge_mel(torch.full_like(mel, floor), model).verdict == "fits"
+
+
+def test_padding_below_the_floor_is_doubtful(trained):
+    judged = judge_mel(padded(log_mel(voices(1, seed=1)[0], LN)[0], -23.0), trained(LN))
+    assert judged.verdict == "doubtful"
+    assert "padded with -23.0: use the model's floor, -11.5" in judged.reason
+
+
+@pytest.mark.parametrize("name", ["log10", "db", "db01", "linear"])
+def test_padding_hides_no_other_convention(trained, name):
+    for wave in voices(3, seed=1):
+        mel = as_convention(log_mel(wave, LN)[0], name)
+        judged = judge_mel(padded(mel, float(mel.min())), trained(LN))
+        assert (judged.verdict, judged.convention) == ("wrong", name)
+
+
+@pytest.mark.parametrize(
+    ("of", "given", "verdicts", "message"),
+    [
+        (LN, LN_POWER, {"wrong"}, "logarithm of powers .* compute it again with power=1"),
+        (LN_POWER, replace(LN, floor=1e-10), {"wrong", "doubtful"}, "of magnitudes .* power=2"),
+    ],
+    ids=["powers", "magnitudes"],
+)
+def test_powers_and_magnitudes_are_distinguished(trained, of, given, verdicts, message):
+    for wave in voices(4, seed=1):
+        judged = judge_mel(log_mel(wave, given)[0], trained(of))
+        assert judged.verdict in verdicts
+        assert judged.convention == "power"
+        assert re.search(message, judged.reason)
+
+
+@pytest.mark.parametrize("frames", [None, 86], ids=["whole", "one second"])
+def test_a_raw_stream_of_bands_first_is_recognised(trained, frames):
+    for wave in voices(4, seconds=4.0, seed=1):
+        judged = judge_mel(scrambled(log_mel(wave, LN)[0])[:, :frames], trained(LN))
+        assert (judged.verdict, judged.convention) == ("wrong", "transposed")
+        assert "seems transposed" in judged.reason
+
+
+def test_the_rate_of_another_sample_rate_is_named_by_its_own(trained):
+    """An 8 kHz model gets a mel of 22 kHz."""
+    config = MelConfig(sample_rate=8000, n_fft=512, window_length=512, hop_length=128, fmax=None)
+    mel = log_mel(voices(1, seconds=4.0)[0], LN)[0]
+    judged = judge_mel(mel, Expectation(config), seconds=4.0)
+    assert judged.verdict == "wrong"
+    assert "a hop of 256 samples at 22050 Hz, as hifigan" in judged.reason
+    assert "expects 62.5 per second (a hop of 128)" in judged.reason
+
+
+@functools.cache
+def recordings(data_dir: Path, folder: str, count: int) -> list[torch.Tensor]:
+    """Return 4 s of some recordings (1, T) at 22.05 kHz."""
+    kinds = (".wav", ".flac", ".mp3")
+    paths = sorted(path for path in (data_dir / folder).rglob("*") if path.suffix in kinds)
+    chosen = paths[:: len(paths) // count][:count]
+    return [audio.read(path, 22050, frames=4 * 22050)[None] for path in chosen]
+
+
+@pytest.mark.parametrize(
+    ("change", "wrong", "doubtful"),
+    [
+        (lambda wave: log_mel(wave, LN)[0], (0, 0), (0, 0)),
+        (lambda wave: log_mel(0.01 * wave, LN)[0], (0, 0), (0, 0)),
+        (lambda wave: padded(log_mel(wave, LN)[0], math.log(1e-5), 0.9), (0, 0), (0, 0)),
+        (lambda wave: log_mel(wave, LN)[0][:, :86], (0, 0), (0, 0)),
+        (lambda wave: log_mel(wave, LN_POWER)[0], (16, 16), (0, 0)),
+        (lambda wave: log_mel(wave, replace(LN_POWER, floor=1e-5))[0], (0, 4), (12, 16)),
+        (lambda wave: scrambled(log_mel(wave, LN)[0]), (13, 16), (0, 0)),
+    ],
+    ids=["plain", "-40 dB", "padded", "one second", "powers", "powers, floor", "transposed"],
+)
+def test_real_voices(trained, data_dir, change, wrong, doubtful):
+    """MP3, several voices in several places, by the statistics of one voice; bounds of 16."""
+    model = trained(LN)
+    known = torch.cat([log_mel(w, LN)[0] for w in recordings(data_dir, "kerstin_de", 12)], dim=1)
+    conditioning: Any = model.conditioning
+    conditioning.mel_mean.copy_(known.mean(1))
+    conditioning.mel_deviation.copy_(known.std(1).clamp(min=0.1))
+    folders = ("ljspeech_mini", "vctk_mini", "librivox_fr_multi", "cmu_arctic_slt")
+    waves = [wave for folder in folders for wave in recordings(data_dir, folder, 4)]
+    found = [judge_mel(change(wave), model).verdict for wave in waves]
+    assert wrong[0] <= found.count("wrong") <= wrong[1]
+    assert doubtful[0] <= found.count("doubtful") <= doubtful[1]
 
 
 def test_real_recordings_fit_and_other_conventions_do_not(trained, data_dir):

@@ -305,9 +305,11 @@ def test_killed_runs_equal_uninterrupted():
     program = Path(wavear.__file__).parents[1] / "bench" / "kills.py"
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(program.parents[1])}
     command = [sys.executable, str(program), "--kills", "3", "--per-run", "3", "--steps", "14"]
+    command += ["--synthesis-kills", "2"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
-    assert "3 kills" in done.stdout
+    assert "3 kills in training" in done.stdout
+    assert "2 kills in synthesis" in done.stdout
     assert "equal to the uninterrupted one" in done.stdout
     assert "differs" not in done.stdout
 

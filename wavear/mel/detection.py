@@ -8,6 +8,7 @@ likelihood of the values,
 
 measures how well it fits at any loudness: `gain` is the best one, with a prior of deviation 2.5 (22
 dB of magnitudes). If a convention other than the model's fits best, the mel is doubtful or wrong.
+Only values above the floor count: padding and digital silence are of no convention.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ CONVENTIONS = {
     "db4-ref20": Convention("-4-to-4", "db", 0.08, 2.4, (-4.0, 4.0)),
     "linear": Convention("linear (no logarithm)", "none"),
 }
-INT16, STANDARD = "integer-waveform", "standardised"
+INT16, STANDARD, POWER, TRANSPOSED = "integer-waveform", "standardised", "power", "transposed"
 
 # Differences that are audible at most at the ends of a recording or near the floor.
 _MINOR = ("padding", "power_offset", "power_floor")
@@ -60,7 +61,18 @@ _MINOR = ("padding", "power_offset", "power_floor")
 # of one speaker, 2 with the right convention exceed the first threshold and none the second; with
 # log10 instead of natural logarithms, 75 exceed the first and 69 the second.
 _DOUBTFUL, _WRONG = 0.3, 1.0
-_GAIN_DEVIATION = 2.5  # nepers
+# A logarithm of powers is twice that of magnitudes, so it differs from loud and lively sound in its
+# spread only.
+_DOUBTFUL_POWER, _WRONG_POWER = 0.2, 0.8
+# Correlation of neighbouring frames below which a mel is read along the wrong axis, and by how much
+# that of neighbouring bands exceeds it.
+_UNRELATED, _RELATED = 0.45, 0.3
+_LEAST_POWER_FRAMES = 90  # with sound: the spread of a single word varies much
+_LEAST_FRAMES = 20  # above the floor, for that correlation
+_FLAT = 1e-3  # of the range of the mel: frames that vary less over the bands are padding or silence
+_GAIN_DEVIATION = 2.5  # nepers of magnitudes
+_NATURAL = 0.7  # share of frames with sound above which the others are pauses, not padding
+_ALIKE = 0.05  # nats: the spread of two readings is the same
 _FURTHEST = 5.0  # deviations at which a value's distance is capped
 _SLACK = 3.0  # nepers by which a network may exceed the range of a recording in [-1, 1]
 
@@ -74,8 +86,9 @@ class MelVerdict:
     """In one line: the problem and the remedy."""
     convention: str | None = None
     """The apparent convention if it is not the model's: a name that `wavear.adapt_mel` accepts as
-    `source`, or "integer-waveform" (of a waveform in integers, not in [-1, 1]), or "standardised"
-    (mean 0, deviation 1 per band)."""
+    `source`, or "integer-waveform" (of a waveform in integers, not in [-1, 1]), "standardised"
+    (mean 0, deviation 1 per band), "power" (the logarithm of powers, for a model of magnitudes, or
+    the reverse), or "transposed" (read along the wrong axis)."""
 
 
 class ConditionedModel(Protocol):
@@ -242,17 +255,21 @@ def _wrong_rate(frames: int, seconds: float, config: MelConfig) -> str:
     if abs(frames - expected) <= 2 + 0.01 * expected:
         return ""
     rate = frames / seconds
-    rates = {name: MelConfig.preset(name).frame_rate for name in PRESETS}
-    fitting = [
-        name
-        for name, other in rates.items()
-        if abs(other - rate) <= 0.01 * rate + 2 / seconds and other != config.frame_rate
-    ]
+    others = {name: MelConfig.preset(name) for name in PRESETS}
+    fitting = {
+        name: other
+        for name, other in others.items()
+        if abs(other.frame_rate - rate) <= 0.01 * rate + 2 / seconds
+        and other.frame_rate != config.frame_rate
+    }
+    hop = f"a hop of {config.sample_rate / rate:.0f} samples at {config.sample_rate} Hz"
+    if fitting and all(other.sample_rate != config.sample_rate for other in fitting.values()):
+        kinds = {f"{o.hop_length} samples at {o.sample_rate} Hz" for o in fitting.values()}
+        hop = f"a hop of {' or '.join(sorted(kinds))}"
     presets = f", as {' and '.join(fitting)}" if fitting else ""
     return (
-        f"the mel has {frames} frames for {seconds:g} s, {rate:.1f} per second (a hop of"
-        f" {config.sample_rate / rate:.0f} samples at {config.sample_rate} Hz{presets}), the model"
-        f" expects {config.frame_rate:.1f} per second (a hop of {config.hop_length})"
+        f"the mel has {frames} frames for {seconds:g} s, {rate:.1f} per second ({hop}{presets}),"
+        f" the model expects {config.frame_rate:.1f} per second (a hop of {config.hop_length})"
     )
 
 
@@ -267,32 +284,99 @@ class _Reading(NamedTuple):
     """The values, read by a convention."""
 
     nepers: Tensor
-    density: float
-    """Mean logarithm of nepers per unit of the values."""
+    density: Tensor | float
+    """Logarithm of nepers per unit of the values."""
 
 
 def _judge_values(values: Tensor, model: Any, config: MelConfig) -> MelVerdict:
     own = _Reading((values - config.shift) / per_neper(config), -math.log(abs(per_neper(config))))
     quietest, loudest = _possible(config)
-    outside = bool(own.nepers.min() < quietest - _SLACK or own.nepers.max() > loudest + _SLACK)
+    heard = _above_floor(values)
     statistics = _statistics(model, config)
+    if int(heard.sum()) <= config.bands:  # silence: of every convention
+        heard, statistics = torch.ones_like(heard), None
+    elif reason := _wrong_axis(values, heard, config):
+        return MelVerdict("wrong", reason, TRANSPOSED)
+    lowest = float(own.nepers[heard].min())
+    outside = lowest < quietest - _SLACK or float(own.nepers.max()) > loudest + _SLACK
     best, margin = "own", 0.0
+    doubtful, wrong = _DOUBTFUL, _WRONG
     if statistics is not None:
-        readings = {"own": own, **_other_readings(values, own, statistics, config)}
-        fits = {name: _fit(reading, statistics, name) for name, reading in readings.items()}
+        readings = {"own": own, **_other_readings(values, own, statistics, config, heard)}
+        spreads = {n: _fit(reading, statistics, n, heard) for n, reading in readings.items()}
+        power = readings.pop(POWER, None)
+        # A quiet recording must not count as another convention: that explains its spread, too.
+        # The floor in frames with sound, and in natural pauses, locates that of the convention.
+        sounding = heard.any(0)
+        natural = float(sounding.double().mean()) > _NATURAL
+        frames = (sounding | natural).expand_as(heard)
+        fits = {
+            name: _fit(reading, statistics, name, frames, config.power)
+            for name, reading in readings.items()
+            if spreads[name] > spreads["own"] - _ALIKE
+        }
         best = max(fits, key=fits.__getitem__)
         margin = fits[best] - fits["own"]
-    if not outside and margin <= _DOUBTFUL:
-        return MelVerdict("fits")
+        by_spread = spreads.pop(POWER, -math.inf) - spreads["own"]
+        others = max(spreads.values()) - spreads["own"]
+        enough = int(sounding.sum()) >= _LEAST_POWER_FRAMES
+        if power and enough and by_spread > max(_DOUBTFUL_POWER, others + _ALIKE):
+            best, margin, doubtful, wrong = POWER, by_spread, _DOUBTFUL_POWER, _WRONG_POWER
+    if not outside and margin <= doubtful:
+        padding = float(own.nepers.min())
+        if padding >= quietest - _SLACK:
+            return MelVerdict("fits")
+        low = float(values.min() if per_neper(config) > 0 else values.max())
+        floor = config.shift + per_neper(config) * quietest
+        return MelVerdict(
+            "doubtful", f"the mel is padded with {low:.1f}: use the model's floor, {floor:.1f}"
+        )
     convention = best if best != "own" else None
     reason = _explain(values, config, convention, statistics)
-    return MelVerdict("wrong" if outside or margin > _WRONG else "doubtful", reason, convention)
+    return MelVerdict("wrong" if outside or margin > wrong else "doubtful", reason, convention)
+
+
+def _above_floor(values: Tensor) -> Tensor:
+    """Return which values (M, F) are of sound: not of a flat frame, and not the least one."""
+    span = _FLAT * float(values.max() - values.min())
+    alive = values.amax(0) - values.amin(0) > span
+    if not bool(alive.any()):
+        return torch.zeros_like(values, dtype=torch.bool)
+    return alive & (values > values[:, alive].min() + 0.1 * span)
+
+
+def _wrong_axis(values: Tensor, heard: Tensor, config: MelConfig) -> str:
+    """Return the problem with a mel whose neighbouring frames are unrelated, or "".
+
+    Neighbouring frames of sound are alike, as their windows overlap; where a mel is read along the
+    wrong axis, they are values of other times.
+    """
+    overlaps = 4 * config.hop_length <= config.window_length  # less relates no frames of noise
+    if not overlaps or int(heard.any(0).sum()) < _LEAST_FRAMES:
+        return ""
+    count = heard.sum(1, keepdim=True).clamp(min=1)
+    apart = torch.where(heard, values - (values * heard).sum(1, keepdim=True) / count, 0.0)
+
+    def related(a: Tensor, b: Tensor, both: Tensor) -> float:
+        power = (a**2 * both).sum() * (b**2 * both).sum()
+        return float((a * b * both).sum() / power.clamp(min=1e-30).sqrt())
+
+    frames = related(apart[:, 1:], apart[:, :-1], heard[:, 1:] & heard[:, :-1])
+    bands = related(apart[1:], apart[:-1], heard[1:] & heard[:-1])
+    if frames >= _UNRELATED or bands < frames + _RELATED:
+        return ""
+    return (
+        f"neighbouring frames are unrelated (correlation {frames:.2f}, of neighbouring bands"
+        f" {bands:.2f}): the mel seems transposed; give its transpose, in a raw stream frame after"
+        " frame"
+    )
 
 
 def _other_readings(
-    values: Tensor, own: _Reading, statistics: _Statistics, config: MelConfig
+    values: Tensor, own: _Reading, statistics: _Statistics, config: MelConfig, heard: Tensor
 ) -> dict[str, _Reading]:
-    low, high = float(values.min()), float(values.max())
+    sound = values[heard]
+    low, high = float(sound.min()), float(sound.max())
     slope, shift = per_neper(config), config.shift
     readings: dict[str, _Reading] = {}
     for name, convention in CONVENTIONS.items():
@@ -300,7 +384,7 @@ def _other_readings(
         if other.log_base == "none":
             if low >= 0:
                 nepers = values.clamp(min=config.floor).log()
-                density = -float(torch.where(values > config.floor, nepers, 0.0).mean())
+                density = -torch.where(values > config.floor, nepers, 0.0)
                 readings[name] = _Reading(nepers, density)
             continue
         factor = per_neper(other)
@@ -315,9 +399,12 @@ def _other_readings(
         if not like_own and least <= low and high <= most:
             readings[name] = _Reading((values - other.shift) / factor, -math.log(factor))
     readings[INT16] = own._replace(nepers=own.nepers - config.power * math.log(32768))
-    if abs(float(values.mean())) < 1 and 0.2 < float(values.std()) < 3:
+    if config.log_base != "db":  # decibels of powers and of magnitudes are alike
+        factor = 2.0 if config.power == 2 else 0.5
+        readings[POWER] = _Reading(own.nepers * factor, own.density + math.log(factor))
+    if abs(float(sound.mean())) < 1 and 0.2 < float(sound.std()) < 3:
         mean, deviation = statistics
-        readings[STANDARD] = _Reading(values * deviation + mean, float(deviation.log().mean()))
+        readings[STANDARD] = _Reading(values * deviation + mean, deviation.log())
     return readings
 
 
@@ -340,16 +427,27 @@ def _statistics(model: Any, config: MelConfig) -> _Statistics | None:
     return _Statistics(mean[:, None], deviation[:, None].clamp(min=0.1))
 
 
-def _fit(reading: _Reading, statistics: _Statistics, name: str) -> float:
-    """Return the mean log-likelihood of the values, in nats."""
+def _fit(
+    reading: _Reading,
+    statistics: _Statistics,
+    name: str,
+    heard: Tensor,
+    power: float | None = None,
+) -> float:
+    """Return the mean log-likelihood of the values `heard`, in nats.
+
+    With `power`, that of the mel (1 or 2), the prior of the loudness is included.
+    """
     mean, deviation = statistics
-    weight, distance = deviation**-2, reading.nepers - mean
+    weight, distance = heard * deviation**-2, reading.nepers - mean
     gain = 0.0
     if name != STANDARD:
-        gain = float(((distance * weight).mean() / weight.mean()).clamp(-6, 6))
+        gain = float((distance * weight).sum() / weight.sum())
+        gain = gain if power is None else min(max(gain, -6 * power), 6 * power)
     z = ((distance - gain) / deviation).abs().clamp(max=_FURTHEST)
-    fit = reading.density - float(0.5 * (z**2).mean() + deviation.log().mean())
-    return fit - 0.5 * (gain / _GAIN_DEVIATION) ** 2
+    fits = reading.density - 0.5 * z**2 - deviation.log()
+    fit = float((fits * heard).sum() / heard.sum())
+    return fit if power is None else fit - 0.5 * (gain / (_GAIN_DEVIATION * power)) ** 2
 
 
 def _explain(
@@ -370,6 +468,12 @@ def _explain(
         return (
             f"this looks like mels of a waveform in 16-bit integers ({seen}), {expected}: divide it"
             " by 32768"
+        )
+    if convention == POWER:
+        given, wanted = ("magnitudes", "powers") if config.power == 2 else ("powers", "magnitudes")
+        return (
+            f"this looks like the logarithm of {given} ({seen}), {expected} of {wanted}, and no"
+            f" formula converts one to the other: compute it again with power={config.power:g}"
         )
     if convention == STANDARD:
         return (

@@ -78,10 +78,9 @@ class DataSettings:
     """Recordings and how they are read."""
 
     data: str = field(kw_only=False)
-    """Recordings: a folder (WAV, FLAC, OGG, MP3, AIFF..., at any depth), tar shards, or a manifest,
-    which is a table or JSON lines with `path`, `audio_filepath` (NeMo) or `file_name` (Hugging
-    Face), and optionally `start` or `offset`, `duration` or `end` in seconds, `speaker`, `split`;
-    or a list `path|text` or `id|text` (LJ Speech's metadata.csv). See docs/data.md."""
+    """Recordings: a folder (WAV, FLAC, OGG, MP3, AIFF..., at any depth), tar shards, or a manifest
+    (docs/data.md): a table or JSON lines with `path`, `audio_filepath` or `file_name`, optionally
+    `start` or `offset`, `duration` or `end` in seconds, `speaker`, `split`; or `path|text`."""
     validation: str | None = None
     """A second folder or manifest, held out as a whole. None: a part of `data` is held out."""
     validation_fraction: float = 0.05
