@@ -10,7 +10,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-cuda bench-cuda bench-training lint format clean
+.PHONY: help demo test test-slow fuzz test-cuda bench-cuda bench-training lint format clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "%-14s %s\n", $$1, $$2 }'
@@ -25,6 +25,10 @@ test: $(VENV)/.installed-dev  ## run the tests and the docstring examples, witho
 test-slow: $(VENV)/.installed-dev  ## run the slow tests, which make test leaves out
 	$(BIN)/python tests/warm.py
 	$(BIN)/python -m pytest -n auto --dist load -m slow $(ARGS)
+
+MINUTES ?= 60
+fuzz: $(VENV)/.installed-dev  ## read changed files of all kinds for an hour (MINUTES=30); keep faults in tests/fuzz/found
+	cd tests && ../$(BIN)/python -m fuzz --minutes $(MINUTES) $(ARGS)
 
 bench-training: $(VENV)/.installed  ## measure training speed, and write it to docs/benchmarks.md (ARGS="--device cuda")
 	$(BIN)/python bench/training.py $(ARGS)

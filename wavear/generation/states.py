@@ -38,7 +38,7 @@ _FIELDS: dict[str, Callable[[Any], bool]] = {
         and all(isinstance(value.get(part), dict) for part in ("config", "weights"))
     ),
 }
-"""What the description of a stream has, and which values are possible."""
+"""The fields of a description, and the values that each may have."""
 _FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
