@@ -10,7 +10,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow soak test-cuda bench-cuda bench-training lint format clean
+.PHONY: help demo test test-slow soak fuzz test-cuda bench-cuda bench-training lint format clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "%-14s %s\n", $$1, $$2 }'
@@ -28,6 +28,10 @@ test-slow: $(VENV)/.installed-dev  ## run the slow tests, which make test leaves
 
 soak: $(VENV)/.installed  ## kill training and synthesis 100 times and compare (ARGS="--kills 20 --synthesis-kills 10")
 	$(BIN)/python bench/kills.py --kills 67 --synthesis-kills 33 $(ARGS)
+
+MINUTES ?= 60
+fuzz: $(VENV)/.installed-dev  ## read changed files of all kinds for an hour (MINUTES=30); keep faults in tests/fuzz/found
+	cd tests && ../$(BIN)/python -m fuzz --minutes $(MINUTES) $(ARGS)
 
 bench-training: $(VENV)/.installed  ## measure training speed, and write it to docs/benchmarks.md (ARGS="--device cuda")
 	$(BIN)/python bench/training.py $(ARGS)

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from wavear.generation.checks import non_finite
 from wavear.models.base import AutoregressiveModel
 
 
@@ -64,7 +65,10 @@ class ReferenceEngine:
 
     def _step(self, b: int, t: int, cond: Tensor | None) -> Tensor:
         cond_t = None if cond is None else cond[b : b + 1, :, t if cond.shape[2] > 1 else 0]
-        return self.model.step(self.previous[b], self.states[b], cond_t)
+        parameters = self.model.step(self.previous[b], self.states[b], cond_t)
+        if not torch.isfinite(parameters).all():
+            raise non_finite(t)
+        return parameters
 
     def state(self, stream: int) -> dict[str, Tensor]:
         """See `Engine.state`."""
