@@ -194,8 +194,9 @@ class Checkpoints:
     def run(self, path: Path) -> None:
         """Load it, and generate."""
         model = wavear.load(path)
-        mel = None if model.config.mel is None else torch.zeros(model.config.mel.bands, 1) - 5
-        samples = 20 if mel is None else min(20, model.config.mel.hop_length)
+        layout = model.config.mel
+        mel = None if layout is None else torch.zeros(layout.bands, 1) - 5
+        samples = 20 if layout is None else min(20, layout.hop_length)
         speaker = 0 if model.config.speakers else None
         wavear.generate(model, mel, samples=samples, speaker=speaker, engine="reference")
 
