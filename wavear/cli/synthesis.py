@@ -45,7 +45,7 @@ def synthesize(
     Parameters
     ----------
     checkpoint
-        Folder that `wavear train` wrote, or owner/name on the Hugging Face hub.
+        Folder that `wavear train` wrote, or hf:owner/name on the Hugging Face hub.
     inputs
         Audio files (their mel is taken), mels (.npy, .npz, .pt, .safetensors; bands first), or
         folders of these. With --stream: -, stdin, float32 frame after frame, or a .npy array.
@@ -124,7 +124,7 @@ def generate(
     Parameters
     ----------
     checkpoint
-        Folder that `wavear train` wrote, or owner/name on the Hugging Face hub.
+        Folder that `wavear train` wrote, or hf:owner/name on the Hugging Face hub.
     seconds
         Seconds of audio to make.
     out

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from wavear.audio.emphasis import coefficient, emphasised
 from wavear.audio.grid import COMMON_GRIDS, Grid
+from wavear.audio.waveforms import as_tensor
 from wavear.common.errors import WavearError
 from wavear.generation.conditioner import Conditioner
 from wavear.generation.engines import make_engine, require_float32
@@ -18,7 +19,7 @@ from wavear.generation.inputs import Mel, prepare
 from wavear.generation.progress import chunks
 from wavear.generation.settings import Sampling
 from wavear.mel.spectrogram import log_mel
-from wavear.models.base import AutoregressiveModel
+from wavear.models.base import AutoregressiveModel, check_model
 from wavear.models.distributions import log_prob_on
 
 PARALLEL_CHUNK = 16384  # samples per forward, besides the receptive field in front of them
@@ -29,7 +30,7 @@ def score(
     waveform: Tensor | np.ndarray,
     mel: Mel | None = None,
     *,
-    speaker: int | Sequence[int] | Tensor | None = None,
+    speaker: int | str | Sequence[int | str] | Tensor | None = None,
     grid: str | None = None,
     engine: str = "parallel",
     weights: str = "float32",
@@ -69,7 +70,8 @@ def score(
     WavearError
         If an argument does not fit the model.
     """
-    waveform = torch.as_tensor(waveform)
+    check_model(model)
+    waveform = as_tensor(waveform, "waveform")
     waveform = waveform[None] if waveform.dim() == 1 else waveform
     if waveform.dim() != 2 or waveform.shape[1] == 0:
         raise WavearError(
@@ -81,7 +83,7 @@ def score(
     if model.config.mel is not None and mel is None:  # its own, the last frame filled with zeros
         missing = -total % model.config.mel.hop_length
         mel = log_mel(torch.nn.functional.pad(waveform.float(), (0, missing)), model.config.mel)
-    speakers = Sampling(speaker=speaker).speakers(model.config.speakers)
+    speakers = Sampling(speaker=speaker).speakers(model)
     conditioner, number = prepare(model, mel, speakers, utterances=batch)
     if number != batch:
         raise WavearError(
@@ -151,7 +153,7 @@ def score_parallel(
 def _common_grid(model: AutoregressiveModel, name: str | None, engine: str) -> Grid:
     if name is None:
         return model.grid
-    if name not in COMMON_GRIDS:
+    if not isinstance(name, str) or name not in COMMON_GRIDS:
         raise WavearError(
             f"grid is {name!r}; it must be {' or '.join(COMMON_GRIDS)}, or None for the model's own"
             " codes"

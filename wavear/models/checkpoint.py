@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from wavear.common.errors import WavearError
+from wavear.common.errors import WavearError, require
 from wavear.mel.spectrogram import MelConfig
 from wavear.models.base import AutoregressiveModel
 from wavear.models.families import FAMILIES
@@ -17,6 +18,9 @@ from wavear.models.saving import CONFIG, FORMAT, WEIGHTS
 
 # Fields added after the first checkpoints, with the values that their absence means.
 LATER = {"law": "categorical", "mixtures": 10, "coarse_classes": 0, "pre_emphasis": 0.0}
+
+HUB = "hf:"
+"""What a name on the Hugging Face hub begins with."""
 
 
 class CheckpointError(WavearError):
@@ -29,7 +33,7 @@ def load(source: str | Path, device: str | torch.device = "cpu") -> Any:
     Parameters
     ----------
     source : str or Path
-        A directory that `save` wrote, or the id "owner/name" of a model on the Hugging Face hub.
+        A directory that `save` wrote, or "hf:owner/name", a model on the Hugging Face hub.
     device : str or torch.device
 
     Returns
@@ -48,7 +52,11 @@ def load(source: str | Path, device: str | torch.device = "cpu") -> Any:
 
     directory = _find(source)
     path = directory / WEIGHTS
-    model = _build(read_config(directory), directory / CONFIG)
+    described = read_config(directory)
+    model = _build(described, directory / CONFIG)
+    names = described.get("training", {}).get("speakers", [])
+    if isinstance(names, list) and len(names) == model.config.speakers:
+        model.speaker_names = tuple(map(str, names))
     try:
         tensors = load_file(path)
     except (SafetensorError, OSError) as error:
@@ -170,6 +178,7 @@ def _some(names: list[str]) -> str:
 
 
 def _find(source: str | Path) -> Path:
+    require(source, (str, os.PathLike), "checkpoint", "the path of a folder")
     directory = Path(source)
     if directory.is_dir():
         return directory
@@ -177,18 +186,18 @@ def _find(source: str | Path) -> Path:
         raise CheckpointError(
             f"{source} is a file: give the directory that holds {CONFIG} and {WEIGHTS}"
         )
-    parts = str(source).split("/")
-    if len(parts) != 2 or not all(parts) or str(source).startswith((".", "~")):
-        raise FileNotFoundError(f"{source}: no such directory")
+    # A mistyped path must not reach the hub, so a name there has to be marked.
+    name = str(source).removeprefix(HUB)
+    if name == str(source):
+        hint = f" (a model on the Hugging Face hub is {HUB}{name})" if name.count("/") == 1 else ""
+        raise FileNotFoundError(f"{source}: no such directory{hint}")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
 
     try:
-        return Path(snapshot_download(str(source), allow_patterns=[CONFIG, WEIGHTS]))
+        return Path(snapshot_download(name, allow_patterns=[CONFIG, WEIGHTS]))
     except HFValidationError:
-        raise FileNotFoundError(f"{source}: no such directory") from None
+        raise FileNotFoundError(f"{source}: the hub has owner/name only") from None
     except Exception as error:
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise FileNotFoundError(
-            f"{source}: no such directory, and the hub did not provide it: {reason}"
-        ) from None
+        raise FileNotFoundError(f"{source}: the hub did not provide it: {reason}") from None
