@@ -174,7 +174,7 @@ def test_generate(here: Path, capsys: pytest.CaptureFixture):
 
 
 def test_speakers_by_name(here: Path, capsys: pytest.CaptureFixture):
-    """A name, also one of digits that are no number of a speaker, stands for its number."""
+    """A name selects its speaker, also one of digits that is beyond the numbers."""
     command = shlex.split("generate speakers --seconds 0.02 --engine reference")
     for given in ("0", "p1", "1", "p226", "2", "1034"):
         assert run(capsys, *command, "--speaker", given, "--out", f"{given}.wav")[0] == 0

@@ -174,7 +174,7 @@ def _open(path: AudioPath) -> Iterator[tuple[soundfile.SoundFile, int | None]]:
     require(path, (str, os.PathLike, Member), "path", "the name of an audio file")
     name = str(path)
     if "\0" in name:
-        raise AudioError(f"{name!r} is no name of a file: it has a zero byte")
+        raise AudioError(f"{name!r} cannot be a file name: it contains a zero byte")
     if name.lower().endswith(".raw"):
         raise AudioError(
             f"{path}: raw samples have no sample rate and no format: convert them to WAV first,"

@@ -219,7 +219,7 @@ def resample_row(x: np.ndarray, from_rate: int, to_rate: int) -> np.ndarray:
 
 
 def as_array(waveform: Tensor | np.ndarray) -> np.ndarray:
-    """Return a waveform as a NumPy array; refuse what holds no numbers."""
+    """Return a waveform as a NumPy array; refuse anything else than numbers."""
     if not isinstance(waveform, Tensor):
         as_tensor(waveform, "waveform")
         return np.asarray(waveform)
@@ -235,7 +235,7 @@ def as_tensor(values: Any, name: str) -> Tensor:
     Raises
     ------
     WavearError
-        If `values` are no array of numbers; the message has `name`.
+        If `values` is not an array of numbers; the message has `name`.
     """
     if isinstance(values, Tensor):
         if values.is_meta or values.layout != torch.strided:

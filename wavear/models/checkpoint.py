@@ -20,7 +20,7 @@ from wavear.models.saving import CONFIG, FORMAT, WEIGHTS
 LATER = {"law": "categorical", "mixtures": 10, "coarse_classes": 0, "pre_emphasis": 0.0}
 
 HUB = "hf:"
-"""What a name on the Hugging Face hub begins with."""
+"""Prefix of a name on the Hugging Face hub."""
 
 
 class CheckpointError(WavearError):
