@@ -183,7 +183,7 @@ def test_a_hub_id_is_downloaded(saved, monkeypatch):
         return str(saved)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
-    assert wavear.load("someone/some-model").config.speakers == 2
+    assert wavear.load("hf:someone/some-model").config.speakers == 2
     assert asked == [("someone/some-model", ("config.json", "model.safetensors"))] * len(asked)
 
 
@@ -192,9 +192,16 @@ def test_an_unreachable_hub_is_reported(monkeypatch):
         raise ConnectionError("Name or service not known")
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
-    message = "someone/some-model: no such directory, and the hub did not provide it: Name"
+    message = "hf:someone/some-model: the hub did not provide it: Name"
     with pytest.raises(FileNotFoundError, match=message):
-        wavear.load("someone/some-model")
+        wavear.load("hf:someone/some-model")
+
+
+@pytest.mark.parametrize("path", ["rnus/best", "someone/some-model", "best", "a/b/c", "hf/x"])
+def test_a_mistyped_path_does_not_reach_the_hub(monkeypatch, path):
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: pytest.fail("asked"))
+    with pytest.raises(FileNotFoundError, match=f"{path}: no such directory"):
+        wavear.load(path)
 
 
 @pytest.mark.parametrize("engine", ["reference", "numba", "parallel"])

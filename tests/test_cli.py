@@ -41,7 +41,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("checkpoints")
     tiny(mel=MEL).save(folder / "mel")
     tiny().save(folder / "free")
-    tiny(speakers=3).save(folder / "speakers")
+    tiny(speakers=3).save(folder / "speakers", training={"speakers": ["p1", "p226", "1034"]})
     return folder
 
 
@@ -173,6 +173,34 @@ def test_generate(here: Path, capsys: pytest.CaptureFixture):
     assert Path("new/x.wav").read_bytes() != first
 
 
+def test_speakers_by_name(here: Path, capsys: pytest.CaptureFixture):
+    """A name selects its speaker, also one of digits that is beyond the numbers."""
+    command = shlex.split("generate speakers --seconds 0.02 --engine reference")
+    for given in ("0", "p1", "1", "p226", "2", "1034"):
+        assert run(capsys, *command, "--speaker", given, "--out", f"{given}.wav")[0] == 0
+    made = {path.stem: path.read_bytes() for path in Path().glob("*.wav")}
+    assert made["p1"] == made["0"] != made["1"]
+    assert made["p226"] == made["1"]
+    assert made["1034"] == made["2"]
+    model = wavear.load("speakers")
+    named = wavear.generate(model, samples=50, speaker=["p226", 2], engine="reference")
+    assert torch.equal(
+        named, wavear.generate(model, samples=50, speaker=[1, 2], engine="reference")
+    )
+
+
+def test_bench_prints_its_table(
+    here: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
+    """Without a shape, and with an engine that has one kind of weights only."""
+    monkeypatch.setattr("wavear.benchmark.speed.ENGINES", {"cpu": ("reference",)})
+    for more in ([], ["--engines", "reference"]):
+        command = shlex.split("bench --layers 2 --stacks 1 --seconds 0.01")
+        status, out, err = run(capsys, *command, *more)
+        assert status == 0, err
+        assert out.count("| reference | float32 | 1 |") == 1
+
+
 def test_info(here: Path, capsys: pytest.CaptureFixture):
     status, out, _ = run(capsys, "info", "mel")
     assert status == 0
@@ -271,6 +299,7 @@ def test_inputs_with_the_same_output_are_refused(here: Path, capsys: pytest.Capt
         ("generate free --seconds 1 --out x.mp3", "takes a .flac, .ogg, .opus, .wav file"),
         ("generate free --seconds 1 --out in", "in is not an audio file"),
         ("generate speakers --seconds 1 --engine reference --out x.wav", "needs a speaker, 0 to 2"),
+        ("generate speakers --seconds 1 --out x.wav --speaker p9", "or a name: p1, p226, 1034"),
         (
             "generate speakers --seconds 1 --engine reference --out x.wav --speaker 3",
             "speaker is 3",

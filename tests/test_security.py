@@ -142,12 +142,12 @@ def test_an_evaluation_cannot_load_a_checkpoint_of_the_hub(
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     record = json.loads(evaluated(here).read_text())
-    record["checkpoint"]["source"] = "owner/name"
+    record["checkpoint"]["source"] = "hf:owner/name"
     for name in ("a", "b"):
         (here / name).mkdir()
         (here / name / "evaluation.json").write_text(json.dumps(record))
     table = compare_models([here / "a", here / "b"], here / "table", None, FAST)
-    assert any("owner/name: no such directory)" in note for note in table.record["notes"])
+    assert any("hf:owner/name: no such directory)" in note for note in table.record["notes"])
 
 
 @pytest.mark.parametrize("name", ["../../data/0.wav", "/etc/passwd"])

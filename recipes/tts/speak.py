@@ -25,7 +25,7 @@ class Speak:
     """The text, and the models that speak it."""
 
     checkpoint: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="CHECKPOINT")]
-    """Vocoder: a folder such as runs/tts/best, or owner/name on the Hugging Face hub."""
+    """Vocoder: a folder such as runs/tts/best, or hf:owner/name on the Hugging Face hub."""
     text: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="TEXT")]
     """In English."""
     out: Path = Path("speech.wav")

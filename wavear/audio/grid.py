@@ -12,14 +12,13 @@ from torch import Tensor
 
 from wavear.audio.mulaw import (
     MAX_CLASSES,
-    as_tensor,
     check_codes,
     check_waveform,
     mulaw_decode,
     mulaw_encode,
     silence_code,
 )
-from wavear.audio.waveforms import Waveform
+from wavear.audio.waveforms import Waveform, as_tensor
 from wavear.common.errors import WavearError
 
 Kind = Literal["mulaw", "linear"]

@@ -16,13 +16,11 @@ a code by 0.004, and 0.5 is allowed.
 from __future__ import annotations
 
 import operator
-from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from wavear.audio.waveforms import Waveform
+from wavear.audio.waveforms import Waveform, as_tensor
 from wavear.common.errors import WavearError
 
 MAX_CLASSES = 65536  # 16 bits
@@ -117,6 +115,7 @@ def silence_code(classes: int = 256) -> int:
 
 def check_waveform(waveform: Tensor) -> Tensor:
     """Return a waveform in at least float32, without its graph, or raise WavearError."""
+    waveform = as_tensor(waveform, "waveform")
     if not waveform.dtype.is_floating_point:
         raise WavearError(
             f"waveform is {waveform.dtype}, expected floating point in [-1, 1]; "
@@ -129,6 +128,7 @@ def check_waveform(waveform: Tensor) -> Tensor:
 
 def check_codes(codes: Tensor, classes: int) -> Tensor:
     """Return codes as int64, or raise WavearError if they are not integers in [0, classes)."""
+    codes = as_tensor(codes, "codes")
     if codes.dtype.is_floating_point or codes.dtype.is_complex or codes.dtype == torch.bool:
         raise WavearError(f"codes are {codes.dtype}, expected integers in [0, {classes})")
     codes = codes.to(torch.int64)
@@ -137,16 +137,6 @@ def check_codes(codes: Tensor, classes: int) -> Tensor:
         if low < 0 or high >= classes:
             raise WavearError(f"codes reach from {low} to {high}, outside [0, {classes})")
     return codes
-
-
-def as_tensor(values: Any, name: str) -> Tensor:
-    """Return numbers as a tensor of int64, float32 or float64."""
-    array = np.asarray(values)
-    if array.dtype.kind not in "fiu":
-        raise WavearError(f"{name} of type {array.dtype} cannot be read as numbers")
-    kind = "i8" if array.dtype.kind != "f" else "f8" if array.dtype.itemsize > 4 else "f4"
-    # A copy in native byte order: torch refuses negative strides and warns about read-only memory.
-    return torch.from_numpy(np.array(array, dtype=kind, order="C"))
 
 
 def _check_classes(classes: int) -> int:

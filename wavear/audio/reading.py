@@ -34,7 +34,7 @@ from wavear.audio.waveforms import (
     resample_blocks,
     resampled_length,
 )
-from wavear.common.errors import WavearError
+from wavear.common.errors import WavearError, require
 
 if TYPE_CHECKING:
     import soundfile
@@ -235,6 +235,15 @@ def _open(path: AudioPath) -> Iterator[tuple[soundfile.SoundFile, int | None]]:
     """Open and check a file; yield it with the latest sample that a seek reaches exactly."""
     import soundfile
 
+    require(path, (str, os.PathLike, Member), "path", "the name of an audio file")
+    name = str(path)
+    if "\0" in name:
+        raise AudioError(f"{name!r} cannot be a file name: it contains a zero byte")
+    if name.lower().endswith(".raw"):
+        raise AudioError(
+            f"{path}: raw samples have no sample rate and no format: convert them to WAV first,"
+            " such as with sox or ffmpeg"
+        )
     source, findings = _checked(path)
     # A file that only has the name of an MP3 goes to the MP3 decoder, too.
     noisy = findings.is_mp3 or str(path).lower().endswith(".mp3")

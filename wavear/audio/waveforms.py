@@ -6,15 +6,17 @@ A waveform is a mono tensor or array of shape (T,), floating point in [-1, 1].
 from __future__ import annotations
 
 import math
+import numbers
 import operator
+import os
 from collections.abc import Iterable, Iterator
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from wavear.common.errors import WavearError
+from wavear.common.errors import WavearError, require
 
 MIN_SAMPLE_RATE, MAX_SAMPLE_RATE = 1000, 384_000  # Hz
 
@@ -41,8 +43,10 @@ def normalize_peak(waveform: Waveform, decibels: float = -1.0) -> Waveform:
     >>> normalize_peak(torch.tensor([0.1, -0.25]), 0.0)
     tensor([ 0.4000, -1.0000])
     """
+    require(decibels, numbers.Real, "decibels", "a number, -200 to 0")
     if not -200 <= decibels <= 0:
         raise WavearError(f"the peak is {decibels} dB, expected -200 to 0")
+    waveform = _samples(waveform)
     level = 10 ** (decibels / 20)
     if isinstance(waveform, Tensor):
         peak = waveform.abs().amax(-1, keepdim=True)
@@ -72,8 +76,10 @@ def fade(waveform: Waveform, sample_rate: int, milliseconds: float) -> Waveform:
     >>> fade(torch.ones(6), 1000, 2.0)
     tensor([0.1464, 0.8536, 1.0000, 1.0000, 0.8536, 0.1464])
     """
+    require(milliseconds, numbers.Real, "milliseconds", "a number, 0 or more")
     if not 0 <= milliseconds < math.inf:
         raise WavearError(f"the fade is {milliseconds} ms, expected 0 or more")
+    waveform = _samples(waveform)
     total = waveform.shape[-1]
     count = min(round(milliseconds * check_rate(sample_rate) / 1000), total // 2)
     ramp = 0.5 - 0.5 * np.cos(np.pi * (np.arange(count) + 0.5) / max(count, 1))
@@ -164,6 +170,7 @@ def trim_silence(
     >>> len(trim_silence(beep, margin=512))
     7168
     """
+    require(top_db, numbers.Real, "top_db", "a number above 0")
     if not top_db > 0:
         raise WavearError(f"top_db is {top_db}, expected more than 0")
     margin = check_count("margin", margin, 0)
@@ -208,6 +215,17 @@ def sounding(
     return max(int(loud[0]) * hop - margin, 0), min((int(loud[-1]) + 1) * hop + margin, total)
 
 
+def _samples(waveform: Any) -> Any:
+    """Return a tensor or array of floating point, shape (..., T) with T above 0."""
+    waveform = as_tensor(waveform, "waveform") if isinstance(waveform, Tensor) else waveform
+    x = as_array(waveform)
+    if x.dtype.kind != "f" or x.ndim == 0 or not x.size:
+        raise WavearError(
+            f"waveform is {x.dtype} of shape {x.shape}, expected floating point of shape (..., T)"
+        )
+    return waveform if isinstance(waveform, Tensor) else x
+
+
 def resampled_length(samples: int, from_rate: int, to_rate: int) -> int:
     """Return round(samples * to_rate / from_rate), half rounded up."""
     return (2 * samples * to_rate + from_rate) // (2 * from_rate)
@@ -242,11 +260,43 @@ def resample_blocks(
 
 
 def as_array(waveform: Tensor | np.ndarray) -> np.ndarray:
-    """Return a waveform as a NumPy array."""
-    if isinstance(waveform, Tensor):
-        waveform = waveform.detach().cpu()
-        return (waveform.float() if waveform.dtype == torch.bfloat16 else waveform).numpy()
-    return np.asarray(waveform)
+    """Return a waveform as a NumPy array; refuse anything else than numbers."""
+    if not isinstance(waveform, Tensor):
+        as_tensor(waveform, "waveform")
+        return np.asarray(waveform)
+    waveform = as_tensor(waveform, "waveform").cpu()
+    exact = waveform.dtype in (torch.float16, torch.float32, torch.float64)
+    keep = exact or not waveform.is_floating_point()  # NumPy has no bfloat16 and no 8-bit types
+    return (waveform if keep else waveform.float()).numpy()
+
+
+def as_tensor(values: Any, name: str) -> Tensor:
+    """Return a tensor without its gradient, other numbers as int64, float32 or float64.
+
+    Raises
+    ------
+    WavearError
+        If `values` is not an array of numbers; the message has `name`.
+    """
+    if isinstance(values, Tensor):
+        if values.is_meta or values.layout != torch.strided:
+            raise WavearError(f"{name} is a tensor without its own values: expected a dense one")
+        small = values.is_floating_point() and values.dtype.itemsize == 1  # few operations have it
+        return values.detach().float() if small else values.detach()
+    try:
+        array = np.asarray(values)
+    except (ValueError, TypeError, RuntimeError):  # rows of several lengths, lists of tensors
+        raise WavearError(f"{name} is a {type(values).__name__} of unequal parts") from None
+    if array.dtype.kind not in "fiu":
+        shown = f" ({values!r:.60})" if isinstance(values, str | os.PathLike) else ""
+        remedy = ": read it first, with wavear.audio.read" if shown else ""
+        raise WavearError(
+            f"{name} is a {type(values).__name__}{shown}, of type {array.dtype}, which cannot be"
+            f" read as numbers{remedy}"
+        )
+    kind = "i8" if array.dtype.kind != "f" else "f8" if array.dtype.itemsize > 4 else "f4"
+    # A copy in native byte order: torch refuses negative strides and warns about read-only memory.
+    return torch.from_numpy(np.array(array, dtype=kind, order="C"))
 
 
 def check_rate(sample_rate: int) -> int:
@@ -265,6 +315,6 @@ def check_count(name: str, value: int, least: int = 1) -> int:
         count = operator.index(value)
     except TypeError:
         raise WavearError(f"{name} is {value!r}, expected an integer") from None
-    if count < least or isinstance(value, bool):
+    if not least <= count < 2**62 or isinstance(value, bool):
         raise WavearError(f"{name} is {value!r}, expected {least} or more")
     return count

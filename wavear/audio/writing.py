@@ -12,7 +12,7 @@ import torch
 
 from wavear.audio.waveforms import as_array, check_rate
 from wavear.common.atomic import replace_file
-from wavear.common.errors import WavearError
+from wavear.common.errors import WavearError, require
 
 
 class _Format(NamedTuple):
@@ -69,6 +69,7 @@ def write(
     """
     import soundfile
 
+    require(path, (str, os.PathLike), "path", "the name of an audio file")
     target = Path(path)
     container, subtype = _encoding(target, encoding)
     rate = check_rate(sample_rate)

@@ -271,6 +271,7 @@ def measure_all(
     if not weights:
         weights = ("float32", "bfloat16", "float16" if kind == "cuda" else "int8")
         weights = weights[: 1 if linear else None]
+        weights = [w for w in weights if any(w in PRECISIONS[engine] for engine in engines)]
     plan = [
         (engine, precision, batch)
         for engine, precision, batch in itertools.product(engines, weights, batches)

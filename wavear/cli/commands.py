@@ -75,7 +75,7 @@ def info(checkpoint: Checkpoint) -> int:
     Parameters
     ----------
     checkpoint
-        Folder that `wavear train` wrote, or owner/name on the Hugging Face hub.
+        Folder that `wavear train` wrote, or hf:owner/name on the Hugging Face hub.
     """
     from wavear.models.info import describe
 
@@ -97,7 +97,7 @@ def evaluate(
     Parameters
     ----------
     checkpoint
-        Folder that `wavear train` wrote, or owner/name on the Hugging Face hub.
+        Folder that `wavear train` wrote, or hf:owner/name on the Hugging Face hub.
     data
         Held-out recordings: a folder, a file, or a manifest (table or JSON lines with `path`,
         `audio_filepath` or `file_name`, `start`, `duration` or `end`; `path|text`; docs/data.md).
@@ -266,7 +266,7 @@ def bench(
     Parameters
     ----------
     checkpoint
-        Folder that `wavear train` wrote, or owner/name on the Hugging Face hub; by default the
+        Folder that `wavear train` wrote, or hf:owner/name on the Hugging Face hub; by default the
         network of the flags.
     shape
         A published network instead of the flags below; `--shape list` lists them.
@@ -306,9 +306,9 @@ def bench(
         shape=shape,
         settings=flags,
         unconditional=unconditional,
-        engines=engines,
-        weights=weights,
-        batches=batches,
+        engines=engines or None,
+        weights=weights or None,
+        batches=batches or None,
         threads=threads,
         seconds=seconds,
     )

@@ -49,7 +49,7 @@ def synthesize(
     inputs
         Audio files (their mel is taken), mels (.npy, .npz, .pt, .safetensors; bands first), or
         folders of these. With --stream: -, stdin, float32 frame after frame, or a .npy array.
-        Before them a folder that `wavear train` wrote, or owner/name on the Hugging Face hub; by
+        Before them a folder that `wavear train` wrote, or hf:owner/name on the Hugging Face hub; by
         default the voice that comes with wavear.
     out
         Folder to write to; it is made if missing. By default x.wav becomes x-synthesized.wav next
@@ -133,7 +133,7 @@ def generate(
     Parameters
     ----------
     checkpoint
-        Folder that `wavear train` wrote, or owner/name on the Hugging Face hub.
+        Folder that `wavear train` wrote, or hf:owner/name on the Hugging Face hub.
     seconds
         Seconds of audio to make.
     out

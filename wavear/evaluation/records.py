@@ -48,9 +48,9 @@ class EvaluateConfig:
     temperature: float = 1.0
     """Divides the logits: 1 as trained, below 1 duller and cleaner, above 1 noisier. Bits are
     always at 1."""
-    speaker: int | None = None
-    """Number of the speaker, for a model with speakers; None: by the names of folders, or the
-    manifest's column."""
+    speaker: int | str | None = None
+    """Name or number of the speaker, for a model with speakers; None: by the names of folders, or
+    the manifest's column."""
     engine: str = "auto"
     """auto, numba (compiled for this CPU) or reference (slow, any device): makes the audio."""
     weights: str = "float32"

@@ -40,6 +40,7 @@ from wavear.evaluation.records import SOUNDS, SYSTEMS, Clip, EvaluateConfig
 from wavear.evaluation.statistics import bootstrap
 from wavear.generation.engines import make_engine, name_of_engine
 from wavear.generation.sampler import generate
+from wavear.generation.settings import Sampling
 from wavear.mel.spectrogram import log_mel
 from wavear.models import checkpoint
 from wavear.models.base import AutoregressiveModel
@@ -186,19 +187,12 @@ def _speaker_numbers(
     model: AutoregressiveModel,
     described: dict[str, Any],
     clips: list[Recording],
-    given: int | None,
+    given: int | str | None,
     failed: dict[str, str],
 ) -> list[int | None]:
     """Return the speaker of each clip; a clip of an unknown speaker goes into `failed` instead."""
-    count = model.config.speakers
-    if not count:
-        if given is not None:
-            raise WavearError(f"speaker is {given}, but the model was trained without speakers")
-        return [None] * len(clips)
-    if given is not None:
-        if not 0 <= given < count:
-            raise WavearError(f"speaker is {given}; the model has speakers 0 to {count - 1}")
-        return [given] * len(clips)
+    if given is not None or not model.config.speakers:
+        return (Sampling(speaker=given).speakers(model) or [None]) * len(clips)  # type: ignore[return-value]
     names = described.get("training", {}).get("speakers", [])
     found: list[int | None] = []
     for clip in clips:

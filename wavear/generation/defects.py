@@ -9,8 +9,10 @@ from typing import Literal
 import numpy as np
 import torch
 
+from wavear.audio.waveforms import as_tensor, check_rate
+from wavear.common.errors import WavearError
 from wavear.mel.conversion import per_neper
-from wavear.mel.spectrogram import MelConfig, log_mel
+from wavear.mel.spectrogram import MelConfig, check_config, log_mel
 
 Kind = Literal["silence", "constant", "loop", "noise", "clipping", "quieter", "louder"]
 
@@ -62,7 +64,7 @@ def watch(
     waveform: torch.Tensor | np.ndarray,
     sample_rate: int,
     *,
-    mel: torch.Tensor | None = None,
+    mel: torch.Tensor | np.ndarray | None = None,
     config: MelConfig | None = None,
 ) -> list[Finding]:
     """Return the defects of generated audio that its samples show.
@@ -79,7 +81,7 @@ def watch(
     waveform : Tensor or array, shape (T,), in [-1, 1]
     sample_rate : int
         Hz.
-    mel : Tensor, shape (M, F), optional
+    mel : Tensor or array, shape (M, F), optional
         The mel that the audio was made from.
     config : MelConfig, optional
         Of `mel`.
@@ -89,21 +91,34 @@ def watch(
     list of Finding
         In the order of time: the longest of each kind, and one for all clipping.
 
+    Raises
+    ------
+    WavearError
+        If an argument has another shape or type, or holds NaN or infinity.
+
     Examples
     --------
     >>> [finding.kind for finding in watch(torch.zeros(22050), 22050)]
     ['silence']
     """
-    x = torch.as_tensor(waveform).detach().cpu().double().numpy()
+    x = as_tensor(waveform, "waveform").cpu().double().numpy()
     if x.ndim != 1 or not x.size:
-        raise ValueError(f"waveform has shape {x.shape}, expected (T,) with T of 1 or more")
+        raise WavearError(f"waveform has shape {x.shape}, expected (T,) with T of 1 or more")
+    if not np.isfinite(x).all():
+        raise WavearError("waveform holds NaN or infinity")
+    sample_rate = check_rate(sample_rate)
+    if mel is not None and config is not None:
+        check_config(config, "config")
+        mel = as_tensor(mel, "mel")
+        if mel.ndim != 2 or mel.shape[0] != config.bands:
+            raise WavearError(f"mel has shape {tuple(mel.shape)}, expected ({config.bands}, F)")
     found = [
         *_standstill(x, sample_rate, mel is not None),
         *_noise(x, sample_rate),
         *_clipping(x, sample_rate),
     ]
     if mel is not None and config is not None:
-        found += _against_mel(x, mel, config)
+        found += _against_mel(x, torch.as_tensor(mel), config)
     if not any(finding.kind in ("silence", "constant") for finding in found):
         found += _loop(x, sample_rate)
     return sorted(found, key=lambda finding: finding.start)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from wavear.common.errors import WavearError
+from wavear.common.errors import WavearError, require
 from wavear.generation.checks import check_finite_weights
 from wavear.generation.cuda import choice
 from wavear.generation.engine import Engine
 from wavear.generation.reference import ReferenceEngine
-from wavear.models.base import AutoregressiveModel
+from wavear.models.base import AutoregressiveModel, check_model
 
 ENGINES = ("auto", "reference", "numba", "cuda-graph", "triton")
 WEIGHTS = ("float32", "bfloat16", "int8", "float16")
@@ -48,12 +48,15 @@ def make_engine(
         If there is no such engine, it cannot run the model (the message names one that can), or
         weights are not finite.
     """
+    check_model(model)
+    require(engine, str, "engine", f"one of {', '.join(ENGINES)}")
+    require(weights, str, "weights", f"one of {', '.join(WEIGHTS)}")
     if engine not in ENGINES:
         raise WavearError(f"engine is {engine!r}; it must be one of {', '.join(ENGINES)}")
     if weights not in WEIGHTS:
         raise WavearError(f"weights is {weights!r}; it must be one of {', '.join(WEIGHTS)}")
-    if threads is not None and threads < 1:
-        raise WavearError(f"threads is {threads}; it must be at least 1")
+    if threads is not None and not (isinstance(threads, int) and threads >= 1):
+        raise WavearError(f"threads is {threads!r}; it must be at least 1")
     if engine == "auto":
         device = next(model.parameters()).device
         if device.type == "cuda":

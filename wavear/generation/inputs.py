@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from wavear.common.errors import WavearError
+from wavear.audio.waveforms import as_tensor
+from wavear.common.errors import WavearError, require
 from wavear.generation.conditioner import Conditioner
 from wavear.mel.spectrogram import MelConfig
 from wavear.models.base import AutoregressiveModel
 
+_MOST_SAMPLES = 2**31
 Mel = Tensor | np.ndarray | Sequence[Tensor | np.ndarray]
 
 
@@ -50,7 +52,10 @@ def check_mel(mel: Any, config: MelConfig | None) -> list[Tensor] | None:
         )
     if isinstance(mel, Tensor | np.ndarray):
         mel = list(mel) if mel.ndim == 3 else [mel]
-    mels = [torch.as_tensor(m) for m in mel]
+    require(mel, Iterable, "mel", "a tensor or array (B, M, F) or (M, F), or a sequence of them")
+    if isinstance(mel, str | bytes):
+        raise WavearError(f"mel is {mel!r:.60}, expected numbers: read the file, or use log_mel")
+    mels = [as_tensor(m, "mel") for m in mel]
     if not mels:
         raise WavearError("there is no mel: the batch is empty")
     for m in mels:
@@ -75,9 +80,13 @@ def check_samples(
 ) -> list[int]:
     """Return the samples to make of each utterance, after the `begin` samples of a prime."""
     if samples is not None and (
-        isinstance(samples, bool) or not isinstance(samples, int | np.integer) or samples < 1
+        isinstance(samples, bool)
+        or not isinstance(samples, int | np.integer)
+        or not 1 <= samples <= _MOST_SAMPLES
     ):
-        raise WavearError(f"samples is {samples!r}; it must be a whole number of at least 1")
+        raise WavearError(
+            f"samples is {samples!r}; it must be a whole number, 1 to {_MOST_SAMPLES}"
+        )
     if lengths is None:
         if samples is None:
             raise WavearError("samples is needed: no mel determines the length of the audio")

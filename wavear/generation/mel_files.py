@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from wavear.audio.waveforms import as_tensor
 from wavear.common.atomic import replace_file
 from wavear.common.errors import WavearError, one_line
 from wavear.common.log import get_logger
@@ -205,7 +206,7 @@ def _read_pt(path: Path) -> tuple[torch.Tensor, Any]:
         raise WavearError(
             f"{path} holds a {type(loaded).__name__}, expected a tensor or a dict with 'mel'"
         )
-    return loaded, described
+    return as_tensor(loaded, str(path)), described
 
 
 def _read_safetensors(path: Path) -> tuple[torch.Tensor, Any]:

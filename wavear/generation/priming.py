@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from wavear.audio.emphasis import Deemphasis, coefficient, emphasised
+from wavear.audio.waveforms import as_tensor
 from wavear.common.errors import WavearError
 from wavear.generation.engine import Engine
 from wavear.models.base import AutoregressiveModel
@@ -24,7 +25,7 @@ def check_prime(prime: Any) -> Tensor:
 
     A `WavearError` reports that its shape or type is wrong, or it holds NaN or exceeds full scale.
     """
-    waveform = torch.as_tensor(prime).detach().cpu()
+    waveform = as_tensor(prime, "prime").cpu()
     waveform = waveform[None] if waveform.dim() == 1 else waveform
     if waveform.dim() != 2 or waveform.numel() == 0:
         raise WavearError(

@@ -33,7 +33,7 @@ def generate(
     mel: Mel | None = None,
     *,
     samples: int | None = None,
-    speaker: int | Sequence[int] | Tensor | None = None,
+    speaker: int | str | Sequence[int | str] | Tensor | None = None,
     seed: int | Sequence[int] = 0,
     temperature: float | Tensor | np.ndarray = 1.0,
     top_k: int | None = None,
@@ -59,8 +59,8 @@ def generate(
     samples : int, optional
         Samples T of each utterance, not counting a prime. With a mel at most, and by default, F *
         hop; without one it is required.
-    speaker : int, or one per utterance
-        For a model with speakers, 0 to speakers - 1.
+    speaker : int or str, or one per utterance
+        For a model with speakers: 0 to speakers - 1, or a name that its checkpoint has.
     seed : int, or one per utterance; 0 to 2**64 - 1
         An utterance is a function of its own seed: with one number, each utterance is the same in
         any batch.
@@ -146,7 +146,7 @@ def generate_with(
     sampling = sampling.checked(model)
     seeds = sampling.seeds
     past = torch.empty(1, 0) if prime is None else check_prime(prime)
-    speakers = sampling.speakers(model.config.speakers)
+    speakers = sampling.speakers(model)
     conditioner, batch = prepare(model, mel, speakers, utterances=len(seeds), primes=len(past))
     seeds = seeds * batch if len(seeds) == 1 else seeds
     for doubt in doubts(past):

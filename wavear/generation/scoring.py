@@ -12,6 +12,7 @@ from torch import Tensor
 from wavear.audio.emphasis import coefficient, emphasised
 from wavear.audio.grid import COMMON_GRIDS, Grid
 from wavear.audio.scale import limited
+from wavear.audio.waveforms import as_tensor
 from wavear.common.errors import WavearError
 from wavear.common.log import get_logger
 from wavear.generation.checks import check_finite_weights
@@ -21,7 +22,7 @@ from wavear.generation.inputs import Mel, prepare
 from wavear.generation.progress import chunks
 from wavear.generation.settings import Sampling
 from wavear.mel.spectrogram import log_mel
-from wavear.models.base import AutoregressiveModel
+from wavear.models.base import AutoregressiveModel, check_model
 from wavear.models.distributions import log_prob_on
 
 logger = get_logger(__name__)
@@ -34,7 +35,7 @@ def score(
     waveform: Tensor | np.ndarray,
     mel: Mel | None = None,
     *,
-    speaker: int | Sequence[int] | Tensor | None = None,
+    speaker: int | str | Sequence[int | str] | Tensor | None = None,
     grid: str | None = None,
     engine: str = "parallel",
     weights: str = "float32",
@@ -75,7 +76,8 @@ def score(
     WavearError
         If an argument does not fit the model.
     """
-    waveform = torch.as_tensor(waveform)
+    check_model(model)
+    waveform = as_tensor(waveform, "waveform")
     waveform = waveform[None] if waveform.dim() == 1 else waveform
     if waveform.dim() != 2 or waveform.shape[1] == 0:
         raise WavearError(
@@ -88,7 +90,7 @@ def score(
     if model.config.mel is not None and mel is None:  # its own, the last frame filled with zeros
         missing = -total % model.config.mel.hop_length
         mel = log_mel(torch.nn.functional.pad(waveform.float(), (0, missing)), model.config.mel)
-    speakers = Sampling(speaker=speaker).speakers(model.config.speakers)
+    speakers = Sampling(speaker=speaker).speakers(model)
     conditioner, number = prepare(model, mel, speakers, utterances=batch)
     if number != batch:
         raise WavearError(
@@ -159,7 +161,7 @@ def score_parallel(
 def _common_grid(model: AutoregressiveModel, name: str | None, engine: str) -> Grid:
     if name is None:
         return model.grid
-    if name not in COMMON_GRIDS:
+    if not isinstance(name, str) or name not in COMMON_GRIDS:
         raise WavearError(
             f"grid is {name!r}; it must be {' or '.join(COMMON_GRIDS)}, or None for the model's own"
             " codes"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import numbers
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -12,17 +13,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from wavear.audio.waveforms import as_tensor
 from wavear.common.errors import WavearError
-from wavear.models.base import AutoregressiveModel
+from wavear.models.base import AutoregressiveModel, check_model
 
 COLDEST = 1e-6  # every engine can divide by this temperature and by what it makes of the logits
 
 if TYPE_CHECKING:
     Seed = int | Sequence[int]
-    Speaker = int | Sequence[int] | Tensor | None
+    Speaker = int | str | Sequence[int | str] | Tensor | None
     Temperature = float | Tensor | np.ndarray
 else:  # the command line makes its flags from these types: one number of each
-    Seed, Speaker, Temperature = int, int | None, float
+    Seed, Speaker, Temperature = int, int | str | None, float
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ class Sampling:
     best_of: int = 1
     """Make this many candidates and keep the likeliest; takes as many times as long."""
     speaker: Speaker = None
-    """Number of the speaker, for a model with speakers."""
+    """Name or number of the speaker, for a model with speakers."""
     engine: str = "auto"
     """auto, numba (compiled for this CPU), triton or cuda-graph (on a CUDA device), or reference
     (slow, any device)."""
@@ -65,7 +67,11 @@ class Sampling:
         A `WavearError` names a value that is out of range, or truncation of a distribution that has
         no codes to choose among.
         """
-        for value in self.seed if isinstance(self.seed, Iterable) else [self.seed]:
+        check_model(model)
+        seed: Any = self.seed
+        several = isinstance(seed, Iterable) and getattr(seed, "ndim", 1) == 1
+        values: list[Any] = list(seed) if several else [seed]
+        for value in values:
             if not _is_whole(value) or not 0 <= value < 2**64:
                 raise WavearError(f"seed is {value!r}; it must be a whole number, 0 to 2**64 - 1")
         if not self.seeds:
@@ -85,7 +91,9 @@ class Sampling:
             if value is not None and (not _is_whole(value) or value < 1):
                 raise WavearError(f"{name} is {value!r}; it must be a whole number of at least 1")
         if self.top_p is not None and (
-            isinstance(self.top_p, bool | str) or not 0 < self.top_p <= 1
+            isinstance(self.top_p, bool)
+            or not isinstance(self.top_p, numbers.Real)
+            or not 0 < self.top_p <= 1
         ):
             raise WavearError(f"top_p is {self.top_p!r}; it must be above 0 and at most 1")
         if self.argmax and truncated:
@@ -116,31 +124,44 @@ class Sampling:
 
     def _temperatures(self) -> np.ndarray:
         given: Any = self.temperature
-        given = given.detach().cpu().numpy() if isinstance(given, Tensor) else given
-        return np.asarray(given).astype(np.float64)
+        return as_tensor(given, "temperature").cpu().double().numpy()
 
-    def speakers(self, count: int) -> list[int] | None:
-        """Return the speakers of a model with `count` of them: one, or one per utterance."""
+    def speakers(self, model: AutoregressiveModel) -> list[int] | None:
+        """Return the numbers of the speakers, one or one per utterance; None without speakers."""
+        check_model(model)
+        count, names = model.config.speakers, model.speaker_names
+        given: Any = self.speaker
         if count == 0:
-            if self.speaker is not None:
-                raise WavearError(f"speaker is {self.speaker}; the model was trained without any")
+            if given is not None:
+                raise WavearError(f"speaker is {given}; the model was trained without any")
             return None
-        if self.speaker is None:
-            raise WavearError(f"the model needs a speaker, 0 to {count - 1}")
-        try:
-            values = torch.as_tensor(self.speaker)
-        except (TypeError, ValueError, RuntimeError):
-            values = torch.empty(0)
-        kind = values.dtype
-        if kind.is_floating_point or kind == torch.bool or values.dim() > 1 or not values.numel():
+        known = f"0 to {count - 1}" + (f", or a name: {', '.join(names)}" if names else "")
+        if given is None:
+            raise WavearError(f"the model needs a speaker, {known}")
+        one = isinstance(given, str) or not isinstance(given, Sequence)
+        chosen: list[Any] = [given] if one else list(given)
+        if one and not isinstance(given, str):  # a number, or an array of them
+            values = as_tensor(given, "speaker")
+            kind = values.dtype
+            if kind.is_floating_point or kind.is_complex or values.dim() > 1:
+                chosen = []
+            else:
+                chosen = [] if kind == torch.bool else values.reshape(-1).tolist()
+        wrong = [v for v in chosen if not isinstance(v, str) and not _is_whole(v)]
+        if not chosen or wrong:
             raise WavearError(
-                f"speaker is {self.speaker!r}; expected a whole number, or one per utterance"
+                f"speaker is {given!r}; expected a whole number or a name, or one per utterance"
             )
-        numbers = [int(value) for value in values.reshape(-1)]
-        for number in numbers:
-            if not 0 <= number < count:
-                raise WavearError(f"speaker is {number}; the model has 0 to {count - 1}")
-        return numbers
+        return [_speaker_number(value, count, names, known) for value in chosen]
+
+
+def _speaker_number(value: int | str, count: int, names: Sequence[str], known: str) -> int:
+    """Return the number of a speaker; a number that none has may be a name, such as 1034."""
+    if not isinstance(value, str) and 0 <= value < count:
+        return int(value)
+    if str(value) in names:
+        return names.index(str(value))
+    raise WavearError(f"speaker is {value}; the model has {known}")
 
 
 def _is_whole(value: Any) -> bool:

@@ -33,8 +33,8 @@ class Stream:
     model : AutoregressiveModel
         Its weights must not change while streams of it are alive.
     seed : int, 0 to 2**64 - 1
-    speaker : int, optional
-        For a model with speakers.
+    speaker : int or str, optional
+        Number or name, for a model with speakers.
     temperature : float
         Above 0; divides the logits.
     engine, weights, threads
@@ -68,7 +68,7 @@ class Stream:
         self,
         model: AutoregressiveModel,
         seed: int = 0,
-        speaker: int | None = None,
+        speaker: int | str | None = None,
         temperature: float = 1.0,
         engine: str = "auto",
         weights: str = "float32",
@@ -284,7 +284,7 @@ class StreamBatch:
     def add(
         self,
         seed: int = 0,
-        speaker: int | None = None,
+        speaker: int | str | None = None,
         temperature: float = 1.0,
         prime: Tensor | np.ndarray | None = None,
         state: StreamState | str | Path | None = None,

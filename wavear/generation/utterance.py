@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from wavear.audio.emphasis import Deemphasis, coefficient
+from wavear.audio.waveforms import as_tensor
 from wavear.common.errors import WavearError
 from wavear.generation.conditioner import UtteranceConditioner
 from wavear.generation.engine import Engine
@@ -30,7 +31,7 @@ class Utterance:
     def __init__(self, model: AutoregressiveModel, sampling: Sampling, prime: Any = None):
         if len(sampling.seeds) != 1 or not isinstance(sampling.seed, int | np.integer):
             raise WavearError(f"seed is {sampling.seed!r}; a stream has one whole number")
-        speakers = sampling.speakers(model.config.speakers)
+        speakers = sampling.speakers(model)
         if speakers is not None and len(speakers) != 1:
             raise WavearError(f"speaker is {sampling.speaker!r}; a stream has one")
         if isinstance(sampling.temperature_of(1, 1), np.ndarray):
@@ -65,8 +66,7 @@ class Utterance:
 
     def push(self, mel: Tensor | np.ndarray) -> None:
         """Append frames (M, n) or (M,)."""
-        # Copy an array: torch warns of read-only memory, and takes no negative strides.
-        mel = mel if isinstance(mel, Tensor) else torch.from_numpy(np.array(mel))
+        mel = as_tensor(mel, "mel")
         if not self.conditioner.has_mel:
             raise WavearError(
                 "the model takes no mel: it was trained without mel conditioning; pull samples"

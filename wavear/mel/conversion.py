@@ -7,13 +7,13 @@ import math
 from collections.abc import Collection
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from wavear.audio.waveforms import Waveform as Mel
+from wavear.audio.waveforms import as_tensor
 from wavear.common.errors import WavearError
-from wavear.mel.spectrogram import MelConfig, compress_
+from wavear.mel.spectrogram import MelConfig, check_config, compress_
 
 # Fields that determine the value of a band; all others determine the band.
 VALUE_FIELDS = ("floor", "floor_mode", "log_base", "scale", "shift", "clip")
@@ -84,13 +84,15 @@ def convert_mel(
     Traceback (most recent call last):
     wavear.common.errors.WavearError: ...: hop_length is 256 in the source and 300 in the target
     """
+    check_config(source, "source")
+    check_config(target, "target")
+    values = as_tensor(mel, "mel")
     if differing := [
         _difference(name, source, target)
         for name in analysis_differences(source, target)
         if name not in ignore
     ]:
         raise WavearError(f"mels cannot be converted exactly: {'; '.join(differing)}")
-    values = mel if isinstance(mel, Tensor) else torch.from_numpy(np.ascontiguousarray(mel))
     if not values.is_floating_point() or values.dim() < 2 or values.shape[-2] != source.bands:
         raise WavearError(
             f"mel is {values.dtype} of shape {tuple(values.shape)}, expected floating point,"

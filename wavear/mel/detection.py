@@ -14,6 +14,7 @@ Only values above the floor count: padding and digital silence are of no convent
 from __future__ import annotations
 
 import math
+import numbers
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -23,7 +24,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from wavear.common.errors import WavearError
+from wavear.audio.waveforms import as_tensor
+from wavear.common.errors import WavearError, require
 from wavear.mel.conversion import analysis_differences, convert_mel, per_neper
 from wavear.mel.presets import PRESETS
 from wavear.mel.spectrogram import MelConfig
@@ -134,10 +136,10 @@ def judge_mel(
     WavearError
         If `seconds` is not positive and finite.
     """
-    config = model.config.mel
+    config = _mels_of(model)
     if config is None:
         return MelVerdict("wrong", "the model was trained without mels and cannot use one")
-    values = torch.as_tensor(mel)
+    values = as_tensor(mel, "mel")
     if reason := _wrong_shape(values, config):
         return MelVerdict("wrong", reason)
     values = values.detach().cpu().double()
@@ -187,8 +189,10 @@ def adapt_mel(
         If the mel does not fit and cannot be converted, or `source` is unknown.
     """
     warn = warn or (lambda line: warnings.warn(line, stacklevel=3))
-    target: MelConfig = model.config.mel
-    given = torch.as_tensor(mel)
+    target = _mels_of(model)
+    if target is None:
+        raise WavearError("the model was trained without mels and cannot use one")
+    given = as_tensor(mel, "mel")
     if source is None:
         judged = judge_mel(given, model, seconds=seconds)
         usable = given.dim() == 2 and given.shape[0] == target.bands
@@ -221,8 +225,15 @@ def adapt_mel(
         return convert_mel(given, config, target, ignore=[*differing, "floor", "clip"]).float()
 
 
+def _mels_of(model: Any) -> MelConfig | None:
+    if not hasattr(getattr(model, "config", None), "mel"):
+        raise WavearError(f"model is a {type(model).__name__}, expected one of wavear.load")
+    return model.config.mel
+
+
 def describe_source(source: MelConfig | str, target: MelConfig) -> MelConfig:
     """Return the configuration of a preset, or of a convention with the analysis of `target`."""
+    require(source, (MelConfig, str), "source", "a MelConfig or the name of a preset")
     if isinstance(source, MelConfig):
         return source
     if source in CONVENTIONS:
@@ -247,6 +258,7 @@ def _wrong_shape(values: Tensor, config: MelConfig) -> str:
 
 def _wrong_rate(frames: int, seconds: float, config: MelConfig) -> str:
     """Return the problem with the number of frames, or ""."""
+    require(seconds, numbers.Real, "seconds", "a number above 0")
     if not 0 < seconds < math.inf:
         raise WavearError(
             f"the duration of the mel is {seconds:g} s, it must be above 0 and finite"

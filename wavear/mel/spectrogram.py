@@ -32,10 +32,12 @@ import warnings
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from wavear.common.errors import WavearError
+from wavear.audio.waveforms import as_tensor
+from wavear.common.errors import WavearError, require
 from wavear.mel.presets import PRESETS
 
 Window = Literal["hann", "hamming", "blackman", "rectangular"]
@@ -260,6 +262,7 @@ class MelConfig:
         Traceback (most recent call last):
         wavear.common.errors.WavearError: there is no mel preset 'hifi-gan': did you mean 'hifigan'?
         """
+        require(name, str, "the name of a mel preset", "text")
         if name in PRESETS:
             return cls(**PRESETS[name])
         plain = {re.sub("[^a-z0-9]", "", known): known for known in PRESETS}
@@ -270,7 +273,7 @@ class MelConfig:
 
 
 @torch.no_grad()
-def log_mel(waveform: Tensor, config: MelConfig) -> Tensor:
+def log_mel(waveform: Tensor | np.ndarray, config: MelConfig) -> Tensor:
     """Compute a log-mel spectrogram, one frame per `config.hop_length` samples.
 
     It is computed in float64 (float32 on Apple's GPUs), also under autocast: in float32, a quiet
@@ -278,32 +281,35 @@ def log_mel(waveform: Tensor, config: MelConfig) -> Tensor:
 
     Parameters
     ----------
-    waveform : Tensor, shape (B, T), float32 or float64 in [-1, 1]
+    waveform : Tensor or array, shape (B, T) or (T,), float32 or float64 in [-1, 1]
         At least one hop; a waveform shorter than a window is mirrored repeatedly, as by
         `numpy.pad`.
     config : MelConfig
 
     Returns
     -------
-    Tensor, shape (B, M, F), of the type and on the device of `waveform`
+    Tensor, shape (B, M, F), or (M, F) for (T,); of the type and on the device of `waveform`
         See `MelConfig` for the values; F = T // hop. It carries no gradient.
 
     Raises
     ------
     WavearError
-        If `waveform` is not two-dimensional float32 or float64, is shorter than one hop, or holds
-        NaN or infinity.
+        If `waveform` is not float32 or float64, has another shape, is shorter than one hop, or
+        holds NaN or infinity; if `config` is not a `MelConfig`.
 
     Examples
     --------
     >>> log_mel(torch.zeros(1, 2560), MelConfig(hop_length=256)).shape
     torch.Size([1, 80, 10])
     """
-    kind = waveform.dtype if isinstance(waveform, Tensor) else type(waveform).__name__
-    if kind not in (torch.float32, torch.float64):
-        raise WavearError(f"waveform is {kind}, expected a float32 or float64 tensor")
+    check_config(config, "config")
+    waveform = as_tensor(waveform, "waveform")
+    if waveform.dtype not in (torch.float32, torch.float64):
+        raise WavearError(f"waveform is {waveform.dtype}, expected float32 or float64 in [-1, 1]")
+    if waveform.ndim == 1:
+        return log_mel(waveform[None], config)[0]
     if waveform.ndim != 2:
-        raise WavearError(f"waveform has shape {tuple(waveform.shape)}, expected (B, T)")
+        raise WavearError(f"waveform has shape {tuple(waveform.shape)}, expected (B, T) or (T,)")
     hop, samples = config.hop_length, waveform.shape[1]
     frames = samples // hop
     if frames == 0:
@@ -337,6 +343,13 @@ def log_mel(waveform: Tensor, config: MelConfig) -> Tensor:
     if not torch.isfinite(mel).all():
         raise WavearError("waveform holds NaN or infinity (or values beyond 1e100)")
     return mel
+
+
+def check_config(config: Any, name: str) -> None:
+    """Refuse what is not a `MelConfig`; the configuration of a model holds one, or None."""
+    own = isinstance(getattr(config, "mel", None), MelConfig)
+    hint = " (the configuration of a model holds it: pass model.config.mel)" if own else ""
+    require(config, MelConfig, name, f"a MelConfig{hint}")
 
 
 def compress_(bands: Tensor, config: MelConfig) -> Tensor:

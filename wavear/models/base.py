@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from wavear.audio.grid import Grid
-from wavear.common.errors import WavearError
+from wavear.common.errors import WavearError, require
 from wavear.models.distributions import Law, law_of
 from wavear.models.saving import save
 
@@ -38,6 +38,8 @@ class AutoregressiveModel(nn.Module):
     """Module that computes the conditioning (see `make_conditioning`), with `hop`, `lookahead` and
     `lookback`; None without."""
 
+    speaker_names: tuple[str, ...] = ()
+    """Names of the speakers in the order of their numbers, of a checkpoint that has them."""
     frames_are_exact: bool = False
     """True if `condition` returns the same bits for a frame on the CPU, however many frames it
     computes at once."""
@@ -255,6 +257,12 @@ class AutoregressiveModel(nn.Module):
             )
         weights = self.state_dict()
         return save(directory, family, self.config, weights, overwrite=overwrite, training=training)
+
+
+def check_model(model: Any) -> None:
+    """Refuse what is not a model, such as the path of one."""
+    expected = "a model: load the checkpoint first, with wavear.load"
+    require(model, AutoregressiveModel, "model", expected)
 
 
 def matrix_entries(*modules: nn.Module) -> int:

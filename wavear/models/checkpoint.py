@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
 
-from wavear.common.errors import WavearError, one_line
+from wavear.common.errors import WavearError, one_line, require
 from wavear.common.untrusted import parse_json
 from wavear.mel.spectrogram import MelConfig
 from wavear.models.base import AutoregressiveModel
@@ -19,6 +20,9 @@ from wavear.models.saving import CONFIG, FORMAT, WEIGHTS, non_finite
 
 # Fields added after the first checkpoints, with the values that their absence means.
 LATER = {"law": "categorical", "mixtures": 10, "coarse_classes": 0, "pre_emphasis": 0.0}
+
+HUB = "hf:"
+"""Prefix of a name on the Hugging Face hub."""
 
 
 _FLOATS = ("F32", "F64", "F16", "BF16")  # types of weights, as safetensors names them
@@ -47,7 +51,7 @@ def load(source: str | Path = VOICE, device: str | torch.device = "cpu") -> Any:
     ----------
     source : str or Path
         "voice", the speech model that comes with wavear; a directory that `save` wrote (one of the
-        same name is "./voice"); or the id "owner/name" of a model on the Hugging Face hub.
+        same name is "./voice"); or "hf:owner/name", a model on the Hugging Face hub.
     device : str or torch.device
 
     Returns
@@ -70,6 +74,10 @@ def load(source: str | Path = VOICE, device: str | torch.device = "cpu") -> Any:
     model = _build(described, directory / CONFIG, header)
     _check_header(model, header, path)
     _check_state(model, directory / CONFIG)
+    training = described.get("training")
+    names = training.get("speakers") if isinstance(training, dict) else None
+    if isinstance(names, list) and names and len(names) == model.config.speakers:
+        model.speaker_names = tuple(map(str, names))
     try:
         tensors = load_file(path)
     except (SafetensorError, OSError) as error:
@@ -270,6 +278,7 @@ def _some(names: list[str]) -> str:
 
 
 def _find(source: str | Path) -> Path:
+    require(source, (str, os.PathLike), "checkpoint", "the path of a folder")
     if str(source) == VOICE:
         return SHIPPED / VOICE
     directory = Path(source)
@@ -279,18 +288,18 @@ def _find(source: str | Path) -> Path:
         raise CheckpointError(
             f"{source} is a file: give the directory that holds {CONFIG} and {WEIGHTS}"
         )
-    parts = str(source).split("/")
-    if len(parts) != 2 or not all(parts) or str(source).startswith((".", "~")):
-        raise FileNotFoundError(f"{source}: no such directory")
+    # A mistyped path must not reach the hub, so a name there has to be marked.
+    name = str(source).removeprefix(HUB)
+    if name == str(source):
+        hint = f" (a model on the Hugging Face hub is {HUB}{name})" if name.count("/") == 1 else ""
+        raise FileNotFoundError(f"{source}: no such directory{hint}")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
 
     try:
-        return Path(snapshot_download(str(source), allow_patterns=[CONFIG, WEIGHTS]))
+        return Path(snapshot_download(name, allow_patterns=[CONFIG, WEIGHTS]))
     except HFValidationError:
-        raise FileNotFoundError(f"{source}: no such directory") from None
+        raise FileNotFoundError(f"{source}: the hub has owner/name only") from None
     except Exception as error:
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise FileNotFoundError(
-            f"{source}: no such directory, and the hub did not provide it: {reason}"
-        ) from None
+        raise FileNotFoundError(f"{source}: the hub did not provide it: {reason}") from None

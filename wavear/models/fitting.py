@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 
 from wavear.audio.grid import Grid
-from wavear.common.errors import WavearError
+from wavear.audio.waveforms import as_tensor
+from wavear.common.errors import WavearError, require
 from wavear.models import lpc
 from wavear.models.linear import DOMAINS, LAWS, Linear, LinearConfig
 
@@ -362,8 +363,10 @@ def _each(recordings: Any) -> Iterator[Tensor]:
     """Yield every recording as a tensor (T,)."""
     if isinstance(recordings, Tensor | np.ndarray):
         recordings = [recordings] if recordings.ndim == 1 else recordings
+    expected = "a tensor or array (T,) or (B, T), or an iterable of them"
+    require(recordings, Iterable, "recordings", expected)
     for number, recording in enumerate(recordings):
-        waveform = torch.as_tensor(recording).detach().cpu()
+        waveform = as_tensor(recording, f"recording {number}").cpu()
         if waveform.dim() != 1:
             raise WavearError(
                 f"recording {number} has shape {tuple(waveform.shape)}, expected (T,)"

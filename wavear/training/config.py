@@ -111,7 +111,7 @@ class ModelSettings:
 
     from_checkpoint: str | None = None
     """Fine-tune this model: voice (the one that comes with wavear), a checkpoint's folder, or
-    owner/name on the Hugging Face hub. It sets the model, its sample rate and its mels."""
+    hf:owner/name on the hub. It sets the model, its sample rate and its mels."""
     family: str | None = None
     """predictive, wavenet, gru, transformer or linear; None: predictive, wavenet without mels."""
     layers: int | None = None
