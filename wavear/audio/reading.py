@@ -135,7 +135,8 @@ def read_channels(path: AudioPath, start: int, frames: int) -> np.ndarray:
     """Return samples of all channels at the file's own rate, (T, channels), float32; see `read`."""
     with _open(path) as (file, last_seek):
         stop = min(start + frames, file.frames)
-        parts = [*_decode(path, file, min(start, stop), stop, last_seek)]
+        start = min(start, stop)
+        parts = _finite(path, _decode(path, file, start, stop, last_seek), start)
         return np.concatenate([np.empty((0, file.channels), np.float32), *parts])
 
 
@@ -215,7 +216,8 @@ def blocks(
         stop = length if frames is None else min(start + frames, length)
         first, last = _needed(start, stop, own_rate, rate, file.frames)
         if file.seekable() or file.frames > _MOST_KEPT:
-            decoded = _mono(_decode(path, file, first, last, last_seek))
+            decoded = _finite(path, _decode(path, file, first, last, last_seek), first)
+            decoded = _mono(decoded)
         else:
             decoded = iter([_decoded_whole(path, _state(path))[first:last].copy()])
         if rate == own_rate:
@@ -316,7 +318,8 @@ def _checked(path: AudioPath) -> tuple[Any, headers.Findings]:
 def _decoded_whole(path: AudioPath, state: tuple[int, int]) -> np.ndarray:
     """Decode a file without seeking (GSM 6.10, G.721) once, for all crops; cached by its state."""
     with _open(path) as (file, _):
-        return np.concatenate([*_mono(_decode(path, file, 0, file.frames, None))])
+        decoded = _finite(path, _decode(path, file, 0, file.frames, None), 0)
+        return np.concatenate([*_mono(decoded)])
 
 
 def _state(path: AudioPath) -> tuple[int, int]:
@@ -352,15 +355,22 @@ def _decode(
                     f" {at + len(samples)} of {file.frames})"
                 )
             samples = samples[max(first - at, 0) :]
-            if not np.isfinite(samples).all():
-                wrong = max(first, at) + int(np.argwhere(~np.isfinite(samples))[0, 0])
-                raise AudioError(f"{path}: holds NaN or infinity (at sample {wrong})")
             if samples.size:
                 yield samples
     except soundfile.LibsndfileError as error:
         raise AudioError(
             f"{path}: is damaged or truncated inside ({error.error_string})"
         ) from error
+
+
+def _finite(path: AudioPath, blocks: Iterator[np.ndarray], at: int) -> Iterator[np.ndarray]:
+    """Pass on blocks (n, C), the first of which begins at sample `at`; refuse NaN and infinity."""
+    for block in blocks:
+        if not np.isfinite(block).all():
+            wrong = at + int(np.argwhere(~np.isfinite(block))[0, 0])
+            raise AudioError(f"{path}: holds NaN or infinity (at sample {wrong})")
+        at += len(block)
+        yield block
 
 
 def _mono(blocks: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
