@@ -23,7 +23,8 @@ from wavear import (
     judge_mel,
     log_mel,
 )
-from wavear.mel.detection import CONVENTIONS, Expectation
+from wavear.mel.conventions import CONVENTIONS
+from wavear.mel.detection import Expectation
 
 LN = MelConfig()
 

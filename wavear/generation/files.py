@@ -27,7 +27,7 @@ from wavear.generation.mel_files import MEL_SUFFIXES, read_mel, write_mel
 from wavear.generation.priming import check_prime, doubts
 from wavear.generation.sampler import generate_with
 from wavear.generation.settings import Sampling
-from wavear.mel.detection import describe_source
+from wavear.mel.conventions import describe_source
 from wavear.mel.spectrogram import MelConfig, log_mel
 from wavear.models.base import AutoregressiveModel
 

@@ -21,7 +21,8 @@ from wavear.common.errors import WavearError, one_line
 from wavear.common.log import get_logger
 from wavear.common.untrusted import parse_json
 from wavear.generation.torch_files import load_tensors
-from wavear.mel.detection import Expectation, adapt_mel, describe_source
+from wavear.mel.conventions import describe_source
+from wavear.mel.detection import Expectation, adapt_mel
 from wavear.mel.spectrogram import MelConfig
 from wavear.models.base import AutoregressiveModel
 

@@ -18,7 +18,8 @@ from wavear.common.log import get_logger
 from wavear.generation.frame_reader import read_frames
 from wavear.generation.settings import Sampling
 from wavear.generation.streams import Stream
-from wavear.mel.detection import adapt_mel, describe_source, judge_mel
+from wavear.mel.conventions import describe_source
+from wavear.mel.detection import adapt_mel, judge_mel
 from wavear.mel.spectrogram import MelConfig
 from wavear.models.base import AutoregressiveModel
 

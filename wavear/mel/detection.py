@@ -17,7 +17,7 @@ import math
 import numbers
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
@@ -26,39 +26,13 @@ from torch import Tensor
 
 from wavear.audio.waveforms import as_tensor
 from wavear.common.errors import WavearError, require
+from wavear.mel.conventions import CONVENTIONS, MINOR, describe_source
 from wavear.mel.conversion import analysis_differences, convert_mel, per_neper
 from wavear.mel.presets import PRESETS
 from wavear.mel.spectrogram import MelConfig
 
-
-class Convention(NamedTuple):
-    """How the values of a mel represent its bands: fields of `MelConfig`."""
-
-    label: str
-    log_base: Any
-    scale: float = 1.0
-    shift: float = 0.0
-    clip: tuple[float, float] | None = None
-
-    def of(self, config: MelConfig) -> MelConfig:
-        """Return this convention with the analysis of `config`."""
-        _, log_base, scale, shift, clip = self
-        return replace(config, log_base=log_base, scale=scale, shift=shift, clip=clip)
-
-
-CONVENTIONS = {
-    "ln": Convention("natural-logarithm", "e"),
-    "log10": Convention("log10", "10"),
-    "db": Convention("decibel", "db"),
-    "db01": Convention("0-to-1", "db", 0.01, 1.0, (0.0, 1.0)),
-    "db01-ref20": Convention("0-to-1 (20 dB down)", "db", 0.01, 0.8, (0.0, 1.0)),
-    "db4-ref20": Convention("-4-to-4", "db", 0.08, 2.4, (-4.0, 4.0)),
-    "linear": Convention("linear (no logarithm)", "none"),
-}
 INT16, STANDARD, POWER, TRANSPOSED = "integer-waveform", "standardised", "power", "transposed"
 
-# Differences that are audible at most at the ends of a recording or near the floor.
-_MINOR = ("padding", "power_offset", "power_floor")
 # Nats per value. Of 90 recordings of eight kinds (speech, music, sounds), judged by the statistics
 # of one speaker, 2 with the right convention exceed the first threshold and none the second; with
 # log10 instead of natural logarithms, 75 exceed the first and 69 the second.
@@ -211,10 +185,10 @@ def adapt_mel(
     listed = "; ".join(
         f"{name} {ours!r}, the model {theirs!r}" for name, (ours, theirs) in differing.items()
     )
-    if not differing.keys() <= {*_MINOR} and (not force or "bands" in differing):
+    if not differing.keys() <= {*MINOR} and (not force or "bands" in differing):
         delay = 500 * target.hop_length / target.sample_rate
         hint = f" (only {delay:.1f} ms of delay, half a frame, differ: force accepts it)"
-        hint = hint if differing.keys() <= {"centre", *_MINOR} else ""
+        hint = hint if differing.keys() <= {"centre", *MINOR} else ""
         raise WavearError(f"it is not the mel the model was trained on: it has {listed}{hint}")
     if differing:
         warn(f"the mel is accepted although it has {listed}")
@@ -229,16 +203,6 @@ def _mels_of(model: Any) -> MelConfig | None:
     if not hasattr(getattr(model, "config", None), "mel"):
         raise WavearError(f"model is a {type(model).__name__}, expected one of wavear.load")
     return model.config.mel
-
-
-def describe_source(source: MelConfig | str, target: MelConfig) -> MelConfig:
-    """Return the configuration of a preset, or of a convention with the analysis of `target`."""
-    require(source, (MelConfig, str), "source", "a MelConfig or the name of a preset")
-    if isinstance(source, MelConfig):
-        return source
-    if source in CONVENTIONS:
-        return CONVENTIONS[source].of(target)
-    return MelConfig.preset(source)
 
 
 def _wrong_shape(values: Tensor, config: MelConfig) -> str:
@@ -496,9 +460,7 @@ def _explain(
     how = f"{convention} (if all else is as the model's)"
     for name in PRESETS:
         preset = MelConfig.preset(name)
-        if _same_values(preset, source) and analysis_differences(preset, config).keys() <= {
-            *_MINOR
-        }:
+        if _same_values(preset, source) and analysis_differences(preset, config).keys() <= {*MINOR}:
             how = name
             break
     return f"this looks like {label} mels ({seen}), {expected}: pass --mel-preset {how} to convert"
