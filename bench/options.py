@@ -48,7 +48,7 @@ OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "dropout": ("dropout of conditioning, 0.1", {"conditioning_dropout": 0.1}),
     "emphasis": ("pre-emphasis, 0.85", {"pre_emphasis": 0.85}),
     "trim": ("silence trimming, 40 dB", {"trim_silence": 40.0}),
-    "level": ("level normalisation, rms", {"normalise": "rms"}),
+    "level": ("level normalisation, rms", {"normalize": "rms"}),
 }
 OTHER_CODES = ("emphasis", "level")  # whose bits are of other codes than those of `plain`
 MEASURES = {"bits": "bits", "stft": "STFT distance", "mcd": "MCD, dB", "floor": "noise floor, dBFS"}
@@ -122,8 +122,8 @@ def clips_of(
         sample_rate=config.sample_rate,
         validation=config.validation,
         validation_fraction=config.validation_fraction,
-        normalise=config.normalise,
-        normalise_by=config.normalise_by,
+        normalize=config.normalize,
+        normalize_by=config.normalize_by,
     )
     assert config.mel is not None
     hop, held = config.mel.hop_length, corpus.validation

@@ -287,10 +287,10 @@ def test_levels_are_equalised(tmp_path):
         return {name: float(np.abs(waveform).max()) for name, waveform in sorted(loaded.items())}
 
     assert list(peaks().values()) == pytest.approx([0.02, 0.3, 1.0], abs=1e-3)
-    assert list(peaks(normalise="peak").values()) == pytest.approx([0.9, 0.9, 0.9], abs=1e-3)
-    by_speaker = peaks(normalise="peak", normalise_by="speaker")
+    assert list(peaks(normalize="peak").values()) == pytest.approx([0.9, 0.9, 0.9], abs=1e-3)
+    by_speaker = peaks(normalize="peak", normalize_by="speaker")
     assert list(by_speaker.values()) == pytest.approx([0.06, 0.9, 0.9], abs=2e-3)
-    corpus = open_corpus(tmp_path, normalise="rms", **keywords)
+    corpus = open_corpus(tmp_path, normalize="rms", **keywords)
     for recording in corpus.train + corpus.validation:
         rms = np.sqrt(np.mean(read_span(recording, RATE, 0, 4000).astype(np.float64) ** 2))
         assert 20 * np.log10(rms) == pytest.approx(-23, abs=0.05)

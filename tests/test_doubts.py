@@ -95,7 +95,7 @@ def test_scores_clip_and_refuse(caplog):
 
 def test_levels_that_are_set_need_no_clipping(tmp_path):
     write(tmp_path / "a.wav", LOUD)
-    opened, _ = prepare(find(tmp_path), Treatment(RATE, normalise="peak"))
+    opened, _ = prepare(find(tmp_path), Treatment(RATE, normalize="peak"))
     assert doubts(opened, RATE) == []
 
 

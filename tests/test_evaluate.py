@@ -352,8 +352,10 @@ def test_a_single_clip_has_no_baselines(here: Path, tmp_path: Path):
     assert found.record["bits"]["model"]["low"] is None
 
 
-def test_levels_and_ends_are_treated_as_in_training(here: Path, tmp_path: Path):
-    checkpoint = run_of(here, tmp_path / "run", data="gone", normalise="peak", trim_silence=40.0)
+@pytest.mark.parametrize("name", ["normalize", "normalise"])  # the second: in earlier runs
+def test_levels_and_ends_are_treated_as_in_training(here: Path, tmp_path: Path, name: str):
+    trained: Any = {"data": "gone", "trim_silence": 40.0, name: "peak"}
+    checkpoint = run_of(here, tmp_path / "run", **trained)
     config = dataclasses.replace(FAST, clips=1)
     found = evaluate(checkpoint, here / "held", tmp_path / "out", config)
     notes = found.record["notes"]
@@ -366,7 +368,7 @@ def test_levels_and_ends_are_treated_as_in_training(here: Path, tmp_path: Path):
     heard = audio.read(found.folder / (row.audio or {})["original"])
     assert row.samples < clip(0).size - RATE // 20  # the clip ends in 0.2 s of silence and a fade
     assert float(heard.abs().max()) == pytest.approx(0.9, abs=0.1)
-    assert Preparation(normalise="rms").words == ["level by rms"]
+    assert Preparation(normalize="rms").words == ["level by rms"]
     assert Preparation(trim_silence=30.0).words == ["ends 30 dB down cut"]
 
 
@@ -419,7 +421,7 @@ def test_audio_of_earlier_reports_is_skipped(here: Path, tmp_path: Path):
         (tmp_path / record).write_text("{}")
     found = open_clips(tmp_path, RATE, 1, Preparation(), False)
     assert [each.name for each in found.good] == [f"audio/{n}.wav" for n in range(3)]
-    assert found.notes == ["2 files are skipped: they are of earlier reports"]
+    assert found.notes == ["skipped 2 files of earlier reports"]
     asked = open_clips(tmp_path / "r" / "1" / "audio", RATE, 1, Preparation(), False)
     assert [each.name for each in asked.good] == ["0/model.wav"]
     shutil.rmtree(tmp_path / "audio")

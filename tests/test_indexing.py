@@ -188,9 +188,9 @@ def test_second_index_reads_no_file(corpus, looks):
     "settings",
     [
         {},
-        {"normalise": "rms"},
+        {"normalize": "rms"},
         {"trim_silence": 20.0},
-        {"normalise": "peak", "normalise_by": "speaker", "speakers": True},
+        {"normalize": "peak", "normalize_by": "speaker", "speakers": True},
     ],
     ids=["headers", "rms", "trim", "speakers"],
 )
@@ -222,7 +222,7 @@ def test_levels_of_stretches_are_distinct(corpus, monkeypatch):
     (corpus / "list.csv").write_text("path,start,duration\nhalves.wav,0,0.5\nhalves.wav,0.5,0.5\n")
     monkeypatch.setattr(indexing, "KEEP_FROM", 2)
     for _ in range(2):
-        found = opened(corpus / "list.csv", normalise="peak")
+        found = opened(corpus / "list.csv", normalize="peak")
         loud, quiet = sorted(r.gain for r in found.train + found.validation)
         assert loud == pytest.approx(0.9 / 0.3, rel=1e-2)
         assert quiet == pytest.approx(0.9 / 0.03, rel=1e-2)
@@ -389,7 +389,7 @@ def test_corpus_opens_without_a_writable_cache(corpus, monkeypatch, tmp_path):
 
 
 def test_processes_equal_threads(corpus, monkeypatch):
-    expected = opened(corpus, normalise="rms")
+    expected = opened(corpus, normalize="rms")
     use_processes(monkeypatch, 16)
     monkeypatch.setattr(workers, "default_processes", lambda: 2)
     shown: list[tuple[int, str]] = []
@@ -398,7 +398,7 @@ def test_processes_equal_threads(corpus, monkeypatch):
         shown.append((total, text))
         return items
 
-    found = opened(corpus, normalise="rms", progress=progress)
+    found = opened(corpus, normalize="rms", progress=progress)
     assert (found.train, found.validation) == (expected.train, expected.validation)
     assert found.bad == expected.bad
     assert shown == [(31, "reading headers"), (30, "measuring levels")]

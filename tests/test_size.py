@@ -195,7 +195,7 @@ def test_an_ogg_that_promises_more_than_it_holds_is_refused(tmp_path: Path, samp
     assert cost.mebibytes < 50
     for rate in (RATE, 16000):  # in a data set it is skipped
         audio.write(tmp_path / "b.wav", np.zeros(RATE), RATE)
-        assert len(open_corpus(tmp_path, sample_rate=rate, normalise="peak").bad) == 1
+        assert len(open_corpus(tmp_path, sample_rate=rate, normalize="peak").bad) == 1
 
 
 def _flac_of(junk: bytes) -> bytes:
@@ -232,9 +232,9 @@ def test_a_long_file_of_little_audio_takes_little_time(tmp_path: Path, name: str
 
 
 @pytest.mark.parametrize("rate", [RATE, 12000])
-@pytest.mark.parametrize(("normalise", "trim"), [("peak", None), ("rms", 40.0), ("none", 30.0)])
+@pytest.mark.parametrize(("normalize", "trim"), [("peak", None), ("rms", 40.0), ("none", 30.0)])
 def test_levels_in_blocks_equal_those_of_the_whole(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rate: int, normalise: Any, trim: float | None
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rate: int, normalize: Any, trim: float | None
 ):
     generator = np.random.default_rng(0)
     level = np.concatenate([np.full(3001, 1e-4), np.full(20_011, 0.1), np.full(5003, 1e-4)])
@@ -246,7 +246,7 @@ def test_levels_in_blocks_equal_those_of_the_whole(
         kept = audio.trim_silence(whole, top_db=trim, margin=round(0.05 * rate))
     peak, rms = float(kept.abs().max()), float(kept.double().square().mean().sqrt())
     gain = {"peak": 0.9 / peak, "rms": min(10 ** (-23 / 20) / rms, 1 / peak), "none": 1.0}
-    asked = Stretch(rate, start, frames, normalise, trim)
+    asked = Stretch(rate, start, frames, normalize, trim)
     for block in (700, 2**20):
         monkeypatch.setattr(reading, "_BLOCK", block)
         assert torch.equal(audio.read(tmp_path / "a.flac", rate, start, frames), whole)
@@ -255,7 +255,7 @@ def test_levels_in_blocks_equal_those_of_the_whole(
             start + kept.storage_offset() - whole.storage_offset(),
             len(kept) if trim is not None else frames,
         )
-        assert found.gain == pytest.approx(gain[normalise], rel=1e-12)  # sums in another order
+        assert found.gain == pytest.approx(gain[normalize], rel=1e-12)  # sums in another order
 
 
 def test_levels_of_a_long_recording_take_little_memory(tmp_path: Path):

@@ -96,7 +96,12 @@ def test_config_is_flat_and_replaceable():
         ({"optimizer": "sgd"}, "optimizer is 'sgd', expected adamw or muon"),
         ({"validation_fraction": 1.5}, "validation_fraction is 1.5, expected between 0 and 1"),
         ({"layers": 5}, "5 layers do not divide into 2 stacks"),
-        ({"conditioning_dropout": 0.1, "unconditional": True}, "hides mel frames"),
+        ({"conditioning_dropout": 0.1, "unconditional": True}, "have no mels: drop conditioning_d"),
+        ({"mel_bands": 40, "unconditional": True}, "have no mels: drop mel_bands 40"),
+        ({"validation": "held", "validation_fraction": 0.1}, "as a whole: drop validation_fract"),
+        ({"normalize_by": "speaker"}, "without normalize: drop normalize_by 'speaker'"),
+        ({"muon_learning_rate": 0.1}, "the optimizer is adamw: drop muon_learning_rate 0.1"),
+        ({"family": "linear", "learning_rate": 0.1}, "without steps: drop learning_rate 0.1"),
         ({"mel_preset": "r9y9"}, "mel_preset 'r9y9' sets the mels: drop mel_bands"),
         ({"criterion": "bic"}, "the family wavenet has no criterion"),
         ({"pre_emphasis": -0.1}, r"pre_emphasis is -0\.1"),
@@ -191,7 +196,7 @@ def test_unreadable_held_out_file_is_reported_and_skipped(tones, tmp_path, famil
 def test_missing_speaker_labels_are_refused(tones, tmp_path):
     rows = [f"{path}" for path in sorted(tones.rglob("*.wav"))]
     (tmp_path / "list.csv").write_text("\n".join(["path", *rows]) + "\n")
-    for settings in ({"speakers": True}, {"normalise": "rms", "normalise_by": "speaker"}):
+    for settings in ({"speakers": True}, {"normalize": "rms", "normalize_by": "speaker"}):
         with pytest.raises(WavearError, match=r"no speaker labels found in .*list\.csv"):
             train(config_of(tmp_path / "list.csv", tmp_path / "run", **settings))
     assert not (tmp_path / "run").exists()

@@ -299,7 +299,7 @@ def test_held_out_manifest_has_the_recordings_of_the_run(fading, tmp_path):
 
 
 def test_gains_of_speakers_are_recorded_for_the_evaluation(fading, tmp_path):
-    settings: dict[str, Any] = {"max_steps": 1, "normalise": "peak", "normalise_by": "speaker"}
+    settings: dict[str, Any] = {"max_steps": 1, "normalize": "peak", "normalize_by": "speaker"}
     train(config_of(fading, tmp_path / "run", **settings))
     prepared = preparation(training_record(tmp_path / "run" / "last"))
     for name in "ab":

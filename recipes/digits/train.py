@@ -20,8 +20,8 @@ VALUES = TrainConfig(
     conditioning_channels=40,
     mel_bands=40,
     # Speakers used their own microphones: one gain for each of them.
-    normalise="rms",
-    normalise_by="speaker",
+    normalize="rms",
+    normalize_by="speaker",
     # The shortest digits take 0.14 s, and a crop is as long as its recording at most.
     batch_size=8,
     segment=2048,

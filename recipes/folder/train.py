@@ -9,8 +9,8 @@ VALUES = TrainConfig(
     # Rates of 16000 to 24000 Hz suit speech. Recordings of another rate are resampled as they are
     # read.
     sample_rate=22050,
-    # Recordings of one speaker at very different levels, or of several: --normalise rms.
-    normalise="none",
+    # Recordings of one speaker at very different levels, or of several: --normalize rms.
+    normalize="none",
     # Crops quieter than this are drawn again, so that pauses do not fill the batches.
     redraw_below=-60.0,
     # A long run; the best checkpoint so far is always complete on disk, and Ctrl-C followed by

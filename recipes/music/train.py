@@ -16,7 +16,7 @@ VALUES = TrainConfig(
     stacks=3,
     residual_channels=64,
     skip_channels=128,
-    normalise="peak",
+    normalize="peak",
     redraw_below=-60.0,
     # For one GPU; under torchrun the batch is shared by all.
     batch_size=16,

@@ -21,8 +21,8 @@ VALUES = TrainConfig(
     mel_fmax=8000.0,
     # Speakers were recorded at different levels: one gain for each of them. Decodes every file
     # once, at the start.
-    normalise="rms",
-    normalise_by="speaker",
+    normalize="rms",
+    normalize_by="speaker",
     layers=20,
     stacks=2,
     residual_channels=64,

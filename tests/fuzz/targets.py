@@ -326,7 +326,7 @@ class Manifests:
 
     def run(self, path: Path) -> None:
         """Open it as a training does."""
-        open_corpus(path, sample_rate=RATE, normalise="peak")
+        open_corpus(path, sample_rate=RATE, normalize="peak")
 
 
 class Shards:
@@ -360,7 +360,7 @@ class Shards:
 
     def run(self, path: Path) -> None:
         """Open it as a training does."""
-        open_corpus(path, sample_rate=RATE, normalise="peak")
+        open_corpus(path, sample_rate=RATE, normalize="peak")
 
 
 TARGETS: dict[str, type[Any]] = {

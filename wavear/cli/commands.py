@@ -16,6 +16,7 @@ from wavear.cli.training import recipe, run_training, train
 from wavear.common.atomic import say
 from wavear.common.errors import WavearError
 from wavear.common.log import get_logger
+from wavear.common.words import counted
 from wavear.evaluation.records import EvaluateConfig
 
 __all__ = ["COMMANDS", "main", "recipe", "run_training"]
@@ -140,9 +141,10 @@ def index(data: Data, beside: bool = False, processes: int | None = None) -> int
         logger.warning("%s", note)
     _list_failed(report.bad, at_most=20)
     rates = ", ".join(map(str, report.rates)) or "no"
+    files, recordings = counted(report.files, "file"), counted(report.recordings, "recording")
     bad = len(report.bad)
-    say(f"{report.files} files, {report.new} of them new or changed; {bad} cannot be used")
-    say(f"{report.recordings} recordings, {report.seconds / 3600:.2f} hours of audio, {rates} Hz")
+    say(f"{files}, {report.new} of them new or changed; {bad} cannot be used")
+    say(f"{recordings}, {report.seconds / 3600:.2f} hours of audio, {rates} Hz")
     say(f"index: {report.folder or 'not kept'}")
     return 1 if report.bad else 0
 
@@ -177,8 +179,8 @@ def shards(
     )
     _list_failed(report.failed)
     first, last = report.shards[0].name, report.shards[-1].name
-    size = f"{report.files} files, {report.bytes / 1e6:.1f} MB"
-    say(f"{out}  {len(report.shards)} shards, {first} to {last}, {size}")
+    size = f"{counted(report.files, 'file')}, {report.bytes / 1e6:.1f} MB"
+    say(f"{out}  {counted(len(report.shards), 'shard')}, {first} to {last}, {size}")
     return 1 if report.failed else 0
 
 

@@ -21,6 +21,7 @@ from wavear.common.log import get_logger, setup_logging
 logger = get_logger(__name__)
 
 Command = Callable[[], int]  # parsed, to be run: returns the exit status
+_ALIASES = {"--normalise": "--normalize", "--normalise-by": "--normalize-by"}
 _CONFIG = (tyro.conf.FlagCreatePairsOff, tyro.conf.OmitArgPrefixes)
 
 
@@ -36,7 +37,14 @@ def _deferred(function: Callable[..., int]) -> Callable[..., Any]:
 
 def parse(function: Callable[..., int], arguments: Sequence[str], prog: str) -> Command:
     """Return `function` with its parameters from the arguments; usage errors exit with status 2."""
-    return tyro.cli(_deferred(function), prog=prog, args=list(arguments), config=_CONFIG)
+    named = [_aliased(argument) for argument in arguments]
+    return tyro.cli(_deferred(function), prog=prog, args=named, config=_CONFIG)
+
+
+def _aliased(argument: str) -> str:
+    """Return an argument with the present name of its flag."""
+    name, equals, value = argument.partition("=")
+    return _ALIASES.get(name.replace("_", "-"), name) + equals + value
 
 
 def parse_command(

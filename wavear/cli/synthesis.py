@@ -79,6 +79,7 @@ def synthesize(
     """
     from wavear.generation import distributed, files, pipes
     from wavear.generation.jobs import plan
+    from wavear.generation.mel_files import MEL_SUFFIXES
 
     checkpoint, inputs = checkpoint_and_inputs(inputs)
     if stream:
@@ -98,8 +99,13 @@ def synthesize(
     if resume and out is None:
         raise WavearError("--resume and torchrun need a folder to write to: pass --out")
     jobs = plan(inputs, out, output.suffix, overwrite=overwrite or resume)
-    model = load_model(checkpoint, distributed.own_device(device))
     mels = MelInput(mel_preset, mel_seconds, force)
+    if mels != MelInput() and not any(j.source.suffix.lower() in MEL_SUFFIXES for j in jobs):
+        raise WavearError(
+            "the inputs are recordings, and their mels fit the model: drop --mel-preset,"
+            " --mel-seconds and --force"
+        )
+    model = load_model(checkpoint, distributed.own_device(device))
     if not resume:
         bar = sys.stderr.isatty()
         report = files.synthesize(model, jobs, sampling, mels=mels, output=output, progress=bar)

@@ -12,6 +12,7 @@ from tyro.conf import Positional, arg
 from wavear.cli.parsing import guarded, parse
 from wavear.common.atomic import say
 from wavear.common.errors import WavearError
+from wavear.common.words import counted
 from wavear.training.config import TrainConfig, family_defaults
 
 
@@ -53,8 +54,8 @@ def run_training(config: Any) -> int:
     if result.stopped_by == "fit":
         say(f"fitted in {result.seconds:.1f} s")
     else:
-        minutes = result.seconds / 60
-        say(f"stopped by {result.stopped_by} after {result.steps} steps, {minutes:.1f} minutes")
+        steps, minutes = counted(result.steps, "step"), result.seconds / 60
+        say(f"stopped by {result.stopped_by} after {steps}, {minutes:.1f} minutes")
     say(f"held-out bits per sample: {bits} (before training {result.bits_before:.3f})")
     say(f"checkpoint: {result.best}")
     return 130 if result.stopped_by == "interrupt" else 0

@@ -15,9 +15,10 @@ from typing import Any, Literal
 import numpy as np
 
 from wavear.common.errors import WavearError
+from wavear.common.words import counted
 from wavear.data.duplicates import contents, overlapping
 from wavear.data.indexing import LEVELS, Files, Index, mixed
-from wavear.data.levels import Normalise, Stretch, why
+from wavear.data.levels import Normalize, Stretch, why
 from wavear.data.recordings import SPLIT_NAMES, Recording, Recordings
 
 _TRAIN, _VALIDATION, _TEST = range(len(SPLIT_NAMES))
@@ -45,14 +46,14 @@ class Treatment:
 
     sample_rate: int
     least_samples: int = 1
-    normalise: Normalise = "none"
-    normalise_by: Literal["file", "speaker"] = "file"
+    normalize: Normalize = "none"
+    normalize_by: Literal["file", "speaker"] = "file"
     trim_silence: float | None = None
 
     @property
     def measures(self) -> bool:
         """True if the audio has to be decoded."""
-        return self.normalise != "none" or self.trim_silence is not None
+        return self.normalize != "none" or self.trim_silence is not None
 
 
 def find(data: str | Path, speakers: bool = False) -> Recordings:
@@ -93,8 +94,8 @@ def open_corpus(
     validation_fraction: float = 0.05,
     speakers: bool = False,
     least_samples: int = 1,
-    normalise: Normalise = "none",
-    normalise_by: Literal["file", "speaker"] = "file",
+    normalize: Normalize = "none",
+    normalize_by: Literal["file", "speaker"] = "file",
     trim_silence: float | None = None,
     progress: Callable[[Iterable[Any], int, str], Iterable[Any]] | None = None,
 ) -> Corpus:
@@ -118,10 +119,10 @@ def open_corpus(
         See `find`.
     least_samples : int
         Shorter files cannot be used (one mel frame, say).
-    normalise : "none", "peak" or "rms"
+    normalize : "none", "peak" or "rms"
         Gain that brings the peak to 0.9 or the RMS to -23 dB of full scale (and no peak over 1).
         Decodes every file.
-    normalise_by : "file" or "speaker"
+    normalize_by : "file" or "speaker"
         One gain per file, or one per speaker, which keeps the differences between the files of a
         speaker.
     trim_silence : float, optional
@@ -141,7 +142,7 @@ def open_corpus(
         raise WavearError(
             f"validation_fraction is {validation_fraction!r}, expected more than 0 and less than 1"
         )
-    how = Treatment(sample_rate, least_samples, normalise, normalise_by, trim_silence)
+    how = Treatment(sample_rate, least_samples, normalize, normalize_by, trim_silence)
     bad: Bad = []
     notes: list[str] = []
     parts, indexes = [], []
@@ -314,16 +315,16 @@ def _leveled(
 
     def question(n: int) -> tuple[Any, Stretch]:
         start, frames = int(opened.start[n]), int(opened.frames[n])
-        asked = Stretch(how.sample_rate, start, frames, how.normalise, how.trim_silence)
+        asked = Stretch(how.sample_rate, start, frames, how.normalize, how.trim_silence)
         return opened.source(n), asked
 
-    setting = f"{how.sample_rate} {how.normalise} {how.trim_silence}"
+    setting = f"{how.sample_rate} {how.normalize} {how.trim_silence}"
     found = index.find(keys, question, LEVELS, setting)
     bad += [(opened.name(n), found.error[n]) for n in np.flatnonzero(found.failed).tolist()]
     leveled = dataclasses.replace(
         opened, start=found.start, frames=found.frames, gain=found.gain
     ).take(~found.failed)
-    if how.normalise_by == "speaker" and how.normalise != "none":
+    if how.normalize_by == "speaker" and how.normalize != "none":
         # The least of a speaker's gains, so that none of the files is clipped. -1 is the last.
         least = np.full(len(leveled.speaker_names) + 1, np.inf)
         np.minimum.at(least, leveled.speaker, found.gain[~found.failed])
@@ -376,7 +377,7 @@ def _without(train: Recordings, held: Recordings, where: str, notes: list[str]) 
         )
         return train
     if twice.any():
-        notes.append(f"{twice.sum()} recordings of {where}: held out, not trained on")
+        notes.append(f"{counted(twice.sum(), 'recording')} of {where}: held out, not trained on")
     return train.take(~twice)
 
 

@@ -36,7 +36,7 @@ def _of_headers(recordings: Recordings, sample_rate: int) -> list[str]:
         found.append(
             f"{(beyond > 0).sum()} of {count} recordings exceed full scale and are clipped, in up"
             f" to {max(beyond[worst], 1e-4):.2%} of the samples ({recordings.name(worst)}): scale"
-            " them, or pass --normalise peak"
+            " them, or pass --normalize peak"
         )
     if (lower := recordings.rate < sample_rate).any():
         least = int(recordings.rate[lower].min())

@@ -16,7 +16,7 @@ from wavear.audio.scale import share_beyond
 from wavear.audio.waveforms import sounding
 from wavear.common.errors import one_line
 
-Normalise = Literal["none", "peak", "rms"]
+Normalize = Literal["none", "peak", "rms"]
 
 _PEAK_TARGET = 0.9  # of full scale
 _RMS_TARGET = 10 ** (-23 / 20)  # -23 dB of full scale, near the level of broadcast (EBU R 128)
@@ -78,7 +78,7 @@ class Stretch:
     rate: int
     start: int
     frames: int
-    normalise: Normalise
+    normalize: Normalize
     trim_silence: float | None
 
 
@@ -112,7 +112,7 @@ def _level(source: audio.AudioPath, asked: Stretch) -> Looked:
         whole = blocks(source, asked.rate, asked.start, asked.frames)
         first, last = sounding(whole, asked.trim_silence, margin)
     start, frames = asked.start + first, last - first
-    if asked.normalise == "none":
+    if asked.normalize == "none":
         return Looked(start, frames)
     peak, energy, at, count = 0.0, 0.0, 0, 0
     for block in blocks(source, asked.rate, asked.start, asked.frames):
@@ -125,7 +125,7 @@ def _level(source: audio.AudioPath, asked: Stretch) -> Looked:
     if peak == 0:
         return Looked(start, frames)
     rms = math.sqrt(energy / count)
-    gain = _PEAK_TARGET / peak if asked.normalise == "peak" else min(_RMS_TARGET / rms, 1 / peak)
+    gain = _PEAK_TARGET / peak if asked.normalize == "peak" else min(_RMS_TARGET / rms, 1 / peak)
     return Looked(start, frames, gain=gain)
 
 

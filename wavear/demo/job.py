@@ -18,6 +18,7 @@ import torch
 from wavear import audio
 from wavear.common.atomic import say
 from wavear.common.errors import WavearError
+from wavear.common.words import counted
 from wavear.demo.sounds import Note, notes
 from wavear.generation.engines import make_engine
 from wavear.generation.mel_files import read_mel
@@ -173,10 +174,8 @@ def run(
         ).numpy()
         taken = time.perf_counter() - started
     made = waveforms.size / rate
-    speed = f"{made / taken:.1f} x real time, engine {engine}"
-    say(
-        f"{out / 'synthesized'}: {len(held)} files, {made:.1f} s of audio in {taken:.1f} s, {speed}"
-    )
+    speed = f"{made:.1f} s of audio in {taken:.1f} s, {made / taken:.1f} x real time"
+    say(f"{out / 'synthesized'}: {counted(len(held), 'file')}, {speed}, engine {engine}")
     heard = []
     for note, waveform in zip(held, waveforms, strict=True):
         audio.write(out / "synthesized" / f"{note.name}.wav", waveform, rate)

@@ -14,6 +14,7 @@ import numpy as np
 
 from wavear.common.errors import WavearError
 from wavear.common.untrusted import parse_json
+from wavear.common.words import counted
 from wavear.data.corpus import Treatment, find, open_corpus, prepare
 from wavear.data.doubts import doubts
 from wavear.data.duplicates import overlapping
@@ -22,6 +23,8 @@ from wavear.data.shards import is_shards, refuse_remote
 from wavear.evaluation.held_out import subset
 from wavear.evaluation.records import RECORD, SOUNDS, STRIP, TABLE_RECORD
 
+# Settings of earlier runs.
+_RENAMED = {"normalise": "normalize", "normalise_by": "normalize_by"}
 _REPORTS = {SOUNDS: RECORD, STRIP: TABLE_RECORD}  # folders of audio, and the files next to them
 
 
@@ -39,22 +42,22 @@ class Clips:
 class Preparation:
     """The treatment of levels and ends in a model's training."""
 
-    normalise: Any = "none"
-    normalise_by: Any = "file"
+    normalize: Any = "none"
+    normalize_by: Any = "file"
     trim_silence: float | None = None
     gains: dict[str, float] = field(default_factory=dict)
-    """Gains of its speakers, with `normalise_by` "speaker"; empty if the run has none."""
+    """Gains of its speakers, with `normalize_by` "speaker"; empty if the run has none."""
 
     @property
     def by_speaker(self) -> bool:
         """True if every speaker has one gain."""
-        return self.normalise != "none" and self.normalise_by == "speaker"
+        return self.normalize != "none" and self.normalize_by == "speaker"
 
     @property
     def words(self) -> list[str]:
         """A description for a report; empty where samples are those of the file."""
         by = " for each speaker" if self.by_speaker else ""
-        found = [] if self.normalise == "none" else [f"level by {self.normalise}{by}"]
+        found = [] if self.normalize == "none" else [f"level by {self.normalize}{by}"]
         if self.trim_silence is not None:
             found.append(f"ends {self.trim_silence:g} dB down cut")
         return found
@@ -70,7 +73,10 @@ def training_record(checkpoint: str | Path) -> dict[str, Any]:
         return {}
     try:
         record = parse_json(path.read_bytes())
-        return record.get("config", {}) | {"gains": record.get("data", {}).get("gains", {})}
+        config: dict[str, Any] = record.get("config", {})
+        for name in config.keys() & _RENAMED.keys():
+            config[_RENAMED[name]] = config.pop(name)
+        return config | {"gains": record.get("data", {}).get("gains", {})}
     except (ValueError, OSError, AttributeError, TypeError):
         return {}
 
@@ -153,7 +159,7 @@ def _open_each(
 ) -> tuple[list[Recording], dict[str, str], list[str]]:
     """Return the usable recordings, the reasons for the others, and doubts about the usable."""
     treatment = Treatment(
-        rate, least, prepared.normalise, prepared.normalise_by, prepared.trim_silence
+        rate, least, prepared.normalize, prepared.normalize_by, prepared.trim_silence
     )
     good, bad = prepare(recordings, treatment)
     return list(good), dict(bad[len(recordings.bad) :]), doubts(good, rate) if len(good) else []
@@ -182,7 +188,7 @@ def _find(data: str | Path, speakers: bool, prepared: Preparation, notes: list[s
     if not len(left):
         raise WavearError(f"{data} has no recordings other than those of earlier reports")
     if len(left) < len(found):
-        notes.append(f"{len(found) - len(left)} files are skipped: they are of earlier reports")
+        notes.append(f"skipped {counted(len(found) - len(left), 'file')} of earlier reports")
     return left
 
 
@@ -250,9 +256,9 @@ def fitting_data(
                 validation=held,
                 validation_fraction=trained.get("validation_fraction", 0.05),
                 least_samples=least,
-                normalise=prepared.normalise,
-                normalise_by=prepared.normalise_by,
-                speakers=bool(trained.get("speakers")) or prepared.normalise_by == "speaker",
+                normalize=prepared.normalize,
+                normalize_by=prepared.normalize_by,
+                speakers=bool(trained.get("speakers")) or prepared.normalize_by == "speaker",
                 trim_silence=prepared.trim_silence,
             ).train
         except (ValueError, OSError) as error:  # the data changed since the training

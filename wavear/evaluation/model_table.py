@@ -15,6 +15,7 @@ import torch
 from wavear import audio
 from wavear.common.errors import WavearError
 from wavear.common.log import get_logger
+from wavear.common.words import counted
 from wavear.data.crops import read_span
 from wavear.evaluation.clips import Preparation, open_clips
 from wavear.evaluation.records import STRIP, EvaluateConfig, Evaluation
@@ -278,6 +279,6 @@ def side_by_side(
         logger.info(f"continuing {beginning.name} with each model")
         made = strip(models, beginning, out, config)
     data = evaluations[0].record["data"]
-    length = f"{data['clips']} clips, {data['seconds'] / 60:.1f} minutes"
+    length = f"{counted(data['clips'], 'clip')}, {data['seconds'] / 60:.1f} minutes"
     about = f"{data['source']}: {length} at {data['sample_rate']} Hz"
     return {"data": about, "models": rows, "strip": made, "notes": notes}

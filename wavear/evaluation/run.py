@@ -22,6 +22,7 @@ from wavear.common.errors import WavearError
 from wavear.common.log import get_logger
 from wavear.common.machine import machine
 from wavear.common.memory import memory_errors
+from wavear.common.words import counted
 from wavear.data.corpus import Recording, reason
 from wavear.data.crops import read_span
 from wavear.evaluation.bits import LEVELS, Baselines, Scores, score_recording
@@ -103,7 +104,7 @@ def measure_everything(
     begin()
     seconds = sum(clip.frames for clip in good) / rate
     logger.info(f"baselines fitted to {fitting.origin}")
-    logger.info(f"scoring {len(good)} clips, {seconds / 60:.1f} minutes")
+    logger.info(f"scoring {counted(len(good), 'clip')}, {seconds / 60:.1f} minutes")
     scores: dict[int, Scores] = {}
     for n, clip in enumerate(_bar(good, progress, "scoring")):
         try:
@@ -329,8 +330,8 @@ class _Synthesis:
         seconds = sum(spans.values()) / rate
         if chosen:
             logger.info(
-                f"synthesized {len(chosen)} clips, {seconds:.1f} s of audio in {taken:.1f} s,"
-                f" {seconds / taken:.2f} x real time"
+                f"synthesized {counted(len(chosen), 'clip')}, {seconds:.1f} s of audio in"
+                f" {taken:.1f} s, {seconds / taken:.2f} x real time"
             )
         return {"clips": len(chosen), "audio_seconds": seconds, "seconds": taken}
 

@@ -31,7 +31,7 @@ _ADVICE: dict[Kind, str] = {
     "loop": "try a temperature nearer to 1, no argmax, a larger top_k or top_p",
     "noise": "try another seed, a temperature of 0.8 or a top_p of 0.95; or train longer, with"
     " --input-noise",
-    "clipping": "try a lower temperature, a top_p of 0.95, or train with --normalise peak",
+    "clipping": "try a lower temperature, a top_p of 0.95, or train with --normalize peak",
     "quieter": "check that the mel is the one the model expects (--mel-preset); try another seed,"
     " no argmax",
     "louder": "check that the mel is the one the model expects (--mel-preset); try a temperature of"

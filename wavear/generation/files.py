@@ -19,6 +19,7 @@ from wavear.common.claims import claimed
 from wavear.common.errors import WavearError, one_line
 from wavear.common.log import get_logger
 from wavear.common.memory import memory_errors
+from wavear.common.words import counted
 from wavear.generation.cuda.choice import ENGINES as CUDA_ENGINES
 from wavear.generation.defects import Finding, watch
 from wavear.generation.engines import make_engine, name_of_engine
@@ -151,7 +152,7 @@ class Report:
 
     def __str__(self) -> str:
         engine = f", engine {self.engine}" if self.engine else ""
-        files = "1 file" if self.files == 1 else f"{self.files} files"
+        files = counted(self.files, "file")
         return (
             f"{files}, {self.audio_seconds:.2f} s of audio"
             f" in {self.seconds:.2f} s, {self.real_time_factor:.2f} x real time{engine}"

@@ -15,6 +15,7 @@ import torch
 
 from wavear.common.errors import WavearError
 from wavear.common.log import get_logger
+from wavear.common.words import counted
 from wavear.generation.frame_reader import read_frames
 from wavear.generation.settings import Sampling
 from wavear.generation.streams import Stream
@@ -137,7 +138,7 @@ class Report:
             return f"{text}, no underrun"
         total = self.gaps_waiting + self.gaps_computing
         return (
-            f"{text}, {self.underruns} underrun{'s' * (self.underruns > 1)} of {total:.2f} s in all"
+            f"{text}, {counted(self.underruns, 'underrun')} of {total:.2f} s in all"
             f" ({self.gaps_waiting:.2f} s waiting for mels, {self.gaps_computing:.2f} s computing)"
         )
 

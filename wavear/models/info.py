@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from wavear.common.words import counted
 from wavear.models import checkpoint
 from wavear.models.base import AutoregressiveModel
 from wavear.models.conditioning import Interpolation
@@ -80,7 +81,9 @@ def describe(source: str | Path) -> list[tuple[str, str]]:
         hop, step = config.mel.hop_length, 1000 * config.mel.hop_length / config.sample_rate
         rows["mel"] = f"{config.mel.bands} bands, a frame per {hop} samples ({step:.1f} ms)"
         rows |= {f"mel {name}": _value(value) for name, value in config.mel.to_dict().items()}
-        rows["mel look-ahead"] = f"{model.lookahead} frames ({model.lookahead * step:.0f} ms)"
+        rows["mel look-ahead"] = (
+            f"{counted(model.lookahead, 'frame')} ({model.lookahead * step:.0f} ms)"
+        )
     training = described.get("training", {})
     rows |= {f"training {name}": _value(value) for name, value in training.items()}
     return list(rows.items())

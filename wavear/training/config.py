@@ -12,10 +12,11 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from wavear.common.errors import WavearError
-from wavear.data.corpus import Normalise
+from wavear.data.corpus import Normalize
 from wavear.mel.spectrogram import MelConfig
 from wavear.models.checkpoint import saved_config
 from wavear.models.families import FAMILIES
+from wavear.training.combinations import refuse_combinations
 from wavear.training.result import TrainResult
 
 __all__ = ["TRAINING_DEFAULTS", "OutputSettings", "TrainConfig", "TrainResult"]
@@ -89,9 +90,9 @@ class DataSettings:
     """Rate of the model, in Hz; recordings at other rates are resampled when they are read."""
     speakers: bool = False
     """Use speaker labels: first-level sub-folders of `data`, or a manifest's column `speaker`."""
-    normalise: Normalise = "none"
+    normalize: Normalize = "none"
     """none, or a gain to a peak of 0.9 or an rms of -23 dB of full scale; held-out audio too."""
-    normalise_by: Literal["file", "speaker"] = "file"
+    normalize_by: Literal["file", "speaker"] = "file"
     """One gain per file, or one per speaker."""
     trim_silence: float | None = None
     """Cut the ends of files this many dB below their peak (such as 40), except 50 ms; None: no."""
@@ -325,7 +326,7 @@ class TrainConfig(OutputSettings, ScheduleSettings, OptimizerSettings, ModelSett
         elif self.family is None:
             object.__setattr__(self, "family", "wavenet" if self.unconditional else "predictive")
         self._check_ranges()
-        self._check_combinations()
+        refuse_combinations(self)
         self.model_config()
 
     @functools.cached_property
@@ -375,32 +376,6 @@ class TrainConfig(OutputSettings, ScheduleSettings, OptimizerSettings, ModelSett
             for name in names.split():
                 if (value := getattr(self, name)) is not None and not good(value):
                     raise WavearError(f"{name} is {value!r}, expected {expected}")
-
-    def _check_combinations(self) -> None:
-        if self.max_steps is None and self.max_minutes is None:
-            raise WavearError("the run needs an end: set max_steps, max_minutes, or both")
-        if self.resume and self.overwrite:
-            raise WavearError("resume continues a run and overwrite replaces it: choose one")
-        if self.extend_speakers and not (self.resume and self.speakers):
-            raise WavearError("extend_speakers is for a resumed run with speakers: add --resume")
-        batch = self.defaults.batch_size if self.batch_size is None else self.batch_size
-        if batch % self.accumulate:
-            raise WavearError(f"a batch of {batch} does not divide into {self.accumulate} parts")
-        if self.unconditional and self.family == "predictive":
-            raise WavearError("a predictive model needs mels: drop --unconditional or --family")
-        if self.unconditional and self.conditioning_dropout:
-            raise WavearError("conditioning_dropout hides mel frames; unconditional has none")
-        if self.family == "linear" and self.resume:
-            raise WavearError("a linear model has nothing to resume: use overwrite")
-        if self.family == "linear" and self.mel_preset:
-            raise WavearError(f"a linear model takes no mels: drop mel_preset {self.mel_preset!r}")
-        for name in ("criterion", "stabilise"):
-            if getattr(self, name) and self.family != "linear":
-                raise WavearError(f"the family {self.family} has no {name}, linear has: drop it")
-        for name, default in ModelSettings.__dict__.items():
-            mel = name.startswith("mel_") and name != "mel_preset"
-            if mel and self.mel_preset and getattr(self, name) != default:
-                raise WavearError(f"mel_preset {self.mel_preset!r} sets the mels: drop {name}")
 
     @property
     def defaults(self) -> TrainingDefaults:

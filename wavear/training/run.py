@@ -21,6 +21,7 @@ from wavear.common.errors import WavearError, one_line
 from wavear.common.log import get_logger
 from wavear.common.progress import bar
 from wavear.common.untrusted import parse_json
+from wavear.common.words import counted
 from wavear.data.corpus import Corpus, Recording, open_corpus
 from wavear.data.doubts import doubts
 from wavear.data.recordings import Recordings, fingerprint, frames_of
@@ -94,7 +95,7 @@ def _train(config: TrainConfig) -> TrainResult:
         if config.from_checkpoint is not None:
             _start_from(config.from_checkpoint, model, speakers)
         _check_same_run(record, config, model.config)
-        by_speaker = config.normalise_by == "speaker"
+        by_speaker = config.normalize_by == "speaker"
         record |= {
             "config": dataclasses.asdict(config),
             "model": dataclasses.asdict(model.config),
@@ -116,10 +117,10 @@ def _open(config: TrainConfig, visible: bool) -> Corpus:
         sample_rate=config.sample_rate,
         validation=config.validation,
         validation_fraction=config.validation_fraction,
-        speakers=config.speakers or config.normalise_by == "speaker",
+        speakers=config.speakers or config.normalize_by == "speaker",
         least_samples=config.mel.hop_length if config.mel else 2,
-        normalise=config.normalise,
-        normalise_by=config.normalise_by,
+        normalize=config.normalize,
+        normalize_by=config.normalize_by,
         trim_silence=config.trim_silence,
         progress=bar if visible else None,
     )
@@ -128,11 +129,11 @@ def _open(config: TrainConfig, visible: bool) -> Corpus:
             f"{config.data}: every recording is in {config.validation}, too; none is left to train"
             " on"
         )
-    by_speaker = config.normalise_by == "speaker" and config.normalise != "none"
+    by_speaker = config.normalize_by == "speaker" and config.normalize != "none"
     if not corpus.speakers and (config.speakers or by_speaker):
         raise WavearError(
             f"no speaker labels found in {config.data}: add a column 'speaker' or one sub-folder"
-            " per speaker, or drop --speakers and --normalise-by"
+            " per speaker, or drop --speakers and --normalize-by"
         )
     return corpus
 
@@ -197,14 +198,16 @@ def _report_data(corpus: Corpus, speakers: list[str], rate: int) -> None:
     if corpus.bad:
         more = len(corpus.bad) - _NAMED
         rest = f", {more} more than are named here" if more > 0 else ""
-        logger.warning(f"{len(corpus.bad)} files cannot be used{rest}")
+        logger.warning(f"{counted(len(corpus.bad), 'file')} cannot be used{rest}")
     for note in corpus.notes:
         logger.info(note)
-    speakers_text = f", {len(speakers)} speakers" if speakers else ""
+    speakers_text = f", {counted(len(speakers), 'speaker')}" if speakers else ""
     for purpose, recordings in (("training on", corpus.train), ("holding out", corpus.validation)):
         extent = _extent(recordings, rate)
         count, minutes = extent["recordings"], extent["seconds"] / 60
-        logger.info(f"{purpose} {count} recordings, {minutes:.1f} minutes{speakers_text}")
+        logger.info(
+            f"{purpose} {counted(count, 'recording')}, {minutes:.1f} minutes{speakers_text}"
+        )
 
 
 def _gains(recordings: Recordings) -> dict[str, float]:

@@ -1,0 +1,65 @@
+"""Settings of a training that exclude each other, or that nothing would read: all are refused."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING
+
+from wavear.common.errors import WavearError
+
+if TYPE_CHECKING:
+    from wavear.training.config import TrainConfig
+
+# Of a linear model, which is fitted in closed form. The ends of the run and the seed are not among
+# them: a recipe gives them to all its models.
+_OF_STEPS = (
+    "input_noise segment batch_size accumulate optimizer learning_rate muon_learning_rate"
+    " weight_decay gradient_clip ema_decay precision compile activation_checkpointing warmup_steps"
+    " hold validate_every validate_seconds validation_seconds checkpoint_every keep_last"
+)
+
+
+def refuse_combinations(config: TrainConfig) -> None:
+    """Raise a `WavearError` for settings that contradict, or do nothing with, another."""
+    if config.max_steps is None and config.max_minutes is None:
+        raise WavearError("the run needs an end: set max_steps, max_minutes, or both")
+    if config.resume and config.overwrite:
+        raise WavearError("resume continues a run and overwrite replaces it: choose one")
+    if config.extend_speakers and not (config.resume and config.speakers):
+        raise WavearError("extend_speakers is for a resumed run with speakers: add --resume")
+    batch = config.defaults.batch_size if config.batch_size is None else config.batch_size
+    if batch % config.accumulate:
+        raise WavearError(f"a batch of {batch} does not divide into {config.accumulate} parts")
+    if config.unconditional and config.family == "predictive":
+        raise WavearError("a predictive model needs mels: drop --unconditional or --family")
+    if config.family == "linear":
+        if config.resume:
+            raise WavearError("a linear model has nothing to resume: use overwrite")
+        _refuse(config, _OF_STEPS, "a linear model is fitted in closed form, without steps")
+    else:
+        _refuse(config, "criterion stabilise", f"the family {config.family} has no {{}}")
+    mels = "mel_preset mel_bands mel_hop_length mel_n_fft mel_fmin mel_fmax"
+    if config.from_checkpoint is None:
+        if config.family == "linear":
+            _refuse(config, f"{mels} conditioning_dropout", "a linear model takes no mels")
+        elif config.unconditional:
+            _refuse(config, f"{mels} conditioning_dropout", "unconditional models have no mels")
+        elif config.mel_preset:
+            others = mels.removeprefix("mel_preset ")
+            _refuse(config, others, f"mel_preset {config.mel_preset!r} sets the mels")
+    if config.validation is not None:
+        _refuse(config, "validation_fraction", "validation is held out as a whole")
+    if config.normalize == "none":
+        _refuse(config, "normalize_by", "levels stay as they are without normalize")
+    if (config.optimizer or config.defaults.optimizer) != "muon":
+        _refuse(config, "muon_learning_rate", "the optimizer is adamw")
+
+
+def _refuse(config: TrainConfig, names: str, why: str) -> None:
+    """Refuse those of the settings that differ from their defaults."""
+    for field in dataclasses.fields(config):
+        if field.name not in names.split():
+            continue
+        value = getattr(config, field.name)
+        if value not in (field.default, getattr(config.defaults, field.name, field.default)):
+            raise WavearError(f"{why.format(field.name)}: drop {field.name} {value!r}")
