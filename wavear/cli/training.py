@@ -13,6 +13,7 @@ from wavear.cli.parsing import guarded, parse
 from wavear.common.atomic import say
 from wavear.common.errors import WavearError
 from wavear.common.words import counted
+from wavear.training.combinations import refuse_unused
 from wavear.training.config import TrainConfig, family_defaults
 
 
@@ -40,6 +41,7 @@ def train(config: _Flags) -> int:
     config
         The run.
     """
+    refuse_unused(config)
     return run_training(config)
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wavear.common.atomic import replace_file
+from wavear.common.atomic import replace_tensors
 from wavear.common.errors import WavearError
 from wavear.common.untrusted import checksum, parse_json
 from wavear.models.base import AutoregressiveModel
@@ -72,11 +72,9 @@ class StreamState:
         OSError
             If the file cannot be written.
         """
-        from safetensors.torch import save_file
-
         text = json.dumps(self.about)
         metadata = {_KEY: text, _SUM: checksum(text, self.tensors)}
-        replace_file(path, lambda temporary: save_file(self.tensors, temporary, metadata=metadata))
+        replace_tensors(path, self.tensors, metadata)
         return Path(path)
 
     @classmethod

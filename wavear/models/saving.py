@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wavear.common.atomic import replace_file
+from wavear.common.atomic import replace_file, replace_tensors
 
 FORMAT = 1
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
@@ -34,8 +34,6 @@ def save(
     Each file appears whole or not at all. The weights carry a copy of the configuration: `load`
     detects files of two different models, mixed by hand or by a crash between the two files.
     """
-    from safetensors.torch import save_file
-
     directory = Path(directory)
     for name in (CONFIG, WEIGHTS):
         if not overwrite and (directory / name).exists():
@@ -51,9 +49,7 @@ def save(
     text = json.dumps(described, indent=2)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
     directory.mkdir(parents=True, exist_ok=True)
-    replace_file(
-        directory / WEIGHTS, lambda path: save_file(tensors, path, metadata={"wavear": text})
-    )
+    replace_tensors(directory / WEIGHTS, tensors, {"wavear": text})
     replace_file(directory / CONFIG, lambda path: path.write_text(text + "\n", encoding="utf-8"))
     return directory
 

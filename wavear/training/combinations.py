@@ -10,17 +10,17 @@ from wavear.common.errors import WavearError
 if TYPE_CHECKING:
     from wavear.training.config import TrainConfig
 
-# Of a linear model, which is fitted in closed form. The ends of the run and the seed are not among
-# them: a recipe gives them to all its models.
+_MELS = "mel_preset mel_bands mel_hop_length mel_n_fft mel_fmin mel_fmax conditioning_dropout"
 _OF_STEPS = (
     "input_noise segment batch_size accumulate optimizer learning_rate muon_learning_rate"
     " weight_decay gradient_clip ema_decay precision compile activation_checkpointing warmup_steps"
     " hold validate_every validate_seconds validation_seconds checkpoint_every keep_last"
+    " max_steps max_minutes"
 )
 
 
-def refuse_combinations(config: TrainConfig) -> None:
-    """Raise a `WavearError` for settings that contradict, or do nothing with, another."""
+def refuse_contradictions(config: TrainConfig) -> None:
+    """Raise a `WavearError` for settings that exclude each other."""
     if config.max_steps is None and config.max_minutes is None:
         raise WavearError("the run needs an end: set max_steps, max_minutes, or both")
     if config.resume and config.overwrite:
@@ -35,18 +35,27 @@ def refuse_combinations(config: TrainConfig) -> None:
     if config.family == "linear":
         if config.resume:
             raise WavearError("a linear model has nothing to resume: use overwrite")
-        _refuse(config, _OF_STEPS, "a linear model is fitted in closed form, without steps")
+        _refuse(config, "mel_preset", "a linear model takes no mels")
     else:
         _refuse(config, "criterion stabilise", f"the family {config.family} has no {{}}")
-    mels = "mel_preset mel_bands mel_hop_length mel_n_fft mel_fmin mel_fmax"
+    if config.unconditional:
+        _refuse(config, "conditioning_dropout", "unconditional models have no mels")
+    elif config.mel_preset:
+        others = "mel_bands mel_hop_length mel_n_fft mel_fmin mel_fmax"
+        _refuse(config, others, f"mel_preset {config.mel_preset!r} sets the mels")
+
+
+def refuse_unused(config: TrainConfig) -> None:
+    """Raise a `WavearError` for settings that another makes useless.
+
+    For the command line, where someone typed each of them; a recipe's values may go unused.
+    """
     if config.from_checkpoint is None:
         if config.family == "linear":
-            _refuse(config, f"{mels} conditioning_dropout", "a linear model takes no mels")
+            _refuse(config, _MELS, "a linear model takes no mels")
+            _refuse(config, _OF_STEPS, "a linear model is fitted in closed form, without steps")
         elif config.unconditional:
-            _refuse(config, f"{mels} conditioning_dropout", "unconditional models have no mels")
-        elif config.mel_preset:
-            others = mels.removeprefix("mel_preset ")
-            _refuse(config, others, f"mel_preset {config.mel_preset!r} sets the mels")
+            _refuse(config, _MELS, "unconditional models have no mels")
     if config.validation is not None:
         _refuse(config, "validation_fraction", "validation is held out as a whole")
     if config.normalize == "none":

@@ -16,7 +16,7 @@ from wavear.data.corpus import Normalize
 from wavear.mel.spectrogram import MelConfig
 from wavear.models.checkpoint import saved_config
 from wavear.models.families import FAMILIES
-from wavear.training.combinations import refuse_combinations
+from wavear.training.combinations import refuse_contradictions
 from wavear.training.result import TrainResult
 
 __all__ = ["TRAINING_DEFAULTS", "OutputSettings", "TrainConfig", "TrainResult"]
@@ -326,7 +326,7 @@ class TrainConfig(OutputSettings, ScheduleSettings, OptimizerSettings, ModelSett
         elif self.family is None:
             object.__setattr__(self, "family", "wavenet" if self.unconditional else "predictive")
         self._check_ranges()
-        refuse_combinations(self)
+        refuse_contradictions(self)
         self.model_config()
 
     @functools.cached_property

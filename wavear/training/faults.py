@@ -10,7 +10,7 @@ from statistics import median
 
 import torch
 
-from wavear.common.atomic import replace_file
+from wavear.common.atomic import replace_tensors
 from wavear.data.corpus import Recording
 from wavear.data.crops import Batch, coded
 from wavear.training.module import TrainingModule
@@ -82,8 +82,6 @@ def save_batch(
 
     `padded_waveform` is the input of the mels; the metadata hold the step and the crops by name.
     """
-    from safetensors.torch import save_file
-
     layout = module.layout
     tensors = {
         "waveform": batch.waveform[:, layout.margin : layout.margin + layout.window],
@@ -98,4 +96,4 @@ def save_batch(
         "sample_rate": str(layout.sample_rate),
         "crops": json.dumps(list(crops)),
     }
-    replace_file(path, lambda temporary: save_file(whole, temporary, metadata=metadata))
+    replace_tensors(path, whole, metadata)

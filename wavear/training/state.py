@@ -16,7 +16,7 @@ import torch
 from lightning.pytorch.plugins import CheckpointIO
 from typing_extensions import override
 
-from wavear.common.atomic import replace_file
+from wavear.common.atomic import replace_tensors
 from wavear.common.errors import WavearError, one_line
 from wavear.common.log import get_logger
 from wavear.common.untrusted import checksum, parse_json
@@ -65,12 +65,10 @@ def decode(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
 
 def save_state(state: dict[str, Any], path: str | Path) -> None:
     """Write a training state; `path` holds the old one or the new one at any moment."""
-    from safetensors.torch import save_file
-
     tensors: dict[str, torch.Tensor] = {}
     text = json.dumps(encode(state, tensors))
     metadata = {_KEY: text, _SUM: checksum(text, tensors)}
-    replace_file(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
+    replace_tensors(path, tensors, metadata)
 
 
 def load_state(path: str | Path) -> dict[str, Any]:
