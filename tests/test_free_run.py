@@ -17,6 +17,7 @@ from small_training import RATE, config_of, interrupt_at_step, record_of, rows_o
 
 import wavear
 from wavear import MelConfig, TrainConfig, WaveNet, WaveNetConfig, audio, train
+from wavear.common.errors import WavearError
 from wavear.data.corpus import Recording, open_corpus
 from wavear.evaluation.metrics import HNR_BANDS, harmonic_to_noise_ratio, log_mel_distance
 from wavear.training import callbacks
@@ -210,6 +211,25 @@ def test_best_has_the_lowest_score_and_new_samples_are_kept(scores, tmp_path, ca
     scores += [1.0]
     train(config(tmp_path, max_steps=1, overwrite=True))
     assert len(list((out / "samples").iterdir())) == 4
+
+
+def test_a_training_goes_on_after_a_free_run_that_failed(scores, tmp_path, caplog, monkeypatch):
+    scores += SCORES
+    found = callbacks.free_run
+
+    def second_fails(*arguments: Any) -> Any:
+        made = found(*arguments)
+        if len(scores) == len(SCORES) - 2:
+            raise WavearError("the logits of sample 7 are not finite")
+        return made
+
+    monkeypatch.setattr(callbacks, "free_run", second_fails)
+    out = tmp_path / "run"
+    train(config(tmp_path, learning_rate=1e-2, progress=True))
+    assert "step 2: the free run failed, training goes on: the logits of sample 7" in caplog.text
+    found_at = ["free_run" in entry for entry in record_of(out)["history"]]
+    assert found_at == [False, True, False, True, True, True, True]
+    assert best_step(out) == 1 + min(range(6), key=lambda n: (n == 1, SCORES[n]))
 
 
 def test_resume_of_a_run_without_scores_chooses_by_scores(scores, tmp_path):

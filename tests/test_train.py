@@ -7,6 +7,7 @@ import json
 import logging
 import math
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -34,7 +35,7 @@ from small_training import (
 
 import wavear
 from wavear import audio, train
-from wavear.common.errors import WavearError
+from wavear.common.errors import WavearError, one_line
 from wavear.data.corpus import Recording, open_corpus
 from wavear.data.crops import Order, Segments, collate
 from wavear.evaluation import held_out
@@ -335,6 +336,26 @@ def test_workers_end_with_a_run_killed_at_their_start():
         run.kill()
         rest, _ = run.communicate(timeout=60)  # the pipe ends once no process holds it
     assert rest == ""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the size of files is bounded by Linux")
+def test_a_full_disk_ends_a_training_in_one_line_and_it_resumes(tones, tmp_path):
+    """Bounding the size of files gives the same errors as a disk without space."""
+    out = tmp_path / "run"
+    settings: Any = {"max_steps": 2, "checkpoint_every": 1}
+    bounds = resource.getrlimit(resource.RLIMIT_FSIZE)
+    train(config_of(tones, tmp_path / "whole", **settings))
+    least = min(p.stat().st_size for p in state_paths(tmp_path / "whole")[:2])
+    resource.setrlimit(resource.RLIMIT_FSIZE, (least - 1, bounds[1]))
+    try:
+        with pytest.raises(OSError, match="File too large") as caught:
+            train(config_of(tones, out, **settings))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, bounds)
+    assert one_line(caught.value).startswith(str(out / "states" / "step-00000001.safetensors: "))
+    assert [p.name for p in state_paths(out)] == ["step-00000000.safetensors"]
+    train(config_of(tones, out, **settings, resume=True))
+    assert record_of(out)["steps"] == 2
 
 
 def test_interrupt_saves_explains_resume_and_restores_the_signal(tones, tmp_path, lines):

@@ -9,4 +9,4 @@ def counted(count: int, singular: str) -> str:
     >>> counted(1, "recording"), counted(12000, "file")
     ('1 recording', '12,000 files')
     """
-    return f"{count:,} {singular}{'s' * (count != 1)}"
+    return f"{count:,} {singular}{'' if count == 1 else 's'}"

@@ -289,7 +289,10 @@ class Run(L.Callback):
         finite = not non_finite(module.average.state_dict())
         if trainer.is_global_zero and step > 0 and seconds > 0 and finite:
             model = copy.deepcopy(module.average).cpu()
-            free = free_run(model, self.validation, seconds, self.speakers)
+            try:
+                free = free_run(model, self.validation, seconds, self.speakers)
+            except WavearError as error:  # such as weights that are finite and logits that are not
+                logger.warning(f"step {step}: the free run failed, training goes on: {error}")
         if free is not None and free.score is not None:
             entry["free_run"] = {name: round(value, 5) for name, value in free.measures.items()}
         best = self._is_best(entry)
