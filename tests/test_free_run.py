@@ -213,7 +213,7 @@ def test_best_has_the_lowest_score_and_new_samples_are_kept(scores, tmp_path, ca
     assert len(list((out / "samples").iterdir())) == 4
 
 
-def test_a_training_goes_on_after_a_free_run_that_failed(scores, tmp_path, caplog, monkeypatch):
+def test_a_training_continues_after_a_free_run_that_failed(scores, tmp_path, caplog, monkeypatch):
     scores += SCORES
     found = callbacks.free_run
 
@@ -226,7 +226,9 @@ def test_a_training_goes_on_after_a_free_run_that_failed(scores, tmp_path, caplo
     monkeypatch.setattr(callbacks, "free_run", second_fails)
     out = tmp_path / "run"
     train(config(tmp_path, learning_rate=1e-2, progress=True))
-    assert "step 2: the free run failed, training goes on: the logits of sample 7" in caplog.text
+    assert (
+        "step 2: the free run failed, the training continues: the logits of sample 7" in caplog.text
+    )
     found_at = ["free_run" in entry for entry in record_of(out)["history"]]
     assert found_at == [False, True, False, True, True, True, True]
     assert best_step(out) == 1 + min(range(6), key=lambda n: (n == 1, SCORES[n]))

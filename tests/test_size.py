@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from limits import AVAILABLE, bounded
+from limits import AVAILABLE, MIB, bounded
+from small_training import config_of
 
 import wavear
 from wavear import (
@@ -26,8 +27,10 @@ from wavear import (
     WaveNet,
     WaveNetConfig,
     audio,
+    train,
 )
 from wavear.audio import headers, reading
+from wavear.common import machine
 from wavear.common.errors import WavearError
 from wavear.data.corpus import open_corpus
 from wavear.data.levels import Stretch, look
@@ -40,6 +43,7 @@ from wavear.generation.states import StreamState
 from wavear.models.gru import GRU, GRUConfig
 from wavear.models.linear import Linear, LinearConfig
 from wavear.models.transformer import Transformer, TransformerConfig
+from wavear.training import memory
 
 pytestmark = pytest.mark.skipif(not AVAILABLE, reason="memory is bounded by Linux")
 
@@ -229,6 +233,32 @@ def test_a_long_file_of_little_audio_takes_little_time(tmp_path: Path, name: str
     with bounded(400, 20) as cost, refused if name != "junk.flac" else contextlib.nullcontext():
         audio.read(tmp_path / name)
     assert cost.seconds < 3
+
+
+def test_batches_that_memory_cannot_hold_are_refused_with_the_number_that_fits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    (tmp_path / "data").mkdir()
+    for name in ("a.wav", "b.wav"):
+        audio.write(tmp_path / "data" / name, torch.rand(20_000) - 0.5, RATE)
+
+    def attempt(mebibytes: int, **settings: Any) -> None:
+        monkeypatch.setattr(memory, "available_memory", lambda: mebibytes * MIB)
+        train(config_of(tmp_path / "data", tmp_path / "run", max_steps=1, **settings))
+
+    with pytest.raises(WavearError, match=r"batch_size is 4096: a step needs .* with acc") as found:
+        attempt(100, batch_size=4096)
+    numbers = re.search(r"; (\d+) fits, or 4096 with accumulate (\d+)", str(found.value))
+    assert numbers is not None
+    batch, parts = numbers.groups()
+    assert 4096 % int(parts) == 0
+    assert 4096 // int(parts) <= int(batch) < 4096
+    with pytest.raises(WavearError, match=r"segment is 10{11}: .*; \d+ fits with a batch of 1"):
+        attempt(100, segment=10**11)
+    attempt(100, batch_size=4)
+    assert memory.available_memory() == 100 * MIB
+    monkeypatch.undo()
+    assert (machine.available_memory() or MIB) >= MIB
 
 
 @pytest.mark.parametrize("rate", [RATE, 12000])

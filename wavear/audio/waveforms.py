@@ -270,8 +270,11 @@ def as_array(waveform: Tensor | np.ndarray) -> np.ndarray:
     return (waveform if keep else waveform.float()).numpy()
 
 
+_INTEGERS = ("int8", "int16", "int32", "uint8")
+
+
 def as_tensor(values: Any, name: str) -> Tensor:
-    """Return a tensor without its gradient, other numbers as int64, float32 or float64.
+    """Return a tensor without its gradient; arrays and lists become one of a type that torch has.
 
     Raises
     ------
@@ -295,6 +298,7 @@ def as_tensor(values: Any, name: str) -> Tensor:
             f" read as numbers{remedy}"
         )
     kind = "i8" if array.dtype.kind != "f" else "f8" if array.dtype.itemsize > 4 else "f4"
+    kind = array.dtype.name if array.dtype.name in _INTEGERS else kind
     # A copy in native byte order: torch refuses negative strides and warns about read-only memory.
     return torch.from_numpy(np.array(array, dtype=kind, order="C"))
 

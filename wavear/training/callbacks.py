@@ -292,7 +292,7 @@ class Run(L.Callback):
             try:
                 free = free_run(model, self.validation, seconds, self.speakers)
             except WavearError as error:  # such as weights that are finite and logits that are not
-                logger.warning(f"step {step}: the free run failed, training goes on: {error}")
+                logger.warning(f"step {step}: the free run failed, the training continues: {error}")
         if free is not None and free.score is not None:
             entry["free_run"] = {name: round(value, 5) for name, value in free.measures.items()}
         best = self._is_best(entry)

@@ -1,14 +1,11 @@
-"""Settings of a training that exclude each other, or that nothing would read: all are refused."""
+"""Settings of a `TrainConfig` that exclude each other, or that nothing would read: all refused."""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING
+from typing import Any
 
 from wavear.common.errors import WavearError
-
-if TYPE_CHECKING:
-    from wavear.training.config import TrainConfig
 
 _MELS = "mel_preset mel_bands mel_hop_length mel_n_fft mel_fmin mel_fmax conditioning_dropout"
 _OF_STEPS = (
@@ -19,7 +16,7 @@ _OF_STEPS = (
 )
 
 
-def refuse_contradictions(config: TrainConfig) -> None:
+def refuse_contradictions(config: Any) -> None:
     """Raise a `WavearError` for settings that exclude each other."""
     if config.max_steps is None and config.max_minutes is None:
         raise WavearError("the run needs an end: set max_steps, max_minutes, or both")
@@ -45,7 +42,7 @@ def refuse_contradictions(config: TrainConfig) -> None:
         _refuse(config, others, f"mel_preset {config.mel_preset!r} sets the mels")
 
 
-def refuse_unused(config: TrainConfig) -> None:
+def refuse_unused(config: Any) -> None:
     """Raise a `WavearError` for settings that another makes useless.
 
     For the command line, where someone typed each of them; a recipe's values may go unused.
@@ -64,7 +61,7 @@ def refuse_unused(config: TrainConfig) -> None:
         _refuse(config, "muon_learning_rate", "the optimizer is adamw")
 
 
-def _refuse(config: TrainConfig, names: str, why: str) -> None:
+def _refuse(config: Any, names: str, why: str) -> None:
     """Refuse those of the settings that differ from their defaults."""
     for field in dataclasses.fields(config):
         if field.name not in names.split():

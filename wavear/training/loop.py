@@ -26,6 +26,7 @@ from wavear.training.callbacks import ProgressBar, Run
 from wavear.training.config import TrainConfig, TrainResult
 from wavear.training.lanes import Lanes
 from wavear.training.log import finish, log_settings, loggers
+from wavear.training.memory import check_memory
 from wavear.training.module import TrainingModule
 from wavear.training.optimizers import described
 from wavear.training.precision import choose
@@ -49,16 +50,18 @@ def fit(
     """Train `model` from its initial weights; `record` is the contents of train.json so far."""
     processes, kind = Processes.here(), _device_kind(config.device)
     segments = _segments(config, corpus, speakers, model, processes)
+    recorded = record.get("precision") if config.resume else None
+    record["precision"], why = choose(config, model, kind, recorded)
+    bf16 = record["precision"] == "bf16"
+    dtype = torch.bfloat16 if bf16 else None
+    check_memory(model, segments, config, dtype, processes.world)
     found = _find_state(config, record, processes) if config.resume else None
     if found is None:
         if config.from_checkpoint is None:
             prepare(model, segments, config.seed)
     else:
         extend_state(found.state, record, model, config)
-    recorded = record.get("precision") if config.resume else None
-    record["precision"], why = choose(config, model, kind, recorded)
-    bf16 = record["precision"] == "bf16"
-    module = TrainingModule(model, segments.layout, config, torch.bfloat16 if bf16 else None)
+    module = TrainingModule(model, segments.layout, config, dtype)
     run = Run(config, corpus, speakers, record, found.state.get("run") if found else None)
     if record["history"] and record["history"][-1] not in run.comparable():
         logger.warning("the held-out recordings have changed: the best is now chosen by these")
