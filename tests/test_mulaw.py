@@ -129,7 +129,7 @@ def test_codes_of_any_integer_type(dtype):
         (lambda: mulaw_encode(torch.tensor([0.0, torch.nan])), "NaN"),
         (lambda: mulaw_encode(np.array([np.nan])), "NaN"),
         (lambda: mulaw_encode(torch.zeros(3, dtype=torch.int16)), "int16, expected floating point"),
-        (lambda: mulaw_encode(np.zeros(3, dtype=np.int16)), "int64, expected floating point"),
+        (lambda: mulaw_encode(np.zeros(3, dtype=np.int16)), "int16, expected floating point"),
         (lambda: mulaw_encode(np.array(["a"])), "cannot be read as numbers"),
         (lambda: mulaw_decode(torch.tensor([0, 256])), r"from 0 to 256, outside \[0, 256\)"),
         (lambda: mulaw_decode(torch.tensor([-1, 7]), 1000), r"from -1 to 7, outside \[0, 1000\)"),
