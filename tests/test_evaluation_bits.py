@@ -128,8 +128,11 @@ def test_grids_without_bits_are_refused(settings, arguments, words):
 
 @pytest.mark.parametrize(
     ("settings", "speaker"),
-    [({"mel": MEL}, None), ({}, None), ({"mel": MEL, "speakers": 3}, 1)],
-    ids=["mel", "free", "speakers"],
+    [
+        pytest.param({"mel": MEL}, None, marks=pytest.mark.slow, id="mel"),
+        pytest.param({}, None, id="free"),
+        pytest.param({"mel": MEL, "speakers": 3}, 1, id="speakers"),
+    ],
 )
 def test_bits_equal_score_to_the_last_sample_in_blocks_too(recordings, settings, speaker):
     """Blocks equal the whole to float32 rounding, since each has its context and the whole mel."""

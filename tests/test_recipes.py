@@ -90,6 +90,7 @@ def test_values_are_flags(name: str, start: Callable[..., int], monkeypatch: pyt
     assert start(recipe, "--kernel-size", "1") == 2
 
 
+@pytest.mark.slow
 def test_folder_recipe_trains(tmp_path: Path):
     """Start the script like a user."""
     noise = np.random.default_rng(0).normal(0, 0.1, 2000).astype(np.float32)

@@ -185,7 +185,8 @@ def test_resumed_processes_equal_uninterrupted_ones(tones, tmp_path):
     assert_same(a["state_dict"], b["state_dict"])
 
 
-@pytest.mark.parametrize("launcher", ["srun", pytest.param("torchrun", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["srun", "torchrun"])
 def test_two_nodes_train_like_one_process(tones, tmp_path, launcher):
     """Two nodes are two tasks of srun, or two torchruns."""
     held = str(shutil.copytree(tones, tmp_path / "held"))
