@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import resource
 import stat
 import struct
@@ -400,6 +401,22 @@ def test_truncated_files_are_refused(tmp_path, kind, share):
     if kind != "flac" or share < 0.9:  # decoding finds a cut in the last frame of a FLAC
         with pytest.raises(audio.AudioError, match=rf"damaged\.{kind}: .*truncated inside"):
             audio.info(path)
+
+
+@pytest.mark.parametrize(
+    "ending", [".wav", ".w64", ".flac", ".ogg", ".opus", ".mp3", ".aiff", ".sph"]
+)
+def test_files_cut_within_their_header_are_refused(tmp_path, ending):
+    """An MP3 cut between the name and the flags of its information frame raised an IndexError."""
+    form = next(name for name, endings in reading.ENDINGS.items() if ending in endings)
+    options: dict[str, Any] = {} if ending in (".mp3", ".opus") else {"format": form}
+    whole = encode(tmp_path / f"a{ending}", **options).read_bytes()
+    path = tmp_path / f"b{ending}"
+    first = max(whole.find(b"Xing"), whole.find(b"Info"), 0)
+    for size in (*range(1, 40), *range(first, first + 16)):
+        path.write_bytes(whole[:size])
+        with pytest.raises(audio.AudioError, match=re.escape(str(path))):
+            audio.read(path)
 
 
 @pytest.mark.parametrize("kind", ["flac", "ogg"])

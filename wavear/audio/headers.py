@@ -394,7 +394,8 @@ def _examine_mp3(data: Bytes, start: int) -> Findings:
     first, head = found
     info = data[first : first + head.length]
     at = 4 + head.side_info
-    has_info = info[at : at + 4] in (b"Xing", b"Info") and bool(info[at + 7] & 1)
+    has_count = len(info) >= at + 12 and bool(info[at + 7] & 1)
+    has_info = has_count and info[at : at + 4] in (b"Xing", b"Info")
     count, position = 0, first + (head.length if has_info else 0)
     while True:
         frame = _Mp3Frame.parse(data[position : position + 4])
