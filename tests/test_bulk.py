@@ -19,6 +19,7 @@ import wavear
 from wavear import MelConfig, WaveNet, WaveNetConfig
 from wavear.cli import commands
 from wavear.generation import distributed
+from wavear.generation.files import _batches, _Batching
 from wavear.generation.jobs import Job, plan
 
 MEL = MelConfig(sample_rate=8000, n_fft=64, window_length=64, hop_length=20, bands=5, fmax=4000.0)
@@ -191,3 +192,13 @@ def test_a_damaged_record_is_refused(tmp_path):
     (tmp_path / distributed.RECORD).write_text(json.dumps({"seed": 0})[:5])
     with pytest.raises(FileExistsError, match="is damaged"):
         distributed.claim(tmp_path, [Job(Path("a"), Path("b"))], {"seed": 0})
+
+
+def test_batches_hold_similar_lengths():
+    jobs: list = [(None, torch.zeros(1, frames)) for frames in [100, 99, 50, 49, 20] + [10] * 30]
+    groups = [[mel.shape[1] for _, mel in group] for group in _batches(jobs, hop=1)]
+    assert groups == [[100, 99], [50, 49], [20], [10] * 24, [10] * 6]
+    assert [len(group) for group in _batches(jobs[:2], hop=2**24 // 100)] == [2]
+    assert [len(group) for group in _batches(jobs[:2], hop=2**24 // 99)] == [1, 1]
+    card = _Batching(window=99, most=99, samples=2**20, spread=2.0)
+    assert [len(group) for group in _batches(jobs, 1, card)] == [3, 1, 31]

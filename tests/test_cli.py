@@ -17,7 +17,7 @@ import torch
 import wavear
 from wavear import MelConfig, WaveNet, WaveNetConfig, audio
 from wavear.cli.commands import COMMANDS, main
-from wavear.generation.files import _batches, _Batching, synthesize
+from wavear.generation.files import synthesize
 from wavear.generation.jobs import plan
 from wavear.generation.mel_files import read_mel
 from wavear.generation.settings import Sampling
@@ -489,13 +489,3 @@ def test_a_closed_pipe_prints_no_traceback(here: Path):
     )
     os.close(writer)
     assert (done.returncode, done.stderr) == (1, "")
-
-
-def test_batches_hold_similar_lengths():
-    jobs: list = [(None, torch.zeros(1, frames)) for frames in [100, 99, 50, 49, 20] + [10] * 30]
-    groups = [[mel.shape[1] for _, mel in group] for group in _batches(jobs, hop=1)]
-    assert groups == [[100, 99], [50, 49], [20], [10] * 24, [10] * 6]
-    assert [len(group) for group in _batches(jobs[:2], hop=2**24 // 100)] == [2]
-    assert [len(group) for group in _batches(jobs[:2], hop=2**24 // 99)] == [1, 1]
-    card = _Batching(window=99, most=99, samples=2**20, spread=2.0)
-    assert [len(group) for group in _batches(jobs, 1, card)] == [3, 1, 31]

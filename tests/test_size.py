@@ -221,6 +221,8 @@ HEADERS = {
     "junk.flac": lambda: _flac_of(b"\xff\xf8\x59\x08" * (LARGE // 4)),
     "zeros.ogg": lambda: b"OggS" + bytes(LARGE),
     "zeros.caf": lambda: b"caff\0\1\0\0" + bytes(LARGE),
+    "empty-chunks.caf": lambda: b"caff\0\1\0\0" + b"free\0\0\0\0\0\0\0\0" * (LARGE // 12),
+    "empty-chunks.w64": lambda: headers._W64 + bytes(24) + (b"junk" + bytes(20)) * (LARGE // 24),
     "zeros.au": lambda: b".snd" + bytes(LARGE),
 }
 
@@ -256,9 +258,34 @@ def test_batches_that_memory_cannot_hold_are_refused_with_the_number_that_fits(
     with pytest.raises(WavearError, match=r"segment is 10{11}: .*; \d+ fits with a batch of 1"):
         attempt(100, segment=10**11)
     attempt(100, batch_size=4)
-    assert memory.available_memory() == 100 * MIB
+    # Less is kept where the layers are computed again.
+    large: Any = {"batch_size": 64, "segment": 4096, "overwrite": True}
+    with pytest.raises(WavearError, match="batch_size is 64"):
+        attempt(180, **large)
+    attempt(180, **large, activation_checkpointing=True)
     monkeypatch.undo()
     assert (machine.available_memory() or MIB) >= MIB
+
+
+@pytest.mark.parametrize(
+    ("group", "free"),
+    [
+        ({"limit": "1000000", "used": "900000"}, 100_000 + 300_000),  # the cache of files is free
+        ({"limit": "1000000", "used": "1300000"}, 0),
+        ({"limit": "max", "used": "900000"}, 5 * 1024 * 1024),
+        ({}, 5 * 1024 * 1024),
+    ],
+)
+def test_free_memory_is_the_least_of_the_machine_and_the_control_group(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, group: dict[str, str], free: int
+):
+    (tmp_path / "meminfo").write_text("MemFree: 1024 kB\nMemAvailable: 5120 kB\nOther: 0\n")
+    for name, text in group.items():
+        (tmp_path / name).write_text(text + "\n")
+    (tmp_path / "memory.stat").write_text("active_file 100000\ninactive_file 200000\nanon 5\n")
+    monkeypatch.setattr(machine, "_MEMINFO", tmp_path / "meminfo")
+    monkeypatch.setattr(machine, "_GROUPS", ((tmp_path, "limit", "used", ""),))
+    assert machine.available_memory() == free
 
 
 @pytest.mark.parametrize("rate", [RATE, 12000])

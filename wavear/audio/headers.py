@@ -10,7 +10,7 @@ the bytes and distinguishes two cases:
   lengths that mean "unknown" in streams, lengths shorter than the audio, and lengths that
   contradict the length of the whole file. Other bytes after the audio are not played.
 
-Formats other than WAV, AIFF, W64, NIST, FLAC, OGG and MP3 are left to libsndfile.
+Formats other than WAV, AIFF, W64, NIST, AU, CAF, FLAC, OGG and MP3 are left to libsndfile.
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ import mmap
 import os
 import re
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -95,6 +96,10 @@ def _examine_bytes(data: Bytes) -> Findings:
         return _examine_w64(data)
     if data[:8] == b"NIST_1A\n":
         return _examine_nist(data)
+    if magic in (b".snd", b"dns."):
+        return _examine_au(data, "big" if magic == b".snd" else "little")
+    if magic == b"caff":
+        return _examine_caf(data)
     if magic == b"fLaC":
         return _examine_flac(data, start)
     if magic == b"OggS":
@@ -133,17 +138,14 @@ def _examine_chunks(data: Bytes, magic: bytes) -> Findings:
     order = "little" if magic in (b"RIFF", b"RF64") else "big"
     audio = b"SSND" if magic == b"FORM" else b"data"
     whole = int.from_bytes(data[4:8], order) + 8
-    position = 12
-    for _ in range(_MOST_PARTS):
-        name = data[position : position + 4]
-        if name == audio:
-            break
-        if position + 8 > len(data) or not (name.isascii() and name.decode().isprintable()):
-            return Findings()  # there is no audio: libsndfile reports it
+
+    def size(position: int) -> int:
         length = int.from_bytes(data[position + 4 : position + 8], order)
-        position += 8 + length + length % 2
-    else:
-        raise HeaderError(f"holds no audio among its first {_MOST_PARTS} chunks")
+        return 8 + length + length % 2
+
+    position = _find_chunk(data, 12, audio, size)
+    if position is None:
+        return Findings()
     claimed = int.from_bytes(data[position + 4 : position + 8], order)
     first = position + 8
     there = len(data) - first
@@ -171,6 +173,21 @@ def _examine_chunks(data: Bytes, magic: bytes) -> Findings:
     return Findings(Splice(position + 4, 4, b"\xff\xff\xff\xff"))
 
 
+def _find_chunk(data: Bytes, position: int, audio: bytes, size: Callable[[int], int]) -> int | None:
+    """Return where the chunk `audio` begins; None without one, which libsndfile reports.
+
+    `size` gives the bytes of the chunk at a position, with its header.
+    """
+    for _ in range(_MOST_PARTS):
+        name = data[position : position + 4]
+        if name == audio:
+            return position
+        if not (len(name) == 4 and name.isascii() and name.decode().isprintable()):
+            return None
+        position += size(position)
+    raise HeaderError(f"holds no audio among its first {_MOST_PARTS} chunks")
+
+
 def _continues(data: Bytes, layout: int, position: int) -> bool:
     """Return whether 16-bit samples of a WAV file continue at a position: neighbours are alike."""
     if layout < 0 or int.from_bytes(data[layout + 22 : layout + 24], "little") != 16:
@@ -195,19 +212,20 @@ def _no_audio(data: Bytes, position: int, claimed: int) -> bool:
     return claimed > 0 and not any(data[position : position + 65536])
 
 
-# --- W64 and NIST SPHERE: libsndfile reads to the end of the file, whatever the header gives
+# --- W64, NIST SPHERE, AU, CAF: libsndfile reads to the end of the file, whatever the header gives
 
 _W64 = b"riff\x2e\x91\xcf\x11\xa5\xd6\x28\xdb\x04\xc1\x00\x00"
 
 
 def _examine_w64(data: Bytes) -> Findings:
-    position = 40  # chunks: 16 bytes that begin with a name, a length with these 24, multiples of 8
-    while position + 24 <= len(data):
-        length = int.from_bytes(data[position + 16 : position + 24], "little")
-        if data[position : position + 4] == b"data":
-            return _cut(data, position + 24, length - 24)
-        position += max(length + -length % 8, 24)
-    return Findings()
+    # Chunks: 16 bytes that begin with a name, a length with these 24, multiples of 8.
+    def length(position: int) -> int:
+        return int.from_bytes(data[position + 16 : position + 24], "little")
+
+    position = _find_chunk(data, 40, b"data", lambda at: max(length(at) + -length(at) % 8, 24))
+    if position is None:
+        return Findings()
+    return _cut(data, position + 24, length(position) - 24)
 
 
 def _examine_nist(data: Bytes) -> Findings:
@@ -217,6 +235,19 @@ def _examine_nist(data: Bytes) -> Findings:
     return _cut(data, first, math.prod(int(match[1]) if match else 0 for match in found))
 
 
+def _examine_au(data: Bytes, order: Literal["big", "little"]) -> Findings:
+    first, claimed = (int.from_bytes(data[at : at + 4], order) for at in (4, 8))
+    return _cut(data, first, claimed)
+
+
+def _examine_caf(data: Bytes) -> Findings:
+    # Chunks: a name of 4 bytes, a length of 8.
+    position = _find_chunk(data, 8, b"data", lambda at: 12 + _big(data, at + 4, 8))
+    if position is not None:
+        _cut(data, position + 12, _big(data, position + 4, 8))
+    return Findings()  # chunks that belong to the audio can follow it
+
+
 def _cut(data: Bytes, first: int, claimed: int) -> Findings:
     """Return the removal of what follows the audio, or raise if the audio is cut off."""
     there = len(data) - first
@@ -224,7 +255,8 @@ def _cut(data: Bytes, first: int, claimed: int) -> Findings:
         return Findings()
     if claimed > there:
         raise HeaderError(
-            f"truncated inside: its header promises {claimed} bytes of audio, {there} are there"
+            f"truncated inside: its header promises {claimed} bytes of audio,"
+            f" {max(there, 0)} are there"
         )
     return Findings(Splice(first + claimed, there - claimed, b""))
 

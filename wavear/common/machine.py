@@ -8,6 +8,18 @@ import platform
 from importlib.metadata import version
 from pathlib import Path
 
+_MEMINFO = Path("/proc/meminfo")
+# Control groups of version 2 and 1.
+_GROUPS = (
+    (Path("/sys/fs/cgroup"), "memory.max", "memory.current", ""),
+    (
+        Path("/sys/fs/cgroup/memory"),
+        "memory.limit_in_bytes",
+        "memory.usage_in_bytes",
+        "total_",
+    ),
+)
+
 
 def available_cores() -> int:
     """Return the number of cores that this process may run on."""
@@ -17,22 +29,25 @@ def available_cores() -> int:
 def available_memory() -> int | None:
     """Return the bytes of memory that are free for this process; None where that is not known.
 
-    The smaller of Linux's MemAvailable and what its control group leaves.
+    The smaller of Linux's MemAvailable and what its control group leaves; both count the cache of
+    files as free.
     """
     found = []
-    with contextlib.suppress(OSError, StopIteration, ValueError):
-        with open("/proc/meminfo", encoding="utf-8") as file:
-            line = next(line for line in file if line.startswith("MemAvailable:"))
-        found.append(int(line.split()[1]) * 1024)
-    for limit, used in (
-        ("memory.max", "memory.current"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
-    ):
-        with contextlib.suppress(OSError, ValueError):
-            folder = Path("/sys/fs/cgroup")
-            numbers = [int((folder / name).read_text()) for name in (limit, used)]
-            found.append(max(numbers[0] - numbers[1], 0))
+    with contextlib.suppress(OSError, KeyError):
+        found.append(_numbers(_MEMINFO)["MemAvailable:"] * 1024)
+    for folder, limit, used, prefix in _GROUPS:
+        with contextlib.suppress(OSError, KeyError, ValueError):
+            parts = _numbers(folder / "memory.stat")
+            cache = parts[f"{prefix}active_file"] + parts[f"{prefix}inactive_file"]
+            most, now = (int((folder / name).read_text()) for name in (limit, used))
+            found.append(max(most - now + cache, 0))
     return min(found, default=None)
+
+
+def _numbers(path: Path) -> dict[str, int]:
+    """Return the numbers of a file whose lines are a name and a number."""
+    rows = (line.split() for line in path.read_text().splitlines())
+    return {row[0]: int(row[1]) for row in rows if len(row) > 1}
 
 
 def machine() -> str:

@@ -372,8 +372,8 @@ def _without(train: Recordings, held: Recordings, where: str, notes: list[str]) 
     twice = overlapping(train, held)
     if len(train) and twice.all() and not overlapping(train, held, copies=False).any():
         notes.append(
-            f"all {len(train)} recordings of {where}, as copies: they are trained on, so held-out"
-            " scores are those of the training data"
+            f"{counted(len(train), 'recording')} of {where}, and none else, as copies: trained on,"
+            " so held-out scores are those of the training data"
         )
         return train
     if twice.any():

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from wavear.audio.waveforms import as_tensor
@@ -138,19 +137,15 @@ class Sampling:
         known = f"0 to {count - 1}" + (f", or a name: {', '.join(names)}" if names else "")
         if given is None:
             raise WavearError(f"the model needs a speaker, {known}")
-        one = isinstance(given, str) or not isinstance(given, Sequence)
-        chosen: list[Any] = [given] if one else list(given)
-        if one and not isinstance(given, str):  # a number, or an array of them
-            values = as_tensor(given, "speaker")
-            kind = values.dtype
-            if kind.is_floating_point or kind.is_complex or values.dim() > 1:
-                chosen = []
-            else:
-                chosen = [] if kind == torch.bool else values.reshape(-1).tolist()
-        wrong = [v for v in chosen if not isinstance(v, str) and not _is_whole(v)]
-        if not chosen or wrong:
+        if isinstance(given, str):
+            given = [given]
+        elif not isinstance(given, Sequence):  # a number, or an array of them
+            given = as_tensor(given, "speaker").tolist()
+        chosen: list[Any] = list(given) if isinstance(given, Sequence) else [given]
+        if not chosen or not all(isinstance(v, str) or _is_whole(v) for v in chosen):
             raise WavearError(
-                f"speaker is {given!r}; expected a whole number or a name, or one per utterance"
+                f"speaker is {self.speaker!r}; expected a whole number or a name, or one per"
+                " utterance"
             )
         return [_speaker_number(value, count, names, known) for value in chosen]
 

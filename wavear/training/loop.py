@@ -50,11 +50,16 @@ def fit(
     """Train `model` from its initial weights; `record` is the contents of train.json so far."""
     processes, kind = Processes.here(), _device_kind(config.device)
     segments = _segments(config, corpus, speakers, model, processes)
+    if config.activation_checkpointing:
+        if model.activation_checkpointing is None:
+            name = type(model).__name__
+            raise WavearError(f"{name} does not support activation_checkpointing: drop it")
+        model.activation_checkpointing = True
     recorded = record.get("precision") if config.resume else None
     record["precision"], why = choose(config, model, kind, recorded)
     bf16 = record["precision"] == "bf16"
     dtype = torch.bfloat16 if bf16 else None
-    check_memory(model, segments, config, dtype, processes.world)
+    check_memory(model, segments, config, dtype, kind, processes.world)
     found = _find_state(config, record, processes) if config.resume else None
     if found is None:
         if config.from_checkpoint is None:

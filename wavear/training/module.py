@@ -12,7 +12,6 @@ import lightning as L
 import torch
 from typing_extensions import override
 
-from wavear.common.errors import WavearError
 from wavear.data.crops import Batch, Layout, coded
 from wavear.models.base import AutoregressiveModel
 from wavear.models.crop_loss import crop_loss
@@ -96,12 +95,6 @@ class TrainingModule(L.LightningModule):
         self.model = model
         self.average = copy.deepcopy(model).requires_grad_(False)
         self.layout = layout
-        if config.activation_checkpointing and model.activation_checkpointing is None:
-            name = type(model).__name__
-            raise WavearError(f"{name} does not support activation_checkpointing: drop it")
-        model.activation_checkpointing = (
-            config.activation_checkpointing or model.activation_checkpointing
-        )
         if config.compile:
             check_compiler()
             model.compile_layers()  # after the copy: held-out bits do not depend on it
