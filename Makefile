@@ -1,6 +1,6 @@
 # Every target creates .venv and installs what it needs, once.
 #
-#   make demo                       train a small model on generated sounds, and hear it
+#   make demo                       hear the voice, and fine-tune it on generated notes
 #   make test ARGS="-k mulaw"       pass ARGS to the program that the target runs
 #   make test PYTHON=python3.12     create .venv with this interpreter (the first time)
 
@@ -15,7 +15,7 @@ BIN := $(VENV)/bin
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "%-14s %s\n", $$1, $$2 }'
 
-demo: $(VENV)/.installed  ## generate sounds, train a small model on them, synthesize held-out notes
+demo: $(VENV)/.installed  ## speak a sentence, fine-tune the voice on generated notes, compare before and after
 	$(BIN)/wavear demo $(ARGS)
 
 test: $(VENV)/.installed-dev  ## run the tests and the docstring examples, without the slow ones

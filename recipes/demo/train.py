@@ -1,4 +1,4 @@
-"""Train as `wavear demo` does, on generated notes. Every value is a flag too."""
+"""Fine-tune the voice as `wavear demo` does, on generated notes. Every value is a flag too."""
 
 import dataclasses
 from pathlib import Path
@@ -8,7 +8,7 @@ from wavear.demo import VALUES, write_notes
 
 if __name__ == "__main__":
     folder = Path("data/demo")
-    write_notes(folder, VALUES.sample_rate)
+    write_notes(folder)
     paths = {
         "data": str(folder / "sounds"),
         "validation": str(folder / "held_out"),

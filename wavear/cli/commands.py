@@ -49,12 +49,12 @@ def demo(
     threads: int | None = None,
     overwrite: bool = False,
 ) -> int:
-    """Speak a sentence, train a small WaveNet on generated notes, play some: no download.
+    """Speak a sentence, then teach the voice some generated notes, and compare before and after.
 
     Parameters
     ----------
     out
-        Folder to write to: WAV files, a picture, the checkpoint.
+        Folder to write to: WAV files, the checkpoint, a report to open in a browser.
     minutes
         Minutes of training; by default those of the demo's recipe.
     seed
@@ -67,7 +67,7 @@ def demo(
     from wavear.demo import job
 
     result = job.run(out, minutes=minutes, seed=seed, threads=threads, overwrite=overwrite)
-    return 0 if result.in_tune else 1
+    return 0 if result.better else 1
 
 
 def info(checkpoint: Checkpoint) -> int:

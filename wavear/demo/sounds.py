@@ -34,7 +34,7 @@ HELD_OUT = [
     ("a", "G4"),
     ("i", "E4"),
 ]
-_TAKES = 12
+_TAKES = 3
 _VIBRATO_CENTS = 10.0
 BREATH = 0.05  # noise over sound, RMS: 26 dB below it
 _LEAD_SECONDS = 0.03  # silence before a note
@@ -133,10 +133,8 @@ def voice(
 def notes(seconds: float, sample_rate: int, *, seed: int = 0, held_out: bool = False) -> list[Note]:
     """Return the notes of `wavear demo`: a C major chord, by strings and sung on three vowels.
 
-    Each is played twelve times, differently: plucked at another place and with another plectrum,
+    Each is played three times, differently: plucked at another place and with another plectrum,
     sung by a larger or a smaller mouth, louder or softer. Held out is one more take of six of them.
-    (From two takes of each the network learns them by heart, and one held-out note in three gets a
-    wrong pitch.)
     """
     draw = np.random.default_rng([seed, held_out])
     pairs = (
