@@ -30,7 +30,7 @@ NOTE_SECONDS = 1.0
 _FOLDERS = ("sounds", "held_out", "run", "report")
 _RECORD = "demo.json"
 
-# Fine-tuning: the voice knows speech, and has never heard a string or a long sung vowel.
+# Fine-tuning: the voice was trained on speech, not on strings or long sung vowels.
 VALUES = TrainConfig(
     data="sounds",
     out="run",
