@@ -257,7 +257,7 @@ def test_batches_that_memory_cannot_hold_are_refused_with_the_number_that_fits(
     assert 4096 // int(parts) <= int(batch) < 4096
     with pytest.raises(WavearError, match=r"segment is 10{11}: .*; \d+ fits with a batch of 1"):
         attempt(100, segment=10**11)
-    attempt(100, batch_size=4)
+    attempt(100, batch_size=int(batch))
     # Less is kept where the layers are computed again.
     large: Any = {"batch_size": 64, "segment": 4096, "overwrite": True}
     with pytest.raises(WavearError, match="batch_size is 64"):
