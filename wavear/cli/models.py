@@ -1,0 +1,52 @@
+"""`wavear demo` and `wavear info`."""
+
+# Annotations are objects, not strings: tyro reads them.
+from pathlib import Path
+
+from wavear.cli.arguments import Checkpoint, Folder
+from wavear.common.atomic import say
+
+
+def demo(
+    out: Folder = Path("demo"),
+    minutes: float | None = None,
+    seed: int = 0,
+    threads: int | None = None,
+    overwrite: bool = False,
+) -> int:
+    """Speak a sentence, train a small WaveNet on generated notes, play some: no download.
+
+    Parameters
+    ----------
+    out
+        Folder to write to: WAV files, a picture, the checkpoint.
+    minutes
+        Minutes of training; by default those of the demo's recipe.
+    seed
+        Of the sounds, the training and the audio; 0 or more.
+    threads
+        CPU cores to use; by default one to train and all to synthesize.
+    overwrite
+        Replace an earlier demo in the folder.
+    """
+    from wavear.demo import job
+
+    result = job.run(out, minutes=minutes, seed=seed, threads=threads, overwrite=overwrite)
+    return 0 if result.in_tune else 1
+
+
+def info(checkpoint: Checkpoint) -> int:
+    """Print what a checkpoint is: size, cost per sample, receptive field, mels, training.
+
+    Parameters
+    ----------
+    checkpoint
+        Folder that `wavear train` wrote, or hf:owner/name on the Hugging Face hub.
+    """
+    from wavear.models.info import describe
+
+    rows = describe(checkpoint)
+    width = max(len(label) for label, _ in rows)
+    for label, value in rows:
+        say(f"{label:<{width}}  {value}")
+    return 0
