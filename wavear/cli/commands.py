@@ -18,7 +18,7 @@ GROUPS = {
     "Make audio": ("synthesize", "generate", "mel", "demo"),
     "Train": ("train", "index", "shards"),
     "Measure": ("evaluate", "compare", "bench"),
-    "Checkpoints": ("info",),
+    "Checkpoints": ("info", "push"),
 }
 """The commands, as the help groups them: functions in the modules of this package."""
 COMMANDS = tuple(name for names in GROUPS.values() for name in names)

@@ -18,6 +18,8 @@ def index(data: Data, beside: bool = False, processes: int | None = None) -> int
     Only new and changed files are read, and an interrupted index resumes. `wavear train` does the
     same by itself from 1000 files on.
 
+    Example: wavear index my/recordings --processes 4
+
     Parameters
     ----------
     data
@@ -53,6 +55,8 @@ def shards(
 
     Files are copied byte for byte. `wavear train 'DIR/*.tar'` trains on them, as do other readers
     of webdataset's shards.
+
+    Example: wavear shards my/recordings --out shards --megabytes 512
 
     Parameters
     ----------

@@ -21,6 +21,8 @@ def evaluate(
 ) -> int:
     """Report the exact bits per sample of held-out recordings, and copy synthesis with its bounds.
 
+    Example: wavear evaluate runs/mine/best held_out --out report --clips 8
+
     Parameters
     ----------
     checkpoint
@@ -54,6 +56,8 @@ def compare(
 
     The table has models of any family, distribution and quantisation: bits, cost, speed, and the
     audio each makes after the same beginning.
+
+    Example: wavear compare runs/a/best runs/b/best --data held_out --out side_by_side
 
     Parameters
     ----------
@@ -121,6 +125,8 @@ def bench(
     """Measure the speed of a network here, its share of the machine's limit, and its accuracy.
 
     Without a checkpoint the weights are random: measure the speed of a network before you train it.
+
+    Example: wavear bench runs/mine/best --weights float32 int8 --batches 1 24
 
     Parameters
     ----------

@@ -1,7 +1,10 @@
-"""`wavear demo` and `wavear info`."""
+"""`wavear demo`, `wavear info` and `wavear push`."""
 
 # Annotations are objects, not strings: tyro reads them.
 from pathlib import Path
+from typing import Annotated
+
+from tyro.conf import Positional, arg
 
 from wavear.cli.arguments import Checkpoint, Folder
 from wavear.common.atomic import say
@@ -15,6 +18,8 @@ def demo(
     overwrite: bool = False,
 ) -> int:
     """Speak a sentence, train a small WaveNet on generated notes, play some: no download.
+
+    Example: wavear demo --out demo --minutes 3
 
     Parameters
     ----------
@@ -38,6 +43,8 @@ def demo(
 def info(checkpoint: Checkpoint) -> int:
     """Print what a checkpoint is: size, cost per sample, receptive field, mels, training.
 
+    Example: wavear info runs/mine/best
+
     Parameters
     ----------
     checkpoint
@@ -49,4 +56,32 @@ def info(checkpoint: Checkpoint) -> int:
     width = max(len(label) for label, _ in rows)
     for label, value in rows:
         say(f"{label:<{width}}  {value}")
+    return 0
+
+
+def push(
+    directory: Annotated[Positional[Path], arg(metavar="DIR")],
+    name: Annotated[Positional[str], arg(metavar="OWNER/NAME")],
+    private: bool = False,
+    overwrite: bool = False,
+) -> int:
+    """Upload a checkpoint with its model card to the Hugging Face hub.
+
+    Example: wavear push runs/mine/best owner/name --private
+
+    Parameters
+    ----------
+    directory
+        Folder that `wavear train` wrote, such as runs/mine/best. Read its README.md before, and
+        set the licence.
+    name
+        Where on the hub.
+    private
+        Create it for its owner only.
+    overwrite
+        Upload to a model that exists there.
+    """
+    from wavear.models import hub
+
+    say(hub.push(directory, name, private=private, overwrite=overwrite))
     return 0
