@@ -132,7 +132,7 @@ def test_push_refuses_bad_names_and_folders_before_the_upload(
 
 
 class Refusing(BaseHTTPRequestHandler):
-    """A hub that knows no login."""
+    """A hub that refuses every login."""
 
     def do_POST(self) -> None:
         self.rfile.read(int(self.headers.get("Content-Length", 0)))

@@ -32,7 +32,7 @@ def push(
     Raises
     ------
     FileNotFoundError, CheckpointError
-        If the folder is missing, or is no sound checkpoint.
+        If the folder is missing, or is a damaged checkpoint.
     WavearError
         If the hub refuses the name, the login or the upload.
     """
