@@ -10,7 +10,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow soak fuzz test-cuda bench-cuda bench-training lint format clean
+.PHONY: help demo test test-slow wheel-test soak fuzz test-cuda bench-cuda bench-training lint format clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "%-14s %s\n", $$1, $$2 }'
@@ -25,6 +25,9 @@ test: $(VENV)/.installed-dev  ## run the tests and the docstring examples, witho
 test-slow: $(VENV)/.installed-dev  ## run the slow tests, which make test leaves out
 	$(BIN)/python tests/warm.py
 	$(BIN)/python -m pytest -n auto --dist load -m slow $(ARGS)
+
+wheel-test: $(VENV)/.installed-dev  ## build the wheel, install it into an empty environment, synthesize
+	$(BIN)/python tests/wheel.py $(ARGS)
 
 soak: $(VENV)/.installed  ## kill training and synthesis 100 times and compare (ARGS="--kills 20 --synthesis-kills 10")
 	$(BIN)/python bench/kills.py --kills 67 --synthesis-kills 33 $(ARGS)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import re
 import shlex
 import subprocess
 import sys
@@ -16,7 +17,8 @@ import torch
 
 import wavear
 from wavear import MelConfig, WaveNet, WaveNetConfig, audio
-from wavear.cli.commands import COMMANDS, main
+from wavear.cli.commands import COMMANDS, _function, main
+from wavear.cli.parsing import parse
 from wavear.generation.files import synthesize
 from wavear.generation.jobs import plan
 from wavear.generation.mel_files import read_mel
@@ -233,8 +235,35 @@ def test_help(command: str, capsys: pytest.CaptureFixture):
     status, out, _ = run(capsys, command, "--help")
     assert status == 0
     assert f"usage: wavear {command}" in out
+    assert out.count("\nExample: wavear ") == 1
     assert "partial(" not in out
     assert "dummy" not in out
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_example_in_the_help_is_accepted(command: str):
+    function = _function(command)
+    lines = [line.strip() for line in str(function.__doc__).splitlines()]
+    (example,) = (line for line in lines if line.startswith("Example: "))
+    _, wavear, name, *rest = shlex.split(example)
+    assert (wavear, name) == ("wavear", command)
+    parse(function, rest, "wavear")  # exits on a usage error
+
+
+def test_commands_are_listed_in_groups(capsys: pytest.CaptureFixture):
+    status, out, err = run(capsys, "--help")
+    assert (status, err) == (0, "")
+    for name in COMMANDS:
+        first = str(_function(name).__doc__).partition("\n")[0]
+        assert f"  {name:<12}{first}" in re.sub(r"\n {14}", " ", out)
+    assert run(capsys)[0] == 2
+
+
+def test_a_mistyped_command_names_the_nearest(capsys: pytest.CaptureFixture):
+    _, _, err = run(capsys, "trian")
+    assert err == (
+        "wavear: error: there is no command trian: did you mean train? wavear --help lists all\n"
+    )
 
 
 def test_existing_output_is_refused_before_the_work(here: Path, capsys: pytest.CaptureFixture):

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from wavear import TrainConfig, audio, corpora
-from wavear.cli import commands
+import wavear
+from wavear import TrainConfig, audio, cli, corpora
 from wavear.data.corpus import open_corpus
 from wavear.training import corpus_run
 
@@ -343,7 +344,7 @@ def test_download_is_a_flag_of_a_recipe(
     def status(corpus: corpora.PublishedCorpus, *flags: str) -> int:
         monkeypatch.setattr("sys.argv", ["train.py", *flags])
         with pytest.raises(SystemExit) as stop:
-            commands.recipe(config(tmp_path / "data", tmp_path / "x"), "Train.", corpus)
+            cli.recipe(config(tmp_path / "data", tmp_path / "x"), "Train.", corpus)
         assert isinstance(stop.value.code, int)
         return stop.value.code
 
@@ -356,3 +357,12 @@ def test_download_is_a_flag_of_a_recipe(
     assert f"{tmp_path / 'data' / 'waves_yesno'} is there" in capsys.readouterr().out
     assert [path.name for path in tmp_path.iterdir()] == ["data"]
     assert status(corpora.Digits(), "--download") == 2
+
+
+def test_missing_torchaudio_is_one_line_with_the_extra(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    ljspeech(tmp_path)
+    monkeypatch.setitem(sys.modules, "torchaudio", None)
+    with pytest.raises(wavear.WavearError, match=r'pip install "wavear\[corpora\]"'):
+        corpora.LJSpeech().clips(tmp_path)

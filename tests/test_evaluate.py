@@ -208,6 +208,29 @@ def test_the_record_has_the_bounds_of_each_measure(made: Evaluation):
     assert found["noise_floor"]["model"]["mean"] > -40  # the model is untrained
 
 
+def test_verdict_compares_the_means_with_griffin_lim(tmp_path: Path):
+    measures = {
+        "pesq": {"model": {"mean": 2.0}, "griffin_lim": {"mean": 1.5}},  # higher is better
+        "stoi": {"model": {"mean": 0.8}, "griffin_lim": {"mean": 0.9}},
+        "mcd": {"model": {"mean": 4.0}, "griffin_lim": {"mean": 5.0}},  # lower is better
+        "log_mel": {"model": {"mean": 0.4}, "griffin_lim": {"mean": 0.4}},
+        "hnr_low": {"model": {"mean": 1.0}, "griffin_lim": {"mean": 2.0}},  # neither
+    }
+    expected = (
+        "compared with Griffin-Lim: better on PESQ, Mel-cepstral distortion; worse on STOI; equal"
+        " on Log-mel distance"
+    )
+    assert Evaluation({"measures": measures}, tmp_path).verdict == expected
+    assert Evaluation({"measures": {}}, tmp_path).verdict == ""
+
+
+def test_verdict_is_at_the_top_of_page_and_summary(made: Evaluation):
+    assert made.verdict.startswith("compared with Griffin-Lim: ")
+    assert made.summary()[0] == made.verdict
+    page = made.page.read_text(encoding="utf-8")
+    assert page.index(made.verdict[1:]) < page.index("Bits per sample")
+
+
 def test_bits_by_loudness_add_up(made: Evaluation):
     levels = made.record["by_level"]
     samples = sum(entry["samples"] for entry in levels)

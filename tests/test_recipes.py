@@ -21,8 +21,7 @@ from small_training import record_of
 from test_corpora import MINIATURES
 
 import wavear
-from wavear import TrainConfig, audio
-from wavear.cli import commands
+from wavear import TrainConfig, audio, cli
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 NAMES = sorted(path.parent.name for path in RECIPES.glob("*/train.py"))
@@ -51,7 +50,7 @@ def start(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., int]
         monkeypatch.setattr(sys, "argv", ["train.py", *flags])
         corpus, program = getattr(recipe, "CORPUS", None), getattr(recipe, "run", None)
         with pytest.raises(SystemExit) as stop:
-            commands.recipe(recipe.VALUES, recipe.__doc__, corpus, program)
+            cli.recipe(recipe.VALUES, recipe.__doc__, corpus, program)
         return int(stop.value.code or 0)
 
     return run
@@ -285,6 +284,18 @@ def test_text_to_speech_refuses_the_wrong_vocoder(
     with pytest.raises(ValueError, match=message):
         tts.speak(given, *tacotron)
     assert not (tmp_path / "x.wav").exists()
+
+
+def test_speaking_without_torchaudio_is_one_line_with_the_extra(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    tts = module(RECIPES / "tts" / "speak.py")
+    checkpoint = vocoder(tmp_path / "vocoder", "torchaudio-tacotron2")
+    monkeypatch.setitem(sys.modules, "torchaudio", None)
+    assert tts.main([checkpoint, "Hello!", "--out", str(tmp_path / "x.wav")]) == 1
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    assert 'pip install "wavear[corpora]"' in err
 
 
 def test_every_bundle_of_the_recipe_is_torchaudios():

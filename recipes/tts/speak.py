@@ -67,8 +67,13 @@ def speak(speak: Speak, processor: Any = None, tacotron2: Any = None) -> tuple[t
     if model.config.mel is None:
         raise ValueError(f"{speak.checkpoint} takes no mels: it is not a vocoder")
     if processor is None or tacotron2 is None:
-        import torchaudio
-
+        try:
+            import torchaudio
+        except (ImportError, OSError) as error:
+            raise ValueError(
+                "Tacotron 2 needs torchaudio, which cannot be imported"
+                f' ({error}): pip install "wavear[corpora]"'
+            ) from None
         bundle = getattr(torchaudio.pipelines, speak.bundle)
         processor, tacotron2 = bundle.get_text_processor(), bundle.get_tacotron2()
     mel = text_to_mel(speak.text, processor, tacotron2, speak.seed)

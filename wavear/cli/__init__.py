@@ -1,5 +1,6 @@
 """The command line."""
 
-from wavear.cli.commands import main, recipe, run_training
+import lazy_loader
 
-__all__ = ["main", "recipe", "run_training"]
+# The names in __init__.pyi, each imported when it is first used.
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

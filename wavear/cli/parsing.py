@@ -10,7 +10,7 @@ import functools
 import os
 import sys
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import tyro
@@ -45,27 +45,6 @@ def _aliased(argument: str) -> str:
     """Return an argument with the present name of its flag."""
     name, equals, value = argument.partition("=")
     return _ALIASES.get(name.replace("_", "-"), name) + equals + value
-
-
-def parse_command(
-    commands: Mapping[str, Callable[..., int]], arguments: Sequence[str], description: str
-) -> Command:
-    """Return the command that the first argument names, parsed; help and errors list them all."""
-    if arguments and arguments[0] in commands:
-        return parse(commands[arguments[0]], arguments[1:], f"wavear {arguments[0]}")
-    summaries = {name: _summary_of(function) for name, function in commands.items()}
-    tyro.extras.subcommand_cli_from_dict(
-        summaries, prog="wavear", description=description, args=list(arguments)
-    )
-    raise AssertionError("tyro exits: the arguments name no command")
-
-
-def _summary_of(function: Callable[..., int]) -> Callable[[], None]:
-    def summary() -> None:
-        pass
-
-    summary.__doc__ = (function.__doc__ or "").splitlines()[0]
-    return summary
 
 
 def guarded(run: Command) -> int:

@@ -44,6 +44,8 @@ def synthesize(
     16-bit PCM on stdout as they come: ... | wavear synthesize - --stream | aplay -t raw -f S16_LE
     -c 1 -r 22050
 
+    Example: wavear synthesize runs/mine/best speech.wav mels/ --out new --top-p 0.99
+
     Parameters
     ----------
     inputs
@@ -136,6 +138,8 @@ def generate(
 ) -> int:
     """Make audio with a model that is not conditioned on mels, from silence or after a recording.
 
+    Example: wavear generate runs/mine/best --prime clip.wav --seconds 10 --out more.wav
+
     Parameters
     ----------
     checkpoint
@@ -199,6 +203,8 @@ def mel(
     config: MelConfig = MelConfig(),
 ) -> int:
     """Compute the mel spectrograms of recordings: .npz with `mel` (bands, frames) and `config`.
+
+    Example: wavear mel speech.wav --preset r9y9 --out mels
 
     Parameters
     ----------

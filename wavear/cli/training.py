@@ -36,6 +36,8 @@ for _name, _text in family_defaults().items():
 def train(config: _Flags) -> int:
     """Train a model on a folder of recordings, or a manifest.
 
+    Example: wavear train my/recordings --out runs/mine --max-minutes 60
+
     Parameters
     ----------
     config

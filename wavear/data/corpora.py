@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from wavear.common.atomic import replace_file
-from wavear.common.errors import WavearError
+from wavear.common.errors import WavearError, one_line
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +32,18 @@ class Clip:
     """ "train", "validation" or "test"."""
     speaker: str = ""
     """Empty where the corpus has one speaker."""
+
+
+def _datasets() -> Any:
+    """Return the module `torchaudio.datasets`."""
+    try:
+        from torchaudio import datasets
+    except (ImportError, OSError) as error:  # an OSError where its libraries do not fit torch's
+        raise WavearError(
+            "published corpora need torchaudio, which cannot be imported"
+            f' ({one_line(error)}): pip install "wavear[corpora]"'
+        ) from None
+    return datasets
 
 
 @contextlib.contextmanager
@@ -177,9 +189,7 @@ class LJSpeech(PublishedCorpus):
         return 2.7
 
     def dataset(self, data: Path, part: str, download: bool = False) -> Any:
-        from torchaudio.datasets import LJSPEECH
-
-        return LJSPEECH(data, download=download)
+        return _datasets().LJSPEECH(data, download=download)
 
     def clips_of(self, dataset: Any, part: str) -> Iterator[Clip]:
         for name, *_ in dataset._flist:
@@ -215,9 +225,7 @@ class CMUArctic(PublishedCorpus):
         return 0.12
 
     def dataset(self, data: Path, part: str, download: bool = False) -> Any:
-        from torchaudio.datasets import CMUARCTIC
-
-        return CMUARCTIC(data, url=part, download=download)
+        return _datasets().CMUARCTIC(data, url=part, download=download)
 
     def clips_of(self, dataset: Any, part: str) -> Iterator[Clip]:
         for (line,) in dataset._walker:
@@ -249,9 +257,7 @@ class VCTK(PublishedCorpus):
         return 11.7
 
     def dataset(self, data: Path, part: str, download: bool = False) -> Any:
-        from torchaudio.datasets import VCTK_092
-
-        return VCTK_092(os.fspath(data), mic_id=self.microphone, download=download)
+        return _datasets().VCTK_092(os.fspath(data), mic_id=self.microphone, download=download)
 
     def clips_of(self, dataset: Any, part: str) -> Iterator[Clip]:
         for speaker, number in dataset._sample_ids:
@@ -273,9 +279,7 @@ class YesNo(PublishedCorpus):
         return 0.0047
 
     def dataset(self, data: Path, part: str, download: bool = False) -> Any:
-        from torchaudio.datasets import YESNO
-
-        return YESNO(data, download=download)
+        return _datasets().YESNO(data, download=download)
 
     def clips_of(self, dataset: Any, part: str) -> Iterator[Clip]:
         for index, name in enumerate(dataset._walker):
@@ -311,9 +315,7 @@ class LibriTTS(PublishedCorpus):
         return self._GIGABYTES[part]
 
     def dataset(self, data: Path, part: str, download: bool = False) -> Any:
-        from torchaudio.datasets import LIBRITTS
-
-        return LIBRITTS(data, url=part, download=download)
+        return _datasets().LIBRITTS(data, url=part, download=download)
 
     def clips_of(self, dataset: Any, part: str) -> Iterator[Clip]:
         for name in dataset._walker:

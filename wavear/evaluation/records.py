@@ -172,10 +172,27 @@ class Evaluation:
         """The report."""
         return self.folder / PAGE
 
+    @property
+    def verdict(self) -> str:
+        """Compare the means with those of Griffin-Lim, in one line; empty if none can be."""
+        named: dict[str, list[str]] = {"better": [], "worse": [], "equal": []}
+        for name, found in self.record["measures"].items():
+            sign = {"higher": 1, "lower": -1}.get(MEASURES[name].better)
+            model, other = (
+                found.get(system, {}).get("mean") for system in ("model", "griffin_lim")
+            )
+            if sign is not None and model is not None and other is not None:
+                gain = sign * (model - other)
+                kind = "better" if gain > 0 else "worse" if gain < 0 else "equal"
+                named[kind].append(MEASURES[name].title)
+        found = [f"{kind} on {', '.join(titles)}" for kind, titles in named.items() if titles]
+        return f"compared with Griffin-Lim: {'; '.join(found)}" if found else ""
+
     def summary(self) -> list[str]:
-        """Return lines to print: bits, measures with their bounds, and the path of the page."""
+        """Return lines to print: verdict, bits, measures with bounds, and the path of the page."""
         bits = ", ".join(f"{law} {value:.3f}" for law, value in self.bits.items())
-        lines = [f"bits per sample ({self.grid}): {bits}"]
+        lines = [self.verdict] if self.verdict else []
+        lines.append(f"bits per sample ({self.grid}): {bits}")
         for key, grid in (("common_bits", "16-bit samples"), ("mulaw_bits", "256 mu-law codes")):
             if found := self.record.get(key):
                 lines.append(f"on the grid of {grid}: model {found['mean']:.3f}")

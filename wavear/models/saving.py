@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from wavear.common.atomic import replace_file, replace_tensors
+from wavear.models.card import write_card
 
 FORMAT = 1
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
@@ -30,6 +31,8 @@ def save(
     training: dict | None = None,
 ) -> Path:
     """Write a model so that `wavear.load` needs nothing else; see `AutoregressiveModel.save`.
+
+    A model card, README.md, is written too, unless somebody wrote or changed the one there.
 
     Each file appears whole or not at all. The weights carry a copy of the configuration: `load`
     detects files of two different models, mixed by hand or by a crash between the two files.
@@ -51,6 +54,7 @@ def save(
     directory.mkdir(parents=True, exist_ok=True)
     replace_tensors(directory / WEIGHTS, tensors, {"wavear": text})
     replace_file(directory / CONFIG, lambda path: path.write_text(text + "\n", encoding="utf-8"))
+    write_card(directory, described)
     return directory
 
 

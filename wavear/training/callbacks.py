@@ -304,6 +304,7 @@ class Run(L.Callback):
                 self._log_free_run(trainer, entry, free, best)
             if best:
                 described = self._described(step, entry["bits"])
+                described |= {"free_run": entry["free_run"]} if "free_run" in entry else {}
                 module.average.save(self.out / "best", overwrite=True, training=described)
         self._validated_at = time.monotonic()
         self._validation_cost = self._validated_at - began
@@ -402,7 +403,8 @@ class Run(L.Callback):
         write_record(self.config, self.record)
 
     def _described(self, step: int, bits: float | None) -> dict[str, Any]:
-        described: dict[str, Any] = {"step": step, "speakers": list(self.speakers)}
+        data = Path(self.config.data).name
+        described: dict[str, Any] = {"data": data, "step": step, "speakers": list(self.speakers)}
         return described | ({} if bits is None else {"validation_bits": round(bits, 5)})
 
 

@@ -61,7 +61,8 @@ def fit(
     scored = held_out_bits(model, validation)
     bits = scored.per_sample
     make_directory(config)
-    described = {"step": 1, "speakers": [], "validation_bits": round(bits, 5)}
+    described = {"data": Path(config.data).name, "step": 1, "speakers": []}
+    described |= {"validation_bits": round(bits, 5)}
     for name in ("best", "last"):
         model.save(out / name, overwrite=True, training=described)
     held_out, unscored = final_scores(config, corpus, load(out / "best"))

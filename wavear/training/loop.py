@@ -14,11 +14,13 @@ import lightning as L
 import torch
 from typing_extensions import override
 
+from wavear.common.atomic import replace_file
 from wavear.common.errors import WavearError
 from wavear.common.log import get_logger
 from wavear.data.corpus import Corpus
 from wavear.data.crops import Order, Segments, collate
 from wavear.data.workers import end_with_parent
+from wavear.evaluation.pictures import curves
 from wavear.models.base import AutoregressiveModel
 from wavear.models.checkpoint import load
 from wavear.models.crop_loss import layout_of
@@ -268,6 +270,8 @@ def _finish(config: TrainConfig, corpus: Corpus, trainer: L.Trainer, run: Run) -
     held_out: dict[str, float] = {}
     # Without a validation since the first step there is no best yet.
     best_path = out / ("best" if (out / "best").is_dir() else "last")
+    if trainer.is_global_zero and (picture := curves(best_path)) is not None:
+        replace_file(out / "loss.png", lambda path: path.write_bytes(picture))
     if stopped_by == "interrupt":
         logger.info(f"saved; to resume: the same command with --resume ({out})")
     elif trainer.is_global_zero:

@@ -53,7 +53,7 @@ def make_directory(config: TrainConfig) -> None:
         for name in ("best", "last", "states", "tensorboard", "wandb", "samples"):
             shutil.rmtree(out / name, ignore_errors=True)
         # The record is the last: without it the rest would not be a run.
-        files = ("resume.safetensors", "metrics.csv", "validation.csv", RECORD)
+        files = ("resume.safetensors", "metrics.csv", "validation.csv", "loss.png", RECORD)
         for path in (*out.glob("bad-step-*.safetensors"), *(out / name for name in files)):
             path.unlink(missing_ok=True)
     out.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,73 @@
+"""The public names: `__init__.py` imports each when it is first used, by this list."""
+
+from . import audio
+from .audio.mulaw import mulaw_decode, mulaw_encode
+from .common.errors import WavearError
+from .data import corpora
+from .data.corpus import IndexReport, index
+from .evaluation.evaluation import compare, compare_models, evaluate
+from .evaluation.records import EvaluateConfig, Evaluation
+from .generation.defects import watch
+from .generation.sampler import generate
+from .generation.scoring import score
+from .generation.states import StreamState
+from .generation.streams import Stream, StreamBatch
+from .mel.conversion import convert_mel
+from .mel.detection import adapt_mel, judge_mel
+from .mel.spectrogram import MelConfig, log_mel
+from .models.base import AutoregressiveModel
+from .models.checkpoint import CheckpointError, load
+from .models.fitting import fit_linear
+from .models.gru import GRU, GRUConfig
+from .models.linear import Linear, LinearConfig
+from .models.predictive import PredictiveWaveNet, PredictiveWaveNetConfig
+from .models.transformer import Transformer, TransformerConfig
+from .models.wavenet import WaveNet, WaveNetConfig
+from .training.config import TrainConfig, TrainResult
+from .training.run import train, write_held_out
+
+__version__: str
+
+__all__ = [
+    "GRU",
+    "AutoregressiveModel",
+    "CheckpointError",
+    "EvaluateConfig",
+    "Evaluation",
+    "GRUConfig",
+    "IndexReport",
+    "Linear",
+    "LinearConfig",
+    "MelConfig",
+    "PredictiveWaveNet",
+    "PredictiveWaveNetConfig",
+    "Stream",
+    "StreamBatch",
+    "StreamState",
+    "TrainConfig",
+    "TrainResult",
+    "Transformer",
+    "TransformerConfig",
+    "WaveNet",
+    "WaveNetConfig",
+    "WavearError",
+    "adapt_mel",
+    "audio",
+    "compare",
+    "compare_models",
+    "convert_mel",
+    "corpora",
+    "evaluate",
+    "fit_linear",
+    "generate",
+    "index",
+    "judge_mel",
+    "load",
+    "log_mel",
+    "mulaw_decode",
+    "mulaw_encode",
+    "score",
+    "train",
+    "watch",
+    "write_held_out",
+]
