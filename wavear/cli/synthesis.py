@@ -211,7 +211,8 @@ def mel(
     preset
         Make the mels that a project publishes, instead of those of the flags: hifigan,
         nvidia-tacotron2, r9y9, espnet, espnet-24k, fatchord, parallel-wavegan,
-        torchaudio-tacotron2, torchaudio-tacotron2-wavernn, librosa-default.
+        torchaudio-tacotron2, torchaudio-tacotron2-wavernn, librosa-default, vocos-24k,
+        bigvgan-v2-24k-100, bigvgan-v2-22k-80, bigvgan-v2-44k-128.
     npy
         Write plain .npy, bands first, without the configuration.
     overwrite
