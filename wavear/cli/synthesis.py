@@ -47,8 +47,8 @@ def synthesize(
     Parameters
     ----------
     inputs
-        Audio files (their mel is taken), mels (.npy, .npz, .pt, .safetensors; bands first), or
-        folders of these. With --stream: -, stdin, float32 frame after frame, or a .npy array.
+        Audio files (their mel is taken), mels (.npy, .npz, .pt, .safetensors, .h5; bands first),
+        or folders of these. With --stream: -, stdin, float32 frame after frame, or a .npy array.
         Before them a folder that `wavear train` wrote, or hf:owner/name on the Hugging Face hub; by
         default the voice that comes with wavear.
     out
