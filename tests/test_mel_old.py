@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -99,3 +100,41 @@ def test_a_preset_excludes_other_mel_settings(tmp_path: Path):
         settings(tmp_path, mel_preset="espnet-24k")
     with pytest.raises(ValueError, match="there is no mel preset 'r9y8': did you mean 'r9y9'"):
         settings(tmp_path, mel_preset="r9y8")
+
+
+UNUSUAL = {
+    "n_fft": 512,
+    "window_length": 400,
+    "window": "blackman",
+    "hop_length": 80,
+    "centre": "start",
+    "padding": "zeros",
+    "bands": 30,
+    "fmin": 20.0,
+    "fmax": 3000.0,
+    "mel_scale": "htk",
+    "norm": None,
+    "power": 2.0,
+    "power_offset": 1e-9,
+    "power_floor": 1e-8,
+    "floor": 1e-7,
+    "floor_mode": "add",
+    "log_base": "10",
+    "scale": 0.5,
+    "shift": 0.1,
+    "clip": (-8.0, 3.0),
+}
+
+
+def test_training_accepts_every_field_of_a_mel(recordings: Path):
+    assert MelConfig(**UNUSUAL).to_dict().keys() == {"sample_rate", *UNUSUAL}
+    own = {f"mel_{name}": value for name, value in UNUSUAL.items()} | {"mel_norm": "none"}
+    result = wavear.train(settings(recordings, **own, max_steps=1))
+    assert wavear.load(result.best).config.mel == MelConfig(**UNUSUAL)
+    default = dataclasses.fields(MelConfig)
+    assert all(getattr(MelConfig(), f.name) != UNUSUAL.get(f.name, 0) for f in default)
+
+
+def test_a_clip_is_two_numbers(tmp_path: Path):
+    with pytest.raises(ValueError, match="mel_clip is 5, expected two numbers"):
+        settings(tmp_path, mel_clip=5)

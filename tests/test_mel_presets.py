@@ -7,6 +7,8 @@ frame more than ours; ours are its first T // hop frames.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import librosa
 import numpy as np
@@ -136,6 +138,36 @@ def librosa_default(wave: Wave) -> np.ndarray:
     return librosa.power_to_db(librosa.feature.melspectrogram(y=wave, sr=22050), top_db=None)
 
 
+def vocos_24k(wave: Wave) -> np.ndarray:
+    """Compute `MelSpectrogramFeatures` of vocos: torchaudio's mels, then `safe_log`."""
+    transform: Any = torchaudio.transforms.MelSpectrogram(
+        sample_rate=24000, n_fft=1024, hop_length=256, n_mels=100, center=True, power=1
+    ).double()
+    # torchaudio computes window and filters in float32, too coarse near a floor of 1e-7.
+    transform.spectrogram.window.copy_(torch.hann_window(1024, dtype=torch.float64))
+    filters = librosa.filters.mel(
+        sr=24000, n_fft=1024, n_mels=100, htk=True, norm=None, dtype=np.float64
+    )
+    assert np.abs(transform.mel_scale.fb.numpy().T - filters).max() < 1e-4
+    transform.mel_scale.fb.copy_(torch.from_numpy(filters.T))
+    return torch.log(torch.clip(transform(torch.from_numpy(wave)), min=1e-7)).numpy()
+
+
+def bigvgan_v2(wave: Wave, rate: int, n_fft: int, hop: int, bands: int) -> np.ndarray:
+    """Compute `mel_spectrogram` of BigVGAN's meldataset.py with win_size = n_fft, fmax null."""
+    padding = (n_fft - hop) // 2
+    padded = torch.nn.functional.pad(
+        torch.from_numpy(wave)[None, None], (padding, padding), mode="reflect"
+    )[0]
+    window = torch.hann_window(n_fft, dtype=torch.float64)
+    spectrum = torch.stft(padded, n_fft, hop, n_fft, window, center=False, return_complex=True)
+    magnitude = torch.sqrt(torch.view_as_real(spectrum).pow(2).sum(-1) + 1e-9)[0].numpy()
+    filters = librosa.filters.mel(
+        sr=rate, n_fft=n_fft, n_mels=bands, fmin=0, fmax=None, dtype=np.float64
+    )
+    return np.log(np.maximum(filters @ magnitude, 1e-5))
+
+
 # Tolerances: ours rounds to float32 at the end, 6e-8 of the largest value. librosa's own calls
 # have float32 filters (1.2e-7 of a band, 5e-7 dB) and complex64 spectra of float32 input only.
 # torchaudio's filters are computed in float32, where differences of close frequencies cancel: 1e-3
@@ -151,6 +183,10 @@ PUBLISHED: dict[str, tuple[Callable[[Wave], np.ndarray], float]] = {
     "torchaudio-tacotron2": (torchaudio_tacotron2, 2e-3),
     "torchaudio-tacotron2-wavernn": (torchaudio_tacotron2_wavernn, 2e-3),
     "librosa-default": (librosa_default, 1e-5),
+    "vocos-24k": (vocos_24k, 2e-6),
+    "bigvgan-v2-24k-100": (partial(bigvgan_v2, rate=24000, n_fft=1024, hop=256, bands=100), 2e-6),
+    "bigvgan-v2-22k-80": (partial(bigvgan_v2, rate=22050, n_fft=1024, hop=256, bands=80), 2e-6),
+    "bigvgan-v2-44k-128": (partial(bigvgan_v2, rate=44100, n_fft=2048, hop=512, bands=128), 2e-6),
 }
 
 

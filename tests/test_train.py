@@ -14,6 +14,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -32,6 +33,7 @@ from small_training import (
     state_of,
     timeless_rows,
 )
+from tqdm import tqdm
 
 import wavear
 from wavear import audio, train
@@ -43,6 +45,7 @@ from wavear.evaluation.held_out import Counts, baselines, held_out_bits, subset
 from wavear.models.crop_loss import crop_loss, layout_of
 from wavear.training import callbacks, loop
 from wavear.training import module as training_module
+from wavear.training.callbacks import ProgressBar
 from wavear.training.module import TrainingModule, learning_rate
 from wavear.training.state import load_state, save_state, state_paths
 
@@ -868,3 +871,20 @@ def test_a_damaged_held_out_file_has_no_unigram_bits(tones, tmp_path):
     soundfile.write(held / "a.wav", waveform, RATE, "FLOAT")
     result = train(config_of(tones, tmp_path / "run", validation=str(held), max_steps=1))
     assert result.held_out.keys() == {"model", "uniform"}
+
+
+def test_progress_is_the_share_of_the_run_and_resumes(monkeypatch: pytest.MonkeyPatch):
+    """Half of the run was done before; 10 s then took it to three quarters: 10 s are left."""
+    monkeypatch.setattr("wavear.training.callbacks._training", lambda module: module)
+    bar: Any = ProgressBar(SimpleNamespace(shown={"loss": "1"}))  # type: ignore[arg-type]
+    bar._trainer = trainer = SimpleNamespace(global_step=100, is_global_zero=True)
+    module = SimpleNamespace(progress=0.5)
+    bar.on_train_start(trainer, module)
+    bar.on_train_epoch_start(trainer, module)
+    module.progress = 0.75
+    bar.on_train_batch_end(trainer, module, None, None, 0)
+    shown = bar.train_progress_bar.format_dict | {"elapsed": 10.0}
+    text = tqdm.format_meter(**shown)
+    assert "training:  75%" in text
+    assert "00:10 left" in text
+    assert "step=100" in text

@@ -49,8 +49,8 @@ def synthesize(
     Parameters
     ----------
     inputs
-        Audio files (their mel is taken), mels (.npy, .npz, .pt, .safetensors; bands first), or
-        folders of these. With --stream: -, stdin, float32 frame after frame, or a .npy array.
+        Audio files (their mel is taken), mels (.npy, .npz, .pt, .safetensors, .h5; bands first),
+        or folders of these. With --stream: -, stdin, float32 frame after frame, or a .npy array.
         Before them a folder that `wavear train` wrote, or hf:owner/name on the Hugging Face hub; by
         default the voice that comes with wavear.
     out
@@ -217,7 +217,8 @@ def mel(
     preset
         Make the mels that a project publishes, instead of those of the flags: hifigan,
         nvidia-tacotron2, r9y9, espnet, espnet-24k, fatchord, parallel-wavegan,
-        torchaudio-tacotron2, torchaudio-tacotron2-wavernn, librosa-default.
+        torchaudio-tacotron2, torchaudio-tacotron2-wavernn, librosa-default, vocos-24k,
+        bigvgan-v2-24k-100, bigvgan-v2-22k-80, bigvgan-v2-44k-128.
     npy
         Write plain .npy, bands first, without the configuration.
     overwrite

@@ -1,4 +1,4 @@
-"""Mels in files: .npy, .npz, .pt and .safetensors, none of whose content is executed."""
+"""Mels in files: .npy, .npz, .pt, .safetensors and HDF5, none of whose content is executed."""
 
 from __future__ import annotations
 
@@ -29,7 +29,8 @@ from wavear.models.base import AutoregressiveModel
 logger = get_logger(__name__)
 
 LARGEST_ARRAY = 2**30  # bytes in a compressed file: 10 hours of 80 bands at 86 frames per second
-MEL_SUFFIXES = (".npy", ".npz", ".pt", ".safetensors")
+_HDF5 = (".h5", ".hdf5")
+MEL_SUFFIXES = (".npy", ".npz", ".pt", ".safetensors", *_HDF5)
 _FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
@@ -62,6 +63,8 @@ def read_mel(
         mel, described = _read_npz(path)
     elif suffix == ".pt":
         mel, described = _read_pt(path)
+    elif suffix in _HDF5:
+        mel, described = _read_hdf5(path), None
     else:
         mel, described = _read_safetensors(path)
     shape = tuple(mel.shape)
@@ -221,6 +224,29 @@ def _read_safetensors(path: Path) -> tuple[torch.Tensor, Any]:
         raise WavearError(
             f"{path} is damaged or not a safetensors file of a mel: {one_line(error)}"
         ) from None
+
+
+def _read_hdf5(path: Path) -> torch.Tensor:
+    """Read a dataset of the file's first level; links to other files are not followed."""
+    try:
+        import h5py  # type: ignore[import-not-found]
+    except ImportError:
+        raise WavearError(f"{path} needs the package h5py: pip install h5py") from None
+    try:
+        with h5py.File(path, "r") as file:
+            links = {name: file.get(name, getlink=True) for name in file}
+            own = [name for name, link in links.items() if isinstance(link, h5py.HardLink)]
+            data = file[_only("mel", [n for n in own if isinstance(file[n], h5py.Dataset)])]
+            if data.external or data.is_virtual:
+                raise WavearError("its data lie in other files, which are not followed")
+            if data.dtype.kind not in "fiu" or data.nbytes > LARGEST_ARRAY:
+                raise WavearError(
+                    f"it holds {data.nbytes} bytes of {data.dtype}, expected numbers, at most"
+                    f" {LARGEST_ARRAY} bytes"
+                )
+            return _to_tensor(data[()])
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
+        raise WavearError(f"{path} is damaged or not a mel: {one_line(error)}") from None
 
 
 def _only(name: str, names: list[str]) -> str:

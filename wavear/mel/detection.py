@@ -216,7 +216,7 @@ def _wrong_shape(values: Tensor, config: MelConfig) -> str:
     if shape[1] == config.bands:
         return f"the mel has shape {shape}: it seems transposed, frames first; give its transpose"
     known = [name for name in PRESETS if MelConfig.preset(name).bands == shape[0]]
-    hint = f" ({', '.join(known)} has as many)" if known and shape[0] != 80 else ""
+    hint = f" (as many as {' and '.join(known)})" if known and shape[0] != 80 else ""
     return f"the mel has {shape[0]} bands, the model was trained on {config.bands}{hint}"
 
 

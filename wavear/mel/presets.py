@@ -1,8 +1,8 @@
 """Mels as published: name -> the fields of a `MelConfig` that differ from its defaults.
 
-Where the published code is `center=True` (all but HiFi-GAN's), it yields one frame more than
-`wavear.log_mel`: the one centred on the last multiple of the hop, where less than a hop of the
-waveform is left. Ours are its first T // hop.
+Where the published code is `center=True` (all but HiFi-GAN's and BigVGAN's), it yields one frame
+more than `wavear.log_mel`: the one centred on the last multiple of the hop, where less than a hop
+of the waveform is left. Ours are its first T // hop.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ _ESPNET: dict[str, Any] = {
     "log_base": "10",
     "floor": 1e-10,
 }
+_BIGVGAN: dict[str, Any] = {"fmax": None, "power_offset": 1e-9}
 
 PRESETS: dict[str, dict[str, Any]] = {
     # jik876/hifi-gan, meldataset.py and config_v1.json: centred on the middle of the hop, 1e-9
@@ -82,5 +83,28 @@ PRESETS: dict[str, dict[str, Any]] = {
         "power": 2.0,
         "log_base": "db",
         "floor": 1e-10,
+    },
+    # gemelo-ai/vocos 416f24d, vocos/feature_extractors.py `MelSpectrogramFeatures` (torchaudio's
+    # MelSpectrogram with power=1: HTK's scale, no norm) and vocos/modules.py `safe_log`.
+    "vocos-24k": {
+        "sample_rate": 24000,
+        "centre": "start",
+        "bands": 100,
+        "fmax": None,
+        "mel_scale": "htk",
+        "norm": None,
+        "floor": 1e-7,
+    },
+    # NVIDIA/BigVGAN 169ffbe, meldataset.py `mel_spectrogram` (HiFi-GAN's), with the values of
+    # configs/bigvgan_v2_*.json.
+    "bigvgan-v2-24k-100": _BIGVGAN | {"sample_rate": 24000, "bands": 100},
+    "bigvgan-v2-22k-80": _BIGVGAN,
+    "bigvgan-v2-44k-128": _BIGVGAN
+    | {
+        "sample_rate": 44100,
+        "n_fft": 2048,
+        "window_length": 2048,
+        "hop_length": 512,
+        "bands": 128,
     },
 }

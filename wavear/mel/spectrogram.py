@@ -246,8 +246,7 @@ class MelConfig:
         Parameters
         ----------
         name : str
-            hifigan, nvidia-tacotron2, r9y9, espnet, espnet-24k, parallel-wavegan, fatchord,
-            torchaudio-tacotron2, torchaudio-tacotron2-wavernn or librosa-default.
+            hifigan, nvidia-tacotron2, vocos-24k, or another of `wavear.mel.presets.PRESETS`.
 
         Raises
         ------

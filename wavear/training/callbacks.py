@@ -43,7 +43,9 @@ _PRINTED = ("score", "log_mel", "hnr_low", "hnr_low_recorded", "pesq", "stoi")  
 
 
 class ProgressBar(TQDMProgressBar):
-    """Lightning's bar with steps up to `max_steps`, loss, held-out bits and samples/s."""
+    """Lightning's bar over the run's share of its steps or its minutes, whichever is larger."""
+
+    BAR_FORMAT = "{l_bar}{bar}| {remaining} left{postfix}"
 
     def __init__(self, run: Run):
         # A log file does not need a line ten times a second.
@@ -51,16 +53,28 @@ class ProgressBar(TQDMProgressBar):
         self.run = run
 
     @override
-    def on_train_epoch_start(self, trainer: L.Trainer, *_: Any) -> None:
-        super().on_train_epoch_start(trainer)
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
         bar = self.train_progress_bar
-        bar.total = trainer.max_steps if trainer.max_steps > 0 else None
-        bar.initial = bar.n = trainer.global_step  # the rate counts this run's steps only
+        # The rate is that of this part of the run.
+        bar.total = 1.0
+        bar.initial = bar.n = _training(pl_module).progress
         bar.set_description("training")
 
     @override
+    def on_train_epoch_start(self, *_: Any) -> None:
+        """Leave the bar as it is: there is one epoch."""
+
+    @override
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+        share = _training(pl_module).progress  # of all processes, so each has to ask at each step
+        if trainer.global_step % self.refresh_rate == 0 or share >= 1:
+            self.train_progress_bar.n = min(share, 1.0)
+            self.train_progress_bar.set_postfix(self.get_metrics(trainer, pl_module))
+
+    @override
     def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
-        return self.run.shown
+        return {"step": trainer.global_step} | self.run.shown
 
 
 class Run(L.Callback):

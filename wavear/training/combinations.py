@@ -6,8 +6,10 @@ import dataclasses
 from typing import Any
 
 from wavear.common.errors import WavearError
+from wavear.training.mel_settings import MEL_FIELDS
 
-_MELS = "mel_preset mel_bands mel_hop_length mel_n_fft mel_fmin mel_fmax conditioning_dropout"
+_OWN_MELS = " ".join(MEL_FIELDS)
+_MELS = f"mel_preset mels {_OWN_MELS} conditioning_dropout"
 _OF_STEPS = (
     "input_noise segment batch_size accumulate optimizer learning_rate muon_learning_rate"
     " weight_decay gradient_clip ema_decay precision compile activation_checkpointing warmup_steps"
@@ -38,8 +40,7 @@ def refuse_contradictions(config: Any) -> None:
     if config.unconditional:
         _refuse(config, "conditioning_dropout", "unconditional models have no mels")
     elif config.mel_preset:
-        others = "mel_bands mel_hop_length mel_n_fft mel_fmin mel_fmax"
-        _refuse(config, others, f"mel_preset {config.mel_preset!r} sets the mels")
+        _refuse(config, _OWN_MELS, f"mel_preset {config.mel_preset!r} sets the mels")
 
 
 def refuse_unused(config: Any) -> None:

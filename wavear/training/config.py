@@ -1,4 +1,4 @@
-"""Settings of a training run (`TrainConfig`, in five groups), and its outcome (`TrainResult`)."""
+"""Settings of a training run (`TrainConfig`, in six groups), and its outcome (`TrainResult`)."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from wavear.mel.spectrogram import MelConfig
 from wavear.models.checkpoint import saved_config
 from wavear.models.families import FAMILIES
 from wavear.training.combinations import refuse_contradictions
+from wavear.training.mel_settings import MEL_FIELDS, MelSettings
 from wavear.training.result import TrainResult
 
 __all__ = ["TRAINING_DEFAULTS", "OutputSettings", "TrainConfig", "TrainResult"]
@@ -180,18 +181,6 @@ class ModelSettings:
     """linear: move poles outside the unit circle inside."""
     unconditional: bool = False
     """Train without mels: the model then generates freely."""
-    mel_preset: str | None = None
-    """A project's mels (torchaudio-tacotron2, r9y9...: docs/mels.md), instead of those below."""
-    mel_bands: int = 80
-    """Mel bands."""
-    mel_hop_length: int | None = None
-    """Samples per mel frame; None: 256 at 22050 Hz, the fitting power of two at other rates."""
-    mel_n_fft: int | None = None
-    """Samples of the mel's Fourier transform and window; None: four hops."""
-    mel_fmin: float = 0.0
-    """Lower end of the lowest mel band, Hz."""
-    mel_fmax: float | None = None
-    """Upper end of the highest mel band, Hz; None: 8000, half of a sample rate above 24000."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -295,11 +284,14 @@ _SHARES = "ema_decay hold conditioning_dropout"
 
 # Fields come in the order of the last base first.
 @dataclass(frozen=True)
-class TrainConfig(OutputSettings, ScheduleSettings, OptimizerSettings, ModelSettings, DataSettings):
-    """Settings of a training run: the fields of five groups, all of them keyword arguments.
+class TrainConfig(
+    OutputSettings, ScheduleSettings, OptimizerSettings, MelSettings, ModelSettings, DataSettings
+):
+    """Settings of a training run: the fields of six groups, all of them keyword arguments.
 
-    The groups are `DataSettings`, `ModelSettings`, `OptimizerSettings`, `ScheduleSettings` and
-    `OutputSettings`; each field has its unit in its own text. `dataclasses.replace` changes some.
+    The groups are `DataSettings`, `ModelSettings`, `MelSettings`, `OptimizerSettings`,
+    `ScheduleSettings` and `OutputSettings`; each field has its unit in its own text.
+    `dataclasses.replace` changes some.
 
     Raises
     ------
@@ -348,8 +340,7 @@ class TrainConfig(OutputSettings, ScheduleSettings, OptimizerSettings, ModelSett
             "unconditional": own.mel is None,
             "pre_emphasis": getattr(own, "pre_emphasis", 0.0),
         }
-        mel = {name: name.removeprefix("mel_") for name in _MEL_FIELDS}
-        set_by_it |= {name: getattr(own.mel, key, None) for name, key in mel.items()}
+        set_by_it |= {name: getattr(own.mel, key, None) for name, key in MEL_FIELDS.items()}
         set_by_it |= {name: getattr(own, name, None) for name in _MODEL_FIELDS}
         for name, value in set_by_it.items():
             if (given := getattr(self, name)) not in (getattr(type(self), name), value):
@@ -399,21 +390,7 @@ class TrainConfig(OutputSettings, ScheduleSettings, OptimizerSettings, ModelSett
             return self._start[1].mel
         if self.unconditional or self.family == "linear":
             return None
-        if self.mel_preset is not None:
-            return MelConfig.preset(self.mel_preset)
-        octave = max(self.sample_rate / 22050, 1 / 16)
-        hop = self.mel_hop_length or 2 ** round(math.log2(256 * octave))
-        n_fft = self.mel_n_fft or 4 * hop
-        fmax = min(8000.0, self.sample_rate / 2) if self.sample_rate <= 24000 else None
-        return MelConfig(
-            sample_rate=self.sample_rate,
-            n_fft=n_fft,
-            window_length=n_fft,
-            hop_length=hop,
-            bands=self.mel_bands,
-            fmin=self.mel_fmin,
-            fmax=self.mel_fmax or fmax,
-        )
+        return self.mel_of(self.sample_rate)
 
     def model_config(self, speakers: int = 0) -> Any:
         """Return the configuration of the family's model."""
@@ -441,9 +418,6 @@ _MODEL_FIELDS = _MODEL_FIELDS[
 ]
 
 
-_MEL_FIELDS = ("mel_bands", "mel_hop_length", "mel_n_fft", "mel_fmin", "mel_fmax")
-
-
 @functools.cache
 def _field_types() -> dict[str, Any]:
     hints = get_type_hints(TrainConfig)
@@ -465,10 +439,18 @@ def _fits(value: Any, hint: Any) -> bool:
         return any(_fits(value, option) for option in get_args(hint))
     if get_origin(hint) is Literal:
         return value in get_args(hint)
+    if get_origin(hint) is tuple:
+        return (
+            isinstance(value, tuple | list)
+            and len(value) == 2
+            and all(_fits(each, float) for each in value)
+        )
     return isinstance(value, _TYPES[hint][0]) and (hint is bool or not isinstance(value, bool))
 
 
 def _described(hint: Any) -> str:
+    if get_origin(hint) is tuple:
+        return "two numbers"
     options = [option for option in get_args(hint) if option is not type(None)]
     if get_origin(hint) is Literal:
         return f"{', '.join(options[:-1])} or {options[-1]}"
