@@ -9,7 +9,7 @@ from wavear.common.errors import WavearError
 from wavear.training.mel_settings import MEL_FIELDS
 
 _OWN_MELS = " ".join(MEL_FIELDS)
-_MELS = f"mel_preset mels {_OWN_MELS} conditioning_dropout"
+_MELS = f"mel_preset {_OWN_MELS} conditioning_dropout"
 _OF_STEPS = (
     "input_noise segment batch_size accumulate optimizer learning_rate muon_learning_rate"
     " weight_decay gradient_clip ema_decay precision compile activation_checkpointing warmup_steps"
