@@ -18,6 +18,7 @@ from wavear.common.errors import WavearError
 from wavear.common.log import get_logger
 from wavear.common.words import counted
 from wavear.evaluation.records import EvaluateConfig
+from wavear.serving.settings import ServeConfig
 
 __all__ = ["COMMANDS", "main", "recipe", "run_training"]
 logger = get_logger(__name__)
@@ -318,6 +319,33 @@ def bench(
     return 0
 
 
+def serve(
+    checkpoint: Annotated[Positional[str], arg(metavar="CHECKPOINT")] = "voice",
+    device: str = "cpu",
+    config: ServeConfig = ServeConfig(),
+) -> int:
+    """Serve a page for the browser: resynthesize recordings, play and steer a model live.
+
+    Parameters
+    ----------
+    checkpoint
+        Folder that `wavear train` wrote, or hf:owner/name on the Hugging Face hub; by default the
+        voice that comes with wavear.
+    device
+        cpu, cuda, or one card: cuda:1.
+    config
+        Address and limits.
+    """
+    try:
+        from wavear.serving import server
+    except ImportError as error:
+        raise WavearError(
+            f"the page needs starlette and uvicorn ({error}): pip install 'wavear[serve]'"
+        ) from None
+    server.serve(load_model(checkpoint, device), checkpoint, config)
+    return 0
+
+
 COMMANDS: dict[str, Callable[..., int]] = {
     "demo": demo,
     "train": train,
@@ -330,6 +358,7 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "compare": compare,
     "info": info,
     "bench": bench,
+    "serve": serve,
 }
 
 
