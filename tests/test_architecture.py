@@ -14,7 +14,7 @@ ROOT = Path(wavear.__file__).resolve().parent
 # The lowest floor first.
 FLOORS = (
     "common", "audio", "mel", "data", "models", "generation", "evaluation", "training",
-    "benchmark", "demo", "cli",
+    "benchmark", "demo", "serving", "cli",
 )  # fmt: skip
 MODULES = {
     ".".join(["wavear", *path.relative_to(ROOT).with_suffix("").parts]).removesuffix(

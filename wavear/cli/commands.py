@@ -15,7 +15,7 @@ from pathlib import Path
 from wavear import __version__
 
 GROUPS = {
-    "Make audio": ("synthesize", "generate", "mel", "demo"),
+    "Make audio": ("synthesize", "generate", "serve", "mel", "demo"),
     "Train": ("train", "index", "shards"),
     "Measure": ("evaluate", "compare", "bench"),
     "Checkpoints": ("info", "push"),

@@ -1,4 +1,4 @@
-"""`wavear demo`, `wavear info` and `wavear push`."""
+"""`wavear demo`, `wavear info`, `wavear push` and `wavear serve`."""
 
 # Annotations are objects, not strings: tyro reads them.
 from pathlib import Path
@@ -6,8 +6,10 @@ from typing import Annotated
 
 from tyro.conf import Positional, arg
 
-from wavear.cli.arguments import Checkpoint, Folder
+from wavear.cli.arguments import Checkpoint, Folder, load_model
 from wavear.common.atomic import say
+from wavear.common.errors import WavearError
+from wavear.serving.settings import ServeConfig
 
 
 def demo(
@@ -84,4 +86,33 @@ def push(
     from wavear.models import hub
 
     say(hub.push(directory, name, private=private, overwrite=overwrite))
+    return 0
+
+
+def serve(
+    checkpoint: Annotated[Positional[str], arg(metavar="CHECKPOINT")] = "voice",
+    device: str = "cpu",
+    config: ServeConfig = ServeConfig(),
+) -> int:
+    """Serve a page for the browser: resynthesize recordings, play and steer a model live.
+
+    Example: wavear serve runs/mine/best --port 8001
+
+    Parameters
+    ----------
+    checkpoint
+        Folder that `wavear train` wrote, or hf:owner/name on the Hugging Face hub; by default the
+        voice that comes with wavear.
+    device
+        cpu, cuda, or one card: cuda:1.
+    config
+        Address and limits.
+    """
+    try:
+        from wavear.serving import server
+    except ImportError as error:
+        raise WavearError(
+            f"the page needs starlette and uvicorn ({error}): pip install 'wavear[serve]'"
+        ) from None
+    server.serve(load_model(checkpoint, device), checkpoint, config)
     return 0

@@ -1,0 +1,1 @@
+"""The page of `wavear serve`: resynthesis, and live audio over a WebSocket."""
