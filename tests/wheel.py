@@ -25,6 +25,7 @@ LARGEST = 3_000_000  # bytes: the voice has 1.1 million
 NEEDED = {
     *(f"voices/voice/{name}" for name in ("config.json", "model.safetensors", "sentence.npz")),
     *(f"evaluation/templates/{p.name}" for p in (ROOT / "wavear/evaluation/templates").iterdir()),
+    *(f"serving/page/{p.name}" for p in (ROOT / "wavear/serving/page").iterdir()),
     "__init__.pyi",
     "py.typed",
 }
