@@ -230,6 +230,26 @@ def test_usage_errors_exit_with_status_2(here: Path, capsys: pytest.CaptureFixtu
         assert "--help" in err
 
 
+@pytest.mark.parametrize(
+    ("command", "name"),
+    [
+        ("generate free --seconds 0.05 --out {}/x.wav", "x{}.wav"),
+        ("synthesize mel in --out {}", "sub/a{}.wav"),
+    ],
+)
+def test_several_seeds_give_the_files_of_single_runs(here, capsys, command, name):
+    command += " --engine reference"
+    assert run(capsys, *f"{command} --seeds 4:6".format("new").split())[0] == 0
+    several = [Path("new", name.format(f"-seed{seed}")).read_bytes() for seed in (4, 5)]
+    for seed, content in zip((4, 5), several, strict=True):
+        assert run(capsys, *f"{command} --seed {seed}".format(f"alone{seed}").split())[0] == 0
+        assert Path(f"alone{seed}", name.format("")).read_bytes() == content
+    assert several[0] != several[1]
+    status, _, errors = run(capsys, *f"{command} --seeds 5,6".format("new").split())
+    assert (status, "exists" in errors) == (1, True)
+    assert not Path("new", name.format("-seed6")).exists()
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help(command: str, capsys: pytest.CaptureFixture):
     status, out, _ = run(capsys, command, "--help")
@@ -322,6 +342,10 @@ def test_inputs_with_the_same_output_are_refused(here: Path, capsys: pytest.Capt
         ("bench --shape r9y9 --classes 1024", "r9y9 sets the network: drop --classes"),
         ("generate mel --seconds 1 --out x.wav", "wavear synthesize"),
         ("generate free --seconds 0 --out x.wav", "seconds is 0"),
+        ("generate free --seconds 1 --out x.wav --seeds 3:3", "such as 0:8"),
+        ("generate free --seconds 1 --out x.wav --seeds 0:99999", "of at most 10000 seeds"),
+        ("generate free --seconds 1 --out x.wav --seeds 0:2 --seed 4", "drop one"),
+        ("synthesize mel in --out new --seeds 0:2 --resume", "drop --seeds"),
         ("generate free --seconds -1 --out x.wav", "seconds is -1"),
         ("generate free --seconds nan --out x.wav", "seconds is nan"),
         ("generate free --seconds 1e9 --out x.wav", "at most 86400"),

@@ -1,5 +1,6 @@
 """Arguments that several commands share."""
 
+import dataclasses
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,10 +9,12 @@ from typing import Annotated, Any
 from tyro.conf import Positional, arg
 
 from wavear.common.errors import WavearError
+from wavear.generation.settings import Sampling
 
 Checkpoint = Annotated[Positional[str], arg(metavar="CHECKPOINT")]
 Data = Annotated[Positional[str], arg(metavar="DATA")]
 Folder = Annotated[Path, arg(metavar="DIR")]
+_MOST_SEEDS = 10_000
 
 
 def checkpoint_and_inputs(paths: Sequence[Path]) -> tuple[str, list[Path]]:
@@ -33,6 +36,31 @@ def checkpoint_and_inputs(paths: Sequence[Path]) -> tuple[str, list[Path]]:
     if str(first) == "-" or first.is_file() or (named_as_file and not first.is_dir()):
         return VOICE, list(paths)
     return str(first), others
+
+
+def seeds_of(text: str | None, sampling: Sampling) -> list[tuple[str, Sampling]]:
+    """Return for each seed of `--seeds` the ending of its files' names, and its settings.
+
+    Examples
+    --------
+    >>> [ending for ending, _ in seeds_of("0:3", Sampling())]
+    ['-seed0', '-seed1', '-seed2']
+    >>> seeds_of(None, Sampling(seed=5)) == [("", Sampling(seed=5))]
+    True
+    """
+    if text is None:
+        return [("", sampling)]
+    if sampling.seed != Sampling().seed:
+        raise WavearError("--seed and --seeds exclude each other: drop one")
+    match = re.fullmatch(r"(\d+):(\d+)", text)
+    numbers = range(int(match[1]), int(match[2])) if match else text.split(",")
+    if (not match and not re.fullmatch(r"\d+(,\d+)*", text)) or not 0 < len(numbers) <= _MOST_SEEDS:
+        raise WavearError(
+            f"--seeds is {text!r}; it must be a range such as 0:8 (0 to 7), or a list such as"
+            f" 0,3,5, of at most {_MOST_SEEDS} seeds"
+        )
+    seeds = dict.fromkeys(int(number) for number in numbers)
+    return [(f"-seed{seed}", dataclasses.replace(sampling, seed=seed)) for seed in seeds]
 
 
 def load_model(checkpoint: str, device: str) -> Any:

@@ -7,7 +7,13 @@ from typing import Annotated
 
 from tyro.conf import Positional, arg
 
-from wavear.cli.arguments import Checkpoint, Folder, checkpoint_and_inputs, load_model
+from wavear.cli.arguments import (
+    Checkpoint,
+    Folder,
+    checkpoint_and_inputs,
+    load_model,
+    seeds_of,
+)
 from wavear.common.atomic import say
 from wavear.common.errors import WavearError
 from wavear.common.log import get_logger
@@ -35,6 +41,7 @@ def synthesize(
     mel_seconds: float | None = None,
     force: bool = False,
     device: str = "cpu",
+    seeds: str | None = None,
     sampling: Sampling = Sampling(),
     output: Output = Output(),
 ) -> int:
@@ -74,6 +81,8 @@ def synthesize(
         Use mels that are judged wrong, or cannot be converted, unchanged.
     device
         cpu, cuda, or one card: cuda:1.
+    seeds
+        Make one file for each of several seeds, x-seed0.wav and so on: 0:8 is 0 to 7; or 0,3,5.
     sampling
         How the audio is made.
     output
@@ -84,13 +93,14 @@ def synthesize(
     from wavear.generation.mel_files import MEL_SUFFIXES
 
     checkpoint, inputs = checkpoint_and_inputs(inputs)
+    each = seeds_of(seeds, sampling)
     if stream:
         if inputs != [Path("-")]:
             raise WavearError("--stream follows the frames on stdin: its one input is -")
-        if output != Output() or overwrite or resume or force or mel_seconds is not None:
+        if output != Output() or overwrite or resume or force or mel_seconds is not None or seeds:
             raise WavearError(
                 "--stream makes raw 16-bit PCM of frames without a known end: drop --format,"
-                " --normalize, --fade, --overwrite, --resume, --mel-seconds and --force"
+                " --normalize, --fade, --overwrite, --resume, --mel-seconds, --seeds and --force"
             )
         pipes.run(load_model(checkpoint, device), str(out or "-"), sampling, mel_preset)
         return 0
@@ -100,7 +110,13 @@ def synthesize(
     resume = resume or world > 1
     if resume and out is None:
         raise WavearError("--resume and torchrun need a folder to write to: pass --out")
-    jobs = plan(inputs, out, output.suffix, overwrite=overwrite or resume)
+    if resume and seeds is not None:
+        raise WavearError("--resume and torchrun take one seed: drop --seeds")
+    plans = [
+        plan(inputs, out, output.suffix, overwrite=overwrite or resume, ending=ending)
+        for ending, _ in each
+    ]
+    jobs = plans[0]
     mels = MelInput(mel_preset, mel_seconds, force)
     if mels != MelInput() and not any(j.source.suffix.lower() in MEL_SUFFIXES for j in jobs):
         raise WavearError(
@@ -109,15 +125,17 @@ def synthesize(
         )
     model = load_model(checkpoint, distributed.own_device(device))
     if not resume:
-        bar = sys.stderr.isatty()
-        report = files.synthesize(model, jobs, sampling, mels=mels, output=output, progress=bar)
-        if out is None:
-            from wavear.evaluation.similarity import report_similarity
+        bar, status = sys.stderr.isatty(), 0
+        for (_, one), jobs in zip(each, plans, strict=True):
+            report = files.synthesize(model, jobs, one, mels=mels, output=output, progress=bar)
+            if out is None:
+                from wavear.evaluation.similarity import report_similarity
 
-            failed = {path for path, _ in report.failed}
-            made = [job for job in jobs if job.source not in failed]
-            report_similarity(model, made, sampling.speaker)
-        return _summary(report)
+                failed = {path for path, _ in report.failed}
+                made = [job for job in jobs if job.source not in failed]
+                report_similarity(model, made, one.speaker)
+            status = max(status, _summary(report))
+        return status
     assert out is not None
     report = distributed.synthesize(
         model, jobs, out, sampling, mels=mels, output=output, overwrite=overwrite
@@ -133,6 +151,7 @@ def generate(
     prime: Annotated[Path | None, arg(metavar="FILE")] = None,
     include_prime: bool = False,
     device: str = "cpu",
+    seeds: str | None = None,
     sampling: Sampling = Sampling(),
     output: Output = Output(),
 ) -> int:
@@ -156,6 +175,8 @@ def generate(
         Write the recording in front of the new audio.
     device
         cpu, cuda, or one card: cuda:1.
+    seeds
+        Make one file for each of several seeds, x-seed0.wav and so on: 0:8 is 0 to 7; or 0,3,5.
     sampling
         How the audio is made.
     output
@@ -169,28 +190,32 @@ def generate(
         raise WavearError(
             f"{out} is not an audio file by its name: --out takes a {', '.join(suffixes)} file"
         )
-    if out.is_dir():
-        raise IsADirectoryError(f"{out} is a folder: --out takes a file")
-    if out.exists() and not overwrite:
-        raise FileExistsError(f"{out} exists: choose another name, or pass --overwrite")
+    each = [(out.with_stem(out.stem + end), one) for end, one in seeds_of(seeds, sampling)]
+    for path, _ in each:
+        if path.is_dir():
+            raise IsADirectoryError(f"{path} is a folder: --out takes a file")
+        if path.exists() and not overwrite:
+            raise FileExistsError(f"{path} exists: choose another name, or pass --overwrite")
     if output.format is not None and out.suffix.lower() != output.suffix:
         raise WavearError(
             f"--format {output.format} makes a file that ends in {output.suffix}, and --out is"
             f" {out}"
         )
-    model = load_model(checkpoint, device)
-    report = generate_file(
-        model,
-        seconds,
-        out,
-        sampling,
-        output=output,
-        progress=sys.stderr.isatty(),
-        prime=prime,
-        include_prime=include_prime,
-    )
-    say(f"{out}  {info(out).seconds:.2f} s, {model.config.sample_rate} Hz")
-    return _summary(report)
+    model, status = load_model(checkpoint, device), 0
+    for path, one in each:
+        report = generate_file(
+            model,
+            seconds,
+            path,
+            one,
+            output=output,
+            progress=sys.stderr.isatty(),
+            prime=prime,
+            include_prime=include_prime,
+        )
+        say(f"{path}  {info(path).seconds:.2f} s, {model.config.sample_rate} Hz")
+        status = max(status, _summary(report))
+    return status
 
 
 def mel(

@@ -31,14 +31,15 @@ def plan(
     *,
     mels: bool = True,
     overwrite: bool = False,
+    ending: str = "",
 ) -> list[Job]:
     """List which file each input becomes; raise before any work starts if one cannot be used.
 
     Inputs are files, and folders, whose audio (and, with `mels`, mel) files at any depth are taken,
     except hidden ones and those in `out`. `x.flac` becomes `x.wav` in `out`, `sub/x.flac` of a
     folder `sub/x.wav`; if `out` is None, both become `x-synthesized.wav` next to `x.flac`, and
-    folders are searched for other files than such ones. Without `overwrite` no file is replaced,
-    and an input never is.
+    folders are searched for other files than such ones. `ending` is added to the stem of the
+    input's name. Without `overwrite` no file is replaced, and an input never is.
     """
     beside = out is None
     out = Path(out or "")
@@ -62,7 +63,9 @@ def plan(
     if not found:
         raise WavearError(f"no input: name {kinds} files, or a folder of them")
     if beside:
-        found = [(source, source.with_name(f"{source.stem}{MADE}")) for source, _ in found]
+        found = [(source, source.with_name(f"{source.stem}{ending}{MADE}")) for source, _ in found]
+    elif ending:
+        found = [(source, name.with_name(f"{name.stem}{ending}")) for source, name in found]
     above = next((part for part in (out, *out.parents) if part.exists()), out)
     if above.exists() and not above.is_dir():
         raise NotADirectoryError(f"{above} is a file: --out names the folder to write to")
