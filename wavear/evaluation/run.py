@@ -303,7 +303,7 @@ class _Synthesis:
         emphasis = coefficient(model.config)
         hop, longest = mel_config.hop_length, round(self.config.seconds * rate)
         spans = {n: min(clips[n].frames, max(longest, hop)) // hop * hop for n in chosen}
-        taken = 0.0
+        taken, missing = 0.0, dict[str, list[str]]()
         for batch in _bar(list(_batches(spans)), self.progress, "synthesizing"):
             originals = [read_span(clips[n], rate, 0, spans[n]) for n in batch]
             mels = [log_mel(torch.from_numpy(x)[None], mel_config)[0] for x in originals]
@@ -326,7 +326,10 @@ class _Synthesis:
                 }
                 row.measures, row.not_measured = _measure(systems, rate)
                 for name, why in row.not_measured.get("model", {}).items():
-                    logger.info(f"{row.name}: no {MEASURES[name].title}: {why}")
+                    missing.setdefault(f"no {MEASURES[name].title}: {why}", []).append(row.name)
+        for what, names in missing.items():
+            where = names[0] if len(names) == 1 else counted(len(names), "clip")
+            logger.info(f"{where}: {what}")
         seconds = sum(spans.values()) / rate
         if chosen:
             logger.info(
