@@ -540,6 +540,22 @@ def test_unusable_clips_are_named_and_other_rates_resampled(
     assert all({"pesq", "stoi"} <= set(row["not_measured"]["model"]) for row in found["clips"])
 
 
+def test_quick_takes_ten_clips_and_two_measures(here: Path, tmp_path: Path):
+    for number in range(13):
+        noise = np.random.default_rng(number).normal(0, 0.1, 4000 if number else 6 * RATE)
+        audio.write(tmp_path / f"{number:02}.wav", noise.astype(np.float32), RATE)
+    out = tmp_path / "out"
+    assert command("evaluate", here / "mel", tmp_path, "--out", out, "--quick", *FLAGS) == 0
+    found = Evaluation.read(out).record
+    assert [row["name"] for row in found["clips"]][::9] == ["00.wav", "12.wav"]  # evenly
+    assert len(found["clips"]) == found["generation"]["clips"] == 10
+    assert found["clips"][0]["synthesized_samples"] == 5 * RATE
+    assert found["clips"][0]["samples"] == 6 * RATE
+    first, second = (row["measures"]["model"] for row in found["clips"][:2])
+    assert (set(first), set(second)) == ({"stoi", "mcd"}, {"mcd"})  # too short for STOI
+    assert found["clips"][1]["not_measured"]["model"].keys() == {"stoi"}
+
+
 def test_only_held_out_rows_of_a_manifest_are_evaluated(here: Path, tmp_path: Path):
     rows = [
         "path,split,speaker",

@@ -43,6 +43,9 @@ class EvaluateConfig:
     """Clips to synthesize and measure, spread evenly over the data; bits are of all clips."""
     seconds: float = 10.0
     """Longest stretch of each clip to synthesize, from its beginning."""
+    quick: bool = False
+    """Use ten clips, at most five seconds of each for synthesis, and measure only STOI and
+    mel-cepstral distortion."""
     seed: int = 0
     """Seed of the audio and of the intervals; the same seed gives the same report."""
     temperature: float = 1.0
