@@ -230,6 +230,13 @@ def test_usage_errors_exit_with_status_2(here: Path, capsys: pytest.CaptureFixtu
         assert "--help" in err
 
 
+def test_audio_of_a_seed_next_to_its_input_is_not_an_input(here: Path):
+    (job,) = plan(["in/a.wav"], None, ".wav", ending="-seed1")
+    assert job.target == Path("in/a-seed1-synthesized.wav")
+    audio.write(job.target, torch.zeros(400), 8000)
+    assert job.target not in [each.source for each in plan(["in"], None, ".wav")]
+
+
 @pytest.mark.parametrize(
     ("command", "name"),
     [
