@@ -25,7 +25,8 @@ class Speak:
     """The text, and the models that speak it."""
 
     checkpoint: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="CHECKPOINT")]
-    """Vocoder: a folder such as runs/tts/best, or hf:owner/name on the Hugging Face hub."""
+    """Vocoder: voice, which comes with wavear; a folder such as runs/tts/best; or hf:owner/name on
+    the Hugging Face hub."""
     text: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="TEXT")]
     """In English."""
     out: Path = Path("speech.wav")
@@ -77,7 +78,10 @@ def speak(speak: Speak, processor: Any = None, tacotron2: Any = None) -> tuple[t
         bundle = getattr(torchaudio.pipelines, speak.bundle)
         processor, tacotron2 = bundle.get_text_processor(), bundle.get_tacotron2()
     mel = text_to_mel(speak.text, processor, tacotron2, speak.seed)
-    mel = wavear.adapt_mel(mel, model, BUNDLES[speak.bundle], force=speak.force)
+    # Without a recording to stay in step with, where a frame is centred makes no difference.
+    source = wavear.MelConfig.preset(BUNDLES[speak.bundle])
+    source = dataclasses.replace(source, centre=model.config.mel.centre)
+    mel = wavear.adapt_mel(mel, model, source, force=speak.force)
     sampling: dict[str, Any] = {
         "seed": speak.seed,
         "temperature": speak.temperature,
