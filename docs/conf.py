@@ -81,10 +81,17 @@ def add_players(app: Sphinx, doctree: nodes.document, docname: str) -> None:
             link.parent.insert(link.parent.index(link) + 1, nodes.raw("", player, format="html"))
 
 
+def keep_sentences(app: Any, what: str, name: str, thing: Any, options: Any, lines: list) -> None:
+    """Keep napoleon from reading "a sentence: more of it" of a field as "type: description"."""
+    if what in ("attribute", "property"):
+        lines.insert(0, "")
+
+
 def setup(app: Sphinx) -> dict[str, Any]:
     """Register the parser of notebooks, the landing page and the players."""
     app.add_source_suffix(".ipynb", "ipynb")
     app.add_source_parser(NotebookParser)
     app.connect("source-read", make_landing)
     app.connect("doctree-resolved", add_players)
+    app.connect("autodoc-process-docstring", keep_sentences, priority=400)  # before napoleon
     return {"parallel_read_safe": True}
