@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from test_english import findings
 
 import wavear
@@ -160,3 +161,40 @@ def test_minutes_on_the_first_page_are_those_measured():
 
 def test_first_page_is_short():
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 150
+
+
+SMALL = {"layers": 2, "stacks": 1, "residual_channels": 8, "skip_channels": 8}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", ["README.md", "docs/streaming.md", "docs/families.md"])
+def test_python_on_a_page_runs(page, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The blocks of a page run one after the other, in a folder with a recording and a model."""
+    monkeypatch.chdir(tmp_path)
+    model = wavear.WaveNet(wavear.WaveNetConfig(**SMALL, mel=wavear.MelConfig()))
+    model.save("runs/mine/best")
+    waveform = 0.1 * torch.randn(8192, generator=torch.Generator().manual_seed(0))
+    wavear.audio.write("speech.wav", waveform, 22050)
+    heard = []
+    names = {
+        "frames": torch.randn(80, 20),
+        "text_to_speech": lambda: torch.randn(80, 20).split(3, dim=1),
+        "play": heard.append,
+        "send": lambda member, audio: heard.append(audio),
+        "waveform": waveform,
+        "recordings": [waveform],
+        "wavear": wavear,
+    }
+    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / page).read_text(), re.DOTALL | re.M)
+    assert blocks
+    for block in blocks:
+        if "prime=" in block:  # the page describes a model without mels there
+            names["model"] = wavear.WaveNet(wavear.WaveNetConfig(**SMALL, mel=None))
+            block = block.replace("220500", "2205")
+        exec(block, names)
+    if page == "README.md":
+        assert wavear.audio.info("new.wav").seconds == pytest.approx(32 * 256 / 22050)
+        assert names["nats"].shape == (1, 8192)
+    if page == "docs/streaming.md":
+        assert sum(map(len, heard)) >= 20 * 256
+        assert names["audio"].shape == (1, 8192 + 2205)
