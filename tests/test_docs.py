@@ -163,7 +163,11 @@ def test_first_page_is_short():
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 150
 
 
-SMALL = {"layers": 2, "stacks": 1, "residual_channels": 8, "skip_channels": 8}
+def small(mel: wavear.MelConfig | None) -> wavear.WaveNet:
+    """Return a WaveNet that is not trained."""
+    return wavear.WaveNet(
+        wavear.WaveNetConfig(layers=2, stacks=1, residual_channels=8, skip_channels=8, mel=mel)
+    )
 
 
 @pytest.mark.slow
@@ -171,8 +175,7 @@ SMALL = {"layers": 2, "stacks": 1, "residual_channels": 8, "skip_channels": 8}
 def test_python_on_a_page_runs(page, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """The blocks of a page run one after the other, in a folder with a recording and a model."""
     monkeypatch.chdir(tmp_path)
-    model = wavear.WaveNet(wavear.WaveNetConfig(**SMALL, mel=wavear.MelConfig()))
-    model.save("runs/mine/best")
+    small(wavear.MelConfig()).save("runs/mine/best")
     waveform = 0.1 * torch.randn(8192, generator=torch.Generator().manual_seed(0))
     wavear.audio.write("speech.wav", waveform, 22050)
     heard = []
@@ -189,7 +192,7 @@ def test_python_on_a_page_runs(page, tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert blocks
     for block in blocks:
         if "prime=" in block:  # the page describes a model without mels there
-            names["model"] = wavear.WaveNet(wavear.WaveNetConfig(**SMALL, mel=None))
+            names["model"] = small(None)
             block = block.replace("220500", "2205")
         exec(block, names)
     if page == "README.md":
