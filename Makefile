@@ -49,7 +49,7 @@ bench-cuda: $(VENV)/.installed  ## measure the CUDA engines, and write docs/benc
 	$(BIN)/python bench/generation.py --device cuda $(ARGS)
 
 docs: $(VENV)/.installed-docs  ## build the docs site into build/docs; warnings are errors
-	$(BIN)/python -m sphinx --fail-on-warning --keep-going -c docs -d build/doctrees . build/docs $(ARGS)
+	$(BIN)/python -m sphinx -E -a --fail-on-warning --keep-going -c docs -d build/doctrees . build/docs $(ARGS)
 
 lint: $(VENV)/.installed-dev  ## check style, format, types and English
 	$(BIN)/python -m ruff check

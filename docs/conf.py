@@ -15,6 +15,7 @@ from sphinx.application import Sphinx
 import wavear
 
 ROOT = Path(__file__).resolve().parents[1]
+HIDDEN = "\0"  # stands for a colon while napoleon reads a docstring
 LANDING = "docs/index"  # README.md, and the list of pages
 
 project = "wavear"
@@ -81,10 +82,15 @@ def add_players(app: Sphinx, doctree: nodes.document, docname: str) -> None:
             link.parent.insert(link.parent.index(link) + 1, nodes.raw("", player, format="html"))
 
 
-def keep_sentences(app: Any, what: str, name: str, thing: Any, options: Any, lines: list) -> None:
+def hide_colon(app: Any, what: str, name: str, thing: Any, options: Any, lines: list[str]) -> None:
     """Keep napoleon from reading "a sentence: more of it" of a field as "type: description"."""
-    if what in ("attribute", "property"):
-        lines.insert(0, "")
+    if what in ("attribute", "property") and lines:
+        lines[0] = lines[0].replace(":", HIDDEN)
+
+
+def show_colon(app: Any, what: str, name: str, thing: Any, options: Any, lines: list[str]) -> None:
+    """Put back what `hide_colon` replaced."""
+    lines[:] = [line.replace(HIDDEN, ":") for line in lines]
 
 
 def setup(app: Sphinx) -> dict[str, Any]:
@@ -93,5 +99,6 @@ def setup(app: Sphinx) -> dict[str, Any]:
     app.add_source_parser(NotebookParser)
     app.connect("source-read", make_landing)
     app.connect("doctree-resolved", add_players)
-    app.connect("autodoc-process-docstring", keep_sentences, priority=400)  # before napoleon
+    app.connect("autodoc-process-docstring", hide_colon, priority=400)  # napoleon has 500
+    app.connect("autodoc-process-docstring", show_colon, priority=600)
     return {"parallel_read_safe": True}
