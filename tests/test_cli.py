@@ -21,8 +21,8 @@ from wavear.cli.commands import COMMANDS, _function, main
 from wavear.cli.parsing import parse
 from wavear.generation.files import synthesize
 from wavear.generation.jobs import plan
-from wavear.generation.mel_files import read_mel
 from wavear.generation.settings import Sampling
+from wavear.mel.mel_files import read_mel
 
 MEL = MelConfig(
     sample_rate=8000, n_fft=128, window_length=128, hop_length=40, bands=10, fmax=4000.0
