@@ -100,6 +100,9 @@ class DataSettings:
     pre_emphasis: float = 0.0
     """a in x[t] - a x[t-1] (such as 0.85), whose codes are modelled; softens their noise at high
     frequencies. Generated audio is de-emphasised. Bits cannot be compared with those of 0."""
+    mels: str | None = None
+    """Folder of mels to condition on (predicted ones, say), named after the recordings: the mel of
+    sub/x.wav is sub/x.npy. None: mels are computed from the recordings."""
     redraw_below: float | None = None
     """Draw segments quieter than this many dB of full scale (such as -60) again, up to 4 times, so
     that pauses do not fill the batches. None: never."""
@@ -307,7 +310,7 @@ class TrainConfig(
     """
 
     def __post_init__(self) -> None:
-        for name in ("data", "out", "validation"):
+        for name in ("data", "out", "validation", "mels"):
             if isinstance(value := getattr(self, name), os.PathLike):
                 object.__setattr__(self, name, os.fspath(value))
         for name, hint in _field_types().items():

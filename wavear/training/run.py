@@ -24,6 +24,7 @@ from wavear.common.untrusted import parse_json
 from wavear.common.words import counted
 from wavear.data.corpus import Corpus, Recording, open_corpus
 from wavear.data.doubts import doubts
+from wavear.data.file_mels import MelFolder
 from wavear.data.recordings import Recordings, fingerprint, frames_of
 from wavear.data.shards import is_shards, refuse_remote
 from wavear.mel.spectrogram import MelConfig
@@ -87,7 +88,7 @@ def _train(config: TrainConfig) -> TrainResult:
         corpus = _open(config, visible)
         speakers = bound(record, corpus.speakers if config.speakers else [], config)
         _report_changes(record, config, corpus)
-        _report_data(corpus, speakers, config.sample_rate)
+        _report_data(corpus, speakers, config.sample_rate, config.mels)
         for doubt in doubts(corpus.train, config.sample_rate) if visible else ():
             logger.warning(doubt)
         torch.manual_seed(config.seed)
@@ -122,6 +123,7 @@ def _open(config: TrainConfig, visible: bool) -> Corpus:
         normalize=config.normalize,
         normalize_by=config.normalize_by,
         trim_silence=config.trim_silence,
+        mels=MelFolder(config.mels, config.mel) if config.mels and config.mel else None,
         progress=bar if visible else None,
     )
     if not len(corpus.train):
@@ -192,13 +194,16 @@ def _report_changes(record: dict[str, Any], config: TrainConfig, corpus: Corpus)
         )
 
 
-def _report_data(corpus: Corpus, speakers: list[str], rate: int) -> None:
+def _report_data(corpus: Corpus, speakers: list[str], rate: int, mels: str | None) -> None:
     for name, why in corpus.bad[:_NAMED]:
         logger.warning(f"skipped {name}: {why}")
     if corpus.bad:
         more = len(corpus.bad) - _NAMED
         rest = f", {more} more than are named here" if more > 0 else ""
         logger.warning(f"{counted(len(corpus.bad), 'file')} cannot be used{rest}")
+    if corpus.without_mel:
+        count, first = counted(len(corpus.without_mel), "recording"), corpus.without_mel[0]
+        logger.warning(f"{count} without a mel in {mels} skipped; the first: {first}")
     for note in corpus.notes:
         logger.info(note)
     speakers_text = f", {counted(len(speakers), 'speaker')}" if speakers else ""
@@ -269,6 +274,7 @@ def write_held_out(run: str | os.PathLike[str], manifest: str | os.PathLike[str]
         validation_fraction=config["validation_fraction"],
         speakers=config.get("speakers", False),
         least_samples=mel["hop_length"] if mel else 2,
+        mels=MelFolder(config["mels"], MelConfig.from_dict(mel)) if config.get("mels") else None,
     )
     lines = []
     for r in corpus.validation:
