@@ -53,7 +53,7 @@ class EvaluateConfig:
     temperature: float = 1.0
     """Divides the logits: 1 as trained, below 1 duller and cleaner, above 1 noisier. Bits are
     always at 1."""
-    speaker: int | str | None = None
+    speaker: str | int | None = None
     """Name or number of the speaker, for a model with speakers; None: by the names of folders, or
     the manifest's column."""
     engine: str = "auto"
