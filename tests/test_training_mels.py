@@ -166,6 +166,16 @@ def test_mels_without_sub_folders_are_found_by_name(tones, mels, tmp_path):
     for path in mels.rglob("*.npy"):
         shutil.copy(path, flat)
     assert len(opened(tones, flat)) == len(opened(tones, mels))
+    shutil.copytree(tones / "speaker1", tmp_path / "held" / "elsewhere")
+    shutil.copy(mels / "speaker1" / "1.npy", mels)
+    both = open_corpus(
+        tones, sample_rate=RATE, validation=tmp_path / "held", mels=MelFolder(mels, MEL)
+    )
+    assert [r.name for r in both.validation] == ["elsewhere/1.wav"]  # by its stem only
+    for recording in (both.train[0], both.validation[0]):  # the others still by their folders
+        assert recording.mel is not None
+        expected = mel_of_file(Path(str(recording.path)))[:, :3] + 0.5
+        np.testing.assert_allclose(recording.mel(np.arange(3)), expected, atol=1e-6)
     twin = tmp_path / "twin"
     shutil.copytree(tones, twin)
     shutil.copy(twin / "speaker0" / "0.wav", twin / "speaker1" / "0.wav")

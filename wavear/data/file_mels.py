@@ -7,6 +7,7 @@ file. A mel is read when a crop needs it, so a folder may be larger than the mem
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable
@@ -90,11 +91,12 @@ class MelFolder:
             If no recording has a mel, two share one, or one is damaged or does not fit: its bands,
             its length, or the values of most of those that are judged.
         """
-        rows = range(len(recordings))
-        paths = [self.path(recordings.file(row)) for row in rows]
+        rows, folder = range(len(recordings)), self
+        paths = [folder.path(recordings.file(row)) for row in rows]
         if not any(paths):
-            self.flat = True
-            paths = [self.path(recordings.file(row)) for row in rows]
+            folder = copy.copy(self)
+            folder.flat = True
+            paths = [folder.path(recordings.file(row)) for row in rows]
         if not any(paths):
             example = PurePosixPath(recordings.file(0)).with_suffix(MEL_SUFFIXES[0])
             raise WavearError(
@@ -125,7 +127,7 @@ class MelFolder:
             if row in judged and own is None:
                 verdicts.append((path, judge_mel(mel, expected)))
         _report(verdicts)
-        with_mels = dataclasses.replace(recordings, frames=frames, mels=self).take(paired)
+        with_mels = dataclasses.replace(recordings, frames=frames, mels=folder).take(paired)
         missing = [recordings.name(row) for row in rows if paths[row] is None]
         return self.on_frames(with_mels), missing
 
