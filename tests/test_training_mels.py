@@ -22,7 +22,9 @@ from wavear.data.crops import Segments, collate, mel_of
 from wavear.data.file_mels import MelFolder
 from wavear.data.recordings import Recordings
 from wavear.evaluation.held_out import held_out_bits
+from wavear.mel.mel_files import write_mel
 from wavear.models.crop_loss import layout_of
+from wavear.models.families import FAMILIES
 from wavear.training.free_run import free_run
 from wavear.training.run import write_held_out
 
@@ -73,7 +75,7 @@ def test_crops_have_the_frames_of_the_file(tones, mels, model):
 def test_held_out_bits_are_given_the_mels_of_files(tones, mels, family):
     config = config_of(tones, "out", family=family)
     torch.manual_seed(0)
-    network = wavear.models.families.FAMILIES[family][0](config.model_config()).eval()
+    network = FAMILIES[family][0](config.model_config()).eval()
     recordings = opened(tones, mels)
     found = held_out_bits(network, recordings)
     for recording, bits in zip(recordings, found.total, strict=True):
@@ -234,9 +236,7 @@ def test_mels_of_another_kind_are_refused(tones, mels):
         opened(tones, mels)
     common = MelConfig.from_dict(MEL.to_dict() | {"log_base": "10"})
     for path in mels.rglob("*.npy"):  # with their configuration they are converted
-        wavear.mel.mel_files.write_mel(
-            path.with_suffix(".npz"), torch.from_numpy(np.load(path)), common
-        )
+        write_mel(path.with_suffix(".npz"), torch.from_numpy(np.load(path)), common)
         path.unlink()
     (recording, *_) = opened(tones, mels)
     assert recording.mel is not None

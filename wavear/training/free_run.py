@@ -24,7 +24,7 @@ from wavear.mel.spectrogram import log_mel
 from wavear.models.base import AutoregressiveModel
 from wavear.models.crop_loss import layout_of
 
-_Clip = tuple[np.ndarray, torch.Tensor | None]  # waveform and mel, if the model is given mels
+_Clip = tuple[np.ndarray, torch.Tensor]  # waveform and mel, which is empty for models without
 CLIPS = 4
 HNR_WEIGHT = 0.02
 """Nats of log-mel distance per dB of missing or surplus harmonicity."""
@@ -139,7 +139,7 @@ def _stretch(
     start = int(np.argmax(found) if loudest else np.argmin(found)) * step
     clip = whole[start : start + length]
     if layout.mel is None:
-        return clip, None
+        return clip, torch.zeros(0)
     mel = file_mel(recording, layout, start // hop, (start + length) // hop)
     if mel is None:
         return clip, log_mel(torch.from_numpy(clip)[None], layout.mel)[0]
