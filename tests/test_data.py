@@ -396,7 +396,9 @@ def test_resampled_crop_equals_crop_of_resampled_whole(tmp_path):
     recording = open_corpus(tmp_path / "a.wav", sample_rate=RATE).train[0]
     _, layout = make_layout(512)
     for start in (0, 64, 6400):
-        crop = read_crop(recording, layout, start)[layout.margin : layout.margin + layout.window]
+        crop = read_crop(recording, layout, start).waveform[
+            layout.margin : layout.margin + layout.window
+        ]
         np.testing.assert_allclose(crop, whole[start : start + layout.window], atol=1e-5)
 
 

@@ -67,6 +67,14 @@ def looks(monkeypatch):
     return seen
 
 
+def test_waiting_for_another_process_is_logged(tmp_path, caplog, capsys):
+    with caplog.at_level("INFO"):
+        indexing.Index(tmp_path, progress=lambda items, *_: items)._wait()
+        indexing.Index(tmp_path)._wait()
+    assert caplog.messages == [f"another process is indexing {tmp_path}: waiting for it"]
+    assert capsys.readouterr().out == ""
+
+
 def opened(folder: Path, **settings: Any) -> corpus_module.Corpus:
     return open_corpus(folder, sample_rate=RATE, **settings)
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from wavear import MelConfig
-from wavear.generation import mel_files
-from wavear.generation.mel_files import read_mel
+from wavear.mel import mel_files
+from wavear.mel.mel_files import read_mel
 
 MEL = np.random.default_rng(0).normal(-5, 1, (80, 7)).astype(np.float32)
 

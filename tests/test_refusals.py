@@ -14,7 +14,7 @@ import torch
 
 import wavear
 from wavear import MelConfig, Stream, WaveNet, WaveNetConfig, audio
-from wavear.generation.mel_files import read_mel
+from wavear.mel.mel_files import read_mel
 
 MEL = MelConfig(
     sample_rate=8000, n_fft=128, window_length=128, hop_length=40, bands=10, fmax=4000.0

@@ -27,8 +27,8 @@ from wavear.data import shards
 from wavear.data.corpus import find, open_corpus
 from wavear.data.store import FILE, DamagedError, Store
 from wavear.evaluation.evaluation import Evaluation, compare_models, evaluate
-from wavear.generation.mel_files import read_mel
 from wavear.generation.states import StreamState
+from wavear.mel.mel_files import read_mel
 from wavear.mel.spectrogram import MelConfig
 from wavear.training.config import TrainConfig
 from wavear.training.run import train, write_held_out

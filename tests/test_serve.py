@@ -16,9 +16,10 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from serve_models import small_wavenet
 
 import wavear
-from wavear import MelConfig, WaveNet, WaveNetConfig
+from wavear import MelConfig
 from wavear.cli.commands import main
 from wavear.generation.pipes import pcm16
 from wavear.serving.settings import ServeConfig
@@ -32,34 +33,20 @@ from wavear.serving import live as live_module  # noqa: E402
 from wavear.serving.server import Server  # noqa: E402
 
 RATE = 8000
-SIZES: dict[str, Any] = {
-    "layers": 4, "stacks": 2, "residual_channels": 8, "skip_channels": 8, "head_channels": 8,
-    "sample_rate": RATE,
-}  # fmt: skip
 MEL = MelConfig(sample_rate=RATE, n_fft=256, window_length=256, hop_length=64, bands=8, fmax=None)
 HOME = "http://127.0.0.1:8000"
 SMALL = ServeConfig(clients=2, max_megabytes=0.2, max_seconds=2, buffer=0.2, threads=1)
 WS = "ws://127.0.0.1:8000/live"
 
 
-def loud(model: Any) -> Any:
-    """Return a random model whose output varies, for comparisons that can fail."""
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(2)
-    return model.eval()
-
-
 @pytest.fixture(scope="module")
 def free() -> Any:
-    torch.manual_seed(1)
-    return loud(WaveNet(WaveNetConfig(**SIZES)))
+    return small_wavenet(RATE)
 
 
 @pytest.fixture(scope="module")
 def vocoder() -> Any:
-    torch.manual_seed(2)
-    return loud(WaveNet(WaveNetConfig(**SIZES, mel=MEL)))
+    return small_wavenet(RATE, MEL, seed=2)
 
 
 def client_of(model: Any, config: ServeConfig = SMALL) -> Any:
@@ -294,6 +281,7 @@ def test_clients_share_one_batch_and_each_hears_its_own_seed(free):
             (batch,) = server.live._batches.values()
             assert len(batch) == 2
             with client.websocket_connect(WS) as three:
+                three.send_json({})  # without the limit, the answer is that it has started
                 assert "all 2 streams are in use" in three.receive_json()["error"]
         assert (np.frombuffer(a, "<i2")[:8000] == expected(free, 8000, seed=1)).all()
         assert (np.frombuffer(b, "<i2")[:8000] == expected(free, 8000, seed=2)).all()

@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 import pytest
 import soundfile
-import torch
+from serve_models import small_wavenet
 
 import wavear
-from wavear import MelConfig, WaveNet, WaveNetConfig, audio
+from wavear import MelConfig, audio
 
 pytest.importorskip("starlette", reason="needs wavear[serve]")
 sync_api = pytest.importorskip("playwright.sync_api", reason="needs the package playwright")
@@ -25,10 +25,6 @@ CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 pytestmark = pytest.mark.skipif(not CHROMIUM, reason="needs chromium on the PATH")
 
 RATE = 16000
-SIZES: dict[str, Any] = {
-    "layers": 4, "stacks": 2, "residual_channels": 8, "skip_channels": 8, "head_channels": 8,
-    "sample_rate": RATE,
-}  # fmt: skip
 MEL = MelConfig(sample_rate=RATE, hop_length=128, n_fft=512, window_length=512, bands=8, fmax=None)
 
 
@@ -44,8 +40,7 @@ def served(folder: Path, model: Any) -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def model() -> Any:
-    torch.manual_seed(1)
-    return WaveNet(WaveNetConfig(**SIZES)).eval()
+    return small_wavenet(RATE)
 
 
 @pytest.fixture(scope="module")
@@ -55,8 +50,7 @@ def free(tmp_path_factory: Any, model: Any) -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def vocoder(tmp_path_factory: Any) -> Iterator[str]:
-    torch.manual_seed(1)
-    yield from served(tmp_path_factory.mktemp("mel"), WaveNet(WaveNetConfig(**SIZES, mel=MEL)))
+    yield from served(tmp_path_factory.mktemp("mel"), small_wavenet(RATE, MEL))
 
 
 @pytest.fixture(scope="module")

@@ -37,9 +37,9 @@ from wavear.data.levels import Stretch, look
 from wavear.generation import files
 from wavear.generation.frame_reader import read_frames
 from wavear.generation.jobs import plan
-from wavear.generation.mel_files import read_mel
 from wavear.generation.settings import Sampling
 from wavear.generation.states import StreamState
+from wavear.mel.mel_files import read_mel
 from wavear.models.gru import GRU, GRUConfig
 from wavear.models.linear import Linear, LinearConfig
 from wavear.models.transformer import Transformer, TransformerConfig

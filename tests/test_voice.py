@@ -138,7 +138,7 @@ def test_the_checkpoint_sets_model_rate_and_mels():
         ({"layers": 3}, "layers is 3, and voice has 4"),
         ({"family": "wavenet"}, "family is 'wavenet', and voice has 'predictive'"),
         ({"mel_bands": 60}, "mel_bands is 60, and voice has 80"),
-        ({"speakers": True}, "voice has no speakers: drop speakers"),
+        ({"mel_preset": "espnet"}, "mel_preset is 'espnet', and voice has None"),
         ({"unconditional": True}, "unconditional is True"),
     ],
 )

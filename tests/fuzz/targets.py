@@ -27,7 +27,7 @@ from wavear.common.untrusted import checksum
 from wavear.data.corpus import open_corpus
 from wavear.data.levels import Stretch, look
 from wavear.generation.frame_reader import read_frames
-from wavear.generation.mel_files import read_mel
+from wavear.mel.mel_files import read_mel
 from wavear.models.gru import GRU, GRUConfig
 from wavear.models.linear import Linear, LinearConfig
 from wavear.models.predictive import PredictiveWaveNet, PredictiveWaveNetConfig

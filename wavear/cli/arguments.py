@@ -24,7 +24,8 @@ def checkpoint_and_inputs(paths: Sequence[Path]) -> tuple[str, list[Path]]:
     named as one.
     """
     from wavear.audio import SUFFIXES
-    from wavear.generation.mel_files import MEL_SUFFIXES
+    from wavear.mel import kaldi
+    from wavear.mel.mel_files import MEL_SUFFIXES
     from wavear.models.checkpoint import CONFIG, VOICE
 
     first, *others = paths
@@ -32,7 +33,7 @@ def checkpoint_and_inputs(paths: Sequence[Path]) -> tuple[str, list[Path]]:
         if first.name and (str(first) == VOICE or (first / CONFIG).is_file()):
             raise WavearError(f"{first} is a checkpoint: name the audio or mels to synthesize, too")
         return VOICE, [first]
-    named_as_file = first.suffix.lower() in SUFFIXES + MEL_SUFFIXES
+    named_as_file = first.suffix.lower() in SUFFIXES + MEL_SUFFIXES + kaldi.SUFFIXES
     if str(first) == "-" or first.is_file() or (named_as_file and not first.is_dir()):
         return VOICE, list(paths)
     return str(first), others

@@ -6,12 +6,14 @@ itself is wrong; 130 interrupted.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import inspect
 import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Annotated, Any, get_type_hints
 
 import tyro
 
@@ -38,7 +40,31 @@ def _deferred(function: Callable[..., int]) -> Callable[..., Any]:
 def parse(function: Callable[..., int], arguments: Sequence[str], prog: str) -> Command:
     """Return `function` with its parameters from the arguments; usage errors exit with status 2."""
     named = [_aliased(argument) for argument in arguments]
+    parameters = inspect.signature(function).parameters.values()
+    for owner in [function, *(p.default for p in parameters), *function.__annotations__.values()]:
+        _hide_none(owner)
     return tyro.cli(_deferred(function), prog=prog, args=named, config=_CONFIG)
+
+
+def _hide_none(owner: Any) -> None:
+    """Leave "(default: None)" out of the help of a function or dataclass: its text has the default.
+
+    A default that is a dataclass has the values of its fields.
+    """
+    defaults: dict[str, Any]
+    if inspect.isfunction(owner):
+        defaults = {n: p.default for n, p in inspect.signature(owner).parameters.items()}
+    elif dataclasses.is_dataclass(owner):
+        defaults = {f.name: getattr(owner, f.name, f.default) for f in dataclasses.fields(owner)}
+        owner = owner if isinstance(owner, type) else type(owner)
+    else:
+        return
+    for name, hint in get_type_hints(owner, include_extras=True).items():
+        given = [
+            getattr(each, "help_behavior_hint", None) for each in getattr(hint, "__metadata__", ())
+        ]
+        if defaults.get(name, 0) is None and not any(text is not None for text in given):
+            owner.__annotations__[name] = Annotated[hint, tyro.conf.arg(help_behavior_hint="")]
 
 
 def _aliased(argument: str) -> str:

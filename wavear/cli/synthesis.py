@@ -57,7 +57,8 @@ def synthesize(
     ----------
     inputs
         Audio files (their mel is taken), mels (.npy, .npz, .pt, .safetensors, .h5; bands first),
-        or folders of these. With --stream: -, stdin, float32 frame after frame, or a .npy array.
+        Kaldi's feats.scp or .ark, or folders of the others. With --stream: -, stdin, float32 frame
+        after frame, or a .npy array.
         Before them a folder that `wavear train` wrote, or hf:owner/name on the Hugging Face hub; by
         default the voice that comes with wavear.
     out
@@ -90,7 +91,7 @@ def synthesize(
     """
     from wavear.generation import distributed, files, pipes
     from wavear.generation.jobs import plan
-    from wavear.generation.mel_files import MEL_SUFFIXES
+    from wavear.mel.mel_files import is_mel
 
     checkpoint, inputs = checkpoint_and_inputs(inputs)
     each = seeds_of(seeds, sampling)
@@ -118,7 +119,7 @@ def synthesize(
     ]
     jobs = plans[0]
     mels = MelInput(mel_preset, mel_seconds, force)
-    if mels != MelInput() and not any(j.source.suffix.lower() in MEL_SUFFIXES for j in jobs):
+    if mels != MelInput() and not any(is_mel(job.source) for job in jobs):
         raise WavearError(
             "the inputs are recordings, and their mels fit the model: drop --mel-preset,"
             " --mel-seconds and --force"

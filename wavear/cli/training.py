@@ -1,9 +1,11 @@
 """`wavear train`, and the main program of a recipe."""
 
 # Annotations are objects, not strings: tyro reads those of functions inside functions, too.
+import contextlib
 import dataclasses
+import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
@@ -16,10 +18,28 @@ from wavear.common.words import counted
 from wavear.training.combinations import refuse_unused
 from wavear.training.config import TrainConfig, family_defaults
 
+_NAMES = {f.name: "--" + f.name.replace("_", "-") for f in dataclasses.fields(TrainConfig)}
+_NAMES["from_checkpoint"] = "--from"
+# Names of one word are words of messages, too.
+_IN_MESSAGES = re.compile(rf"(?<![\w./-])({'|'.join(n for n in _NAMES if '_' in n)})(?![\w/-])")
+
+
+@contextlib.contextmanager
+def _flags_in_messages() -> Iterator[None]:
+    """Name flags, not fields, in what is refused."""
+    try:
+        yield
+    except WavearError as error:
+        raise WavearError(_IN_MESSAGES.sub(lambda m: _NAMES[m[1]], str(error))) from None
+
 
 @dataclasses.dataclass(frozen=True)
 class _Flags(TrainConfig):
     data: Annotated[Positional[str], arg(metavar="DATA")]
+
+    def __post_init__(self) -> None:
+        with _flags_in_messages():
+            super().__post_init__()
 
 
 _Flags.__annotations__["from_checkpoint"] = Annotated[
@@ -43,7 +63,8 @@ def train(config: _Flags) -> int:
     config
         The run.
     """
-    refuse_unused(config)
+    with _flags_in_messages():
+        refuse_unused(config)
     return run_training(config)
 
 
@@ -51,7 +72,8 @@ def run_training(config: Any) -> int:
     """Train and print the result; return the exit status."""
     from wavear.training.run import train
 
-    result = train(config)
+    with _flags_in_messages():
+        result = train(config)
     # An interrupt leaves no time for all the scores.
     scores = result.held_out or {"model": result.bits_best}
     bits = ", ".join(f"{name} {value:.3f}" for name, value in scores.items())

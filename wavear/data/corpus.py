@@ -17,6 +17,7 @@ import numpy as np
 from wavear.common.errors import WavearError
 from wavear.common.words import counted
 from wavear.data.duplicates import contents, overlapping
+from wavear.data.file_mels import MelFolder
 from wavear.data.indexing import LEVELS, Files, Index, mixed
 from wavear.data.levels import Normalize, Stretch, why
 from wavear.data.recordings import SPLIT_NAMES, Recording, Recordings
@@ -38,6 +39,8 @@ class Corpus:
     """Files that cannot be used: name and reason."""
     notes: list[str]
     """Notes for the user, one line each."""
+    without_mel: list[str]
+    """Names of recordings that are skipped since the folder of mels has none of theirs."""
 
 
 @dataclass(frozen=True)
@@ -97,6 +100,7 @@ def open_corpus(
     normalize: Normalize = "none",
     normalize_by: Literal["file", "speaker"] = "file",
     trim_silence: float | None = None,
+    mels: MelFolder | None = None,
     progress: Callable[[Iterable[Any], int, str], Iterable[Any]] | None = None,
 ) -> Corpus:
     """Read the header of every file and hold a part of the recordings out.
@@ -128,6 +132,8 @@ def open_corpus(
     trim_silence : float, optional
         Cut the ends that are this many dB below the file's peak, in blocks of 10 ms, up to 50 ms.
         Decodes every file.
+    mels : MelFolder, optional
+        Mels from files; recordings without one are skipped.
     progress : callable, optional
         Wraps an iterable, with its length and a description, to show progress.
 
@@ -145,6 +151,7 @@ def open_corpus(
     how = Treatment(sample_rate, least_samples, normalize, normalize_by, trim_silence)
     bad: Bad = []
     notes: list[str] = []
+    without_mel: list[str] = []
     parts, indexes = [], []
     for source in (data, *([] if validation is None else [validation])):
         index = Index(source, progress=progress)
@@ -152,6 +159,9 @@ def open_corpus(
         if not len(part):
             name, told = unusable[len(part.bad) :][0]
             raise WavearError(f"{source}: none of the files can be used; the first: {name}: {told}")
+        if mels is not None:
+            part, missing = mels.pair(part, progress)
+            without_mel += missing
         parts.append(part)
         indexes.append(index)
         bad += unusable
@@ -186,7 +196,9 @@ def open_corpus(
             raise WavearError(
                 f"{data}: {name} has no speaker, and others have. Name all speakers, or none."
             )
-    return Corpus(train, held, names, bad, notes)
+    if mels is not None:
+        train, held = mels.on_frames(train), mels.on_frames(held)
+    return Corpus(train, held, names, bad, notes, without_mel)
 
 
 @dataclass(frozen=True)

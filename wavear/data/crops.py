@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -30,7 +30,7 @@ from wavear.audio.emphasis import emphasised
 from wavear.common.errors import WavearError
 from wavear.data.corpus import Recording, reason
 from wavear.data.recordings import frames_of
-from wavear.mel.spectrogram import MelConfig
+from wavear.mel.spectrogram import MelConfig, log_mel
 
 _TRIES = 1000  # unreadable files drawn before giving up
 _QUIET_TRIES = 4  # crops below the level `redraw_below` drawn before one is accepted
@@ -106,6 +106,8 @@ class Batch:
     """(B, margin + window + margin), float32 in [-1, 1]."""
     frames: torch.Tensor
     """(B, lookback + window // hop + lookahead), int64: frames of the waveform's mel to use."""
+    mel: torch.Tensor
+    """These frames of mels from files, (B, M, n), float32; (B, 0, 0): computed from the audio."""
     span: torch.Tensor
     """(B, 2), int64: the window positions [first, last) that carry loss."""
     speaker: torch.Tensor
@@ -157,8 +159,19 @@ def read_span(recording: Recording, sample_rate: int, first: int, last: int) -> 
     return np.clip(waveform * np.float32(recording.gain), -1.0, 1.0)
 
 
-def read_crop(recording: Recording, layout: Layout, start: int) -> np.ndarray:
-    """Return the waveform of a crop, (margin + window + margin,), with `log_mel`'s padding."""
+class Crop(NamedTuple):
+    """A crop as it is read."""
+
+    waveform: np.ndarray
+    """(margin + window + margin,), with `log_mel`'s padding."""
+    mel: np.ndarray
+    """See `Batch.mel`: (M, n) or (0, 0)."""
+
+
+def read_crop(recording: Recording, layout: Layout, start: int) -> Crop:
+    """Read the crop that begins at a sample; raises as `read_span`."""
+    frame = start // layout.hop
+    mel = file_mel(recording, layout, frame - layout.lookback, _frame_after(layout, start))
     total = recording.frames
     places = np.arange(start - layout.margin, start + layout.window + layout.margin)
     # Mirrored about the end samples, as `log_mel` pads. No frame uses samples further out.
@@ -172,7 +185,41 @@ def read_crop(recording: Recording, layout: Layout, start: int) -> np.ndarray:
     first, last = int(inside.min()), int(inside.max()) + 1
     crop = np.zeros(places.size, dtype=np.float32)
     crop[needed] = read_span(recording, layout.sample_rate, first, last)[inside - first]
-    return crop
+    return Crop(crop, np.zeros((0, 0), np.float32) if mel is None else mel)
+
+
+def blank_crop(recording: Recording, layout: Layout) -> Crop:
+    """Return zeros in place of a crop that carries no loss."""
+    shape = (0, 0)
+    if recording.mel is not None and layout.mel is not None:
+        shape = (layout.mel.bands, layout.lookback + _frame_after(layout, 0))
+    waveform = np.zeros(layout.window + 2 * layout.margin, dtype=np.float32)
+    return Crop(waveform, np.zeros(shape, np.float32))
+
+
+def file_mel(recording: Recording, layout: Layout, first: int, last: int) -> np.ndarray | None:
+    """Return frames [first, last) of a recording's mel from a file, (M, n); None if it has none.
+
+    Frames beyond the ends repeat the first and the last.
+    """
+    if recording.mel is None or layout.mel is None:
+        return None
+    inside = np.clip(np.arange(first, last), 0, layout.length(recording) // layout.hop - 1)
+    return recording.mel(inside + recording.start // layout.hop)
+
+
+def _frame_after(layout: Layout, start: int) -> int:
+    """Return the first frame after those of the crop at a sample."""
+    return (start + layout.window) // layout.hop + layout.lookahead
+
+
+def mel_of(batch: Batch, layout: Layout) -> torch.Tensor:
+    """Return the mel that a model is conditioned on, (B, M, n): from files, or of the waveform."""
+    if batch.mel.shape[1]:
+        return batch.mel
+    assert layout.mel is not None
+    own = log_mel(batch.waveform, layout.mel)
+    return own.gather(2, batch.frames[:, None].expand(-1, own.shape[1], -1))
 
 
 def frame_indices(recording: Recording, layout: Layout, start: int) -> np.ndarray:
@@ -180,8 +227,7 @@ def frame_indices(recording: Recording, layout: Layout, start: int) -> np.ndarra
     if layout.mel is None:
         return np.zeros(0, dtype=np.int64)
     frame = start // layout.hop
-    last = frame + layout.window // layout.hop + layout.lookahead
-    wanted = np.arange(frame - layout.lookback, last)
+    wanted = np.arange(frame - layout.lookback, _frame_after(layout, start))
     first = frame - layout.around - layout.mel.context_frames  # of the crop's own mel
     return np.clip(wanted, 0, layout.length(recording) // layout.hop - 1) - first
 
@@ -232,7 +278,7 @@ class Segments(torch.utils.data.Dataset):
             starts = self.layout.starts(recording)
             start = max(starts[int(where * len(starts))], 0)
             try:
-                waveform = read_crop(recording, self.layout, start)
+                crop = read_crop(recording, self.layout, start)
             except (ValueError, OSError) as error:
                 # Not remembered: a draw must not depend on this worker's earlier draws.
                 skipped.append((recording.name, reason(error, recording)))
@@ -240,11 +286,11 @@ class Segments(torch.utils.data.Dataset):
             first = 0 if start == 0 else self.layout.receptive_field
             last = min(self.layout.window, self.layout.length(recording) - start)
             if self.redraw_below is not None and quiet < _QUIET_TRIES:
-                lossy = waveform[self.layout.margin + first : self.layout.margin + last]
+                lossy = crop.waveform[self.layout.margin + first : self.layout.margin + last]
                 if np.mean(np.square(lossy, dtype=np.float64)) < 10 ** (self.redraw_below / 10):
                     quiet += 1
                     continue
-            return self.item(recording, source, start, first, last, waveform) | {"skipped": skipped}
+            return self.item(recording, source, start, first, last, crop) | {"skipped": skipped}
         raise WavearError(f"none of {_TRIES} files drawn could be read; the last: {skipped[-1][1]}")
 
     def item(
@@ -254,12 +300,13 @@ class Segments(torch.utils.data.Dataset):
         start: int,
         first: int,
         last: int,
-        waveform: np.ndarray,
+        crop: Crop,
     ) -> dict:
         """Return a row of a `Batch`."""
         speaker = self.speakers[recording.speaker] if self.speakers and recording.speaker else 0
         return {
-            "waveform": waveform,
+            "waveform": crop.waveform,
+            "mel": crop.mel,
             "frames": frame_indices(recording, self.layout, start),
             "span": (first, last),
             "speaker": speaker,

@@ -22,12 +22,15 @@ from typing import Any
 import numpy as np
 
 from wavear.common.atomic import locked
+from wavear.common.log import get_logger
 from wavear.data import shards, workers
 from wavear.data.levels import Found, Looked
 from wavear.data.listing import listed
 from wavear.data.recordings import Recordings, encoded
 from wavear.data.shards import Entry
 from wavear.data.store import FILE, DamagedError, Store, remove
+
+logger = get_logger(__name__)
 
 KEEP_FROM = 1000  # files: reading the headers of fewer takes less time than opening an index
 _STAT_BLOCK = 4096  # files per task
@@ -345,4 +348,4 @@ class Index:
 
     def _wait(self) -> None:
         if self.progress is not None:
-            print(f"another process is indexing {self.data}: waiting for it", flush=True)
+            logger.info(f"another process is indexing {self.data}: waiting for it")

@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import os
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import overload
@@ -16,6 +16,8 @@ import numpy as np
 from wavear.audio import Member
 
 SPLIT_NAMES = ("train", "validation", "test")  # by number; -1 stands for none
+MelReader = Callable[[np.ndarray], np.ndarray]
+"""Returns the frames (M, n) with these numbers (n,) of a file's mel."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +41,8 @@ class Recording:
     """Factor on the samples, from level normalisation."""
     span: tuple[float, float | None] = (0.0, None)
     """Start and duration in seconds, as in the manifest."""
+    mel: MelReader | None = None
+    """Reads the file's mel where a run conditions on mels from files (`wavear.data.file_mels`)."""
 
 
 def encoded(name: str) -> bytes:
@@ -96,6 +100,8 @@ class Recordings(Sequence[Recording]):
     """Ends every name."""
     bad: list[tuple[str, str]] = field(default_factory=list)
     """Entries that could not be listed: name and reason."""
+    mels: Callable[[str], MelReader] | None = None
+    """Returns the reader of a file's mel; None: mels are computed from the audio."""
 
     def __len__(self) -> int:
         return len(self.end)
@@ -145,6 +151,7 @@ class Recordings(Sequence[Recording]):
             SPLIT_NAMES[split] if split >= 0 else None,
             1.0 if self.gain is None else float(self.gain[index]),
             (start, None if duration is None or np.isnan(duration) else duration),
+            None if self.mels is None else self.mels(self.file(index)),
         )
 
     def __iter__(self) -> Iterator[Recording]:

@@ -20,8 +20,8 @@ from wavear.common.words import counted
 from wavear.demo.sounds import notes
 from wavear.evaluation.evaluation import compare
 from wavear.evaluation.records import Comparison, EvaluateConfig
-from wavear.generation.mel_files import read_mel
 from wavear.generation.sampler import generate
+from wavear.mel.mel_files import read_mel
 from wavear.models.checkpoint import SHIPPED, VOICE, load, read_config
 from wavear.training.config import TrainConfig, TrainResult
 from wavear.training.run import train

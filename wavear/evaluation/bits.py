@@ -15,13 +15,14 @@ from wavear.audio.emphasis import coefficient, emphasised
 from wavear.audio.grid import COMMON_GRIDS, Grid
 from wavear.common.errors import WavearError
 from wavear.data.corpus import Recording, reason
-from wavear.data.crops import Layout, read_span
+from wavear.data.crops import Layout, file_mel, read_span
 from wavear.evaluation.held_out import Counts, baselines, code_blocks
 from wavear.evaluation.metrics import frame_levels
 from wavear.generation.conditioner import Conditioner
 from wavear.generation.scoring import score_parallel
 from wavear.mel.spectrogram import log_mel
 from wavear.models.base import AutoregressiveModel
+from wavear.models.crop_loss import layout_of
 from wavear.models.distributions import converts
 from wavear.models.fitting import Fitter
 from wavear.models.linear import Linear
@@ -198,7 +199,8 @@ def scored_blocks(
     under their windows.
     """
     rate, mel_config, total = model.config.sample_rate, model.config.mel, recording.frames
-    hop = 1 if mel_config is None else mel_config.hop_length
+    layout = layout_of(model, 1)
+    hop = layout.hop
     length = math.ceil(seconds * rate / hop) * hop
     if total <= length or (model.receptive_field is None and not model.carries):
         length = math.ceil(total / hop) * hop  # one block
@@ -216,8 +218,12 @@ def scored_blocks(
         waveform = torch.from_numpy(np.pad(read, (0, max(b - total, 0))))
         mels = None
         if mel_config is not None:
-            whole = log_mel(waveform[None], mel_config)
-            mels = [whole[0, :, (first - a) // hop : (last - a) // hop]]
+            given = file_mel(recording, layout, first // hop, last // hop)
+            if given is None:
+                whole = log_mel(waveform[None], mel_config)
+                mels = [whole[0, :, (first - a) // hop : (last - a) // hop]]
+            else:
+                mels = [torch.from_numpy(given)]
         conditioner = Conditioner(model, mels, None if speaker is None else [speaker])
         heard = emphasised(waveform[first - a : stop - a], coefficient(model.config))
         codes = model.grid.encode(heard)[None]

@@ -18,6 +18,7 @@ from wavear.common.words import counted
 from wavear.data.corpus import Treatment, find, open_corpus, prepare
 from wavear.data.doubts import doubts
 from wavear.data.duplicates import overlapping
+from wavear.data.file_mels import MelFolder
 from wavear.data.recordings import Recording, Recordings
 from wavear.data.shards import is_shards, refuse_remote
 from wavear.evaluation.held_out import subset
@@ -102,11 +103,17 @@ def none_usable(data: str | Path, failed: dict[str, str]) -> WavearError:
 
 
 def open_clips(
-    data: str | Path, rate: int, least: int, prepared: Preparation, speakers: bool
+    data: str | Path,
+    rate: int,
+    least: int,
+    prepared: Preparation,
+    speakers: bool,
+    mels: MelFolder | None = None,
 ) -> Clips:
     """Open the recordings of a folder or manifest; with a column `split`, the held-out ones.
 
-    The audio of earlier reports below the folder is left out.
+    The audio of earlier reports below the folder is left out. With `mels`, a recording without a
+    mel fails.
 
     Raises
     ------
@@ -121,7 +128,7 @@ def open_clips(
                 f"{len(held)} of {len(found)} recordings: those not for training by their split"
             )
         found = held
-    clips.good, clips.failed, doubtful = _open_each(found, rate, least, prepared)
+    clips.good, clips.failed, doubtful = _open_each(found, rate, least, prepared, mels)
     clips.notes += doubtful
     if not clips.good:
         raise none_usable(data, clips.failed)
@@ -155,14 +162,22 @@ def open_clips_for_fitting(
 
 
 def _open_each(
-    recordings: Recordings, rate: int, least: int, prepared: Preparation
+    recordings: Recordings,
+    rate: int,
+    least: int,
+    prepared: Preparation,
+    mels: MelFolder | None = None,
 ) -> tuple[list[Recording], dict[str, str], list[str]]:
     """Return the usable recordings, the reasons for the others, and doubts about the usable."""
     treatment = Treatment(
         rate, least, prepared.normalize, prepared.normalize_by, prepared.trim_silence
     )
     good, bad = prepare(recordings, treatment)
-    return list(good), dict(bad[len(recordings.bad) :]), doubts(good, rate) if len(good) else []
+    failed = dict(bad[len(recordings.bad) :])
+    if mels is not None and len(good):
+        good, missing = mels.pair(good)
+        failed |= dict.fromkeys(missing, f"{mels.folder} has no mel of it")
+    return list(good), failed, doubts(good, rate) if len(good) else []
 
 
 def _find(data: str | Path, speakers: bool, prepared: Preparation, notes: list[str]) -> Recordings:

@@ -14,7 +14,17 @@ from wavear.audio.emphasis import emphasised
 from wavear.audio.grid import Grid
 from wavear.common.errors import WavearError
 from wavear.data.corpus import Recording, reason
-from wavear.data.crops import Batch, Layout, Segments, coded, collate, read_crop, read_span
+from wavear.data.crops import (
+    Batch,
+    Crop,
+    Layout,
+    Segments,
+    blank_crop,
+    coded,
+    collate,
+    read_crop,
+    read_span,
+)
 from wavear.models.base import AutoregressiveModel
 from wavear.models.crop_loss import crop_loss, layout_of
 
@@ -124,9 +134,9 @@ def _crops(
     for at in range(0, len(mine), size):
         rows = []
         for n, start, first, last in mine[at : at + size]:
-            waveform = _read(recordings[n], layout, start, found)
-            if waveform is not None:
-                rows.append(segments.item(recordings[n], n, start, first, last, waveform))
+            crop = _read(recordings[n], layout, start, found)
+            if crop is not None:
+                rows.append(segments.item(recordings[n], n, start, first, last, crop))
         if rows:
             batch = collate(rows).to(device)
             yield batch, *crop_loss(model, batch, layout)
@@ -151,19 +161,19 @@ def _carried(
             items = []
             for n in lanes:
                 last = max(0, min(layout.segment, lengths[n] - start))  # 0: the recording ended
-                waveform = _read(recordings[n], layout, start, found) if last else None
-                if waveform is None:
+                crop = _read(recordings[n], layout, start, found) if last else None
+                if crop is None:
                     lengths[n], last = min(lengths[n], start), 0  # what follows has no past
-                    waveform = np.zeros(layout.window + 2 * layout.margin, dtype=np.float32)
+                    crop = blank_crop(recordings[n], layout)
                 place = start if last else 0
-                items.append(segments.item(recordings[n], n, place, 0, last, waveform))
+                items.append(segments.item(recordings[n], n, place, 0, last, crop))
             batch = collate(items).to(device)
             nats, mask = crop_loss(model, batch, layout, carried=(state, previous))
             previous = model.grid.encode(coded(batch, layout)[:, -1])
             yield batch, nats, mask
 
 
-def _read(recording: Recording, layout: Layout, start: int, found: Bits) -> np.ndarray | None:
+def _read(recording: Recording, layout: Layout, start: int, found: Bits) -> Crop | None:
     """Read a crop; note one that cannot be read in `found`, and return None."""
     try:
         return read_crop(recording, layout, start)

@@ -37,6 +37,8 @@ class EvaluateConfig:
     train_data: str | None = None
     """Recordings to fit the baselines to (folder or manifest). None: the training data that the
     model's train.json names, else each half of the evaluated clips serves the other."""
+    mels: str | None = None
+    """Folder of mels to condition on, as of `wavear train --mels`. None: those of the clips."""
     baseline_seconds: float = 600.0
     """Seconds of recordings to fit the baselines to."""
     clips: int = 16
@@ -51,7 +53,7 @@ class EvaluateConfig:
     temperature: float = 1.0
     """Divides the logits: 1 as trained, below 1 duller and cleaner, above 1 noisier. Bits are
     always at 1."""
-    speaker: int | str | None = None
+    speaker: str | int | None = None
     """Name or number of the speaker, for a model with speakers; None: by the names of folders, or
     the manifest's column."""
     engine: str = "auto"

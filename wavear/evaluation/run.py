@@ -24,11 +24,13 @@ from wavear.common.machine import machine
 from wavear.common.memory import memory_errors
 from wavear.common.words import counted
 from wavear.data.corpus import Recording, reason
-from wavear.data.crops import read_span
+from wavear.data.crops import file_mel, read_span
+from wavear.data.file_mels import MelFolder
 from wavear.evaluation.bits import LEVELS, Baselines, Scores, score_recording
 from wavear.evaluation.bounds import grid_round_trip, griffin_lim
 from wavear.evaluation.clips import (
     Fitting,
+    Preparation,
     fitting_data,
     none_usable,
     open_clips,
@@ -42,7 +44,7 @@ from wavear.evaluation.statistics import bootstrap
 from wavear.generation.engines import make_engine, name_of_engine
 from wavear.generation.sampler import generate
 from wavear.generation.settings import Sampling
-from wavear.mel.spectrogram import log_mel
+from wavear.mel.spectrogram import MelConfig, log_mel
 from wavear.models import checkpoint
 from wavear.models.base import AutoregressiveModel
 from wavear.models.crop_loss import layout_of
@@ -89,7 +91,7 @@ def measure_everything(
     prepared = preparation(trained)
     least = 2 if mel is None else mel.hop_length
     by_name = model.config.speakers > 0 and config.speaker is None
-    clips = open_clips(data, rate, least, prepared, by_name)
+    clips = open_clips(data, rate, least, prepared, by_name, _mel_folder(config, mel, prepared))
     speakers = _speaker_numbers(model, described, clips.good, config.speaker, clips.failed)
     good = [clip for clip in clips.good if clip.name not in clips.failed]
     for name, why in clips.failed.items():
@@ -174,6 +176,21 @@ def measure_everything(
         "failed": clips.failed,
         "notes": notes,
     }
+
+
+def _mel_folder(
+    config: EvaluateConfig, mel: MelConfig | None, prepared: Preparation
+) -> MelFolder | None:
+    if config.mels is None:
+        return None
+    if mel is None:
+        raise WavearError("the model is not conditioned on mels: drop mels")
+    if prepared.words:
+        raise WavearError(
+            f"the model's recordings are treated ({', '.join(prepared.words)}), so mels from files"
+            " do not fit them: drop mels"
+        )
+    return MelFolder(config.mels, mel)
 
 
 def _first_notes(
@@ -307,13 +324,18 @@ class _Synthesis:
         """Synthesize clips from their mels, and add audio and measures to `rows`."""
         model, seed = self.model, self.config.seed
         rate, mel_config = model.config.sample_rate, model.config.mel
-        emphasis = coefficient(model.config)
+        emphasis, layout = coefficient(model.config), layout_of(model, 1)
         hop, longest = mel_config.hop_length, round(self.config.seconds * rate)
         spans = {n: min(clips[n].frames, max(longest, hop)) // hop * hop for n in chosen}
         taken, missing = 0.0, dict[str, list[str]]()
         for batch in _bar(list(_batches(spans)), self.progress, "synthesizing"):
             originals = [read_span(clips[n], rate, 0, spans[n]) for n in batch]
-            mels = [log_mel(torch.from_numpy(x)[None], mel_config)[0] for x in originals]
+            mels = [
+                log_mel(torch.from_numpy(x)[None], mel_config)[0]
+                if (given := file_mel(clips[n], layout, 0, spans[n] // hop)) is None
+                else torch.from_numpy(given)
+                for n, x in zip(batch, originals, strict=True)
+            ]
             numbers = None if model.config.speakers == 0 else [speakers[n] for n in batch]
             began = time.perf_counter()
             waveforms = self.generate(mels, seed=seed, speaker=numbers, progress=self.progress)

@@ -12,8 +12,8 @@ from wavear import audio
 from wavear.common.log import get_logger
 from wavear.evaluation.metrics import MEASURES, measure
 from wavear.generation.jobs import Job
-from wavear.generation.mel_files import MEL_SUFFIXES
 from wavear.generation.scoring import score
+from wavear.mel.mel_files import is_mel
 from wavear.models.base import AutoregressiveModel
 
 logger = get_logger(__name__)
@@ -51,7 +51,7 @@ def report_similarity(model: AutoregressiveModel, jobs: Sequence[Job], speaker: 
     """Log the similarity of each job's target to its source, if that is a recording."""
     rate = model.config.sample_rate
     for job in jobs:
-        if job.source.suffix.lower() in MEL_SUFFIXES:
+        if is_mel(job.source):
             continue
         x, y = (torch.as_tensor(audio.read(p, sample_rate=rate)) for p in (job.source, job.target))
         values = similarity(model, x, y, speaker)

@@ -26,6 +26,7 @@ from wavear.generation.files import synthesize as synthesize_jobs
 from wavear.generation.jobs import Job
 from wavear.generation.settings import Sampling
 from wavear.generation.states import describe
+from wavear.mel import kaldi
 from wavear.models.base import AutoregressiveModel
 
 logger = get_logger(__name__)
@@ -58,7 +59,12 @@ def share(jobs: Sequence[Job], rank: int, world: int) -> list[Job]:
     >>> [[str(job.target) for job in share(jobs, rank, 2)] for rank in range(2)]
     [['a', 'c', 'e'], ['b', 'd']]
     """
-    dealt = sorted(jobs, key=lambda job: (-job.source.stat().st_size, str(job.target)))
+
+    def order(job: Job) -> tuple[int, str]:
+        file, _ = kaldi.split_entry(job.source) or (job.source, 0)
+        return -file.stat().st_size, str(job.target)
+
+    dealt = sorted(jobs, key=order)
     return dealt[rank::world]
 
 

@@ -24,11 +24,11 @@ from wavear.generation.cuda.choice import ENGINES as CUDA_ENGINES
 from wavear.generation.defects import Finding, watch
 from wavear.generation.engines import make_engine, name_of_engine
 from wavear.generation.jobs import Job, check_writable
-from wavear.generation.mel_files import MEL_SUFFIXES, read_mel, write_mel
 from wavear.generation.priming import check_prime, doubts
 from wavear.generation.sampler import generate_with
 from wavear.generation.settings import Sampling
 from wavear.mel.conventions import describe_source
+from wavear.mel.mel_files import is_mel, read_mel, write_mel
 from wavear.mel.spectrogram import MelConfig, log_mel
 from wavear.models.base import AutoregressiveModel
 
@@ -305,7 +305,7 @@ class _MelReader:
 
     def read(self, path: Path, model: AutoregressiveModel, mels: MelInput) -> torch.Tensor:
         """Return (M, F) of a mel file or a recording."""
-        if path.suffix.lower() not in MEL_SUFFIXES:
+        if not is_mel(path):
             return self.of_audio(path)
         return read_mel(
             path,

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from wavear.common.errors import WavearError, one_line
-from wavear.generation.mel_files import array_of
+from wavear.mel.mel_files import array_of
 
 _MAGIC = b"\x93NUMPY"
 

@@ -10,7 +10,8 @@ from pathlib import Path
 
 from wavear.audio import SUFFIXES
 from wavear.common.errors import WavearError
-from wavear.generation.mel_files import MEL_SUFFIXES, listed
+from wavear.mel import kaldi
+from wavear.mel.mel_files import MEL_SUFFIXES, listed
 
 MADE = "-synthesized"
 """End of the name of a file written next to its input."""
@@ -38,8 +39,9 @@ def plan(
     Inputs are files, and folders, whose audio (and, with `mels`, mel) files at any depth are taken,
     except hidden ones and those in `out`. `x.flac` becomes `x.wav` in `out`, `sub/x.flac` of a
     folder `sub/x.wav`; if `out` is None, both become `x-synthesized.wav` next to `x.flac`, and
-    folders are searched for other files than such ones. `ending` is added to the stem of the
-    input's name. Without `overwrite` no file is replaced, and an input never is.
+    folders are searched for other files than such ones. Each entry of a Kaldi archive or list
+    (.ark, .scp) is an input of its own name. `ending` is added to the stem of the input's name.
+    Without `overwrite` no file is replaced, and an input never is.
     """
     beside = out is None
     out = Path(out or "")
@@ -54,6 +56,9 @@ def plan(
             found += inside
         elif not source.exists():
             raise FileNotFoundError(f"{source}: no such file or folder")
+        elif mels and source.suffix.lower() in kaldi.SUFFIXES:
+            entries = kaldi.entries(source).items()
+            found += [(entry, Path(f"{name}{source.suffix}")) for name, entry in entries]
         elif source.suffix.lower() not in suffixes:
             raise WavearError(
                 f"{source} is not an {kinds} file by its name: expected {listed(suffixes)}"
@@ -63,9 +68,10 @@ def plan(
     if not found:
         raise WavearError(f"no input: name {kinds} files, or a folder of them")
     if beside:
-        found = [(source, source.with_name(f"{source.stem}{ending}{MADE}")) for source, _ in found]
-    elif ending:
-        found = [(source, name.with_name(f"{name.stem}{ending}")) for source, name in found]
+        ending += MADE
+        found = [(source, source.with_name(name.name)) for source, name in found]
+    # The suffix stays until it is replaced, since a stem may have dots.
+    found = [(s, name.with_name(f"{name.stem}{ending}{name.suffix}")) for s, name in found]
     above = next((part for part in (out, *out.parents) if part.exists()), out)
     if above.exists() and not above.is_dir():
         raise NotADirectoryError(f"{above} is a file: --out names the folder to write to")

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     Speaker = int | str | Sequence[int | str] | Tensor | None
     Temperature = float | Tensor | np.ndarray
 else:  # the command line makes its flags from these types: one number of each
-    Seed, Speaker, Temperature = int, int | str | None, float
+    Seed, Speaker, Temperature = int, str | int | None, float  # a name of digits stays text
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Sampling:
     best_of: int = 1
     """Make this many candidates and keep the likeliest; takes as many times as long."""
     speaker: Speaker = None
-    """Name or number of the speaker, for a model with speakers."""
+    """Name or number of the speaker, for a model with speakers; a text is a name if one has it."""
     engine: str = "auto"
     """auto, numba (compiled for this CPU), triton or cuda-graph (on a CUDA device), or reference
     (slow, any device)."""
@@ -152,7 +152,8 @@ class Sampling:
 
 def _speaker_number(value: int | str, count: int, names: Sequence[str], known: str) -> int:
     """Return the number of a speaker; a number that none has may be a name, such as 1034."""
-    if not isinstance(value, str) and 0 <= value < count:
+    named = isinstance(value, str) and value in names
+    if not named and str(value).isdecimal() and int(value) < count:
         return int(value)
     if str(value) in names:
         return names.index(str(value))

@@ -77,11 +77,15 @@ class ConditionedModel(Protocol):
 
 
 class Expectation:
-    """Stands for a model of which only the mels are known."""
+    """Stands for a model of which only the mels are known, and perhaps their statistics.
 
-    def __init__(self, mel: MelConfig):
+    These are `mel_mean` and `mel_deviation` of `conditioning`, (M,) each.
+    """
+
+    def __init__(self, mel: MelConfig, conditioning: Any = None):
         self.config = self
         self.mel = mel
+        self.conditioning = conditioning
 
 
 def judge_mel(

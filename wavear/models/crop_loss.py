@@ -8,8 +8,7 @@ from typing import Any
 import torch
 
 from wavear.audio.emphasis import coefficient
-from wavear.data.crops import Batch, Layout, coded
-from wavear.mel.spectrogram import log_mel
+from wavear.data.crops import Batch, Layout, coded, mel_of
 from wavear.models.base import AutoregressiveModel
 
 
@@ -51,8 +50,7 @@ def inputs(
     mask = (places >= batch.span[:, :1]) & (places < batch.span[:, 1:])
     mel = None
     if layout.mel is not None:
-        own = log_mel(batch.waveform, layout.mel)
-        mel = own.gather(2, batch.frames[:, None].expand(-1, own.shape[1], -1))
+        mel = mel_of(batch, layout)
         if noise is not None and dropout > 0:
             drawn = torch.rand(mel.shape[0], 1, mel.shape[2], generator=noise, device=mel.device)
             mel = torch.where(drawn < dropout, model.conditioning.mel_mean[:, None], mel)

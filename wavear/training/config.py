@@ -100,6 +100,9 @@ class DataSettings:
     pre_emphasis: float = 0.0
     """a in x[t] - a x[t-1] (such as 0.85), whose codes are modelled; softens their noise at high
     frequencies. Generated audio is de-emphasised. Bits cannot be compared with those of 0."""
+    mels: str | None = None
+    """Folder of mels to condition on (predicted ones, say), named after the recordings: the mel of
+    sub/x.wav is sub/x.npy. None: mels are computed from the recordings."""
     redraw_below: float | None = None
     """Draw segments quieter than this many dB of full scale (such as -60) again, up to 4 times, so
     that pauses do not fill the batches. None: never."""
@@ -113,7 +116,8 @@ class ModelSettings:
 
     from_checkpoint: str | None = None
     """Fine-tune this model: voice (the one that comes with wavear), a checkpoint's folder, or
-    hf:owner/name on the hub. It sets the model, its sample rate and its mels."""
+    hf:owner/name on the hub. It sets the model, its sample rate and its mels; with `speakers`,
+    those that it lacks are added."""
     family: str | None = None
     """predictive, wavenet, gru, transformer or linear; None: predictive, wavenet without mels."""
     layers: int | None = None
@@ -307,7 +311,7 @@ class TrainConfig(
     """
 
     def __post_init__(self) -> None:
-        for name in ("data", "out", "validation"):
+        for name in ("data", "out", "validation", "mels"):
             if isinstance(value := getattr(self, name), os.PathLike):
                 object.__setattr__(self, name, os.fspath(value))
         for name, hint in _field_types().items():
@@ -342,6 +346,12 @@ class TrainConfig(
         }
         set_by_it |= {name: getattr(own.mel, key, None) for name, key in MEL_FIELDS.items()}
         set_by_it |= {name: getattr(own, name, None) for name in _MODEL_FIELDS}
+        if own.mel is not None and own.mel.norm is None:
+            set_by_it["mel_norm"] = "none"
+        if self.mel_preset is not None and MelConfig.preset(self.mel_preset) == own.mel:
+            set_by_it["mel_preset"] = self.mel_preset
+        else:
+            set_by_it["mel_preset"] = None
         for name, value in set_by_it.items():
             if (given := getattr(self, name)) not in (getattr(type(self), name), value):
                 raise WavearError(
@@ -350,10 +360,12 @@ class TrainConfig(
                 )
         for name in ("family", "sample_rate", "unconditional", "pre_emphasis"):
             object.__setattr__(self, name, set_by_it[name])
-        if self.speakers != bool(own.speakers):
+        if own.speakers and not self.speakers:
+            raise WavearError(f"{self.from_checkpoint} has {own.speakers} speakers: set speakers")
+        if self.speakers and own.mel is None and not own.speakers:
             raise WavearError(
-                f"{self.from_checkpoint} has {own.speakers or 'no'} speakers:"
-                f" {'drop' if self.speakers else 'set'} speakers"
+                f"{self.from_checkpoint} has neither mels nor speakers, so its network cannot be"
+                " given speakers: drop speakers"
             )
 
     def _check_ranges(self) -> None:
@@ -397,7 +409,7 @@ class TrainConfig(
         if self.family not in FAMILIES:
             raise WavearError(f"family is {self.family!r}, it must be one of {', '.join(FAMILIES)}")
         if self.from_checkpoint is not None:
-            return self._start[1]
+            return dataclasses.replace(self._start[1], speakers=speakers)
         config_class = FAMILIES[self.family][1]
         own = config_class.__dataclass_fields__
         given = {name: getattr(self, name) for name in _MODEL_FIELDS}

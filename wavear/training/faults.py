@@ -89,7 +89,8 @@ def save_batch(
         "padded_waveform": batch.waveform,
         "nats": module.last.crop_nats,
     }
-    tensors |= {n: getattr(batch, n) for n in ("frames", "span", "speaker", "source", "start")}
+    names = ("frames", "mel", "span", "speaker", "source", "start")
+    tensors |= {name: getattr(batch, name) for name in names}
     whole = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     metadata = {
         "step": str(step),

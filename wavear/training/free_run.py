@@ -18,12 +18,13 @@ import numpy as np
 import torch
 
 from wavear.data.corpus import Recording
-from wavear.data.crops import read_span
+from wavear.data.crops import Layout, file_mel, read_span
 from wavear.evaluation.metrics import HNR_BANDS, NotMeasured, measure, stft_distance
 from wavear.mel.spectrogram import log_mel
 from wavear.models.base import AutoregressiveModel
 from wavear.models.crop_loss import layout_of
 
+_Clip = tuple[np.ndarray, torch.Tensor]  # waveform and mel, which is empty for models without
 CLIPS = 4
 HNR_WEIGHT = 0.02
 """Nats of log-mel distance per dB of missing or surplus harmonicity."""
@@ -67,19 +68,20 @@ def free_run(
     from wavear.generation.sampler import generate
 
     layout, rate = layout_of(model, 1), model.config.sample_rate
-    louds: list[np.ndarray] = []
+    louds: list[_Clip] = []
     numbers: list[int] = []
-    quiet = np.zeros(0)
+    quiet: list[_Clip] = []
     for recording in recordings:
         length = min(layout.length(recording), _SEARCHED_SECONDS * rate)
         try:
             whole = read_span(recording, rate, 0, length)
+            loud = _stretch(recording, whole, seconds * rate, layout, loudest=True)
+            if not louds:
+                quiet_length = min(seconds, _QUIET_SECONDS) * rate
+                quiet = [_stretch(recording, whole, quiet_length, layout, loudest=False)]
         except (ValueError, OSError, MemoryError):
             continue  # the held-out bits report it
-        if not louds:
-            quiet_length = min(seconds, _QUIET_SECONDS) * rate
-            quiet = _stretch(whole, quiet_length, layout.hop, loudest=False)
-        louds.append(_stretch(whole, seconds * rate, layout.hop, loudest=True))
+        louds.append(loud)
         numbers.append(
             list(speakers).index(recording.speaker or "") if model.config.speakers else 0
         )
@@ -90,18 +92,18 @@ def free_run(
     speaker = [*numbers, numbers[0]] if model.config.speakers else None
     if layout.mel is None:
         first = speaker and speaker[0]
-        made = generate(model, samples=louds[0].size, speaker=first, seed=0)
+        made = generate(model, samples=louds[0][0].size, speaker=first, seed=0)
     else:
-        mels = [log_mel(torch.from_numpy(x)[None], layout.mel)[0] for x in (*louds, quiet)]
-        made = generate(model, mels, speaker=speaker, seed=0)
-    clips = [(x, y[: x.size].numpy()) for x, y in zip(louds, made, strict=False)]
+        made = generate(model, [mel for _, mel in (*louds, *quiet)], speaker=speaker, seed=0)
+    clips = [(x, y[: x.size].numpy()) for (x, _), y in zip(louds, made, strict=False)]
     probe = {"level_error": _level(clips[0][1]) - _level(clips[0][0])}
     if layout.mel is None:
         return FreeRun({}, clips, probe)
     with contextlib.suppress(NotMeasured):  # too short, or silent
         probe["stft_distance"] = stft_distance(*clips[0])
-    probe["noise_floor"] = _level(made[-1, : quiet.size].numpy())
-    probe["noise_floor_recorded"] = _level(quiet)
+    ((silence, _),) = quiet
+    probe["noise_floor"] = _level(made[-1, : silence.size].numpy())
+    probe["noise_floor_recorded"] = _level(silence)
     return FreeRun(_measures(clips, rate), clips, probe)
 
 
@@ -125,13 +127,23 @@ def _measures(clips: list[tuple[np.ndarray, np.ndarray]], rate: int) -> dict[str
     return means
 
 
-def _stretch(whole: np.ndarray, samples: float, hop: int, loudest: bool) -> np.ndarray:
-    """Return the stretch of `samples`, in whole frames, with most or least energy."""
+def _stretch(
+    recording: Recording, whole: np.ndarray, samples: float, layout: Layout, loudest: bool
+) -> _Clip:
+    """Return the stretch of `samples`, in whole frames, with most or least energy, and its mel."""
+    hop = layout.hop
     length = min(math.ceil(samples / hop) * hop, whole.size)
     energy = np.concatenate([[0.0], np.cumsum(np.square(whole, dtype=np.float64))])
-    found = energy[length:] - energy[: energy.size - length]
-    start = int(np.argmax(found) if loudest else np.argmin(found))
-    return whole[start : start + length]
+    step = 1 if recording.mel is None else hop  # the frames of a file lie where they lie
+    found = (energy[length:] - energy[: energy.size - length])[::step]
+    start = int(np.argmax(found) if loudest else np.argmin(found)) * step
+    clip = whole[start : start + length]
+    if layout.mel is None:
+        return clip, torch.zeros(0)
+    mel = file_mel(recording, layout, start // hop, (start + length) // hop)
+    if mel is None:
+        return clip, log_mel(torch.from_numpy(clip)[None], layout.mel)[0]
+    return clip, torch.from_numpy(mel)
 
 
 def _level(waveform: np.ndarray) -> float:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from wavear.data.corpus import Recording, reason
-from wavear.data.crops import Layout, Segments, read_crop
+from wavear.data.crops import Layout, Segments, blank_crop, read_crop
 from wavear.data.recordings import frames_of
 from wavear.models.base import AutoregressiveModel
 
@@ -91,12 +91,12 @@ class Lanes(Segments):
         last = min(layout.segment, layout.length(recording) - start)
         skipped = []
         try:
-            waveform = read_crop(recording, layout, start)
+            crop = read_crop(recording, layout, start)
         except (ValueError, OSError) as error:
             # The lane rests: its plan must not depend on what can be read.
             skipped, last = [(recording.name, reason(error, recording))], 0
-            waveform = np.zeros(layout.window + 2 * layout.margin, dtype=np.float32)
-        item = self.item(recording, source, start, 0, last, waveform)
+            crop = blank_crop(recording, layout)
+        item = self.item(recording, source, start, 0, last, crop)
         return item | {"begins": begins, "skipped": skipped}
 
 

@@ -12,8 +12,7 @@ import torch
 
 from wavear.audio.periods import measure_period
 from wavear.common.log import get_logger
-from wavear.data.crops import Batch, Layout, Segments, collate
-from wavear.mel.spectrogram import log_mel
+from wavear.data.crops import Batch, Layout, Segments, collate, mel_of
 from wavear.models.base import AutoregressiveModel
 from wavear.models.crop_loss import inputs
 from wavear.models.period import period_loss
@@ -56,10 +55,8 @@ def fit_mel_statistics(model: AutoregressiveModel, segments: Segments) -> None:
     frames = []
     for index in range(_STATISTICS_CROPS):
         batch = collate([segments[index]])
-        own = log_mel(batch.waveform, layout.mel)  # type: ignore[arg-type]
         count = math.ceil((batch.span[0, 1] // layout.hop).item())
-        wanted = batch.frames[0, layout.lookback : layout.lookback + count]
-        frames.append(own[0][:, wanted])
+        frames.append(mel_of(batch, layout)[0, :, layout.lookback : layout.lookback + count])
     mels = torch.cat(frames, dim=1).double()
     conditioning: Any = model.conditioning
     conditioning.mel_mean.copy_(mels.mean(1))
@@ -158,7 +155,7 @@ def _measure(
     batch: Batch, layout: Layout, window: int, config: Any
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return mel (M, frames + 2 * around), log lag and correlation (frames,) of one crop."""
-    own = log_mel(batch.waveform, layout.mel)[0][:, batch.frames[0]]  # type: ignore[arg-type]
+    own = mel_of(batch, layout)[0]
     block = max(layout.hop // len(_QUARTERS), 1)
     lags, correlation = measure_period(
         batch.waveform[0].numpy(), config.shortest_period, config.longest_period, block, window

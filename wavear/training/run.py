@@ -24,16 +24,16 @@ from wavear.common.untrusted import parse_json
 from wavear.common.words import counted
 from wavear.data.corpus import Corpus, Recording, open_corpus
 from wavear.data.doubts import doubts
+from wavear.data.file_mels import MelFolder
 from wavear.data.recordings import Recordings, fingerprint, frames_of
 from wavear.data.shards import is_shards, refuse_remote
 from wavear.mel.spectrogram import MelConfig
-from wavear.models.base import AutoregressiveModel
-from wavear.models.checkpoint import LATER, load, read_config
+from wavear.models.checkpoint import LATER
 from wavear.models.families import FAMILIES
 from wavear.training.config import OutputSettings, TrainConfig, TrainResult
 from wavear.training.processes import Processes
 from wavear.training.run_directory import RECORD, open_directory
-from wavear.training.speakers import bound
+from wavear.training.speakers import bound, named_speakers, start_state
 
 logger = get_logger(__name__)
 
@@ -85,15 +85,15 @@ def _train(config: TrainConfig) -> TrainResult:
     record = open_directory(config, writes)
     with _reporting(visible), torch.random.fork_rng(devices=[]):
         corpus = _open(config, visible)
-        speakers = bound(record, corpus.speakers if config.speakers else [], config)
+        speakers = bound(record, _speakers(config, corpus), config)
         _report_changes(record, config, corpus)
-        _report_data(corpus, speakers, config.sample_rate)
+        _report_data(corpus, speakers, config.sample_rate, config.mels)
         for doubt in doubts(corpus.train, config.sample_rate) if visible else ():
             logger.warning(doubt)
         torch.manual_seed(config.seed)
         model = FAMILIES[str(config.family)][0](config.model_config(len(speakers)))
         if config.from_checkpoint is not None:
-            _start_from(config.from_checkpoint, model, speakers)
+            model.load_state_dict(start_state(config.from_checkpoint, model))
         _check_same_run(record, config, model.config)
         by_speaker = config.normalize_by == "speaker"
         record |= {
@@ -122,6 +122,7 @@ def _open(config: TrainConfig, visible: bool) -> Corpus:
         normalize=config.normalize,
         normalize_by=config.normalize_by,
         trim_silence=config.trim_silence,
+        mels=MelFolder(config.mels, config.mel) if config.mels and config.mel else None,
         progress=bar if visible else None,
     )
     if not len(corpus.train):
@@ -138,15 +139,12 @@ def _open(config: TrainConfig, visible: bool) -> Corpus:
     return corpus
 
 
-def _start_from(checkpoint: str, model: AutoregressiveModel, speakers: list[str]) -> None:
-    """Give `model` the weights of a checkpoint, if its speakers are the same."""
-    before = read_config(checkpoint).get("training", {}).get("speakers", [])
-    if speakers != before:
-        raise WavearError(
-            f"{checkpoint} has the speakers {', '.join(before)}, and the data"
-            f" {', '.join(speakers)}: use data of the same speakers, or drop from_checkpoint"
-        )
-    model.load_state_dict(load(checkpoint).float().state_dict())
+def _speakers(config: TrainConfig, corpus: Corpus) -> list[str]:
+    """Return the names of the speakers: of the checkpoint to fine-tune, then others of the data."""
+    if not config.speakers:
+        return []
+    before = [] if config.from_checkpoint is None else named_speakers(config.from_checkpoint)
+    return list(dict.fromkeys([*before, *corpus.speakers]))
 
 
 def _check_same_run(record: dict[str, Any], config: TrainConfig, model: Any) -> None:
@@ -192,13 +190,16 @@ def _report_changes(record: dict[str, Any], config: TrainConfig, corpus: Corpus)
         )
 
 
-def _report_data(corpus: Corpus, speakers: list[str], rate: int) -> None:
+def _report_data(corpus: Corpus, speakers: list[str], rate: int, mels: str | None) -> None:
     for name, why in corpus.bad[:_NAMED]:
         logger.warning(f"skipped {name}: {why}")
     if corpus.bad:
         more = len(corpus.bad) - _NAMED
         rest = f", {more} more than are named here" if more > 0 else ""
         logger.warning(f"{counted(len(corpus.bad), 'file')} cannot be used{rest}")
+    if corpus.without_mel:
+        count, first = counted(len(corpus.without_mel), "recording"), corpus.without_mel[0]
+        logger.warning(f"{count} without a mel in {mels} skipped; the first: {first}")
     for note in corpus.notes:
         logger.info(note)
     speakers_text = f", {counted(len(speakers), 'speaker')}" if speakers else ""
@@ -269,6 +270,7 @@ def write_held_out(run: str | os.PathLike[str], manifest: str | os.PathLike[str]
         validation_fraction=config["validation_fraction"],
         speakers=config.get("speakers", False),
         least_samples=mel["hop_length"] if mel else 2,
+        mels=MelFolder(config["mels"], MelConfig.from_dict(mel)) if config.get("mels") else None,
     )
     lines = []
     for r in corpus.validation:

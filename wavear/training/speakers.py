@@ -1,4 +1,4 @@
-"""The speakers of a resumed run: numbers stay bound to names, and speakers can be added."""
+"""Speakers of resumed and fine-tuned runs: numbers stay bound to names; speakers can be added."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from wavear.common.errors import WavearError
 from wavear.common.log import get_logger
 from wavear.models.base import AutoregressiveModel
+from wavear.models.checkpoint import load, read_config
 from wavear.training.config import TrainConfig
 from wavear.training.optimizers import make_optimizer
 
@@ -65,11 +66,9 @@ def extend_state(
     A new speaker begins as the mean of the others, without moments of the optimizer. The points of
     the curve are no longer compared with, since the best model so far lacks the new speakers.
     """
-    embedding = getattr(model.conditioning, "speakers", None)
-    if embedding is None:
+    key, weight = _embedding(model)
+    if weight is None:
         return
-    weight = embedding.weight
-    key = next(name for name, p in model.named_parameters() if p is weight)
     old = len(state["state_dict"][f"model.{key}"])
     added = len(weight) - old
     if added <= 0:
@@ -81,8 +80,7 @@ def extend_state(
         )
     for owner in ("model", "average"):
         rows = state["state_dict"][f"{owner}.{key}"]
-        mean = rows.mean(0, keepdim=True).expand(added, -1)
-        state["state_dict"][f"{owner}.{key}"] = torch.cat([rows, mean])
+        state["state_dict"][f"{owner}.{key}"] = _more_rows(rows, added)
     optimizer, _ = make_optimizer(model, config)
     saved = state["optimizer_states"][0]
     parts = zip(getattr(optimizer, "parts", [optimizer]), saved.get("parts", [saved]), strict=True)
@@ -97,3 +95,48 @@ def extend_state(
                             [moment, moment.new_zeros(added, moment.shape[1])]
                         )
     record["history"] = [entry | {"held_out": ""} for entry in record["history"]]
+
+
+def named_speakers(checkpoint: str) -> list[str]:
+    """Return the names of a checkpoint's speakers, in the order of their numbers.
+
+    Raises
+    ------
+    WavearError
+        If it has speakers without names.
+    """
+    saved = read_config(checkpoint)
+    names = saved.get("training", {}).get("speakers", [])
+    if len(names) != (count := saved["config"].get("speakers", 0)):
+        raise WavearError(
+            f"{checkpoint} has {count} speakers without names: train on them from the beginning"
+        )
+    return list(names)
+
+
+def start_state(checkpoint: str, model: AutoregressiveModel) -> dict[str, torch.Tensor]:
+    """Return the weights of a checkpoint, with rows for the speakers that `model` adds to it.
+
+    A new speaker begins as the mean of the others, so all old ones sound as before. Where there
+    were none, each begins as zeros: as the voice of the checkpoint.
+    """
+    state = load(checkpoint).float().state_dict()
+    key, weight = _embedding(model)
+    if weight is not None:
+        rows = state.get(key)
+        added = len(weight) - (0 if rows is None else len(rows))
+        state[key] = torch.zeros_like(weight) if rows is None else _more_rows(rows, added)
+    return state
+
+
+def _embedding(model: AutoregressiveModel) -> tuple[str, torch.Tensor | None]:
+    """Return name and rows of the speakers' vectors; None without speakers."""
+    embedding = getattr(model.conditioning, "speakers", None)
+    if embedding is None:
+        return "", None
+    weight = embedding.weight
+    return next(name for name, p in model.named_parameters() if p is weight), weight
+
+
+def _more_rows(rows: torch.Tensor, added: int) -> torch.Tensor:
+    return torch.cat([rows, rows.mean(0, keepdim=True).expand(added, -1)])

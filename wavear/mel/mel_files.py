@@ -1,4 +1,4 @@
-"""Mels in files: .npy, .npz, .pt, .safetensors and HDF5, none of whose content is executed."""
+"""Mels in files: NumPy's, torch's, HDF5 and Kaldi's, none of whose content is executed."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from wavear.common.atomic import replace_file
 from wavear.common.errors import WavearError, one_line
 from wavear.common.log import get_logger
 from wavear.common.untrusted import parse_json
-from wavear.generation.torch_files import load_tensors
+from wavear.mel import kaldi
 from wavear.mel.conventions import describe_source
-from wavear.mel.detection import Expectation, adapt_mel
+from wavear.mel.detection import ConditionedModel, Expectation, adapt_mel
 from wavear.mel.spectrogram import MelConfig
-from wavear.models.base import AutoregressiveModel
+from wavear.mel.torch_files import load_tensors
 
 logger = get_logger(__name__)
 
@@ -38,26 +38,50 @@ def read_mel(
     path: str | Path,
     config: MelConfig,
     *,
-    model: AutoregressiveModel | None = None,
+    model: ConditionedModel | None = None,
     source: MelConfig | str | None = None,
     seconds: float | None = None,
     force: bool = False,
 ) -> torch.Tensor:
     """Read a mel (M, F), float32, from a file and adapt it to the mels that a model was trained on.
 
+    The training data of `model` judge a mel of unknown configuration; `source`, `seconds` and
+    `force` are those of `wavear.adapt_mel`, and a `config` in the file overrides `source`.
+    """
+    mel, own = load_mel(path, config)
+    if own is not None and source is not None and describe_source(source, config) != own:
+        logger.warning("%s: its own mel configuration overrides the one given", path)
+    try:
+        return adapt_mel(
+            mel,
+            model or Expectation(config),
+            own or source,
+            seconds=seconds,
+            force=force,
+            warn=lambda line: logger.warning("%s: %s", path, line),
+        )
+    except ValueError as error:
+        raise WavearError(f"{path}: {error}") from None
+
+
+def load_mel(path: str | Path, config: MelConfig) -> tuple[torch.Tensor, MelConfig | None]:
+    """Return the mel (M, F) of a file, float32 and finite, and its own configuration, if any.
+
     The file holds a tensor (M, F) or (1, M, F), floating point: `.npy`; `.npz`, named `mel` or the
     only one, and perhaps `config`, the JSON of a `MelConfig`; `.pt`, a tensor or a dict with `mel`,
-    read by torch's loader for weights, which runs no code; `.safetensors`, named `mel` or the only
-    one. The training data of `model` judge a mel of unknown configuration; `source`, `seconds` and
-    `force` are those of `wavear.adapt_mel`, and a `config` in the file overrides `source`.
+    read by torch's loader for weights, which runs no code; `.safetensors` or HDF5, named `mel` or
+    the only one. An entry of a Kaldi archive, `feats.ark:OFFSET`, has frames first. The expected
+    `config` is for messages.
     """
     path = Path(path)
     suffix = path.suffix.lower()
-    if suffix not in MEL_SUFFIXES:
+    if (entry := kaldi.split_entry(path)) is not None:
+        mel, described = _to_tensor(kaldi.read_matrix(*entry).T), None
+    elif suffix not in MEL_SUFFIXES:
         raise WavearError(f"{path} is not a mel file by its name: expected {listed(MEL_SUFFIXES)}")
-    if path.stat().st_size == 0:
+    elif path.stat().st_size == 0:
         raise WavearError(f"{path} is empty (0 bytes)")
-    if suffix == ".npy":
+    elif suffix == ".npy":
         mel, described = _read_npy(path), None
     elif suffix == ".npz":
         mel, described = _read_npz(path)
@@ -81,20 +105,12 @@ def read_mel(
     if not bool(torch.isfinite(mel).all()):
         frame = int((~torch.isfinite(mel)).any(dim=0).nonzero()[0])
         raise WavearError(f"{path}: the mel holds NaN or infinity, first in frame {frame}")
-    own = None if described is None else _config_of(described, path)
-    if own is not None and source is not None and describe_source(source, config) != own:
-        logger.warning("%s: its own mel configuration overrides the one given", path)
-    try:
-        return adapt_mel(
-            mel,
-            model or Expectation(config),
-            own or source,
-            seconds=seconds,
-            force=force,
-            warn=lambda line: logger.warning("%s: %s", path, line),
-        )
-    except ValueError as error:
-        raise WavearError(f"{path}: {error}") from None
+    return mel, None if described is None else _config_of(described, path)
+
+
+def is_mel(path: Path) -> bool:
+    """Return True for the name of a mel file, or of an entry of a Kaldi archive."""
+    return path.suffix.lower() in MEL_SUFFIXES or kaldi.split_entry(path) is not None
 
 
 def write_mel(path: Path, mel: torch.Tensor, config: MelConfig) -> None:
