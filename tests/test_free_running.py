@@ -1,0 +1,95 @@
+"""Training by the free run: differentiable generation, and the energy distance of spectra."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from test_predictive import (
+    conditioning,
+    configs,
+    frames_for,
+    long_enough,
+    make,
+    random_codes,
+    small,
+)
+
+from wavear.models.energy_distance import energy_distance, window_lengths
+from wavear.models.rollout import past_of, rollout
+
+
+@configs
+def test_a_rollout_draws_what_forward_predicts(config: Any):
+    """With one component, a sample is mean + scale * logit(u), of `forward` given those before."""
+    model = make(dataclasses.replace(config, mixtures=1))
+    begin, total = 60, 60 + long_enough(config)
+    cond = conditioning(model, 2, frames_for(config, total))[:, :, :total]
+    codes = random_codes(model, 2, begin)
+    with torch.no_grad():
+        past = past_of(model, codes, cond[:, :, :begin])
+        made = []
+        for start, stop in ((begin, begin + 37), (begin + 37, total)):
+            generator = torch.Generator().manual_seed(start)
+            x, past = rollout(model, past, cond[:, :, start:stop], generator)
+            made.append(x)
+        x = torch.cat(made, dim=1)
+        u = [
+            torch.rand(2, 2, n, generator=torch.Generator().manual_seed(seed))[1]
+            for n, seed in ((37, begin), (total - begin - 37, begin + 37))
+        ]
+        logistic = torch.logit(torch.cat(u, dim=1).clamp(1e-5, 1 - 1e-5)).double()
+        whole = torch.cat([model.value(codes), x], dim=1)
+        model.value = lambda samples: samples  # what was drawn is not rounded to codes
+        _, mean, scale = model(whole, cond)[:, :, begin:].unbind(1)
+    torch.testing.assert_close(x, mean + scale.exp() * logistic, rtol=1e-4, atol=1e-5)
+
+
+def test_gradients_of_a_rollout_equal_finite_differences():
+    config = small(mixtures=1)
+    model = make(config)
+    cond = conditioning(model, 1, frames_for(config, 110))
+    past = past_of(model, random_codes(model, 1, 40), cond[:, :, :40]).map(
+        lambda x: x.double() if x.is_floating_point() else x
+    )
+
+    def energy() -> torch.Tensor:
+        x, _ = rollout(model, past, cond[:, :, 40:110], torch.Generator().manual_seed(0))
+        return x.double().square().sum()
+
+    weights = [model.hidden.weight, model.blocks[0].taps.weight, model.input.weight]
+    gradients = torch.autograd.grad(energy(), weights)
+    for weight, gradient in zip(weights, gradients, strict=True):
+        direction = torch.randn_like(weight)
+        step = 1e-5 / direction.norm()
+        with torch.no_grad():
+            weight.add_(step * direction)
+            above = energy()
+            weight.sub_(2 * step * direction)
+            below = energy()
+            weight.add_(step * direction)
+        expected = (above - below) / (2 * step)
+        torch.testing.assert_close((gradient * direction).sum(), expected, rtol=1e-3, atol=1e-6)
+
+
+def test_the_energy_distance_is_least_at_the_right_distribution():
+    """Noise of another level or another spectrum is farther; so is a copy without variation."""
+    torch.manual_seed(0)
+    noise = lambda: torch.randn(64, 1600) * 0.1  # noqa: E731
+    x, y, z = noise(), noise(), noise()
+
+    def mean(y: torch.Tensor, z: torch.Tensor) -> float:
+        return float(energy_distance(x, y, z, 22050).mean())
+
+    right = mean(y, z)
+    assert mean(0.8 * y, 0.8 * z) > 1.02 * right
+    assert mean(1.25 * y, 1.25 * z) > 1.02 * right
+    smooth = lambda x: (x + x.roll(1, 1)) / 2**0.5  # noqa: E731
+    assert mean(smooth(y), smooth(z)) > 1.02 * right
+    assert mean(y, y) > 1.5 * right
+    assert mean(x, x) == 0
+
+
+def test_windows_follow_the_rate():
+    assert window_lengths(44100)[-1] == 1544
