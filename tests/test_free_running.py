@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import pytest
 import torch
+from small_training import assert_same_run, config_of, interrupt_at_step
 from test_predictive import (
     conditioning,
     configs,
@@ -16,7 +18,12 @@ from test_predictive import (
     small,
 )
 
-from wavear.models.energy_distance import energy_distance, window_lengths
+import wavear
+from wavear import TrainConfig, train
+from wavear.data.corpus import open_corpus
+from wavear.data.crops import Segments, collate
+from wavear.models.crop_loss import layout_of
+from wavear.models.energy_distance import energy_distance, free_run_losses, window_lengths
 from wavear.models.rollout import past_of, rollout
 
 
@@ -93,3 +100,50 @@ def test_the_energy_distance_is_least_at_the_right_distribution():
 
 def test_windows_follow_the_rate():
     assert window_lengths(44100)[-1] == 1544
+
+
+def test_training_by_the_free_run_lowers_the_energy_distance(tones):
+    """Eight steps on one batch; the draws of both measurements are the same."""
+    model = make(small(8000, 64), torch.float32)
+    layout = layout_of(model, 256)
+    segments = Segments(open_corpus(tones, sample_rate=8000).train, layout)
+    batch = collate([segments[i] for i in range(4)])
+    optimizer = torch.optim.Adam(model.parameters(), lr=2e-2)
+
+    def distance(seed: int, learn: bool = False) -> float:
+        total = 0.0
+        for loss in free_run_losses(model, batch, layout, torch.Generator().manual_seed(seed)):
+            total += loss.item()
+            if learn:
+                loss.backward()
+        return total
+
+    before = distance(99)
+    for step in range(8):
+        optimizer.zero_grad()
+        distance(step, learn=True)
+        optimizer.step()
+    assert distance(99) < 0.9 * before
+
+
+def test_a_run_by_the_free_run_resumes_exactly_and_differs_from_one_without(tones, tmp_path):
+    make(small(8000, 64), torch.float32).save(tmp_path / "start")
+    settings: dict[str, Any] = {
+        "data": tones, "from_checkpoint": str(tmp_path / "start"), "segment": 256, "batch_size": 4,
+        "accumulate": 2, "max_steps": 4, "validate_every": 1000, "sample_seconds": 0.0,
+        "progress": False, "device": "cpu", "precision": "32", "workers": 0,
+    }  # fmt: skip
+    train(TrainConfig(out=tmp_path / "straight", free_run=True, **settings))
+    with interrupt_at_step(2):
+        train(TrainConfig(out=tmp_path / "parts", free_run=True, **settings))
+    train(TrainConfig(out=tmp_path / "parts", free_run=True, resume=True, **settings))
+    assert_same_run(tmp_path / "straight", tmp_path / "parts")
+    same = {"optimizer": "adamw", "learning_rate": 3e-4, "hold": 0.4, "ema_decay": 0.99}
+    train(TrainConfig(out=tmp_path / "plain", **same, **settings))
+    plain, straight = (wavear.load(tmp_path / name / "last") for name in ("plain", "straight"))
+    assert not torch.equal(plain.hidden.weight, straight.hidden.weight)
+
+
+def test_other_families_refuse_the_free_run(tones, tmp_path):
+    with pytest.raises(ValueError, match="the family gru has no training by the free run"):
+        config_of(tones, tmp_path / "run", family="gru", free_run=True)

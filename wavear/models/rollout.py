@@ -28,7 +28,7 @@ from wavear.models.predictive import (
     level,
 )
 
-_LONGEST_BLOCK = 24  # samples; longer ones are no faster
+_LONGEST_BLOCK = 24  # samples; longer ones gained nothing
 _LEAST_UNIFORM = 1e-5  # logit(u) is then within 11.5
 
 
@@ -78,7 +78,7 @@ def past_of(model: PredictiveWaveNet, codes: Tensor, cond: FrameConditioning) ->
 def rollout(
     model: PredictiveWaveNet, past: Past, cond: FrameConditioning, generator: torch.Generator
 ) -> tuple[Tensor, Past]:
-    """Generate `cond.samples` samples after `past`: (B, T), differentiable, and the past after them.
+    """Generate `cond.samples` samples (B, T) after `past`; return them and the past after them.
 
     Gradients reach the weights and `past`.
     """

@@ -63,7 +63,7 @@ FREE_RUN_DEFAULTS = dataclasses.replace(
     segment_frames=4,
     batch_size=32,
 )
-"""Those of a training by the free run."""
+"""For a training by the free run."""
 
 
 def family_defaults() -> dict[str, str]:
@@ -205,9 +205,8 @@ class OptimizerSettings:
     wavenet, gru, transformer: standard deviation in codes (such as 2). predictive:
     largest standard deviation, in units of the residual's scale."""
     free_run: bool = False
-    """predictive: train by the free run too, to improve a trained model (--from): stretches that the
-    model generates from its own past get the recordings' spectra (docs/training.md). A step takes
-    about 30 times as long."""
+    """predictive: train by the free run too, to improve a trained model (--from): stretches that
+    the model generates from its own past get the recordings' spectra (docs/training.md)."""
     segment: int | None = None
     """Samples of loss per crop, rounded up to mel frames; the receptive field is added to it."""
     batch_size: int | None = None

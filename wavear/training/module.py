@@ -24,7 +24,7 @@ from wavear.training.optimizers import make_optimizer
 
 _LAST_RATE = 0.02  # of the peak: where the cosine ends
 FREE_RUN_WEIGHT = 13.0
-"""Of the energy distance, in nats per sample of likelihood."""
+"""Weight of the energy distance next to nats per sample."""
 _AVERAGE_WARMUP = 10  # steps: the decay is (1 + n) / (10 + n), up to `ema_decay`
 
 
