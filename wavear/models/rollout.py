@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -80,37 +81,77 @@ def rollout(
 ) -> tuple[Tensor, Past]:
     """Generate `cond.samples` samples (B, T) after `past`; return them and the past after them.
 
-    Gradients reach the weights and `past`.
+    Gradients reach the weights through these samples, not through those before them. On the CPU in
+    float32 it is `rollout_kernel`.
     """
     config, dtype = model.config, model.input.weight.dtype
-    past = past.map(lambda x: x.to(dtype) if x.is_floating_point() else x)
-    coefficients, scale, lag, voicing = cond.per_sample()
-    batch, total = lag.shape
-    device = lag.device
+    past = past.map(lambda x: x.detach().to(dtype) if x.is_floating_point() else x)
+    lag = cond.per_sample()[2]
+    (batch, total), device = lag.shape, lag.device
     uniform = torch.rand(2, batch, total, generator=generator, device=device)
     component, u = uniform[0], uniform[1].clamp(_LEAST_UNIFORM, 1 - _LEAST_UNIFORM)
-    logistic = torch.logit(u).to(dtype)
-    block = min(config.shortest_period - config.period_residuals - 2, _LONGEST_BLOCK)
-    widths = [2 * config.residual_channels] * len(config.dilations) + [config.skip_channels]
-    biases = [b.split(widths, 2) for b in cond.gates_at(0, config.gates).split(block, 1)]
     # Places in time, from the first new sample on: those before it are below 0.
     at = torch.arange(total, device=device).expand(batch, -1)
     whole = torch.cat([past.lags, lag.round().long()], dim=1)
-    back = at - lag.ceil().long()
     places, periods = at, []
     for _ in range(config.kernel_size - 1):
         places = places - whole.gather(1, places + past.lags.shape[1])
         periods.insert(0, places)
-    samples, residuals = [past.samples], [past.residuals]
+    plan = (at - lag.ceil().long(), periods, component, torch.logit(u).to(dtype))
+    if _kernel().usable(model, cond):
+        run = _kernel().generate_stretch
+    else:
+        run = _generate_in_torch
+    samples, residuals, inputs = run(model, past.samples, past.residuals, past.queues, cond, *plan)
+
+    def newest(old: Tensor, new: Tensor) -> Tensor:
+        length = old.shape[1]
+        return torch.cat([old[:, total:], new.detach()], dim=1)[:, -length:]
+
+    after = Past(
+        newest(past.samples, samples),
+        newest(past.residuals, residuals),
+        whole[:, total:],
+        [newest(old, new) for old, new in zip(past.queues, inputs, strict=True)],
+    )
+    return samples, after
+
+
+def _kernel() -> Any:
+    """Return the module of compiled code, imported when needed: importing Numba is slow."""
+    from wavear.models import rollout_kernel
+
+    return rollout_kernel
+
+
+def _generate_in_torch(
+    model: PredictiveWaveNet,
+    past_samples: Tensor,
+    past_residuals: Tensor,
+    queues: list[Tensor],
+    cond: FrameConditioning,
+    back: Tensor,
+    periods: list[Tensor],
+    component: Tensor,
+    logistic: Tensor,
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Compute `rollout_kernel.generate_stretch`; this is its definition."""
+    config, dtype, device = model.config, model.input.weight.dtype, past_samples.device
+    coefficients, scale, lag, voicing = cond.per_sample()
+    batch, total = lag.shape
+    block = min(config.shortest_period - config.period_residuals - 2, _LONGEST_BLOCK)
+    widths = [2 * config.residual_channels] * len(config.dilations) + [config.skip_channels]
+    biases = [b.split(widths, 2) for b in cond.gates_at(0, config.gates).split(block, 1)]
+    samples, residuals = [past_samples], [past_residuals]
     layers = [
         _Layer(queue, dilation, block_.taps.weight)
-        for queue, dilation, block_ in zip(past.queues, config.dilations, model.blocks, strict=True)
+        for queue, dilation, block_ in zip(queues, config.dilations, model.blocks, strict=True)
     ]
     count = config.recent_residuals
     recent_weight = model.input.weight[:, : count + 2].t()
     known_weight = model.input.weight[:, count + 2 :].t()
-    x_window = past.samples[:, -config.prediction_order :]
-    e_window = past.residuals[:, -count:]
+    x_window = past_samples[:, -config.prediction_order :]
+    e_window = past_residuals[:, -count:]
     reversed_coefficients = coefficients.flip(2)
     for number, first in enumerate(range(0, total, block)):
         now = slice(first, min(first + block, total))
@@ -154,14 +195,8 @@ def rollout(
         residuals.append(torch.cat(es, dim=1))
         for layer in layers:
             layer.end()
-    history = past.samples.shape[1]
-    after = Past(
-        torch.cat(samples, dim=1)[:, -history:],
-        torch.cat(residuals, dim=1)[:, -history:],
-        whole[:, total:],
-        [layer.queue() for layer in layers],
-    )
-    return torch.cat(samples[1:], dim=1), after
+    made = [layer.made() for layer in layers]
+    return torch.cat(samples[1:], dim=1), torch.cat(residuals[1:], dim=1), made
 
 
 class _Layer:
@@ -200,9 +235,9 @@ class _Layer:
         """End a block."""
         self.kept.append(torch.stack(self.new, dim=1))
 
-    def queue(self) -> Tensor:
-        """Return the last inputs, as many as there were at the beginning."""
-        return torch.cat(self.kept, dim=1)[:, -self.kept[0].shape[1] :]
+    def made(self) -> Tensor:
+        """Return the inputs of all samples: (B, T, R)."""
+        return torch.cat(self.kept[1:], dim=1)
 
 
 def _gather(parts: list[Tensor], places: Tensor) -> Tensor:
