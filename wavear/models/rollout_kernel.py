@@ -196,29 +196,39 @@ def _gather(t, layer, period, given, kept, inputs):
                 kept.taps[period, t, b, k * r : (k + 1) * r] = out
 
 
+@numba.njit(fastmath=True)
+def _add_gate_biases(t, first, given, out):
+    """Add the gate biases from `first` on to `out` (B, n)."""
+    streams, width = out.shape
+    for b in range(streams):
+        frame, row = given.frames[t, b], out[b]
+        for j in range(3):
+            w = given.mix[t, b, j]
+            if w != np.float32(0):
+                bias = given.gates[b, frame, j, first : first + width]
+                for c in range(width):
+                    row[c] += w * bias[c]
+
+
+# LLVM vectorises loops over few arrays; a row stays in the first cache from one loop to the next.
 @numba.njit(fastmath=True, error_model="numpy")
-def _gate(t, layer, given, kept, z, units):
-    """Gated units (B, R) of z (B, 2 R) and the gate biases."""
+def _gate(t, layer, kept, z, units):
+    """Gated units (B, R) of z (B, 2 R)."""
     streams, r = units.shape
     half, one = np.float32(0.5), np.float32(1)
     for b in range(streams):
-        biases = given.gates[b, given.frames[t, b], :, layer * 2 * r : (layer + 1) * 2 * r]
-        filter0, filter1, filter2 = biases[0, :r], biases[1, :r], biases[2, :r]
-        gate0, gate1, gate2 = biases[0, r:], biases[1, r:], biases[2, r:]
-        w0, w1, w2 = given.mix[t, b, 0], given.mix[t, b, 1], given.mix[t, b, 2]
-        filters, gates = z[b, :r], z[b, r:]
+        z_tanh, z_sigmoid = z[b, :r], z[b, r:]
         tanhs, sigmoids = kept.factors[layer, t, b, :r], kept.factors[layer, t, b, r:]
-        out, copy = units[b], kept.units[t, b, layer * r : (layer + 1) * r]
+        out = units[b]
         for c in range(r):
-            f = filters[c] + w0 * filter0[c] + w1 * filter1[c] + w2 * filter2[c]
-            g = gates[c] + w0 * gate0[c] + w1 * gate1[c] + w2 * gate2[c]
-            n1, d1 = tanh_ratio(f)
-            n2, d2 = tanh_ratio(half * g)  # sigmoid(x) = (1 + tanh(x / 2)) / 2
-            inverse = one / (d1 * d2)
-            tanh, sigmoid = n1 * d2 * inverse, half * (d2 + n2) * d1 * inverse
-            tanhs[c], sigmoids[c] = tanh, sigmoid
-            out[c] = tanh * sigmoid
-            copy[c] = tanh * sigmoid
+            numerator, denominator = tanh_ratio(z_tanh[c])
+            tanhs[c] = numerator / denominator
+        for c in range(r):  # sigmoid(x) = (1 + tanh(x / 2)) / 2
+            numerator, denominator = tanh_ratio(half * z_sigmoid[c])
+            sigmoids[c] = half * (one + numerator / denominator)
+        for c in range(r):
+            out[c] = tanhs[c] * sigmoids[c]
+        kept.units[t, b, layer * r : (layer + 1) * r] = out
 
 
 @numba.njit(fastmath=True)
@@ -230,17 +240,12 @@ def _add(out, bias, more):
 
 
 @numba.njit(fastmath=True)
-def _rectify_skip(t, given, kept, bias):
-    """Add the bias and the gate biases to the skip, and make it 0 where negative."""
-    streams, width = kept.skip.shape[1:]
-    for b in range(streams):
-        biases = given.gates[b, given.frames[t, b], :, given.gates.shape[3] - width :]
-        bias0, bias1, bias2 = biases[0], biases[1], biases[2]
-        w0, w1, w2 = given.mix[t, b, 0], given.mix[t, b, 1], given.mix[t, b, 2]
-        row = kept.skip[t, b]
-        for c in range(width):
-            value = row[c] + bias[c] + w0 * bias0[c] + w1 * bias1[c] + w2 * bias2[c]
-            row[c] = max(value, np.float32(0))
+def _rectify(out, bias):
+    """Add a bias to `out` (B, n), and make it 0 where negative."""
+    for b in range(out.shape[0]):
+        row = out[b]
+        for c in range(len(bias)):
+            row[c] = max(row[c] + bias[c], np.float32(0))
 
 
 @numba.njit(fastmath=True, error_model="numpy")
@@ -281,7 +286,7 @@ def _forth(recent, weights, biases, given, kept):
     z = np.empty((streams, 2 * r), np.float32)
     units = np.empty((streams, r), np.float32)
     raw = np.empty((streams, weights.output.shape[1]), np.float32)
-    zeros = np.zeros((streams, max(r, kept.hidden.shape[2])), np.float32)
+    zeros = np.zeros((streams, r), np.float32)
     for t in range(total):
         _predict(t, recent, given, kept)
         h = kept.h[given.begins[0] + t]
@@ -291,21 +296,19 @@ def _forth(recent, weights, biases, given, kept):
         for layer in range(layers):
             _gather(t, layer, period, given, kept, inputs)
             np.dot(inputs, weights.taps[layer], z)
-            _gate(t, layer, given, kept, z, units)
+            _add_gate_biases(t, layer * 2 * r, given, z)
+            _gate(t, layer, kept, z, units)
             if layer + 1 < layers:
                 after = kept.h[given.begins[layer + 1] + t]
                 np.dot(units, weights.residual[layer], after)
                 _add(after, biases.residual[layer], kept.h[given.begins[layer] + t])
             period += given.dilations[layer] == 0
         np.dot(kept.units[t], weights.skip, kept.skip[t])
-        _rectify_skip(t, given, kept, biases.skip)
+        _add_gate_biases(t, layers * 2 * r, given, kept.skip[t])
+        _rectify(kept.skip[t], biases.skip)
         hidden = kept.hidden[t]
         np.dot(kept.skip[t], weights.hidden, hidden)
-        _add(hidden, biases.hidden, zeros)
-        for b in range(streams):
-            row = hidden[b]
-            for c in range(len(row)):
-                row[c] = max(row[c], np.float32(0))
+        _rectify(hidden, biases.hidden)
         np.dot(hidden, weights.output, raw)
         _draw(t, given, kept, raw, biases.output)
 
@@ -335,15 +338,28 @@ def _mask(gradient, values):
 
 
 @numba.njit(fastmath=True)
-def _ungate(t, layer, given, kept, gradients, units, more):
-    """Turn the factors of a gate into the gradient of z; add it to that of the gate biases.
+def _collect_gate_biases(t, first, given, gradients, part):
+    """Add a gradient (B, n) to that of the gate biases from `first` on."""
+    streams, width = part.shape
+    for b in range(streams):
+        frame, row = given.frames[t, b], part[b]
+        for j in range(3):
+            w = given.mix[t, b, j]
+            if w != np.float32(0):
+                out = gradients.gates[b, frame, j, first : first + width]
+                for c in range(width):
+                    out[c] += w * row[c]
+
+
+@numba.njit(fastmath=True)
+def _ungate(t, layer, kept, units, more):
+    """Turn the factors of a gate into the gradient of z.
 
     The gradient of the units is the sum of `units` (B, layers * R) and of `more` (B, R).
     """
     streams, r = more.shape
     one = np.float32(1)
     for b in range(streams):
-        frame = given.frames[t, b]
         first, second = kept.factors[layer, t, b, :r], kept.factors[layer, t, b, r:]
         from_skip, from_next = units[b, layer * r : (layer + 1) * r], more[b]
         for c in range(r):
@@ -351,13 +367,6 @@ def _ungate(t, layer, given, kept, gradients, units, more):
             d = (from_skip[c] + from_next[c]) * sigmoid
             first[c] = d * (one - tanh * tanh)
             second[c] = d * tanh * (one - sigmoid)
-        z = kept.factors[layer, t, b]
-        for j in range(3):
-            w = given.mix[t, b, j]
-            if w != np.float32(0):
-                out = gradients.gates[b, frame, j, layer * 2 * r : (layer + 1) * 2 * r]
-                for c in range(2 * r):
-                    out[c] += w * z[c]
 
 
 @numba.njit(fastmath=True)
@@ -423,19 +432,13 @@ def _back(recent, weights, given, kept, gradients):
     units = np.empty((streams, layers * r), np.float32)
     more = np.zeros((streams, r), np.float32)
     features = np.empty(kept.features.shape[1:], np.float32)
-    width = gradients.skip.shape[2]
     for t in range(total - 1, -1, -1):
         _undraw(t, given, kept, gradients)
         np.dot(gradients.raw[t], weights.output, gradients.hidden[t])
         _mask(gradients.hidden[t], kept.hidden[t])
         np.dot(gradients.hidden[t], weights.hidden, gradients.skip[t])
         _mask(gradients.skip[t], kept.skip[t])
-        for b in range(streams):
-            part = gradients.skip[t, b]
-            for j in range(3):
-                out = gradients.gates[b, given.frames[t, b], j, layers * 2 * r :]
-                for c in range(width):
-                    out[c] += given.mix[t, b, j] * part[c]
+        _collect_gate_biases(t, layers * 2 * r, given, gradients, gradients.skip[t])
         np.dot(gradients.skip[t], weights.skip, units)
         for layer in range(layers - 1, -1, -1):
             following = min(layer + 1, layers - 1)
@@ -443,7 +446,8 @@ def _back(recent, weights, given, kept, gradients):
                 np.dot(gradients.h[following, t], weights.residual[layer], more)
             else:
                 more[:] = 0
-            _ungate(t, layer, given, kept, gradients, units, more)
+            _ungate(t, layer, kept, units, more)
+            _collect_gate_biases(t, layer * 2 * r, given, gradients, kept.factors[layer, t])
             np.dot(kept.factors[layer, t], weights.taps[layer], inputs)
             _scatter(t, layer, given, gradients, inputs, gradients.h[following, t])
         np.dot(weights.input.T, gradients.h[0, t].T, features)
