@@ -15,6 +15,8 @@ from test_predictive import (
     long_enough,
     make,
     random_codes,
+    random_mel,
+    random_speakers,
     small,
 )
 
@@ -22,6 +24,7 @@ import wavear
 from wavear import TrainConfig, train
 from wavear.data.corpus import open_corpus
 from wavear.data.crops import Segments, collate
+from wavear.models import rollout_kernel
 from wavear.models.crop_loss import layout_of
 from wavear.models.energy_distance import energy_distance, free_run_losses, window_lengths
 from wavear.models.rollout import past_of, rollout
@@ -78,6 +81,65 @@ def test_gradients_of_a_rollout_equal_finite_differences():
             weight.add_(step * direction)
         expected = (above - below) / (2 * step)
         torch.testing.assert_close((gradient * direction).sum(), expected, rtol=1e-3, atol=1e-6)
+
+
+def rollouts(model: Any, batch: int, stretches: tuple[int, ...] = (37, 61)):
+    """Return samples, the past after them and gradients: of the kernel, and of torch in float64."""
+    config, begin = model.config, 60
+    total = begin + sum(stretches)
+    mel = random_mel(model, batch, frames_for(config, total) + 1)
+    speaker, codes = random_speakers(model, batch), random_codes(model, batch, begin)
+    seen = []
+    for dtype in (torch.float32, torch.float64):
+        model = model.to(dtype)
+        # Streams begin at different places of a frame.
+        cond = model.condition(mel.to(dtype), speaker)
+        cond = dataclasses.replace(
+            cond, offset=torch.arange(batch) % config.mel.hop_length, samples=total
+        )
+        with torch.no_grad():
+            past = past_of(model, codes, cond[:, :, :begin])
+        made, start = [], begin
+        for number, length in enumerate(stretches):
+            generator = torch.Generator().manual_seed(number)
+            x, past = rollout(model, past, cond[:, :, start : start + length], generator)
+            made.append(x)
+            start += length
+        x = torch.cat(made, dim=1)
+        weight = torch.linspace(-1, 2, x.shape[1], dtype=x.dtype)
+        model.zero_grad()
+        (100 * x.square() * weight + x).sum().backward()
+        # The period network is trained on its own; `past_of` has rounded samples in either case.
+        gradients = {
+            name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None
+        }
+        seen.append((x.detach(), past, gradients))
+        assert rollout_kernel.usable(model, cond) == (dtype == torch.float32)
+    return seen
+
+
+def check_rollouts(model: Any, batch: int) -> None:
+    (x, past, gradients), (expected, past_expected, gradients_expected) = rollouts(model, batch)
+    torch.testing.assert_close(x, expected.float(), rtol=0, atol=1e-4)
+    tensors: list[list[torch.Tensor]] = [[], []]
+    for each, found in ((past, tensors[0]), (past_expected, tensors[1])):
+        each.map(lambda t, found=found: found.append(t) or t)
+    for tensor, other in zip(*tensors, strict=True):
+        torch.testing.assert_close(tensor, other.to(tensor.dtype), rtol=1e-2, atol=1e-2)
+    assert gradients.keys() == gradients_expected.keys()
+    for name, gradient in gradients.items():
+        difference = (gradient - gradients_expected[name]).norm()
+        assert difference <= 1e-3 * gradients_expected[name].norm() + 1e-6, name
+
+
+@configs
+def test_the_kernel_equals_torch(config: Any):
+    """Samples, the past after them, and every gradient; streams begin within their frames."""
+    check_rollouts(make(config, torch.float32), 3)
+
+
+def test_the_kernel_equals_torch_for_the_shipped_voice():
+    check_rollouts(wavear.load().train(), 4)
 
 
 def test_the_energy_distance_is_least_at_the_right_distribution():

@@ -177,70 +177,83 @@ def _predict(t, recent, given, kept):
             features[first + i, b] = value
 
 
+# Rows are indexed, not sliced: a slice counts references, as slow as a row. Offsets are unsigned, or
+# LLVM would have to expect indices from the end.
+@numba.njit(fastmath=True)
+def _copy(row, out, first):
+    """Copy rows (B, n) to the columns of `out` from `first` on."""
+    for b in range(row.shape[0]):
+        for c in range(np.uint64(row.shape[1])):
+            out[b, first + c] = row[b, c]
+
+
 @numba.njit(fastmath=True)
 def _gather(t, layer, period, given, kept, inputs):
     """Collect the taps (B, K R) of a layer."""
-    streams, r = kept.h.shape[1:]
-    before = given.places.shape[0]
+    h, queues, places = kept.h, given.queues, given.places
+    streams, r, before = h.shape[1], np.uint64(h.shape[2]), places.shape[0]
     begin, dilation = given.begins[layer], given.dilations[layer]
     for k in range(before + 1):
-        row = begin + t - (before - k) * dilation
+        first = np.uint64(k) * r
+        if dilation > 0 or k == before:
+            _copy(h[begin + t - (before - k) * dilation], inputs, first)
+            continue
+        taps, length = kept.taps[period, t], queues.shape[2]
         for b in range(streams):
-            out = inputs[b, k * r : (k + 1) * r]
-            if dilation > 0 or k == before:
-                out[:] = kept.h[row, b]
+            place = places[k, t, b]
+            if place >= 0:
+                for c in range(r):
+                    inputs[b, first + c] = h[begin + place, b, c]
             else:
-                place = given.places[k, t, b]
-                queue = given.queues[period, b]
-                out[:] = kept.h[begin + place, b] if place >= 0 else queue[len(queue) + place]
-                kept.taps[period, t, b, k * r : (k + 1) * r] = out
+                for c in range(r):
+                    inputs[b, first + c] = queues[period, b, length + place, c]
+            for c in range(r):
+                taps[b, first + c] = inputs[b, first + c]
 
 
+@numba.njit(fastmath=True)
+def _add_gate_biases(frames, mix, gates, first, out):
+    """Add the gate biases from `first` on to `out` (B, n)."""
+    width = np.uint64(out.shape[1])
+    for b in range(out.shape[0]):
+        frame = frames[b]
+        for j in range(3):
+            w = mix[b, j]
+            if w != np.float32(0):
+                for c in range(width):
+                    out[b, c] += w * gates[b, frame, j, first + c]
+
+
+# LLVM vectorises loops over few arrays; a row stays in the first cache from one loop to the next.
 @numba.njit(fastmath=True, error_model="numpy")
-def _gate(t, layer, given, kept, z, units):
-    """Gated units (B, R) of z (B, 2 R) and the gate biases."""
-    streams, r = units.shape
+def _gate(z, factors, units):
+    """Factors (B, 2 R) and gated units (B, R) of z (B, 2 R)."""
+    r = np.uint64(units.shape[1])
     half, one = np.float32(0.5), np.float32(1)
-    for b in range(streams):
-        biases = given.gates[b, given.frames[t, b], :, layer * 2 * r : (layer + 1) * 2 * r]
-        filter0, filter1, filter2 = biases[0, :r], biases[1, :r], biases[2, :r]
-        gate0, gate1, gate2 = biases[0, r:], biases[1, r:], biases[2, r:]
-        w0, w1, w2 = given.mix[t, b, 0], given.mix[t, b, 1], given.mix[t, b, 2]
-        filters, gates = z[b, :r], z[b, r:]
-        tanhs, sigmoids = kept.factors[layer, t, b, :r], kept.factors[layer, t, b, r:]
-        out, copy = units[b], kept.units[t, b, layer * r : (layer + 1) * r]
+    for b in range(units.shape[0]):
         for c in range(r):
-            f = filters[c] + w0 * filter0[c] + w1 * filter1[c] + w2 * filter2[c]
-            g = gates[c] + w0 * gate0[c] + w1 * gate1[c] + w2 * gate2[c]
-            n1, d1 = tanh_ratio(f)
-            n2, d2 = tanh_ratio(half * g)  # sigmoid(x) = (1 + tanh(x / 2)) / 2
-            inverse = one / (d1 * d2)
-            tanh, sigmoid = n1 * d2 * inverse, half * (d2 + n2) * d1 * inverse
-            tanhs[c], sigmoids[c] = tanh, sigmoid
-            out[c] = tanh * sigmoid
-            copy[c] = tanh * sigmoid
+            numerator, denominator = tanh_ratio(z[b, c])
+            factors[b, c] = numerator / denominator
+        for c in range(r):  # sigmoid(x) = (1 + tanh(x / 2)) / 2
+            numerator, denominator = tanh_ratio(half * z[b, r + c])
+            factors[b, r + c] = half * (one + numerator / denominator)
+        for c in range(r):
+            units[b, c] = factors[b, c] * factors[b, r + c]
 
 
 @numba.njit(fastmath=True)
 def _add(out, bias, more):
     for b in range(out.shape[0]):
-        row, other = out[b], more[b]
-        for c in range(len(bias)):
-            row[c] += bias[c] + other[c]
+        for c in range(out.shape[1]):
+            out[b, c] += bias[c] + more[b, c]
 
 
 @numba.njit(fastmath=True)
-def _rectify_skip(t, given, kept, bias):
-    """Add the bias and the gate biases to the skip, and make it 0 where negative."""
-    streams, width = kept.skip.shape[1:]
-    for b in range(streams):
-        biases = given.gates[b, given.frames[t, b], :, given.gates.shape[3] - width :]
-        bias0, bias1, bias2 = biases[0], biases[1], biases[2]
-        w0, w1, w2 = given.mix[t, b, 0], given.mix[t, b, 1], given.mix[t, b, 2]
-        row = kept.skip[t, b]
-        for c in range(width):
-            value = row[c] + bias[c] + w0 * bias0[c] + w1 * bias1[c] + w2 * bias2[c]
-            row[c] = max(value, np.float32(0))
+def _rectify(out, bias):
+    """Add a bias to `out` (B, n), and make it 0 where negative."""
+    for b in range(out.shape[0]):
+        for c in range(out.shape[1]):
+            out[b, c] = max(out[b, c] + bias[c], np.float32(0))
 
 
 @numba.njit(fastmath=True, error_model="numpy")
@@ -281,7 +294,7 @@ def _forth(recent, weights, biases, given, kept):
     z = np.empty((streams, 2 * r), np.float32)
     units = np.empty((streams, r), np.float32)
     raw = np.empty((streams, weights.output.shape[1]), np.float32)
-    zeros = np.zeros((streams, max(r, kept.hidden.shape[2])), np.float32)
+    zeros = np.zeros((streams, r), np.float32)
     for t in range(total):
         _predict(t, recent, given, kept)
         h = kept.h[given.begins[0] + t]
@@ -291,21 +304,22 @@ def _forth(recent, weights, biases, given, kept):
         for layer in range(layers):
             _gather(t, layer, period, given, kept, inputs)
             np.dot(inputs, weights.taps[layer], z)
-            _gate(t, layer, given, kept, z, units)
+            first = np.uint64(layer * r)
+            _add_gate_biases(given.frames[t], given.mix[t], given.gates, first + first, z)
+            _gate(z, kept.factors[layer, t], units)
+            _copy(units, kept.units[t], first)
             if layer + 1 < layers:
                 after = kept.h[given.begins[layer + 1] + t]
                 np.dot(units, weights.residual[layer], after)
                 _add(after, biases.residual[layer], kept.h[given.begins[layer] + t])
             period += given.dilations[layer] == 0
         np.dot(kept.units[t], weights.skip, kept.skip[t])
-        _rectify_skip(t, given, kept, biases.skip)
+        first = np.uint64(layers * 2 * r)
+        _add_gate_biases(given.frames[t], given.mix[t], given.gates, first, kept.skip[t])
+        _rectify(kept.skip[t], biases.skip)
         hidden = kept.hidden[t]
         np.dot(kept.skip[t], weights.hidden, hidden)
-        _add(hidden, biases.hidden, zeros)
-        for b in range(streams):
-            row = hidden[b]
-            for c in range(len(row)):
-                row[c] = max(row[c], np.float32(0))
+        _rectify(hidden, biases.hidden)
         np.dot(hidden, weights.output, raw)
         _draw(t, given, kept, raw, biases.output)
 
@@ -328,58 +342,54 @@ def _undraw(t, given, kept, gradients):
 @numba.njit(fastmath=True)
 def _mask(gradient, values):
     """Set the gradient of a relu to 0 where its value is 0."""
+    zero = np.float32(0)
     for b in range(gradient.shape[0]):
-        row, value = gradient[b], values[b]
-        for c in range(len(row)):
-            row[c] = row[c] if value[c] > np.float32(0) else np.float32(0)
+        for c in range(gradient.shape[1]):
+            gradient[b, c] = gradient[b, c] if values[b, c] > zero else zero
 
 
 @numba.njit(fastmath=True)
-def _ungate(t, layer, given, kept, gradients, units, more):
-    """Turn the factors of a gate into the gradient of z; add it to that of the gate biases.
-
-    The gradient of the units is the sum of `units` (B, layers * R) and of `more` (B, R).
-    """
-    streams, r = more.shape
-    one = np.float32(1)
-    for b in range(streams):
-        frame = given.frames[t, b]
-        first, second = kept.factors[layer, t, b, :r], kept.factors[layer, t, b, r:]
-        from_skip, from_next = units[b, layer * r : (layer + 1) * r], more[b]
-        for c in range(r):
-            tanh, sigmoid = first[c], second[c]
-            d = (from_skip[c] + from_next[c]) * sigmoid
-            first[c] = d * (one - tanh * tanh)
-            second[c] = d * tanh * (one - sigmoid)
-        z = kept.factors[layer, t, b]
+def _collect_gate_biases(frames, mix, part, first, gates):
+    """Add a gradient (B, n) to that of the gate biases from `first` on."""
+    width = np.uint64(part.shape[1])
+    for b in range(part.shape[0]):
+        frame = frames[b]
         for j in range(3):
-            w = given.mix[t, b, j]
+            w = mix[b, j]
             if w != np.float32(0):
-                out = gradients.gates[b, frame, j, layer * 2 * r : (layer + 1) * 2 * r]
-                for c in range(2 * r):
-                    out[c] += w * z[c]
+                for c in range(width):
+                    gates[b, frame, j, first + c] += w * part[b, c]
 
 
 @numba.njit(fastmath=True)
-def _scatter(t, layer, given, gradients, inputs, after):
-    """Add the gradients (B, K R) of a layer's taps, and that after the layer, to its inputs'."""
-    streams, r = after.shape
-    before, dilation = given.places.shape[0], given.dilations[layer]
-    h = gradients.h[layer]
+def _ungate(factors, units, first, more):
+    """Turn the factors (B, 2 R) of a gate into the gradient of z.
+
+    The gradient of the units is the sum of `units` (B, layers * R) from `first` on, and of `more`
+    (B, R).
+    """
+    r, one = np.uint64(more.shape[1]), np.float32(1)
+    for b in range(more.shape[0]):
+        for c in range(r):
+            tanh, sigmoid = factors[b, c], factors[b, r + c]
+            d = (units[b, first + c] + more[b, c]) * sigmoid
+            factors[b, c] = d * (one - tanh * tanh)
+            factors[b, r + c] = d * tanh * (one - sigmoid)
+
+
+@numba.njit(fastmath=True)
+def _scatter(t, dilation, places, h, inputs):
+    """Add the gradients (B, K R) of a layer's taps to that of its inputs h (T, B, R)."""
+    streams, r, before = h.shape[1], np.uint64(h.shape[2]), places.shape[0]
     for k in range(before + 1):
+        first = np.uint64(k) * r
         for b in range(streams):
             place = t - (before - k) * dilation
             if dilation == 0 and k < before:
-                place = given.places[k, t, b]
+                place = places[k, t, b]
             if place >= 0:
-                out, part = h[place, b], inputs[b, k * r : (k + 1) * r]
                 for c in range(r):
-                    out[c] += part[c]
-    if layer + 1 < len(given.begins):
-        for b in range(streams):
-            out, part = h[t, b], after[b]
-            for c in range(r):
-                out[c] += part[c]
+                    h[place, b, c] += inputs[b, first + c]
 
 
 @numba.njit(fastmath=True, error_model="numpy")
@@ -421,31 +431,30 @@ def _back(recent, weights, given, kept, gradients):
     r, layers = kept.h.shape[2], len(given.begins)
     inputs = np.empty((streams, weights.taps.shape[2]), np.float32)
     units = np.empty((streams, layers * r), np.float32)
-    more = np.zeros((streams, r), np.float32)
+    more, zeros = np.empty((streams, r), np.float32), np.zeros(r, np.float32)
     features = np.empty(kept.features.shape[1:], np.float32)
-    width = gradients.skip.shape[2]
     for t in range(total - 1, -1, -1):
         _undraw(t, given, kept, gradients)
         np.dot(gradients.raw[t], weights.output, gradients.hidden[t])
         _mask(gradients.hidden[t], kept.hidden[t])
         np.dot(gradients.hidden[t], weights.hidden, gradients.skip[t])
         _mask(gradients.skip[t], kept.skip[t])
-        for b in range(streams):
-            part = gradients.skip[t, b]
-            for j in range(3):
-                out = gradients.gates[b, given.frames[t, b], j, layers * 2 * r :]
-                for c in range(width):
-                    out[c] += given.mix[t, b, j] * part[c]
-        np.dot(gradients.skip[t], weights.skip, units)
+        skip, first = gradients.skip[t], np.uint64(layers * 2 * r)
+        _collect_gate_biases(given.frames[t], given.mix[t], skip, first, gradients.gates)
+        np.dot(skip, weights.skip, units)
+        more[:] = 0
         for layer in range(layers - 1, -1, -1):
-            following = min(layer + 1, layers - 1)
+            factors, h, first = kept.factors[layer, t], gradients.h[layer], np.uint64(layer * r)
             if layer + 1 < layers:
-                np.dot(gradients.h[following, t], weights.residual[layer], more)
-            else:
-                more[:] = 0
-            _ungate(t, layer, given, kept, gradients, units, more)
-            np.dot(kept.factors[layer, t], weights.taps[layer], inputs)
-            _scatter(t, layer, given, gradients, inputs, gradients.h[following, t])
+                after = gradients.h[layer + 1, t]
+                np.dot(after, weights.residual[layer], more)
+                _add(h[t], zeros, after)
+            _ungate(factors, units, first, more)
+            _collect_gate_biases(
+                given.frames[t], given.mix[t], factors, first + first, gradients.gates
+            )
+            np.dot(factors, weights.taps[layer], inputs)
+            _scatter(t, given.dilations[layer], given.places, h, inputs)
         np.dot(weights.input.T, gradients.h[0, t].T, features)
         _unpredict(t, recent, given, kept, gradients, features)
 
@@ -599,7 +608,12 @@ def generate_stretch(
     w = (lag.ceil() - lag)[:, :, None]
     # The cubic of `predictive.around_period`, as a weight for each neighbour.
     cubic = torch.cat(
-        [w * (w * (2 - w) - 1), 2 + w * w * (3 * w - 5), w * (1 + w * (4 - 3 * w)), w * w * (w - 1)],
+        [
+            w * (w * (2 - w) - 1),
+            2 + w * w * (3 * w - 5),
+            w * (1 + w * (4 - 3 * w)),
+            w * w * (w - 1),
+        ],
         dim=2,
     )
     times = cond.times()
