@@ -10,7 +10,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow wheel-test soak fuzz test-cuda bench-cuda bench-training lint format clean
+.PHONY: help demo test test-slow wheel-test docs soak fuzz test-cuda bench-cuda bench-training lint format clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "%-14s %s\n", $$1, $$2 }'
@@ -48,6 +48,9 @@ test-cuda: $(VENV)/.installed-dev  ## run the tests of the CUDA engines, includi
 bench-cuda: $(VENV)/.installed  ## measure the CUDA engines, and write docs/benchmarks_cuda.md
 	$(BIN)/python bench/generation.py --device cuda $(ARGS)
 
+docs: $(VENV)/.installed-docs  ## build the docs site into build/docs; warnings are errors
+	$(BIN)/python -m sphinx -E -a --fail-on-warning --keep-going -c docs -d build/doctrees . build/docs $(ARGS)
+
 lint: $(VENV)/.installed-dev  ## check style, format, types and English
 	$(BIN)/python -m ruff check
 	$(BIN)/python -m ruff format --check
@@ -67,9 +70,13 @@ $(VENV)/.installed: pyproject.toml | $(BIN)/pip
 	$(BIN)/python -m pip install -e .
 	touch $@
 
+$(VENV)/.installed-docs: pyproject.toml | $(BIN)/pip
+	$(BIN)/python -m pip install -e ".[docs]"
+	touch $@ $(VENV)/.installed
+
 $(VENV)/.installed-dev: pyproject.toml | $(BIN)/pip
 	$(BIN)/python -m pip install -e ".[dev]"
-	touch $@ $(VENV)/.installed
+	touch $@ $(VENV)/.installed $(VENV)/.installed-docs
 
 # Editable installs from pyproject.toml need pip 21.3; Python 3.10 may come with an older one.
 # The target is pip, not python: without ensurepip, venv creates a python and fails before pip.

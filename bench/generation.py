@@ -73,20 +73,17 @@ HEAD = """# Benchmarks
 
 Written by `python bench/generation.py`; `wavear bench` measures one network in the same way.
 
-- **samples/s**: of all streams together, as `wavear.generate` works: uniforms, conditioning and
-  engine. The fastest of many calls in several rounds through all shapes, which reduces the effect
-  of other programs.
-- **of the limit**: samples/s over what this machine allows, the highest of all rounds. A stream
-  reads every weight that several samples cannot share once per sample, at the rate at which this
-  core reads a working set of that size (measured in the same run). A batch shares each read and is
-  bound by the multiply-adds of a core, also measured. Embedding tables and skipped zeros can carry
-  an engine past the limit.
-- **error**: the largest difference of a log-probability from `forward` in float64, teacher-forced,
-  over 1,024 samples of 4 streams. **cost**: bits per sample lost against float64 on audio drawn
-  from the model. The weights are random here; `wavear bench CHECKPOINT` measures the cost for
-  trained ones.
+- **samples/s**: of all streams together, with uniforms, conditioning and engine. The fastest of
+  many calls in several rounds.
+- **of the limit**: samples/s over what this machine allows. A stream reads the weights that several
+  samples cannot share once per sample, at the rate at which this core reads a working set of that
+  size (measured in the same run). A batch shares each read and is bound by the multiply-adds of a
+  core. Embedding tables and skipped zeros can carry an engine past the limit.
+- **error**: the largest difference of a log-probability from `forward` in float64, over 1,024
+  samples of 4 streams. **cost**: bits per sample lost against float64 on audio drawn from the
+  model. The weights are random here; `wavear bench CHECKPOINT` measures trained ones.
 - Compare figures of one run only: the speed of a virtual machine drifts, here by a factor of up to
-  1.6 within minutes.
+  1.6.
 """
 
 

@@ -170,13 +170,9 @@ def table(results: dict[str, dict[str, float]], files: int, rows: int, load: flo
         [
             f"Measured on {cores} cores of {_processor()}, Python {platform.python_version()}, "
             "files in the page cache."
-            f" Memory is the peak of the main process above the {first['before']:.0f} MB that "
-            "`import wavear` takes",
-            "(torch); the processes that read headers take about as much as that each. The load "
-            "of the machine was"
-            f" {load:.0f} when it began: where that is more than its cores, other work slowed "
-            "it down, and the seconds"
-            " of computing, of all its processes, say more than those of the clock.",
+            f" Memory is the peak of the main process above the {first['before']:.0f} MB of torch;"
+            " each process that reads headers takes about as much as that. The load of the machine"
+            f" was {load:.0f} when it began.",
             "",
             "| | time | computing | memory |",
             "|---|---:|---:|---:|",

@@ -133,8 +133,7 @@ def main() -> None:
             f" samples of loss and {layout.context} of context at {RATE} Hz, from clips of "
             f"{_SECONDS} s in the page"
             " cache, in batches of 8; each worker is one process. The load of the machine was"
-            f" {os.getloadavg()[0]:.0f} when it began: where that is more than its cores, other "
-            "work slowed it down.",
+            f" {os.getloadavg()[0]:.0f} when it began.",
             "",
             "| | " + " | ".join(f"{n} workers" for n in workers) + " | samples/s, 0 workers |",
             "|---|" + "---:|" * (len(workers) + 1),

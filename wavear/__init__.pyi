@@ -5,6 +5,7 @@ from .audio.mulaw import mulaw_decode, mulaw_encode
 from .common.errors import WavearError
 from .data import corpora
 from .data.corpus import IndexReport, index
+from .evaluation import display
 from .evaluation.evaluation import compare, compare_models, evaluate
 from .evaluation.records import EvaluateConfig, Evaluation
 from .generation.defects import watch
@@ -57,6 +58,7 @@ __all__ = [
     "compare_models",
     "convert_mel",
     "corpora",
+    "display",
     "evaluate",
     "fit_linear",
     "generate",

@@ -297,9 +297,8 @@ def measure_all(
     for precision in () if linear else weights:
         asked = cost(config, precision)
         costs.append(
-            f"{precision}: {asked.multiply_adds:,} multiply-adds per sample, "
-            f"{asked.weight_bytes:,} bytes of weights, of which {asked.hot_bytes:,} are read for "
-            "every sample"
+            f"{precision}: {asked.multiply_adds:,} multiply-adds, {asked.hot_bytes:,} bytes read "
+            f"per sample; {asked.weight_bytes:,} bytes of weights"
         )
     rows = []
     for engine, precision, batch in plan:

@@ -86,7 +86,7 @@ def report(record: dict[str, Any], folder: Path, curves: bytes | None) -> str:
         for key, (grid, name) in _COMMON.items()
         if record.get(key) is not None and evaluation.grid != grid
     ]
-    return _render(
+    return render(
         "report.html.j2",
         record=record,
         evaluation=evaluation,
@@ -94,7 +94,7 @@ def report(record: dict[str, Any], folder: Path, curves: bytes | None) -> str:
         free=free,
         ranked=len(ranked),
         shown=shown,
-        curves=None if curves is None else _uri("image/png", curves),
+        curves=None if curves is None else uri("image/png", curves),
     )
 
 
@@ -115,7 +115,7 @@ def comparison(record: dict[str, Any], a: Evaluation, b: Evaluation) -> str:
         if found is None:
             break
         shown.append(Shown(x, "", found, _pictures(paths)))
-    return _render("comparison.html.j2", record=record, shown=shown)
+    return render("comparison.html.j2", record=record, shown=shown)
 
 
 def model_table(record: dict[str, Any], folder: Path) -> str:
@@ -132,7 +132,7 @@ def model_table(record: dict[str, Any], folder: Path) -> str:
         paths = {name: folder / path for name, path in record["strip"]["files"].items()}
         drawn = _pictures(paths)
         strip = {name: (drawn[name], sound(path)) for name, path in paths.items()}
-    return _render(
+    return render(
         "models.html.j2",
         record=record,
         models=models,
@@ -140,7 +140,7 @@ def model_table(record: dict[str, Any], folder: Path) -> str:
         shared=shared,
         engines=list(dict.fromkeys(engine for entry in models for engine in entry["speed"])),
         measured=[name for name in QUALITY if any(name in entry["measures"] for entry in models)],
-        plot=None if plot is None else _uri("image/png", plot),
+        plot=None if plot is None else uri("image/png", plot),
         strip=strip,
     )
 
@@ -148,9 +148,14 @@ def model_table(record: dict[str, Any], folder: Path) -> str:
 def sound(path: Path) -> str:
     """Return a data URI of a WAV file as FLAC: the same samples, in about half the bytes."""
     samples, rate = soundfile.read(path, dtype="int16")
+    return flac(np.asarray(samples), rate)
+
+
+def flac(samples: np.ndarray, rate: int) -> str:
+    """Return a data URI of samples (T,), 16-bit integers or floating point in [-1, 1], as FLAC."""
     file = io.BytesIO()
-    soundfile.write(file, np.asarray(samples), rate, format="FLAC", subtype="PCM_16")
-    return _uri("audio/flac", file.getvalue())
+    soundfile.write(file, samples, rate, format="FLAC", subtype="PCM_16")
+    return uri("audio/flac", file.getvalue())
 
 
 def _pictures(paths: Mapping[str, Path]) -> dict[str, str]:
@@ -159,11 +164,12 @@ def _pictures(paths: Mapping[str, Path]) -> dict[str, str]:
     for label, path in paths.items():
         waveform, rate = soundfile.read(path, dtype="float32")
         png, top = spectrogram(waveform, rate, top)
-        pictures[label] = _uri("image/png", png)
+        pictures[label] = uri("image/png", png)
     return pictures
 
 
-def _uri(kind: str, data: bytes) -> str:
+def uri(kind: str, data: bytes) -> str:
+    """Return a data URI of bytes of a MIME type."""
     return f"data:{kind};base64,{base64.b64encode(data).decode()}"
 
 
@@ -192,5 +198,6 @@ def _environment() -> jinja2.Environment:
     return environment
 
 
-def _render(template: str, **values: Any) -> str:
+def render(template: str, **values: Any) -> str:
+    """Return the text of a template of `templates/` with values."""
     return _environment().get_template(template).render(**values)

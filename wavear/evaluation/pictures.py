@@ -55,6 +55,62 @@ def show_spectrogram(axes: Any, values: np.ndarray, seconds: float, rate: int, t
     axes.set(xlabel="s", ylabel="kHz")
 
 
+def mel_decibels(waveform: np.ndarray, rate: int) -> np.ndarray:
+    """Return a log-mel spectrogram in dB, from 0 to half of the rate.
+
+    Parameters
+    ----------
+    waveform : array, shape (T,)
+    rate : int
+        Hz.
+
+    Returns
+    -------
+    array, shape (80 or fewer, frames), low frequencies first
+    """
+    n_fft = 2 ** round(math.log2(rate / 22050 * 1024))
+    hop = n_fft // 8
+    x = np.pad(np.asarray(waveform, np.float32), (0, max(hop - len(waveform), 0)))
+    config = MelConfig(
+        sample_rate=rate,
+        n_fft=n_fft,
+        window_length=n_fft,
+        hop_length=hop,
+        bands=min(80, n_fft // 8),
+        fmax=None,
+    )
+    return log_mel(torch.from_numpy(x)[None], config)[0].numpy() * (20 / math.log(10))
+
+
+def waveform_and_mel(
+    waveform: np.ndarray, rate: int, top: float | None = None
+) -> tuple[bytes, float]:
+    """Draw a waveform and, below it, its log-mel spectrogram, `DEPTH` deep.
+
+    Parameters
+    ----------
+    waveform : array, shape (T,)
+    rate : int
+        Hz.
+    top : float, optional
+        dB of the brightest colour; by default the loudest value. Pictures with one top can be
+        compared.
+
+    Returns
+    -------
+    bytes: PNG
+    float: the top
+    """
+    values, seconds = mel_decibels(waveform, rate), len(waveform) / rate
+    top = float(values.max()) if top is None else top
+    figure, (above, below) = _figure(7.2, 3.2, rows=2, heights=(1, 2))
+    above.plot(np.arange(len(waveform)) / rate, waveform, color=_MODEL, linewidth=0.4)
+    above.set(xlim=(0, seconds), ylim=(-1, 1), xticks=[])
+    show_spectrogram(below, values, seconds, rate, top)
+    below.set(ylabel=f"mel band, 0 to {rate / 2000:g} kHz", yticks=[])
+    return _png(figure), top
+
+
 def mel_pixels(waveform: np.ndarray, rate: int) -> np.ndarray:
     """Draw a log-mel spectrogram, `DEPTH` deep, as pixels for logs of a training.
 
@@ -70,18 +126,7 @@ def mel_pixels(waveform: np.ndarray, rate: int) -> np.ndarray:
     """
     import matplotlib
 
-    n_fft = 2 ** round(math.log2(rate / 22050 * 1024))
-    hop = n_fft // 8
-    x = np.pad(np.asarray(waveform, np.float32), (0, max(hop - len(waveform), 0)))
-    config = MelConfig(
-        sample_rate=rate,
-        n_fft=n_fft,
-        window_length=n_fft,
-        hop_length=hop,
-        bands=min(80, n_fft // 8),
-        fmax=None,
-    )
-    values = log_mel(torch.from_numpy(x)[None], config)[0].flip(0).numpy() * (20 / math.log(10))
+    values = mel_decibels(waveform, rate)[::-1]
     shade = np.clip((values - values.max()) / DEPTH + 1, 0, 1)
     picture = (matplotlib.colormaps["magma"](shade)[..., :3] * 255).astype(np.uint8)
     return picture.repeat(2, axis=0).repeat(2, axis=1)
@@ -198,11 +243,15 @@ def costs(models: Sequence[dict[str, Any]]) -> bytes | None:
     return _png(figure)
 
 
-def _figure(width: float, height: float, columns: int = 1) -> tuple[Any, Sequence[Any]]:
+def _figure(
+    width: float, height: float, rows: int = 1, columns: int = 1, heights: Sequence[float] = (1,)
+) -> tuple[Any, Sequence[Any]]:
+    """Return a figure and its axes, which share the values of a row."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
-    sides = figure.subplots(1, columns, sharey=True, squeeze=False)[0]
+    grid = figure.subplots(rows, columns, sharey="row", squeeze=False, height_ratios=heights)
+    sides = list(grid.flat)
     for axes in sides:
         axes.tick_params(labelsize=8, colors=_INK, length=0)
         axes.xaxis.label.set(size=8, color=_INK)
