@@ -123,6 +123,10 @@ class FrameConditioning:
         moved = self._map(lambda x: x.to(target))
         return dataclasses.replace(moved, weights=self.weights.to(target))
 
+    def repeated(self, times: int) -> FrameConditioning:
+        """Return the conditioning of `times` copies of the streams, one after the other."""
+        return self._map(lambda x: torch.cat([x] * times))
+
     def times(self) -> Tensor:
         """Return the place (B, samples), int64, of each sample, counted from the first frame."""
         return self.offset[:, None] + torch.arange(self.samples, device=self.offset.device)

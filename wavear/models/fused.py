@@ -68,7 +68,7 @@ def _store_of(value, array):
 
 
 @numba.njit(inline="always")
-def _tanh_ratio(x):
+def tanh_ratio(x):
     """Return numerator and denominator of tanh(x), as `wavear.generation.cpu.simd`."""
     x = min(max(x, np.float32(-7.9)), np.float32(7.9))
     y = x * x
@@ -92,8 +92,8 @@ def _gate_forward(z, units, kept):
         filters, gates, out = z[i, :r], z[i, r:], units[i]
         kept_tanh, kept_sigmoid = kept[i, :r], kept[i, r:]
         for j in range(r):
-            n1, d1 = _tanh_ratio(_load(filters[j]))
-            n2, d2 = _tanh_ratio(half * _load(gates[j]))  # sigmoid(x) = (1 + tanh(x / 2)) / 2
+            n1, d1 = tanh_ratio(_load(filters[j]))
+            n2, d2 = tanh_ratio(half * _load(gates[j]))  # sigmoid(x) = (1 + tanh(x / 2)) / 2
             inverse = one / (d1 * d2)
             tanh, sigmoid = n1 * d2 * inverse, half * (d2 + n2) * d1 * inverse
             out[j] = _store(tanh * sigmoid, out)

@@ -30,7 +30,7 @@ from wavear.models.predictive_config import PredictiveWaveNetConfig
 
 LARGEST_RESIDUAL = 15.0
 """Clipping of residuals at the input, in units of their scale."""
-_LOG_SCALES = (-7.0, 5.0)  # of the mixture, in units of e
+LOG_SCALES = (-7.0, 5.0)  # of the mixture, in units of e
 _INITIAL_SPREAD, _INITIAL_SCALE = 0.3, 0.45  # of the mixture, in units of e
 _RINGS = {"samples": torch.float32, "residuals": torch.float32, "lags": torch.long}
 
@@ -46,9 +46,13 @@ class PredictiveBlock(nn.Module):
 
     def forward(self, taps: list[Tensor], gates: Tensor) -> tuple[Tensor, Tensor]:
         """Taps (..., R), the current last, and biases (..., 2 R) -> next input, gated units."""
-        tanh, sigmoid = (self.taps(torch.cat(taps, dim=-1)) + gates).chunk(2, dim=-1)
-        gated = torch.tanh(tanh) * torch.sigmoid(sigmoid)
-        return taps[-1] if self.residual is None else taps[-1] + self.residual(gated), gated
+        return self.gated(self.taps(torch.cat(taps, dim=-1)) + gates, taps[-1])
+
+    def gated(self, gate: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+        """Gate (..., 2 R), and the current input (..., R) -> next input, gated units."""
+        tanh, sigmoid = gate.chunk(2, dim=-1)
+        units = torch.tanh(tanh) * torch.sigmoid(sigmoid)
+        return h if self.residual is None else h + self.residual(units), units
 
 
 @dataclass
@@ -167,14 +171,14 @@ class PredictiveWaveNet(AutoregressiveModel):
         batch, total = codes.shape
         tensors = self._fresh(batch) if state is None else self.export_state(state)
         coefficients, scale, lag, voicing = cond.per_sample()
-        x = self._value(codes)
+        x = self.value(codes)
         s = scale.double()
         # The past: kept samples, the one before codes[:, 0], the codes; time t lies at now + t.
         if previous is None:
             before = x.new_zeros(batch, 1)
             before_residual = before
         else:
-            before = self._value(previous)[:, None]
+            before = self.value(previous)[:, None]
             before_residual = _residual(before, *tensors["pending"].double().split(1, dim=1))
         now = config.history + 1
         xs = torch.cat([tensors["samples"].float(), before, x], dim=1)
@@ -199,7 +203,7 @@ class PredictiveWaveNet(AutoregressiveModel):
             tensors |= {"samples": xs[:, kept], "residuals": clean[:, kept]}
             tensors |= {"lags": whole[:, total:], "pending": torch.stack([p, s], dim=2)[:, -1]}
             self._store(tensors, state)
-        return self._mixture(self._read(skip), p, s).transpose(1, 2)
+        return self._mixture(self.read(skip), p, s).transpose(1, 2)
 
     def _layers(
         self, h: Tensor, cond: FrameConditioning, whole: Tensor, tensors: dict[str, Tensor]
@@ -219,7 +223,7 @@ class PredictiveWaveNet(AutoregressiveModel):
     def residuals(self, codes: Tensor, cond: FrameConditioning) -> tuple[Tensor, Tensor]:
         """Return residuals and scales, (B, T) each, of codes (B, T) that begin a recording."""
         coefficients, scale, _, _ = cond.per_sample()
-        x = self._value(codes)
+        x = self.value(codes)
         p = self._predicted(F.pad(x, (self.config.prediction_order, 0)), coefficients)
         return _residual(x, p, scale.double()), scale
 
@@ -228,7 +232,7 @@ class PredictiveWaveNet(AutoregressiveModel):
         windows = xs[:, :-1].unfold(1, self.config.prediction_order, 1)
         return -(windows.double() * coefficients.flip(2).double()).sum(2)
 
-    def _value(self, codes: Tensor) -> Tensor:
+    def value(self, codes: Tensor) -> Tensor:
         """Return the samples of codes, float32."""
         half = self.config.classes // 2
         return (codes - half).float() / half
@@ -239,7 +243,7 @@ class PredictiveWaveNet(AutoregressiveModel):
         count = config.recent_residuals
         recent = es[:, now - count : now + total - 1].unfold(1, count, 1)
         back = torch.arange(total, device=xs.device) + now - lag.ceil().long()
-        around = back[:, :, None] + self._around(xs.device)
+        around = back[:, :, None] + self.around(xs.device)
         return _Past(
             recent.double(),
             es.gather(1, around.flatten(1)).view(around.shape).double(),
@@ -247,7 +251,8 @@ class PredictiveWaveNet(AutoregressiveModel):
             xs.gather(1, back).double(),
         )
 
-    def _around(self, device: torch.device) -> Tensor:
+    def around(self, device: torch.device) -> Tensor:
+        """Return the places, from one period ago, of the residuals that features need."""
         near = self.config.period_residuals
         return torch.arange(-near - 1, near + 3, device=device)
 
@@ -267,7 +272,7 @@ class PredictiveWaveNet(AutoregressiveModel):
             taps.insert(0, full.gather(1, rows))
         return taps
 
-    def _read(self, skip: Tensor) -> Tensor:
+    def read(self, skip: Tensor) -> Tensor:
         """Sum over layers (..., skip channels) -> mixture (..., 3 K), in units of e."""
         return self.output(F.relu(self.hidden(F.relu(skip))))
 
@@ -276,7 +281,7 @@ class PredictiveWaveNet(AutoregressiveModel):
         dtype = torch.promote_types(raw.dtype, torch.float32)
         logits, means, scales = raw.to(dtype).chunk(3, dim=-1)
         means = (p[..., None] + s[..., None] * means).to(dtype)
-        scales = (s.log()[..., None] + scales.clamp(*_LOG_SCALES)).to(dtype)
+        scales = (s.log()[..., None] + scales.clamp(*LOG_SCALES)).to(dtype)
         return torch.cat([logits, means, scales], dim=-1)
 
     # --- one sample at a time
@@ -310,7 +315,7 @@ class PredictiveWaveNet(AutoregressiveModel):
         )
         s, lag, voicing = scale[:, 0].double(), lag[:, 0], voicing[:, 0]
         # The value of the sample before is known now, and with it its residual.
-        x = self._value(previous)
+        x = self.value(previous)
         history, ring = config.history, config.lag_history
         at = (time % history)[None]
         state.samples.index_copy_(1, at, x[:, None])
@@ -325,7 +330,7 @@ class PredictiveWaveNet(AutoregressiveModel):
         state.pending.copy_(torch.stack([p, s], dim=1))
         # Slots hold the sample before: that of time t lies at t + 1.
         back = (time + 1 - lag.ceil().long())[:, None]
-        around = (back + self._around(x.device)) % history
+        around = (back + self.around(x.device)) % history
         past = _Past(
             last(state.residuals, config.recent_residuals),
             state.residuals.gather(1, around).double(),
@@ -349,7 +354,7 @@ class PredictiveWaveNet(AutoregressiveModel):
             gates.append(gated)
         state.time += 1
         bias = gates_t[:, slice(*config.gate_span(len(gates)))].to(h.dtype)
-        return self._mixture(self._read(self.skip(torch.cat(gates, dim=-1)) + bias), p, s)
+        return self._mixture(self.read(self.skip(torch.cat(gates, dim=-1)) + bias), p, s)
 
     def export_state(self, state: PredictiveState) -> dict[str, Tensor]:
         """See `AutoregressiveModel.export_state`: every ring with the oldest first.
@@ -401,13 +406,28 @@ def _residual(x: Tensor, p: Tensor, s: Tensor) -> Tensor:
 def _features(past: _Past, p: Tensor, s: Tensor, lag: Tensor, voicing: Tensor) -> Tensor:
     """Return the input of the network (..., features), float32, computed in float64."""
     v, w = voicing.double()[..., None], (lag.ceil() - lag).double()[..., None]
-    recent = past.recent.clamp(-LARGEST_RESIDUAL, LARGEST_RESIDUAL) * 0.7
-    around = past.around.clamp(-LARGEST_RESIDUAL, LARGEST_RESIDUAL) * 0.7
+    period = around_period(past.around, w, v)
+    levels = level(torch.stack([p / s, past.last / s, past.period_ago / s], dim=-1))
+    log_scale = (s.log()[..., None] + 6) * 0.5
+    recent = clipped_residuals(past.recent)
+    parts = [recent, levels[..., :2], log_scale, period, levels[..., 2:], v * 2 - 1]
+    return torch.cat(parts, dim=-1).float()
+
+
+def clipped_residuals(e: Tensor) -> Tensor:
+    """Scale residuals for the input."""
+    return e.clamp(-LARGEST_RESIDUAL, LARGEST_RESIDUAL) * 0.7
+
+
+def level(ratio: Tensor) -> Tensor:
+    """Compress a value in units of the residual's scale for the input."""
+    return ratio.asinh() * 0.3
+
+
+def around_period(e: Tensor, w: Tensor, v: Tensor) -> Tensor:
+    """Interpolate residuals (..., n + 3) at a whole lag to a lag shorter by w, times voicing v."""
+    around = clipped_residuals(e)
     a, b, c, d = around[..., :-3], around[..., 1:-2], around[..., 2:-1], around[..., 3:]
     # Catmull-Rom: the cubic between b and c with the slopes of their neighbours.
     curve = 2 * a - 5 * b + 4 * c - d + w * (3 * (b - c) + d - a)
-    period = (b + 0.5 * w * (c - a + w * curve)) * v
-    levels = torch.stack([p / s, past.last / s, past.period_ago / s], dim=-1).asinh() * 0.3
-    log_scale = (s.log()[..., None] + 6) * 0.5
-    parts = [recent, levels[..., :2], log_scale, period, levels[..., 2:], v * 2 - 1]
-    return torch.cat(parts, dim=-1).float()
+    return (b + 0.5 * w * (c - a + w * curve)) * v

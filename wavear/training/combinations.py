@@ -31,6 +31,8 @@ def refuse_contradictions(config: Any) -> None:
         raise WavearError(f"a batch of {batch} does not divide into {config.accumulate} parts")
     if config.unconditional and config.family == "predictive":
         raise WavearError("a predictive model needs mels: drop --unconditional or --family")
+    if config.free_run and config.family != "predictive":
+        raise WavearError(f"the family {config.family} has no training by the free run: drop it")
     if config.family == "linear":
         if config.resume:
             raise WavearError("a linear model has nothing to resume: use overwrite")

@@ -54,6 +54,17 @@ TRAINING_DEFAULTS: dict[str, TrainingDefaults] = {
 }
 """By family; other families use the defaults of the class."""
 
+FREE_RUN_DEFAULTS = dataclasses.replace(
+    TRAINING_DEFAULTS["predictive"],
+    optimizer="adamw",
+    learning_rate=3e-4,
+    hold=0.4,
+    ema_decay=0.99,
+    segment_frames=4,
+    batch_size=32,
+)
+"""For a training by the free run."""
+
 
 def family_defaults() -> dict[str, str]:
     """Return the text of each field's defaults, for the help.
@@ -197,6 +208,9 @@ class OptimizerSettings:
     """Noise on the past in training (targets stay clean), so that the model bears its own errors.
     wavenet, gru, transformer: standard deviation in codes (such as 2). predictive:
     largest standard deviation, in units of the residual's scale."""
+    free_run: bool = False
+    """predictive: train by the free run too, to improve a trained model (--from): stretches that
+    the model generates from its own past get the recordings' spectra (docs/training.md)."""
     segment: int | None = None
     """Samples of loss per crop, rounded up to mel frames; the receptive field is added to it."""
     batch_size: int | None = None
@@ -383,6 +397,8 @@ class TrainConfig(
     @property
     def defaults(self) -> TrainingDefaults:
         """Return the family's values for fields that are None."""
+        if self.free_run:
+            return FREE_RUN_DEFAULTS
         return TRAINING_DEFAULTS.get(str(self.family), TrainingDefaults())
 
     def resolved(self) -> TrainConfig:

@@ -15,12 +15,16 @@ from typing_extensions import override
 from wavear.data.crops import Batch, Layout, coded
 from wavear.models.base import AutoregressiveModel
 from wavear.models.crop_loss import crop_loss
+from wavear.models.energy_distance import free_run_losses
 from wavear.models.memory import check_compiler
+from wavear.models.predictive import PredictiveWaveNet
 from wavear.training.config import TrainConfig
 from wavear.training.lanes import Carried
 from wavear.training.optimizers import make_optimizer
 
 _LAST_RATE = 0.02  # of the peak: where the cosine ends
+FREE_RUN_WEIGHT = 13.0
+"""Weight of the energy distance next to nats per sample."""
 _AVERAGE_WARMUP = 10  # steps: the decay is (1 + n) / (10 + n), up to `ema_decay`
 
 
@@ -175,6 +179,10 @@ class TrainingModule(L.LightningModule):
                 end = coded(part, self.layout)[:, -1]
                 carry.append(Carried.give(self.model, state[0], self.model.grid.encode(end)))
             self.manual_backward(losses.sum() / (len(batch.source) * self.layout.segment))
+            if config.free_run:
+                assert isinstance(self.model, PredictiveWaveNet)
+                for loss in free_run_losses(self.model, part, self.layout, noise):
+                    self.manual_backward(FREE_RUN_WEIGHT * loss / config.accumulate)
             crops.append(losses.detach().sum(1, dtype=torch.float64))
             samples += mask.sum()
             row += len(part.source)
