@@ -425,7 +425,7 @@ def level(ratio: Tensor) -> Tensor:
 
 
 def around_period(e: Tensor, w: Tensor, v: Tensor) -> Tensor:
-    """Interpolate residuals (..., n + 3) around a whole lag to a lag shorter by w; times voicing."""
+    """Interpolate residuals (..., n + 3) around a whole lag to one shorter by w; times voicing."""
     around = clipped_residuals(e)
     a, b, c, d = around[..., :-3], around[..., 1:-2], around[..., 2:-1], around[..., 3:]
     # Catmull-Rom: the cubic between b and c with the slopes of their neighbours.
