@@ -113,9 +113,10 @@ def _sources(path: Path) -> set[Path]:
 def compiled(function, signature: Any, callback: bool = False, **options: Any) -> Any:
     """Compile a function for one signature, or load it from the cache.
 
-    The signature is a text, or Numba's type. Called from Python, the result releases the GIL; a `callback` is called by its `address` from
-    other compiled code. `options` are Numba's, such as `error_model`. Cached code whose checksum
-    does not match, or that cannot be loaded, is removed and compiled again.
+    The signature is a text, or Numba's type. Called from Python, the result releases the GIL; a
+    `callback` is called by its `address` from other compiled code. `options` are Numba's, such as
+    `error_model`. Cached code whose checksum does not match, or that cannot be loaded, is removed
+    and compiled again.
     """
     with _lock:
         try:
