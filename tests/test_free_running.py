@@ -24,7 +24,7 @@ import wavear
 from wavear import TrainConfig, train
 from wavear.data.corpus import open_corpus
 from wavear.data.crops import Segments, collate
-from wavear.models import rollout_kernel
+from wavear.models import compiled_rollout
 from wavear.models.crop_loss import layout_of
 from wavear.models.energy_distance import energy_distance, free_run_losses, window_lengths
 from wavear.models.rollout import past_of, rollout
@@ -114,7 +114,7 @@ def rollouts(model: Any, batch: int, stretches: tuple[int, ...] = (37, 61)):
             name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None
         }
         seen.append((x.detach(), past, gradients))
-        assert rollout_kernel.usable(model, cond) == (dtype == torch.float32)
+        assert compiled_rollout.usable(model, cond) == (dtype == torch.float32)
     return seen
 
 

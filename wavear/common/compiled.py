@@ -110,12 +110,13 @@ def _sources(path: Path) -> set[Path]:
     return found
 
 
-def compiled(function, signature: str, callback: bool = False, **options: Any) -> Any:
+def compiled(function, signature: Any, callback: bool = False, **options: Any) -> Any:
     """Compile a function for one signature, or load it from the cache.
 
-    Called from Python, the result releases the GIL; a `callback` is called by its `address` from
-    other compiled code. `options` are Numba's, such as `error_model`. Cached code whose checksum
-    does not match, or that cannot be loaded, is removed and compiled again.
+    The signature is a text, or Numba's type. Called from Python, the result releases the GIL; a
+    `callback` is called by its `address` from other compiled code. `options` are Numba's, such as
+    `error_model`. Cached code whose checksum does not match, or that cannot be loaded, is removed
+    and compiled again.
     """
     with _lock:
         try:
@@ -132,7 +133,7 @@ def compiled(function, signature: str, callback: bool = False, **options: Any) -
 
 
 def _cached(
-    function, signature: str, callback: bool, directory: Path, options: dict[str, Any]
+    function, signature: Any, callback: bool, directory: Path, options: dict[str, Any]
 ) -> Any:
     """Compile or load a function; remove its files from the cache first if they are damaged."""
     # Numba names its files like this.
@@ -188,7 +189,7 @@ def _warn_once(error: Exception) -> None:
 
 
 def _compile(
-    function, signature: str, callback: bool, directory: Path | None, options: dict[str, Any]
+    function, signature: Any, callback: bool, directory: Path | None, options: dict[str, Any]
 ):
     import numba
 

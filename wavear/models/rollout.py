@@ -82,7 +82,7 @@ def rollout(
     """Generate `cond.samples` samples (B, T) after `past`; return them and the past after them.
 
     Gradients reach the weights through these samples, not through those before them. On the CPU in
-    float32 it is `rollout_kernel`.
+    float32 it is `compiled_rollout`.
     """
     config, dtype = model.config, model.input.weight.dtype
     past = past.map(lambda x: x.detach().to(dtype) if x.is_floating_point() else x)
@@ -98,10 +98,7 @@ def rollout(
         places = places - whole.gather(1, places + past.lags.shape[1])
         periods.insert(0, places)
     plan = (at - lag.ceil().long(), periods, component, torch.logit(u).to(dtype))
-    if _kernel().usable(model, cond):
-        run = _kernel().generate_stretch
-    else:
-        run = _generate_in_torch
+    run = _kernel().generate_stretch if _kernel().usable(model, cond) else _generate_in_torch
     samples, residuals, inputs = run(model, past.samples, past.residuals, past.queues, cond, *plan)
 
     def newest(old: Tensor, new: Tensor) -> Tensor:
@@ -119,9 +116,9 @@ def rollout(
 
 def _kernel() -> Any:
     """Return the module of compiled code, imported when needed: importing Numba is slow."""
-    from wavear.models import rollout_kernel
+    from wavear.models import compiled_rollout
 
-    return rollout_kernel
+    return compiled_rollout
 
 
 def _generate_in_torch(
@@ -135,7 +132,7 @@ def _generate_in_torch(
     component: Tensor,
     logistic: Tensor,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """Compute `rollout_kernel.generate_stretch`; this is its definition."""
+    """Compute `compiled_rollout.generate_stretch`; this is its definition."""
     config, dtype, device = model.config, model.input.weight.dtype, past_samples.device
     coefficients, scale, lag, voicing = cond.per_sample()
     batch, total = lag.shape
