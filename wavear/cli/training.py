@@ -34,23 +34,28 @@ def _flags_in_messages() -> Iterator[None]:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Flags(TrainConfig):
-    data: Annotated[Positional[str], arg(metavar="DATA")]
+class _Values(TrainConfig):
+    """The settings as flags, in help and messages."""
 
     def __post_init__(self) -> None:
         with _flags_in_messages():
             super().__post_init__()
 
 
-_Flags.__annotations__["from_checkpoint"] = Annotated[
+_Values.__annotations__["from_checkpoint"] = Annotated[
     str | None, arg(name="from", metavar="CHECKPOINT")
 ]
 # The default of a field that is None depends on the family: show that instead.
 _types = get_type_hints(TrainConfig)
 for _name, _text in family_defaults().items():
-    _Flags.__annotations__[_name] = Annotated[
+    _Values.__annotations__[_name] = Annotated[
         _types[_name], arg(help_behavior_hint=f"(default: {_text})")
     ]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Flags(_Values):
+    data: Annotated[Positional[str], arg(metavar="DATA")]
 
 
 def train(config: _Flags) -> int:
@@ -107,6 +112,9 @@ def recipe(
     run : callable
         Called with the values instead of a training; returns the exit status.
     """
+
+    if isinstance(config, TrainConfig):
+        config = _Values(**{f.name: getattr(config, f.name) for f in dataclasses.fields(config)})
 
     def values_only(config: Any = config) -> int:
         return (run or run_training)(config)
