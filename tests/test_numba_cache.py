@@ -47,6 +47,23 @@ def test_compiled_code_is_cached_and_found_again(cache):
     assert before == numba.config.CACHE_DIR
 
 
+def test_one_line_announces_that_kernels_compile(cache, caplog):
+    """One for each process, and none where the code is kept and intact."""
+    compiled_module._announce.cache_clear()
+    caplog.set_level("INFO", "wavear")
+    compiled(_double, "int64(int64)")
+    compiled(_double, "float64(float64)")
+    assert [record.getMessage()[:37] for record in caplog.records] == [
+        "compiling kernels, once per machine: "
+    ]
+    compiled_module._announce.cache_clear()
+    compiled(_double, "int64(int64)")
+    assert len(caplog.records) == 1
+    stored(cache)[0].write_bytes(b"damaged")
+    assert compiled(_double, "int64(int64)")(4) == 8
+    assert len(caplog.records) == 2
+
+
 def test_a_changed_source_recompiles(cache, monkeypatch):
     compiled(_double, "int64(int64)")
     monkeypatch.setattr(compiled_module, "source_key", lambda path: "other")

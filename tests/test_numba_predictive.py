@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 from itertools import pairwise
 from typing import Any
@@ -131,6 +132,59 @@ def test_scores_do_not_depend_on_the_chunks_of_the_parallel_pass(monkeypatch):
     whole = score(model, waveform, mel)
     monkeypatch.setattr(sys.modules["wavear.generation.scoring"], "PARALLEL_CHUNK", 61)
     torch.testing.assert_close(score(model, waveform, mel), whole, rtol=1e-9, atol=1e-9)
+
+
+def rounded_in_int8(model: Any) -> Any:
+    """Return the network of int8 by its definition: rounded weights, and inputs of the layers."""
+    model = copy.deepcopy(model)
+
+    def round_inputs(matrix: Any, steps: int) -> None:
+        matrix.register_forward_pre_hook(
+            lambda _, x: (x[0] * steps).clamp(-32767, 32767).round() / steps
+        )
+
+    with torch.no_grad():
+        for name, matrix in model.named_parameters():
+            if matrix.dim() == 2 and not name.startswith("conditioning."):
+                step = matrix.abs().amax(dim=1, keepdim=True) / 127
+                matrix.copy_((matrix / step).round() * step)
+    for block in model.blocks:
+        round_inputs(block.taps, 2**10)
+        if block.residual is not None:
+            round_inputs(block.residual, 2**15)
+    round_inputs(model.skip, 2**15)
+    return model
+
+
+@configs
+@torch.inference_mode()
+def test_int8_equals_the_network_of_rounded_weights_and_activations(config):
+    model = make(config)
+    rounded = rounded_in_int8(model)
+    codes, cond = random_codes(model, 3, 400).numpy(), conditioning(model, 3, 400)
+    scores = NumbaPredictiveEngine(model, 3, weights="int8").score(codes, cond)
+    expected = parallel(rounded, codes, cond)
+    np.testing.assert_allclose(scores, expected, atol=TOLERANCE, rtol=5e-6)
+    for block in (rounded.skip, *(block.taps for block in rounded.blocks)):
+        block._forward_pre_hooks.clear()
+    off, without = (
+        np.abs(found - scores).mean() for found in (expected, parallel(rounded, codes, cond))
+    )
+    assert without > 5 * off  # so that rounded activations are what is tested
+
+
+@configs
+@torch.inference_mode()
+def test_int8_selects_the_codes_of_the_network_of_rounded_weights_and_activations(config):
+    model = make(config)
+    u, cond = draws(3, 300), conditioning(model, 3, 300)
+    found = NumbaPredictiveEngine(model, 3, weights="int8").generate(u, cond)
+    expected = ReferenceEngine(rounded_in_int8(model), 3).generate(u, cond)
+    # Where a uniform lies on an edge between codes the pasts differ from then on by a step.
+    same = (found == expected).cumprod(axis=1)
+    assert (same.sum(axis=1) >= 30).all()
+    assert same.mean() > 0.6
+    assert np.abs(found - expected).max() < 30
 
 
 def test_a_mel_of_silence_gives_finite_quiet_audio():
@@ -448,17 +502,20 @@ def test_unusable_conditioning_is_refused_by_name():
 
 
 NAMED = ["blocks.0.taps.weight", "output.bias", "conditioning.gain", "conditioning.first.weight"]
-NAMED += ["conditioning.period.voicing.bias", "conditioning.period.lag.weight"]
+NAMED += ["conditioning.period.voicing.bias", "conditioning.period.lag.weight", "input.bias"]
 
 
+@pytest.mark.parametrize("weights", ["float32", "int8"])
 @pytest.mark.parametrize("part", NAMED)
-def test_non_finite_weights_are_an_error(part):
+def test_non_finite_weights_are_an_error(part, weights):
     model = make()
     model.state_dict()[part].fill_(torch.nan)
     with pytest.raises(
         ValueError, match="sample 0 of this call are infinite or NaN: check the model's weights"
     ):
-        NumbaPredictiveEngine(model, 1).generate(np.zeros((1, 10)), conditioning(model, 1, 10))
+        NumbaPredictiveEngine(model, 1, weights=weights).generate(
+            np.zeros((1, 10)), conditioning(model, 1, 10)
+        )
 
 
 def test_a_non_finite_lag_is_an_error_at_its_sample():

@@ -13,14 +13,30 @@ from numba.core import types
 
 from wavear.generation.cpu import emitter, simd
 from wavear.generation.cpu.emitter import LANES, VECTOR_BYTES
-from wavear.generation.cpu.packing import as_packed, pack, quantise, round_to_bfloat16, vectors_of
+from wavear.generation.cpu.packing import (
+    as_packed,
+    pack,
+    pack_dots,
+    quantise,
+    round_to_bfloat16,
+    vectors_of,
+)
+
+
+def _sigmoid(e, x):
+    return e.b.fdiv(e.f32(1.0), e.sigmoid_denominator(x))
+
+
+_exp = emitter.kernel("exp", 3, simd._pointwise(emitter.Emitter.exp))
+_tanh = emitter.kernel("tanh", 3, simd._pointwise(lambda e, x: e.b.fdiv(*e.tanh_ratio(x))))
+_logistic = emitter.kernel("sigmoid", 3, simd._pointwise(_sigmoid))
 
 
 @numba.njit("void(int64,int64,int64,int64)")
 def _functions(x, out, vectors, size):
-    simd.exp(x, out, vectors)
-    simd.tanh(x, out + size, vectors)
-    simd.sigmoid(x, out + 2 * size, vectors)
+    _exp(x, out, vectors)
+    _tanh(x, out + size, vectors)
+    _logistic(x, out + 2 * size, vectors)
 
 
 def functions(x: np.ndarray) -> np.ndarray:
@@ -125,6 +141,60 @@ def test_an_output_has_the_same_bits_in_every_kernel(inputs, weights):
         for r, v in np.ndindex(height, vectors):
             results.setdefault((r, v), set()).add(out[r, v * LANES : (v + 1) * LANES].tobytes())
     assert all(len(found) == 1 for found in results.values())
+
+
+@pytest.mark.parametrize("instruction", [True, False], ids=["instruction", "plain"])
+def test_products_of_bytes_are_exact_in_every_kernel(monkeypatch, instruction):
+    if instruction and not emitter.HAS_DOT:
+        pytest.skip("this processor has no such instruction")
+    monkeypatch.setattr(emitter, "HAS_DOT", instruction)
+
+    # Compiled here, for the instruction or without.
+    @numba.njit("void(int64,int64,int64,int64)")
+    def quantised(x, out, vectors, block):
+        simd.quantise(x, out, vectors, block, np.float32(1024))
+
+    @numba.njit("void(int64,int64,int64,int64,int64,int64,int64,int64)")
+    def row(vectors, kind, weights, inputs, x, bias, init, out):
+        simd.call6(simd.row_address(vectors, kind), weights, inputs, x, bias, init, out)
+
+    @numba.njit("void(int64,int64,int64,int64,int64,int64,int64,int64,int64)")
+    def tile(key, weights, inputs, x, x_block, bias, zeros, out, row):
+        simd.tile(key, weights, inputs, x, x_block, bias, zeros, 0, 0, out, row, VECTOR_BYTES)
+
+    draw = np.random.default_rng(0)
+    for vectors, in_vectors in ((1, 1), (3, 2), (simd.WIDEST, 5)):
+        inputs = in_vectors * LANES
+        matrix = draw.standard_normal((vectors * LANES, inputs)).astype(np.float32)
+        rows = draw.normal(0, 9, (simd.TALLEST, inputs)).astype(np.float32)
+        rows[:, 0] = np.linspace(-40, 40, simd.TALLEST)  # beyond the largest integer
+        rows[:, 1] = 0.5 / 1024, *[1.5 / 1024] * (simd.TALLEST - 1)  # ties go to even
+        numbers, scales = quantise(matrix)
+        integers = np.clip(np.rint(rows.astype(np.float64) * 1024), -32767, 32767)
+        sums = (integers @ numbers.T.astype(np.float64)).astype(np.float32)
+        expected = sums * (scales * np.float32(1 / 1024))
+        panel = np.zeros((in_vectors, simd.TALLEST, LANES), np.float32)
+        flat = np.zeros((simd.TALLEST, in_vectors + 1, LANES), np.float32)
+        block, zeros = panel[0].nbytes, np.zeros(simd.WIDEST * LANES, np.float32)
+        for r in range(simd.TALLEST):
+            quantised(rows[r].ctypes.data, panel[0, r].ctypes.data, in_vectors, block)
+            quantised(rows[r].ctypes.data, flat[r].ctypes.data, in_vectors, VECTOR_BYTES)
+            packed, blocks, each = pack_dots(matrix, LANES, simd.WIDEST, scales, 1 / 1024)
+            assert (blocks, each) == (1, vectors)
+            out = np.empty(vectors * LANES, np.float32)
+            row(vectors, simd.DOTS, packed.ctypes.data, inputs // 4, flat[r].ctypes.data,
+                zeros.ctypes.data, zeros.ctypes.data, out.ctypes.data)  # fmt: skip
+            np.testing.assert_array_equal(out, expected[r])
+        packed, blocks, each = pack_dots(matrix, LANES, 1, scales, 1 / 1024)
+        assert (blocks, each) == (vectors, 1)
+        for height in simd.DOTS_HEIGHTS:
+            out = np.empty((height, LANES), np.float32)
+            for number in range(blocks):
+                tile(height + 16 + 256 * simd.DOTS, packed[number].ctypes.data, inputs // 4,
+                     panel.ctypes.data, block, zeros.ctypes.data, zeros.ctypes.data,
+                     out.ctypes.data, out[0].nbytes)  # fmt: skip
+                own = slice(number * LANES, (number + 1) * LANES)
+                np.testing.assert_array_equal(out, expected[:height, own])
 
 
 @numba.njit("int64(int64,int64,int64,int64,int64,int64,int64,int64,int64)")

@@ -30,7 +30,7 @@ from wavear.models.sampling import uniforms
 
 logger = get_logger(__name__)
 
-_CHUNK = 2048  # samples per call of the numba engine, as `wavear.generate` calls it
+_CHUNK = 4096  # samples per call of the numba engine, as `wavear.generate` calls it
 _REFERENCE_CHUNK = 64  # of the reference engine, which needs a thousandth of a second for each
 _MOST = 2**22  # samples per call of an engine on a card: of 8192 streams 512 each
 _DISTINCT = 1024  # streams whose conditioning is computed; more repeat it

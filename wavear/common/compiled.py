@@ -5,12 +5,12 @@
 
 from __future__ import annotations
 
-import ast
 import contextlib
 import functools
 import hashlib
 import json
 import os
+import re
 import stat
 import sys
 import tempfile
@@ -22,6 +22,9 @@ from typing import Any
 from platformdirs import user_cache_path
 
 from wavear.common.atomic import locked, replace_file
+from wavear.common.log import get_logger
+
+logger = get_logger(__name__)
 
 _lock = threading.RLock()
 
@@ -76,6 +79,10 @@ def prepare_numba() -> None:
         sys.modules["numba"].config.CACHE_DIR = os.environ["NUMBA_CACHE_DIR"]
 
 
+# At the top of a file; parsing the sources would take as long as loading the compiled code.
+_IMPORT = re.compile(r"^from wavear\.?([\w.]*) import ([^(\n]+|\([^)]*\))", re.MULTILINE)
+
+
 def source_key(path: Path) -> str:
     """Return a key that changes with the compiler and with every source that a file imports.
 
@@ -98,15 +105,11 @@ def _sources(path: Path) -> set[Path]:
     while waiting:
         source = waiting.pop()
         found.add(source)
-        for statement in ast.parse(source.read_bytes()).body:
-            if not isinstance(statement, ast.ImportFrom):
-                continue
-            package, *parts = str(statement.module).split(".")
-            if package == "wavear":
-                module = root.joinpath(*parts)
-                files = [module.with_suffix(".py")]
-                files += [module / f"{alias.name}.py" for alias in statement.names]
-                waiting += [file for file in files if file.is_file() and file not in found]
+        for parts, names in _IMPORT.findall(source.read_text("utf-8")):
+            module = root.joinpath(*parts.split("."))
+            files = [module.with_suffix(".py")]
+            files += [module / f"{name}.py" for name in re.findall(r"\w+", names)]
+            waiting += [file for file in files if file.is_file() and file not in found]
     return found
 
 
@@ -141,8 +144,9 @@ def _cached(
     name = f"*.{qualified}-{function.__code__.co_firstlineno}.*.nb[ic]"
     sums = directory / f"{function.__name__}-{function.__code__.co_firstlineno}.sums"
     before = _checksums(directory, name)
-    if before and before != _read_sums(sums):
+    if before != _read_sums(sums):
         _remove(directory, name)
+        _announce()
     try:
         result = _compile(function, signature, callback, directory, options)
     except Exception:  # whatever unpickling raises
@@ -172,6 +176,11 @@ def _read_sums(path: Path) -> Any:
 def _remove(directory: Path, name: str) -> None:
     for path in directory.rglob(name):
         path.unlink(missing_ok=True)
+
+
+@functools.cache
+def _announce() -> None:
+    logger.info("compiling kernels, once per machine: this takes up to half a minute")
 
 
 _warned = False

@@ -111,6 +111,7 @@ class UtteranceConditioner:
         """True if no more frames will come."""
         self._first = 0  # of the frames still held
         self._held: list[Tensor] = []
+        self._packed: Any = None  # weights of exact frames
         self.blocks: dict[int, Any] = {}
         """Conditioning by block number: a span may begin inside the last block of another."""
 
@@ -171,26 +172,28 @@ class UtteranceConditioner:
             return None if self.speaker is None else self.model.condition(None, self.speaker)
         size = self.block * self.hop
         first, last = start // size, -(-stop // size)
-        missing = self.missing(start, stop)
-        self.blocks.update(zip(missing, self._made(missing), strict=True))
-        blocks = [self.blocks[k] for k in range(first, last)]
-        self.blocks = {last - 1: blocks[-1]}
-        return joined(blocks)[:, :, start - first * size : stop - first * size]
+        if self.model.frames_are_exact and self.device.type == "cpu":
+            parts = self._at_once(first, last)
+        else:
+            missing = self.missing(start, stop)
+            windows = [self.window(k) for k in missing]
+            made = _condition(self.model, windows, [self.speaker] * len(missing))
+            self.blocks.update(zip(missing, made, strict=True))
+            parts = [self.blocks[k] for k in range(first, last)]
+            self.blocks = {last - 1: parts[-1]}
+        return joined(parts)[:, :, start - first * size : stop - first * size]
 
-    def _made(self, blocks: list[int]) -> list[Any]:
-        """Return the conditioning of blocks in rising order."""
-        if blocks and self.model.frames_are_exact and self.device.type == "cpu":
-            size = self.block * self.hop
-            whole = self.model.condition(
-                self.window(blocks[0], blocks[-1]), self.speaker, padded=True
-            )
-            # A block between them may exist already.
-            return [
-                whole[:, :, (k - blocks[0]) * size : (k - blocks[0] + 1) * size] for k in blocks
-            ]
-        return _condition(
-            self.model, [self.window(k) for k in blocks], [self.speaker] * len(blocks)
-        )
+    def _at_once(self, first: int, last: int) -> list[Any]:
+        """Return the conditioning of blocks `first` to `last`, the first of which may be kept."""
+        parts = [self.blocks[first]] if first in self.blocks else []
+        begin = first + len(parts)
+        if begin < last:
+            conditioning = self.model.conditioning
+            self._packed = self._packed or conditioning.packed()
+            window = self.window(begin, last - 1)
+            parts.append(conditioning(window, self.speaker, True, self._packed))
+            self.blocks = {last - 1: parts[-1][:, :, -self.block * self.hop :]}
+        return parts
 
     def missing(self, start: int, stop: int) -> list[int]:
         """Return the blocks of samples `start` to `stop` that are not in `blocks`."""

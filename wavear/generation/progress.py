@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator
 
 # Samples per call of an engine: a fraction of a second, so that Ctrl-C and the bar are prompt.
-CHUNK = 2048
+CHUNK = 4096
 
 
 def chunks(

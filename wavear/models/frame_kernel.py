@@ -147,9 +147,29 @@ def _kernel() -> Any:
     return compiled(_run, _SIGNATURE)
 
 
+Packed = tuple[tuple[np.ndarray, np.ndarray], ...]
+"""Weights (kernel, inputs, outputs) and biases of each layer."""
+
+
+def pack(layers: Sequence[nn.Module], period: PeriodNetwork) -> Packed:
+    """Return the weights as the kernel reads them.
+
+    Parameters
+    ----------
+    layers : the two convolutions and the projection to gate biases
+    """
+
+    def matrix(layer: Any) -> tuple[np.ndarray, np.ndarray]:
+        weight = layer.weight.detach()
+        weight = weight[:, :, None] if weight.dim() == 2 else weight
+        return np.ascontiguousarray(weight.permute(2, 1, 0).numpy()), layer.bias.detach().numpy()
+
+    return tuple(map(matrix, [*layers, *period.convolutions, period.lag, period.voicing]))
+
+
 def condition(
     mels: Tensor,
-    layers: Sequence[nn.Module],
+    matrices: Packed,
     speaker: Tensor,
     period: PeriodNetwork,
     envelope: Envelope,
@@ -165,20 +185,12 @@ def condition(
     ----------
     mels : Tensor, shape (2, M, F')
         Log-mels with their context, plain and normalised.
-    layers : the two convolutions and the projection to gate biases
+    matrices : see `pack`
     speaker : Tensor, shape (C,)
         Added before the projection.
     trims : see `_run`
     weights : interpolation weights of samples and of sub-frames
     """
-
-    def matrix(layer: Any) -> tuple[np.ndarray, np.ndarray]:
-        weight = layer.weight.detach()
-        weight = weight[:, :, None] if weight.dim() == 2 else weight
-        return np.ascontiguousarray(weight.permute(2, 1, 0).numpy()), layer.bias.detach().numpy()
-
-    every = [*layers, *period.convolutions, period.lag, period.voicing]
-    matrices = tuple(matrix(layer) for layer in every)
     hop, subs = weights[0].shape[1], weights[1].shape[1]
     tables = envelope.tables
     found = (

@@ -67,10 +67,23 @@ class PredictiveConditioning(nn.Module):
         """Frames before its own that a sample depends on."""
         return self.context + 1 if self.config.causal else self.lookahead
 
+    def packed(self) -> Any:
+        """Return what `forward` would pack at every call, or None where it is not compiled."""
+        from wavear.models import frame_kernel  # not before it is needed: importing Numba is slow
+
+        weight = self.projection.weight
+        if weight.dtype != torch.float32 or weight.device.type != "cpu":
+            return None
+        return frame_kernel.pack([self.first, self.second, self.projection], self.period)
+
     def forward(
-        self, mel: Tensor | None, speaker: Tensor | None = None, padded: bool = False
+        self,
+        mel: Tensor | None,
+        speaker: Tensor | None = None,
+        padded: bool = False,
+        packed: Any = None,
     ) -> FrameConditioning:
-        """See `AutoregressiveModel.condition`.
+        """See `AutoregressiveModel.condition`; `packed` is from `packed`.
 
         Compiled for one utterance in float32 on the CPU without a gradient, as in generation.
         """
@@ -79,8 +92,11 @@ class PredictiveConditioning(nn.Module):
         frames = mel.shape[2] - self.lookback - self.lookahead
         plain = mel.dtype == self.projection.weight.dtype == torch.float32
         compiled = plain and mel.device.type == "cpu" and len(mel) == 1
-        run = self._compiled if compiled and not torch.is_grad_enabled() else self._in_torch
-        gates, coefficients, scale, lag, voicing = run(mel, speaker, frames)
+        if compiled and not torch.is_grad_enabled():
+            found = self._compiled(mel, speaker, frames, packed or self.packed())
+        else:
+            found = self._in_torch(mel, speaker, frames)
+        gates, coefficients, scale, lag, voicing = found
         return FrameConditioning(
             gates=gates.unfold(1, 3, 1),
             coefficients=coefficients,
@@ -106,9 +122,11 @@ class PredictiveConditioning(nn.Module):
             lag = lag.clamp(self.config.shortest_period, self.config.longest_period)
         return gates, coefficients, scale, lag, interpolated(voicing, weights)
 
-    def _compiled(self, mel: Tensor, speaker: Tensor | None, frames: int) -> tuple[Tensor, ...]:
+    def _compiled(
+        self, mel: Tensor, speaker: Tensor | None, frames: int, packed: Any
+    ) -> tuple[Tensor, ...]:
         """Compute `_in_torch` in compiled code."""
-        from wavear.models import frame_kernel  # not before it is needed: importing Numba is slow
+        from wavear.models import frame_kernel
 
         config = self.config
         voice = torch.zeros(config.conditioning_channels)
@@ -122,7 +140,7 @@ class PredictiveConditioning(nn.Module):
         )
         return frame_kernel.condition(
             torch.stack([self.envelope.logarithm(mel)[0], self.normalised(mel)[0]]),
-            [self.first, self.second, self.projection],
+            packed,
             voice,
             self.period,
             self.envelope,

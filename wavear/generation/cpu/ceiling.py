@@ -14,7 +14,7 @@ from numba.core import types
 
 from wavear.common.compiled import compiled
 from wavear.generation.cpu.emitter import LANES, VECTOR_BYTES, Emitter, kernel
-from wavear.generation.cpu.packing import Region
+from wavear.generation.cpu.packing import Region, ahead_of
 from wavear.models.distributions import law_of
 from wavear.models.gru import GRUConfig
 from wavear.models.predictive import PredictiveWaveNetConfig
@@ -138,9 +138,13 @@ def _of_predictive(config: PredictiveWaveNetConfig) -> _Rows:
         config.head_channels,
         len(config.dilations),
     )
+    past = config.kernel_size - 1
+    # Past taps are read once for several samples.
+    rare = past * sum(1 / ahead_of(d or config.shortest_period) for d in config.dilations)
     return [
         (r, config.features, 1, 1),
-        (2 * r, config.kernel_size * r, layers, layers),
+        (2 * r, r, layers, layers),
+        (2 * r, r, layers * past, rare),
         (r, r, layers - 1, layers - 1),
         (s, r * layers, 1, 1),
         (a, s, 1, 1),

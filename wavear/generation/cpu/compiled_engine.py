@@ -181,11 +181,10 @@ class CompiledEngine:
             call = call._replace(condition=condition.ctypes.data, mode=mode)
         if shape[1] == 0:
             return
-        truncates = call.top_k < self.classes or call.top_p < 1.0
+        size = max(self.classes, self.model.law.channels)
 
         def one(part: Any) -> int:
-            own = call._replace(heap=np.empty(self.classes)) if truncates else call
-            return self._call(part, condition, own)
+            return self._call(part, condition, call._replace(heap=np.empty(size)))
 
         parts = self._parts()
         results = list(self._pool.map(one, parts)) if self._pool else [one(part) for part in parts]

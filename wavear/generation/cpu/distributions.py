@@ -37,8 +37,7 @@ def _at(row, index):
 
 @numba.njit
 def _scale(log_scale, classes):
-    least = math.log(_SHARPEST * 2 / classes)
-    return math.exp(min(max(log_scale, least), _LARGEST_LOG_SCALE))
+    return max(math.exp(min(log_scale, _LARGEST_LOG_SCALE)), _SHARPEST * 2 / classes)
 
 
 @numba.njit
@@ -49,10 +48,13 @@ def _encode(value, classes):
 
 
 @numba.njit
-def draw_value(kind, mixtures, classes, row, uniform, temperature):
-    """Return the code of a uniform; -1 if the parameters are not finite."""
+def draw_value(kind, mixtures, classes, row, uniform, temperature, weights):
+    """Return the code of a uniform; -1 if the parameters are not finite.
+
+    `weights` is memory for as many numbers as there are mixtures.
+    """
     if kind == LOGISTIC_MIXTURE:
-        return _draw_mixture(mixtures, classes, row, uniform, temperature)
+        return _draw_mixture(mixtures, classes, row, uniform, temperature, weights)
     mean, log_scale = _at(row, 0), _at(row, 1)
     if not (math.isfinite(mean) and math.isfinite(log_scale)):
         return -1
@@ -61,7 +63,7 @@ def draw_value(kind, mixtures, classes, row, uniform, temperature):
 
 
 @numba.njit
-def _draw_mixture(mixtures, classes, row, uniform, temperature):
+def _draw_mixture(mixtures, classes, row, uniform, temperature, weights):
     largest = -math.inf
     for k in range(3 * mixtures):
         if not math.isfinite(_at(row, k)):
@@ -70,11 +72,12 @@ def _draw_mixture(mixtures, classes, row, uniform, temperature):
             largest = max(largest, _at(row, k))
     total = 0.0
     for k in range(mixtures):
-        total += math.exp((_at(row, k) - largest) / temperature)
+        weights[k] = math.exp((_at(row, k) - largest) / temperature)
+        total += weights[k]
     threshold = uniform * total
     which, below, weight = 0, 0.0, 0.0
     for k in range(mixtures):
-        which, weight = k, math.exp((_at(row, k) - largest) / temperature)
+        which, weight = k, weights[k]
         if below + weight > threshold:
             break
         below += weight

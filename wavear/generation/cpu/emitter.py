@@ -54,6 +54,8 @@ def shape_of_machine() -> tuple[int, int]:
 
 LANES, REGISTERS = shape_of_machine()
 VECTOR_BYTES = 4 * LANES
+# Whether there is an instruction for the products of four bytes in each lane.
+HAS_DOT = machine_features()[1].get("avx512vnni" if LANES == 16 else "avxvnni", False)
 
 
 class Emitter:
@@ -107,6 +109,20 @@ class Emitter:
             self.b.module, ir.FunctionType(self.vector, [self.vector] * 3), name
         )
         return self.b.call(function, [x, y, z])
+
+    def dot(self, total, unsigned, signed):
+        """Add the products of four unsigned bytes with four signed ones to each lane of a total."""
+        if HAS_DOT and self.lanes == LANES:
+            name = f"llvm.x86.avx512.vpdpbusd.{32 * self.lanes}"
+            function = self.b.module.globals.get(name) or ir.Function(
+                self.b.module, ir.FunctionType(self.integers, [self.integers] * 3), name
+            )
+            return self.b.call(function, [total, unsigned, signed])
+        for k in range(4):
+            weight = self.b.ashr(self.b.shl(signed, self.i32(24 - 8 * k)), self.i32(24))
+            value = self.b.and_(self.b.lshr(unsigned, self.i32(8 * k)), self.i32(255))
+            total = self.b.add(total, self.b.mul(value, weight))
+        return total
 
     def halves(self, value, combine):
         """Reduce a vector to a number by halves: a fixed tree."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from wavear.generation.cpu.emitter import LANES, VECTOR_BYTES
 from wavear.generation.cpu.products import MATRIX, products
-from wavear.generation.cpu.simd import KINDS, TALLEST, WEIGHT_BYTES, WIDEST
+from wavear.generation.cpu.simd import DOTS, HEIGHTS, KINDS, TALLEST, WEIGHT_BYTES, WIDEST
 
 LINE = 64  # bytes of a cache line
 _HUGE = 2 << 20
@@ -103,13 +103,21 @@ class Packer(Region):
         """Return the number of a matrix (outputs, inputs) in `matrices`; `width` as in `pack`."""
         weights = weights or self.weights
         packed, blocks, vectors = pack(array, LANES, width, weights)
-        kind = KINDS[weights]
+        return self._add(packed, array.shape[1], blocks, vectors, KINDS[weights])
+
+    def dots(self, array: np.ndarray, width: int, scales: np.ndarray, step: float) -> int:
+        """Return the number of a matrix in bytes; its inputs are integers times `step`."""
+        packed, blocks, vectors = pack_dots(array, LANES, width, scales, step)
+        return self._add(packed, -(-array.shape[1] // 4), blocks, vectors, DOTS)
+
+    def _add(self, packed: np.ndarray, inputs: int, blocks: int, vectors: int, kind: int) -> int:
         row = products().row(vectors, kind) if vectors <= WIDEST else 0
         size, step = packed.nbytes // blocks, vectors * LANES * WEIGHT_BYTES[kind]
-        self._rows.append(
-            (self.put(packed), array.shape[1], blocks, vectors, kind, row, size, step)
-        )
+        self._rows.append((self.put(packed), inputs, blocks, vectors, kind, row, size, step))
         return len(self._rows) - 1
+
+    def __len__(self) -> int:
+        return len(self._rows)
 
     def vector(self, plan: Any, field: str, array: np.ndarray, vectors: int, fill: float = 0.0):
         """Point a field of a plan to the rows of `array`, each padded to `vectors`."""
@@ -144,6 +152,11 @@ def vectors_for(channels: int) -> int:
 def width_for(rows: int) -> int:
     """Return the vectors in a block of a matrix that multiplies `rows` rows at a time."""
     return WIDEST if rows == 1 else 4 if rows < 4 else 2
+
+
+def ahead_of(reach: int) -> int:
+    """Return for how many samples products of inputs `reach` samples ago are computed at once."""
+    return next(height for height in HEIGHTS[2] if height <= reach)
 
 
 def power_of_two(number: int) -> int:
@@ -207,6 +220,24 @@ def pack(matrix: np.ndarray, lanes: int, width: int, weights: str) -> tuple[np.n
     return np.ascontiguousarray(packed), blocks, vectors
 
 
+def pack_dots(
+    matrix: np.ndarray, lanes: int, width: int, scales: np.ndarray, step: float
+) -> tuple[np.ndarray, int, int]:
+    """Pack a matrix (outputs, inputs) for the kernels of `simd.DOTS`; returns as `pack`."""
+    outputs, inputs = matrix.shape
+    blocks, vectors = vectors_of(outputs, lanes, width, False)
+    each = vectors * lanes
+    numbers = np.zeros((blocks * each, -(-inputs // 4) * 4), np.int32)
+    numbers[:outputs, :inputs] = quantise(matrix, scales)[0]
+    steps = np.zeros(blocks * each, np.float32)
+    steps[:outputs] = scales * np.float32(step)
+    corrections = (-128 * numbers.sum(axis=1)).astype(np.int32)
+    quads = numbers.reshape(blocks, each, -1, 4).transpose(0, 2, 1, 3).astype(np.int8)
+    parts = [part.view(np.uint8).reshape(blocks, -1) for part in (steps, corrections)]
+    packed = np.concatenate([*parts, quads.reshape(blocks, -1).view(np.uint8)], axis=1)
+    return packed, blocks, vectors
+
+
 def round_to_bfloat16(values: np.ndarray) -> np.ndarray:
     """Return the upper halves of float32 rounded to nearest, ties to even, as uint32."""
     bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
@@ -214,13 +245,16 @@ def round_to_bfloat16(values: np.ndarray) -> np.ndarray:
     return np.where(np.isnan(values), np.uint32(0x7FC0), rounded)
 
 
-def quantise(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def quantise(values: np.ndarray, given: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
     """Return integers from -127 to 127, as float32, and a scale for each row of the last axis.
+
+    Other scales can be `given`, such as those of a larger matrix.
 
     Their product is near `values`. A row of zeros has the scale zero. The scale of a row with a NaN
     or an infinity is one too, and so is its product.
     """
-    scales = (np.abs(values).max(axis=-1) / np.float32(127)).astype(np.float32)
+    own = (np.abs(values).max(axis=-1) / np.float32(127)).astype(np.float32)
+    scales = own if given is None else given
     usable = np.where(np.isfinite(scales) & (scales > 0), scales, np.float32(1))
     numbers = np.rint(np.where(np.isfinite(values), values, 0) / usable[..., None])
     # The rounding of subnormal scales is so coarse that a quotient may be far beyond 127.

@@ -20,16 +20,17 @@ from torch import Tensor
 from wavear.common.errors import WavearError
 from wavear.generation.cpu import distributions
 from wavear.generation.cpu.compiled_engine import CompiledEngine
-from wavear.generation.cpu.emitter import LANES
+from wavear.generation.cpu.emitter import LANES, VECTOR_BYTES
 from wavear.generation.cpu.packing import (
     Packer,
-    named_matrices,
+    ahead_of,
     power_of_two,
+    quantise,
     to_numpy,
     vectors_for,
 )
-from wavear.generation.cpu.predictive_loop import LAYER, PLAN, Frames, run
-from wavear.generation.cpu.products import NO_CONDITION
+from wavear.generation.cpu.predictive_loop import LAYER, PLAN, SIGNAL_STEPS, UNIT_STEPS, Frames, run
+from wavear.generation.cpu.products import NO_CONDITION, products
 from wavear.generation.cpu.sampling import Call
 from wavear.generation.cpu.simd import WIDEST
 from wavear.models.frames import FrameConditioning
@@ -48,30 +49,51 @@ class Weights:
             vectors_for(channels) * LANES
             for channels in (own, config.skip_channels, config.head_channels)
         )
-        rooms = []
+        rooms, dots = [2 * r // LANES], weights == "int8"
 
-        def product(plan: Any, field: str, matrix: np.ndarray, bias: Tensor | None) -> None:
+        def product(plan: Any, field: str, matrix: np.ndarray, bias: Any, scales: Any = None):
             room = packer.room(len(matrix), WIDEST)
-            rooms.append(room)
-            plan[field] = packer.matrix(matrix, WIDEST)
-            values = np.zeros(0) if bias is None else to_numpy(bias)
-            packer.vector(plan, f"{field}_bias", values, room)
+            rooms.append(room + r // LANES)
+            if scales is None:
+                plan[field] = packer.matrix(matrix, WIDEST)
+            else:
+                plan[field] = packer.dots(matrix, WIDEST, scales, 1 / UNIT_STEPS)
+            bias = bias if isinstance(bias, np.ndarray) else to_numpy(bias)
+            packer.vector(plan, f"{field}_bias", bias, room)
 
+        # Matrices in the order of use. In int8 the parts of a matrix share its scales.
         product(net, "input", _padded(to_numpy(model.input.weight), r, -1), model.input.bias)
-        for layer, block in zip(self.layers, model.blocks, strict=True):
-            taps = to_numpy(block.taps.weight).reshape(2, own, config.kernel_size, own)
-            taps = _padded(taps, 2, r, config.kernel_size, r).reshape(2 * r, -1)
-            product(layer, "taps", taps, None)
-            if block.residual is not None:
-                residual = _padded(to_numpy(block.residual.weight), r, r)
-                product(layer, "residual", residual, block.residual.bias)
         units = to_numpy(model.skip.weight).reshape(config.skip_channels, count, own)
-        units = _padded(units, skip, count, r).reshape(skip, -1)
-        product(net, "skip", units, model.skip.bias)
+        units = _padded(units, skip, count, r)
+        unit_scales = quantise(units.reshape(skip, -1))[1]
+        for i, (layer, block) in enumerate(zip(self.layers, model.blocks, strict=True)):
+            reach = config.dilations[i] or config.shortest_period
+            layer["ahead"] = ahead_of(reach)
+            taps = to_numpy(block.taps.weight).reshape(2, own, config.kernel_size, own)
+            taps = _padded(taps, 2, r, config.kernel_size, r).reshape(2 * r, config.kernel_size, r)
+            scales = quantise(taps.reshape(2 * r, -1))[1]
+            layer["taps"] = len(packer)
+            for k in range(config.kernel_size):
+                alone = layer["ahead"] == 1 or k == config.kernel_size - 1
+                if dots:
+                    packer.dots(taps[:, k], WIDEST if alone else 1, scales, 1 / SIGNAL_STEPS)
+                else:
+                    packer.matrix(taps[:, k], WIDEST if alone else 2)
+            mix, bias, scales = units[:, i], to_numpy(model.skip.bias) * (i == 0), unit_scales
+            if block.residual is None:
+                layer["mix_at"] = r // LANES * VECTOR_BYTES
+            else:
+                residual = _padded(to_numpy(block.residual.weight), r, r)
+                mix = np.concatenate([residual, mix])
+                bias = np.concatenate([_padded(to_numpy(block.residual.bias), r), bias])
+                scales = np.concatenate([quantise(residual)[1], unit_scales])
+            product(layer, "mix", mix, bias, scales if dots else None)
         hidden = _padded(to_numpy(model.hidden.weight), head, skip)
         product(net, "hidden", hidden, model.hidden.bias)
-        output = _padded(to_numpy(model.output.weight), -1, head)
-        product(net, "output", output, model.output.bias)
+        output, bias = to_numpy(model.output.weight), to_numpy(model.output.bias)
+        if dots:  # integers would hide a weight that is not finite
+            bias = bias + 0 * sum(float(to_numpy(p).sum()) for p in _parameters(model))
+        product(net, "output", _padded(output, -1, head), bias)
         packer.allocate()
         self.matrices = packer.matrices
         # Rings hold the current input too, and their lengths are powers of two.
@@ -84,6 +106,7 @@ class Weights:
             "tap_count": config.kernel_size,
             "x_vectors": r // LANES, "skip_vectors": skip // LANES, "head_vectors": head // LANES,
             "features": config.features, "history": config.history, "room": max(rooms) * LANES,
+            "multiply": products().multiply, "dots": dots,
         }  # fmt: skip
         for field, size in sizes.items():
             net[field] = size
@@ -118,9 +141,22 @@ class NumbaPredictiveEngine(CompiledEngine):
     @staticmethod
     def matrices_of(model: Any) -> Iterable[Tensor]:
         """See `CompiledEngine.matrices_of`."""
-        for name, matrix in named_matrices(model, ""):
-            if not name.startswith("conditioning."):
-                yield matrix
+        return (p for p in _parameters(model) if p.dim() == 2)
+
+    def _as_run(self) -> Any:
+        """See `CompiledEngine._as_run`; in int8 the inputs of the layers are rounded too."""
+        model = super()._as_run()
+        if self.weights == "int8":
+            rounding = [(model.skip, UNIT_STEPS)]
+            for block in model.blocks:
+                rounding.append((block.taps, SIGNAL_STEPS))
+                if block.residual is not None:
+                    rounding.append((block.residual, UNIT_STEPS))
+            for matrix, steps in rounding:
+                matrix.register_forward_pre_hook(
+                    lambda _, x, steps=steps: (x[0] * steps).clamp(-32767, 32767).round() / steps
+                )
+        return model
 
     def _condition(self, cond: Any, samples: int) -> tuple[Frames, int]:
         config, batch = self.model.config, self.batch
@@ -136,9 +172,13 @@ class NumbaPredictiveEngine(CompiledEngine):
         skip = gates[..., 2 * r * count :]
         inner = _padded(parts, *parts.shape[:4], self._width)
         inner = inner.reshape(*gates.shape[:3], 2 * count * self._width)
+        if self.weights == "int8":  # as for weights, see `Weights`
+            skip = skip + 0 * inner.sum(axis=-1, keepdims=True)
         outer = _padded(skip, *skip.shape[:3], int(self._packed.plan[0]["skip_vectors"]) * LANES)
         first = cond.offset.cpu()[:, None] + torch.arange(samples)
-        new_lags = cond.lag.cpu().gather(1, first).round().long().numpy()
+        new_lags = cond.lag.cpu().gather(1, first).round()
+        new_lags = new_lags.nan_to_num(1).clamp(config.shortest_period, config.longest_period)
+        new_lags = new_lags.long().numpy()
         new = np.zeros((batch, samples), np.float32)
         given = cond.weights.cpu().float(), cond.coefficients.cpu().flip(2), cond.scale.cpu()
         arrays = [*given, cond.lag.cpu(), cond.voicing.cpu(), cond.offset.cpu()]
@@ -203,6 +243,13 @@ class NumbaPredictiveEngine(CompiledEngine):
         self._lags[stream] = state["lags"].cpu().numpy()
         self._pending[stream] = state["pending"].to("cpu", torch.float64).numpy()
         self._previous[stream] = previous
+
+
+def _parameters(model: PredictiveWaveNet) -> Iterable[Tensor]:
+    """Yield the parameters that every sample needs."""
+    for name, parameter in model.named_parameters():
+        if not name.startswith("conditioning."):
+            yield parameter
 
 
 def _padded(array: np.ndarray, *shape: int) -> np.ndarray:

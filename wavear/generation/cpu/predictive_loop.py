@@ -16,21 +16,36 @@ from numba.core import types
 from wavear.common.compiled import compiled
 from wavear.generation.cpu import simd
 from wavear.generation.cpu.emitter import LANES, VECTOR_BYTES
-from wavear.generation.cpu.products import MATRIX, array_of, copy_row, multiply_row, record
+from wavear.generation.cpu.products import (
+    MATRIX,
+    array_of,
+    copy_row,
+    in_lines,
+    in_panels,
+    multiply,
+    multiply_row,
+    record,
+)
 from wavear.generation.cpu.sampling import CALL, settle
+from wavear.generation.cpu.simd import TALLEST
 
 # As in `wavear.models.predictive`; the key of the compiled code covers this directory only.
 _LARGEST_RESIDUAL = 15.0
 _LEAST_LOG_SCALE, _LARGEST_LOG_SCALE = -7.0, 5.0
 
+# In int8, the steps of a layer's inputs and of its units in 1: see `simd.quantise`.
+SIGNAL_STEPS, UNIT_STEPS = 1024.0, 32768.0
+
 # Of a layer: its dilation, or 0 for the period; rows of its ring less one, a power of two less one;
-# numbers of matrices, addresses of biases.
-LAYER = record("dilation mask taps residual taps_bias residual_bias")
+# samples whose past taps are multiplied at once; numbers of matrices: of its taps, oldest first,
+# and of what its units add to the signal and the skip; the bias of the latter, and where that
+# product writes: 0, or behind the signal, which the last layer leaves alone.
+LAYER = record("dilation mask ahead taps mix mix_bias mix_at")
 # Of a network: sizes, numbers of matrices, addresses of biases; `room`: floats that a product
 # writes, at most. (No memory for a categorical law, which it never has.)
 PLAN = record(
     "law mixtures classes recent near tap_count x_vectors skip_vectors head_vectors features "
-    "history room input skip hidden output input_bias skip_bias hidden_bias output_bias "
+    "history room input hidden output input_bias hidden_bias output_bias multiply dots "
     "logit_blocks weights sums"
 )
 
@@ -110,20 +125,59 @@ def _mixture(raw, row, mixtures, p, s, log_s):
 
 
 @numba.njit
-def _gather(net, layer, ring, time, lags, now, inputs):
-    """Put the current input of a layer, the last of `inputs`, in its ring; gather the past taps."""
-    row = net.x_vectors * VECTOR_BYTES
-    slot, behind = time, now
-    for k in range(net.tap_count - 1):
-        step = layer.dilation
-        if step == 0:
-            step = lags[behind]
-            behind -= step
-        slot -= step
-        out = inputs + (net.tap_count - 2 - k) * row
-        copy_row(ring + (slot & layer.mask) * row, out, net.x_vectors)
-    current = inputs + (net.tap_count - 1) * row
-    copy_row(current, ring + (time & layer.mask) * row, net.x_vectors)
+def _interpolated(frames, b, place, first, out, vectors):
+    """Write the gate biases of a sample from `first`, at an address."""
+    hop, gates = frames.weights.shape[1], frames.gates
+    frame, phase = place // hop, place % hop
+    weights = frames.weights
+    simd.blend(
+        gates[b, frame, 0, first:].ctypes.data, 4 * gates.shape[3], out, vectors,
+        weights[0, phase], weights[1, phase], weights[2, phase],
+    )  # fmt: skip
+
+
+@numba.njit
+def _address(array):
+    return np.int64(array.ctypes.data)
+
+
+@numba.njit
+def _quantised(x, out, vectors, steps):
+    """Write a row of inputs for `simd.DOTS`, contiguous; return its address."""
+    simd.quantise(x, out, vectors, VECTOR_BYTES, np.float32(steps))
+    return out
+
+
+@numba.njit
+def _multiply_past(net, layer, matrices, ring, time, lags, now, count, panels, zeros, sums):
+    """Add the products of the past taps of the next `count` samples to their gate biases."""
+    row, panel = net.x_vectors * VECTOR_BYTES, net.x_vectors * TALLEST * VECTOR_BYTES
+    past = net.tap_count - 1
+    if layer.ahead == 1:  # the kernel for one row is faster
+        for k in range(past):
+            x = ring + ((time - (past - k) * layer.dilation) & layer.mask) * row
+            if net.dots:
+                x = _quantised(x, panels, net.x_vectors, SIGNAL_STEPS)
+            multiply_row(matrices[layer.taps + k], x, zeros, sums, sums)
+        return
+    for j in range(count):
+        slot, behind = time + j, now + j
+        for k in range(past - 1, -1, -1):
+            step = layer.dilation
+            if step == 0:
+                step = lags[behind]
+                behind -= step
+            slot -= step
+            x, out = ring + (slot & layer.mask) * row, panels + k * panel + j * VECTOR_BYTES
+            block = TALLEST * VECTOR_BYTES
+            if net.dots:
+                simd.quantise(x, out, net.x_vectors, block, np.float32(SIGNAL_STEPS))
+            else:
+                simd.copy(x, VECTOR_BYTES, out, block, net.x_vectors)
+    lines = in_lines(sums, TALLEST, 2 * row)
+    for k in range(past):
+        x = in_panels(panels + k * panel, TALLEST, net.x_vectors)
+        multiply(net, matrices[layer.taps + k], count, TALLEST, x, zeros, lines, lines)
 
 
 def _run(first, last, plan, layers, matrices, frames, call):
@@ -138,27 +192,23 @@ def _run(first, last, plan, layers, matrices, frames, call):
     mixtures, count, samples = net.mixtures, layers.shape[0], call.codes.shape[1]
     hop, order = frames.weights.shape[1], frames.coefficients.shape[2]
     per_frame = frames.scales.shape[1] // frames.gates.shape[1]
-    row_bytes, half = net.x_vectors * VECTOR_BYTES, net.classes // 2
+    row_bytes, width = net.x_vectors * VECTOR_BYTES, net.x_vectors * LANES
+    half = net.classes // 2
     seen = np.zeros(net.features + LANES, np.float32)
-    inputs = np.zeros(net.tap_count * net.x_vectors * LANES + LANES, np.float32)
-    units = np.zeros(count * net.x_vectors * LANES + LANES, np.float32)
-    rooms = np.zeros((6, net.room), np.float32)
+    panels = np.zeros((net.tap_count - 1) * TALLEST * width, np.float32)
+    sums = np.zeros((count, TALLEST * 2 * width), np.float32)
+    rooms = np.zeros((7, net.room), np.float32)
     raw, row = rooms[4], np.zeros(3 * mixtures, np.float32)
-    bias_gates = np.zeros(frames.gates.shape[3] + LANES, np.float32)
-    h, z, skip, hidden, raw_at, zeros = (
-        rooms[0].ctypes.data,
-        rooms[1].ctypes.data,
-        rooms[2].ctypes.data,
-        rooms[3].ctypes.data,
-        rooms[4].ctypes.data,
-        rooms[5].ctypes.data,
-    )
-    gates_at, units_at, inputs_at = bias_gates.ctypes.data, units.ctypes.data, inputs.ctypes.data
-    current = inputs_at + (net.tap_count - 1) * row_bytes
+    signal, z, unit, hidden, raw_at, zeros, bytes_at = (
+        _address(rooms[0]), _address(rooms[1]), _address(rooms[2]), _address(rooms[3]),
+        _address(rooms[4]), _address(rooms[5]), _address(rooms[6]),
+    )  # fmt: skip
+    skip = signal + row_bytes  # so that one product writes both
+    sums_at, sums_size = _address(sums), 4 * sums.shape[1]
     ring_of_lags = frames.whole_lags.shape[1] - samples
     for b in range(first, last):
         x, e, lags = frames.samples[b], frames.residuals[b], frames.whole_lags[b]
-        pending, gates = frames.pending[b], frames.gates[b]
+        pending = frames.pending[b]
         e[net.history] = np.float32((np.float64(x[net.history]) - pending[0]) / pending[1])
         sub_before = -1
         s, log_s = 1.0, 0.0
@@ -175,35 +225,38 @@ def _run(first, last, plan, layers, matrices, frames, call):
             for k in range(order):
                 p -= np.float64(frames.coefficients[b, sub, k]) * np.float64(x[now - order + k])
             lag = frames.lags[b, place]
-            if not lag >= 1:  # NaN would lead outside of the arrays
+            voicing = np.float64(frames.voicings[b, place])
+            # A lag of NaN would lead outside of the arrays; integers would hide a voicing of NaN.
+            if not lag >= 1 or voicing != voicing:
                 return t
             ceiling = math.ceil(lag)
             fraction = np.float64(np.float32(ceiling) - lag)
-            voicing = np.float64(frames.voicings[b, place])
             _features(seen, x, e, now, now - np.int64(ceiling), fraction, voicing, p, s, log_s,
                       net.recent, net.near)  # fmt: skip
-            w0, w1, w2 = (
-                frames.weights[0, phase],
-                frames.weights[1, phase],
-                frames.weights[2, phase],
-            )
-            for j in range(gates.shape[2]):
-                bias_gates[j] = (
-                    gates[frame, 0, j] * w0 + gates[frame, 1, j] * w1 + gates[frame, 2, j] * w2
-                )
-            multiply_row(matrices[net.input], seen.ctypes.data, net.input_bias, zeros, h)
+            multiply_row(matrices[net.input], seen.ctypes.data, net.input_bias, zeros, signal)
+            _interpolated(frames, b, place, 2 * width * count, skip, net.skip_vectors)
             time = frames.times[b] + t
             for i in range(count):
-                layer = layers[i]
-                copy_row(h, current, net.x_vectors)
-                _gather(net, layer, frames.rings[b, i], time, lags, ring_of_lags + t, inputs_at)
-                gate, unit = gates_at + 2 * i * row_bytes, units_at + i * row_bytes
-                multiply_row(matrices[layer.taps], inputs_at, layer.taps_bias, gate, z)
+                layer, ring, own = layers[i], frames.rings[b, i], sums_at + i * sums_size
+                copy_row(signal, ring + (time & layer.mask) * row_bytes, net.x_vectors)
+                turn = t % layer.ahead
+                if turn == 0:
+                    many = min(layer.ahead, samples - t)
+                    for j in range(many):
+                        _interpolated(frames, b, place + j, 2 * width * i,
+                                      own + j * 2 * row_bytes, 2 * net.x_vectors)  # fmt: skip
+                    _multiply_past(net, layer, matrices, ring, time, lags, ring_of_lags + t, many,
+                                   _address(panels), zeros, own)  # fmt: skip
+                source = signal
+                if net.dots:
+                    source = _quantised(signal, bytes_at, net.x_vectors, SIGNAL_STEPS)
+                own += turn * 2 * row_bytes
+                multiply_row(matrices[layer.taps + net.tap_count - 1], source, zeros, own, z)
                 simd.gate(z, z + row_bytes, unit, net.x_vectors, VECTOR_BYTES)
-                if i < count - 1:
-                    multiply_row(matrices[layer.residual], unit, layer.residual_bias, h, h)
-            gate = gates_at + 2 * count * row_bytes
-            multiply_row(matrices[net.skip], units_at, net.skip_bias, gate, skip)
+                source, out = unit, signal + layer.mix_at
+                if net.dots:
+                    source = _quantised(unit, bytes_at, net.x_vectors, UNIT_STEPS)
+                multiply_row(matrices[layer.mix], source, layer.mix_bias, out, out)
             simd.relu(skip, skip, net.skip_vectors)
             multiply_row(matrices[net.hidden], skip, net.hidden_bias, zeros, hidden)
             simd.relu(hidden, hidden, net.head_vectors)

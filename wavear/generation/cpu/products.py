@@ -23,7 +23,7 @@ from numba.extending import intrinsic
 from wavear.common.compiled import compiled
 from wavear.generation.cpu import simd
 from wavear.generation.cpu.emitter import I64, VECTOR_BYTES
-from wavear.generation.cpu.simd import HEIGHTS, TALLEST
+from wavear.generation.cpu.simd import DOTS_HEIGHTS, HEIGHTS, TALLEST
 
 # Conditioning of a call: none, one vector for all samples, or one for each.
 NO_CONDITION, CONSTANT_CONDITION, CONDITION = range(3)
@@ -94,6 +94,7 @@ def copy_row(source, out, vectors):
     simd.copy(source, VECTOR_BYTES, out, VECTOR_BYTES, vectors)
 
 
+_TALL1 = DOTS_HEIGHTS
 _TALL2 = HEIGHTS[2]
 _TALL4 = HEIGHTS[4]
 
@@ -101,6 +102,10 @@ _TALL4 = HEIGHTS[4]
 @numba.njit
 def _height(rows, vectors):
     """Rows of the tallest tile kernel of that width that `rows` rows fill."""
+    if vectors == 1:
+        for height in _TALL1:
+            if height <= rows:
+                return height
     if vectors == 2:
         for height in _TALL2:
             if height <= rows:

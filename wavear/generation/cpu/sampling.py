@@ -32,14 +32,11 @@ class Call(NamedTuple):
     top_p: float
     """1 where nothing is cut off."""
     heap: Any
-    """float64 (classes,): memory of one thread for a truncated draw, or empty."""
+    """float64 (classes,): memory of one thread for a draw."""
     condition: int
     """Address of float32 (B, n, padded C), or (B, 1, padded C)."""
     mode: int
     """NO_CONDITION, CONSTANT_CONDITION or CONDITION."""
-
-    def truncates(self) -> bool:
-        return not self.scoring and (self.top_k < len(self.heap) or self.top_p < 1.0)
 
 
 _table = types.float64[:, ::1]
@@ -63,7 +60,7 @@ def settle(net, row, call, b, t):
         uniform, temperature = call.uniforms[b, t], call.temperatures[b, t]
         if net.law != distributions.CATEGORICAL:
             code = distributions.draw_value(
-                net.law, net.mixtures, net.classes, row, uniform, temperature
+                net.law, net.mixtures, net.classes, row, uniform, temperature, call.heap
             )
         elif call.top_k < net.classes or call.top_p < 1.0:
             code = _draw_truncated(

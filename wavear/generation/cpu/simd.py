@@ -12,6 +12,11 @@ Weights: `[block of vectors][input][vector][lane]`. In bfloat16 two vectors shar
 32-bit words: the even one in the low half, the odd one in the high half. In int8 each block begins
 with the scales of its outputs, in float32: there the chain of an output runs over integers times
 inputs, from zero, and one more multiply-add scales it and adds its initial value.
+
+Bytes times bytes (`DOTS`): inputs are integers of 16 bits plus 2^15 (`quantise`), of four the upper
+bytes and then the lower ones. A block is `[scales][corrections][four inputs][vector][lane][4]`,
+where a correction is -2^7 times the sum of an output's weights. Sums of integers are exact, so they
+have the same bits in any order and on every machine; one multiply-add scales and adds as above.
 """
 
 # Numba's settings have no types.
@@ -27,6 +32,7 @@ from numba.core import types
 from wavear.generation.cpu.emitter import (
     F32,
     F64,
+    I32,
     I64,
     REGISTERS,
     Emitter,
@@ -36,9 +42,9 @@ from wavear.generation.cpu.emitter import (
 )  # fmt: skip
 
 # How weights are stored, the name of each, and its bytes.
-FLOAT32, BFLOAT16, INT8 = range(3)
+FLOAT32, BFLOAT16, INT8, DOTS = range(4)
 KINDS = {"float32": FLOAT32, "bfloat16": BFLOAT16, "int8": INT8}
-WEIGHT_BYTES = (4, 2, 1)
+WEIGHT_BYTES = (4, 2, 1, 4)  # of an input; in `DOTS` of four
 
 # Blocks of the softmax sums: the same on every machine, so that the sums have the same bits.
 BLOCK = 16
@@ -50,6 +56,8 @@ WIDEST = 12 if REGISTERS == 32 else 8
 HEIGHTS = (
     {2: (12, 8, 6, 4, 3, 2, 1), 4: (3, 2, 1)} if REGISTERS == 32 else {2: (4, 3, 2, 1), 4: (2, 1)}
 )
+# The same for `DOTS`, whose blocks are a vector wide: two accumulators for each output.
+DOTS_HEIGHTS = HEIGHTS[2]
 # Vectors in a block of a matrix for `sparse`.
 SPARSE = (8, 4)
 _UNROLL = 4  # inputs at once; more, and LLVM runs out of registers: half the speed
@@ -77,21 +85,40 @@ def _read_weights(e: Emitter, address, vectors: int, kind: int) -> list:
 class _Chains:
     """The sums of one block of outputs, for some rows; `start(row, vector)` is what each adds to.
 
-    A chain begins with it, or in int8, where a scale comes at the end, with zero.
+    A chain begins with it, or where a scale comes at the end, with zero.
     """
 
     def __init__(self, e: Emitter, rows: int, vectors: int, kind: int, block, start):
         self.e, self.vectors, self.kind, self.block, self.start = e, vectors, kind, block, start
-        self.sums = [
-            [e.variable(e.f32(0.0) if kind == INT8 else start(m, v)) for v in range(vectors)]
-            for m in range(rows)
+        headers = {INT8: 1, DOTS: 2}.get(kind, 0)
+        self.sums: list[list[Any]] = [
+            [e.variable(e.f32(0.0) if headers else start(m, v)) for v in range(vectors)]
+            for m in range(0 if kind == DOTS else rows)
         ]
-        self.first_weight = e.at(block, vectors * e.bytes) if kind == INT8 else block
+        # Of the upper and of the lower bytes.
+        self.halves: list[list[Any]] = [
+            [
+                (e.variable(e.load(e.at(block, vectors + v, e.bytes), e.integers)),
+                 e.variable(e.i32(0)))
+                for v in range(vectors)
+            ]
+            for _ in range(rows if kind == DOTS else 0)
+        ]  # fmt: skip
+        self.first_weight = e.at(block, headers * vectors * e.bytes)
         self.input_bytes = vectors * e.lanes * WEIGHT_BYTES[kind]
 
     def add(self, weights, inputs) -> None:
         """Add one input: the address of its weights, and of its value in each row."""
-        e, w = self.e, _read_weights(self.e, weights, self.vectors, self.kind)
+        e = self.e
+        if self.kind == DOTS:
+            quads = [e.load(e.at(weights, v, e.bytes), e.integers) for v in range(self.vectors)]
+            for address, pairs in zip(inputs, self.halves, strict=True):
+                values = [e.splat(e.load(e.at(address, 4 * half), I32)) for half in range(2)]
+                for quad, pair in zip(quads, pairs, strict=True):
+                    for total, value in zip(pair, values, strict=True):
+                        e.b.store(e.dot(e.b.load(total), value, quad), total)
+            return
+        w = _read_weights(e, weights, self.vectors, self.kind)
         for address, chains in zip(inputs, self.sums, strict=True):
             value = e.splat(e.load(address, F32))
             for weight, chain in zip(w, chains, strict=True):
@@ -101,9 +128,13 @@ class _Chains:
         """Store the results at the addresses `place(row, vector)`."""
         e = self.e
         for v in range(self.vectors):
-            for m, chains in enumerate(self.sums):
-                total = e.b.load(chains[v])
-                if self.kind == INT8:
+            for m, chains in enumerate(self.halves or self.sums):
+                if self.kind == DOTS:
+                    upper, lower = (e.b.load(total) for total in chains[v])
+                    total = e.b.sitofp(e.b.add(e.b.shl(upper, e.i32(8)), lower), e.vector)
+                else:
+                    total = e.b.load(chains[v])
+                if self.kind in (INT8, DOTS):
                     total = e.fma(total, e.load(e.at(self.block, v, e.bytes)), self.start(m, v))
                 e.store(total, place(m, v))
 
@@ -120,24 +151,25 @@ def _tile(rows: int, vectors: int, kind: int):
             return b.fadd(e.load(address), e.load(e.at(bias, v, e.bytes)))
 
         chains = _Chains(e, rows, vectors, kind, weights, start)
-        pointer = e.variable(chains.first_weight)
+        pointer, each = e.variable(chains.first_weight), 8 if kind == DOTS else 4
 
         def several(source, count):
             def body(i):
-                address, inputs_from = b.load(pointer), e.at(source, i, 4 * count)
+                address, inputs_from = b.load(pointer), e.at(source, i, each * count)
                 for k in range(count):
-                    places = [e.at(inputs_from, 4 * (k + m * e.lanes)) for m in range(rows)]
+                    places = [e.at(inputs_from, each * k + m * e.bytes) for m in range(rows)]
                     chains.add(e.at(address, k, chains.input_bytes), places)
                 b.store(e.at(address, count, chains.input_bytes), pointer)
 
             return body
 
-        blocks = b.udiv(inputs, e.i64(e.lanes))
+        block, unroll = e.bytes // each, min(_UNROLL, e.bytes // each)
+        blocks = b.udiv(inputs, e.i64(block))
         e.loop(
             blocks,
-            lambda i: e.loop(e.lanes // _UNROLL, several(e.at(x, i, x_block), _UNROLL)),
+            lambda i: e.loop(block // unroll, several(e.at(x, i, x_block), unroll)),
         )
-        left = b.sub(inputs, b.mul(blocks, e.i64(e.lanes)))
+        left = b.sub(inputs, b.mul(blocks, e.i64(block)))
         e.loop(left, several(e.at(x, blocks, x_block), 1))
         chains.write(lambda m, v: e.at(e.at(out, out_row, m), out_vector, v))
 
@@ -156,19 +188,20 @@ def _row(vectors: int, kind: int):
             return e.b.fadd(e.load(e.at(init, v, e.bytes)), e.load(e.at(bias, v, e.bytes)))
 
         chains = _Chains(e, 1, vectors, kind, weights, start)
+        each = 8 if kind == DOTS else 4
 
         def several(row, source, count):
             def body(i):
                 address = e.at(row, i, count * chains.input_bytes)
-                inputs_from = e.at(source, i, 4 * count)
+                inputs_from = e.at(source, i, each * count)
                 for k in range(count):
-                    chains.add(e.at(address, k, chains.input_bytes), [e.at(inputs_from, 4 * k)])
+                    chains.add(e.at(address, k, chains.input_bytes), [e.at(inputs_from, each * k)])
 
             return body
 
         e.loop(e.b.udiv(inputs, e.i64(_UNROLL)), several(chains.first_weight, x, _UNROLL))
         done = e.b.and_(inputs, e.i64(-_UNROLL))
-        tail = several(e.at(chains.first_weight, done, chains.input_bytes), e.at(x, done, 4), 1)
+        tail = several(e.at(chains.first_weight, done, chains.input_bytes), e.at(x, done, each), 1)
         e.loop(e.b.sub(inputs, done), tail)
         chains.write(lambda _, v: e.at(out, v, e.bytes))
 
@@ -237,6 +270,9 @@ def _tiles(e: Emitter, key, *arguments):
         for rows in heights
         for name, kind in KINDS.items()
     }
+    emits |= {
+        rows + 16 + 256 * DOTS: (f"tile_{rows}_dots", _tile(rows, 1, DOTS)) for rows in DOTS_HEIGHTS
+    }
     _call_variant(e, key, _variants(e, emits, 11), arguments)
 
 
@@ -245,7 +281,7 @@ def _row_address(e: Emitter, vectors, kind):
     emits = {
         width + 256 * stored: (f"row_{width}_{name}", _row(width, stored))
         for width in range(1, WIDEST + 1)
-        for name, stored in KINDS.items()
+        for name, stored in (KINDS | {"dots": DOTS}).items()
         if stored != BFLOAT16 or width % 2 == 0
     }
     result = e.variable(e.i64(0))
@@ -316,6 +352,29 @@ def _cell(e: Emitter, z, gap, h, vectors, h_vector):
     e.loop(vectors, body)
 
 
+def _quantise(e: Emitter, x, out, vectors, out_block, scale):
+    """Write x * scale as `DOTS` inputs: rounded to even, clipped to 2^15 - 1; NaN becomes anything.
+
+    Two vectors fill a vector of bytes; the vectors of bytes are `out_block` apart.
+    """
+    b, factor = e.b, e.splat(scale)
+    pairs = ir.VectorType(ir.IntType(8), 2 * e.lanes)
+    order = [8 * (k // 8) + (1 + 2 * (k % 8) if k % 8 < 4 else 2 * (k % 8) - 8)
+             for k in range(2 * e.lanes)]  # fmt: skip
+
+    def body(i):
+        value = e.clamp(b.fmul(e.load(e.at(x, i, e.bytes)), factor), -32767.0, 32767.0)
+        # Adding 1.5 * 2^23 rounds to the nearest integer and leaves it in the low bits.
+        bits = b.bitcast(b.fadd(value, e.f32(12582912.0)), e.integers)
+        shorts = b.trunc(b.add(bits, e.i32(32768)), ir.VectorType(ir.IntType(16), e.lanes))
+        packed = b.bitcast(shorts, pairs)
+        index = ir.Constant(ir.VectorType(I32, len(order)), order)
+        place = e.at(e.at(out, b.lshr(i, e.i64(1)), out_block), b.and_(i, e.i64(1)), 2 * e.lanes)
+        e.store(b.shuffle_vector(packed, packed, index), place)
+
+    e.loop(vectors, body)
+
+
 def _copy(e: Emitter, source, source_vector, out, out_vector, vectors):
     e.loop(vectors, lambda i: e.store(e.load(e.at(source, i, source_vector)),
                                       e.at(out, i, out_vector)))  # fmt: skip
@@ -331,6 +390,18 @@ def _pointwise(function):
         )
 
     return emit
+
+
+def _blend(e: Emitter, rows, gap, out, vectors, first, second, third):
+    """out = first * rows[0] + second * rows[1] + third * rows[2], the rows `gap` bytes apart."""
+    weights = [e.splat(weight) for weight in (first, second, third)]
+
+    def body(i):
+        place = e.at(rows, i, e.bytes)
+        parts = [e.b.fmul(e.load(e.at(place, gap, k)), w) for k, w in enumerate(weights)]
+        e.store(e.b.fadd(e.b.fadd(parts[0], parts[1]), parts[2]), e.at(out, i, e.bytes))
+
+    e.loop(vectors, body)
 
 
 def _add_scaled(e: Emitter, x, y, vectors, factor):
@@ -357,14 +428,11 @@ def _add(e: Emitter, x, y, vectors):
 entries = kernel("entries", 5, _entries, result=types.int64)
 gate = kernel("gate", 5, _gate)
 cell = kernel("cell", 5, _cell)
+quantise = kernel("quantise", 4, _quantise, floats=1)
 copy = kernel("copy", 5, _copy)
 add = kernel("add", 3, _add)
+blend = kernel("blend", 4, _blend, floats=3)
 add_scaled = kernel("add_scaled", 3, _add_scaled, floats=1)
-exp = kernel("exp", 3, _pointwise(Emitter.exp))
-tanh = kernel("tanh", 3, _pointwise(lambda e, x: e.b.fdiv(*e.tanh_ratio(x))))
-sigmoid = kernel(
-    "sigmoid", 3, _pointwise(lambda e, x: e.b.fdiv(e.f32(1.0), e.sigmoid_denominator(x)))
-)
 relu = kernel("relu", 3, _pointwise(Emitter.relu))
 
 
