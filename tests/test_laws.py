@@ -274,10 +274,12 @@ def test_compiled_distributions_draw_and_score_alike(make, classes, log_scale):
     # In the last 2**-30 of a mixture's component the value depends on the last bits of the sum
     # of the weights, so the draws stop there.
     draws = np.concatenate([[0.0, 2.0**-53, 1 - 2.0**-30], uniforms(5, 0, 500)])
+    memory = np.empty(numbers[1])
     for temperature in (1.0, 0.7):
         theirs = law.sample(given.expand(503, -1), torch.from_numpy(draws), temperature).tolist()
         assert [
-            distributions.draw_value(*numbers, row.ctypes.data, u, temperature) for u in draws
+            distributions.draw_value(*numbers, row.ctypes.data, u, temperature, memory)
+            for u in draws
         ] == theirs
 
 
@@ -286,7 +288,8 @@ def test_compiled_draws_detect_non_finite_parameters():
         row = np.zeros(law.channels, np.float32)
         row[-1] = np.nan
         numbers = distributions.numbers(law)
-        assert distributions.draw_value(*numbers, row.ctypes.data, 0.5, 1.0) == -1
+        memory = np.empty(numbers[1])
+        assert distributions.draw_value(*numbers, row.ctypes.data, 0.5, 1.0, memory) == -1
 
 
 def test_the_normal_quantile_equals_scipys():
