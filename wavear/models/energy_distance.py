@@ -89,8 +89,8 @@ def free_run_losses(
     """Yield the mean energy distance over crops of one stretch after the other.
 
     The first follows the recording, each other one the generated stretch before it, whose gradient
-    has then been taken: so each needs the memory of one stretch. The mean of all of them is the
-    loss of the batch. Crops that end before their window are left out.
+    has then been taken: so each needs the memory of one stretch. Their sum, each
+    weighted by its length, is the loss of the batch. Crops that end before their window are left out.
     """
     with torch.no_grad():
         codes, cond, mask = inputs(model, batch, layout)
@@ -109,4 +109,4 @@ def free_run_losses(
         first, second = joined.chunk(2)
         distance = energy_distance(recorded[:, start - longest : stop], first, second, rate)
         yield (distance * whole).mean() * (stop - start) / layout.segment
-        past, heard = after.detach(), joined.detach()[:, -longest:]
+        past, heard = after, joined.detach()[:, -longest:]

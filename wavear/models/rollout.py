@@ -51,10 +51,6 @@ class Past:
         queues = [change(queue) for queue in self.queues]
         return Past(change(self.samples), change(self.residuals), change(self.lags), queues)
 
-    def detach(self) -> Past:
-        """Return the past without its gradients."""
-        return self.map(Tensor.detach)
-
     def twice(self) -> Past:
         """Return two copies of the streams, one after the other: (2 B, ...)."""
         return self.map(lambda x: torch.cat([x, x]))

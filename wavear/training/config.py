@@ -71,8 +71,10 @@ def family_defaults() -> dict[str, str]:
 
     Examples
     --------
-    >>> family_defaults()["batch_size"], family_defaults()["segment"]
-    ('2; predictive: 3', '8192; predictive: 32 frames')
+    >>> family_defaults()["batch_size"]
+    '2; predictive: 3; with --free-run: 32'
+    >>> family_defaults()["segment"]
+    '8192; predictive: 32 frames; with --free-run: 4 frames'
     """
 
     def text(values: TrainingDefaults, name: str) -> str:
@@ -82,6 +84,7 @@ def family_defaults() -> dict[str, str]:
         return value if isinstance(value, str) else f"{value:g}"
 
     families = {"": TrainingDefaults()} | {f"{f}: ": v for f, v in TRAINING_DEFAULTS.items()}
+    families["with --free-run: "] = FREE_RUN_DEFAULTS
     names = [f.name for f in dataclasses.fields(TrainingDefaults) if f.name != "segment_frames"]
     return {name: "; ".join(f + text(v, name) for f, v in families.items()) for name in names}
 
