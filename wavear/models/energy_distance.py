@@ -89,8 +89,8 @@ def free_run_losses(
     """Yield the mean energy distance over crops of one stretch after the other.
 
     The first follows the recording, each other one the generated stretch before it, whose gradient
-    has then been taken: so each needs the memory of one stretch. Their sum, each
-    weighted by its length, is the loss of the batch. Crops that end before their window are left out.
+    has then been taken: so each needs the memory of one stretch. Their sum, each weighted by its
+    length, is the loss of the batch. Crops that end before their window are left out.
     """
     with torch.no_grad():
         codes, cond, mask = inputs(model, batch, layout)
