@@ -195,10 +195,10 @@ def test_a_run_by_the_free_run_resumes_exactly_and_differs_from_one_without(tone
         "accumulate": 2, "max_steps": 4, "validate_every": 1000, "sample_seconds": 0.0,
         "progress": False, "device": "cpu", "precision": "32", "workers": 0,
     }  # fmt: skip
-    train(TrainConfig(out=tmp_path / "straight", free_run=True, **settings))
+    train(TrainConfig(out=tmp_path / "straight", free_run=1.0, **settings))
     with interrupt_at_step(2):
-        train(TrainConfig(out=tmp_path / "parts", free_run=True, **settings))
-    train(TrainConfig(out=tmp_path / "parts", free_run=True, resume=True, **settings))
+        train(TrainConfig(out=tmp_path / "parts", free_run=1.0, **settings))
+    train(TrainConfig(out=tmp_path / "parts", free_run=1.0, resume=True, **settings))
     assert_same_run(tmp_path / "straight", tmp_path / "parts")
     same = {"optimizer": "adamw", "learning_rate": 3e-4, "hold": 0.4, "ema_decay": 0.99}
     train(TrainConfig(out=tmp_path / "plain", **same, **settings))
@@ -208,4 +208,4 @@ def test_a_run_by_the_free_run_resumes_exactly_and_differs_from_one_without(tone
 
 def test_other_families_refuse_the_free_run(tones, tmp_path):
     with pytest.raises(ValueError, match="the family gru has no training by the free run"):
-        config_of(tones, tmp_path / "run", family="gru", free_run=True)
+        config_of(tones, tmp_path / "run", family="gru", free_run=1.0)

@@ -16,7 +16,12 @@ from wavear.common.atomic import say
 from wavear.common.errors import WavearError
 from wavear.common.words import counted
 from wavear.training.combinations import refuse_unused
-from wavear.training.config import TrainConfig, family_defaults
+from wavear.training.config import (
+    FREE_RUN_LEAST_MINUTES,
+    FREE_RUN_SHARE,
+    TrainConfig,
+    family_defaults,
+)
 
 _NAMES = {f.name: "--" + f.name.replace("_", "-") for f in dataclasses.fields(TrainConfig)}
 _NAMES["from_checkpoint"] = "--from"
@@ -45,9 +50,13 @@ class _Values(TrainConfig):
 _Values.__annotations__["from_checkpoint"] = Annotated[
     str | None, arg(name="from", metavar="CHECKPOINT")
 ]
-# The default of a field that is None depends on the family: show that instead.
+# The default of a field that is None depends on others: show that instead.
 _types = get_type_hints(TrainConfig)
-for _name, _text in family_defaults().items():
+_share = (
+    f"{FREE_RUN_SHARE} of --max-minutes from {FREE_RUN_LEAST_MINUTES:g} on; 0 below, without, and"
+    " on several processes"
+)
+for _name, _text in (family_defaults() | {"free_run": _share}).items():
     _Values.__annotations__[_name] = Annotated[
         _types[_name], arg(help_behavior_hint=f"(default: {_text})")
     ]

@@ -65,6 +65,11 @@ FREE_RUN_DEFAULTS = dataclasses.replace(
 )
 """For a training by the free run."""
 
+FREE_RUN_SHARE = 0.6
+"""The part of `max_minutes` for the free run, on one process..."""
+FREE_RUN_LEAST_MINUTES = 10.0
+"""... of a run of at least so many: a shorter one gains more by more steps of the likelihood."""
+
 
 def family_defaults() -> dict[str, str]:
     """Return the text of each field's defaults, for the help.
@@ -72,9 +77,9 @@ def family_defaults() -> dict[str, str]:
     Examples
     --------
     >>> family_defaults()["batch_size"]
-    '2; predictive: 3; with --free-run: 32'
+    '2; predictive: 3; with --free-run 1: 32'
     >>> family_defaults()["segment"]
-    '8192; predictive: 32 frames; with --free-run: 4 frames'
+    '8192; predictive: 32 frames; with --free-run 1: 4 frames'
     """
 
     def text(values: TrainingDefaults, name: str) -> str:
@@ -84,7 +89,7 @@ def family_defaults() -> dict[str, str]:
         return value if isinstance(value, str) else f"{value:g}"
 
     families = {"": TrainingDefaults()} | {f"{f}: ": v for f, v in TRAINING_DEFAULTS.items()}
-    families["with --free-run: "] = FREE_RUN_DEFAULTS
+    families["with --free-run 1: "] = FREE_RUN_DEFAULTS
     names = [f.name for f in dataclasses.fields(TrainingDefaults) if f.name != "segment_frames"]
     return {name: "; ".join(f + text(v, name) for f, v in families.items()) for name in names}
 
@@ -211,9 +216,10 @@ class OptimizerSettings:
     """Noise on the past in training (targets stay clean), so that the model bears its own errors.
     wavenet, gru, transformer: standard deviation in codes (such as 2). predictive:
     largest standard deviation, in units of the residual's scale."""
-    free_run: bool = False
-    """predictive: train by the free run too, to improve a trained model (--from): stretches that
-    the model generates from its own past get the recordings' spectra (docs/training.md)."""
+    free_run: float | None = None
+    """predictive: share of the run, at its end, that trains by the free run too: stretches that the
+    model generates from its own past get the recordings' spectra (docs/training.md). The settings
+    below are those of the part before."""
     segment: int | None = None
     """Samples of loss per crop, rounded up to mel frames; the receptive field is added to it."""
     batch_size: int | None = None
@@ -391,6 +397,7 @@ class TrainConfig(
             (_AT_LEAST_0, lambda v: 0 <= v < math.inf, "0 or more"),
             (_ABOVE_0, lambda v: 0 < v < math.inf, "more than 0"),
             (_SHARES, lambda v: 0 <= v < 1, "0 to less than 1"),
+            ("free_run", lambda v: 0 <= v <= 1, "0 to 1"),
             ("validation_fraction", lambda v: 0 < v < 1, "between 0 and 1"),
         ):
             for name in names.split():
@@ -400,7 +407,7 @@ class TrainConfig(
     @property
     def defaults(self) -> TrainingDefaults:
         """Return the family's values for fields that are None."""
-        if self.free_run:
+        if self.free_run == 1:
             return FREE_RUN_DEFAULTS
         return TRAINING_DEFAULTS.get(str(self.family), TrainingDefaults())
 

@@ -48,8 +48,12 @@ def fit(
     speakers: list[str],
     model: AutoregressiveModel,
     record: dict[str, Any],
+    whole: Path | None = None,
 ) -> TrainResult:
-    """Train `model` from its initial weights; `record` is the contents of train.json so far."""
+    """Train `model` from its initial weights; `record` is the contents of train.json so far.
+
+    The first part of the run `whole` is not scored at its end.
+    """
     processes, kind = Processes.here(), _device_kind(config.device)
     segments = _segments(config, corpus, speakers, model, processes)
     if config.activation_checkpointing:
@@ -81,7 +85,7 @@ def fit(
     )
     logger.info(f"{described(model, config)}; {'bf16' if bf16 else 'float32'} ({why})")
     if trainer.is_global_zero:
-        make_directory(config)
+        make_directory(config, whole)
         write_record(config, record)
         log_settings(trainer, config)
     try:
@@ -96,7 +100,7 @@ def fit(
         finish(trainer)
     if run.interrupted:  # perhaps during the last validation
         run.stopped_by = "interrupt"
-    return _finish(config, corpus, trainer, run)
+    return _finish(config, corpus, trainer, run, whole)
 
 
 def _segments(
@@ -263,8 +267,10 @@ def _begin_worker(worker: int) -> None:
     threading.Thread(target=end_with_parent, daemon=True).start()
 
 
-def _finish(config: TrainConfig, corpus: Corpus, trainer: L.Trainer, run: Run) -> TrainResult:
-    """Score all held-out recordings, and write and return the result."""
+def _finish(
+    config: TrainConfig, corpus: Corpus, trainer: L.Trainer, run: Run, whole: Path | None
+) -> TrainResult:
+    """Score all held-out recordings, unless more parts follow; write and return the result."""
     out, history = Path(config.out), run.record["history"]
     stopped_by = run.stopped_by or "steps"
     held_out: dict[str, float] = {}
@@ -273,8 +279,8 @@ def _finish(config: TrainConfig, corpus: Corpus, trainer: L.Trainer, run: Run) -
     if trainer.is_global_zero and (picture := curves(best_path)) is not None:
         replace_file(out / "loss.png", lambda path: path.write_bytes(picture))
     if stopped_by == "interrupt":
-        logger.info(f"saved; to resume: the same command with --resume ({out})")
-    elif trainer.is_global_zero:
+        logger.info(f"saved; to resume: the same command with --resume ({whole or out})")
+    elif trainer.is_global_zero and whole is None:
         best = load(best_path, device=trainer.strategy.root_device)
         held_out, skipped = final_scores(config, corpus, best, run.speakers)
         for name, why in skipped.items():

@@ -31,6 +31,7 @@ from wavear.mel.spectrogram import MelConfig
 from wavear.models.checkpoint import LATER
 from wavear.models.families import FAMILIES
 from wavear.training.config import OutputSettings, TrainConfig, TrainResult
+from wavear.training.parts import train_in_parts
 from wavear.training.processes import Processes
 from wavear.training.run_directory import RECORD, open_directory
 from wavear.training.speakers import bound, named_speakers, start_state
@@ -46,9 +47,10 @@ _FREE |= {field.name for field in dataclasses.fields(OutputSettings)}
 def train(config: TrainConfig) -> TrainResult:
     """Train a model on recordings, or resume a training.
 
-    Ctrl-C (or SIGTERM) ends the run after the current step, with everything saved; `resume`
-    continues it. Under torchrun or srun each process trains on its share of every batch. With
-    `config.progress` the run reports through `logging`, as "wavear.training".
+    With `free_run` between 0 and 1 a run has two parts; the first is in `out`/likelihood. Ctrl-C
+    (or SIGTERM) ends the run after the current step, with everything saved; `resume` continues it.
+    Under torchrun or srun each process trains on its share of every batch. With `config.progress`
+    the run reports through `logging`, as "wavear.training".
 
     Parameters
     ----------
@@ -68,22 +70,18 @@ def train(config: TrainConfig) -> TrainResult:
         If no file can be used, `resume` meets a run of another model, or another process trains in
         the same directory.
     """
-    config = config.resolved()
-    if Processes.here().rank > 0:
-        return _train(config)
-    with claimed([config.out], config.out):
-        return _train(config)
+    with _reporting(config.progress and Processes.here().rank == 0):
+        if Processes.here().rank > 0:
+            return train_in_parts(config, _train)
+        with claimed([config.out], config.out):
+            return train_in_parts(config, _train)
 
 
-def _train(config: TrainConfig) -> TrainResult:
-    if config.family == "linear":
-        from wavear.training.linear_run import fit
-    else:
-        from wavear.training.loop import fit
+def _train(config: TrainConfig, whole: Path | None) -> TrainResult:
     writes = Processes.here().rank == 0
     visible = config.progress and writes
     record = open_directory(config, writes)
-    with _reporting(visible), torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]):
         corpus = _open(config, visible)
         speakers = bound(record, _speakers(config, corpus), config)
         _report_changes(record, config, corpus)
@@ -108,7 +106,13 @@ def _train(config: TrainConfig) -> TrainResult:
                 "gains": _gains(corpus.validation) | _gains(corpus.train) if by_speaker else {},
             },
         }
-        return fit(config, corpus, speakers, model, record)
+        if config.family == "linear":
+            from wavear.training import linear_run
+
+            return linear_run.fit(config, corpus, speakers, model, record)
+        from wavear.training.loop import fit
+
+        return fit(config, corpus, speakers, model, record, whole)
 
 
 def _open(config: TrainConfig, visible: bool) -> Corpus:

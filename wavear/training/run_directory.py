@@ -13,6 +13,10 @@ from wavear.common.untrusted import parse_json
 from wavear.training.config import TrainConfig
 
 RECORD = "train.json"
+FIRST_PART = "likelihood"
+"""Folder, in that of the run, of the part before the free run."""
+_FOLDERS = ("best", "last", "states", "tensorboard", "wandb", "samples", FIRST_PART)
+_FILES = ("resume.safetensors", "metrics.csv", "validation.csv", "loss.png", RECORD)
 
 
 def open_directory(config: TrainConfig, writes: bool) -> dict[str, Any]:
@@ -32,31 +36,39 @@ def open_directory(config: TrainConfig, writes: bool) -> dict[str, Any]:
             raise WavearError(f"{record} is damaged, it is not JSON: {error}") from None
     if writes:
         # A run that is killed before its first file leaves temporary files and claims only.
-        names = [path.name for path in out.iterdir()] if out.is_dir() else []
+        names = {path.name for path in out.iterdir()} if out.is_dir() else set()
+        if config.from_checkpoint == str(out / FIRST_PART / "best"):
+            names.discard(FIRST_PART)
         filled = not all(name.startswith(".wavear-") for name in names)
         if filled and not config.overwrite:
             raise FileExistsError(
                 f"{out} is not empty: choose another directory, or give --resume or --overwrite"
             )
-        if filled and not record.is_file():
+        if filled and not (record.is_file() or (out / FIRST_PART / RECORD).is_file()):
             raise FileExistsError(f"{out} is not a run (no train.json): choose another directory")
         check_writable(out)
     return {"history": []}
 
 
-def make_directory(config: TrainConfig) -> None:
-    """Make `out`, empty unless the run is resumed."""
+def make_directory(config: TrainConfig, whole: Path | None = None) -> None:
+    """Make `out`, empty unless the run is resumed; so too the run `whole` that it is a part of."""
     out = Path(config.out)
     if config.resume:
         return
-    if out.is_dir():
-        for name in ("best", "last", "states", "tensorboard", "wandb", "samples"):
-            shutil.rmtree(out / name, ignore_errors=True)
-        # The record is the last: without it the rest would not be a run.
-        files = ("resume.safetensors", "metrics.csv", "validation.csv", "loss.png", RECORD)
-        for path in (*out.glob("bad-step-*.safetensors"), *(out / name for name in files)):
-            path.unlink(missing_ok=True)
+    for folder in (out, whole) if whole else (out,):
+        if folder.is_dir():
+            _empty(folder, keep=config.from_checkpoint)
     out.mkdir(parents=True, exist_ok=True)
+
+
+def _empty(run: Path, keep: str | None) -> None:
+    """Remove what a run wrote, except the first part with the checkpoint `keep`."""
+    for name in _FOLDERS:
+        if keep != str(run / name / "best"):
+            shutil.rmtree(run / name, ignore_errors=True)
+    # The record is the last: without it the rest would not be a run.
+    for path in (*run.glob("bad-step-*.safetensors"), *(run / name for name in _FILES)):
+        path.unlink(missing_ok=True)
 
 
 def write_record(config: TrainConfig, record: dict[str, Any]) -> None:
