@@ -38,6 +38,7 @@ from wavear.evaluation.pictures import mel_pixels
 from wavear.evaluation.statistics import Interval, bootstrap
 from wavear.models.checkpoint import read_config
 from wavear.models.distributions import converts
+from wavear.training.run_directory import FIRST_PART
 
 COLUMNS = {  # those of NEAR are differences from the recording
     "pesq": "PESQ",
@@ -147,6 +148,10 @@ def row(checkpoint: Path, columns: dict[str, Interval], speed: float) -> str:
     if record is not None:
         history = json.loads(record.read_text(encoding="utf-8")).get("history", [])
     seconds = next((entry["seconds"] for entry in history if entry["step"] == step), None)
+    first = None if record is None else record.parent / FIRST_PART / record.name
+    if seconds is not None and first is not None and first.is_file():
+        before = json.loads(first.read_text(encoding="utf-8"))
+        seconds, step = seconds + before["seconds"], step + before["steps"]
     cells = [run_name(checkpoint)]
     cells += ["" if seconds is None else f"{seconds / 60:.1f}", "" if step is None else f"{step:,}"]
     cells += [shown(name, columns[name]) if name in columns else "" for name in ("bits", *COLUMNS)]

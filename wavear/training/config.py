@@ -66,9 +66,9 @@ FREE_RUN_DEFAULTS = dataclasses.replace(
 """For a training by the free run."""
 
 FREE_RUN_SHARE = 0.6
-"""The part of `max_minutes` for the free run, on one process..."""
+"""The part of `max_minutes` for the free run, on one process."""
 FREE_RUN_LEAST_MINUTES = 10.0
-"""... of a run of at least so many: a shorter one gains more by more steps of the likelihood."""
+"""Runs of less `max_minutes` have no such part: its steps take seconds, so few would be left."""
 
 
 def family_defaults() -> dict[str, str]:
