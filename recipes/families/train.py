@@ -108,11 +108,9 @@ def train_one(name: Name, config: Families, say) -> Path:
         return out / "best"
     say(f"{name}:")
     values = MODELS[name]
-    own = (
-        {}
-        if values["family"] == "linear"
-        else {"precision": config.precision, "max_minutes": config.minutes}
-    )
+    own = {}
+    if values["family"] != "linear":  # all by the likelihood, which they are compared by
+        own = {"precision": config.precision, "max_minutes": config.minutes, "free_run": 0.0}
     result = train(
         TrainConfig(
             data=config.data,
