@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from small_training import assert_same_run, interrupt_at_step, record_of
@@ -13,9 +13,12 @@ from test_predictive import make, small
 
 import wavear
 from wavear import TrainConfig, train
-from wavear.training import parts
+from wavear.training import callbacks, parts
 from wavear.training.config import FREE_RUN_DEFAULTS, FREE_RUN_SHARE
+from wavear.training.free_run import FreeRun
 from wavear.training.processes import Processes
+
+CLIP = np.zeros(800, np.float32)
 
 
 @pytest.fixture
@@ -40,7 +43,6 @@ def fitted(monkeypatch) -> list[TrainConfig]:
         return wavear.TrainResult(3, 2, 2, {}, 1, 1, "time", best, best)  # pyright: ignore
 
     monkeypatch.setattr("wavear.training.run._train", fit)
-    monkeypatch.setattr(parts, "_keep_better", lambda _: None)
     return seen
 
 
@@ -112,17 +114,18 @@ def test_a_part_without_steps_is_refused(settings, fitted):
         _trained(fitted, settings | {"free_run": 0.1})
 
 
-def test_best_is_of_the_part_whose_free_run_is_better(tmp_path):
-    models = [make(small(8000, 64), torch.float32, seed) for seed in (0, 1)]
-    for model, out in zip(models, (tmp_path / "likelihood", tmp_path), strict=True):
-        model.save(out / "best")
-    for first, chosen in ((0.5, 1), (0.3, 0)):
-        for score, out in ((first, tmp_path / "likelihood"), (0.4, tmp_path)):
-            history = [{"bits": 3}, {"bits": 2, "free_run": {"score": score}}]
-            (out / "train.json").write_text(json.dumps({"history": history}))
-        parts._keep_better(tmp_path)
-        best = wavear.load(tmp_path / "best")
-        assert torch.equal(best.hidden.weight, models[chosen].hidden.weight)
+@pytest.mark.parametrize("last", [0.4, 0.6])
+def test_best_is_of_the_part_whose_free_run_is_better(settings, tmp_path, monkeypatch, last):
+    scores = iter((0.5, 0.5, last))  # at the end of the first part, and both ends of the second
+    monkeypatch.setattr(
+        callbacks, "free_run", lambda *_: FreeRun({"score": next(scores)}, [(CLIP, CLIP)], {})
+    )
+    train(TrainConfig(out=tmp_path / "run", **settings | {"sample_seconds": 0.1}))
+    parts = (tmp_path / "run" / "likelihood" / "best", tmp_path / "run" / "last")
+    best, first, second = map(wavear.load, (tmp_path / "run" / "best", *parts))
+    better = second if last < 0.5 else first
+    assert torch.equal(best.hidden.weight, better.hidden.weight)
+    assert not torch.equal(first.hidden.weight, second.hidden.weight)
 
 
 def _trained(fitted: list[TrainConfig], settings: dict[str, Any]) -> list[TrainConfig]:

@@ -29,7 +29,7 @@ from wavear.training.free_run import FreeRun, free_run
 from wavear.training.log import Log
 from wavear.training.module import TrainingModule
 from wavear.training.processes import Processes
-from wavear.training.run_directory import write_record
+from wavear.training.run_directory import is_second_part, write_record
 from wavear.training.state import fall_back, prune_states, state_path
 from wavear.training.validation import HeldOut, interleave_speakers, score_held_out
 
@@ -301,7 +301,8 @@ class Run(L.Callback):
         free, seconds = None, self.config.sample_seconds
         # Non-finite weights are for the next step to find, which falls back to earlier ones.
         finite = not non_finite(module.average.state_dict())
-        if trainer.is_global_zero and step > 0 and seconds > 0 and finite:
+        trained = step > 0 or is_second_part(self.config)
+        if trainer.is_global_zero and trained and seconds > 0 and finite:
             model = copy.deepcopy(module.average).cpu()
             try:
                 free = free_run(model, self.validation, seconds, self.speakers)
@@ -327,16 +328,15 @@ class Run(L.Callback):
     def _is_best(self, entry: dict[str, Any]) -> bool:
         """Compare with the curve so far: by the free run, or by bits where there are none.
 
-        The untrained model is never the best: who stops in the first minutes gets no `best/`.
+        The untrained model is never the best: who stops in the first minutes gets no `best/`. The
+        best of the first part is, until the second has a better one.
         """
-        earlier = [e for e in self.comparable() if e["step"] > 0]
+        earlier = self.comparable()
         scores = [e["free_run"]["score"] for e in earlier if "free_run" in e]
-        if entry["step"] == 0:
-            return False
         if "free_run" in entry:
             return entry["free_run"]["score"] < min(filter(math.isfinite, scores), default=math.inf)
-        bits = filter(math.isfinite, (e["bits"] for e in earlier))
-        return not scores and entry["bits"] < min(bits, default=math.inf)
+        bits = filter(math.isfinite, (e["bits"] for e in earlier if e["step"] > 0))
+        return entry["step"] > 0 and not scores and entry["bits"] < min(bits, default=math.inf)
 
     def comparable(self) -> list[dict[str, Any]]:
         """Return the points of the curve that are of the current held-out recordings."""

@@ -34,7 +34,12 @@ _THREADS = 2  # that read and encode ahead of the sums
 
 
 def fit(
-    config: TrainConfig, corpus: Corpus, speakers: Sequence[str], model: Any, record: dict[str, Any]
+    config: TrainConfig,
+    corpus: Corpus,
+    speakers: Sequence[str],
+    model: Any,
+    record: dict[str, Any],
+    whole: Path | None = None,
 ) -> TrainResult:
     """Fit a `Linear` with the configuration of `model`; the signature is that of `loop.fit`."""
     if Processes.here().world > 1:

@@ -8,9 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from wavear.common.errors import WavearError
-from wavear.common.log import get_logger
-from wavear.common.untrusted import parse_json
-from wavear.models.checkpoint import load, read_config
 from wavear.training.config import (
     FREE_RUN_LEAST_MINUTES,
     FREE_RUN_SHARE,
@@ -20,8 +17,6 @@ from wavear.training.config import (
 )
 from wavear.training.processes import Processes
 from wavear.training.run_directory import FIRST_PART, RECORD, open_directory
-
-logger = get_logger(__name__)
 
 
 def train_in_parts(
@@ -52,7 +47,6 @@ def train_in_parts(
         if before.stopped_by == "interrupt":
             return before
     result = fit(_second(config, second, began), None)
-    _keep_better(out)
     if before is None:
         return result
     return dataclasses.replace(
@@ -96,7 +90,6 @@ def _first(config: TrainConfig, length: dict[str, Any]) -> TrainConfig:
     out = Path(config.out)
     if not (config.resume and (out / FIRST_PART / RECORD).is_file()):
         open_directory(config, writes=True)
-    logger.info("first part: by the likelihood")
     own = {"out": str(out / FIRST_PART), "free_run": 0.0}
     return dataclasses.replace(config, **own | length).resolved()
 
@@ -105,7 +98,6 @@ def _second(config: TrainConfig, length: dict[str, Any], resume: bool) -> TrainC
     """Return the settings of the second part: those of the optimizer step are its defaults."""
     own = {field.name: None for field in dataclasses.fields(TrainingDefaults)}
     del own["segment_frames"]
-    logger.info("second part: by the likelihood and the free run")
     return dataclasses.replace(
         config,
         **own | length | {"input_noise": config.input_noise},
@@ -115,19 +107,3 @@ def _second(config: TrainConfig, length: dict[str, Any], resume: bool) -> TrainC
         resume=resume,
         overwrite=False,
     ).resolved()
-
-
-def _keep_better(out: Path) -> None:
-    """Make the best of the first part that of the run, if its free run was better."""
-    scores = []
-    for run in (out / FIRST_PART, out):
-        history = parse_json((run / RECORD).read_bytes())["history"]
-        found = [entry["free_run"]["score"] for entry in history if "free_run" in entry]
-        scores.append(min(found, default=None))
-    first, second = scores
-    if first is not None and (second is None or first < second):
-        logger.warning(
-            f"the free run of the first part was better ({first:.3f}): best/ is of that part"
-        )
-        best = out / FIRST_PART / "best"
-        load(best).save(out / "best", overwrite=True, training=read_config(best)["training"])

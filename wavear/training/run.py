@@ -70,18 +70,24 @@ def train(config: TrainConfig) -> TrainResult:
         If no file can be used, `resume` meets a run of another model, or another process trains in
         the same directory.
     """
-    with _reporting(config.progress and Processes.here().rank == 0):
-        if Processes.here().rank > 0:
-            return train_in_parts(config, _train)
-        with claimed([config.out], config.out):
-            return train_in_parts(config, _train)
+    if Processes.here().rank > 0:
+        return train_in_parts(config, _train)
+    with claimed([config.out], config.out):
+        return train_in_parts(config, _train)
 
 
 def _train(config: TrainConfig, whole: Path | None) -> TrainResult:
+    if config.family == "linear":
+        from wavear.training.linear_run import fit
+    else:
+        from wavear.training.loop import fit  # before `_reporting`: Lightning sets its log levels
     writes = Processes.here().rank == 0
     visible = config.progress and writes
     record = open_directory(config, writes)
-    with torch.random.fork_rng(devices=[]):
+    with _reporting(visible), torch.random.fork_rng(devices=[]):
+        if whole is not None or config.free_run == 1:
+            how = "first part: by the likelihood" if whole else "by the likelihood and the free run"
+            logger.info(how)
         corpus = _open(config, visible)
         speakers = bound(record, _speakers(config, corpus), config)
         _report_changes(record, config, corpus)
@@ -106,12 +112,6 @@ def _train(config: TrainConfig, whole: Path | None) -> TrainResult:
                 "gains": _gains(corpus.validation) | _gains(corpus.train) if by_speaker else {},
             },
         }
-        if config.family == "linear":
-            from wavear.training import linear_run
-
-            return linear_run.fit(config, corpus, speakers, model, record)
-        from wavear.training.loop import fit
-
         return fit(config, corpus, speakers, model, record, whole)
 
 

@@ -37,7 +37,7 @@ def open_directory(config: TrainConfig, writes: bool) -> dict[str, Any]:
     if writes:
         # A run that is killed before its first file leaves temporary files and claims only.
         names = {path.name for path in out.iterdir()} if out.is_dir() else set()
-        if config.from_checkpoint == str(out / FIRST_PART / "best"):
+        if is_second_part(config):
             names.discard(FIRST_PART)
         filled = not all(name.startswith(".wavear-") for name in names)
         if filled and not config.overwrite:
@@ -50,6 +50,11 @@ def open_directory(config: TrainConfig, writes: bool) -> dict[str, Any]:
     return {"history": []}
 
 
+def is_second_part(config: TrainConfig) -> bool:
+    """Return whether a run begins from the best of its own first part."""
+    return config.from_checkpoint == str(Path(config.out) / FIRST_PART / "best")
+
+
 def make_directory(config: TrainConfig, whole: Path | None = None) -> None:
     """Make `out`, empty unless the run is resumed; so too the run `whole` that it is a part of."""
     out = Path(config.out)
@@ -57,14 +62,14 @@ def make_directory(config: TrainConfig, whole: Path | None = None) -> None:
         return
     for folder in (out, whole) if whole else (out,):
         if folder.is_dir():
-            _empty(folder, keep=config.from_checkpoint)
+            _empty(folder, keep=FIRST_PART if is_second_part(config) else None)
     out.mkdir(parents=True, exist_ok=True)
 
 
 def _empty(run: Path, keep: str | None) -> None:
-    """Remove what a run wrote, except the first part with the checkpoint `keep`."""
+    """Remove what a run wrote, except the folder `keep`."""
     for name in _FOLDERS:
-        if keep != str(run / name / "best"):
+        if name != keep:
             shutil.rmtree(run / name, ignore_errors=True)
     # The record is the last: without it the rest would not be a run.
     for path in (*run.glob("bad-step-*.safetensors"), *(run / name for name in _FILES)):
