@@ -83,12 +83,16 @@ def test_gradients_of_a_rollout_equal_finite_differences():
         torch.testing.assert_close((gradient * direction).sum(), expected, rtol=1e-3, atol=1e-6)
 
 
-def rollouts(model: Any, batch: int, stretches: tuple[int, ...] = (37, 61)):
+def rollouts(
+    model: Any, batch: int, stretches: tuple[int, ...] = (37, 61), code: int | None = None
+):
     """Return samples, the past after them and gradients: of the kernel, and of torch in float64."""
     config, begin = model.config, 60
     total = begin + sum(stretches)
     mel = random_mel(model, batch, frames_for(config, total) + 1)
     speaker, codes = random_speakers(model, batch), random_codes(model, batch, begin)
+    if code is not None:
+        codes[:, -1] = code
     seen = []
     for dtype in (torch.float32, torch.float64):
         model = model.to(dtype)
@@ -118,8 +122,9 @@ def rollouts(model: Any, batch: int, stretches: tuple[int, ...] = (37, 61)):
     return seen
 
 
-def check_rollouts(model: Any, batch: int) -> None:
-    (x, past, gradients), (expected, past_expected, gradients_expected) = rollouts(model, batch)
+def check_rollouts(model: Any, batch: int, **settings: Any) -> None:
+    found, wanted = rollouts(model, batch, **settings)
+    (x, past, gradients), (expected, past_expected, gradients_expected) = found, wanted
     torch.testing.assert_close(x, expected.float(), rtol=0, atol=1e-4)
     tensors: list[list[torch.Tensor]] = [[], []]
     for each, found in ((past, tensors[0]), (past_expected, tensors[1])):
@@ -140,6 +145,10 @@ def test_the_kernel_equals_torch(config: Any):
 
 def test_the_kernel_equals_torch_for_the_shipped_voice():
     check_rollouts(wavear.load().train(), 4)
+
+
+def test_the_kernel_equals_torch_at_full_scale():
+    check_rollouts(make(small(), torch.float32), 3, stretches=(5, 4), code=0)
 
 
 def test_the_energy_distance_is_least_at_the_right_distribution():

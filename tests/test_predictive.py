@@ -18,6 +18,7 @@ import wavear
 from wavear import MelConfig, PredictiveWaveNet, PredictiveWaveNetConfig
 from wavear.models.frames import FrameConditioning
 from wavear.models.info import describe
+from wavear.models.predictive import folded
 
 SMALL: dict[str, Any] = {
     "mixtures": 3,
@@ -510,3 +511,26 @@ def test_info_describes_a_predictive_wavenet(tmp_path):
     assert rows["multiply-adds per sample"].startswith(f"{model.multiply_adds:,}")
     make(CONFIGS["causal"], torch.float32).save(tmp_path / "causal")
     assert dict(describe(tmp_path / "causal"))["mel look-ahead"] == "0 frames (0 ms)"
+
+
+def test_a_filter_that_clips_does_not_stay_at_full_scale():
+    """The filter is stable: poles of radius 0.95 at 0.05, 0.1 and 0.15 of the sampling rate."""
+    polynomial = np.ones(1)
+    for frequency in (0.05, 0.1, 0.15):
+        pole = 0.95 * np.exp(2j * np.pi * frequency)
+        polynomial = np.convolve(polynomial, [1, -2 * pole.real, abs(pole) ** 2])
+    coefficients = torch.from_numpy(polynomial[:0:-1].copy())
+
+    def last(fold: Any) -> float:
+        x = torch.tensor([1.0, -1, 1, -1, 1, -1], dtype=torch.float64)
+        for _ in range(500):
+            x = torch.cat([x, fold(-(x[-6:] * coefficients).sum()).clamp(-1, 1)[None]])
+        return float(x[-100:].square().mean().sqrt())
+
+    assert last(lambda p: p) == 1
+    assert last(folded) < 0.5
+
+
+def test_only_predictions_beyond_full_scale_are_folded():
+    p = torch.tensor([-3.0, -2.0, -1.25, -1.0, 0.5, 1.0, 1.5, 2.5])
+    assert folded(p).tolist() == [0, 0, -0.75, -1, 0.5, 1, 0.5, 0]

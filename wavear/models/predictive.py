@@ -230,7 +230,7 @@ class PredictiveWaveNet(AutoregressiveModel):
     def _predicted(self, xs: Tensor, coefficients: Tensor) -> Tensor:
         """Predict (B, T), float64, from samples (B, order + T) and coefficients (B, T, order)."""
         windows = xs[:, :-1].unfold(1, self.config.prediction_order, 1)
-        return -(windows.double() * coefficients.flip(2).double()).sum(2)
+        return folded(-(windows.double() * coefficients.flip(2).double()).sum(2))
 
     def value(self, codes: Tensor) -> Tensor:
         """Return the samples of codes, float32."""
@@ -326,7 +326,7 @@ class PredictiveWaveNet(AutoregressiveModel):
             return values.index_select(1, (time - newest) % history).double()
 
         window = last(state.samples, config.prediction_order)
-        p = -(window * coefficients.flip(1).double()).sum(1)
+        p = folded(-(window * coefficients.flip(1).double()).sum(1))
         state.pending.copy_(torch.stack([p, s], dim=1))
         # Slots hold the sample before: that of time t lies at t + 1.
         back = (time + 1 - lag.ceil().long())[:, None]
@@ -401,6 +401,17 @@ def _fused() -> Any:
 def _residual(x: Tensor, p: Tensor, s: Tensor) -> Tensor:
     """(x - p) / s, in float64 rounded to float32: the same bits on every engine."""
     return ((x.double() - p) / s).float()
+
+
+def folded(p: Tensor) -> Tensor:
+    """Fold predictions beyond full scale back: 0 from twice full scale on.
+
+    Samples are clipped at full scale, and a recursive filter that clips can oscillate there for as
+    long as it runs, although it is stable (overflow oscillations: Ebert, Mazo and Taylor, 1969,
+    https://doi.org/10.1002/j.1538-7305.1969.tb01202.x).
+    """
+    size = p.abs()
+    return torch.where(size > 1, p.sign() * (2 - size).clamp(min=0), p)
 
 
 def _features(past: _Past, p: Tensor, s: Tensor, lag: Tensor, voicing: Tensor) -> Tensor:

@@ -26,6 +26,7 @@ from wavear.models.predictive import (
     PredictiveWaveNet,
     around_period,
     clipped_residuals,
+    folded,
     level,
 )
 
@@ -166,7 +167,7 @@ def _generate_in_torch(
         for j in range(span):
             t = first + j
             s_t = scale[:, t : t + 1]
-            p = -(x_window * reversed_coefficients[:, t]).sum(1, keepdim=True)
+            p = folded(-(x_window * reversed_coefficients[:, t]).sum(1, keepdim=True))
             levels = level(torch.cat([p, x_window[:, -1:]], dim=1) / s_t)
             recent = torch.cat([clipped_residuals(e_window), levels], dim=1)
             h, gated = torch.addmm(inputs[j], recent, recent_weight), []

@@ -92,7 +92,7 @@ class Kept(NamedTuple):
     clipped: Any
     """(N + T, B): residuals as features."""
     prediction: Any
-    """(T, B)."""
+    """(T, B), before it is folded."""
     features: Any
     """(T, features, B)."""
     h: Any
@@ -145,6 +145,24 @@ def _level_slope(x):
     return np.float32(0.3) / math.sqrt(x * x + np.float32(1))
 
 
+@numba.njit(inline="always")
+def _folded(p):
+    """Fold as `predictive.folded`."""
+    size = abs(p)
+    if size <= np.float32(1):
+        return p
+    size = max(np.float32(2) - size, np.float32(0))
+    return size if p > np.float32(0) else -size
+
+
+@numba.njit(inline="always")
+def _folded_slope(p):
+    size = abs(p)
+    if size <= np.float32(1):
+        return np.float32(1)
+    return np.float32(-1) if size < np.float32(2) else np.float32(0)
+
+
 @numba.njit(fastmath=True)
 def _predict(t, recent, given, kept):
     """Compute the prediction of sample t, and the features that depend on samples."""
@@ -162,7 +180,7 @@ def _predict(t, recent, given, kept):
     last_x = kept.samples[now - 1]
     for b in range(streams):
         s, ago = scale[b], now - t + given.back[t, b]
-        features[recent, b] = _level(p[b] / s)
+        features[recent, b] = _level(_folded(p[b]) / s)
         features[recent + 1, b] = _level(last_x[b] / s)
         features[last, b] = _level(kept.samples[ago, b] / s)
         begin = ago - (last - first - 1) // 2 - 1
@@ -279,7 +297,7 @@ def _draw(t, given, kept, raw, bias):
         kept.slope[t, b] = deviation if inside else np.float32(0)
         kept.residuals[now, b] = e
         kept.clipped[now, b] = min(max(e, -_LARGEST), _LARGEST) * _SCALING
-        kept.samples[now, b] = kept.prediction[t, b] + given.scale[t, b] * e
+        kept.samples[now, b] = _folded(kept.prediction[t, b]) + given.scale[t, b] * e
 
 
 def _forth(recent, weights, biases, given, kept):
@@ -402,7 +420,9 @@ def _unpredict(t, recent, given, kept, gradients, features):
     prediction = x[t]  # what is left to pass on is its gradient
     for b in range(streams):
         s, ago = given.scale[t, b], given.back[t, b]
-        prediction[b] += features[recent, b] * _level_slope(kept.prediction[t, b] / s) / s
+        p = kept.prediction[t, b]
+        prediction[b] += features[recent, b] * _level_slope(_folded(p) / s) / s
+        prediction[b] *= _folded_slope(p)
         if t > 0:
             slope = _level_slope(kept.samples[now + t - 1, b] / s)
             x[t - 1, b] += features[recent + 1, b] * slope / s

@@ -224,6 +224,8 @@ def _run(first, last, plan, layers, matrices, frames, call):
             p = 0.0
             for k in range(order):
                 p -= np.float64(frames.coefficients[b, sub, k]) * np.float64(x[now - order + k])
+            if abs(p) > 1.0:
+                p = math.copysign(max(2.0 - abs(p), 0.0), p)
             lag = frames.lags[b, place]
             voicing = np.float64(frames.voicings[b, place])
             # A lag of NaN would lead outside of the arrays; integers would hide a voicing of NaN.
