@@ -347,6 +347,8 @@ def test_inputs_with_the_same_output_are_refused(here: Path, capsys: pytest.Capt
         ("synthesize mel in --out good.npy", "good.npy is a file"),
         ("synthesize mel in --out good.npy/deeper", "good.npy is a file"),
         ("synthesize mel void --out o", "void holds no audio or mel files"),
+        ("synthesize --out o", "there is no input"),
+        ("mel --out o", "there is no input"),
         ("synthesize mel --out o", "mel is a checkpoint: name the audio or mels"),
         ("synthesize nowhere good.npy --out o", "nowhere: no such directory"),
         ("synthesize good.npy --out o", "has 10 bands"),  # the voice has 80

@@ -28,6 +28,8 @@ def checkpoint_and_inputs(paths: Sequence[Path]) -> tuple[str, list[Path]]:
     from wavear.mel.mel_files import MEL_SUFFIXES
     from wavear.models.checkpoint import CONFIG, VOICE
 
+    if not paths:  # `plan` refuses
+        return VOICE, []
     first, *others = paths
     if not others:
         if first.name and (str(first) == VOICE or (first / CONFIG).is_file()):
