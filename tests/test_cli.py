@@ -279,6 +279,7 @@ def test_help(command: str, capsys: pytest.CaptureFixture):
     assert status == 0
     assert f"usage: wavear {command}" in out
     assert "default: None" not in out  # the text has what it stands for
+    assert not re.search(r"--(seeds|threads|from|top-p|validation) {None}", out)
     assert out.count("\nExample: wavear ") == 1
     assert "partial(" not in out
     assert "dummy" not in out

@@ -22,7 +22,7 @@ from test_corpora import MINIATURES
 
 import wavear
 from wavear import TrainConfig, audio, cli
-from wavear.generation.tacotron import BUNDLES, Tacotron
+from wavear.generation.tacotron import BUNDLES
 from wavear.models.checkpoint import SHIPPED, VOICE
 
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -256,7 +256,7 @@ def test_text_to_speech(tmp_path: Path, tacotron: tuple[Any, Any]):
     tts = module(RECIPES / "tts" / "speak.py")
     checkpoint, out = vocoder(tmp_path / "vocoder", "torchaudio-tacotron2"), tmp_path / "hello.wav"
     given = tts.Speak(checkpoint, "Hello, world!", out=out, engine="reference", seed=3)
-    voice = Tacotron(wavear.load(checkpoint), given.bundle, *tacotron)
+    voice = wavear.Tacotron(wavear.load(checkpoint), given.bundle, *tacotron)
     mel = voice.predict("Hello, world!", seed=3)
     assert torch.equal(voice.mel("Hello, world!", seed=3), mel)
     with pytest.raises(wavear.WavearError, match="no letters"):

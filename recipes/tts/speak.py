@@ -10,7 +10,6 @@ import torch
 import tyro
 
 import wavear
-from wavear.generation.tacotron import Tacotron
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +46,8 @@ def speak(speak: Speak, processor: Any = None, network: Any = None) -> tuple[tor
     if speak.out.exists() and not speak.overwrite:
         raise FileExistsError(f"{speak.out} exists: choose another name, or pass --overwrite")
     model = wavear.load(speak.checkpoint)
-    mel = Tacotron(model, speak.bundle, processor, network, speak.force).mel(speak.text, speak.seed)
+    front = wavear.Tacotron(model, speak.bundle, processor, network, speak.force)
+    mel = front.mel(speak.text, speak.seed)
     sampling: dict[str, Any] = {
         "seed": speak.seed,
         "temperature": speak.temperature,
