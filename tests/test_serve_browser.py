@@ -46,7 +46,7 @@ sys.exit(main())
 def served(folder: Path, model: Any, *flags: str) -> Iterator[str]:
     """Serve a model in another process; yield the page's address."""
     model.save(folder / "model")
-    command = [sys.executable, "-c", PROGRAM, "serve", "model", "--port", "0", "--buffer", "0.5"]
+    command = [sys.executable, "-c", PROGRAM, "serve", "model", "--port", "0", "--buffer", "1"]
     command += flags
     with subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout
