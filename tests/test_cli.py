@@ -279,6 +279,7 @@ def test_help(command: str, capsys: pytest.CaptureFixture):
     assert status == 0
     assert f"usage: wavear {command}" in out
     assert "default: None" not in out  # the text has what it stands for
+    assert not re.search(r"--(seeds|threads|from|top-p|validation) {None}", out)
     assert out.count("\nExample: wavear ") == 1
     assert "partial(" not in out
     assert "dummy" not in out
@@ -347,6 +348,8 @@ def test_inputs_with_the_same_output_are_refused(here: Path, capsys: pytest.Capt
         ("synthesize mel in --out good.npy", "good.npy is a file"),
         ("synthesize mel in --out good.npy/deeper", "good.npy is a file"),
         ("synthesize mel void --out o", "void holds no audio or mel files"),
+        ("synthesize --out o", "there is no input"),
+        ("mel --out o", "there is no input"),
         ("synthesize mel --out o", "mel is a checkpoint: name the audio or mels"),
         ("synthesize nowhere good.npy --out o", "nowhere: no such directory"),
         ("synthesize good.npy --out o", "has 10 bands"),  # the voice has 80

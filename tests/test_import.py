@@ -111,6 +111,17 @@ def test_list_of_commands_is_fast():
     assert min(seconds) <= HELP_SECONDS
 
 
+def test_help_of_commands_without_a_signal_needs_no_torch():
+    """Those of `wavear.cli.data` and `wavear.cli.models`; the options of others import it."""
+    program = (
+        "import sys, contextlib\nfrom wavear.cli.commands import main\n"
+        "for name in ('index', 'shards', 'demo', 'info', 'push', 'serve'):\n"
+        "    with contextlib.suppress(SystemExit):\n        main([name, '--help'])\n"
+        "sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", program], capture_output=True).returncode == 0
+
+
 def test_names_for_type_checkers_are_those_at_run_time():
     """`from wavear import *` gives the names in the stub's `__all__`."""
     for module in (wavear, wavear.cli):

@@ -22,6 +22,7 @@ from test_corpora import MINIATURES
 
 import wavear
 from wavear import TrainConfig, audio, cli
+from wavear.generation.tacotron import BUNDLES
 from wavear.models.checkpoint import SHIPPED, VOICE
 
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -255,7 +256,11 @@ def test_text_to_speech(tmp_path: Path, tacotron: tuple[Any, Any]):
     tts = module(RECIPES / "tts" / "speak.py")
     checkpoint, out = vocoder(tmp_path / "vocoder", "torchaudio-tacotron2"), tmp_path / "hello.wav"
     given = tts.Speak(checkpoint, "Hello, world!", out=out, engine="reference", seed=3)
-    mel = tts.text_to_mel("Hello, world!", *tacotron, seed=3)
+    voice = wavear.Tacotron(wavear.load(checkpoint), given.bundle, *tacotron)
+    mel = voice.predict("Hello, world!", seed=3)
+    assert torch.equal(voice.mel("Hello, world!", seed=3), mel)
+    with pytest.raises(wavear.WavearError, match="no letters"):
+        voice.mel("漢字")
     assert mel.shape[0] == 80
     waveform, rate = tts.speak(given, *tacotron)
     assert rate == 22050
@@ -318,14 +323,13 @@ def test_speaking_without_torchaudio_is_one_line_with_the_extra(
     assert tts.main([checkpoint, "Hello!", "--out", str(tmp_path / "x.wav")]) == 1
     err = capsys.readouterr().err
     assert err.count("\n") == 1
-    assert 'pip install "wavear[corpora]"' in err
+    assert 'pip install "wavear[tts]"' in err
 
 
 def test_every_bundle_of_the_recipe_is_torchaudios():
     import torchaudio
 
-    tts = module(RECIPES / "tts" / "speak.py")
     known = {name for name in dir(torchaudio.pipelines) if name.startswith("TACOTRON2_")}
-    assert set(tts.BUNDLES) == known
-    for preset in tts.BUNDLES.values():
+    assert set(BUNDLES) == known
+    for preset in BUNDLES.values():
         wavear.MelConfig.preset(preset)

@@ -326,6 +326,62 @@ def test_wrong_settings_close_the_stream_with_a_reason(player, start):
             ws.receive_json()
 
 
+class FrontEnd:
+    """Stands in for `Tacotron`."""
+
+    frames = torch.randn(8, 25, generator=torch.Generator().manual_seed(0)) - 5
+
+    def mel(self, text: str, seed: Any = 0) -> torch.Tensor:
+        if not text:
+            raise wavear.WavearError("no letters")
+        return self.frames[:, : len(text)] + seed
+
+
+def test_a_text_is_spoken_once_and_can_be_repeated(vocoder):
+    app = Server(vocoder, "x", SMALL, FrontEnd()).app()  # type: ignore[arg-type]
+    right = pcm16(wavear.generate(vocoder, FrontEnd().mel("x" * 25, 3), seed=3)[0].numpy())
+    with testclient.TestClient(app, base_url=HOME, headers={"origin": HOME}) as client:
+        assert client.get("/about").json()["speaks"]
+        with client.websocket_connect(WS) as ws:
+            ws.send_json({"text": "x" * 25, "seed": 3})
+            for epoch in (0, 1):
+                assert listen(ws, 25 * 64, epoch=epoch).tobytes() == right
+                end = ws.receive()
+                while end.get("bytes") is None:
+                    end = ws.receive()
+                assert struct.unpack("<II", end["bytes"]) == (epoch, 25 * 64)
+                ws.send_json({"back": 0})
+        with client.websocket_connect(WS) as ws:
+            ws.send_json({"text": ""})
+            assert ws.receive_json()["error"] == "no letters"
+
+
+def test_without_tacotron_a_text_is_refused_with_the_flag(page):
+    with page.websocket_connect(WS) as ws:
+        ws.send_json({"text": "Hello."})
+        assert "--tacotron2 TACOTRON2_" in ws.receive_json()["error"]
+
+
+def test_a_fault_ends_the_streams_that_it_hit_once(free, monkeypatch, caplog):
+    server = Server(free, "x", SMALL)
+    with testclient.TestClient(server.app(), base_url=HOME, headers={"origin": HOME}) as client:
+        calls = []
+        monkeypatch.setattr(server.live, "_step", lambda due: calls.append(due) or 1 / 0)
+        with client.websocket_connect(WS) as ws:
+            ws.send_json({})
+            assert "log has the reason" in reply(ws, "error")["error"]
+        assert len(calls) == 1
+
+
+def test_changing_a_setting_hashes_no_weights(free, monkeypatch):
+    batch = wavear.StreamBatch(free, threads=1)
+    member = batch.add(seed=1)
+    batch.pull(member, 100)
+    batch.step()
+    monkeypatch.setattr("hashlib.sha256", None)
+    batch.add(state=batch.state(member))
+
+
 def test_a_mel_model_without_a_recording_asks_for_one(page):
     with page.websocket_connect(WS) as ws:
         ws.send_json({})

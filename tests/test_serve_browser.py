@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import soundfile
+import torch
 from serve_models import small_wavenet
 
 import wavear
@@ -28,10 +29,25 @@ RATE = 16000
 MEL = MelConfig(sample_rate=RATE, hop_length=128, n_fft=512, window_length=512, bands=8, fmax=None)
 
 
-def served(folder: Path, model: Any) -> Iterator[str]:
+# `wavear` with a front end whose mel depends on the text, instead of Tacotron 2.
+PROGRAM = """
+import sys, torch
+from wavear.cli.commands import main
+from wavear.serving import server
+class FrontEnd:
+    def __init__(self, model, bundle): pass
+    def mel(self, text, seed=0):
+        return torch.linspace(-8, -2, len(text)).repeat(8, 1)
+server.Tacotron = FrontEnd
+sys.exit(main())
+"""
+
+
+def served(folder: Path, model: Any, *flags: str) -> Iterator[str]:
     """Serve a model in another process; yield the page's address."""
     model.save(folder / "model")
-    command = [sys.executable, "-m", "wavear", "serve", "model", "--port", "0", "--buffer", "0.5"]
+    command = [sys.executable, "-c", PROGRAM, "serve", "model", "--port", "0", "--buffer", "1"]
+    command += flags
     with subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout
         yield process.stdout.readline().strip()
@@ -50,7 +66,8 @@ def free(tmp_path_factory: Any, model: Any) -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def vocoder(tmp_path_factory: Any) -> Iterator[str]:
-    yield from served(tmp_path_factory.mktemp("mel"), small_wavenet(RATE, MEL))
+    model = small_wavenet(RATE, MEL)
+    yield from served(tmp_path_factory.mktemp("mel"), model, "--tacotron2", "stub")
 
 
 @pytest.fixture(scope="module")
@@ -166,6 +183,47 @@ def test_going_back_repeats_and_forking_does_not(free, opened):
     assert (first == again).all()
     assert (first[:RATE] == forked[:RATE]).all()
     assert (first != forked)[2 * RATE :].any()
+
+
+def test_a_text_is_spoken(vocoder, opened, tmp_path):
+    page = opened(vocoder)
+    text = "one two three " * 10
+    page.fill("#text", text)
+    page.fill("#seed", "5")
+    page.click("#speak-button")
+    until(page, "document.getElementById('live-status').textContent.includes('Spoken')")
+    assert page.inner_text("#underruns") == "0"
+    assert page.inner_text("#speak-button") == "Speak"
+    samples = downloaded(page, "#download", tmp_path / "spoken.wav")
+    mel = torch.linspace(-8, -2, len(text)).repeat(8, 1)
+    made = wavear.generate(small_wavenet(RATE, MEL), mel, seed=5)[0]
+    audio.write(tmp_path / "right.wav", made, RATE)
+    assert (samples == soundfile.read(tmp_path / "right.wav", dtype="int16")[0]).all()
+
+
+def test_going_back_leaves_no_silence(free, opened):
+    """The worklet plays on until it holds enough of the repeated stream."""
+    page = opened(free)
+    heard = page.evaluate(
+        """async () => {
+          globalThis.AudioWorkletProcessor = class { port = { postMessage() {} }; };
+          globalThis.registerProcessor = (name, made) => { globalThis[name] = made; };
+          await import("/worklet.js");
+          const player = new globalThis.player({ processorOptions: { start: 300 } });
+          const give = (epoch, position, value) => player.port.onmessage(
+            { data: { epoch, position, samples: new Float32Array(200).fill(value) } });
+          const outs = [];
+          const take = () => {
+            const out = new Float32Array(128);
+            player.process([], [[out]]);
+            outs.push(out[0], out[127]);
+          };
+          give(0, 0, 1); take(); give(0, 200, 1); take();
+          give(1, 50, 2); take(); give(1, 250, 2); take();
+          return [...outs, player.now.heard, player.underruns];
+        }"""
+    )
+    assert heard == [0, 0, 1, 1, 1, 1, 2, 2, 178, 0]
 
 
 def test_a_slider_is_heard_soon(free, opened):

@@ -90,9 +90,10 @@ def test_fine_tuning_adds_speakers_and_old_ones_sound_the_same(tones, tmp_path):
         fine_tuning(data, "out", old, speakers=False)
 
 
-def test_fine_tuning_gives_speakers_to_a_model_without(tones, tmp_path):
+def test_fine_tuning_gives_speakers_to_a_model_without(tones, tmp_path, caplog):
     old = train(config_of(tones, tmp_path / "old", max_steps=2)).last
-    new = train(fine_tuning(tones, tmp_path / "new", old)).last
+    new = train(fine_tuning(tones, tmp_path / "new", old, progress=True)).last
+    assert f"bits of {old}: train longer" in caplog.text
     mel = torch.randn(8, 5) - 5
     one = wavear.generate(wavear.load(old), mel, seed=1)
     for speaker in ("speaker0", "speaker1"):

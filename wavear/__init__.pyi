@@ -13,6 +13,7 @@ from .generation.sampler import generate
 from .generation.scoring import score
 from .generation.states import StreamState
 from .generation.streams import Stream, StreamBatch
+from .generation.tacotron import Tacotron
 from .mel.conversion import convert_mel
 from .mel.detection import adapt_mel, judge_mel
 from .mel.spectrogram import MelConfig, log_mel
@@ -45,6 +46,7 @@ __all__ = [
     "Stream",
     "StreamBatch",
     "StreamState",
+    "Tacotron",
     "TrainConfig",
     "TrainResult",
     "Transformer",

@@ -11,14 +11,6 @@ import tyro
 
 import wavear
 
-# The vocoder's mel for each bundle: the two kinds were trained on different mels.
-BUNDLES = {
-    "TACOTRON2_GRIFFINLIM_CHAR_LJSPEECH": "torchaudio-tacotron2",
-    "TACOTRON2_GRIFFINLIM_PHONE_LJSPEECH": "torchaudio-tacotron2",
-    "TACOTRON2_WAVERNN_CHAR_LJSPEECH": "torchaudio-tacotron2-wavernn",
-    "TACOTRON2_WAVERNN_PHONE_LJSPEECH": "torchaudio-tacotron2-wavernn",
-}
-
 
 @dataclasses.dataclass(frozen=True)
 class Speak:
@@ -49,39 +41,13 @@ class Speak:
     """Continue although the vocoder expects other mels than the bundle makes."""
 
 
-def text_to_mel(text: str, processor: Any, tacotron2: Any, seed: int = 0) -> torch.Tensor:
-    """(M, F) of a text; Tacotron 2 keeps its dropout when it predicts, so it takes a seed."""
-    with torch.inference_mode(), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        tokens, lengths = processor(text)
-        mel, frames, _ = tacotron2.infer(tokens, lengths)
-    return mel[0, :, : int(frames[0])]
-
-
-def speak(speak: Speak, processor: Any = None, tacotron2: Any = None) -> tuple[torch.Tensor, int]:
+def speak(speak: Speak, processor: Any = None, network: Any = None) -> tuple[torch.Tensor, int]:
     """Return the waveform (T,) and its rate; download the bundle's parts that are not given."""
-    if speak.bundle not in BUNDLES:
-        raise ValueError(f"bundle is {speak.bundle!r}, it must be one of {', '.join(BUNDLES)}")
     if speak.out.exists() and not speak.overwrite:
         raise FileExistsError(f"{speak.out} exists: choose another name, or pass --overwrite")
     model = wavear.load(speak.checkpoint)
-    if model.config.mel is None:
-        raise ValueError(f"{speak.checkpoint} takes no mels: it is not a vocoder")
-    if processor is None or tacotron2 is None:
-        try:
-            import torchaudio
-        except (ImportError, OSError) as error:
-            raise ValueError(
-                "Tacotron 2 needs torchaudio, which cannot be imported"
-                f' ({error}): pip install "wavear[corpora]"'
-            ) from None
-        bundle = getattr(torchaudio.pipelines, speak.bundle)
-        processor, tacotron2 = bundle.get_text_processor(), bundle.get_tacotron2()
-    mel = text_to_mel(speak.text, processor, tacotron2, speak.seed)
-    # Without a recording to stay in step with, where a frame is centred makes no difference.
-    source = wavear.MelConfig.preset(BUNDLES[speak.bundle])
-    source = dataclasses.replace(source, centre=model.config.mel.centre)
-    mel = wavear.adapt_mel(mel, model, source, force=speak.force)
+    front = wavear.Tacotron(model, speak.bundle, processor, network, speak.force)
+    mel = front.mel(speak.text, speak.seed)
     sampling: dict[str, Any] = {
         "seed": speak.seed,
         "temperature": speak.temperature,

@@ -4,12 +4,14 @@ import dataclasses
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from tyro.conf import Positional, arg
 
 from wavear.common.errors import WavearError
-from wavear.generation.settings import Sampling
+
+if TYPE_CHECKING:
+    from wavear.generation.settings import Sampling
 
 Checkpoint = Annotated[Positional[str], arg(metavar="CHECKPOINT")]
 Data = Annotated[Positional[str], arg(metavar="DATA")]
@@ -28,6 +30,8 @@ def checkpoint_and_inputs(paths: Sequence[Path]) -> tuple[str, list[Path]]:
     from wavear.mel.mel_files import MEL_SUFFIXES
     from wavear.models.checkpoint import CONFIG, VOICE
 
+    if not paths:  # `plan` refuses
+        return VOICE, []
     first, *others = paths
     if not others:
         if first.name and (str(first) == VOICE or (first / CONFIG).is_file()):
@@ -39,11 +43,12 @@ def checkpoint_and_inputs(paths: Sequence[Path]) -> tuple[str, list[Path]]:
     return str(first), others
 
 
-def seeds_of(text: str | None, sampling: Sampling) -> list[tuple[str, Sampling]]:
+def seeds_of(text: str | None, sampling: "Sampling") -> list[tuple[str, "Sampling"]]:
     """Return for each seed of `--seeds` the ending of its files' names, and its settings.
 
     Examples
     --------
+    >>> from wavear.generation.settings import Sampling
     >>> [ending for ending, _ in seeds_of("0:3", Sampling())]
     ['-seed0', '-seed1', '-seed2']
     >>> seeds_of(None, Sampling(seed=5)) == [("", Sampling(seed=5))]
@@ -51,7 +56,7 @@ def seeds_of(text: str | None, sampling: Sampling) -> list[tuple[str, Sampling]]
     """
     if text is None:
         return [("", sampling)]
-    if sampling.seed != Sampling().seed:
+    if sampling.seed != type(sampling)().seed:
         raise WavearError("--seed and --seeds exclude each other: drop one")
     match = re.fullmatch(r"(\d+):(\d+)", text)
     numbers = range(int(match[1]), int(match[2])) if match else text.split(",")

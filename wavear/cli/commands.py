@@ -1,6 +1,6 @@
 """The entry point: choose a command by the first argument, or list all of them.
 
-The modules of the commands import torch, which takes seconds; the list of commands does not.
+Most modules of the commands import torch, which takes seconds; the list of commands does not.
 """
 
 from __future__ import annotations
@@ -56,10 +56,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _function(name: str) -> Callable[..., int]:
-    from wavear.cli import data, evaluation, models, synthesis, training
-
-    modules = (data, evaluation, models, synthesis, training)
-    return next(getattr(module, name) for module in modules if hasattr(module, name))
+    """Return a command, and import its module only."""
+    if name in ("synthesize", "generate", "mel"):
+        from wavear.cli import synthesis as module
+    elif name == "train":
+        from wavear.cli import training as module
+    elif name in ("index", "shards"):
+        from wavear.cli import data as module
+    elif name in ("evaluate", "compare", "bench"):
+        from wavear.cli import evaluation as module
+    else:
+        from wavear.cli import models as module
+    return getattr(module, name)
 
 
 def overview() -> str:

@@ -13,7 +13,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any, get_args, get_type_hints
 
 import tyro
 
@@ -47,9 +47,10 @@ def parse(function: Callable[..., int], arguments: Sequence[str], prog: str) -> 
 
 
 def _hide_none(owner: Any) -> None:
-    """Leave "(default: None)" out of the help of a function or dataclass: its text has the default.
+    """Leave None out of the help of a function or dataclass: its text has what that stands for.
 
-    A default that is a dataclass has the values of its fields.
+    "{None}|INT ... (default: None)" becomes "INT ...". A default that is a dataclass has the values
+    of its fields.
     """
     defaults: dict[str, Any]
     if inspect.isfunction(owner):
@@ -60,11 +61,17 @@ def _hide_none(owner: Any) -> None:
     else:
         return
     for name, hint in get_type_hints(owner, include_extras=True).items():
-        given = [
-            getattr(each, "help_behavior_hint", None) for each in getattr(hint, "__metadata__", ())
-        ]
-        if defaults.get(name, 0) is None and not any(text is not None for text in given):
-            owner.__annotations__[name] = Annotated[hint, tyro.conf.arg(help_behavior_hint="")]
+        if defaults.get(name, 0) is not None:
+            continue
+        given = getattr(hint, "__metadata__", ())
+        if all(getattr(each, "help_behavior_hint", None) is None for each in given):
+            hint = Annotated[hint, tyro.conf.arg(help_behavior_hint="")]
+        if all(getattr(each, "metavar", None) is None for each in given):
+            types = [t for t in get_args(get_type_hints(owner)[name]) if t is not type(None)]
+            if types and all(isinstance(t, type) for t in types):
+                metavar = "|".join(t.__name__.upper() for t in types)
+                hint = Annotated[hint, tyro.conf.arg(metavar=metavar)]
+        owner.__annotations__[name] = hint
 
 
 def _aliased(argument: str) -> str:

@@ -48,6 +48,8 @@ def plan(
     suffixes = SUFFIXES + MEL_SUFFIXES * mels
     kinds = "audio or mel" if mels else "audio"
     found: list[tuple[Path, Path]] = []
+    if not inputs:
+        raise WavearError(f"there is no input: name {kinds} files, or folders of these")
     for source in map(Path, inputs):
         if source.is_dir():
             inside = _walk(source, suffixes, None if beside else out)

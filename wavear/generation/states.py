@@ -136,11 +136,11 @@ def describe(model: AutoregressiveModel) -> dict[str, Any]:
     return {"family": type(model).__name__, "config": config, "weights": weights}
 
 
-def check_model(state: StreamState, model: AutoregressiveModel) -> None:
-    """Raise a `WavearError` for a state of another model, with the names that differ."""
+def check_model(state: StreamState, ours: dict[str, Any]) -> None:
+    """Raise a `WavearError` for a state of another model than `describe` names, with the names."""
     from wavear.models.checkpoint import LATER
 
-    theirs, ours = state.about["model"], describe(model)
+    theirs = state.about["model"]
     theirs = theirs | {
         "config": {k: v for k, v in LATER.items() if k in ours["config"]} | theirs["config"]
     }

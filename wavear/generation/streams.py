@@ -20,7 +20,7 @@ from wavear.generation.engine import Engine
 from wavear.generation.engines import make_engine, name_of_engine
 from wavear.generation.progress import CHUNK
 from wavear.generation.settings import Sampling
-from wavear.generation.states import StreamState, check_model, engine_tensors
+from wavear.generation.states import StreamState, check_model, describe, engine_tensors
 from wavear.generation.utterance import Utterance, advance
 from wavear.models.base import AutoregressiveModel
 
@@ -159,7 +159,7 @@ class Stream:
 
     def state(self) -> StreamState:
         """Return the present state, to resume later, elsewhere, or twice: see `Stream.load`."""
-        return self._utterance.state(self._engine.state(0))
+        return self._utterance.state(self._engine.state(0), describe(self._utterance.model))
 
     def save(self, path: str | Path) -> Path:
         """Write `state()` to a safetensors file, for `Stream.load` in any process."""
@@ -211,7 +211,7 @@ class Stream:
             damaged.
         """
         state = state if isinstance(state, StreamState) else StreamState.load(state)
-        check_model(state, model)
+        check_model(state, describe(model))
         stream = cls.__new__(cls)
         stream._start_engine(model, Sampling(engine=engine, weights=weights, threads=threads))
         with torch.inference_mode():
@@ -272,6 +272,7 @@ class StreamBatch:
                 model, 1, engine, weights=weights, threads=threads
             )
             self._beginning = self._engine.state(0)
+        self._model = describe(model)  # once: hashes of the weights, which the engine has packed
         self._members: dict[int, Utterance] = {}
         # The states of the members that the engine does not hold, and the members that it holds.
         self._states: dict[int, dict[str, Tensor]] = {}
@@ -303,7 +304,7 @@ class StreamBatch:
             tensors = self._beginning
         else:
             state = state if isinstance(state, StreamState) else StreamState.load(state)
-            check_model(state, self.model)
+            check_model(state, self._model)
             tensors = engine_tensors(state, self._beginning, self.model)
             utterance = Utterance.restored(self.model, state)
             theirs, ours = ((s.top_k, s.top_p) for s in (utterance.sampling, self._sampling))
@@ -352,9 +353,9 @@ class StreamBatch:
         """Return a member's present state, for `Stream.load`, or `add` here or in another batch."""
         utterance = self._member(member)
         seated = member not in self._states
-        return utterance.state(
-            self._engine.state(self._seated.index(member)) if seated else self._states[member]
-        )
+        place = self._seated.index(member) if seated else None
+        tensors = self._states[member] if place is None else self._engine.state(place)
+        return utterance.state(tensors, self._model)
 
     def remove(self, member: int) -> None:
         """Drop a member; samples that were not made are lost."""

@@ -17,7 +17,7 @@ from wavear.generation.engine import Engine
 from wavear.generation.inputs import check_mel
 from wavear.generation.priming import check_prime, context, deemphasis_after, encode_prime, fill
 from wavear.generation.settings import Sampling
-from wavear.generation.states import FORMAT, StreamState, describe
+from wavear.generation.states import FORMAT, StreamState
 from wavear.models.base import AutoregressiveModel
 from wavear.models.frames import stacked
 from wavear.models.sampling import uniforms
@@ -127,8 +127,8 @@ class Utterance:
         """Return the first sample whose conditioning will be asked for."""
         return self.position if self.prime is None else context(self.model, len(self.prime))
 
-    def state(self, tensors: dict[str, Tensor]) -> StreamState:
-        """Return the state of the stream, given the engine's part of it."""
+    def state(self, tensors: dict[str, Tensor], model: dict[str, Any]) -> StreamState:
+        """Return the state of the stream, given the engine's part and the model's description."""
         tensors = dict(tensors)
         if self.conditioner.frames:
             tensors["mel"] = self.conditioner.held.cpu().contiguous()
@@ -146,7 +146,7 @@ class Utterance:
             "first_frame": self.conditioner.first_held,
             "closed": self.conditioner.closed,
             "deemphasis": self.deemphasis.memory,
-            "model": describe(self.model),
+            "model": model,
         }
         return StreamState(tensors, about)
 

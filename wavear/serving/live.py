@@ -44,7 +44,8 @@ class Player:
     batch: StreamBatch
     member: int
     mel: Tensor | None
-    """(M, F), repeated without an end."""
+    """(M, F), repeated without an end unless it `ends`."""
+    ends: bool = False
     pushed: int = 0
     """Frames so far."""
     made: int = 0
@@ -57,7 +58,15 @@ class Player:
     queue: asyncio.Queue[tuple[int, int, bytes] | None] = dataclasses.field(
         default_factory=asyncio.Queue
     )
-    """(epoch, position, 16-bit PCM) to send; None if the stream failed. Bounded by `lead`."""
+    """(epoch, position, 16-bit PCM) to send; None if the stream failed. Bounded by `lead`. The last
+    block of a stream that ends is empty."""
+
+    @property
+    def complete(self) -> bool:
+        """True if all of a stream that ends is made."""
+        if not self.ends or self.mel is None:
+            return False
+        return self.made >= self.mel.shape[1] * self.batch.model.config.mel.hop_length
 
     def report(self, epoch: int, heard: int) -> None:
         """Note what the client has heard; more than was sent is not believed."""
@@ -92,15 +101,22 @@ class Live:
         self._lock, self._wake = asyncio.Lock(), asyncio.Event()
 
     async def join(
-        self, mel: Tensor | None = None, top_p: float | None = None, **settings: Any
+        self,
+        mel: Tensor | None = None,
+        top_p: float | None = None,
+        ends: bool = False,
+        **settings: Any,
     ) -> Player:
-        """Add a client's stream; `settings` are those of `StreamBatch.add`."""
+        """Add a client's stream; `settings` are those of `StreamBatch.add`.
+
+        A mel is repeated without an end, unless it `ends`.
+        """
         if self.model.config.mel is not None and mel is None:
             raise WavearError("the model follows a recording: upload one first")
 
         def start() -> Player:
             batch = self._batch(top_p)
-            player = Player(batch, batch.add(**settings), mel)
+            player = Player(batch, batch.add(**settings), mel, ends)
             player.marks[0] = Mark(batch.state(player.member), 0, 0)
             return player
 
@@ -167,7 +183,7 @@ class Live:
             async with self._lock:
                 # If one client needs a block, all that have room for one take part: so clients stay
                 # together, and share each read of the weights.
-                ahead = {p: p.made - p.heard for p in self.players}
+                ahead = {p: p.made - p.heard for p in self.players if not p.complete}
                 if min(ahead.values(), default=self.lead) >= self.lead:
                     self._wake.clear()
                     continue
@@ -176,13 +192,15 @@ class Live:
                     made = await run_in_threadpool(self._step, due)
                 except Exception:  # a fault must not end the streams of later clients
                     logger.exception("live streams failed")
-                    for player in due:
-                        player.heard = player.made + self.lead + BLOCK
+                    for player in due:  # no room is left: it waits for `leave`
+                        player.heard = player.made - self.lead - BLOCK
                         player.queue.put_nowait(None)
                     continue
                 for player, audio in made.items():
                     player.queue.put_nowait((player.epoch, player.made, pcm16(audio.numpy())))
                     player.made += len(audio)
+                    if player.complete:
+                        player.queue.put_nowait((player.epoch, player.made, b""))
 
     def _step(self, due: list[Player]) -> dict[Player, Tensor]:
         """Make a block or a little more for each of the players."""
@@ -193,9 +211,12 @@ class Live:
             hop, frames = self.model.config.mel.hop_length, player.mel.shape[1]
             # A stream computes its conditioning in blocks of at most 128 samples or one frame.
             needed = (player.made + BLOCK + 128) // hop + 2 + self.model.lookahead
-            order = torch.arange(player.pushed, max(needed, player.pushed)) % frames
+            needed = max(min(needed, frames) if player.ends else needed, player.pushed)
+            order = torch.arange(player.pushed, needed) % frames
             player.batch.push(player.member, player.mel[:, order])
             player.pushed += len(order)
+            if player.ends and len(order) and player.pushed == frames:
+                player.batch.flush(player.member)
         owners = {(player.batch, player.member): player for player in due}
         batches = {player.batch for player in due}
         return {owners[b, member]: audio for b in batches for member, audio in b.step().items()}

@@ -33,6 +33,7 @@ from wavear.common.errors import WavearError
 from wavear.common.untrusted import parse_json
 from wavear.generation.sampler import generate_with
 from wavear.generation.settings import Sampling
+from wavear.generation.tacotron import BUNDLES, Tacotron
 from wavear.models.base import AutoregressiveModel
 from wavear.serving.live import Live, Player
 from wavear.serving.recordings import Recordings, mel_of, resynthesize, shown
@@ -40,10 +41,7 @@ from wavear.serving.settings import ServeConfig
 
 PAGE = Path(__file__).parent / "page"
 _LONGEST_MESSAGE = 4096  # bytes of a client's message on the WebSocket
-_NO_SPEECH = (
-    "Speaking needs Tacotron 2, whose weights come from torchaudio's server:"
-    " python recipes/tts/speak.py"
-)
+_NO_SPEECH = f"Speaking needs wavear[tts]: wavear serve --tacotron2 {next(iter(BUNDLES))}"
 
 
 class SameOrigin:
@@ -86,13 +84,29 @@ class Server:
     name : str
         Of the checkpoint, as shown on the page.
     config : ServeConfig
+    tacotron : Tacotron, optional
+        Reads the texts that clients send; by default that of `config`.
+
+    Raises
+    ------
+    WavearError
+        If Tacotron 2 does not fit the model, or torchaudio is missing.
     """
 
-    def __init__(self, model: AutoregressiveModel, name: str, config: ServeConfig = ServeConfig()):
+    def __init__(
+        self,
+        model: AutoregressiveModel,
+        name: str,
+        config: ServeConfig = ServeConfig(),
+        tacotron: Tacotron | None = None,
+    ):
         rate = model.config.sample_rate
         self.model, self.name, self.config, self.rate = model, name, config, rate
         self.recordings = Recordings(rate, config.max_seconds, config.clients)
         self.live = Live(model, round(config.buffer * rate), config.weights, config.threads)
+        if tacotron is None and config.tacotron2 is not None:
+            tacotron = Tacotron(model, config.tacotron2)
+        self.tacotron = tacotron
         self._synthesis = asyncio.Lock()  # one at a time: each uses all cores
         self._waiting = 0
         self._joined = 0
@@ -139,7 +153,8 @@ class Server:
                 "truncates": self.model.law.truncates,
                 "buffer": config.buffer,
                 "limits": f"{config.max_megabytes:g} MB, {config.max_seconds:g} s",
-                "speak": _NO_SPEECH,
+                "speaks": self.tacotron is not None,
+                "speak": _NO_SPEECH if self.tacotron is None else "",
             }
         )
 
@@ -209,7 +224,7 @@ class Server:
                     reply = {"error": str(error)}
                 if reply:
                     await client.send_json(reply)
-        except WavearError as error:
+        except (WavearError, HTTPException) as error:
             await client.send_json({"error": str(error)})
             await client.close(1008)
         except (WebSocketDisconnect, KeyError):  # KeyError: a binary message instead of text
@@ -223,7 +238,12 @@ class Server:
                     await self.live.leave(player)
 
     async def _start(self, text: str) -> Player:
-        asked = _settings(text, "seed", "temperature", "top_p", "speaker", "recording")
+        asked = _settings(text, "seed", "temperature", "top_p", "speaker", "recording", "text")
+        if (words := asked.pop("text", None)) is not None:
+            if self.tacotron is None or not isinstance(words, str):
+                raise WavearError(_NO_SPEECH)
+            mel = await self._in_turn(self.tacotron.mel, words, asked.get("seed", 0))
+            return await self.live.join(mel, ends=True, **asked)
         if (recording := asked.pop("recording", None)) is not None:
             waveform = self.recordings.get(recording)
             if self.model.config.mel is None:
@@ -251,7 +271,7 @@ class Server:
 
 
 async def _send_audio(client: WebSocket, player: Player) -> None:
-    """Send blocks: epoch and position, little-endian uint32 each, then 16-bit PCM."""
+    """Send blocks: epoch and position, each a little-endian uint32, and 16-bit PCM: none ends."""
     while (item := await player.queue.get()) is not None:
         epoch, position, pcm = item
         if epoch != player.epoch:

@@ -31,6 +31,9 @@ class ServeConfig:
     """float32, or rounded: bfloat16, int8."""
     threads: int | None = None
     """CPU cores to use; all by default."""
+    tacotron2: str | None = None
+    """Speak texts: a bundle of torchaudio.pipelines, such as TACOTRON2_GRIFFINLIM_CHAR_LJSPEECH.
+    Its weights are downloaded the first time. Needs wavear[tts]."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.port < 65536:

@@ -288,8 +288,9 @@ def _finish(
         run.record |= {"held_out": held_out, "skipped": run.skipped}
         write_record(config, run.record)
         if min(entry["bits"] for entry in history[1:] or history) >= history[0]["bits"]:
+            start = config.from_checkpoint or "the untrained model"
             logger.warning(
-                f"no validation is better than the untrained model's {history[0]['bits']:.3f} bits:"
+                f"no validation is better than the {history[0]['bits']:.3f} bits of {start}:"
                 " train longer, or with another learning rate"
             )
     return TrainResult(

@@ -66,6 +66,7 @@ async function sound() { // a click must come first, browsers want it
 
 $("model").textContent = `${about.name}, ${about.family}, ${about.rate} Hz`;
 $("speak-note").textContent = about.speak;
+$("text").disabled = $("speak-button").disabled = !about.speaks;
 $("top-p-label").hidden = !about.truncates;
 for (const label of document.querySelectorAll(".speakers")) {
   label.hidden = !about.speakers.length;
@@ -249,8 +250,8 @@ function stopLive(message = "", failed = false) {
   live.socket.onclose = null;
   live.socket.close();
   live.node.disconnect();
+  live.button.textContent = live.label;
   live = null;
-  $("play").textContent = "Play";
   $("mark").disabled = true;
   $("marks").replaceChildren();
   $("command").textContent = command();
@@ -261,27 +262,28 @@ function send(message) {
   live?.socket.send(JSON.stringify(message));
 }
 
-$("play").onclick = async () => {
+async function start(button, source) {
   if (live) return stopLive();
   const audio = await sound();
-  const begun = { seed: +$("seed").value, ...settings() };
+  const begun = { seed: +$("seed").value, ...settings(), ...source };
   if (about.speakers.length) begun.speaker = $("speaker").value;
-  if ($("use-recording").checked && original) begun.recording = original.id;
   const socket = new WebSocket(`${location.protocol === "https:" ? "wss" : "ws"}://${location.host}/live`);
   socket.binaryType = "arraybuffer";
   const options = { outputChannelCount: [1], numberOfInputs: 0, processorOptions: { start: Math.round(about.rate * about.buffer / 2) } };
   const node = new AudioWorkletNode(audio, "player", options);
   node.connect(audio.destination);
-  live = { socket, node, epoch: 0, seed: begun.seed, waiting: [] };
+  live = { socket, node, button, label: button.textContent, epoch: 0, seed: begun.seed, waiting: [] };
   played = { begun, blocks: [], length: 0, heard: 0, changed: false, full: false };
-  $("play").textContent = "Stop";
+  button.textContent = "Stop";
   $("command").textContent = "";
   show("live-status", "Connecting…");
   socket.onopen = () => socket.send(JSON.stringify(begun));
   socket.onclose = () => stopLive("the server closed the connection", true);
   socket.onmessage = ({ data }) => (typeof data === "string" ? receive(JSON.parse(data)) : receiveAudio(data));
   node.port.onmessage = ({ data }) => live?.node === node && meter(data, audio);
-};
+}
+$("play").onclick = () => start($("play"), $("use-recording").checked && original ? { recording: original.id } : {});
+$("speak-button").onclick = () => start($("speak-button"), { text: $("text").value });
 
 function receiveAudio(data) {
   const [epoch, position] = [0, 4].map((at) => new DataView(data).getUint32(at, true));
@@ -298,7 +300,7 @@ function receiveAudio(data) {
     played.full = true;
     show("live-status", `The download holds the first ${LONGEST / 60} minutes.`);
   }
-  const samples = toFloat(pcm);
+  const samples = toFloat(pcm); // none at the end
   live.node.port.postMessage({ epoch, position, samples }, [samples.buffer]);
 }
 
@@ -348,13 +350,14 @@ function addMark(number, name) {
   while ($("marks").children.length > 16) $("marks").children[0].remove();
 }
 
-function meter({ epoch, heard, held, underruns }, audio) {
+function meter({ epoch, heard, held, underruns, ended }, audio) {
   if (live.socket.readyState !== WebSocket.OPEN || epoch !== live.epoch) return;
   send({ heard, epoch });
   played.heard = heard;
   $("played").textContent = `${(heard / about.rate).toFixed(1)} s`;
   $("buffer").textContent = `${Math.round((held / about.rate) * 1000)} ms`;
   $("underruns").textContent = underruns;
+  if (ended) return stopLive(`Spoken: ${(heard / about.rate).toFixed(1)} s`);
   if (live.waiting.length && heard >= live.waiting[0].position) {
     const milliseconds = performance.now() - live.waiting.shift().at + (audio.outputLatency || 0) * 1000;
     $("latency").textContent = `${Math.round(milliseconds)} ms`;
