@@ -116,7 +116,10 @@ def evaluate(
 def run_name(checkpoint: Path) -> str:
     """Return the name of the run that a checkpoint is of."""
     path = checkpoint.resolve()
-    return path.parent.name if checkpoint.name in ("best", "last") else checkpoint.name
+    if checkpoint.name not in ("best", "last"):
+        return checkpoint.name
+    run = path.parent
+    return f"{run.parent.name}, {FIRST_PART}" if run.name == FIRST_PART else run.name
 
 
 def draw(recorded: np.ndarray, generated: np.ndarray, rate: int, path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,11 +23,13 @@ CLIP = np.zeros(800, np.float32)
 
 
 @pytest.fixture
-def settings(tones, tmp_path) -> dict[str, Any]:
+def settings(tones: Path, tmp_path: Path) -> dict[str, Any]:
     """Return the settings of a run of two steps by the likelihood and one by the free run."""
+    data = tmp_path / "data"
+    data.symlink_to(tones)
     start = make(small(8000, 64), torch.float32).save(tmp_path / "start")
     return {
-        "data": tones, "from_checkpoint": str(start), "segment": 512, "batch_size": 4,
+        "data": data, "from_checkpoint": str(start), "segment": 512, "batch_size": 4,
         "accumulate": 4, "max_steps": 3, "free_run": 0.34, "validate_every": 1000,
         "sample_seconds": 0.0, "progress": False, "device": "cpu", "precision": "32", "workers": 0,
     }  # fmt: skip
@@ -95,6 +98,10 @@ def test_a_run_of_minutes_has_two_parts_and_a_run_of_steps_one(settings, fitted,
     (only,) = _trained(fitted, settings)
     assert only.free_run == 0
     timed = settings | {"max_minutes": 10.0, "max_steps": None}
+    (only,) = _trained(fitted, timed)
+    assert (only.free_run, only.max_minutes) == (1, 10)
+    assert only.optimizer == FREE_RUN_DEFAULTS.optimizer
+    timed |= {"from_checkpoint": None, "accumulate": 1}
     first, second = _trained(fitted, timed)
     assert (first.max_minutes, second.max_minutes) == (
         10 * (1 - FREE_RUN_SHARE),
@@ -131,8 +138,8 @@ def test_best_is_of_the_part_whose_free_run_is_better(settings, tmp_path, monkey
 def _trained(fitted: list[TrainConfig], settings: dict[str, Any]) -> list[TrainConfig]:
     """Return the settings of the parts of a run."""
     fitted.clear()
-    out = str(settings["from_checkpoint"]) + "-run"
-    wavear.load(settings["from_checkpoint"]).save(out + "/likelihood/best", overwrite=True)
+    out = str(Path(settings["data"]).parent / "run")
+    make(small(8000, 64), torch.float32).save(out + "/likelihood/best", overwrite=True)
     config = TrainConfig(out=out, **settings)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(parts, "open_directory", lambda *_, **__: {})

@@ -37,6 +37,7 @@ VALUES = TrainConfig(
     validation="held_out",
     from_checkpoint=VOICE,
     max_minutes=3.0,
+    free_run=0.0,  # whose steps take seconds: more short ones for sounds that are new to the voice
     device="cpu",
     sample_seconds=0.0,
     progress=True,

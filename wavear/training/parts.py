@@ -34,7 +34,7 @@ def train_in_parts(
     out, share = Path(config.out), _share(config)
     began = config.resume and (out / RECORD).is_file()
     if share in (0, 1) or (began and not (out / FIRST_PART).is_dir()):
-        only = dataclasses.replace(config, free_run=float(config.free_run == 1))
+        only = dataclasses.replace(config, free_run=float(share == 1))
         return fit(only.resolved(), None)
     if Processes.here().world > 1:
         raise WavearError(
@@ -63,9 +63,12 @@ def _share(config: TrainConfig) -> float:
     """Return the share of the second part."""
     if config.free_run is not None:
         return config.free_run
-    if config.family != "predictive" or Processes.here().world > 1:
+    minutes = config.max_minutes or 0.0
+    if config.family != "predictive" or minutes == 0 or Processes.here().world > 1:
         return 0.0
-    return FREE_RUN_SHARE if (config.max_minutes or 0) >= FREE_RUN_LEAST_MINUTES else 0.0
+    if config.from_checkpoint is not None:
+        return 1.0
+    return FREE_RUN_SHARE if minutes >= FREE_RUN_LEAST_MINUTES else 0.0
 
 
 def _lengths(config: TrainConfig, share: float) -> tuple[dict[str, Any], dict[str, Any]]:
