@@ -25,7 +25,6 @@ import wavear
 from wavear import MelConfig, Stream, StreamBatch, StreamState, WaveNet, WaveNetConfig
 from wavear.generation import pipes, streams
 from wavear.generation.conditioner import UtteranceConditioner
-from wavear.generation.engines import make_engine
 from wavear.generation.frame_reader import read_frames
 from wavear.generation.pipes import pcm16
 from wavear.generation.settings import Sampling
@@ -159,19 +158,6 @@ def stream_block(model: Any) -> int:
     return UtteranceConditioner(model).block
 
 
-@pytest.mark.parametrize("speakers", [0, 2])
-@pytest.mark.parametrize(("engine", "weights"), ENGINES, ids=NAMES)
-def test_pulled_samples_equal_generate(speakers, engine, weights):
-    model, speaker = make(speakers=speakers), 1 if speakers else None
-    whole = wavear.generate(
-        model, samples=300, seed=4, speaker=speaker, engine=engine, weights=weights
-    )[0]
-    stream = Stream(model, seed=4, speaker=speaker, engine=engine, weights=weights)
-    parts = [stream.pull(n) for n in (1, 0, 17, 64, 218)]
-    assert [len(part) for part in parts] == [1, 0, 17, 64, 218]
-    assert torch.equal(torch.cat(parts), whole)
-
-
 def test_long_pushes_are_cut_and_short_pushes_are_kept(monkeypatch):
     monkeypatch.setattr(streams, "CHUNK", 7)
     model = make(5)
@@ -272,21 +258,13 @@ def test_invalid_arguments_of_a_stream_are_refused(arguments, message):
     layers=st.sampled_from([1, 4]),
     speakers=st.sampled_from([0, 2]),
     cut=st.integers(0, 300),
-    engine=st.sampled_from([*ENGINES, ("two cores", "float32")]),
+    engine=st.sampled_from(ENGINES),
 )
 @example(20, 2, 4, 0, 0, ("numba", "float32"))
-@example(20, 3, 4, 2, 300, ("two cores", "bfloat16"))
+@example(20, 3, 4, 2, 300, ("numba", "bfloat16"))
 def test_resume_equals_uninterrupted(tmp_path_factory, hop, kernel, layers, speakers, cut, engine):
-    sizes = (
-        {"residual_channels": 20, "skip_channels": 21, "head_channels": 18}
-        if engine[0] == "two cores"
-        else {}
-    )
-    model = make(
-        hop, kernel_size=kernel, layers=layers, stacks=min(layers, 2), speakers=speakers, **sizes
-    )
-    runs = {"engine": "numba" if engine[0] == "two cores" else engine[0], "weights": engine[1]}
-    runs["threads"] = 2 if engine[0] == "two cores" else 1
+    model = make(hop, kernel_size=kernel, layers=layers, stacks=min(layers, 2), speakers=speakers)
+    runs = {"engine": engine[0], "weights": engine[1]}
     mel = random_mel(300 // hop + 9) if hop else None
     path = tmp_path_factory.mktemp("states") / "state.safetensors"
     given = {"seed": 7, "speaker": 0 if speakers else None, "temperature": 1.1}
@@ -356,107 +334,6 @@ def test_a_state_of_float64_loses_nothing(tmp_path):
     assert again.tensors["queue.1"].dtype == torch.float64
     assert all(
         torch.equal(again.tensors[name], tensor) for name, tensor in stream.state().tensors.items()
-    )
-
-
-CASES = [
-    {},
-    {"classes": 5003, "speakers": 2, "kernel_size": 3},  # the first layer is not tabulated
-    {"residual_channels": 20, "skip_channels": 21, "head_channels": 18},  # two cores can share it
-]
-
-
-@pytest.mark.parametrize("config", CASES)
-def test_engines_agree_on_the_state(config):
-    """After the same codes: within rounding between engines, bit for bit on the CPU engine."""
-    model = make(**config)
-    samples = 61
-    codes = np.random.default_rng(0).integers(0, model.config.classes, (14, samples))
-    cond = torch.randn(14, 5, samples) if model.conditioned else None
-    with torch.inference_mode():
-        reference = make_engine(model, 1, "reference")[1]
-        reference.score(codes[3:4], None if cond is None else cond[3:4])
-        expected = reference.state(0)
-        stepped = make_engine(model, 1, "reference")[1]
-        assert any(
-            not torch.equal(stepped.state(0)[name], tensor) for name, tensor in expected.items()
-        )
-        found = []
-        for rows, threads in (([3], 1), ([3], 2), ([0, 3, 7], 1), (range(14), 1), (range(14), 2)):
-            engine = make_engine(model, len(rows), "numba", threads=threads)[1]
-            for a, b in ((0, 13), (13, samples)):
-                engine.score(codes[rows, a:b], None if cond is None else cond[rows, :, a:b])
-            found.append(engine.state(list(rows).index(3)))
-    for state in found:
-        assert state.keys() == expected.keys()
-        for name, tensor in state.items():
-            assert torch.equal(tensor, found[0][name]), name
-            assert tensor.shape == expected[name].shape
-            torch.testing.assert_close(tensor, expected[name], rtol=0, atol=1e-5)
-
-
-@pytest.mark.parametrize(
-    "config", [CASES[0], *(pytest.param(case, marks=pytest.mark.slow) for case in CASES[1:])]
-)
-@pytest.mark.parametrize(
-    ("target", "weights"), [*ENGINES, ("two cores", "float32"), ("batch", "float32")]
-)
-def test_every_engine_resumes_the_state_of_every_other(config, target, weights):
-    """Compare log-probabilities of the same samples after the same past."""
-    model = make(**config)
-    codes = np.random.default_rng(1).integers(0, model.config.classes, (1, 90))
-    cond = torch.randn(1, 5, 90) if model.conditioned else None
-    head, tail = (
-        None if cond is None else cond[:, :, part] for part in (slice(0, 50), slice(50, 90))
-    )
-    batch, threads = (5 if target == "batch" else 1), (2 if target == "two cores" else 1)
-    name = target if target == "reference" else "numba"
-    with torch.inference_mode():
-        whole = make_engine(model, 1, name, weights=weights)[1].score(codes, cond)[0, 50:]
-        for source, source_weights in ENGINES:
-            origin = make_engine(model, 1, source, weights=source_weights)[1]
-            origin.score(codes[:, :50], head)
-            goal = make_engine(
-                model, batch, name, weights=weights, threads=threads if name == "numba" else None
-            )[1]
-            goal.score(
-                np.zeros((batch, 7), np.int64),
-                None if head is None else head[:, :, :7].repeat(batch, 1, 1),
-            )
-            goal.load_state(batch - 1, origin.state(0))
-            rows = None if tail is None else tail.repeat(batch, 1, 1)
-            found = goal.score(np.repeat(codes[:, 50:], batch, axis=0), rows)[batch - 1]
-            # Rounded matrices change the past by their rounding; an unrelated past would differ
-            # by more.
-            tolerance = 1e-4 if weights == source_weights else 1.0
-            np.testing.assert_allclose(found, whole, rtol=0, atol=tolerance)
-            if source == name and source_weights == weights:
-                np.testing.assert_array_equal(found, whole)
-
-
-_GOES_ON = """
-import sys, numpy, torch, wavear
-checkpoint, state, mel, out, engine = sys.argv[1:]
-stream = wavear.Stream.load(wavear.load(checkpoint), state, engine=engine)
-audio = torch.cat([stream.push(numpy.load(mel)), stream.flush()])
-numpy.save(out, audio.numpy())
-"""
-
-
-@pytest.mark.parametrize(("engine", "other"), [("reference", "numba"), ("numba", "reference")])
-def test_another_process_resumes_on_another_engine(tmp_path, engine, other):
-    model, mel = make(20, speakers=2), random_mel(40)
-    model.save(tmp_path / "model")
-    stream = Stream(model, seed=3, speaker=1, engine=engine)
-    begin = stream.push(mel[:, :21])
-    stream.save(tmp_path / "state.safetensors")
-    np.save(tmp_path / "rest.npy", mel[:, 21:].numpy())
-    files = [str(tmp_path / name) for name in ("model", "state.safetensors", "rest.npy", "out.npy")]
-    subprocess.run([sys.executable, "-c", _GOES_ON, *files, other], check=True)
-    found = np.concatenate([begin.numpy(), np.load(tmp_path / "out.npy")])
-    # In only 19 frames no uniform lies within rounding of a boundary.
-    np.testing.assert_array_equal(
-        found, wavear.generate(model, mel, seed=3, speaker=1, engine=engine)[0]
     )
 
 
