@@ -258,6 +258,17 @@ def test_rows_of_a_state_are_independent(config):
         ]
         torch.testing.assert_close(together, torch.stack(alone), **EXACT)
         previous = torch.stack([codes[0, 50 + n], codes[1, 7 + n]])
+    if cond is not None and not isinstance(cond, torch.Tensor):
+        return
+    pieces = slice(65, 70), slice(22, 27)
+    columns = part(cond, pieces[0]), part(cond, pieces[1])
+    cond_t = None if cond is None else torch.stack([columns[0][0], columns[1][1]])
+    given = torch.stack([codes[row, piece] for row, piece in enumerate(pieces)])
+    alone = [
+        model(codes[:, pieces[0]], columns[0], long, codes[:, 64])[0],
+        model(codes[:, pieces[1]], columns[1], short, codes[:, 21])[1],
+    ]
+    torch.testing.assert_close(model(given, cond_t, state, previous), torch.stack(alone), **EXACT)
 
 
 @every
@@ -345,7 +356,7 @@ def test_audio_does_not_depend_on_batch_or_chunks(config, engine):
             parts = [stream.push(one["mel"][:, n : n + 3]) for n in range(0, 10, 3)]
             made = torch.cat([*parts, stream.flush()])
         else:
-            made = torch.cat([stream.pull(n) for n in (1, 50, 69)])
+            made = torch.cat([stream.pull(n) for n in (1, 0, 50, 69)])
         assert torch.equal(made[:120], alone[0])
 
 
