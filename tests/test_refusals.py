@@ -14,7 +14,6 @@ import torch
 
 import wavear
 from wavear import MelConfig, Stream, WaveNet, WaveNetConfig, audio
-from wavear.mel.mel_files import read_mel
 
 MEL = MelConfig(
     sample_rate=8000, n_fft=128, window_length=128, hop_length=40, bands=10, fmax=4000.0
@@ -148,10 +147,3 @@ def test_log_mel_of_arrays_and_single_waveforms(kind: Callable[..., Any]):
 def test_refusals_name_the_remedy(call: Callable[[], Any], words: str):
     with pytest.raises(wavear.WavearError, match=words):
         call()
-
-
-def test_pt_mel_with_gradient_is_read(tmp_path: Path):
-    torch.save({"mel": FRAMES.clone().requires_grad_()}, tmp_path / "a.pt")
-    found = read_mel(tmp_path / "a.pt", MEL)
-    assert torch.equal(found, FRAMES)
-    assert not found.requires_grad
