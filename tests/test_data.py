@@ -515,17 +515,6 @@ def test_unreadable_file_is_skipped_and_reported(folder, tmp_path):
         Segments([gone], layout)[0]
 
 
-def test_stereo_is_mixed(tmp_path):
-    import soundfile
-
-    left, right = noise(4000, 1), noise(4000, 2)
-    soundfile.write(tmp_path / "a.wav", np.stack([left, right], 1), RATE, subtype="FLOAT")
-    recording = Recording(tmp_path / "a.wav", "a.wav", 0, 4000, RATE)
-    np.testing.assert_allclose(
-        read_span(recording, RATE, 5, 900), ((left + right) / 2)[5:900], atol=1e-6
-    )
-
-
 def test_stretch_is_read_from_its_start(tmp_path):
     write(tmp_path / "a.wav")
     recording = Recording(tmp_path / "a.wav", "a.wav", 1000, 2000, RATE)

@@ -23,7 +23,6 @@ from wavear.cli import commands
 from wavear.data import corpus as corpus_module
 from wavear.data import indexing, levels, workers
 from wavear.data.corpus import open_corpus
-from wavear.data.indexing import Files
 from wavear.data.listing import listed
 from wavear.data.recordings import Builder, Recordings, fingerprint
 from wavear.data.store import FILE, DamagedError, Store
@@ -491,12 +490,6 @@ def test_interrupted_index_resumes(corpus, looks):
 def test_two_processes_read_each_file_once(corpus):
     children = [start_slowly(corpus) for _ in range(2)]
     assert sorted(int(child.communicate(timeout=200)[0]) for child in children) == [0, 31]
-
-
-def test_keys_of_files_are_distinct(corpus):
-    files = Files.of_recordings(listed(corpus))
-    assert len(set(files.key.tolist())) == 31
-    assert np.array_equal(files.key, Files.of_recordings(listed(corpus)).key)
 
 
 # --- the command

@@ -112,16 +112,6 @@ def test_sums_equal_sums_over_all_windows_for_any_blocks(edges, differencing, la
         assert found.sums() == pytest.approx(expected.sum(0), rel=1e-9, abs=1e-9)
 
 
-def test_the_size_of_blocks_has_no_effect(monkeypatch):
-    x = process(AR4, 2000, 1.0)
-    whole, cut = lpc.Statistics(9), lpc.Statistics(9)
-    whole.add(x)
-    monkeypatch.setattr(lpc, "_BLOCK", 64)
-    cut.add(x)
-    assert cut.count == whole.count
-    assert cut.products() == pytest.approx(whole.products(), rel=1e-12)
-
-
 def test_a_non_finite_signal_is_refused_and_changes_nothing():
     sums = lpc.Statistics(2)
     sums.add(np.arange(9.0))
