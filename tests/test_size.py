@@ -24,7 +24,6 @@ from wavear import (
     MelConfig,
     PredictiveWaveNet,
     PredictiveWaveNetConfig,
-    Stream,
     WaveNet,
     WaveNetConfig,
     audio,
@@ -39,7 +38,6 @@ from wavear.generation import files
 from wavear.generation.frame_reader import read_frames
 from wavear.generation.jobs import plan
 from wavear.generation.settings import Sampling
-from wavear.generation.states import StreamState
 from wavear.mel.mel_files import read_mel
 from wavear.models.gru import GRU, GRUConfig
 from wavear.models.linear import Linear, LinearConfig
@@ -416,72 +414,6 @@ def test_a_mel_that_fits_its_file_is_read(tmp_path: Path, suffix: str):
     found = read_mel(path, MEL, source=MEL, force=True)
     assert torch.equal(found, mel[0])
     assert not found.requires_grad
-
-
-# ---- states of streams
-
-
-@pytest.fixture(params=["wavenet", "predictive", "gru", "transformer"])
-def stream(request: pytest.FixtureRequest) -> Stream:
-    torch.manual_seed(0)
-    model = SMALL[request.param]()
-    stream = Stream(model, engine="reference")
-    if model.config.mel is None:
-        stream.pull(20)
-    else:
-        stream.push(torch.randn(8, 12) - 5)
-    return stream
-
-
-def resume(stream: Stream, state: Any) -> None:
-    """Resume a state, and make some audio."""
-    model = stream._utterance.model
-    resumed = Stream.load(model, state, engine="reference")
-    if model.config.mel is None:
-        resumed.pull(5)
-    else:
-        resumed.push(torch.zeros(8, 3))
-
-
-CHANGES: list[dict[str, Any]] = [
-    {"position": 2**61}, {"position": -1}, {"position": 1.5}, {"position": True},
-    {"asked": -1}, {"asked": "20"}, {"seed": -1}, {"seed": 2**64}, {"speaker": [0]},
-    {"speaker": 2**61}, {"temperature": "1"}, {"temperature": None}, {"temperature": 0.0},
-    {"top_k": "2"}, {"top_k": -1}, {"top_p": {}}, {"top_p": 2.0}, {"first_frame": -1},
-    {"closed": 1}, {"closed": None}, {"model": []}, {"model": {"family": 1}},
-    {"deemphasis": "x"}, {"deemphasis": float("nan")}, {"format": "1"},
-]  # fmt: skip
-
-
-def test_a_state_with_changed_metadata_is_refused(tmp_path: Path, stream: Stream):
-    """Also with the right checksum, as somebody would write it on purpose."""
-    state = stream.state()
-    unconditional = stream._utterance.model.config.mel is None
-    for change in [*CHANGES, {"asked": 2**61} if unconditional else {"first_frame": 2**40}]:
-        StreamState(state.tensors, state.about | change).save(tmp_path / "a")
-        with bounded(300, 10), pytest.raises(WavearError):
-            resume(stream, tmp_path / "a")
-
-
-def test_a_changed_byte_of_a_state_is_detected(tmp_path: Path, stream: Stream):
-    whole = stream.save(tmp_path / "a").read_bytes()
-    seed = whole.replace(b'seed\\": 0', b'seed\\": 1')
-    for changed in (seed, whole[:-1] + bytes([whole[-1] ^ 1])):
-        assert changed != whole
-        (tmp_path / "a").write_bytes(changed)
-        with pytest.raises(WavearError, match="CRC-32"):
-            StreamState.load(tmp_path / "a")
-
-
-def test_a_state_with_changed_tensors_is_refused(stream: Stream):
-    state = stream.state()
-    for name, tensor in state.tensors.items():
-        changed = [tensor.to(torch.float8_e5m2), tensor.to(torch.complex64), tensor.reshape(-1)[:0]]
-        if name in ("lags", "previous", "codes"):
-            changed += [tensor.clone().fill_(10**9), tensor.clone().fill_(-1)]
-        for other in changed:
-            with pytest.raises(WavearError, match="the state is damaged"):
-                resume(stream, StreamState(state.tensors | {name: other}, state.about))
 
 
 # ---- memory runs out
