@@ -348,26 +348,6 @@ def test_a_mel_frame_reaches_from_lookahead_to_lookback(hop, causal, context):
         assert moved[f + model.lookback]
 
 
-@pytest.mark.parametrize(
-    "name", ["kernel 3", "causal", "wide context", "hop that sub-frames do not divide"]
-)
-@torch.no_grad()
-def test_conditioning_of_a_padded_crop_equals_that_of_the_whole(name):
-    config = CONFIGS[name]
-    model = make(config)
-    hop = config.mel.hop_length  # type: ignore[union-attr]
-    mel, speaker = random_mel(model, 2, 40), random_speakers(model, 2)
-    whole = model.condition(mel, speaker).dense()
-    crop = model.condition(
-        mel[:, :, 15 - model.lookback : 22 + model.lookahead], speaker, padded=True
-    ).dense()
-    torch.testing.assert_close(crop, whole[:, :, 15 * hop : 22 * hop], rtol=0, atol=1e-12)
-    repeated = [mel[:, :, :1]] * model.lookback + [mel] + [mel[:, :, -1:]] * model.lookahead
-    torch.testing.assert_close(
-        model.condition(torch.cat(repeated, 2), speaker, padded=True).dense(), whole
-    )
-
-
 def test_muon_trains_the_matrices_inside_the_network():
     model = make(CONFIGS["speakers"])
     muon = {id(p) for p in model.muon_parameters()}
