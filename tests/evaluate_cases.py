@@ -6,37 +6,30 @@ import dataclasses
 import json
 import re
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
+import small_models
+from small_models import RATE
 
-from wavear import EvaluateConfig, Evaluation, MelConfig, WaveNet, WaveNetConfig, audio, evaluate
+from wavear import EvaluateConfig, Evaluation, MelConfig, audio, evaluate
 from wavear.cli.commands import main
 from wavear.demo.sounds import string, voice
 from wavear.evaluation import metrics, model_table, run
 from wavear.evaluation.metrics import NotMeasured
 
-RATE = 8000
 MEL = MelConfig(
     sample_rate=RATE, n_fft=256, window_length=256, hop_length=64, bands=20, fmax=4000.0
 )
 FAST = EvaluateConfig(clips=2, seconds=0.6, threads=1, resamples=200, shown=0)
 SHOWN = dataclasses.replace(FAST, shown=8)
 BITS = dataclasses.replace(FAST, clips=0)
+tiny = partial(small_models.tiny, layers=3)
 REAL = {name: getattr(metrics, name) for name in ("pitch", "pesq", "stoi")}
 FLAGS = ("--threads", "1", "--resamples", "200", "--shown", "0")
-
-
-def tiny(seed: int = 0, **settings: Any) -> WaveNet:
-    torch.manual_seed(seed)
-    sizes = dict.fromkeys(
-        ("residual_channels", "skip_channels", "head_channels", "conditioning_channels"), 4
-    )
-    settings = {"sample_rate": RATE, **sizes, **settings}
-    return WaveNet(WaveNetConfig(layers=3, stacks=1, **settings)).eval()
 
 
 def clip(n: int, seconds: float = 0.7) -> np.ndarray:

@@ -11,24 +11,11 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from small_models import MEL, tiny
 
 import wavear
-from wavear import MelConfig, WaveNet, WaveNetConfig, audio
+from wavear import MelConfig, audio
 from wavear.cli.commands import main
-
-MEL = MelConfig(
-    sample_rate=8000, n_fft=128, window_length=128, hop_length=40, bands=10, fmax=4000.0
-)
-
-
-def tiny(**settings: Any) -> WaveNet:
-    torch.manual_seed(0)
-    sizes = dict.fromkeys(
-        ("residual_channels", "skip_channels", "head_channels", "conditioning_channels"), 4
-    )
-    return WaveNet(
-        WaveNetConfig(**{"layers": 2, "stacks": 1, "sample_rate": 8000, **sizes, **settings})
-    ).eval()
 
 
 @pytest.fixture
