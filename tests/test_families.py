@@ -288,9 +288,9 @@ def test_every_parameter_gets_its_own_gradient(config):
 def test_the_cost_of_a_configuration_is_that_of_its_model(config):
     """`cost` counts by formula, the model its own matrices; shares of a patch are rounded."""
     if isinstance(config, LinearConfig):
-        pytest.skip("its prediction is no matrix")
+        pytest.skip("its prediction is not a matrix")
     model, asked = make(config), cost(config)
-    prediction = getattr(config, "prediction_order", 0)  # no matrix either
+    prediction = getattr(config, "prediction_order", 0)  # not a matrix either
     assert model.multiply_adds == pytest.approx(asked.multiply_adds + prediction, abs=1)
     assert model.weight_bytes == pytest.approx(asked.weight_bytes + 4 * prediction, abs=4)
 

@@ -1,4 +1,4 @@
-"""Streams: parts equal the whole bit for bit, alone and in batches."""
+"""Streams: parts equal the whole bit for bit, one by one and in batches."""
 
 from __future__ import annotations
 
