@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import resource
-import stat
 from collections.abc import Iterator
 
 import numpy as np
@@ -325,16 +324,6 @@ def test_a_failed_write_changes_nothing(tmp_path, existing):
         assert path.read_bytes() == before
 
 
-def test_an_interrupted_write_leaves_nothing(tmp_path, monkeypatch):
-    def interrupted(*_):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(os, "replace", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        audio.write(tmp_path / "a.wav", sound(), RATE)
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_only_regular_files_are_overwritten(tmp_path):
     path = tmp_path / "a.wav"
     audio.write(path, sound(1000), RATE)
@@ -347,15 +336,6 @@ def test_only_regular_files_are_overwritten(tmp_path):
         FileNotFoundError, match=r"cannot write .*nowhere/a\.wav: No such file or directory"
     ):
         audio.write(tmp_path / "nowhere" / "a.wav", sound(), RATE)
-
-
-def test_a_written_file_has_the_usual_permissions(tmp_path):
-    mask = os.umask(0o027)
-    try:
-        audio.write(tmp_path / "a.wav", sound(), RATE)
-    finally:
-        os.umask(mask)
-    assert stat.S_IMODE((tmp_path / "a.wav").stat().st_mode) == 0o640
 
 
 def test_a_folder_without_write_permission_is_refused(tmp_path):

@@ -16,12 +16,12 @@ import numpy as np
 import pytest
 import torch
 from scipy.signal import lfilter
+from small_models import MEL, RATE, tiny
 
 import wavear
 from wavear import MelConfig, WaveNet, WaveNetConfig, audio
 
 BENCH = Path(wavear.__file__).parents[1] / "bench"
-RATE = 8000
 
 
 @pytest.fixture
@@ -153,18 +153,11 @@ def test_quality_is_one_table_of_any_families(
     for number in range(2):
         noise: Any = lfilter([0.05], [1, -0.9], generator.standard_normal(6400))
         audio.write(tmp_path / "held" / "ann" / f"{number}.wav", noise, RATE)
-    mel = MelConfig(
-        sample_rate=RATE, n_fft=128, window_length=128, hop_length=40, bands=10, fmax=4000.0
-    )
-    sizes = dict.fromkeys(
-        ("residual_channels", "skip_channels", "head_channels", "conditioning_channels"), 4
-    )
-    common: Any = {"layers": 2, "stacks": 1, "sample_rate": RATE, "mel": mel, **sizes}
-    wavenet = WaveNet(WaveNetConfig(**common))
+    wavenet = tiny(mel=MEL)
     wavenet.save(tmp_path / "runs" / "wavenet" / "best", training={"step": 1234})
     history = {"history": [{"step": 0, "seconds": 0.0}, {"step": 1234, "seconds": 150.0}]}
     (tmp_path / "runs" / "wavenet" / "train.json").write_text(json.dumps(history))
-    emphasised = WaveNet(WaveNetConfig(**common, speakers=2, pre_emphasis=0.5))
+    emphasised = tiny(mel=MEL, speakers=2, pre_emphasis=0.5)
     emphasised.save(tmp_path / "runs" / "emphasis" / "last", training={"speakers": ["bob", "ann"]})
     page = tmp_path / "page.md"
     page.write_text("# Page\n")
@@ -196,9 +189,7 @@ def test_quality_is_one_table_of_any_families(
     assert rows[0]["minutes"] == "2.5"
     assert rows[0]["steps"] == "1,234"
     waveforms = [audio.read(path) for path in sorted((tmp_path / "held" / "ann").glob("*.wav"))]
-    bits = [
-        -float(wavear.score(wavenet.eval(), x, grid="linear").mean()) / np.log(2) for x in waveforms
-    ]
+    bits = [-float(wavear.score(wavenet, x, grid="linear").mean()) / np.log(2) for x in waveforms]
     assert rows[0]["bits, 16-bit grid"].split(" (")[0] == f"{np.mean(bits):.3f}"
     assert rows[1]["run"] == "emphasis"
     assert rows[1]["bits, 16-bit grid"] == ""  # of pre-emphasised codes
@@ -247,9 +238,7 @@ def test_quality_refuses_unusable_options(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "held").mkdir()
     audio.write(tmp_path / "held" / "0.wav", np.zeros(800), RATE)
-    WaveNet(
-        WaveNetConfig(layers=2, stacks=1, residual_channels=4, skip_channels=4, sample_rate=RATE)
-    ).save("free")
+    tiny().save("free")
     monkeypatch.setattr(sys, "argv", ["quality.py", *words, "--data", "held"])
     with pytest.raises(SystemExit, match=message):
         program("quality").main()

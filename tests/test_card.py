@@ -13,16 +13,13 @@ import matplotlib.image
 import numpy as np
 import pytest
 import yaml
+from small_models import MEL
 from small_training import config_of
 
 import wavear
 from wavear.cli.commands import main
 from wavear.models.card import CARD
 from wavear.models.hub import push
-
-MEL = wavear.MelConfig(
-    sample_rate=8000, n_fft=128, window_length=128, hop_length=40, bands=10, fmax=4000.0
-)
 
 
 @pytest.fixture

@@ -165,11 +165,6 @@ def test_a_parent_directory_gets_a_hint(saved):
         wavear.load(saved.parent)
 
 
-def test_a_missing_directory_is_refused(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no such directory"):
-        wavear.load(tmp_path / "nothing")
-
-
 def test_a_file_is_refused_as_a_checkpoint(saved):
     with pytest.raises(CheckpointError, match="is a file"):
         wavear.load(saved / "model.safetensors")

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from small_models import tiny
 from small_training import config_of
 
 import wavear
@@ -81,11 +82,7 @@ def test_a_refused_training_leaves_no_folder(tones, tmp_path):
 
 
 def test_a_second_synthesis_of_one_file_is_refused(tmp_path, hold):
-    sizes = dict.fromkeys(
-        ("residual_channels", "skip_channels", "head_channels", "conditioning_channels"), 4
-    )
-    config = wavear.WaveNetConfig(layers=2, stacks=1, mel=wavear.MelConfig(), **sizes)
-    model = wavear.WaveNet(config).eval()
+    model = tiny(mel=wavear.MelConfig(), sample_rate=22050)
     for name in ("a", "b"):
         audio.write(tmp_path / f"{name}.wav", np.zeros(512), 22050)
     a, b, out = tmp_path / "a.wav", tmp_path / "b.wav", tmp_path / "out"
@@ -107,9 +104,8 @@ def test_a_second_synthesis_of_one_file_is_refused(tmp_path, hold):
     holder.wait()
     assert synthesize(model, plan([b], out, ".wav"), settings).files == 1
     assert sorted(path.name for path in out.iterdir()) == ["a.wav", "b.wav"]
-    free = wavear.WaveNet(wavear.WaveNetConfig(layers=2, stacks=1, **sizes)).eval()
     with claimed([out / "new.wav"]), pytest.raises(WavearError, match=r"new\.wav is being written"):
-        generate_file(free, 0.01, out / "new.wav", settings)
+        generate_file(tiny(), 0.01, out / "new.wav", settings)
 
 
 @pytest.mark.parametrize(("held", "wanted"), [("x", "x/sub"), ("x/sub", "x")])

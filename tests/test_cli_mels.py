@@ -11,24 +11,11 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from small_models import MEL, tiny
 
 import wavear
-from wavear import MelConfig, WaveNet, WaveNetConfig, audio
+from wavear import MelConfig, audio
 from wavear.cli.commands import main
-
-MEL = MelConfig(
-    sample_rate=8000, n_fft=128, window_length=128, hop_length=40, bands=10, fmax=4000.0
-)
-
-
-def tiny(**settings: Any) -> WaveNet:
-    torch.manual_seed(0)
-    sizes = dict.fromkeys(
-        ("residual_channels", "skip_channels", "head_channels", "conditioning_channels"), 4
-    )
-    return WaveNet(
-        WaveNetConfig(**{"layers": 2, "stacks": 1, "sample_rate": 8000, **sizes, **settings})
-    ).eval()
 
 
 @pytest.fixture
@@ -234,9 +221,6 @@ def test_level_and_fade(here: Path, capsys: pytest.CaptureFixture):
         ("--normalize 3", 2, "normalize is 3.0; it must"),
         ("--fade -1", 2, "fade is -1.0"),
         ("--top-p 1.5", 1, "top_p is 1.5; it must be above 0 and at most 1"),
-        ("--top-k 0", 1, "top_k is 0"),
-        ("--best-of 0", 1, "best_of is 0"),
-        ("--argmax --top-p 0.5", 1, "argmax takes the likeliest code"),
         ("--format flac", 1, "--format flac makes a file that ends in .flac, and --out is x.wav"),
     ],
 )
@@ -253,17 +237,69 @@ def test_refusals(
     assert not Path("x.wav").exists()
 
 
-def test_help_describes_each_sampling_flag(
-    capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
-):
-    monkeypatch.setenv("COLUMNS", "200")
-    _, out, _ = run(capsys, "generate", "--help")
-    for words in (
-        "--top-k",
-        "k likeliest values only",
-        "--top-p",
-        "--argmax",
-        "collapses to silence",
-        "--best-of",
-    ):
-        assert words in out
+def bad_mels(folder: Path) -> dict[str, str]:
+    """Write one file for each kind of fault; return the words of its refusal by file name."""
+    folder.mkdir()
+    good = np.random.default_rng(0).normal(size=(10, 7)).astype(np.float32)
+    np.save(folder / "bands.npy", np.zeros((80, 7), np.float32))
+    np.save(folder / "transposed.npy", good.T)
+    np.save(folder / "flat.npy", good[0])
+    np.save(folder / "int.npy", np.ones((10, 7), np.int64))
+    np.save(folder / "object.npy", np.array([{}], dtype=object), allow_pickle=True)
+    np.save(folder / "frameless.npy", good[:, :0])
+    good[3, 5] = np.nan
+    np.save(folder / "nan.npy", good)
+    whole = (folder / "bands.npy").read_bytes()
+    (folder / "short.npy").write_bytes(whole[:-40])
+    (folder / "greedy.npy").write_bytes(
+        whole.replace(b"(80, 7), }   ", b"(10, 99999999999), }"[:20], 1)
+    )
+    (folder / "words.npy").write_text("not an array")
+    (folder / "words2.npz").write_text("not an archive")
+    (folder / "words3.safetensors").write_text("no tensors here")
+    (folder / "zero.npy").write_bytes(b"")
+    (folder / "words4.wav").write_text("RIFF? no, words")
+    np.savez(folder / "many.npz", a=good, b=good)
+    np.savez(
+        folder / "config.npz", mel=np.zeros((10, 7), np.float32), config=np.array('{"bands": 10}')
+    )
+    torch.save([1, 2], folder / "list.pt")
+    audio.write(folder / "brief.wav", np.full(39, 0.1, np.float32), 8000)
+    return {
+        "bands.npy": "80 bands, the model was trained on 10",
+        "transposed.npy": "it seems transposed",
+        "flat.npy": "shape (7,)",
+        "int.npy": "expected floating point",
+        "object.npy": "damaged or not a NumPy array",
+        "frameless.npy": "no frames",
+        "nan.npy": "NaN or infinity, first in frame 5",
+        "short.npy": "damaged",
+        "greedy.npy": "damaged",
+        "words.npy": "damaged or not a NumPy array",
+        "words2.npz": "not an .npz archive",
+        "words3.safetensors": "not a safetensors file",
+        "zero.npy": "empty (0 bytes)",
+        "words4.wav": "not audio",
+        "many.npz": "'a', 'b'",
+        "config.npz": "lacks the fields",
+        "list.pt": "holds a list",
+        "brief.wav": "39 samples at 8000 Hz, less than one frame (40)",
+    }
+
+
+def test_unusable_inputs_are_named_counted_and_skipped(here: Path, capsys: pytest.CaptureFixture):
+    expected = bad_mels(Path("bad"))
+    np.save("bad/fine.npy", np.load("natural.npy"))
+    status, out, err = run(
+        capsys, "synthesize", "mel", "bad", "natural.npy", "--out", "out", "--engine", "reference"
+    )
+    assert status == 1
+    *named, count = [line for line in err.splitlines() if "error:" in line]
+    assert all(line.startswith("wavear: error: bad/") for line in named)
+    lines = {Path(line.split()[2].rstrip(":")).name: line for line in named}
+    assert sorted(lines) == sorted(expected)
+    for name, words in expected.items():
+        assert words in lines[name], lines[name]
+    assert f"{len(expected)} of {len(expected) + 2} inputs could not be used" in count
+    assert "2 files, " in out
+    assert sorted(path.name for path in Path("out").iterdir()) == ["fine.wav", "natural.wav"]

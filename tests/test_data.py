@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
@@ -71,73 +70,6 @@ def test_first_folder_level_names_speakers(folder, tmp_path):
     write(tmp_path / "lone.wav")
     with pytest.raises(ValueError, match=r"lone\.wav has no speaker\. Put it into a sub-folder"):
         find(tmp_path, speakers=True)
-
-
-ROWS = [
-    {"path": "a.wav", "speaker": "ann", "split": "train"},
-    {"path": "sub/b.wav", "start": 0.125, "duration": 0.25, "speaker": "bob", "split": "dev"},
-]
-
-
-def manifest_text(separator: str | None) -> str:
-    if separator is None:
-        return "\n".join(map(json.dumps, ROWS)) + "\n"
-    keys = ["path", "start", "duration", "speaker", "split"]
-    rows = [separator.join(str(row.get(key, "")) for key in keys) for row in ROWS]
-    return "\n".join([separator.join(keys), *rows]) + "\n"
-
-
-@pytest.mark.parametrize("kind", ["csv", "tsv", "jsonl"])
-def test_manifest_columns(tmp_path, kind):
-    write(tmp_path / "a.wav", 4000)
-    write(tmp_path / "sub/b.wav", 4000)
-    separator = {"csv": ",", "tsv": "\t"}.get(kind)
-    (tmp_path / f"list.{kind}").write_text(manifest_text(separator))
-    corpus = open_corpus(tmp_path / f"list.{kind}", sample_rate=RATE)
-    (a,), (b,) = corpus.train, corpus.validation
-    assert (a.name, a.start, a.frames, a.speaker) == ("a.wav", 0, 4000, "ann")
-    assert (b.name, b.start, b.frames, b.speaker) == ("sub/b.wav#0.125", 1000, 2000, "bob")
-    assert corpus.speakers == ["ann", "bob"]
-
-
-def test_list_of_path_and_text_is_a_manifest(tmp_path):
-    (tmp_path / "train.csv").write_text("a.wav|Something, spoken.\nb.wav|Something; else\n")
-    assert [r.path for r in find(tmp_path / "train.csv")] == [
-        tmp_path / "a.wav",
-        tmp_path / "b.wav",
-    ]
-
-
-@pytest.mark.parametrize(
-    "header", ["path, split, speaker", "Path,Split,Speaker", " path ,split,speaker "]
-)
-def test_column_names_ignore_case_and_spaces(tmp_path, header):
-    (tmp_path / "list.csv").write_text(f"{header}\na.wav, test, ann\n")
-    (found,) = find(tmp_path / "list.csv")
-    assert (found.name, found.split, found.speaker) == ("a.wav", "test", "ann")
-
-
-@pytest.mark.parametrize(
-    ("text", "name", "message"),
-    [
-        (
-            "path,start\na.wav,-1\n",
-            "m.csv",
-            r"m\.csv:2: start is '-1', expected seconds, 0 or more",
-        ),
-        ("path,start\na.wav,soon\n", "m.csv", r"m\.csv:2: start is 'soon'"),
-        ("path,split\na.wav,both\n", "m.csv", r"m\.csv:2: split is 'both', expected train"),
-        ("file,text\na.wav,x\n", "m.csv", r"m\.csv:2: no path\..* the columns are file, text"),
-        ('{"path": "a.wav"}\nnot json\n', "m.jsonl", r"m\.jsonl:2 is not JSON"),
-        ("[1]\n", "m.jsonl", r"m\.jsonl:1 is not a JSON object"),
-        ("", "m.csv", r"m\.csv lists no recordings"),
-        ("path\n\n", "m.csv", r"m\.csv lists no recordings"),
-    ],
-)
-def test_invalid_manifest_is_refused_with_its_line(tmp_path, text, name, message):
-    (tmp_path / name).write_text(text)
-    with pytest.raises(ValueError, match=message):
-        find(tmp_path / name)
 
 
 def test_missing_data_are_refused(tmp_path):
@@ -513,17 +445,6 @@ def test_unreadable_file_is_skipped_and_reported(folder, tmp_path):
         assert items_equal(Segments([*recordings, gone], layout)[index], stream[index])
     with pytest.raises(ValueError, match="none of 1000 files drawn could be read"):
         Segments([gone], layout)[0]
-
-
-def test_stereo_is_mixed(tmp_path):
-    import soundfile
-
-    left, right = noise(4000, 1), noise(4000, 2)
-    soundfile.write(tmp_path / "a.wav", np.stack([left, right], 1), RATE, subtype="FLOAT")
-    recording = Recording(tmp_path / "a.wav", "a.wav", 0, 4000, RATE)
-    np.testing.assert_allclose(
-        read_span(recording, RATE, 5, 900), ((left + right) / 2)[5:900], atol=1e-6
-    )
 
 
 def test_stretch_is_read_from_its_start(tmp_path):

@@ -31,7 +31,8 @@ from wavear import (
 )
 from wavear.audio.emphasis import Deemphasis, emphasised
 from wavear.data.corpus import Recording
-from wavear.data.crops import Segments, collate
+from wavear.data.crops import Segments, collate, read_crop
+from wavear.evaluation import bits, held_out
 from wavear.models.crop_loss import crop_loss, inputs, layout_of
 
 A = 0.85
@@ -101,8 +102,6 @@ def test_codes_of_crops_equal_those_of_the_whole(recording: Recording, mel: MelC
     expected = codes_of(speech_like(2000))
     segments = Segments([recording], layout)
     for start, first, last in layout.cover(recording):
-        from wavear.data.crops import read_crop
-
         batch = collate(
             [segments.item(recording, 0, start, first, last, read_crop(recording, layout, start))]
         )
@@ -110,100 +109,70 @@ def test_codes_of_crops_equal_those_of_the_whole(recording: Recording, mel: MelC
         assert torch.equal(codes[0, :last], expected[start : start + last])
 
 
-@pytest.mark.parametrize("mel", [None, MEL], ids=["free", "mel"])
-def test_every_score_is_that_of_the_emphasised_codes(
-    recording: Recording, mel: MelConfig | None, monkeypatch
-):
-    from wavear.evaluation import bits as evaluation
-    from wavear.evaluation import held_out as training
-
-    model = network(mel).double()
-    x = speech_like(2000)
-    conditioning = (
-        None
-        if mel is None
-        else model.condition(wavear.log_mel(torch.from_numpy(x)[None].double(), mel))
-    )
-    codes = codes_of(x)
-    with torch.no_grad():
-        logs = torch.log_softmax(model(codes[None], conditioning), 1).gather(1, codes[None, None])[
-            0, 0
-        ]
-    expected = -logs.sum().item() / math.log(2)
-    assert -wavear.score(model, x).sum().item() / math.log(2) == pytest.approx(expected, rel=1e-6)
-    monkeypatch.setattr(training, "_EVALUATION_SEGMENT", 300)
-    assert training.held_out_bits(model, [recording]).total[0] == pytest.approx(expected, rel=1e-6)
-    blocks = list(evaluation.scored_blocks(model, recording, None, seconds=0.05))
-    assert len(blocks) > 3
-    np.testing.assert_allclose(
-        np.concatenate([nats for _, nats in blocks]),
-        -logs.numpy(),
-        atol=1e-9 if mel is None else 1e-5,
-    )
-    monkeypatch.setattr(training, "_READ_SECONDS", 0.05)
-    counted = list(
-        training.code_blocks(recording, dataclasses.replace(layout_of(model, 1), hop=1), model.grid)
-    )
-    assert np.array_equal(np.concatenate(counted), codes.numpy())
-
-
-CARRYING: dict[str, Any] = {
-    "gru": lambda **common: GRU(GRUConfig(channels=8, input_channels=4, head_channels=8, **common)),
-    "transformer": lambda **common: Transformer(
-        TransformerConfig(
-            layers=2, channels=8, heads=2, window=8, patch=4, head_channels=8, **common
-        )
+FAMILIES: dict[str, Any] = {
+    "wavenet": network,
+    "gru": lambda mel: GRU(GRUConfig(channels=8, input_channels=4, **common(mel))),
+    "transformer": lambda mel: Transformer(
+        TransformerConfig(layers=2, channels=8, heads=2, window=8, patch=4, **common(mel))
     ),
 }
 
 
+def common(mel: MelConfig | None) -> dict[str, Any]:
+    names = ("head_channels", "conditioning_channels", "sample_rate")
+    return {name: SMALL[name] for name in names} | {"mel": mel, "pre_emphasis": A}
+
+
 @pytest.mark.parametrize("mel", [None, MEL], ids=["free", "mel"])
-@pytest.mark.parametrize("family", CARRYING)
-def test_families_with_a_carried_state_use_the_emphasised_codes(
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_score_is_that_of_the_emphasised_codes(
     recording: Recording, family: str, mel: Any, monkeypatch
 ):
-    from wavear.evaluation import bits as evaluation
-    from wavear.evaluation import held_out as training
-
     torch.manual_seed(0)
-    model = (
-        CARRYING[family](mel=mel, sample_rate=RATE, conditioning_channels=4, pre_emphasis=A)
-        .double()
-        .eval()
-    )
+    model = FAMILIES[family](mel).double().eval()
     x, codes = speech_like(2000), codes_of(speech_like(2000))
     log_mels = None if mel is None else wavear.log_mel(torch.from_numpy(x)[None].double(), mel)
     with torch.no_grad():
         parameters = model(codes[None], None if log_mels is None else model.condition(log_mels))
-        expected = -model.law.log_prob(parameters, codes[None]).sum().item() / math.log(2)
-    assert -wavear.score(model, x).sum().item() / math.log(2) == pytest.approx(expected, rel=1e-6)
-    monkeypatch.setattr(training, "_EVALUATION_SEGMENT", 300)
-    assert training.held_out_bits(model, [recording]).total[0] == pytest.approx(expected, rel=1e-6)
-    blocks = list(evaluation.scored_blocks(model, recording, None, seconds=0.05))
-    assert sum(nats.sum() for _, nats in blocks) / math.log(2) == pytest.approx(expected, rel=1e-6)
-    settings: dict[str, Any] = (
-        {"samples": 500} if log_mels is None else {"mel": log_mels[0].float()}
+        nats = -model.law.log_prob(parameters, codes[None])[0].numpy()
+    expected = pytest.approx(nats.sum() / math.log(2), rel=1e-6)
+    assert -wavear.score(model, x).sum().item() / math.log(2) == expected
+    monkeypatch.setattr(held_out, "_EVALUATION_SEGMENT", 300)
+    assert held_out.held_out_bits(model, [recording]).total[0] == expected
+    blocks = [block for _, block in bits.scored_blocks(model, recording, None, seconds=0.05)]
+    assert len(blocks) > 3
+    np.testing.assert_allclose(
+        np.concatenate(blocks), nats, atol=1e-9 if mel is None and family == "wavenet" else 1e-5
     )
-    model = model.float()
+    monkeypatch.setattr(held_out, "_READ_SECONDS", 0.05)
+    layout = dataclasses.replace(layout_of(model, 1), hop=1)
+    counted = list(held_out.code_blocks(recording, layout, model.grid))
+    assert np.array_equal(np.concatenate(counted), codes.numpy())
+
+
+@pytest.mark.parametrize("mel", [None, MEL], ids=["free", "mel"])
+@pytest.mark.parametrize("family", ["gru", "transformer"])
+def test_audio_of_emphasised_codes_scores_as_drawn_on_every_engine(family: str, mel: Any):
+    torch.manual_seed(0)
+    model = FAMILIES[family](mel).eval()
     with torch.no_grad():  # quiet, so that no sample is clipped
         (model.head.last if family == "gru" else model.head.out).bias[:] = (
             -0.02 * (torch.arange(256) - 128) ** 2
         )
+    x = torch.from_numpy(speech_like(500))
+    settings: dict[str, Any] = {"mel": wavear.log_mel(x[None], mel)} if mel else {"samples": 500}
     made, logs = generate(
         model, seed=3, return_log_probability=True, engine="reference", **settings
     )
     if mel is None:  # encoding the audio gives the codes drawn
         torch.testing.assert_close(wavear.score(model, made[0])[0], logs[0], atol=1e-5, rtol=0)
-    again = generate(model, seed=3, engine="numba", **settings)
-    assert torch.equal(made, again)
+    assert torch.equal(made, generate(model, seed=3, engine="numba", **settings))
 
 
 def test_emphasised_codes_have_no_bits_on_a_common_grid(recording: Recording):
     """The grid of 16-bit samples applies to the audio without pre-emphasis."""
-    from wavear.evaluation.bits import score_recording
-
-    assert score_recording(network(), recording, None).common == {}
-    assert set(score_recording(network(a=0.0), recording, None).common) == {"linear", "mulaw"}
+    assert bits.score_recording(network(), recording, None).common == {}
+    assert set(bits.score_recording(network(a=0.0), recording, None).common) == {"linear", "mulaw"}
 
 
 def test_the_loss_of_a_crop_is_that_of_the_emphasised_codes(recording: Recording):

@@ -1,4 +1,4 @@
-"""`wavear evaluate` and `wavear compare`: correct numbers, self-contained pages, and refusals."""
+"""`wavear evaluate`: correct numbers, a self-contained page, and refusals."""
 
 from __future__ import annotations
 
@@ -7,10 +7,8 @@ import csv
 import dataclasses
 import io
 import json
-import logging
 import re
 import shutil
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,130 +16,29 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from evaluate_cases import (
+    BITS,
+    FAST,
+    FLAGS,
+    MEL,
+    RATE,
+    REAL,
+    SHOWN,
+    changed,
+    clip,
+    command,
+    outside,
+    refused,
+)
+from evaluate_cases import here as here
+from evaluate_cases import made as made
+from evaluate_cases import stubs as stubs
 
 import wavear
-from wavear import (
-    EvaluateConfig,
-    Evaluation,
-    MelConfig,
-    WaveNet,
-    WaveNetConfig,
-    audio,
-    compare,
-    compare_models,
-    evaluate,
-)
-from wavear.cli.commands import main
-from wavear.demo.sounds import string, voice
+from wavear import EvaluateConfig, Evaluation, audio, compare, evaluate
 from wavear.evaluation import metrics, model_table, run
-from wavear.evaluation.clips import Preparation, open_clips, open_clips_for_fitting
 from wavear.evaluation.comparison import paired
-from wavear.evaluation.metrics import NotMeasured, measure
-from wavear.evaluation.pictures import costs
-
-RATE = 8000
-MEL = MelConfig(
-    sample_rate=RATE, n_fft=256, window_length=256, hop_length=64, bands=20, fmax=4000.0
-)
-FAST = EvaluateConfig(clips=2, seconds=0.6, threads=1, resamples=200, shown=0)
-SHOWN = dataclasses.replace(FAST, shown=8)
-BITS = dataclasses.replace(FAST, clips=0)
-REAL = {name: getattr(metrics, name) for name in ("pitch", "pesq", "stoi")}
-FLAGS = ("--threads", "1", "--resamples", "200", "--shown", "0")
-
-
-def tiny(seed: int = 0, **settings: Any) -> WaveNet:
-    torch.manual_seed(seed)
-    sizes = dict.fromkeys(
-        ("residual_channels", "skip_channels", "head_channels", "conditioning_channels"), 4
-    )
-    settings = {"sample_rate": RATE, **sizes, **settings}
-    return WaveNet(WaveNetConfig(layers=3, stacks=1, **settings)).eval()
-
-
-def clip(n: int, seconds: float = 0.7) -> np.ndarray:
-    make = string if n % 2 else voice
-    x = np.concatenate([np.zeros(RATE // 5), make(200.0 + 30 * n, seconds, RATE)])
-    return (0.5 * x + np.random.default_rng(n).normal(0, 1e-4, x.size)).astype(np.float32)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def stubs() -> Iterator[pytest.MonkeyPatch]:
-    """Replace pYIN, PESQ and STOI, which take most of the time, by quick stand-ins."""
-
-    def score(reference: np.ndarray, signal: np.ndarray, rate: int) -> float:
-        if len(reference) < rate // 2:
-            raise NotMeasured("too short")
-        return float(np.mean(np.square(signal)))
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(metrics, "pesq", score)
-        patch.setattr(metrics, "stoi", score)
-        for module in (metrics, run):
-            patch.setattr(module, "pitch", lambda x, rate: np.full(1 + len(x) // 512, 200.0))
-        patch.setattr(model_table, "_SPEED_SECONDS", 0.02)
-        yield patch
-
-
-@pytest.fixture(scope="module")
-def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a folder of checkpoints, three clips in `held`, and by speaker in `by_speaker`."""
-    folder = tmp_path_factory.mktemp("evaluate")
-    models = {
-        "mel": tiny(mel=MEL),
-        "other": tiny(1, mel=MEL),
-        "coarse": tiny(mel=MEL, classes=64),
-        "free": tiny(),
-        "mixture": tiny(law="logistic_mixture", mixtures=2, mel=MEL),
-        "slow": tiny(sample_rate=4000),
-        "speakers": tiny(mel=MEL, speakers=2),
-    }
-    for name, model in models.items():
-        model.save(folder / name, training={"step": 7, "speakers": ["ann", "bob"]})
-    for n, speaker in enumerate(("ann", "bob", "ann")):
-        for path in (folder / "held", folder / "by_speaker" / speaker):
-            path.mkdir(parents=True, exist_ok=True)
-            audio.write(path / f"{n}.wav", clip(n), RATE)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def made(here: Path) -> Evaluation:
-    return evaluate(here / "mel", here / "held", here / "out", SHOWN)
-
-
-def changed(evaluation: Evaluation, change: Callable[[dict[str, Any]], object]) -> Evaluation:
-    record = json.loads(json.dumps(evaluation.record))
-    change(record)
-    return Evaluation(record, evaluation.folder)
-
-
-def command(*words: str | Path) -> int:
-    return main([str(word) for word in words])
-
-
-def refused(capsys: pytest.CaptureFixture, *words: str | Path, status: int = 1) -> str:
-    """Run a command that is refused; return its message on stderr, out of the parser's box."""
-    try:
-        got = command(*words)
-    except SystemExit as stop:
-        got = stop.code
-    err = capsys.readouterr().err
-    assert got == status, err
-    assert "Traceback" not in err
-    if status == 2:
-        return " ".join(err.translate(dict.fromkeys(map(ord, "│╭╮╰╯─"), " ")).split())
-    assert err.startswith("wavear: error: ")
-    return err
-
-
-def run_of(here: Path, folder: Path, gains: dict[str, float] | None = None, **config: Any) -> Path:
-    """Return a checkpoint next to a train.json."""
-    shutil.copytree(here / "mel", folder / "best")
-    record = {"config": config, "data": {} if gains is None else {"gains": gains}}
-    (folder / "train.json").write_text(json.dumps(record))
-    return folder / "best"
-
+from wavear.evaluation.metrics import measure
 
 # ---- the numbers
 
@@ -156,17 +53,6 @@ def test_bits_equal_score_over_all_samples(here: Path, made: Evaluation):
     assert made.bits["model"] == pytest.approx(bits / samples)
     assert set(made.bits) == {"model", "linear", "markov", "unigram", "uniform"}
     assert made.bits["uniform"] == 8
-
-
-def test_bits_on_the_common_grid_equal_those_of_16_bit_samples(here: Path, made: Evaluation):
-    """P(16-bit value) = P(its mu-law code) / number of values with that code."""
-    model = wavear.load(here / "mel")
-    every = wavear.mulaw_encode(torch.arange(-32768, 32768) / 32768)
-    counts = torch.bincount(every, minlength=256).double().log2()
-    for row in made.clips:
-        x = audio.read(here / "held" / row.name)
-        whole = -wavear.score(model, x)[0] / np.log(2) + counts[wavear.mulaw_encode(x)]
-        assert row.common_bits == pytest.approx(float(whole.mean()))
 
 
 def test_audio_equals_generate_and_measures_equal_the_packages(here: Path, tmp_path: Path):
@@ -231,14 +117,6 @@ def test_verdict_is_at_the_top_of_page_and_summary(made: Evaluation):
     assert page.index(made.verdict[1:]) < page.index("Bits per sample")
 
 
-def test_bits_by_loudness_add_up(made: Evaluation):
-    levels = made.record["by_level"]
-    samples = sum(entry["samples"] for entry in levels)
-    bits = sum(entry["samples"] * entry["bits"] for entry in levels if entry["samples"])
-    assert samples == sum(row.samples // 160 * 160 for row in made.clips)
-    assert bits / samples == pytest.approx(made.bits["model"], rel=0.01)
-
-
 def test_the_same_seed_gives_the_same_evaluation(here: Path, made: Evaluation, tmp_path: Path):
     again = evaluate(here / "mel", here / "held", tmp_path / "again", SHOWN)
     varying = ("created", "command", "generation")
@@ -250,11 +128,6 @@ def test_the_same_seed_gives_the_same_evaluation(here: Path, made: Evaluation, t
 
 
 # ---- the page
-
-
-def outside(page: str) -> list[str]:
-    """Return a page's references to anything outside it."""
-    return re.findall(r'(?:src|href)="(?!data:)[^"]*"|https?://|url\(|@import|<script', page)
 
 
 def test_the_page_is_self_contained(made: Evaluation):
@@ -320,136 +193,6 @@ def test_training_curves_are_in_the_page(here: Path, tmp_path: Path):
     assert "<h2>Training</h2>" in page
     assert page.count("data:image/png") == 1
     assert found.record["measures"] == {}
-
-
-# ---- data for the baselines, and clips used in training
-
-
-def test_training_clips_are_marked(here: Path, tmp_path: Path, caplog):
-    other = shutil.copytree(here / "held", tmp_path / "other")
-    checkpoint = run_of(here, tmp_path / "run", data=str(here / "held"), validation=str(other))
-    with caplog.at_level(logging.INFO, "wavear"):
-        found = evaluate(checkpoint, here / "held", tmp_path / "out", BITS)
-    assert [row.trained_on for row in found.clips] == [True] * 3
-    assert "3 of 3 clips were trained on" in caplog.text
-    assert "3 of 3 clips were trained on" in found.page.read_text(encoding="utf-8")
-    assert found.record["baselines"]["fitted_to"] == "the clips themselves, each half for the other"
-
-
-def test_baselines_are_fitted_to_the_training_data_or_to_the_given_data(here: Path, tmp_path: Path):
-    train = tmp_path / "train"
-    train.mkdir()
-    for n in range(3):
-        audio.write(train / f"{n}.wav", clip(10 + n), RATE)
-    checkpoint = run_of(here, tmp_path / "run", data=str(train), validation=str(here / "held"))
-    given = dataclasses.replace(BITS, train_data=str(train))
-    known = evaluate(checkpoint, here / "held", tmp_path / "a", BITS).record
-    asked = evaluate(here / "mel", here / "held", tmp_path / "b", given).record
-    assert str(train) in known["baselines"]["fitted_to"]
-    assert [row["trained_on"] for row in known["clips"]] == [False] * 3
-    assert known["bits"] == asked["bits"]
-    assert known["baselines"]["linear"] == asked["baselines"]["linear"]
-    # An unreadable recording is skipped.
-    soundfile.write(train / "1.wav", np.full(4000, np.nan), RATE, "FLOAT")
-    left = evaluate(here / "mel", here / "held", tmp_path / "c", given).record
-    assert any(note.startswith("the baselines skip 1.wav: ") for note in left["notes"])
-    assert left["baselines"]["seconds"] == pytest.approx(2 * clip(0).size / RATE)
-
-
-def test_baselines_of_a_clip_are_fitted_to_the_other_half(
-    here: Path, made: Evaluation, tmp_path: Path
-):
-    """The baselines of the second clip are fitted to the first and the third."""
-    (tmp_path / "train").mkdir()
-    for name in ("0.wav", "2.wav"):
-        shutil.copy(here / "held" / name, tmp_path / "train" / name)
-    config = dataclasses.replace(BITS, train_data=str(tmp_path / "train"))
-    found = evaluate(here / "mel", here / "held" / "1.wav", tmp_path / "out", config)
-    assert found.clips[0].bits == pytest.approx(made.clips[1].bits)
-
-
-def test_a_single_clip_has_no_baselines(here: Path, tmp_path: Path):
-    found = evaluate(here / "mel", here / "held" / "1.wav", tmp_path / "out", BITS)
-    assert set(found.bits) == {"model", "uniform"}
-    assert any("--train-data" in note for note in found.record["notes"])
-    assert found.record["bits"]["model"]["low"] is None
-
-
-@pytest.mark.parametrize("name", ["normalize", "normalise"])  # the second: in earlier runs
-def test_levels_and_ends_are_treated_as_in_training(here: Path, tmp_path: Path, name: str):
-    trained: Any = {"data": "gone", "trim_silence": 40.0, name: "peak"}
-    checkpoint = run_of(here, tmp_path / "run", **trained)
-    config = dataclasses.replace(FAST, clips=1)
-    found = evaluate(checkpoint, here / "held", tmp_path / "out", config)
-    notes = found.record["notes"]
-    assert "treated as in training: level by peak, ends 40 dB down cut" in notes
-    assert (
-        "whether clips were trained on is not known: of the training data, gone is not here"
-        in notes
-    )
-    row = next(row for row in found.clips if row.audio)
-    heard = audio.read(found.folder / (row.audio or {})["original"])
-    assert row.samples < clip(0).size - RATE // 20  # the clip ends in 0.2 s of silence and a fade
-    assert float(heard.abs().max()) == pytest.approx(0.9, abs=0.1)
-    assert Preparation(normalize="rms").words == ["level by rms"]
-    assert Preparation(trim_silence=30.0).words == ["ends 30 dB down cut"]
-
-
-def test_levels_by_speaker_equal_those_of_training(here: Path):
-    """Speakers outside the training data get the levels of these clips, with a note."""
-    peaks = [0.9 / float(audio.read(here / "held" / f"{n}.wav").abs().max()) for n in range(3)]
-    start = "treated as in training: level by peak for each speaker; "
-    for data, gains, expected, note in (
-        (
-            "by_speaker",
-            {"ann": 0.25},
-            [0.25, 0.25, peaks[1]],
-            "the speakers' gains are those of the training for 1 of 2"
-            " and of these clips for the others",
-        ),
-        ("held", {}, [min(peaks)] * 3, "but one gain for all, since no speakers are named"),
-        (
-            "by_speaker",
-            {},
-            [min(peaks[0], peaks[2])] * 2 + [peaks[1]],
-            "the speakers' gains are of these clips, those of the training are unknown",
-        ),
-    ):
-        prepared = Preparation("peak", "speaker", gains=gains)
-        found = open_clips(here / data, RATE, 1, prepared, False)
-        assert [each.gain for each in found.good] == pytest.approx(expected)
-        assert found.notes == [start + note]
-    prepared = Preparation("peak", "speaker", gains={"bob": 0.5})
-    fitting = open_clips_for_fitting(str(here / "by_speaker"), RATE, 1, prepared)
-    assert [each.speaker for each in fitting] == ["ann", "ann", "bob"]
-    assert fitting[0].gain == fitting[1].gain != fitting[2].gain == 0.5
-
-
-def test_clips_of_training_shards_are_marked(here: Path, tmp_path: Path):
-    from wavear.data.shards import write_shards
-
-    write_shards(here / "held", tmp_path / "shards")
-    pattern = str(tmp_path / "shards" / "*.tar")
-    checkpoint = run_of(here, tmp_path / "run", data=pattern, validation=str(here / "held"))
-    found = evaluate(checkpoint, pattern, tmp_path / "a", BITS)
-    assert [row.trained_on for row in found.clips] == [True] * 3
-
-
-def test_audio_of_earlier_reports_is_skipped(here: Path, tmp_path: Path):
-    """A folder of the same name without a report next to it is data."""
-    shutil.copytree(here / "held", tmp_path / "audio")
-    for folder, record in (("r/1/audio/0", "r/1/evaluation.json"), ("t/strip", "t/models.json")):
-        (tmp_path / folder).mkdir(parents=True)
-        shutil.copy(here / "held" / "0.wav", tmp_path / folder / "model.wav")
-        (tmp_path / record).write_text("{}")
-    found = open_clips(tmp_path, RATE, 1, Preparation(), False)
-    assert [each.name for each in found.good] == [f"audio/{n}.wav" for n in range(3)]
-    assert found.notes == ["skipped 2 files of earlier reports"]
-    asked = open_clips(tmp_path / "r" / "1" / "audio", RATE, 1, Preparation(), False)
-    assert [each.name for each in asked.good] == ["0/model.wav"]
-    shutil.rmtree(tmp_path / "audio")
-    with pytest.raises(ValueError, match="no recordings other than those of earlier reports"):
-        open_clips(tmp_path, RATE, 1, Preparation(), False)
 
 
 # ---- other models and data
@@ -650,211 +393,3 @@ def test_the_command_in_the_page_repeats_the_evaluation():
     config = EvaluateConfig(train_data="a b", clips=3, temperature=0.7, overwrite=True)
     flags = ["--train-data", "a b", "--clips", "3", "--temperature", "0.7", "--overwrite"]
     assert config.flags() == flags
-
-
-# ---- compare
-
-
-def test_a_model_equals_itself(made: Evaluation, tmp_path: Path):
-    found = compare(made.folder, made.folder / "evaluation.json", tmp_path / "c").record
-    for entry in (found["bits"], *found["measures"].values()):
-        clips = entry["difference"]["clips"]
-        assert entry["difference"] == {"mean": 0.0, "low": 0.0, "high": 0.0, "clips": clips}
-        assert entry["a"] == entry["b"]
-
-
-def test_differences_are_paired_by_clip(made: Evaluation):
-    """A gain of 0.1 bits in every clip has an interval of zero width, although the clips differ."""
-
-    def shift(record: dict[str, Any]) -> None:
-        for row in record["clips"]:
-            row["bits"]["model"] -= 0.1
-            if "measures" in row:
-                row["measures"]["model"]["mcd"] += 1.5
-
-    found = paired(made.record, changed(made, shift).record)
-    same = {"mean": -0.1, "low": -0.1, "high": -0.1, "clips": 3}
-    assert found["bits"]["difference"] == pytest.approx(same)
-    assert found["bits"]["a"]["high"] - found["bits"]["a"]["low"] > 1e-3
-    assert found["bits"]["better"] == 3
-    assert found["measures"]["mcd"]["difference"]["mean"] == pytest.approx(1.5)
-    assert found["measures"]["mcd"]["better"] == 0
-    assert found["bits"]["b"]["mean"] == pytest.approx(made.bits["model"] - 0.1)
-
-
-def test_two_checkpoints_on_the_command_line(
-    here: Path, tmp_path: Path, capsys: pytest.CaptureFixture
-):
-    """A clip that cannot be used makes the exit status 1."""
-    data = shutil.copytree(here / "held", tmp_path / "held")
-    (data / "words.wav").write_text("no audio")
-    flags = ("--clips", "1", "--seconds", "0.3", *FLAGS)
-    a, b, out = here / "mel", here / "other", tmp_path / "c"
-    assert command("compare", a, b, "--data", data, "--out", out, *flags) == 1
-    printed = capsys.readouterr()
-    one, two = Evaluation.read(out / "a"), Evaluation.read(out / "b")
-    difference = two.bits["model"] - one.bits["model"]
-    record = json.loads((out / "compare.json").read_text())
-    assert record["bits"]["difference"]["mean"] == pytest.approx(difference)
-    assert f"b less a {difference:+.4f}" in printed.out
-    assert "words.wav: " in printed.err
-    page = (out / "compare.html").read_text(encoding="utf-8")
-    assert outside(page) == []
-    assert page.count("<audio") == 3
-    assert str(b) in page
-    assert f"report: {out / 'compare.html'}" in printed.out
-    side = (out / "compare.json", out / "a", "--out", tmp_path / "d")
-    assert "compare.json is not an evaluation of one model" in refused(capsys, "compare", *side)
-
-
-def test_models_that_cannot_be_compared_are_refused_before_the_work(
-    here: Path, made: Evaluation, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch
-):
-    monkeypatch.chdir(here)
-    monkeypatch.setattr(run, "measure_everything", lambda *_, **__: pytest.fail("the work began"))
-    out, data = tmp_path / "c", ("--data", "held")
-    with pytest.raises(ValueError, match="a has 256 mu-law codes and b has 64"):
-        compare("mel", "coarse", out, "held")
-    for words, arguments in {
-        "two models or more": ("mel", *data),
-        "are of 4000 and 8000 Hz": ("mel", "free", "slow", *data),
-        "pass --data": ("out", "mel"),
-        "need no --data": ("out", "out", *data),
-        "nowhere: no such directory": ("out", "nowhere", *data),
-        "nowhere.json: no such evaluation": ("out", "nowhere.json"),
-    }.items():
-        assert words in refused(capsys, "compare", *arguments, "--out", out)
-    (tmp_path / "more").mkdir()
-    audio.write(tmp_path / "more" / "9.wav", clip(9), RATE)
-    with pytest.raises(ValueError, match=r"was evaluated on other clips than those of .*more"):
-        compare_models([made.folder, "coarse", "free"], out, tmp_path / "more")
-    assert not out.exists()
-
-
-@pytest.mark.parametrize(
-    ("words", "change"),
-    [
-        (r"2\.wav is a clip of a only", lambda r: r["clips"].pop()),
-        (r"0\.wav is not the same audio", lambda r: r["clips"][0].update(digest="0")),
-        ("in different orders", lambda r: r["clips"].reverse()),
-        ("up to 0.6 s of each clip and b up to 3 s", lambda r: r["settings"].update(seconds=3.0)),
-        (
-            "a has 8000 Hz and b has 16000",
-            lambda r: r["checkpoint"]["config"].update(sample_rate=16000),
-        ),
-    ],
-)
-def test_records_of_other_clips_are_not_paired(made: Evaluation, words: str, change: Any):
-    with pytest.raises(ValueError, match=words):
-        paired(made.record, changed(made, change).record)
-
-
-def test_different_settings_are_noted(made: Evaluation):
-    other = changed(made, lambda r: r["settings"].update(temperature=0.8))
-    notes = paired(made.record, other.record)["notes"]
-    assert notes == ["temperature is 1.0 in a and 0.8 in b: the model is not the only difference"]
-
-
-# ---- the table of models
-
-
-def test_models_of_any_quantisation_are_in_one_table(
-    here: Path, tmp_path: Path, capsys: pytest.CaptureFixture
-):
-    out, names = tmp_path / "table", ["mel", "mixture", "coarse", "free"]
-    sources = [here / name for name in names]
-    words = ("--clips", "1", "--seconds", "0.1", *FLAGS)
-    assert command("compare", *sources, "--data", here / "held", "--out", out, *words) == 0
-    assert "mixture: " in capsys.readouterr().out
-    record = json.loads((out / "models.json").read_text(encoding="utf-8"))
-    rows = {row["name"]: row for row in record["models"]}
-    assert list(rows) == names
-    assert rows["mixture"]["grid"] == "16-bit linear"
-    assert rows["mixture"]["common_bits"] == rows["mixture"]["bits"]
-    assert rows["mel"]["mulaw_bits"] == rows["mel"]["bits"]
-    assert rows["mixture"]["mulaw_bits"]["mean"] < rows["mixture"]["bits"]["mean"] - 2
-    finer = rows["coarse"]["mulaw_bits"]["mean"] - rows["coarse"]["bits"]["mean"]
-    assert 1 < finer < np.log2(10)  # each of the 64 codes covers 2 to 10 of the 256
-    assert rows["mel"]["common_bits"]["mean"] > rows["mel"]["bits"]["mean"] + 2
-    assert rows["free"]["multiply_adds"] == wavear.load(sources[3]).multiply_adds
-    assert all(row["speed"]["reference"] > 0 and row["speed"]["numba"] > 0 for row in rows.values())
-    page = (out / "models.html").read_text(encoding="utf-8")
-    assert outside(page) == []
-    head = re.search(r"<thead>(.*?)</thead>", page, re.DOTALL)
-    assert head is not None
-    assert re.findall(r"<th[^>]*>(.*?)</th>", head.group(1))[2:] == [
-        "256 mu-law codes",
-        "16-bit linear",
-        "64 mu-law codes",
-        "on 16-bit samples",
-        "on 256 mu-law codes",
-    ]
-    whole = audio.read(out / "strip" / "recording.wav")
-    prime = round(record["strip"]["prime_seconds"] * RATE)
-    for n in range(4):
-        made = audio.read(out / "strip" / f"{n}.wav")
-        assert made.numel() == whole.numel()
-        assert torch.equal(made[:prime], whole[:prime])
-        assert not torch.equal(made[prime:], whole[prime:])
-    # Finished evaluations give no strip; --models makes a table of two models on one grid.
-    again = tmp_path / "again"
-    assert command("compare", out / "1", out / "4", "--models", "--out", again) == 0
-    assert json.loads((again / "models.json").read_text(encoding="utf-8"))["strip"] is None
-
-
-def test_a_table_of_different_clips_is_refused(made: Evaluation):
-    def renamed(record: dict[str, Any]) -> None:
-        for row in record["clips"]:
-            row["name"] = f"other/{row['name']}"
-
-    def coarse(record: dict[str, Any]) -> None:
-        record["checkpoint"]["grid"] = "64 mu-law codes"
-        record["clips"][0]["digest"] = "0"  # the digest of other codes
-
-    def trimmed(record: dict[str, Any]) -> None:
-        record["data"]["treated"] = ["ends 40 dB down cut"]
-        record["clips"][0]["samples"] -= 100
-
-    def check(change: Callable[[dict[str, Any]], object]) -> list[str]:
-        return model_table.check_same_clips(["a", "b"], [made, changed(made, change)])
-
-    assert model_table.check_same_clips([], []) == check(lambda _: None) == check(coarse) == []
-    with pytest.raises(ValueError, match=r"evaluated on other clips \(0\.wav, other/0\.wav"):
-        check(renamed)
-    with pytest.raises(ValueError, match=r"1\.wav is not the same audio in the evaluations of a"):
-        check(lambda r: r["clips"][1].update(samples=7))
-    with pytest.raises(ValueError, match=r"2\.wav is not the same audio"):
-        check(lambda r: r["clips"][2].update(digest="0"))
-    missing = "b: its numbers are without 0.wav, which others have"
-    assert check(lambda r: r["clips"].pop(0)) == [missing]
-    (note,) = check(trimmed)
-    start = "b (ends 40 dB down cut) and a (untreated) were not evaluated on the same audio"
-    assert note.startswith(start)
-
-
-def test_a_plot_escapes_names_that_are_not_unicode(made: Evaluation):
-    other = changed(made, lambda r: r["checkpoint"].update(source="runs/caf\udce9/best"))
-    names = model_table.name_models([made, other], ["mel", "runs/caf\udce9/best"])
-    assert names == ["mel", "caf\\udce9"]
-    assert costs([model_table.row(name, made, None) for name in names]) is not None
-
-
-def test_bits_of_pre_emphasised_codes_have_their_own_column(made: Evaluation):
-    other = changed(made, lambda r: r["checkpoint"]["config"].update(pre_emphasis=0.85))
-    grids = [model_table.row("x", each, None)["grid"] for each in (made, other)]
-    assert grids == ["256 mu-law codes", "256 mu-law codes, pre-emphasis 0.85"]
-
-
-def test_a_table_without_a_strip_gives_the_reason(here: Path, made: Evaluation, tmp_path: Path):
-    """Frames coincide only after more than two seconds, or clips are shorter than 0.25 s."""
-    reason = str(model_table.find_beginning(here / "held", RATE, [275, 256]))
-    assert reason == "mel frames of 256, 275 samples end together only after 8.8 s"
-    found = model_table.find_beginning(here / "held", RATE, [64, 40])
-    assert isinstance(found, model_table.Beginning)
-    assert found.waveform.numel() % 320 == 0
-    assert found.prime in (RATE // 2, found.waveform.numel() // 2)
-    audio.write(tmp_path / "short.wav", clip(0)[:1500], RATE)
-    assert "none of the clips can be used" in str(model_table.find_beginning(tmp_path, RATE, [64]))
-    table = model_table.side_by_side([made, made], ["a", "b"], reason, tmp_path, FAST)
-    assert table["strip"] is None
-    assert f"there is no continuation of one beginning: {reason}" in table["notes"]

@@ -23,7 +23,6 @@ from wavear.cli import commands
 from wavear.data import corpus as corpus_module
 from wavear.data import indexing, levels, workers
 from wavear.data.corpus import open_corpus
-from wavear.data.indexing import Files
 from wavear.data.listing import listed
 from wavear.data.recordings import Builder, Recordings, fingerprint
 from wavear.data.store import FILE, DamagedError, Store
@@ -327,14 +326,6 @@ def test_damaged_index_is_rebuilt(corpus, looks, damage):
     assert wavear.index(corpus).notes == []
 
 
-def test_index_of_an_earlier_format_is_ignored(corpus, looks):
-    folder = indexing.cached(corpus)
-    folder.mkdir(parents=True)
-    (folder / "headers.safetensors").write_bytes(b"of version 0.1")
-    report = wavear.index(corpus)
-    assert (report.new, report.notes) == (31, [])
-
-
 def test_store_refuses_links_pipes_and_foreign_journals(tmp_path):
     """SQLite would follow the link, block, or delete the file that a journal names."""
     Store(tmp_path / "real").close()
@@ -493,12 +484,6 @@ def test_two_processes_read_each_file_once(corpus):
     assert sorted(int(child.communicate(timeout=200)[0]) for child in children) == [0, 31]
 
 
-def test_keys_of_files_are_distinct(corpus):
-    files = Files.of_recordings(listed(corpus))
-    assert len(set(files.key.tolist())) == 31
-    assert np.array_equal(files.key, Files.of_recordings(listed(corpus)).key)
-
-
 # --- the command
 
 
@@ -511,6 +496,3 @@ def test_command_reports_the_index(corpus, capsys):
     (corpus / "bad.wav").unlink()
     assert commands.main(["index", str(corpus), "--beside"]) == 0
     assert f"index: {corpus / '.wavear-index'}" in capsys.readouterr().out
-    assert commands.main(["index", str(corpus / "nowhere")]) == 1
-    message = f"{corpus / 'nowhere'}: no such folder or manifest"
-    assert capsys.readouterr().err.strip() == f"wavear: error: {message}"

@@ -2,16 +2,68 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
+from test_data import write
 
 from wavear import audio
 from wavear.audio.reading import ENDINGS
 from wavear.data.corpus import find, open_corpus
 from wavear.generation.jobs import plan
+
+ROWS = [
+    {"path": "a.wav", "speaker": "ann", "split": "train"},
+    {"path": "sub/b.wav", "start": 0.125, "duration": 0.25, "speaker": "bob", "split": "dev"},
+]
+
+
+def manifest_text(separator: str | None) -> str:
+    if separator is None:
+        return "\n".join(map(json.dumps, ROWS)) + "\n"
+    keys = ["path", "start", "duration", "speaker", "split"]
+    rows = [separator.join(str(row.get(key, "")) for key in keys) for row in ROWS]
+    return "\n".join([separator.join(keys), *rows]) + "\n"
+
+
+@pytest.mark.parametrize("kind", ["csv", "tsv", "jsonl"])
+def test_manifest_columns(tmp_path, kind):
+    write(tmp_path / "a.wav")
+    write(tmp_path / "sub/b.wav")
+    separator = {"csv": ",", "tsv": "\t"}.get(kind)
+    (tmp_path / f"list.{kind}").write_text(manifest_text(separator))
+    corpus = open_corpus(tmp_path / f"list.{kind}", sample_rate=8000)
+    (a,), (b,) = corpus.train, corpus.validation
+    assert (a.name, a.start, a.frames, a.speaker) == ("a.wav", 0, 4000, "ann")
+    assert (b.name, b.start, b.frames, b.speaker) == ("sub/b.wav#0.125", 1000, 2000, "bob")
+    assert corpus.speakers == ["ann", "bob"]
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "message"),
+    [
+        (
+            "path,start\na.wav,-1\n",
+            "m.csv",
+            r"m\.csv:2: start is '-1', expected seconds, 0 or more",
+        ),
+        ("path,start\na.wav,soon\n", "m.csv", r"m\.csv:2: start is 'soon'"),
+        ("path,split\na.wav,both\n", "m.csv", r"m\.csv:2: split is 'both', expected train"),
+        ("file,text\na.wav,x\n", "m.csv", r"m\.csv:2: no path\..* the columns are file, text"),
+        ('{"path": "a.wav"}\nnot json\n', "m.jsonl", r"m\.jsonl:2 is not JSON"),
+        ("[1]\n", "m.jsonl", r"m\.jsonl:1 is not a JSON object"),
+        ("", "m.csv", r"m\.csv lists no recordings"),
+        ("path\n\n", "m.csv", r"m\.csv lists no recordings"),
+    ],
+)
+def test_invalid_manifest_is_refused_with_its_line(tmp_path, text, name, message):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=message):
+        find(tmp_path / name)
+
 
 LINES = [f"{n}.wav@{text}@ann" for n, text in enumerate(["a", '"b', "c", 'd"', '"e" f', "g", '"h'])]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from torchaudio.functional import mu_law_decoding, mu_law_encoding
+from torchaudio.functional import mu_law_encoding
 
 from wavear import audio
 from wavear.audio.mulaw import mulaw_decode, mulaw_encode, silence_code
@@ -33,15 +33,6 @@ def test_codes_equal_those_of_torchaudio(classes):
     assert torch.equal(mulaw_encode(quiet, classes), mu_law_encoding(quiet, classes))
     assert torch.equal(
         mulaw_encode(waveform.double(), classes), mu_law_encoding(waveform.double(), classes)
-    )
-
-
-@pytest.mark.parametrize("classes", ODD_AND_EVEN)
-def test_waveforms_equal_those_of_torchaudio(classes):
-    codes = torch.arange(classes)
-    # One bit of float32 at 1: torchaudio exceeds 1 by that much for some classes, we do not.
-    torch.testing.assert_close(
-        mulaw_decode(codes, classes), mu_law_decoding(codes, classes), rtol=0, atol=1.2e-7
     )
 
 

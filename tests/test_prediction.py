@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import pytest
 import scipy.linalg
@@ -12,7 +10,6 @@ import test_predictive
 import torch
 
 from wavear import MelConfig, log_mel
-from wavear.audio.periods import measure_period
 from wavear.mel.presets import PRESETS
 from wavear.mel.spectrogram import mel_filter_bank
 from wavear.models.prediction import LEAST_SCALE, Envelope, levinson, predictor
@@ -249,77 +246,3 @@ def test_residuals_equal_a_loop_over_samples(name):
         p = -sum(a[k] * x[t - 1 - k] for k in range(order) if t - 1 - k >= 0)
         assert abs(scale[0, t] - s) < 1e-6 * s
         assert abs(residual[0, t] - (x[t] - p) / s) < 1e-5  # coefficients are float32
-
-
-# ---- the period of a waveform
-
-
-def slow_period(x: np.ndarray, shortest: int, longest: int, block: int, window: int) -> Any:
-    lags, correlation = np.full(len(x) // block, float(shortest)), np.zeros(len(x) // block)
-    for b in range(len(x) // block):
-        begin = b * block + block // 2 - window // 2
-        if begin < longest + 1 or begin + window > len(x):
-            continue
-        own = x[begin : begin + window]
-        values = []
-        for lag in range(shortest, longest + 2):
-            other = x[begin - lag : begin - lag + window]
-            energy = np.sqrt(((own**2).sum() + 1e-9) * max((other**2).sum() + 1e-9, 1e-9))
-            values.append((own * other).sum() / energy)
-        at, best = 0, -1.0
-        for k in range(len(values) - 1):
-            if values[k] > best + 0.02:
-                at, best = k, values[k]
-        while at < len(values) - 2 and values[at + 1] > values[at]:
-            at += 1
-        lags[b] = shortest + at
-        if 0 < at < len(values) - 2:
-            left, middle, right = values[at - 1 : at + 2]
-            if left - 2 * middle + right < -1e-9:
-                lags[b] += np.clip((left - right) / (left - 2 * middle + right) / 2, -0.5, 0.5)
-        correlation[b] = np.clip(values[at], 0, 1)
-    return lags, correlation
-
-
-@pytest.mark.parametrize(
-    ("block", "window", "shortest", "longest"),
-    [(64, 200, 20, 150), (33, 101, 9, 60), (7, 64, 1, 9)],
-)
-def test_measured_periods_equal_a_slow_loop(block, window, shortest, longest):
-    """A gliding sawtooth, noise, and silence. float32 moves a lag by a few thousandths."""
-    random = np.random.default_rng(0)
-    glide = np.cumsum(1 / np.linspace(0.2 * longest, 1.2 * longest, 3000)) % 1 - 0.5
-    noise, noisy = 0.1 * random.normal(size=500), glide[:700] + 0.2 * random.normal(size=700)
-    x = np.concatenate([glide, noise, np.zeros(500), noisy]).astype(np.float32)
-    lags, correlation = measure_period(x, shortest, longest, block, window)
-    expected, values = slow_period(x.astype(np.float64), shortest, longest, block, window)
-    assert lags.dtype == correlation.dtype == np.float32
-    np.testing.assert_allclose(correlation, values, atol=1e-4)
-    # Where rounding decides between two maxima, or there is no sound, the lag is arbitrary.
-    sure = values > 0.5
-    assert sure.mean() > 0.4
-    assert (np.abs(lags - expected)[sure] < 0.01).mean() > 0.99
-    assert len(np.unique(lags[sure])) > 5
-
-
-def test_the_period_of_a_voice_is_not_doubled():
-    for period in (45.3, 100.0, 203.7, 438.2):
-        n = np.arange(1, 9)[:, None]
-        x = (np.sin(2 * np.pi * n * np.arange(8000) / period) / n).sum(0)
-        lags, correlation = measure_period(x, 40, 440, 64, 512)
-        inside = slice(20, -10)
-        np.testing.assert_allclose(lags[inside], period, atol=0.1)
-        assert correlation[inside].min() > 0.97
-
-
-def test_silence_noise_and_a_short_waveform_have_no_period():
-    for samples in (0, 1, 63, 64, 700):  # shorter than the longest lag and the window
-        lags, correlation = measure_period(np.ones(samples), 40, 440, 64, 512)
-        assert lags.shape == correlation.shape == (samples // 64,)
-        assert (lags == 40).all()
-        assert not correlation.any()
-    lags, correlation = measure_period(np.zeros(5000), 40, 440, 64, 512)
-    assert np.isfinite(lags).all()
-    assert not correlation.any()
-    _, correlation = measure_period(np.random.default_rng(0).normal(size=20000), 40, 440, 64, 512)
-    assert 0 < np.median(correlation) < 0.3

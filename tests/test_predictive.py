@@ -130,24 +130,6 @@ def start(model: Any, batch: int) -> Tensor:
 # ---- step and forward
 
 
-@configs
-@torch.no_grad()
-def test_step_equals_forward(config):
-    """In float64, with the same sums in another order, and long enough for the rings to wrap."""
-    model = make(config)
-    frames = frames_for(config, long_enough(config))
-    cond = conditioning(model, 2, frames)
-    codes = random_codes(model, 2, cond.samples)
-    whole = model(codes, cond)
-    assert whole.shape == (2, 9, cond.samples)
-    assert cond.per_sample()[2].unique().numel() > 20  # the test needs lags that differ
-    state, previous = model.init_state(2), start(model, 2)
-    for t in range(cond.samples):
-        stepped = model.step(previous, state, cond[:, :, t])
-        torch.testing.assert_close(stepped, whole[:, :, t], rtol=0, atol=1e-12)
-        previous = codes[:, t]
-
-
 @torch.no_grad()
 def written_out(
     model: Any, codes: np.ndarray, cond: FrameConditioning, noise: np.ndarray | None = None
@@ -246,15 +228,19 @@ def test_forward_equals_the_equations(name, noisy):
 
 @configs
 @torch.no_grad()
-def test_forward_in_pieces_equals_the_whole(config):
+def test_step_and_forward_in_pieces_equal_the_whole(config):
+    """In float64, with the same sums in another order, and long enough for the rings to wrap."""
     model = make(config)
     cond = conditioning(model, 3, frames_for(config, long_enough(config)))
     total = cond.samples
     codes = random_codes(model, 3, total)
     whole = model(codes, cond)
+    assert whole.shape == (3, 9, total)
+    assert cond.per_sample()[2].unique().numel() > 20  # the test needs lags that differ
     stepped, previous = model.init_state(3), start(model, 3)
     for t in range(total):
-        model.step(previous, stepped, cond[:, :, t])
+        found = model.step(previous, stepped, cond[:, :, t])
+        torch.testing.assert_close(found, whole[:, :, t], rtol=0, atol=1e-12)
         previous = codes[:, t]
     expected = model.export_state(stepped)
     for cuts in ([0, total], sorted([0, 1, 2, config.mel.hop_length, 55, total - 1, total])):
@@ -267,36 +253,6 @@ def test_forward_in_pieces_equals_the_whole(config):
         assert found.keys() == expected.keys()
         for name, tensor in found.items():
             torch.testing.assert_close(tensor, expected[name], rtol=0, atol=1e-12)
-
-
-@configs
-@torch.no_grad()
-def test_an_exported_state_resumes_at_any_place_of_its_rings(config):
-    """Rows exported at different times and joined in one state continue like single rows."""
-    model = make(config)
-    cond = conditioning(model, 2, frames_for(config, long_enough(config) + 40))
-    codes = random_codes(model, 2, cond.samples)
-    whole = model(codes, cond)
-    times = (long_enough(config), 7)
-    rows = []
-    for row, time in enumerate(times):
-        state, previous = model.init_state(2), start(model, 2)
-        for t in range(time):
-            model.step(previous, state, cond[:, :, t])
-            previous = codes[:, t]
-        exported = model.export_state(state)
-        rows.append({name: tensor[row : row + 1] for name, tensor in exported.items()})
-        again = model.export_state(model.import_state(exported))
-        assert all(torch.equal(again[name], tensor) for name, tensor in exported.items())
-        state.samples.fill_(7)  # the exported state is a copy
-        assert not (exported["samples"] == 7).any()
-    state = model.import_state({name: torch.cat([row[name] for row in rows]) for name in rows[0]})
-    for n in range(40):
-        previous = torch.stack([codes[row, time + n - 1] for row, time in enumerate(times)])
-        cond_t = torch.cat([cond[row : row + 1, :, time + n] for row, time in enumerate(times)])
-        found = model.step(previous, state, cond_t)
-        for row, time in enumerate(times):
-            torch.testing.assert_close(found[row], whole[row, :, time + n], rtol=0, atol=1e-12)
 
 
 # ---- causality and reach
@@ -390,26 +346,6 @@ def test_a_mel_frame_reaches_from_lookahead_to_lookback(hop, causal, context):
     if hop > 1:  # a single sample of a frame lies in its centre, and has nothing of its neighbours
         assert moved[f - model.lookahead]
         assert moved[f + model.lookback]
-
-
-@pytest.mark.parametrize(
-    "name", ["kernel 3", "causal", "wide context", "hop that sub-frames do not divide"]
-)
-@torch.no_grad()
-def test_conditioning_of_a_padded_crop_equals_that_of_the_whole(name):
-    config = CONFIGS[name]
-    model = make(config)
-    hop = config.mel.hop_length  # type: ignore[union-attr]
-    mel, speaker = random_mel(model, 2, 40), random_speakers(model, 2)
-    whole = model.condition(mel, speaker).dense()
-    crop = model.condition(
-        mel[:, :, 15 - model.lookback : 22 + model.lookahead], speaker, padded=True
-    ).dense()
-    torch.testing.assert_close(crop, whole[:, :, 15 * hop : 22 * hop], rtol=0, atol=1e-12)
-    repeated = [mel[:, :, :1]] * model.lookback + [mel] + [mel[:, :, -1:]] * model.lookahead
-    torch.testing.assert_close(
-        model.condition(torch.cat(repeated, 2), speaker, padded=True).dense(), whole
-    )
 
 
 def test_muon_trains_the_matrices_inside_the_network():

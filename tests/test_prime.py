@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import Phase, example, given, settings
-from hypothesis import strategies as st
 
 import wavear
 from wavear import MelConfig, Stream, StreamBatch, WaveNet, WaveNetConfig, audio, mulaw_encode
@@ -61,87 +58,7 @@ def mels(batch: int, frames: int) -> torch.Tensor:
     return torch.randn(batch, 5, frames, generator=torch.Generator().manual_seed(1))
 
 
-def step_through(model, previous, state, cond) -> None:
-    for t in range(previous.shape[1]):
-        model.step(
-            previous[:, t],
-            state,
-            None if cond is None else cond[:, :, t if cond.shape[2] > 1 else 0],
-        )
-
-
 # ---- the parallel pass
-
-
-@settings(max_examples=12, deadline=None, derandomize=True, phases=[Phase.explicit, Phase.generate])
-@given(
-    stacks=st.integers(1, 2),
-    depth=st.integers(1, 4),
-    kernel=st.integers(2, 4),
-    speakers=st.sampled_from([0, 2]),
-    constant=st.booleans(),
-    first=st.integers(0, 60),
-    samples=st.integers(1, 90),
-    chunk=st.integers(1, 100),
-)
-@example(1, 1, 2, 0, False, 0, 1, 7)
-@example(2, 4, 3, 2, False, 33, 90, 16)
-def test_the_parallel_pass_equals_stepping(
-    stacks, depth, kernel, speakers, constant, first, samples, chunk
-):
-    """In float64, from any state, and cut into any pieces."""
-    model = make(
-        layers=stacks * depth, stacks=stacks, kernel_size=kernel, speakers=speakers
-    ).double()
-    codes = torch.randint(0, 64, (2, first + samples))
-    cond = torch.randn(2, 5, 1 if constant else first + samples).double() if speakers else None
-    later = cond if cond is None or constant else cond[:, :, first:]
-    stepped, filled = model.init_state(2), model.init_state(2)
-    module = sys.modules["wavear.models.base"]
-    before, module._PREFILL = module._PREFILL, chunk  # type: ignore[attr-defined]
-    try:
-        with torch.inference_mode():
-            step_through(model, codes, stepped, cond)
-            step_through(model, codes[:, :first], filled, cond)
-            model.prefill(codes[:, first:], filled, later)
-            expected, found = model.export_state(stepped), model.export_state(filled)
-            assert found.keys() == expected.keys()
-            for name, tensor in found.items():
-                torch.testing.assert_close(tensor, expected[name], rtol=0, atol=1e-12)
-            # Both states, and the exported tensors, continue alike.
-            code, c = torch.tensor([3, 5]), None if cond is None else cond[:, :, 0]
-            logits = [
-                model.step(code, state, c) for state in (stepped, filled, model.import_state(found))
-            ]
-    finally:
-        module._PREFILL = before  # type: ignore[attr-defined]
-    torch.testing.assert_close(logits[1], logits[0], rtol=0, atol=1e-12)
-    torch.testing.assert_close(logits[2], logits[0], rtol=0, atol=1e-12)
-
-
-@pytest.mark.parametrize(
-    "config", [{}, {"kernel_size": 3, "speakers": 2}, {"classes": 5003}, {"layers": 1, "stacks": 1}]
-)
-@pytest.mark.parametrize(("engine", "weights"), ENGINES, ids=NAMES)
-@pytest.mark.parametrize("length", [5, 200])
-def test_parallel_fill_equals_stepping(config, engine, weights, length):
-    """Log-probabilities of the next given samples are equal within rounding."""
-    model = make(**config)
-    codes = np.random.default_rng(0).integers(0, model.config.classes, (1, length + 60))
-    cond = torch.randn(1, 5, length + 60) if model.conditioned else None
-    past, rest = (
-        None if cond is None else cond[:, :, part]
-        for part in (slice(0, length), slice(length, None))
-    )
-    with torch.inference_mode():
-        stepped = make_engine(model, 1, engine, weights=weights)[1].score(codes, cond)[0, length:]
-        filled = make_engine(model, 3, engine, weights=weights)[1]
-        filled.fill(1, codes[0, :length], past)
-        rows = None if rest is None else rest.repeat(3, 1, 1)
-        found = filled.score(codes[:, length:].repeat(3, axis=0), rows)
-    np.testing.assert_allclose(found[1], stepped, rtol=0, atol=1e-4)
-    assert np.abs(found[0] - stepped).max() > 1e-3  # its neighbours have no past
-    np.testing.assert_array_equal(found[0], found[2])
 
 
 def test_the_pass_reads_only_the_receptive_field(monkeypatch):

@@ -11,19 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from small_models import MEL, tiny
 
 import wavear
-from wavear import MelConfig, Stream, WaveNet, WaveNetConfig, audio
-from wavear.mel.mel_files import read_mel
+from wavear import MelConfig, Stream, audio
 
-MEL = MelConfig(
-    sample_rate=8000, n_fft=128, window_length=128, hop_length=40, bands=10, fmax=4000.0
-)
-SIZES = dict.fromkeys(
-    ("residual_channels", "skip_channels", "head_channels", "conditioning_channels"), 4
-)
-FREE = WaveNet(WaveNetConfig(layers=2, stacks=1, sample_rate=8000, **SIZES)).eval()
-FOLLOWS = WaveNet(WaveNetConfig(layers=2, stacks=1, sample_rate=8000, mel=MEL, **SIZES)).eval()
+FREE, FOLLOWS = tiny(), tiny(mel=MEL)
 FRAMES = torch.full((10, 5), -5.0)
 WAVE = torch.zeros(200)
 
@@ -148,10 +141,3 @@ def test_log_mel_of_arrays_and_single_waveforms(kind: Callable[..., Any]):
 def test_refusals_name_the_remedy(call: Callable[[], Any], words: str):
     with pytest.raises(wavear.WavearError, match=words):
         call()
-
-
-def test_pt_mel_with_gradient_is_read(tmp_path: Path):
-    torch.save({"mel": FRAMES.clone().requires_grad_()}, tmp_path / "a.pt")
-    found = read_mel(tmp_path / "a.pt", MEL)
-    assert torch.equal(found, FRAMES)
-    assert not found.requires_grad

@@ -19,9 +19,10 @@ import numpy as np
 import pytest
 import torch
 from packaging.requirements import Requirement
+from small_models import RATE, SIZES, tiny
 
 import wavear
-from wavear import EvaluateConfig, WaveNet, WaveNetConfig, audio, corpora
+from wavear import EvaluateConfig, audio, corpora
 from wavear.cli.commands import main
 from wavear.data import shards
 from wavear.data.corpus import find, open_corpus
@@ -34,10 +35,6 @@ from wavear.training.config import TrainConfig
 from wavear.training.run import train, write_held_out
 from wavear.training.state import load_state
 
-RATE = 8000
-SIZES = dict.fromkeys(
-    ("residual_channels", "skip_channels", "head_channels", "conditioning_channels"), 4
-)
 TRAINING: dict[str, Any] = {
     "family": "wavenet", "layers": 2, "stacks": 1, **SIZES, "classes": 16,
     "sample_rate": RATE, "mel_bands": 8,
@@ -68,7 +65,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def saved(folder: Path, **record: Any) -> Path:
     """Save a checkpoint in a run whose train.json holds a record."""
-    WaveNet(WaveNetConfig(layers=2, stacks=1, sample_rate=RATE, **SIZES)).save(folder / "best")
+    tiny().save(folder / "best")
     (folder / "train.json").write_text(json.dumps(record))
     return folder / "best"
 

@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.torch import load_file
+from small_training import config_of
 
 import wavear
 from wavear import MelConfig, WaveNet, WaveNetConfig, audio
@@ -20,6 +22,7 @@ from wavear.data import shards
 from wavear.data.corpus import open_corpus
 from wavear.data.crops import Layout, Segments, read_span
 from wavear.models.crop_loss import layout_of
+from wavear.training.state import state_paths
 
 RATE = 8000
 
@@ -372,25 +375,12 @@ def test_invalid_shard_requests_are_refused(folder, made, tmp_path):
 
 def test_run_on_shards_resumes_exactly(made, tmp_path):
     """A run in two parts equals a run in one, bit for bit."""
-    from wavear.training.config import TrainConfig
-    from wavear.training.run import train
-    from wavear.training.state import state_paths
-
-    settings: dict[str, Any] = {
-        "layers": 2, "stacks": 1, "residual_channels": 4, "skip_channels": 4, "head_channels": 4,
-        "classes": 16, "conditioning_channels": 4, "sample_rate": RATE, "mel_bands": 8,
-        "mel_hop_length": 64, "segment": 256, "warmup_steps": 1, "validate_every": 1000,
-        "sample_seconds": 0.0, "progress": False, "device": "cpu",
-        "precision": "32", "max_steps": 4, "checkpoint_every": 2, "workers": 0, "speakers": True,
-        "family": "wavenet",
-    }  # fmt: skip
-    from safetensors.torch import load_file
 
     def run(out: str, **changed: Any) -> Path:
         pattern = str(made.shards[0].parent / "*.tar")
-        return train(
-            TrainConfig(data=pattern, out=str(tmp_path / out), **(settings | changed))
-        ).last
+        settings: dict[str, Any] = {"layers": 2, "stacks": 1, "segment": 256, "speakers": True}
+        config = config_of(pattern, tmp_path / out, checkpoint_every=2, **settings | changed)
+        return wavear.train(config).last
 
     straight = run("straight")
     run("parts")

@@ -12,18 +12,19 @@ _PACKAGE = str(Path(__file__).resolve().parents[1])
 _python_shows = warnings.showwarning
 
 
-class _Lines(logging.Handler):
-    """Writes one line per record to the current stderr, above any progress bar."""
+class _AboveBars:
+    """Writes to the current stderr, above any progress bar."""
 
-    def emit(self, record: logging.LogRecord) -> None:
+    def write(self, text: str) -> None:
         from tqdm import tqdm
 
-        try:
-            plain = record.levelno < logging.WARNING
-            prefix = "" if plain else f"wavear: {record.levelname.lower()}: "
-            tqdm.write(prefix + self.format(record), file=sys.stderr)
-        except Exception:
-            self.handleError(record)
+        tqdm.write(text, file=sys.stderr, end="")
+
+
+class _Lines(logging.StreamHandler):
+    def format(self, record: logging.LogRecord) -> str:
+        plain = record.levelno < logging.WARNING
+        return ("" if plain else f"wavear: {record.levelname.lower()}: ") + super().format(record)
 
 
 def _show_warning(message: Any, category: Any, filename: str, *rest: Any) -> None:
@@ -61,5 +62,5 @@ def setup_logging(quiet: bool = False) -> None:
     logger = logging.getLogger("wavear")
     logger.setLevel(logging.WARNING if quiet else logging.INFO)
     logger.handlers = [kept for kept in logger.handlers if not isinstance(kept, _Lines)]
-    logger.addHandler(_Lines())
+    logger.addHandler(_Lines(_AboveBars()))
     warnings.showwarning = _show_warning

@@ -112,18 +112,7 @@ def waveform_and_mel(
 
 
 def mel_pixels(waveform: np.ndarray, rate: int) -> np.ndarray:
-    """Draw a log-mel spectrogram, `DEPTH` deep, as pixels for logs of a training.
-
-    Parameters
-    ----------
-    waveform : array, shape (T,)
-    rate : int
-        Hz.
-
-    Returns
-    -------
-    array, shape (height, width, 3), uint8, low frequencies at the bottom
-    """
+    """Draw `mel_decibels`, `DEPTH` deep, as pixels (height, width, 3), low frequencies below."""
     import matplotlib
 
     values = mel_decibels(waveform, rate)[::-1]
@@ -133,21 +122,9 @@ def mel_pixels(waveform: np.ndarray, rate: int) -> np.ndarray:
 
 
 def spectrogram(waveform: np.ndarray, rate: int, top: float | None = None) -> tuple[bytes, float]:
-    """Draw the spectrogram from 0 to half of the rate, 80 dB deep, windows of about 23 ms.
+    """Draw the spectrogram from 0 to half of the rate, with windows of about 23 ms.
 
-    Parameters
-    ----------
-    waveform : array, shape (T,)
-    rate : int
-        Hz.
-    top : float, optional
-        dB of the brightest colour; by default the loudest value. Pictures with one top can be
-        compared.
-
-    Returns
-    -------
-    bytes: PNG
-    float: the top
+    Parameters, depth and result are those of `waveform_and_mel`.
     """
     n_fft = 2 ** round(math.log2(0.023 * rate))
     values = decibels(waveform, n_fft, max(n_fft // 4, waveform.size // 1500))  # a screen's columns

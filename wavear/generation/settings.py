@@ -15,6 +15,7 @@ from torch import Tensor
 from wavear.audio.waveforms import as_tensor
 from wavear.common.errors import WavearError
 from wavear.models.base import AutoregressiveModel, check_model
+from wavear.models.distributions import refuse_truncation
 
 COLDEST = 1e-6  # every engine can divide by this temperature and by what it makes of the logits
 
@@ -81,11 +82,8 @@ class Sampling:
                 f"temperature is {self.temperature!r}; it must be {COLDEST:g} to {1 / COLDEST:g}"
             )
         truncated = self.top_k is not None or self.top_p is not None
-        if not model.law.truncates and (truncated or self.argmax):
-            raise WavearError(
-                "top_k, top_p and argmax need a categorical distribution, this model's is"
-                f" {model.config.law}: use temperature"
-            )
+        if not model.law.truncates:
+            refuse_truncation(model.config.law, 1 if self.argmax else self.top_k, self.top_p)
         for name, value in (("top_k", self.top_k), ("best_of", self.best_of)):
             if value is not None and (not _is_whole(value) or value < 1):
                 raise WavearError(f"{name} is {value!r}; it must be a whole number of at least 1")

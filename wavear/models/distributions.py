@@ -335,8 +335,8 @@ def refuse_truncation(law: str, top_k: int | None, top_p: float | None) -> None:
     """Raise a WavearError if a distribution over values is to be truncated."""
     if top_k is not None or top_p is not None:
         raise WavearError(
-            "top_k, top_p and argmax choose among the codes of a categorical distribution, "
-            f"and this one is {law}: use temperature"
+            f"top_k, top_p and argmax need a categorical distribution, this model's is {law}: use"
+            " temperature"
         )
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import dataclasses
-import math
 import secrets
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -12,12 +11,11 @@ from typing import Any
 
 import lightning as L
 import numpy as np
-import torch
 from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 
 from wavear.common.atomic import replace_file
 from wavear.common.errors import WavearError
-from wavear.mel.spectrogram import MelConfig, log_mel
+from wavear.evaluation.pictures import mel_pixels
 from wavear.training.config import TrainConfig
 
 COLUMNS = {
@@ -55,7 +53,7 @@ class Log:
         self, trainer: L.Trainer, step: int, name: str, waveform: np.ndarray, rate: int
     ) -> None:
         """Show a waveform (T,) as sound and as a spectrogram."""
-        picture = spectrogram(torch.from_numpy(waveform), rate)
+        picture = mel_pixels(waveform, rate)
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 logger.experiment.add_audio(name, waveform, step, sample_rate=rate)
@@ -93,23 +91,6 @@ def _write(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]
 def _points(trainer: L.Trainer, step: int, values: dict[str, float]) -> None:
     for logger in trainer.loggers:
         logger.log_metrics(values, step)
-
-
-def spectrogram(waveform: torch.Tensor, rate: int) -> np.ndarray:
-    """Return a picture (height, width, 3), uint8, of the log-mel of a waveform (T,), 80 dB deep."""
-    import matplotlib
-
-    n_fft = 2 ** round(math.log2(rate / 22050 * 1024))
-    hop = n_fft // 8
-    waveform = torch.nn.functional.pad(waveform, (0, max(hop - waveform.numel(), 0)))
-    bands = min(80, n_fft // 8)
-    config = MelConfig(
-        sample_rate=rate, n_fft=n_fft, window_length=n_fft, hop_length=hop, bands=bands, fmax=None
-    )
-    decibels = log_mel(waveform[None], config)[0].flip(0).numpy() * (20 / math.log(10))
-    shade = np.clip((decibels - decibels.max()) / 80 + 1, 0, 1)
-    picture = (matplotlib.colormaps["magma"](shade)[..., :3] * 255).astype(np.uint8)
-    return picture.repeat(2, axis=0).repeat(2, axis=1)
 
 
 def loggers(config: TrainConfig, record: dict[str, Any], purge_step: int | None) -> list[Logger]:
