@@ -41,7 +41,7 @@ MODELS = {
     "wavenet, mel": lambda: make_wavenet(mel=wavear.MelConfig(hop_length=100, bands=12)),
     "gru, gaussian": lambda: make_gru(law="gaussian", classes=65536),
     "transformer": make_transformer,
-    "predictive": make_predictive,
+    "predictive": lambda: make_predictive(rate=RATE, speakers=0),
     "linear": lambda: linear(grid="linear"),
     "linear, gaussian": lambda: linear(law="gaussian"),
     "linear, companded": lambda: linear(domain="companded"),
@@ -147,6 +147,9 @@ def test_unsuited_models_and_recordings_are_refused(wav, tmp_path):
     soundfile.write(tmp_path / "y.wav", np.zeros(9), RATE, subtype="PCM_24")
     with pytest.raises(WavearError, match=r"y.wav: stores .* expected 16-bit PCM"):
         compress(tmp_path / "y.wav", out)
+    compress(wav, tmp_path / "z.wvr")
+    with pytest.raises(WavearError, match="without a checkpoint: drop --checkpoint"):
+        decompress(tmp_path / "z.wvr", tmp_path / "z.wav", make_wavenet())
     compress(wav, out, make_wavenet())
     with pytest.raises(FileExistsError):
         compress(wav, out)

@@ -2,9 +2,10 @@
 
     python recipes/odd/detect.py --out runs/odd
 
-A linear model is fitted to normal sounds. Each test sound gets three scores: the ratio of the
-likelihoods under this model and under linear prediction that adapts to the sound itself, the
-likelihood under this model by itself, and the distance of the level from that of normal sounds.
+A linear model is fitted to normal sounds. Each test sound gets four scores: the ratio of the
+likelihoods under this model and under linear prediction that adapts to the sound itself, as a mean
+and of the oddest 0.1 s; the likelihood under this model by itself; and the distance of the level
+from that of normal sounds.
 The table has the area under the ROC curve of each: 1 if every fault scores worse than every normal
 sound, 0.5 by chance. The level of every sound is random, as of a microphone that moves.
 """
@@ -111,10 +112,14 @@ def main() -> None:
     usual = np.median([level(path) for path in sorted((out / "train").glob("*.wav"))])
     scores = {}
     for kind in ("normal", *FAULTS):
-        windows = ratios(model, out / kind).of_recordings()
+        found = ratios(model, out / kind)
+        windows, oddest = found.of_recordings(), {}
+        for w in found.windows:
+            oddest[w.path] = min(w.ratio, oddest.get(w.path, np.inf))
         levels = [-abs(level(out / kind / w.path) - usual) for w in windows]
-        scores[kind] = [[w.ratio for w in windows], [-w.bits for w in windows], levels]
-    print("| fault | likelihood ratio | likelihood | level |\n|---|---:|---:|---:|")
+        means, bits = [w.ratio for w in windows], [-w.bits for w in windows]
+        scores[kind] = [means, list(oddest.values()), bits, levels]
+    print("| fault | ratio | ratio, oddest | likelihood | level |\n|---|---:|---:|---:|---:|")
     for fault in FAULTS:
         pairs = zip(scores["normal"], scores[fault], strict=True)
         areas = [mannwhitneyu(good, bad).statistic / (len(good) * len(bad)) for good, bad in pairs]
