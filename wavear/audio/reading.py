@@ -140,6 +140,20 @@ def read_channels(path: AudioPath, start: int, frames: int) -> np.ndarray:
         return np.concatenate([np.empty((0, file.channels), np.float32), *parts])
 
 
+def read_pcm16(path: AudioPath) -> tuple[np.ndarray, int]:
+    """Return the 16-bit samples of all channels, (channels, T) int16, and their rate in Hz.
+
+    An `AudioError` refuses a file that stores anything else; others as `read`.
+    """
+    with _open(path) as (file, _):
+        if file.subtype != "PCM_16":
+            raise AudioError(
+                f"{path}: stores {file.subtype_info} samples, expected 16-bit PCM: convert it to a"
+                " 16-bit WAV or FLAC first"
+            )
+        return np.ascontiguousarray(file.read(dtype="int16", always_2d=True).T), file.samplerate
+
+
 def count_beyond(path: AudioPath) -> np.ndarray:
     """Decode a floating-point file, and return `wavear.audio.scale.counts` of its mono mix."""
     found = np.zeros(3, np.int64)

@@ -18,6 +18,7 @@ GROUPS = {
     "Make audio": ("synthesize", "generate", "serve", "mel", "demo"),
     "Train": ("train", "index", "shards"),
     "Measure": ("evaluate", "compare", "bench"),
+    "Likelihood": ("score", "compress", "decompress", "infill"),
     "Checkpoints": ("info", "push"),
 }
 """The commands, as the help groups them: functions in the modules of this package."""
@@ -65,6 +66,8 @@ def _function(name: str) -> Callable[..., int]:
         from wavear.cli import data as module
     elif name in ("evaluate", "compare", "bench"):
         from wavear.cli import evaluation as module
+    elif name in GROUPS["Likelihood"]:
+        from wavear.cli import likelihood as module
     else:
         from wavear.cli import models as module
     return getattr(module, name)

@@ -21,10 +21,11 @@ from wavear.generation.checks import (
     check_weights,
     non_finite,
 )
+from wavear.generation.cpu.coding import DECODE, ENCODE
 from wavear.generation.cpu.emitter import LANES
 from wavear.generation.cpu.packing import rounded, vectors_for
 from wavear.generation.cpu.products import CONDITION, CONSTANT_CONDITION, NO_CONDITION
-from wavear.generation.cpu.sampling import Call
+from wavear.generation.cpu.sampling import Call, type_of
 from wavear.generation.cpu.simd import KINDS, TALLEST
 from wavear.generation.reference import ReferenceEngine
 from wavear.models.base import AutoregressiveModel
@@ -161,6 +162,33 @@ class CompiledEngine:
         self._run(call, cond)
         return scores
 
+    def code(
+        self,
+        codes: np.ndarray,
+        cond: Tensor | None,
+        coders: np.ndarray,
+        streams: np.ndarray,
+        decode: bool = False,
+    ) -> np.ndarray:
+        """Encode codes (B, n), or decode them in place; return log P (B, n) as it was coded.
+
+        Parameters
+        ----------
+        codes : ndarray of int64, contiguous
+        coders, streams : ndarray of uint64 (B, 3) and uint8 (B, bytes)
+            See `wavear.generation.cpu.coding`; both are advanced.
+        """
+        if not decode:
+            check_codes(codes, self.classes)
+        scores, none = np.empty(codes.shape), np.empty((self.batch, 1))
+        edges = getattr(self.model, "predicted_grid", self.model.grid).edges()
+        call = Call(
+            none, none, codes, scores, True, False, self.classes, 1.0, np.empty(0), 0, NO_CONDITION,
+            DECODE if decode else ENCODE, coders, streams, edges.copy(),
+        )  # fmt: skip
+        self._run(call, cond)
+        return scores
+
     def fill(self, stream: int, codes: np.ndarray, cond: Tensor | None) -> None:
         """See `Engine.fill`."""
         runner = ReferenceEngine(self._as_run(), 1)
@@ -181,7 +209,7 @@ class CompiledEngine:
             call = call._replace(condition=condition.ctypes.data, mode=mode)
         if shape[1] == 0:
             return
-        size = max(self.classes, self.model.law.channels)
+        size = max(self.classes, self.model.law.channels, 3)
 
         def one(part: Any) -> int:
             return self._call(part, condition, call._replace(heap=np.empty(size)))
@@ -213,7 +241,7 @@ class GroupedEngine(CompiledEngine):
     group_of: ClassVar[Any]
     """`group_of(packed, first, count, start_code)` makes the state of some streams."""
     kernel: ClassVar[Any]
-    """Returns the compiled loop."""
+    """`kernel(type_of(call))` returns the compiled loop."""
 
     def _prepare(self) -> None:
         groups = -(-self.batch // GROUP)
@@ -241,7 +269,7 @@ class GroupedEngine(CompiledEngine):
         return group, stream - int(group.net["first"])
 
     def _call(self, part: Any, condition: Any, call: Call) -> int:
-        return type(self).kernel()(
+        return type(self).kernel(type_of(call))(
             part.plan, part.layers, part.packed.matrices, part.previous, call
         )
 

@@ -16,7 +16,7 @@ from wavear.models.distributions import Gaussian, Laplace, Law, LogisticMixture
 
 CATEGORICAL, LOGISTIC_MIXTURE, GAUSSIAN, LAPLACE = range(4)
 # As in `wavear.models.distributions`; the key of the compiled code covers this directory only.
-_SHARPEST, _LARGEST_LOG_SCALE = 0.05, 5.0
+SHARPEST, LARGEST_LOG_SCALE = 0.05, 5.0
 _KINDS = {LogisticMixture: LOGISTIC_MIXTURE, Gaussian: GAUSSIAN, Laplace: LAPLACE}
 _ROOT_HALF = math.sqrt(0.5)
 _LOG_2 = math.log(2)
@@ -37,7 +37,7 @@ def _at(row, index):
 
 @numba.njit
 def _scale(log_scale, classes):
-    return max(math.exp(min(log_scale, _LARGEST_LOG_SCALE)), _SHARPEST * 2 / classes)
+    return max(math.exp(min(log_scale, LARGEST_LOG_SCALE)), SHARPEST * 2 / classes)
 
 
 @numba.njit

@@ -12,6 +12,7 @@ cumulative distribution at its uniform, then the code whose interval contains it
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from itertools import pairwise
@@ -24,6 +25,7 @@ from numba.core import types
 from torch import Tensor
 
 from wavear.common.compiled import compiled
+from wavear.generation.cpu.coding import settle_value
 from wavear.generation.cpu.compiled_engine import CompiledEngine
 from wavear.generation.cpu.distributions import (
     GAUSSIAN,
@@ -32,7 +34,7 @@ from wavear.generation.cpu.distributions import (
     log_tail,
     normal_quantile,
 )
-from wavear.generation.cpu.sampling import CALL, Call
+from wavear.generation.cpu.sampling import Call, type_of
 from wavear.models.linear import Linear
 
 MULAW, LINEAR, COMPANDED = range(3)
@@ -69,6 +71,16 @@ def encode(grid, classes, x):
     return np.int64((y + 1.0) / 2.0 * mu + 0.5)
 
 
+@numba.njit
+def _coded(law, mean, scale, call, coders, b, t):
+    """Encode or decode a sample, if the call has coders; return whether it has."""
+    if coders is None:
+        return False
+    call.heap[0], call.heap[1], call.heap[2] = 1.0, mean, scale
+    settle_value(law, 1, call, b, t)
+    return True
+
+
 def _run(start, stop, law, grid, values, edges, taps, constant, scale, past, call):
     """Streams one after the other; `past` (B, p + d + 1) codes, the oldest first, is advanced."""
     classes, reach, codes = values.shape[0], taps.shape[0], call.codes
@@ -82,13 +94,14 @@ def _run(start, stop, law, grid, values, edges, taps, constant, scale, past, cal
                 ahead[t] += taps[t + reach - i - 1] * value
         for t in range(samples):
             mean = ahead[t]
-            if not call.scoring:
+            coded = _coded(law, mean, scale, call, call.coders, b, t)
+            if not coded and not call.scoring:
                 uniform = call.uniforms[b, t]
                 away = normal_quantile(uniform) if law == GAUSSIAN else laplace_quantile(uniform)
                 x = mean + scale * call.temperatures[b, t] * away
                 codes[b, t] = encode(grid, classes, x)
             code = codes[b, t]
-            if call.scoring or call.scored:
+            if not coded and (call.scoring or call.scored):
                 lower, upper = (edges[code] - mean) / scale, (edges[code + 1] - mean) / scale
                 call.scores[b, t] = log_mass(law, lower, upper, code == 0, code == classes - 1)
             value = values[code]
@@ -101,9 +114,15 @@ def _run(start, stop, law, grid, values, edges, taps, constant, scale, past, cal
 
 
 _int, _float, _floats = types.int64, types.float64, types.float64[::1]
-_SIGNATURE: Any = _int(
-    _int, _int, _int, _int, _floats, _floats, _floats, _float, _float, _int[:, ::1], CALL
-)
+
+
+@functools.cache
+def run(call: Any) -> Any:
+    """Compile `_run` for a type of call at the first one, or read it from the cache."""
+    signature: Any = _int(
+        _int, _int, _int, _int, _floats, _floats, _floats, _float, _float, _int[:, ::1], call
+    )
+    return compiled(_run, signature)
 
 
 class NumbaLinearEngine(CompiledEngine):
@@ -129,7 +148,6 @@ class NumbaLinearEngine(CompiledEngine):
         )  # fmt: skip
         shape = self.batch, model.receptive_field + 1
         self._past = np.full(shape, model.start_code, dtype=np.int64)
-        self._kernel = compiled(_run, _SIGNATURE)
         self.threads = max(min(self.threads, self.batch // _LEAST_ROWS), 1)
 
     def _parts(self) -> Sequence[tuple[int, int]]:
@@ -137,7 +155,7 @@ class NumbaLinearEngine(CompiledEngine):
         return list(pairwise(bounds))
 
     def _call(self, part: Any, condition: Any, call: Call) -> int:
-        return self._kernel(*part, *self._plan, self._past, call)
+        return run(type_of(call))(*part, *self._plan, self._past, call)
 
     def state(self, stream: int) -> dict[str, Tensor]:
         """See `Engine.state`."""

@@ -31,7 +31,7 @@ from wavear.generation.cpu.packing import (
 )
 from wavear.generation.cpu.predictive_loop import LAYER, PLAN, SIGNAL_STEPS, UNIT_STEPS, Frames, run
 from wavear.generation.cpu.products import NO_CONDITION, products
-from wavear.generation.cpu.sampling import Call
+from wavear.generation.cpu.sampling import Call, type_of
 from wavear.generation.cpu.simd import WIDEST
 from wavear.models.frames import FrameConditioning
 from wavear.models.predictive import PredictiveWaveNet
@@ -196,7 +196,9 @@ class NumbaPredictiveEngine(CompiledEngine):
 
     def _call(self, part: tuple[int, int], condition: Frames, call: Call) -> int:
         packed = self._packed
-        bad = run()(*part, packed.plan, packed.layers, packed.matrices, condition, call)
+        bad = run(type_of(call))(
+            *part, packed.plan, packed.layers, packed.matrices, condition, call
+        )
         if bad < 0:
             rows, kept = slice(*part), self.model.config.history + 1
             self._samples[rows] = condition.samples[rows, -kept:]

@@ -26,7 +26,7 @@ from wavear.generation.cpu.products import (
     multiply_row,
     record,
 )
-from wavear.generation.cpu.sampling import CALL, settle
+from wavear.generation.cpu.sampling import settle
 from wavear.generation.cpu.simd import TALLEST
 
 # As in `wavear.models.predictive`; the key of the compiled code covers this directory only.
@@ -276,8 +276,8 @@ def _run(first, last, plan, layers, matrices, frames, call):
 
 
 @functools.cache
-def run() -> Any:
-    """Compile `_run` at the first call, or read it from the cache."""
+def run(call: Any) -> Any:
+    """Compile `_run` for a type of call at the first one, or read it from the cache."""
     plans = array_of(PLAN), array_of(LAYER), array_of(MATRIX)
-    signature: Any = types.int64(types.int64, types.int64, *plans, FRAMES, CALL)
+    signature: Any = types.int64(types.int64, types.int64, *plans, FRAMES, call)
     return compiled(_run, signature)

@@ -8,7 +8,7 @@ import numba
 import numpy as np
 from numba.core import types
 
-from wavear.generation.cpu import distributions, simd
+from wavear.generation.cpu import coding, distributions, simd
 from wavear.generation.cpu.simd import BLOCK
 
 
@@ -37,14 +37,31 @@ class Call(NamedTuple):
     """Address of float32 (B, n, padded C), or (B, 1, padded C)."""
     mode: int
     """NO_CONDITION, CONSTANT_CONDITION or CONDITION."""
+    coding: Any = None
+    """ENCODE or DECODE: codes are read from or written to `codes`, by the range coders below; None,
+    as these, for a call that does neither, so that its kernel is compiled without them."""
+    coders: Any = None
+    """uint64 (B, 3): states of range coders."""
+    streams: Any = None
+    """uint8 (B, bytes): what they write or read."""
+    edges: Any = None
+    """float64 (classes + 1,): bounds of the codes' intervals, for laws over values."""
 
 
-_table = types.float64[:, ::1]
-CALL = types.NamedTuple(
-    (_table, _table, types.int64[:, ::1], _table, types.boolean, types.boolean, types.int64,
-     types.float64, types.float64[::1], types.int64, types.int64),
-    Call,
+_table, _none = types.float64[:, ::1], types.none
+_FIELDS = (
+    _table, _table, types.int64[:, ::1], _table, types.boolean, types.boolean, types.int64,
+    types.float64, types.float64[::1], types.int64, types.int64,
 )  # fmt: skip
+CALL = types.NamedTuple((*_FIELDS, _none, _none, _none, _none), Call)
+CODED_CALL = types.NamedTuple(
+    (*_FIELDS, types.int64, types.uint64[:, ::1], types.uint8[:, ::1], types.float64[::1]), Call
+)
+
+
+def type_of(call: Call) -> Any:
+    """Return Numba's type of a call, for which a kernel is compiled."""
+    return CALL if call.coders is None else CODED_CALL
 
 
 @numba.njit(forceinline=True)
@@ -54,6 +71,13 @@ def settle(net, row, call, b, t):
     `row` is the address of what the network puts out. `net` has `law`, `mixtures`, `classes`, and
     for a categorical law `logit_blocks` and memory for as many `weights` and `sums`.
     """
+    return _settle(net, row, call, call.coders, b, t)
+
+
+@numba.njit(forceinline=True)
+def _settle(net, row, call, coders, b, t):
+    if coders is not None:
+        return coding.settle_coded(net, row, call, b, t)
     if call.scoring:
         code = call.codes[b, t]
     else:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from wavear.generation.cpu import transformer_plan
 from wavear.generation.cpu.compiled_engine import CompiledEngine
-from wavear.generation.cpu.sampling import Call
+from wavear.generation.cpu.sampling import Call, type_of
 from wavear.generation.cpu.transformer_loop import run
 from wavear.generation.cpu.transformer_plan import Stream, Weights
 from wavear.models.transformer import Transformer
@@ -42,7 +42,9 @@ class NumbaTransformer(CompiledEngine):
         return self._streams
 
     def _call(self, part: Stream, condition: Any, call: Call) -> int:
-        return run()(part.plan, part.layers, part.packed.matrices, part.work, part.history, call)
+        return run(type_of(call))(
+            part.plan, part.layers, part.packed.matrices, part.work, part.history, call
+        )
 
     def state(self, stream: int) -> dict[str, Tensor]:
         """See `Engine.state`."""

@@ -28,7 +28,7 @@ from wavear.generation.cpu.products import (
     record,
     rectified,
 )
-from wavear.generation.cpu.sampling import CALL, settle
+from wavear.generation.cpu.sampling import settle
 from wavear.generation.cpu.simd import BLOCK
 
 _EPSILON = 1e-6  # of `normalised`
@@ -234,8 +234,8 @@ def _run(plan, layers, matrices, work, history, call):
 
 
 @functools.cache
-def run() -> Any:
-    """Compile `_run` at the first call, or read it from the cache."""
+def run(call: Any) -> Any:
+    """Compile `_run` for a type of call at the first one, or read it from the cache."""
     plans = array_of(PLAN), array_of(LAYER), array_of(MATRIX)
-    signature: Any = types.int64(*plans, types.float32[::1], types.int64[::1], CALL)
+    signature: Any = types.int64(*plans, types.float32[::1], types.int64[::1], call)
     return compiled(_run, signature)

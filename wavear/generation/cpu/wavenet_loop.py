@@ -32,7 +32,7 @@ from wavear.generation.cpu.products import (
     seat,
     to_panels,
 )
-from wavear.generation.cpu.sampling import CALL, settle
+from wavear.generation.cpu.sampling import settle
 
 # Of a layer: sizes; numbers of matrices (`past` is the first of the past taps, the oldest);
 # addresses. `ahead`: samples that the past taps are computed ahead; `slots`: length of the ring.
@@ -230,8 +230,8 @@ def _run(plan, layers, matrices, previous, call):
 
 
 @functools.cache
-def run() -> Any:
-    """Compile `_run` at the first call, or read it from the cache."""
+def run(call: Any) -> Any:
+    """Compile `_run` for a type of call at the first one, or read it from the cache."""
     plans = array_of(PLAN), array_of(LAYER), array_of(MATRIX)
-    signature: Any = types.int64(*plans, types.int64[:, ::1], CALL)
+    signature: Any = types.int64(*plans, types.int64[:, ::1], call)
     return compiled(_run, signature)
