@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import difflib
+import keyword
 import sys
 import textwrap
 from collections.abc import Callable, Sequence
@@ -18,7 +19,7 @@ GROUPS = {
     "Make audio": ("synthesize", "generate", "serve", "mel", "demo"),
     "Train": ("train", "index", "shards"),
     "Measure": ("evaluate", "compare", "bench"),
-    "Checkpoints": ("info", "push"),
+    "Checkpoints": ("info", "push", "import", "export"),
 }
 """The commands, as the help groups them: functions in the modules of this package."""
 COMMANDS = tuple(name for names in GROUPS.values() for name in names)
@@ -56,9 +57,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _function(name: str) -> Callable[..., int]:
-    from wavear.cli import data, evaluation, models, synthesis, training
+    from wavear.cli import data, evaluation, exchange, models, synthesis, training
 
-    modules = (data, evaluation, models, synthesis, training)
+    modules = (data, evaluation, exchange, models, synthesis, training)
+    name = f"{name}_" if keyword.iskeyword(name) else name  # `import`
     return next(getattr(module, name) for module in modules if hasattr(module, name))
 
 
@@ -68,7 +70,8 @@ def overview() -> str:
     for path in sorted(Path(__file__).parent.glob("*.py")):
         for node in ast.parse(path.read_text(encoding="utf-8")).body:
             if isinstance(node, ast.FunctionDef):
-                found.setdefault(node.name, (ast.get_docstring(node) or "").partition("\n")[0])
+                line = (ast.get_docstring(node) or "").partition("\n")[0]
+                found.setdefault(node.name.rstrip("_"), line)
     lines = ["usage: wavear COMMAND ...", "", "Autoregressive audio: train a WaveNet, make sound."]
     for title, names in GROUPS.items():
         lines += ["", f"{title}:"]
