@@ -20,6 +20,7 @@ FRAMES = 16  # mel frames at once: memory, and the delay of a live program
 
 def session(path):
     options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1  # the matrices are too small to share
     options.log_severity_level = 3  # without a warning for each input that has a default
     return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 

@@ -208,12 +208,10 @@ def _tensors(state: Any) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     for field in dataclasses.fields(state):
         value = getattr(state, field.name)
-        several = isinstance(value, list)
-        found |= (
-            {f"{field.name}.{i}": x for i, x in enumerate(value)}
-            if several
-            else {field.name: value}
-        )
+        if isinstance(value, list):
+            found |= {f"{field.name}.{i}": x for i, x in enumerate(value)}
+        else:
+            found[field.name] = value
     return found
 
 
@@ -231,6 +229,9 @@ def _state_of(like: Any, tensors: dict[str, Tensor]) -> Any:
 
 class _Conditions(nn.Module):
     """The conditioning of whole frames (1, C, F * hop), from a mel with its context."""
+
+    sub_frames: Tensor
+    hop_weights: Tensor
 
     def __init__(self, model: AutoregressiveModel):
         super().__init__()
@@ -317,7 +318,7 @@ def _searchsorted(
     side: Any = None,
     sorter: Any = None,
 ) -> Any:
-    """Translate torch.searchsorted: of a rising sequence, count what lies before each value."""
+    """Translate torch.searchsorted: count the elements of a rising sequence before each value."""
     op = _operators()
     ends, wanted = op.Unsqueeze(sequence, [-2]), op.Unsqueeze(values, [-1])
     before = op.LessOrEqual(ends, wanted) if right else op.Less(ends, wanted)

@@ -159,7 +159,7 @@ def _vocoder(tensors: Tensors, prefix: str, shrink: float, skip_scale: float) ->
 
 
 def _upsampling(tensors: Tensors, bands: int) -> Upsampling | None:
-    """Return the network between mels of so many bands and the conditioning of samples."""
+    """Return the network between mels of this many bands and the conditioning of samples."""
     if any(name.startswith("upsample_conv.") for name in tensors.left):
         raise WavearError(
             "its mels are upsampled by transposed convolutions (tensor upsample_conv.0.weight), as"

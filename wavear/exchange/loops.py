@@ -1,4 +1,4 @@
-"""Assemble ONNX graphs: the traced step alone, and the step inside a `Loop`."""
+"""Assemble ONNX graphs: the traced step by itself, and the step inside a `Loop`."""
 
 from __future__ import annotations
 
