@@ -13,7 +13,7 @@ import wavear
 ROOT = Path(wavear.__file__).resolve().parent
 # The lowest floor first.
 FLOORS = (
-    "common", "audio", "mel", "data", "models", "generation", "evaluation", "training",
+    "common", "audio", "mel", "data", "models", "exchange", "generation", "evaluation", "training",
     "benchmark", "demo", "serving", "cli",
 )  # fmt: skip
 MODULES = {

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import difflib
+import keyword
 import sys
 import textwrap
 from collections.abc import Callable, Sequence
@@ -19,7 +20,7 @@ GROUPS = {
     "Train": ("train", "index", "shards"),
     "Measure": ("evaluate", "compare", "bench"),
     "Likelihood": ("score", "compress", "decompress", "infill"),
-    "Checkpoints": ("info", "push"),
+    "Checkpoints": ("info", "push", "import", "export"),
 }
 """The commands, as the help groups them: functions in the modules of this package."""
 COMMANDS = tuple(name for names in GROUPS.values() for name in names)
@@ -68,9 +69,11 @@ def _function(name: str) -> Callable[..., int]:
         from wavear.cli import evaluation as module
     elif name in GROUPS["Likelihood"]:
         from wavear.cli import likelihood as module
+    elif name in ("import", "export"):
+        from wavear.cli import exchange as module
     else:
         from wavear.cli import models as module
-    return getattr(module, name)
+    return getattr(module, f"{name}_" if keyword.iskeyword(name) else name)
 
 
 def overview() -> str:
@@ -79,7 +82,8 @@ def overview() -> str:
     for path in sorted(Path(__file__).parent.glob("*.py")):
         for node in ast.parse(path.read_text(encoding="utf-8")).body:
             if isinstance(node, ast.FunctionDef):
-                found.setdefault(node.name, (ast.get_docstring(node) or "").partition("\n")[0])
+                line = (ast.get_docstring(node) or "").partition("\n")[0]
+                found.setdefault(node.name.rstrip("_"), line)
     lines = ["usage: wavear COMMAND ...", "", "Autoregressive audio: train a WaveNet, make sound."]
     for title, names in GROUPS.items():
         lines += ["", f"{title}:"]

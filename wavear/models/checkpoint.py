@@ -19,7 +19,14 @@ from wavear.models.families import FAMILIES
 from wavear.models.saving import CONFIG, FORMAT, WEIGHTS, non_finite
 
 # Fields added after the first checkpoints, with the values that their absence means.
-LATER = {"law": "categorical", "mixtures": 10, "coarse_classes": 0, "pre_emphasis": 0.0}
+LATER = {
+    "law": "categorical",
+    "mixtures": 10,
+    "coarse_classes": 0,
+    "pre_emphasis": 0.0,
+    "conditioning_scales": (),
+    "conditioning_slope": 0.2,
+}
 
 HUB = "hf:"
 """Prefix of a name on the Hugging Face hub."""

@@ -60,9 +60,10 @@ class Interpolation(nn.Module):
 class Conditioning(nn.Module):
     """Mel frames (B, M, F) and speakers (B,) -> (B, C, F * hop); without a mel (B, C, 1).
 
-    A convolution over 2 * context + 1 frames mixes the bands, then `Interpolation` stages raise the
-    rate to one vector per sample, then the speaker's vector is added. Frames beyond the ends repeat
-    the first and the last frame.
+    A convolution over 2 * context + 1 frames mixes the bands, then `Interpolation` stages (of
+    `scales`, by default `upsampling_scales`) raise the rate to one vector per sample, then the
+    speaker's vector is added. `slope` is that of the leaky ReLU after the convolution. Frames
+    beyond the ends repeat the first and the last frame.
 
     The samples of frame f depend on the frames f - lookahead .. f + lookahead, and on no others.
     """
@@ -70,10 +71,19 @@ class Conditioning(nn.Module):
     mel_mean: Tensor
     mel_deviation: Tensor
 
-    def __init__(self, bands: int, channels: int, hop: int, context: int, speakers: int):
+    def __init__(
+        self,
+        bands: int,
+        channels: int,
+        hop: int,
+        context: int,
+        speakers: int,
+        slope: float,
+        scales: tuple[int, ...] = (),
+    ):
         super().__init__()
-        self.hop, self.bands, self.context = hop, bands, context
-        self.scales = upsampling_scales(hop) if bands else ()
+        self.hop, self.bands, self.context, self.slope = hop, bands, context, slope
+        self.scales = (scales or upsampling_scales(hop)) if bands else ()
         if bands:
             # Mean and deviation of each band over the training data, for inputs near one.
             self.register_buffer("mel_mean", torch.zeros(bands))
@@ -107,7 +117,7 @@ class Conditioning(nn.Module):
     def upsample(self, mel: Tensor) -> Tensor:
         """(B, M, F + 2 * lookahead) -> (B, C, F * hop)."""
         x = (mel - self.mel_mean[:, None]) / self.mel_deviation[:, None]
-        x = F.leaky_relu(self.frames(x), 0.2)
+        x = F.leaky_relu(self.frames(x), self.slope)
         # Before a stage, x has one sample of context per remaining stage, at its own rate.
         for done, (stage, scale) in enumerate(zip(self.stages, self.scales, strict=True), 1):
             surplus = (len(self.scales) - done) * (scale - 1)
@@ -122,7 +132,13 @@ def make_conditioning(config: CommonConfig) -> Conditioning | None:
         return None
     bands, hop = (config.mel.bands, config.mel.hop_length) if config.mel else (0, 1)
     return Conditioning(
-        bands, config.conditioning_channels, hop, config.conditioning_context, config.speakers
+        bands,
+        config.conditioning_channels,
+        hop,
+        config.conditioning_context,
+        config.speakers,
+        config.conditioning_slope,
+        config.conditioning_scales,
     )
 
 

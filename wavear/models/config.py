@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +34,10 @@ class CommonConfig:
     """Channels of the conditioning, one vector per sample."""
     conditioning_context: int = 2
     """Mel frames before and after each that the conditioning's first convolution sees."""
+    conditioning_scales: tuple[int, ...] = ()
+    """Factors of the upsampling from frames to samples, whose product is the hop; (): automatic."""
+    conditioning_slope: float = 0.2
+    """Slope below zero of the leaky ReLU after the conditioning's first convolution; 1: none."""
     law: str = "categorical"
     """Distribution of the next sample: categorical, logistic_mixture, gaussian or laplace; see
     `wavear.models.distributions`."""
@@ -58,6 +63,8 @@ class CommonConfig:
             conditioning_channels=1,
             conditioning_context=0,
         )
+        object.__setattr__(self, "conditioning_scales", tuple(self.conditioning_scales))
+        self._check_upsampling()
         law_of(self)  # it checks `classes`
         coarse = self.coarse_classes
         if coarse and self.law == "categorical":
@@ -74,6 +81,18 @@ class CommonConfig:
             )
         if not 0 <= self.pre_emphasis < 1:
             raise WavearError(f"pre_emphasis is {self.pre_emphasis!r}, it must be 0 to less than 1")
+
+    def _check_upsampling(self) -> None:
+        scales, hop = self.conditioning_scales, self.mel.hop_length if self.mel else 1
+        whole = all(isinstance(scale, int) and scale > 0 for scale in scales)
+        if scales and (not whole or math.prod(scales) != hop):
+            raise WavearError(
+                f"conditioning_scales is {scales!r}: the product must be the hop, {hop} samples"
+            )
+        if not 0 <= self.conditioning_slope <= 1:
+            raise WavearError(
+                f"conditioning_slope is {self.conditioning_slope!r}, it must be 0 to 1"
+            )
 
     @property
     def conditioned(self) -> bool:

@@ -178,7 +178,7 @@ def levinson(r: Tensor) -> tuple[Tensor, Tensor]:
     >>> a.tolist(), error.item()
     ([1.0, -0.5, -0.0], 0.75)
     """
-    if r.device.type == "cpu":
+    if r.device.type == "cpu" and not torch.compiler.is_exporting():
         rows = r.reshape(-1, r.shape[-1]).contiguous().numpy()
         a, error = np.empty_like(rows), np.empty(len(rows))
         _compiled_levinson()(rows, a, error)

@@ -95,7 +95,7 @@ class PredictiveConditioning(nn.Module):
         if compiled and not torch.is_grad_enabled():
             found = self._compiled(mel, speaker, frames, packed or self.packed())
         else:
-            found = self._in_torch(mel, speaker, frames)
+            found = self.in_torch(mel, speaker, frames)
         gates, coefficients, scale, lag, voicing = found
         return FrameConditioning(
             gates=gates.unfold(1, 3, 1),
@@ -108,7 +108,7 @@ class PredictiveConditioning(nn.Module):
             weights=self.hop_weights.to(mel.device),
         )
 
-    def _in_torch(self, mel: Tensor, speaker: Tensor | None, frames: int) -> tuple[Tensor, ...]:
+    def in_torch(self, mel: Tensor, speaker: Tensor | None, frames: int) -> tuple[Tensor, ...]:
         """Return gates (B, frames + 2, G), coefficients, scale, lag and voicing of a padded mel."""
         weights = self.hop_weights.to(mel.device)
         gates = self._around(self.gate_biases(self.normalised(mel), speaker), frames)
@@ -125,7 +125,7 @@ class PredictiveConditioning(nn.Module):
     def _compiled(
         self, mel: Tensor, speaker: Tensor | None, frames: int, packed: Any
     ) -> tuple[Tensor, ...]:
-        """Compute `_in_torch` in compiled code."""
+        """Compute `in_torch` in compiled code."""
         from wavear.models import frame_kernel
 
         config = self.config

@@ -9,7 +9,14 @@ from wavear.models.config import CommonConfig, check_whole
 
 _REFERENCE_RATE = 22050  # Hz, at which the lengths below were tuned
 MAX_ORDER = 1024  # that of the highest sample rate is 558 by default
-_FIXED = {"law": "logistic_mixture", "classes": 65536, "coarse_classes": 0, "pre_emphasis": 0.0}
+_FIXED = {
+    "law": "logistic_mixture",
+    "classes": 65536,
+    "coarse_classes": 0,
+    "pre_emphasis": 0.0,
+    "conditioning_scales": (),
+    "conditioning_slope": 0.2,
+}
 
 
 @dataclass(frozen=True, kw_only=True)

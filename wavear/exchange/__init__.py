@@ -1,0 +1,1 @@
+"""Exchange with other programs: export to ONNX, import of other projects' checkpoints."""
