@@ -18,8 +18,8 @@ import numpy as np
 import torch
 
 from wavear import WaveNet, WaveNetConfig
-from wavear.benchmark import networks, speed
-from wavear.generation.cpu import ceiling, simd
+from wavear.benchmark import ceiling, networks, speed
+from wavear.generation.cpu import simd
 from wavear.generation.cpu.wavenet import NumbaEngine
 from wavear.models.sampling import uniforms
 

@@ -14,9 +14,9 @@ import torch
 
 from wavear import GRU, GRUConfig, MelConfig, audio, score
 from wavear.benchmark import networks, speed
+from wavear.benchmark.ceiling import cost
 from wavear.data.corpus import open_corpus
 from wavear.evaluation import held_out
-from wavear.generation.cpu.ceiling import cost
 from wavear.models.info import multiply_adds
 
 MEL = MelConfig(sample_rate=8000, n_fft=64, window_length=64, hop_length=12, bands=5, fmax=4000.0)

@@ -507,7 +507,7 @@ def test_cost_equals_the_size_of_the_matrices():
     attention = config.layers * 2 * config.window * config.channels
     assert abs(model.multiply_adds - (counted + attention) / config.patch) <= 1
     assert abs(model.weight_bytes - 4 * counted / config.patch) <= 4
-    from wavear.generation.cpu.ceiling import cost
+    from wavear.benchmark.ceiling import cost
 
     assert abs(cost(config).multiply_adds - model.multiply_adds) <= 1
     assert abs(cost(config).weight_bytes - model.weight_bytes) <= 4
