@@ -26,7 +26,7 @@ from wavear.models.sampling import uniforms
 # The layers' or the network's numbers of the matrices of each part.
 MATRICES = {
     "current sample": ("now",),
-    "residual and skip": ("residual", "skip"),
+    "residual and skip": ("mix",),
     "conditioning": ("condition",),
     "head": ("head1", "head2"),
 }
