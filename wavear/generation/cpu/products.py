@@ -97,7 +97,7 @@ def copy_row(source, out, vectors):
 
 @numba.njit
 def input_vectors(matrix, vectors):
-    """Return the vectors that a row of so many fills as input of a matrix."""
+    """Return the vectors of a row as input of a matrix: half of them in bytes."""
     return (vectors + 1) // 2 if matrix.steps else vectors
 
 
