@@ -60,7 +60,7 @@ for one network.
 
 - **samples/s**: of all streams together, uniforms, conditioning and engine. The fastest of several
   runs.
-- **of the limit**: samples/s over what the card allows (`wavear/generation/cuda/card.py`): every
+- **of the limit**: samples/s over what the card allows (`wavear/benchmark/card.py`): every
   program of the kernel, with up to 16 streams, reads all weights for every sample at 64 bytes a
   cycle; all programs share the rate of the second-level cache, measured in the same run; tensor
   cores multiply as fast as in a large product, also measured.

@@ -17,7 +17,7 @@ import torch
 
 from wavear import GRU, GRUConfig, MelConfig
 from wavear.benchmark import speed
-from wavear.generation.cpu.ceiling import cost
+from wavear.benchmark.ceiling import cost
 from wavear.generation.engines import make_engine
 
 RATE = 22050

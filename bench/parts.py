@@ -18,15 +18,15 @@ import numpy as np
 import torch
 
 from wavear import WaveNet, WaveNetConfig
-from wavear.benchmark import networks, speed
-from wavear.generation.cpu import ceiling, simd
+from wavear.benchmark import ceiling, networks, speed
+from wavear.generation.cpu import simd
 from wavear.generation.cpu.wavenet import NumbaEngine
 from wavear.models.sampling import uniforms
 
 # The layers' or the network's numbers of the matrices of each part.
 MATRICES = {
     "current sample": ("now",),
-    "residual and skip": ("residual", "skip"),
+    "residual and skip": ("mix",),
     "conditioning": ("condition",),
     "head": ("head1", "head2"),
 }

@@ -71,6 +71,17 @@ WAVENET = Case(NumbaEngine, make_wavenet, 1e-4)
 GRU_CASE = Case(NumbaGRUEngine, make_gru, 1e-4)
 TRANSFORMER = Case(NumbaTransformer, make_transformer, 1e-4)
 PREDICTIVE = Case(NumbaPredictiveEngine, make_predictive, 2e-5)
+
+
+def tolerance(case: Case, weights: str) -> float:
+    """Return that of a case in nats; a WaveNet in int8 rounds what its matrices read.
+
+    Where that lies between two of 65535 steps, another order of sums selects another of them. The
+    reference in float32 differs as much from itself in float64.
+    """
+    return 2e-2 if case is WAVENET and weights == "int8" else case.tolerance
+
+
 CASES: dict[str, tuple[Case, dict[str, Any]]] = {
     "wavenet": (WAVENET, {}),
     "wavenet, odd": (

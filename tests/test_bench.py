@@ -7,7 +7,7 @@ import torch
 
 from wavear import GRU, GRUConfig, Linear, LinearConfig, MelConfig, WaveNet, WaveNetConfig
 from wavear.benchmark import speed
-from wavear.generation.cpu.ceiling import Ceiling, cost
+from wavear.benchmark.ceiling import Ceiling, cost
 
 SMALL: dict[str, Any] = {
     "residual_channels": 8,

@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from wavear import GRU, GRUConfig, MelConfig, audio, score
+from wavear.benchmark.ceiling import cost
 from wavear.data.corpus import open_corpus
 from wavear.evaluation import held_out
-from wavear.generation.cpu.ceiling import cost
 
 MEL = MelConfig(sample_rate=8000, n_fft=64, window_length=64, hop_length=12, bands=5, fmax=4000.0)
 SMALL: dict[str, Any] = {

@@ -26,8 +26,8 @@ from wavear import (
 )
 from wavear.audio.grid import Grid
 from wavear.cli.commands import main
-from wavear.generation.cpu.distributions import GAUSSIAN, LAPLACE
-from wavear.generation.cpu.linear import NumbaLinearEngine, log_mass
+from wavear.generation.cpu.distributions import GAUSSIAN, LAPLACE, log_mass
+from wavear.generation.cpu.linear import NumbaLinearEngine
 from wavear.generation.engines import make_engine
 from wavear.generation.reference import ReferenceEngine
 from wavear.models import fitting as fitting
@@ -210,10 +210,10 @@ def test_predictions_have_the_same_bits_in_forward_step_and_engines(kind):
     # The compiled loop computes the mass of each interval about the same prediction.
     law = {"laplace": LAPLACE, "gaussian": GAUSSIAN}[model.config.law]
     scale, limits, last = model.scale().item(), model.predicted_grid.edges(), model.grid.classes - 1
-    expected = [
-        log_mass(law, (limits[c] - mean) / scale, (limits[c + 1] - mean) / scale, c == 0, c == last)
-        for c, mean in zip(codes[0].tolist(), whole[0, 0].tolist(), strict=True)
-    ]
+    expected = []
+    for c, mean in zip(codes[0].tolist(), whole[0, 0].tolist(), strict=True):
+        lower, upper = (limits[c] - mean) / scale, (limits[c + 1] - mean) / scale
+        expected.append(log_mass(law, lower, upper, upper - lower, c == 0, c == last))
     assert NumbaLinearEngine(model, 1).score(codes.numpy(), None)[0].tolist() == expected
 
 

@@ -77,7 +77,7 @@ def test_the_key_covers_the_kernels_sources_and_the_compiler_only(tmp_path, monk
     )
     engines = package / "generation" / "cpu"
     monkeypatch.setattr(compiled_module, "__file__", str(package / "common" / "compiled.py"))
-    loop, ceiling = engines / "wavenet_loop.py", engines / "ceiling.py"
+    loop, ceiling = engines / "wavenet_loop.py", package / "benchmark" / "ceiling.py"
     before = source_key(loop)
     read = ("simd.py", "emitter.py", "../../common/compiled.py", "wavenet_loop.py", "products.py")
     not_read = ("__init__.py", "wavenet.py", "wavenet_plan.py", "packing.py", "../streams.py")

@@ -19,6 +19,7 @@ from engine_cases import (
     random_codes,
     random_uniforms,
     scored_in_parts,
+    tolerance,
 )
 from hypothesis import Phase, example, given, settings
 from hypothesis import strategies as st
@@ -43,7 +44,7 @@ def check(case: Case, config: dict, batch, samples, cut, constant, threads, weig
     engine = case.engine(model, batch, weights=weights, threads=threads)
     found = scored_in_parts(engine, codes, cond, sorted({0, min(cut, samples), samples}))
     expected = parallel(engine._as_run(), codes, cond)
-    np.testing.assert_allclose(found, expected, atol=case.tolerance, rtol=1e-6)
+    np.testing.assert_allclose(found, expected, atol=tolerance(case, weights), rtol=1e-6)
 
 
 @few

@@ -16,7 +16,6 @@ from wavear.generation.cpu.emitter import LANES, VECTOR_BYTES
 from wavear.generation.cpu.packing import (
     as_packed,
     pack,
-    pack_dots,
     quantise,
     round_to_bfloat16,
     vectors_of,
@@ -152,7 +151,7 @@ def test_products_of_bytes_are_exact_in_every_kernel(monkeypatch, instruction):
     # Compiled here, for the instruction or without.
     @numba.njit("void(int64,int64,int64,int64)")
     def quantised(x, out, vectors, block):
-        simd.quantise(x, out, vectors, block, np.float32(1024))
+        simd.quantise(x, VECTOR_BYTES, out, block, vectors, np.float32(1024))
 
     @numba.njit("void(int64,int64,int64,int64,int64,int64,int64,int64)")
     def row(vectors, kind, weights, inputs, x, bias, init, out):
@@ -179,13 +178,13 @@ def test_products_of_bytes_are_exact_in_every_kernel(monkeypatch, instruction):
         for r in range(simd.TALLEST):
             quantised(rows[r].ctypes.data, panel[0, r].ctypes.data, in_vectors, block)
             quantised(rows[r].ctypes.data, flat[r].ctypes.data, in_vectors, VECTOR_BYTES)
-            packed, blocks, each = pack_dots(matrix, LANES, simd.WIDEST, scales, 1 / 1024)
+            packed, blocks, each = pack(matrix, LANES, simd.WIDEST, "dots", scales, 1024)
             assert (blocks, each) == (1, vectors)
             out = np.empty(vectors * LANES, np.float32)
             row(vectors, simd.DOTS, packed.ctypes.data, inputs // 4, flat[r].ctypes.data,
                 zeros.ctypes.data, zeros.ctypes.data, out.ctypes.data)  # fmt: skip
             np.testing.assert_array_equal(out, expected[r])
-        packed, blocks, each = pack_dots(matrix, LANES, 1, scales, 1 / 1024)
+        packed, blocks, each = pack(matrix, LANES, 2, "dots", scales, 1024)
         assert (blocks, each) == (vectors, 1)
         for height in simd.DOTS_HEIGHTS:
             out = np.empty((height, LANES), np.float32)
@@ -244,12 +243,12 @@ def test_rounding_to_bfloat16_equals_torch():
 @pytest.mark.parametrize("outputs", [1, 15, 16, 17, 97, 128, 192, 193, 256, 1024])
 @pytest.mark.parametrize("width", [0, 2, 4, 12])
 def test_blocks_hold_all_outputs_and_little_more(outputs, width):
-    for even in (False, True):
-        blocks, each = vectors_of(outputs, 16, width, even)
+    for stored in simd.STORED:
+        blocks, each = vectors_of(outputs, 16, width, stored)
         vectors = -(-outputs // 16)
         assert vectors <= blocks * each < vectors + max(2 * blocks, 8 if width == 0 else width)
         assert each <= (width or 8)
-        assert not (even and each % 2 and width)
+        assert not (stored == "bfloat16" and each % 2 and width)
 
 
 @pytest.mark.parametrize(
@@ -289,11 +288,12 @@ def test_the_same_source_becomes_vector_code_elsewhere(
 
 def test_every_block_that_packing_makes_has_a_kernel():
     for outputs in range(1, 3000, 7):
-        for even in (False, True):
-            assert 1 <= vectors_of(outputs, LANES, simd.WIDEST, even)[1] <= simd.WIDEST
+        for stored in simd.STORED:
+            assert 1 <= vectors_of(outputs, LANES, simd.WIDEST, stored)[1] <= simd.WIDEST
             for width in (2, 4):
-                assert vectors_of(outputs, LANES, width, even)[1] in simd.HEIGHTS
-        assert vectors_of(outputs, LANES, 0, False)[1] in simd.SPARSE
+                each = vectors_of(outputs, LANES, width, stored)[1]
+                assert each in simd.HEIGHTS if stored != "dots" else each == 1
+        assert vectors_of(outputs, LANES, 0, "float32")[1] in simd.SPARSE
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (7, 1), (5, 40), (3, 4, 9)])

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from wavear.benchmark.ceiling import Config
 from wavear.common.errors import WavearError
-from wavear.generation.cpu.ceiling import Config
 from wavear.mel.spectrogram import MelConfig
 from wavear.models.gru import GRUConfig
 from wavear.models.linear import LinearConfig

@@ -12,15 +12,15 @@ from typing import Any
 import numpy as np
 import torch
 
+from wavear.benchmark.card import card
+from wavear.benchmark.card import limit as card_limit
+from wavear.benchmark.ceiling import Ceiling, Config, cost
+from wavear.benchmark.ceiling import measure as measure_ceiling
 from wavear.benchmark.networks import config_of, described
 from wavear.common.errors import WavearError
 from wavear.common.log import get_logger
 from wavear.common.machine import available_cores, machine
 from wavear.generation.conditioner import Conditioner
-from wavear.generation.cpu.ceiling import Ceiling, Config, cost
-from wavear.generation.cpu.ceiling import measure as measure_ceiling
-from wavear.generation.cuda.card import card
-from wavear.generation.cuda.card import limit as card_limit
 from wavear.generation.cuda.choice import pick
 from wavear.generation.engines import WEIGHTS, make_engine
 from wavear.models.base import AutoregressiveModel

@@ -50,7 +50,8 @@ class CompiledEngine:
     weights : str
         "float32"; "bfloat16" or "int8" (a scale for each output of a matrix, in a WaveNet for each
         output of each tap): rounded once to nearest, half or a quarter of the bytes to read.
-        Arithmetic in float32.
+        Arithmetic in float32; in int8 the WaveNets also round what their matrices read, and
+        multiply integers.
     threads : int, optional
         Cores to use, at most one for each stream; by default all that the process may run on.
     packed : optional

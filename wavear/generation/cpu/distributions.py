@@ -41,7 +41,7 @@ def _scale(log_scale, classes):
 
 
 @numba.njit
-def _encode(value, classes):
+def encode(value, classes):
     """Return the code of a value, as `Grid.encode` rounds it."""
     half = classes // 2
     return min(np.int64(math.floor(min(max(value, -1.0), 1.0) * half + 0.5)) + half, classes - 1)
@@ -59,7 +59,7 @@ def draw_value(kind, mixtures, classes, row, uniform, temperature, weights):
     if not (math.isfinite(mean) and math.isfinite(log_scale)):
         return -1
     away = normal_quantile(uniform) if kind == GAUSSIAN else laplace_quantile(uniform)
-    return _encode(mean + _scale(log_scale, classes) * temperature * away, classes)
+    return encode(mean + _scale(log_scale, classes) * temperature * away, classes)
 
 
 @numba.njit
@@ -84,7 +84,7 @@ def _draw_mixture(mixtures, classes, row, uniform, temperature, weights):
     left = min(max((threshold - below) / weight, 0.0), 1 - 2.0**-53) if weight > 0 else 0.5
     away = math.log(left) - math.log1p(-left) if left > 0 else -math.inf
     spread = _scale(_at(row, 2 * mixtures + which), classes) * temperature
-    return _encode(_at(row, mixtures + which) + spread * away, classes)
+    return encode(_at(row, mixtures + which) + spread * away, classes)
 
 
 @numba.njit
@@ -117,19 +117,22 @@ def _log_mass(kind, classes, mean, scale, code):
     half = classes // 2
     a = ((code - half - 0.5) / half - mean) / scale
     b = ((code - half + 0.5) / half - mean) / scale
-    width = 1.0 / (half * scale)
-    if code == 0:
-        return log_tail(kind, b)
-    if code == classes - 1:
-        return log_tail(kind, -a)
+    return log_mass(kind, a, b, 1.0 / (half * scale), code == 0, code == classes - 1)
+
+
+@numba.njit
+def log_mass(kind, a, b, width, first, last):
+    """log(F(b) - F(a)) of the law of scale 1, b - a = `width`; the outer codes take the tails."""
+    if first or last:
+        return log_tail(kind, b if first else -a)
     if kind == LOGISTIC_MIXTURE:
         return log_tail(kind, b) + log_tail(kind, -a) + math.log(-math.expm1(-width))
-    if a + b > 0:
+    if a + b > 0:  # the laws are symmetric: everything is computed in the lower tail
         a, b = -b, -a
     if kind == LAPLACE:
         if b <= 0:
             return b - _LOG_2 + math.log(-math.expm1(-width))
-        return math.log(-(math.expm1(a) + math.expm1(-b)) / 2)
+        return math.log(max(-(math.expm1(a) + math.expm1(-b)) / 2, 1e-300))
     top = log_tail(kind, b)
     return top + math.log(-math.expm1(min(log_tail(kind, a) - top, -1e-300)))
 

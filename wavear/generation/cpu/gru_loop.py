@@ -16,63 +16,35 @@ from wavear.generation.cpu import simd
 from wavear.generation.cpu.distributions import CATEGORICAL
 from wavear.generation.cpu.emitter import VECTOR_BYTES
 from wavear.generation.cpu.products import (
-    CONDITION,
     CONSTANT_CONDITION,
     MATRIX,
-    Place,
     array_of,
-    condition_to_panels,
     copy_row,
     in_lines,
     in_panels,
     multiply,
-    multiply_row,
-    project,
+    multiply_streams,
+    read_out,
     record,
-    rectified,
     seat,
-    to_panels,
+    start_constants,
+    start_span,
 )
 from wavear.generation.cpu.sampling import settle
 
-# Of a layer: numbers of matrices (of the first layer `input` is -1 where there is a table),
-# addresses.
-LAYER = record("input hidden bias h z constant")
+# Of a layer: numbers of matrices (of the first layer `input` is -1 where there is a table; only it
+# has `condition`), addresses.
+LAYER = record("input hidden condition bias h z constant")
 # Of a network, for one group of streams: sizes (vectors of a row, bytes of a row), numbers of
 # matrices, addresses of weights (`table`: of the first layer's products with the input, or 0) and
 # of memory. For laws over values: the value of each code in float32, the row of the table of each
 # code, and the product of the first layer's input matrix with a value of one.
 PLAN = record(
     "law mixtures classes first streams rows span x_vectors h_vectors head_vectors "
-    "condition_vectors z_row logit_row logit_blocks condition head1 head2 multiply sparse "
+    "condition_vectors z_row logit_row logit_blocks head1 head2 multiply sparse "
     "embedding table code_values code_rows line head2_bias zeros "
-    "x head logits weights sums values offsets condition_panels"
+    "x head logits weights sums values offsets condition_panels integers"
 )
-
-
-@numba.njit
-def _start(net, layer, matrices, condition, mode):
-    """Write bias and constant conditioning of every stream."""
-    for s in range(net.streams):
-        copy_row(layer.bias, layer.constant + s * net.z_row, net.z_row // VECTOR_BYTES)
-    if mode == CONSTANT_CONDITION:
-        vectors = net.condition_vectors
-        row = vectors * VECTOR_BYTES
-        to_panels(condition, row, net.streams, vectors, net.condition_panels, 0)
-        project(net, matrices[net.condition], net.condition_panels, vectors, net.streams,
-                layer.constant, net.z_row, layer.constant)  # fmt: skip
-
-
-@numba.njit
-def _start_span(net, layer, matrices, condition, condition_row, mode, count):
-    """Write bias and conditioning of the next `count` samples of every stream."""
-    rows = net.streams * net.z_row
-    for t in range(count):
-        copy_row(layer.constant, layer.z + t * rows, rows // VECTOR_BYTES)
-    if mode == CONDITION:
-        condition_to_panels(net, condition, condition_row, count)
-        project(net, matrices[net.condition], net.condition_panels, net.condition_vectors,
-                count * net.streams, layer.z, net.z_row, layer.z)  # fmt: skip
 
 
 @numba.njit
@@ -121,24 +93,6 @@ def _input(net, layer, matrices, previous, z):
             simd.add_scaled(net.line, out, gates, simd.load_float(net.code_values + 4 * code))
 
 
-@numba.njit
-def _head(net, matrices, h, z):
-    """From the hidden units, and the head's part of the pre-activations, to the logits."""
-    first, second = matrices[net.head1], matrices[net.head2]
-    if net.streams == 1:
-        multiply_row(first, h, net.zeros, z, net.head)
-        rectified(net, second, net.head, net.head2_bias, net.logits)
-        return
-    rows, streams = net.rows, net.streams
-    head = in_panels(net.head, rows, net.head_vectors)
-    multiply(net, first, streams, rows, in_panels(h, rows, net.h_vectors), net.zeros,
-             in_lines(z, rows, net.z_row), head)  # fmt: skip
-    simd.relu(net.head, net.head, (streams + rows - 1) // rows * net.head_vectors * rows)
-    bias = Place(net.head2_bias, 0, VECTOR_BYTES, 0)
-    multiply(net, second, streams, rows, head, net.zeros, bias,
-             in_lines(net.logits, rows, net.logit_row))  # fmt: skip
-
-
 def _run(plan, layers, matrices, previous, call):
     """Loop over samples, for one group of streams: see `wavenet_loop._run`."""
     net = plan[0]
@@ -149,12 +103,12 @@ def _run(plan, layers, matrices, previous, call):
     condition_row = net.condition_vectors * VECTOR_BYTES
     stream_bytes = condition_row if call.mode == CONSTANT_CONDITION else samples * condition_row
     condition = call.condition + net.first * stream_bytes
-    _start(net, layers[0], matrices, condition, call.mode)
+    start_constants(net, layers[0:1], matrices, condition, call.mode)
     for t in range(samples):
         position = t % net.span
         if position == 0:
-            _start_span(net, layers[0], matrices, condition + t * condition_row, stream_bytes,
-                        call.mode, min(net.span, samples - t))  # fmt: skip
+            start_span(net, layers[0:1], matrices, condition + t * condition_row, stream_bytes,
+                       call.mode, min(net.span, samples - t))  # fmt: skip
         z0 = layers[0].z + position * streams * z_row
         for i in range(layers.shape[0]):
             layer = layers[i]
@@ -170,7 +124,10 @@ def _run(plan, layers, matrices, previous, call):
             for s in range(streams):
                 simd.cell(z + s * z_row, gap, seat(h, s, rows, h_vectors), h_vectors,
                           rows * VECTOR_BYTES)  # fmt: skip
-        _head(net, matrices, layers[layers.shape[0] - 1].h, z0)
+        h, head = layers[layers.shape[0] - 1].h, in_panels(net.head, rows, net.head_vectors)
+        multiply_streams(net, matrices[net.head1], h, h_vectors, rows * gap, net.zeros,
+                         in_lines(z0, rows, z_row), head)  # fmt: skip
+        read_out(net, matrices[net.head2])
         for s in range(streams):
             code = settle(net, net.logits + s * net.logit_row, call, net.first + s, t)
             if code < 0:

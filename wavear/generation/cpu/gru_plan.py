@@ -13,6 +13,7 @@ from wavear.generation.cpu.packing import (
     Packer,
     Region,
     multiplied,
+    padded,
     power_of_two,
     to_numpy,
     vectors_for,
@@ -51,13 +52,12 @@ class Weights:
             *(packer.room(both, width_for(n), "float32") for n in (group, 64, TALLEST)),
         )
 
+        width = h_vectors * LANES
+
         def gated(array: np.ndarray, order: str) -> np.ndarray:
             """Return the gates of `order`, each padded to whole vectors, from outputs (3H, ...)."""
-            parts = dict(zip("run", np.split(array, 3), strict=True))
-            padded = np.zeros((len(order), h_vectors * LANES, *array.shape[1:]), np.float32)
-            for k, name in enumerate(order):
-                padded[k, :hidden] = parts[name]
-            return padded.reshape(-1, *array.shape[1:])
+            parts = padded(array.reshape(3, hidden, *(more := array.shape[1:])), 3, width, *more)
+            return np.concatenate([parts["run".index(name)] for name in order])
 
         def of(name: str, layer: int) -> np.ndarray:
             return to_numpy(getattr(model.gru, f"{name}_l{layer}"))
@@ -82,7 +82,7 @@ class Weights:
             folded[:head_channels] = to_numpy(model.head.conditioning.weight)
             products_of_input = multiplied(to_numpy(model.condition_input.weight).T, entrance)
             folded[head_vectors * LANES :] = products_of_input.T
-            net["condition"] = packer.matrix(folded, width_for(self.span * group), "float32")
+            layers[0]["condition"] = packer.matrix(folded, width_for(self.span * group), "float32")
             net["condition_vectors"] = vectors_for(channels)
         for i, layer in enumerate(layers):
             x, h = of("bias_ih", i), of("bias_hh", i)
@@ -118,7 +118,7 @@ class Weights:
             "x_vectors": x_vectors, "h_vectors": h_vectors, "head_vectors": head_vectors,
             "z_row": z_vectors * VECTOR_BYTES, "logit_row": self.logit_vectors * VECTOR_BYTES,
             "logit_blocks": -(-classes // BLOCK), "multiply": products().multiply,
-            "sparse": products().sparse,
+            "sparse": products().sparse if group == 1 else 0,
         }  # fmt: skip
         for field, size in sizes.items():
             net[field] = size

@@ -30,8 +30,9 @@ from wavear.generation.cpu.compiled_engine import CompiledEngine
 from wavear.generation.cpu.distributions import (
     GAUSSIAN,
     LAPLACE,
+    encode,
     laplace_quantile,
-    log_tail,
+    log_mass,
     normal_quantile,
 )
 from wavear.generation.cpu.sampling import Call, type_of
@@ -39,31 +40,13 @@ from wavear.models.linear import Linear
 
 MULAW, LINEAR, COMPANDED = range(3)
 _LEAST_ROWS = 2  # streams from which a second thread pays
-_LOG_2 = math.log(2)
 
 
 @numba.njit
-def log_mass(law, lower, upper, first, last):
-    """log(F(upper) - F(lower)) of the law of scale 1; the outer codes take the tails."""
-    if first or last:
-        return log_tail(law, upper if first else -lower)
-    a, b = lower, upper
-    if a + b > 0.0:  # the laws are symmetric: everything is computed in the lower tail
-        a, b = -upper, -lower
-    if law == GAUSSIAN:
-        top = log_tail(law, b)
-        return top + math.log(-math.expm1(min(log_tail(law, a) - top, -1e-300)))
-    if b <= 0.0:
-        return b - _LOG_2 + math.log(-math.expm1(a - b))
-    return math.log(max(-(math.expm1(a) + math.expm1(-b)) / 2.0, 1e-300))
-
-
-@numba.njit
-def encode(grid, classes, x):
+def _encode(grid, classes, x):
     """Return the code whose interval contains a value; see `wavear.audio.grid`."""
     if grid == LINEAR:
-        half = classes // 2
-        return min(np.int64(math.floor(min(max(x, -1.0), 1.0) * half + 0.5)) + half, classes - 1)
+        return encode(x, classes)
     y = min(max(x, -1.0), 1.0)
     mu = classes - 1.0
     if grid == MULAW:
@@ -99,11 +82,12 @@ def _run(start, stop, law, grid, values, edges, taps, constant, scale, past, cal
                 uniform = call.uniforms[b, t]
                 away = normal_quantile(uniform) if law == GAUSSIAN else laplace_quantile(uniform)
                 x = mean + scale * call.temperatures[b, t] * away
-                codes[b, t] = encode(grid, classes, x)
+                codes[b, t] = _encode(grid, classes, x)
             code = codes[b, t]
             if not coded and (call.scoring or call.scored):
                 lower, upper = (edges[code] - mean) / scale, (edges[code + 1] - mean) / scale
-                call.scores[b, t] = log_mass(law, lower, upper, code == 0, code == classes - 1)
+                ends = code == 0, code == classes - 1
+                call.scores[b, t] = log_mass(law, lower, upper, upper - lower, *ends)
             value = values[code]
             for lag in range(reach):
                 ahead[t + 1 + lag] += taps[lag] * value

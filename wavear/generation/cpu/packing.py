@@ -13,11 +13,13 @@ from torch import Tensor, nn
 
 from wavear.generation.cpu.emitter import LANES, VECTOR_BYTES
 from wavear.generation.cpu.products import MATRIX, products
-from wavear.generation.cpu.simd import DOTS, HEIGHTS, KINDS, TALLEST, WEIGHT_BYTES, WIDEST
+from wavear.generation.cpu.simd import DOTS, HEIGHTS, STORED, TALLEST, WEIGHT_BYTES, WIDEST
 
 LINE = 64  # bytes of a cache line
 _HUGE = 2 << 20
 SPARSE_WIDTH = 0  # the width of a matrix for `simd.sparse`, see `pack`
+# Of inputs of integers, the steps in 1: of units between -1 and 1, and where the range is unknown.
+UNIT_STEPS, SIGNAL_STEPS = 32768, 1024
 
 
 class Region:
@@ -99,21 +101,22 @@ class Packer(Region):
         self.weights = weights
         self._rows: list[tuple[int, ...]] = []
 
-    def matrix(self, array: np.ndarray, width: int, weights: str | None = None) -> int:
-        """Return the number of a matrix (outputs, inputs) in `matrices`; `width` as in `pack`."""
-        weights = weights or self.weights
-        packed, blocks, vectors = pack(array, LANES, width, weights)
-        return self._add(packed, array.shape[1], blocks, vectors, KINDS[weights])
-
-    def dots(self, array: np.ndarray, width: int, scales: np.ndarray, step: float) -> int:
-        """Return the number of a matrix in bytes; its inputs are integers times `step`."""
-        packed, blocks, vectors = pack_dots(array, LANES, width, scales, step)
-        return self._add(packed, -(-array.shape[1] // 4), blocks, vectors, DOTS)
-
-    def _add(self, packed: np.ndarray, inputs: int, blocks: int, vectors: int, kind: int) -> int:
+    def matrix(
+        self,
+        array: np.ndarray,
+        width: int,
+        stored: str | None = None,
+        scales: np.ndarray | None = None,
+        steps: int = 0,
+    ) -> int:
+        """Return the number of a matrix (outputs, inputs) in `matrices`; arguments as of `pack`."""
+        stored = stored or self.weights
+        kind = STORED[stored]
+        packed, blocks, vectors = pack(array, LANES, width, stored, scales, steps)
         row = products().row(vectors, kind) if vectors <= WIDEST else 0
         size, step = packed.nbytes // blocks, vectors * LANES * WEIGHT_BYTES[kind]
-        self._rows.append((self.put(packed), inputs, blocks, vectors, kind, row, size, step))
+        inputs = -(-array.shape[1] // (4 if kind == DOTS else 1))
+        self._rows.append((self.put(packed), inputs, blocks, vectors, kind, row, size, step, steps))
         return len(self._rows) - 1
 
     def __len__(self) -> int:
@@ -121,14 +124,13 @@ class Packer(Region):
 
     def vector(self, plan: Any, field: str, array: np.ndarray, vectors: int, fill: float = 0.0):
         """Point a field of a plan to the rows of `array`, each padded to `vectors`."""
-        padded = np.full((*array.shape[:-1], vectors * LANES), fill, np.float32)
-        padded[..., : array.shape[-1]] = array
-        self.point(plan, field, self.put(padded))
+        rows = np.full((*array.shape[:-1], vectors * LANES), fill, np.float32)
+        rows[..., : array.shape[-1]] = array
+        self.point(plan, field, self.put(rows))
 
-    def room(self, outputs: int, width: int, weights: str | None = None) -> int:
+    def room(self, outputs: int, width: int, stored: str | None = None) -> int:
         """Return the vectors that a product of `outputs` elements writes."""
-        even = (weights or self.weights) == "bfloat16"
-        blocks, vectors = vectors_of(outputs, LANES, width, even)
+        blocks, vectors = vectors_of(outputs, LANES, width, stored or self.weights)
         return blocks * vectors
 
     def allocate(self) -> int:
@@ -142,6 +144,14 @@ class Packer(Region):
 def to_numpy(tensor: Tensor) -> np.ndarray:
     """Return a parameter, on any device and of any precision, as contiguous float32."""
     return np.ascontiguousarray(tensor.detach().float().cpu().numpy())
+
+
+def padded(array: np.ndarray, *shape: int) -> np.ndarray:
+    """Return an array with zeros behind its own values on each axis; -1: as it is."""
+    sizes = [own if size < 0 else size for own, size in zip(array.shape, shape, strict=True)]
+    found = np.zeros(sizes, np.float32)
+    found[tuple(slice(own) for own in array.shape)] = array
+    return found
 
 
 def vectors_for(channels: int) -> int:
@@ -164,7 +174,17 @@ def power_of_two(number: int) -> int:
     return 1 << max(0, number.bit_length() - 1)
 
 
-def vectors_of(outputs: int, lanes: int, width: int, even: bool) -> tuple[int, int]:
+def round_inputs(layer: nn.Module, steps: int) -> None:
+    """Round what a layer reads as `simd.quantise` does."""
+    layer.register_forward_pre_hook(lambda _, x: (on_steps(x[0], steps), *x[1:]))
+
+
+def on_steps(x: Tensor, steps: int) -> Tensor:
+    """Return x as integers of 16 bits times 1 / steps."""
+    return (x * steps).clamp(-32767, 32767).round() / steps
+
+
+def vectors_of(outputs: int, lanes: int, width: int, stored: str) -> tuple[int, int]:
     """Return (blocks, vectors in each) for `outputs`: equal blocks, at most `width` wide."""
     vectors = -(-outputs // lanes)
     if width == SPARSE_WIDTH:
@@ -173,69 +193,60 @@ def vectors_of(outputs: int, lanes: int, width: int, even: bool) -> tuple[int, i
         return -(-vectors // each), each
     if width <= 4:
         # The kernels for several rows come in these widths only.
-        return -(-vectors // width), width
+        each = 1 if stored == "dots" else width
+        return -(-vectors // each), each
     blocks = -(-vectors // width)
     each = -(-vectors // blocks)
-    if even:
-        each += each % 2
-    return blocks, each
+    return blocks, each + each % 2 if stored == "bfloat16" else each
 
 
-def pack(matrix: np.ndarray, lanes: int, width: int, weights: str) -> tuple[np.ndarray, int, int]:
+def pack(
+    matrix: np.ndarray,
+    lanes: int,
+    width: int,
+    stored: str,
+    scales: np.ndarray | None = None,
+    steps: int = 0,
+) -> tuple[np.ndarray, int, int]:
     """Pack a matrix (outputs, inputs) for the kernels of `simd`.
 
     Parameters
     ----------
-    matrix : ndarray of float32, shape (outputs, inputs)
     lanes : int
         Floats in a vector.
     width : int
-        Vectors in a block, at most; 0 for `simd.sparse`.
-    weights : str
-        "float32", "bfloat16" or "int8".
+        Vectors in a block, at most; for several rows the `width_for` them; `SPARSE_WIDTH` for
+        `simd.sparse`.
+    stored : str
+        A name in `simd.STORED`.
+    scales : array (outputs,), optional
+        Of integers; by default what each output needs.
+    steps : int
+        For "dots": the steps of its inputs in 1.
 
     Returns
     -------
-    packed : ndarray
-        Of shape (blocks, inputs, vectors in a block * lanes), or half as many words for bfloat16;
-        for int8 bytes (blocks, n): of each block its scales in float32, then (inputs, vectors *
-        lanes).
-    blocks, vectors : int
+    array of uint8 (blocks, bytes), number of blocks, vectors in each
     """
     outputs, inputs = matrix.shape
-    blocks, vectors = vectors_of(outputs, lanes, width, weights == "bfloat16")
-    scales = np.zeros(blocks * vectors * lanes, np.float32)
-    if weights == "int8":
-        matrix, scales[:outputs] = quantise(matrix)
-    columns = np.zeros((inputs, blocks * vectors * lanes), np.float32)
-    columns[:, :outputs] = matrix.T
-    packed = columns.reshape(inputs, blocks, vectors * lanes).transpose(1, 0, 2)
-    if weights == "bfloat16":
-        bits = round_to_bfloat16(packed).reshape(blocks, inputs, vectors // 2, 2, lanes)
-        packed = bits[:, :, :, 0] | (bits[:, :, :, 1] << np.uint32(16))
-        packed = packed.reshape(blocks, inputs, -1)
-    if weights == "int8":
-        parts = scales.view(np.uint8), packed.astype(np.int8).view(np.uint8)
-        packed = np.concatenate([part.reshape(blocks, -1) for part in parts], axis=1)
-    return np.ascontiguousarray(packed), blocks, vectors
-
-
-def pack_dots(
-    matrix: np.ndarray, lanes: int, width: int, scales: np.ndarray, step: float
-) -> tuple[np.ndarray, int, int]:
-    """Pack a matrix (outputs, inputs) for the kernels of `simd.DOTS`; returns as `pack`."""
-    outputs, inputs = matrix.shape
-    blocks, vectors = vectors_of(outputs, lanes, width, False)
-    each = vectors * lanes
-    numbers = np.zeros((blocks * each, -(-inputs // 4) * 4), np.int32)
-    numbers[:outputs, :inputs] = quantise(matrix, scales)[0]
-    steps = np.zeros(blocks * each, np.float32)
-    steps[:outputs] = scales * np.float32(step)
-    corrections = (-128 * numbers.sum(axis=1)).astype(np.int32)
-    quads = numbers.reshape(blocks, each, -1, 4).transpose(0, 2, 1, 3).astype(np.int8)
-    parts = [part.view(np.uint8).reshape(blocks, -1) for part in (steps, corrections)]
-    packed = np.concatenate([*parts, quads.reshape(blocks, -1).view(np.uint8)], axis=1)
-    return packed, blocks, vectors
+    blocks, vectors = vectors_of(outputs, lanes, width, stored)
+    numbers = padded(matrix, blocks * vectors * lanes, -1)
+    parts = []
+    if stored in ("int8", "dots"):
+        given = None if scales is None else np.pad(scales, (0, len(numbers) - outputs))
+        numbers, scales = quantise(numbers, given)
+        numbers = numbers.astype(np.int8)
+        parts = [scales / np.float32(steps or 1)]
+    if stored == "dots":
+        numbers = np.pad(numbers, ((0, 0), (0, -inputs % 4)))
+        parts.append(-128 * numbers.sum(axis=1, dtype=np.int32))
+        numbers = numbers.view(np.int32)
+    if stored == "bfloat16":
+        bits = round_to_bfloat16(numbers).reshape(-1, 2, lanes, inputs)
+        numbers = bits[:, 0] | (bits[:, 1] << np.uint32(16))
+    parts.append(numbers.reshape(blocks, -1, numbers.shape[-1]).transpose(0, 2, 1))
+    rows = [np.ascontiguousarray(part).view(np.uint8).reshape(blocks, -1) for part in parts]
+    return np.concatenate(rows, axis=1), blocks, vectors
 
 
 def round_to_bfloat16(values: np.ndarray) -> np.ndarray:
@@ -297,10 +308,8 @@ def multiplied(rows: np.ndarray, matrix: np.ndarray, weights: str = "float32") -
     """
     packer = Packer(weights)
     x_vectors, width = vectors_for(rows.shape[1]), width_for(TALLEST)
-    padded = np.zeros((len(rows), x_vectors * LANES), np.float32)
-    padded[:, : rows.shape[1]] = rows
     packer.matrix(matrix, width)
-    x = packer.put(padded)
+    x = packer.put(padded(rows, -1, x_vectors * LANES))
     row = packer.room(len(matrix), width) * VECTOR_BYTES
     panels, zeros = packer.reserve(TALLEST * x_vectors * VECTOR_BYTES), packer.reserve(row)
     out = packer.reserve(len(rows) * row)

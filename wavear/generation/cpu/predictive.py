@@ -22,14 +22,18 @@ from wavear.generation.cpu import distributions
 from wavear.generation.cpu.compiled_engine import CompiledEngine
 from wavear.generation.cpu.emitter import LANES, VECTOR_BYTES
 from wavear.generation.cpu.packing import (
+    SIGNAL_STEPS,
+    UNIT_STEPS,
     Packer,
     ahead_of,
+    padded,
     power_of_two,
     quantise,
+    round_inputs,
     to_numpy,
     vectors_for,
 )
-from wavear.generation.cpu.predictive_loop import LAYER, PLAN, SIGNAL_STEPS, UNIT_STEPS, Frames, run
+from wavear.generation.cpu.predictive_loop import LAYER, PLAN, Frames, run
 from wavear.generation.cpu.products import NO_CONDITION, products
 from wavear.generation.cpu.sampling import Call, type_of
 from wavear.generation.cpu.simd import WIDEST
@@ -50,50 +54,46 @@ class Weights:
             for channels in (own, config.skip_channels, config.head_channels)
         )
         rooms, dots = [2 * r // LANES], weights == "int8"
+        # How the matrices of the layers are stored, and the steps of their inputs.
+        stored, unit, signal = ("dots", UNIT_STEPS, SIGNAL_STEPS) if dots else (weights, 0, 0)
 
-        def product(plan: Any, field: str, matrix: np.ndarray, bias: Any, scales: Any = None):
+        def product(plan: Any, field: str, matrix: np.ndarray, bias: Any, *how: Any):
             room = packer.room(len(matrix), WIDEST)
             rooms.append(room + r // LANES)
-            if scales is None:
-                plan[field] = packer.matrix(matrix, WIDEST)
-            else:
-                plan[field] = packer.dots(matrix, WIDEST, scales, 1 / UNIT_STEPS)
+            plan[field] = packer.matrix(matrix, WIDEST, *how)
             bias = bias if isinstance(bias, np.ndarray) else to_numpy(bias)
             packer.vector(plan, f"{field}_bias", bias, room)
 
         # Matrices in the order of use. In int8 the parts of a matrix share its scales.
-        product(net, "input", _padded(to_numpy(model.input.weight), r, -1), model.input.bias)
+        product(net, "input", padded(to_numpy(model.input.weight), r, -1), model.input.bias)
         units = to_numpy(model.skip.weight).reshape(config.skip_channels, count, own)
-        units = _padded(units, skip, count, r)
+        units = padded(units, skip, count, r)
         unit_scales = quantise(units.reshape(skip, -1))[1]
         for i, (layer, block) in enumerate(zip(self.layers, model.blocks, strict=True)):
             reach = config.dilations[i] or config.shortest_period
             layer["ahead"] = ahead_of(reach)
             taps = to_numpy(block.taps.weight).reshape(2, own, config.kernel_size, own)
-            taps = _padded(taps, 2, r, config.kernel_size, r).reshape(2 * r, config.kernel_size, r)
+            taps = padded(taps, 2, r, config.kernel_size, r).reshape(2 * r, config.kernel_size, r)
             scales = quantise(taps.reshape(2 * r, -1))[1]
             layer["taps"] = len(packer)
             for k in range(config.kernel_size):
                 alone = layer["ahead"] == 1 or k == config.kernel_size - 1
-                if dots:
-                    packer.dots(taps[:, k], WIDEST if alone else 1, scales, 1 / SIGNAL_STEPS)
-                else:
-                    packer.matrix(taps[:, k], WIDEST if alone else 2)
+                packer.matrix(taps[:, k], WIDEST if alone else 2, stored, scales, signal)
             mix, bias, scales = units[:, i], to_numpy(model.skip.bias) * (i == 0), unit_scales
             if block.residual is None:
                 layer["mix_at"] = r // LANES * VECTOR_BYTES
             else:
-                residual = _padded(to_numpy(block.residual.weight), r, r)
+                residual = padded(to_numpy(block.residual.weight), r, r)
                 mix = np.concatenate([residual, mix])
-                bias = np.concatenate([_padded(to_numpy(block.residual.bias), r), bias])
+                bias = np.concatenate([padded(to_numpy(block.residual.bias), r), bias])
                 scales = np.concatenate([quantise(residual)[1], unit_scales])
-            product(layer, "mix", mix, bias, scales if dots else None)
-        hidden = _padded(to_numpy(model.hidden.weight), head, skip)
+            product(layer, "mix", mix, bias, stored, scales, unit)
+        hidden = padded(to_numpy(model.hidden.weight), head, skip)
         product(net, "hidden", hidden, model.hidden.bias)
         output, bias = to_numpy(model.output.weight), to_numpy(model.output.bias)
         if dots:  # integers would hide a weight that is not finite
             bias = bias + 0 * sum(float(to_numpy(p).sum()) for p in _parameters(model))
-        product(net, "output", _padded(output, -1, head), bias)
+        product(net, "output", padded(output, -1, head), bias)
         packer.allocate()
         self.matrices = packer.matrices
         # Rings hold the current input too, and their lengths are powers of two.
@@ -106,7 +106,7 @@ class Weights:
             "tap_count": config.kernel_size,
             "x_vectors": r // LANES, "skip_vectors": skip // LANES, "head_vectors": head // LANES,
             "features": config.features, "history": config.history, "room": max(rooms) * LANES,
-            "multiply": products().multiply, "dots": dots,
+            "multiply": products().multiply,
         }  # fmt: skip
         for field, size in sizes.items():
             net[field] = size
@@ -147,15 +147,11 @@ class NumbaPredictiveEngine(CompiledEngine):
         """See `CompiledEngine._as_run`; in int8 the inputs of the layers are rounded too."""
         model = super()._as_run()
         if self.weights == "int8":
-            rounding = [(model.skip, UNIT_STEPS)]
+            round_inputs(model.skip, UNIT_STEPS)
             for block in model.blocks:
-                rounding.append((block.taps, SIGNAL_STEPS))
+                round_inputs(block.taps, SIGNAL_STEPS)
                 if block.residual is not None:
-                    rounding.append((block.residual, UNIT_STEPS))
-            for matrix, steps in rounding:
-                matrix.register_forward_pre_hook(
-                    lambda _, x, steps=steps: (x[0] * steps).clamp(-32767, 32767).round() / steps
-                )
+                    round_inputs(block.residual, UNIT_STEPS)
         return model
 
     def _condition(self, cond: Any, samples: int) -> tuple[Frames, int]:
@@ -170,11 +166,11 @@ class NumbaPredictiveEngine(CompiledEngine):
         gates = cond.gates.detach().to("cpu", torch.float32).permute(0, 1, 3, 2).numpy()
         parts = gates[..., : 2 * r * count].reshape(*gates.shape[:3], 2 * count, r)
         skip = gates[..., 2 * r * count :]
-        inner = _padded(parts, *parts.shape[:4], self._width)
+        inner = padded(parts, *parts.shape[:4], self._width)
         inner = inner.reshape(*gates.shape[:3], 2 * count * self._width)
         if self.weights == "int8":  # as for weights, see `Weights`
             skip = skip + 0 * inner.sum(axis=-1, keepdims=True)
-        outer = _padded(skip, *skip.shape[:3], int(self._packed.plan[0]["skip_vectors"]) * LANES)
+        outer = padded(skip, *skip.shape[:3], int(self._packed.plan[0]["skip_vectors"]) * LANES)
         first = cond.offset.cpu()[:, None] + torch.arange(samples)
         new_lags = cond.lag.cpu().gather(1, first).round()
         new_lags = new_lags.nan_to_num(1).clamp(config.shortest_period, config.longest_period)
@@ -252,11 +248,3 @@ def _parameters(model: PredictiveWaveNet) -> Iterable[Tensor]:
     for name, parameter in model.named_parameters():
         if not name.startswith("conditioning."):
             yield parameter
-
-
-def _padded(array: np.ndarray, *shape: int) -> np.ndarray:
-    """Return an array with zeros behind its own values on each axis; -1: as it is."""
-    sizes = [own if size < 0 else size for own, size in zip(array.shape, shape, strict=True)]
-    padded = np.zeros(sizes, np.float32)
-    padded[tuple(slice(own) for own in array.shape)] = array
-    return padded

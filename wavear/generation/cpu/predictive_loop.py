@@ -19,6 +19,8 @@ from wavear.generation.cpu.emitter import LANES, VECTOR_BYTES
 from wavear.generation.cpu.products import (
     MATRIX,
     array_of,
+    as_input,
+    copy_input,
     copy_row,
     in_lines,
     in_panels,
@@ -33,9 +35,6 @@ from wavear.generation.cpu.simd import TALLEST
 _LARGEST_RESIDUAL = 15.0
 _LEAST_LOG_SCALE, _LARGEST_LOG_SCALE = -7.0, 5.0
 
-# In int8, the steps of a layer's inputs and of its units in 1: see `simd.quantise`.
-SIGNAL_STEPS, UNIT_STEPS = 1024.0, 32768.0
-
 # Of a layer: its dilation, or 0 for the period; rows of its ring less one, a power of two less one;
 # samples whose past taps are multiplied at once; numbers of matrices: of its taps, oldest first,
 # and of what its units add to the signal and the skip; the bias of the latter, and where that
@@ -45,7 +44,7 @@ LAYER = record("dilation mask ahead taps mix mix_bias mix_at")
 # writes, at most. (No memory for a categorical law, which it never has.)
 PLAN = record(
     "law mixtures classes recent near tap_count x_vectors skip_vectors head_vectors features "
-    "history room input hidden output input_bias hidden_bias output_bias multiply dots "
+    "history room input hidden output input_bias hidden_bias output_bias multiply "
     "logit_blocks weights sums"
 )
 
@@ -142,13 +141,6 @@ def _address(array):
 
 
 @numba.njit
-def _quantised(x, out, vectors, steps):
-    """Write a row of inputs for `simd.DOTS`, contiguous; return its address."""
-    simd.quantise(x, out, vectors, VECTOR_BYTES, np.float32(steps))
-    return out
-
-
-@numba.njit
 def _multiply_past(net, layer, matrices, ring, time, lags, now, count, panels, zeros, sums):
     """Add the products of the past taps of the next `count` samples to their gate biases."""
     row, panel = net.x_vectors * VECTOR_BYTES, net.x_vectors * TALLEST * VECTOR_BYTES
@@ -156,9 +148,8 @@ def _multiply_past(net, layer, matrices, ring, time, lags, now, count, panels, z
     if layer.ahead == 1:  # the kernel for one row is faster
         for k in range(past):
             x = ring + ((time - (past - k) * layer.dilation) & layer.mask) * row
-            if net.dots:
-                x = _quantised(x, panels, net.x_vectors, SIGNAL_STEPS)
-            multiply_row(matrices[layer.taps + k], x, zeros, sums, sums)
+            matrix = matrices[layer.taps + k]
+            multiply_row(matrix, as_input(matrix, x, net.x_vectors, panels), zeros, sums, sums)
         return
     for j in range(count):
         slot, behind = time + j, now + j
@@ -168,12 +159,9 @@ def _multiply_past(net, layer, matrices, ring, time, lags, now, count, panels, z
                 step = lags[behind]
                 behind -= step
             slot -= step
-            x, out = ring + (slot & layer.mask) * row, panels + k * panel + j * VECTOR_BYTES
-            block = TALLEST * VECTOR_BYTES
-            if net.dots:
-                simd.quantise(x, out, net.x_vectors, block, np.float32(SIGNAL_STEPS))
-            else:
-                simd.copy(x, VECTOR_BYTES, out, block, net.x_vectors)
+            out = panels + k * panel + j * VECTOR_BYTES
+            copy_input(matrices[layer.taps + k], ring + (slot & layer.mask) * row, VECTOR_BYTES,
+                       out, TALLEST * VECTOR_BYTES, net.x_vectors)  # fmt: skip
     lines = in_lines(sums, TALLEST, 2 * row)
     for k in range(past):
         x = in_panels(panels + k * panel, TALLEST, net.x_vectors)
@@ -249,16 +237,14 @@ def _run(first, last, plan, layers, matrices, frames, call):
                                       own + j * 2 * row_bytes, 2 * net.x_vectors)  # fmt: skip
                     _multiply_past(net, layer, matrices, ring, time, lags, ring_of_lags + t, many,
                                    _address(panels), zeros, own)  # fmt: skip
-                source = signal
-                if net.dots:
-                    source = _quantised(signal, bytes_at, net.x_vectors, SIGNAL_STEPS)
                 own += turn * 2 * row_bytes
-                multiply_row(matrices[layer.taps + net.tap_count - 1], source, zeros, own, z)
+                matrix, out = matrices[layer.taps + net.tap_count - 1], signal + layer.mix_at
+                source = as_input(matrix, signal, net.x_vectors, bytes_at)
+                multiply_row(matrix, source, zeros, own, z)
                 simd.gate(z, z + row_bytes, unit, net.x_vectors, VECTOR_BYTES)
-                source, out = unit, signal + layer.mix_at
-                if net.dots:
-                    source = _quantised(unit, bytes_at, net.x_vectors, UNIT_STEPS)
-                multiply_row(matrices[layer.mix], source, layer.mix_bias, out, out)
+                matrix = matrices[layer.mix]
+                source = as_input(matrix, unit, net.x_vectors, bytes_at)
+                multiply_row(matrix, source, layer.mix_bias, out, out)
             simd.relu(skip, skip, net.skip_vectors)
             multiply_row(matrices[net.hidden], skip, net.hidden_bias, zeros, hidden)
             simd.relu(hidden, hidden, net.head_vectors)

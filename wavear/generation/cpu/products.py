@@ -40,8 +40,9 @@ def array_of(dtype: np.dtype) -> Any:
 
 
 # A packed matrix: address of the weights, inputs, blocks, vectors in a block, how the weights are
-# stored, address of the kernel for one row, bytes of a block, bytes of one input in a block.
-MATRIX = record("address inputs blocks vectors kind row size step")
+# stored, address of the kernel for one row, bytes of a block, bytes of one input in a block; for
+# `simd.DOTS`, whose inputs are integers, their steps in 1, else 0.
+MATRIX = record("address inputs blocks vectors kind row size step steps")
 _MATRIX = numba.from_dtype(MATRIX)
 
 
@@ -92,6 +93,30 @@ def seat(address, stream, rows, vectors):
 def copy_row(source, out, vectors):
     """Copy contiguous vectors."""
     simd.copy(source, VECTOR_BYTES, out, VECTOR_BYTES, vectors)
+
+
+@numba.njit
+def input_vectors(matrix, vectors):
+    """Return the vectors of a row as input of a matrix: half of them in bytes."""
+    return (vectors + 1) // 2 if matrix.steps else vectors
+
+
+@numba.njit
+def copy_input(matrix, x, x_vector, out, out_vector, vectors):
+    """Copy a row as input of a matrix; `..._vector`: bytes to the next vector."""
+    if matrix.steps:
+        simd.quantise(x, x_vector, out, out_vector, vectors, np.float32(matrix.steps))
+    else:
+        simd.copy(x, x_vector, out, out_vector, vectors)
+
+
+@numba.njit
+def as_input(matrix, x, vectors, memory):
+    """Return the address of a contiguous row as input of a matrix: `x` if it is, else `memory`."""
+    if not matrix.steps:
+        return x
+    copy_input(matrix, x, VECTOR_BYTES, memory, VECTOR_BYTES, vectors)
+    return memory
 
 
 _TALL1 = DOTS_HEIGHTS
@@ -193,45 +218,100 @@ def rectified(net, matrix, x, init, out):
 
 
 @numba.njit
-def to_panels(first, row_bytes, rows, vectors, panels, done):
-    """Copy rows of channels, `row_bytes` apart, to row `done` and later of panels of TALLEST."""
-    for r in range(rows):
-        simd.copy(
-            first + r * row_bytes,
-            VECTOR_BYTES,
-            seat(panels, done + r, TALLEST, vectors),
-            TALLEST * VECTOR_BYTES,
-            vectors,
-        )
+def multiply_streams(net, matrix, x, x_vectors, x_panel, bias, init, out):
+    """out = init + bias + matrix @ x for all streams; x in panels of `net.rows` rows."""
+    streams, rows = net.streams, net.rows
+    if streams == 1:
+        x = as_input(matrix, x, x_vectors, net.integers)
+        multiply_row(matrix, x, bias, init.address, out.address)
+        return
+    vector = rows * VECTOR_BYTES
+    place = Place(x, VECTOR_BYTES, vector, x_panel)
+    if matrix.steps:
+        vectors = input_vectors(matrix, x_vectors)
+        place = in_panels(net.integers, rows, vectors)
+        for s in range(streams):
+            row = x + (s // rows) * x_panel + s % rows * VECTOR_BYTES
+            out_row = seat(net.integers, s, rows, vectors)
+            copy_input(matrix, row, vector, out_row, vector, x_vectors)
+    multiply(net, matrix, streams, rows, place, bias, init, out)
 
 
 @numba.njit
-def condition_to_panels(net, condition, condition_row, count):
-    """Copy the conditioning of the next `count` samples of every stream to `net.condition_panels`.
+def read_out(net, matrix):
+    """Compute the logits of all streams from the hidden units of the head before their ReLU."""
+    rows, vectors = net.rows, net.head_vectors
+    if net.sparse:
+        rectified(net, matrix, net.head, net.head2_bias, net.logits)
+        return
+    simd.relu(net.head, net.head, (net.streams + rows - 1) // rows * vectors * rows)
+    multiply_streams(net, matrix, net.head, vectors, vectors * rows * VECTOR_BYTES, net.zeros,
+                     Place(net.head2_bias, 0, VECTOR_BYTES, 0),
+                     in_lines(net.logits, rows, net.logit_row))  # fmt: skip
 
-    That of a stream begins `condition_row` bytes after that of the stream before.
-    """
-    row = net.condition_vectors * VECTOR_BYTES
-    for t in range(count):
-        for s in range(net.streams):
-            to_panels(condition + s * condition_row + t * row, row, 1, net.condition_vectors,
-                      net.condition_panels, t * net.streams + s)  # fmt: skip
+
+@numba.njit
+def to_panels(matrix, first, row_bytes, rows, vectors, panels, done):
+    """Copy rows of inputs, `row_bytes` apart, to row `done` and later of panels of TALLEST."""
+    for r in range(rows):
+        out = seat(panels, done + r, TALLEST, input_vectors(matrix, vectors))
+        source = first + r * row_bytes
+        copy_input(matrix, source, VECTOR_BYTES, out, TALLEST * VECTOR_BYTES, vectors)
 
 
 @numba.njit
 def project(net, matrix, panels, vectors, rows, init, init_row, out):
     """Rows gathered in panels of TALLEST times a matrix, to rows of the pre-activations."""
-    multiply(net, matrix, rows, TALLEST, in_panels(panels, TALLEST, vectors), net.zeros,
-             in_lines(init, TALLEST, init_row), in_lines(out, TALLEST, net.z_row))  # fmt: skip
+    panels = in_panels(panels, TALLEST, input_vectors(matrix, vectors))
+    multiply(net, matrix, rows, TALLEST, panels, net.zeros, in_lines(init, TALLEST, init_row),
+             in_lines(out, TALLEST, net.z_row))  # fmt: skip
+
+
+@numba.njit
+def start_constants(net, layers, matrices, condition, mode):
+    """Write bias and constant conditioning of every layer and stream."""
+    vectors = net.condition_vectors
+    if mode == CONSTANT_CONDITION:
+        to_panels(matrices[layers[0].condition], condition, vectors * VECTOR_BYTES, net.streams,
+                  vectors, net.condition_panels, 0)  # fmt: skip
+    for i in range(layers.shape[0]):
+        constant = layers[i].constant
+        for s in range(net.streams):
+            copy_row(layers[i].bias, constant + s * net.z_row, net.z_row // VECTOR_BYTES)
+        if mode == CONSTANT_CONDITION:
+            project(net, matrices[layers[i].condition], net.condition_panels, vectors, net.streams,
+                    constant, net.z_row, constant)  # fmt: skip
+
+
+@numba.njit
+def start_span(net, layers, matrices, condition, stream_bytes, mode, count):
+    """Write bias and conditioning of the next `count` samples of every layer and stream.
+
+    The conditioning of a stream begins `stream_bytes` after that of the stream before.
+    """
+    streams, vectors = net.streams, net.condition_vectors
+    rows, row = streams * net.z_row, vectors * VECTOR_BYTES
+    if mode == CONDITION:
+        for t in range(count):
+            for s in range(streams):
+                to_panels(matrices[layers[0].condition], condition + s * stream_bytes + t * row,
+                          row, 1, vectors, net.condition_panels, t * streams + s)  # fmt: skip
+    for i in range(layers.shape[0]):
+        z = layers[i].z
+        for t in range(count):
+            copy_row(layers[i].constant, z + t * rows, rows // VECTOR_BYTES)
+        if mode == CONDITION:
+            project(net, matrices[layers[i].condition], net.condition_panels, vectors,
+                    count * streams, z, net.z_row, z)  # fmt: skip
 
 
 def _tabulate(multiply, address, rows, x, x_vectors, panels, zeros, out, out_row):
     """out = matrix @ x for rows of float32, `x_vectors` wide, by way of one panel of TALLEST."""
-    done = 0
+    done, matrix = 0, _matrix(address)
     x_row = x_vectors * VECTOR_BYTES
     while done < rows:
         count = min(TALLEST, rows - done)
-        to_panels(x + done * x_row, x_row, count, x_vectors, panels, 0)
+        to_panels(matrix, x + done * x_row, x_row, count, x_vectors, panels, 0)
         simd.call15(
             multiply, address, count, TALLEST, panels, TALLEST * VECTOR_BYTES, 0, zeros, zeros, 0,
             VECTOR_BYTES, 0, out + done * out_row, out_row, VECTOR_BYTES, 0,

@@ -44,6 +44,7 @@ from wavear.generation.cpu.emitter import (
 # How weights are stored, the name of each, and its bytes.
 FLOAT32, BFLOAT16, INT8, DOTS = range(4)
 KINDS = {"float32": FLOAT32, "bfloat16": BFLOAT16, "int8": INT8}
+STORED = KINDS | {"dots": DOTS}
 WEIGHT_BYTES = (4, 2, 1, 4)  # of an input; in `DOTS` of four
 
 # Blocks of the softmax sums: the same on every machine, so that the sums have the same bits.
@@ -281,7 +282,7 @@ def _row_address(e: Emitter, vectors, kind):
     emits = {
         width + 256 * stored: (f"row_{width}_{name}", _row(width, stored))
         for width in range(1, WIDEST + 1)
-        for name, stored in (KINDS | {"dots": DOTS}).items()
+        for name, stored in STORED.items()
         if stored != BFLOAT16 or width % 2 == 0
     }
     result = e.variable(e.i64(0))
@@ -352,10 +353,10 @@ def _cell(e: Emitter, z, gap, h, vectors, h_vector):
     e.loop(vectors, body)
 
 
-def _quantise(e: Emitter, x, out, vectors, out_block, scale):
+def _quantise(e: Emitter, x, x_vector, out, out_vector, vectors, scale):
     """Write x * scale as `DOTS` inputs: rounded to even, clipped to 2^15 - 1; NaN becomes anything.
 
-    Two vectors fill a vector of bytes; the vectors of bytes are `out_block` apart.
+    Two vectors fill a vector of bytes.
     """
     b, factor = e.b, e.splat(scale)
     pairs = ir.VectorType(ir.IntType(8), 2 * e.lanes)
@@ -363,13 +364,13 @@ def _quantise(e: Emitter, x, out, vectors, out_block, scale):
              for k in range(2 * e.lanes)]  # fmt: skip
 
     def body(i):
-        value = e.clamp(b.fmul(e.load(e.at(x, i, e.bytes)), factor), -32767.0, 32767.0)
+        value = e.clamp(b.fmul(e.load(e.at(x, i, x_vector)), factor), -32767.0, 32767.0)
         # Adding 1.5 * 2^23 rounds to the nearest integer and leaves it in the low bits.
         bits = b.bitcast(b.fadd(value, e.f32(12582912.0)), e.integers)
         shorts = b.trunc(b.add(bits, e.i32(32768)), ir.VectorType(ir.IntType(16), e.lanes))
         packed = b.bitcast(shorts, pairs)
         index = ir.Constant(ir.VectorType(I32, len(order)), order)
-        place = e.at(e.at(out, b.lshr(i, e.i64(1)), out_block), b.and_(i, e.i64(1)), 2 * e.lanes)
+        place = e.at(e.at(out, b.lshr(i, e.i64(1)), out_vector), b.and_(i, e.i64(1)), 2 * e.lanes)
         e.store(b.shuffle_vector(packed, packed, index), place)
 
     e.loop(vectors, body)
@@ -428,7 +429,7 @@ def _add(e: Emitter, x, y, vectors):
 entries = kernel("entries", 5, _entries, result=types.int64)
 gate = kernel("gate", 5, _gate)
 cell = kernel("cell", 5, _cell)
-quantise = kernel("quantise", 4, _quantise, floats=1)
+quantise = kernel("quantise", 5, _quantise, floats=1)
 copy = kernel("copy", 5, _copy)
 add = kernel("add", 3, _add)
 blend = kernel("blend", 4, _blend, floats=3)

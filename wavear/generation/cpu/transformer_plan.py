@@ -15,6 +15,7 @@ from wavear.generation.cpu.packing import (
     Packer,
     Region,
     named_matrices,
+    padded,
     rounded,
     to_numpy,
     vectors_for,
@@ -103,8 +104,8 @@ class Weights:
         packer.space(net, "zeros", max(rooms) + WIDEST)
         packer.allocate()
         self.matrices = packer.matrices
-        key_blocks, key_vectors = vectors_of(-(-window // BLOCK) * BLOCK, LANES, WIDEST, False)
-        value_blocks, value_vectors = vectors_of(each, LANES, WIDEST, False)
+        key_blocks, key_vectors = vectors_of(-(-window // BLOCK) * BLOCK, LANES, WIDEST, "float32")
+        value_blocks, value_vectors = vectors_of(each, LANES, WIDEST, "float32")
         sizes = {
             "patch": patch, "channels": config.channels, "heads": config.heads, "window": window,
             "period": period, "classes": classes, "law": kind, "mixtures": mixtures,
@@ -222,15 +223,13 @@ class Stream:
     def _put(self, layer: np.void, keys: np.ndarray, values: np.ndarray) -> None:
         """Reverse `_rings`."""
         heads, blocks, each, width = self.packed.keys
-        padded = np.zeros((blocks * width, heads * each), np.float32)
-        padded[: len(keys)] = keys
+        rows = padded(keys, blocks * width, -1)
         memory = self.region.floats(layer["keys"], *self.packed.keys)
-        memory[:] = padded.reshape(blocks, width, heads, each).transpose(2, 0, 3, 1)
+        memory[:] = rows.reshape(blocks, width, heads, each).transpose(2, 0, 3, 1)
         heads, blocks, window, width = self.packed.values
-        padded = np.zeros((window, heads, blocks * width), np.float32)
-        padded[:, :, :each] = values.reshape(window, heads, each)
+        rows = padded(values.reshape(window, heads, each), -1, -1, blocks * width)
         memory = self.region.floats(layer["values"], *self.packed.values)
-        memory[:] = padded.reshape(window, heads, blocks, width).transpose(1, 2, 0, 3)
+        memory[:] = rows.reshape(window, heads, blocks, width).transpose(1, 2, 0, 3)
 
 
 def _floats(tensor: Tensor) -> np.ndarray:

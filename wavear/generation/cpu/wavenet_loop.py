@@ -15,72 +15,41 @@ from wavear.common.compiled import compiled
 from wavear.generation.cpu import simd
 from wavear.generation.cpu.emitter import VECTOR_BYTES
 from wavear.generation.cpu.products import (
-    CONDITION,
     CONSTANT_CONDITION,
     MATRIX,
     Place,
     array_of,
-    condition_to_panels,
-    copy_row,
+    as_input,
     in_lines,
     in_panels,
-    multiply,
     multiply_row,
+    multiply_streams,
     project,
+    read_out,
     record,
     rectified,
     seat,
+    start_constants,
+    start_span,
     to_panels,
 )
 from wavear.generation.cpu.sampling import settle
 
-# Of a layer: sizes; numbers of matrices (`past` is the first of the past taps, the oldest);
-# addresses. `ahead`: samples that the past taps are computed ahead; `slots`: length of the ring.
-LAYER = record(
-    "dilation ahead slots past now skip residual condition bias residual_bias ring z constant"
-)
+# Of a layer: sizes; numbers of matrices (`past` is the first of the past taps, the oldest; `mix` of
+# what the gated units add to the signal and the skips); addresses. `ahead`: samples that the past
+# taps are computed ahead; `slots`: length of the ring; `mix_at`: the first vector that the mix
+# writes, 0, or behind the signal, which the last layer leaves alone.
+LAYER = record("dilation ahead slots past now mix mix_at condition bias mix_bias ring z constant")
 # Of a network, for one group of streams: sizes (vectors of a row, bytes of a row), numbers of
-# matrices, addresses of weights (`table`: of the first layer's products, or 0) and of memory.
+# matrices, addresses of weights (`table`: of the first layer's products, or 0) and of memory. The
+# rows of `x` are the signal and behind it the skips, `out_vectors` in all.
 PLAN = record(
-    "taps law mixtures classes first streams rows span time fused "
-    "x_vectors h_vectors gate_vectors skip_vectors head_vectors condition_vectors "
+    "taps law mixtures classes first streams rows span time "
+    "x_vectors out_vectors gate_vectors skip_vectors head_vectors condition_vectors "
     "z_row logit_row logit_blocks head1 head2 multiply sparse "
     "embedding table skip_bias head1_bias head2_bias zeros "
-    "x h skips head logits weights sums values offsets panels condition_panels"
+    "x h head logits weights sums values offsets panels condition_panels integers"
 )
-
-
-@numba.njit
-def _start_constants(net, layers, matrices, condition, mode):
-    """Write bias and constant conditioning of every layer and stream."""
-    vectors = net.condition_vectors
-    if mode == CONSTANT_CONDITION:
-        row = vectors * VECTOR_BYTES
-        to_panels(condition, row, net.streams, vectors, net.condition_panels, 0)
-    for i in range(layers.shape[0]):
-        layer = layers[i]
-        if mode == CONSTANT_CONDITION:
-            project(net, matrices[layer.condition], net.condition_panels, vectors, net.streams,
-                    layer.bias, 0, layer.constant)  # fmt: skip
-        else:
-            for s in range(net.streams):
-                copy_row(layer.bias, layer.constant + s * net.z_row, 2 * net.gate_vectors)
-
-
-@numba.njit
-def _start_span(net, layers, matrices, condition, condition_row, mode, count):
-    """Write bias and conditioning of the next `count` samples of every layer and stream."""
-    rows = net.streams * net.z_row
-    if mode == CONDITION:
-        condition_to_panels(net, condition, condition_row, count)
-    for i in range(layers.shape[0]):
-        layer = layers[i]
-        if mode == CONDITION:
-            project(net, matrices[layer.condition], net.condition_panels, net.condition_vectors,
-                    count * net.streams, layer.bias, 0, layer.z)  # fmt: skip
-        else:
-            for t in range(count):
-                copy_row(layer.constant, layer.z + t * rows, rows // VECTOR_BYTES)
 
 
 @numba.njit
@@ -95,63 +64,31 @@ def _add_past(net, layer, matrices, position, count):
         slot = (net.time + tap * layer.dilation) % slots
         matrix = matrices[layer.past + tap]
         if streams * count == 1:
-            multiply_row(matrix, layer.ring + slot * x_row, net.zeros, z, z)
+            x = as_input(matrix, layer.ring + slot * x_row, vectors, net.integers)
+            multiply_row(matrix, x, net.zeros, z, z)
             continue
         before = min(count, slots - slot)
         first = layer.ring + slot * streams * x_row
-        to_panels(first, x_row, before * streams, vectors, net.panels, 0)
+        to_panels(matrix, first, x_row, before * streams, vectors, net.panels, 0)
         after = (count - before) * streams
-        to_panels(layer.ring, x_row, after, vectors, net.panels, before * streams)
+        to_panels(matrix, layer.ring, x_row, after, vectors, net.panels, before * streams)
         project(net, matrix, net.panels, vectors, count * streams, z, net.z_row, z)
-
-
-@numba.njit
-def _add_current(net, layer, matrices, z):
-    """Store the input of a layer in its ring, and add its product."""
-    streams, rows, vectors = net.streams, net.rows, net.x_vectors
-    slot = layer.ring + (net.time % layer.slots) * streams * vectors * VECTOR_BYTES
-    for s in range(streams):
-        simd.copy(seat(net.x, s, rows, vectors), rows * VECTOR_BYTES,
-                  slot + s * vectors * VECTOR_BYTES, VECTOR_BYTES, vectors)  # fmt: skip
-    if streams == 1:
-        multiply_row(matrices[layer.now], net.x, net.zeros, z, z)
-    else:
-        place = in_lines(z, rows, net.z_row)
-        multiply(net, matrices[layer.now], streams, rows, in_panels(net.x, rows, vectors),
-                 net.zeros, place, place)  # fmt: skip
-
-
-@numba.njit
-def _add_outputs(net, matrix, bias, out, vectors):
-    """Add a layer's residual or skip outputs to panels of `vectors` vectors."""
-    rows = net.rows
-    if net.streams == 1:
-        multiply_row(matrix, net.h, bias, out, out)
-    else:
-        place = in_panels(out, rows, vectors)
-        multiply(net, matrix, net.streams, rows, in_panels(net.h, rows, net.h_vectors), bias,
-                 place, place)  # fmt: skip
 
 
 @numba.njit
 def _head(net, matrices):
     """From the skips to the logits."""
-    first, second = matrices[net.head1], matrices[net.head2]
+    first, rows = matrices[net.head1], net.rows
+    vector = rows * VECTOR_BYTES
+    skips = net.x + net.x_vectors * vector
     if net.sparse:
-        rectified(net, first, net.skips, net.head1_bias, net.head)
-        rectified(net, second, net.head, net.head2_bias, net.logits)
-        return
-    rows, streams = net.rows, net.streams
-    panels = (streams + rows - 1) // rows
-    skips = in_panels(net.skips, rows, net.skip_vectors)
-    head = in_panels(net.head, rows, net.head_vectors)
-    simd.relu(net.skips, net.skips, panels * net.skip_vectors * rows)
-    bias = Place(net.head1_bias, 0, VECTOR_BYTES, 0)
-    multiply(net, first, streams, rows, skips, net.zeros, bias, head)
-    simd.relu(net.head, net.head, panels * net.head_vectors * rows)
-    bias = Place(net.head2_bias, 0, VECTOR_BYTES, 0)
-    multiply(net, second, streams, rows, head, net.zeros, bias,
-             in_lines(net.logits, rows, net.logit_row))  # fmt: skip
+        rectified(net, first, skips, net.head1_bias, net.head)
+    else:
+        simd.relu(net.x, net.x, (net.streams + rows - 1) // rows * net.out_vectors * rows)
+        multiply_streams(net, first, skips, net.skip_vectors, net.out_vectors * vector, net.zeros,
+                         Place(net.head1_bias, 0, VECTOR_BYTES, 0),
+                         in_panels(net.head, rows, net.head_vectors))  # fmt: skip
+    read_out(net, matrices[net.head2])
 
 
 def _run(plan, layers, matrices, previous, call):
@@ -179,18 +116,19 @@ def _run(plan, layers, matrices, previous, call):
     condition_row = net.condition_vectors * VECTOR_BYTES
     stream_bytes = condition_row if call.mode == CONSTANT_CONDITION else samples * condition_row
     condition = call.condition + net.first * stream_bytes
-    _start_constants(net, layers, matrices, condition, call.mode)
+    start_constants(net, layers, matrices, condition, call.mode)
     position, left = net.span, 0
     for t in range(samples):
         if position == net.span:
             position, left = 0, min(net.span, samples - t)
-            _start_span(net, layers, matrices, condition + t * condition_row, stream_bytes,
-                        call.mode, left)  # fmt: skip
+            start_span(net, layers, matrices, condition + t * condition_row, stream_bytes,
+                       call.mode, left)  # fmt: skip
         for s in range(streams):
-            simd.copy(net.embedding + previous[s, taps - 1] * x_vectors * VECTOR_BYTES,
-                      VECTOR_BYTES, seat(net.x, s, rows, x_vectors), vector, x_vectors)  # fmt: skip
-            simd.copy(net.skip_bias, VECTOR_BYTES, seat(net.skips, s, rows, net.skip_vectors),
-                      vector, net.skip_vectors)  # fmt: skip
+            row = seat(net.x, s, rows, net.out_vectors)
+            embedding = net.embedding + previous[s, taps - 1] * x_vectors * VECTOR_BYTES
+            simd.copy(embedding, VECTOR_BYTES, row, vector, x_vectors)
+            simd.copy(net.skip_bias, VECTOR_BYTES, row + x_vectors * vector, vector,
+                      net.out_vectors - x_vectors)  # fmt: skip
         for i in range(count):
             layer = layers[i]
             z = layer.z + position * streams * net.z_row
@@ -203,19 +141,23 @@ def _run(plan, layers, matrices, previous, call):
             else:
                 if position % layer.ahead == 0:
                     _add_past(net, layer, matrices, position, min(layer.ahead, left - position))
-                _add_current(net, layer, matrices, z)
+                x_row = x_vectors * VECTOR_BYTES
+                slot = layer.ring + (net.time % layer.slots) * streams * x_row
+                for s in range(streams):
+                    simd.copy(seat(net.x, s, rows, net.out_vectors), vector, slot + s * x_row,
+                              VECTOR_BYTES, x_vectors)  # fmt: skip
+                place = in_lines(z, rows, net.z_row)
+                multiply_streams(net, matrices[layer.now], net.x, x_vectors,
+                                 net.out_vectors * vector, net.zeros, place, place)  # fmt: skip
             for s in range(streams):
                 filters = z + s * net.z_row
-                gates, h = (
-                    filters + net.gate_vectors * VECTOR_BYTES,
-                    seat(net.h, s, rows, net.h_vectors),
-                )
+                gates = filters + net.gate_vectors * VECTOR_BYTES
+                h = seat(net.h, s, rows, net.gate_vectors)
                 simd.gate(filters, gates, h, net.gate_vectors, vector)
-            # If fused, the skips' matrix and sums follow those of the residual, in one.
-            if i < count - 1:
-                _add_outputs(net, matrices[layer.residual], layer.residual_bias, net.x, x_vectors)
-            if not net.fused or i == count - 1:
-                _add_outputs(net, matrices[layer.skip], net.zeros, net.skips, net.skip_vectors)
+            mix_at, panel = layer.mix_at * vector, net.out_vectors * vector
+            place = Place(net.x + mix_at, VECTOR_BYTES, vector, panel)
+            multiply_streams(net, matrices[layer.mix], net.h, net.gate_vectors,
+                             net.gate_vectors * vector, layer.mix_bias, place, place)  # fmt: skip
         _head(net, matrices)
         for s in range(streams):
             code = settle(net, net.logits + s * net.logit_row, call, net.first + s, t)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from wavear.generation.cpu.ceiling import cost
+from wavear.benchmark.ceiling import cost
 from wavear.generation.cuda.triton_packing import ROWS
 from wavear.models.wavenet import WaveNetConfig
 
