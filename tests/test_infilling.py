@@ -46,6 +46,15 @@ def test_filling_fits_the_right_side_and_repeats(x, model):
     assert torch.equal(infill(model, damaged, *GAP, candidates=16, seed=3).waveform, first.waveform)
 
 
+def test_forking_the_likely_candidates_beats_the_best_of_as_many(x, model, monkeypatch):
+    def seams(candidates: int) -> list[float]:
+        return [infill(model, x, *GAP, candidates=candidates, seed=s).seam for s in range(32)]
+
+    forked = seams(4)
+    monkeypatch.setattr("wavear.generation.infilling.FORKS", ())
+    assert np.mean(forked) > np.mean(seams(16)) + 0.02
+
+
 def test_mel_does_not_hear_the_gap(x):
     model = make_wavenet(
         sample_rate=RATE,
