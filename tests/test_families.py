@@ -19,7 +19,7 @@ from wavear import (
     load,
     score,
 )
-from wavear.generation.cpu.ceiling import cost
+from wavear.benchmark.ceiling import cost
 from wavear.generation.engines import make_engine
 from wavear.models.families import FAMILIES
 
