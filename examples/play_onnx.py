@@ -4,7 +4,7 @@
     wavear mel speech.wav --checkpoint voice --out mels
     python examples/play_onnx.py out.onnx mels/speech.npy out.wav
 
-The same seed gives the audio of `wavear synthesize`.
+The same seed gives the audio of `wavear synthesize` until rounding moves a code.
 """
 
 import json
