@@ -1,7 +1,7 @@
 """Synthesize audio from a mel with an exported model, by onnxruntime and NumPy alone.
 
-    wavear export voice out.onnx
-    wavear mel speech.wav --checkpoint voice --out mels
+    wavear export runs/mine/best out.onnx
+    wavear mel speech.wav --checkpoint runs/mine/best --out mels
     python examples/play_onnx.py out.onnx mels/speech.npy out.wav
 
 The same seed gives the audio of `wavear synthesize` until rounding moves a code.
