@@ -33,10 +33,11 @@ CASES: dict[str, Any] = {
         1.0, law="logistic_mixture", kernel_size=3, coarse_classes=32, pre_emphasis=0.5, layers=2
     ),
     "gru, speakers": lambda: make_gru(speakers=2, layers=1),
+    "predictive": make_predictive,
     "wavenet mu-law, mel": lambda: make_wavenet(sample_rate=8000, mel=MEL, conditioning_channels=6),
 }
 CASE = [
-    pytest.param(name, marks=[pytest.mark.slow] if "mixture" in name else [], id=name)
+    pytest.param(name, marks=[] if name.startswith("gru") else [pytest.mark.slow], id=name)
     for name in CASES
 ]  # an export takes 5 to 25 s of CPU time
 SAMPLES = 2000
@@ -160,7 +161,6 @@ def test_example_plays_a_file_without_wavear_and_torch(exported, capsys):
 
 REFUSED = {
     "name": (lambda: make_gru(), "out.bin", "does not end in .onnx"),
-    "predictive": (make_predictive, "out.onnx", "predictive cannot be exported: wavenet, gru can"),
     "law": (lambda: make_gru(law="gaussian"), "out.onnx", "gaussian cannot be exported"),
     "family": (
         lambda: wavear.Transformer(wavear.TransformerConfig(layers=1, channels=8, heads=1)),
@@ -180,3 +180,26 @@ def test_export_without_its_packages_names_the_extra(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "onnxscript", None)
     with pytest.raises(WavearError, match=r"pip install 'wavear\[export\]'"):
         export_onnx(make_gru(), tmp_path / "out.onnx")
+
+
+@pytest.mark.slow
+def test_the_voice_is_exported(tmp_path):
+    """The conditioning to the rounding of float32, and the step, given torch's conditioning."""
+    model = wavear.load().requires_grad_(False)
+    files = export_onnx(model, tmp_path / "voice.onnx")
+    time = torch.arange(8 * 256) / 22050
+    tone = sum(torch.sin(2 * torch.pi * 150 * k * time) / k for k in range(1, 40)) * 0.1
+    noise = torch.randn(len(time), generator=torch.Generator().manual_seed(0)) * 0.01
+    mel = wavear.log_mel((tone + noise)[None], model.config.mel)
+    own = model.condition(mel)
+    expected = dense(own).numpy()
+    padded = np.pad(mel.numpy(), ((0, 0), (0, 0), (model.lookback, model.lookahead)), mode="edge")
+    found = session(files.conditioning).run(None, {"mel": padded})[0]
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+    codes = model.grid.encode((tone + noise)[None, :300])
+    wanted, graph, state = model(codes, own[:, :, :300]).numpy(), session(files.step), {}
+    for t, previous in enumerate(model.shift(codes).numpy()[0]):
+        given = {"previous": np.array([previous]), "cond": expected[:, :, t], **state}
+        results = run(graph, given)
+        np.testing.assert_allclose(results["parameters"], wanted[:, :, t], rtol=0, atol=1e-4)
+        state = following(results)

@@ -35,7 +35,7 @@ from wavear.models.predictive_conditioning import PredictiveConditioning
 
 logger = get_logger(__name__)
 
-FAMILIES = ("wavenet", "gru")  # the predictive one's conditioning is not exact yet, see docs
+FAMILIES = ("predictive", "wavenet", "gru")
 LAWS = ("categorical", "logistic_mixture")
 OPSET = 20  # that of `_operators`
 _DRAW = (  # inputs and outputs of the draw, which the step graph lacks
@@ -64,7 +64,7 @@ def export_onnx(
     Parameters
     ----------
     model : AutoregressiveModel
-        A WaveNet or GRU with a categorical distribution or a mixture of
+        A WaveNet, predictive WaveNet or GRU with a categorical distribution or a mixture of
         logistics. The graphs compute in float32 (prediction and draw in float64), for one stream.
     path : str or Path
         Of the block graph; it ends in .onnx.
@@ -292,6 +292,8 @@ def _trace(
                 dynamo=True,
                 verbose=False,
                 dynamic_shapes=dynamic,
+                # The optimizer drops the addition of a small number, such as the power of rounding.
+                optimize=dynamic is None,
                 custom_translation_table={
                     torch.ops.aten.searchsorted.Tensor: _searchsorted,
                     torch.ops.aten.asinh.default: _asinh,

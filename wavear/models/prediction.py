@@ -153,7 +153,9 @@ def predictor(autocorrelation: Tensor, gain: float | Tensor = 1.0) -> tuple[Tens
     Tensor, shape (B, F), float32: the scale s of the residual, at least `LEAST_SCALE`
     """
     r = autocorrelation.transpose(1, 2).clone(memory_format=torch.contiguous_format)
-    r[..., 0] = r[..., 0] * (1 + WHITE_NOISE) + ROUNDING_POWER
+    # As tensors: an exported graph has plain numbers in float32, which moves the coefficients.
+    raised, rounding = (torch.tensor(x, dtype=r.dtype) for x in (1 + WHITE_NOISE, ROUNDING_POWER))
+    r[..., 0] = r[..., 0] * raised + rounding
     a, error = levinson(r)
     return a[..., 1:].float(), (error.sqrt() * gain).clamp(min=LEAST_SCALE).float()
 
