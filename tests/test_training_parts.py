@@ -96,11 +96,13 @@ def test_parts_share_steps_and_minutes_and_the_second_has_its_own_optimizer(sett
 def test_a_run_of_minutes_has_two_parts_and_a_run_of_steps_one(settings, fitted, monkeypatch):
     settings = settings | {"free_run": None}
     (only,) = _trained(fitted, settings)
-    assert only.free_run == 0
+    assert not only.free_run
     timed = settings | {"max_minutes": 10.0, "max_steps": None}
-    (only,) = _trained(fitted, timed)
-    assert (only.free_run, only.max_minutes) == (1, 10)
+    (only,) = _trained(fitted, timed | {"max_minutes": 9.9})
+    assert (only.free_run, only.max_minutes) == (1, 9.9)
     assert only.optimizer == FREE_RUN_DEFAULTS.optimizer
+    first, second = _trained(fitted, timed)
+    assert second.free_run == 1
     timed |= {"from_checkpoint": None, "accumulate": 1}
     first, second = _trained(fitted, timed)
     assert (first.max_minutes, second.max_minutes) == (
@@ -108,10 +110,10 @@ def test_a_run_of_minutes_has_two_parts_and_a_run_of_steps_one(settings, fitted,
         10 * FREE_RUN_SHARE,
     )
     (only,) = _trained(fitted, timed | {"max_minutes": 9.9})
-    assert only.free_run == 0
+    assert not only.free_run
     monkeypatch.setattr(Processes, "here", classmethod(lambda _: Processes(world=2)))
     (only,) = _trained(fitted, timed)
-    assert only.free_run == 0
+    assert not only.free_run
     with pytest.raises(ValueError, match="two parts has one process"):
         _trained(fitted, timed | {"free_run": 0.5})
 

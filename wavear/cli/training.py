@@ -53,8 +53,8 @@ _Values.__annotations__["from_checkpoint"] = Annotated[
 # The default of a field that is None depends on others: show that instead.
 _types = get_type_hints(TrainConfig)
 _share = (
-    f"{FREE_RUN_SHARE} of --max-minutes from {FREE_RUN_LEAST_MINUTES:g} on, all with --from; 0"
-    " without --max-minutes, below, and on several processes"
+    f"{FREE_RUN_SHARE} of --max-minutes from {FREE_RUN_LEAST_MINUTES:g} on; below all with --from,"
+    " otherwise 0; 0 without --max-minutes and on several processes"
 )
 for _name, _text in (family_defaults() | {"free_run": _share}).items():
     _Values.__annotations__[_name] = Annotated[

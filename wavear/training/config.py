@@ -68,7 +68,7 @@ FREE_RUN_DEFAULTS = dataclasses.replace(
 FREE_RUN_SHARE = 0.6
 """The part of `max_minutes` for the free run, on one process."""
 FREE_RUN_LEAST_MINUTES = 10.0
-"""Runs of less `max_minutes` have no such part: its steps take seconds, so few would be left."""
+"""Runs of less `max_minutes` have time for one part: from scratch the other, fine-tuning this."""
 
 
 def family_defaults() -> dict[str, str]:

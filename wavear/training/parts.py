@@ -34,7 +34,8 @@ def train_in_parts(
     out, share = Path(config.out), _share(config)
     began = config.resume and (out / RECORD).is_file()
     if share in (0, 1) or (began and not (out / FIRST_PART).is_dir()):
-        only = dataclasses.replace(config, free_run=float(share == 1))
+        given = None if config.free_run is None else 0.0
+        only = dataclasses.replace(config, free_run=1.0 if share == 1 else given)
         return fit(only.resolved(), None)
     if Processes.here().world > 1:
         raise WavearError(
@@ -66,9 +67,9 @@ def _share(config: TrainConfig) -> float:
     minutes = config.max_minutes or 0.0
     if config.family != "predictive" or minutes == 0 or Processes.here().world > 1:
         return 0.0
-    if config.from_checkpoint is not None:
-        return 1.0
-    return FREE_RUN_SHARE if minutes >= FREE_RUN_LEAST_MINUTES else 0.0
+    if minutes >= FREE_RUN_LEAST_MINUTES:
+        return FREE_RUN_SHARE
+    return 0.0 if config.from_checkpoint is None else 1.0
 
 
 def _lengths(config: TrainConfig, share: float) -> tuple[dict[str, Any], dict[str, Any]]:
