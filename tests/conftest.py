@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import random
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -69,3 +71,10 @@ def tones(tmp_path_factory: pytest.TempPathFactory) -> Path:
         path.parent.mkdir(exist_ok=True)
         audio.write(path, tone + 0.01 * generator.standard_normal(time.size), 8000)
     return root
+
+
+@pytest.fixture
+def lines(caplog: pytest.LogCaptureFixture) -> Any:
+    """Return a function that returns what wavear has logged so far."""
+    caplog.set_level(logging.INFO, "wavear")
+    return lambda: "\n".join(record.getMessage() for record in caplog.records)
