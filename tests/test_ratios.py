@@ -15,7 +15,7 @@ from scipy.signal import lfilter
 import wavear
 from wavear.cli import main
 from wavear.common.errors import WavearError
-from wavear.evaluation.ratios import ratios
+from wavear.evaluation.ratios import likelihood_ratios
 
 RATE = 8000
 
@@ -57,7 +57,9 @@ def test_the_oddest_window_is_that_of_the_fault(against, data, model, tmp_path, 
 
 
 def test_windows_have_the_bits_of_score(data, model):
-    found = [w for w in ratios(model, data, model, every=0.3).windows if w.path == "0.wav"]
+    found = [
+        w for w in likelihood_ratios(model, data, model, every=0.3).windows if w.path == "0.wav"
+    ]
     x = wavear.audio.read(data / "0.wav")
     bits = -wavear.score(model, x, grid="linear")[0].numpy() / math.log(2)
     assert [w.start for w in found] == pytest.approx([0, 0.3, 0.6])
@@ -68,6 +70,6 @@ def test_windows_have_the_bits_of_score(data, model):
 
 def test_models_that_do_not_fit_are_refused(data, model):
     with pytest.raises(WavearError, match="rates of 8000 and 16000 Hz"):
-        ratios(model, data, wavear.fit_linear(torch.randn(900) / 9, sample_rate=16000))
+        likelihood_ratios(model, data, wavear.fit_linear(torch.randn(900) / 9, sample_rate=16000))
     with pytest.raises(WavearError, match=r"every is 1e-06 s"):
-        ratios(model, data, every=1e-6)
+        likelihood_ratios(model, data, every=1e-6)

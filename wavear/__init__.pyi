@@ -7,6 +7,7 @@ from .data import corpora
 from .data.corpus import IndexReport, index
 from .evaluation import display
 from .evaluation.evaluation import compare, compare_models, evaluate
+from .evaluation.ratios import likelihood_ratios
 from .evaluation.records import EvaluateConfig, Evaluation
 from .generation.defects import watch
 from .generation.sampler import generate
@@ -66,6 +67,7 @@ __all__ = [
     "generate",
     "index",
     "judge_mel",
+    "likelihood_ratios",
     "load",
     "log_mel",
     "mulaw_decode",

@@ -20,8 +20,7 @@ import numpy as np
 from scipy.signal import lfilter
 from scipy.stats import mannwhitneyu
 
-from wavear import TrainConfig, audio, load, train
-from wavear.evaluation.ratios import ratios
+from wavear import TrainConfig, audio, likelihood_ratios, load, train
 
 RATE, SECONDS = 16000, 2.0
 
@@ -112,7 +111,7 @@ def main() -> None:
     usual = np.median([level(path) for path in sorted((out / "train").glob("*.wav"))])
     scores = {}
     for kind in ("normal", *FAULTS):
-        found = ratios(model, out / kind)
+        found = likelihood_ratios(model, out / kind)
         windows, oddest = found.of_recordings(), {}
         for w in found.windows:
             oddest[w.path] = min(w.ratio, oddest.get(w.path, np.inf))

@@ -53,13 +53,13 @@ def score(
         Replace the file if it exists.
     """
     from wavear.common.progress import bar
-    from wavear.evaluation.ratios import LINEAR, ratios
+    from wavear.evaluation.ratios import LINEAR, likelihood_ratios
 
     if csv is not None and csv.exists() and not overwrite:
         raise FileExistsError(f"{csv} exists: choose another name, or pass --overwrite")
     model = load_model(checkpoint, "cpu")
     other = None if against == LINEAR else load_model(against, "cpu")
-    found = ratios(model, data, other, every=every, progress=bar)
+    found = likelihood_ratios(model, data, other, every=every, progress=bar)
     for name, why in found.failed:
         logger.error("%s: %s", name, why)
     if csv is not None:

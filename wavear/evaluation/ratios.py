@@ -79,7 +79,7 @@ class Ratios:
         replace_file(path, lambda p: p.write_text(text.getvalue(), encoding="utf-8"))
 
 
-def ratios(
+def likelihood_ratios(
     model: AutoregressiveModel,
     data: str | Path,
     against: AutoregressiveModel | None = None,

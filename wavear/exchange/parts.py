@@ -197,7 +197,7 @@ def phases(kernel: Tensor) -> Tensor:
     Examples
     --------
     >>> phases(torch.tensor([1.0, 2.0, 4.0, 8.0, 16.0])).tolist()
-    [[3.0, 1.0], [12.0, 14.0], [16.0, 16.0]]
+    [[3.0, 1.0], [12.0, 6.0], [16.0, 24.0]]
     """
     scale = (len(kernel) - 1) // 2
     weights = kernel.new_zeros(3, scale)

@@ -38,6 +38,7 @@ from wavear.generation.scoring import score_parallel
 from wavear.generation.states import describe
 from wavear.mel.spectrogram import log_mel
 from wavear.models.base import AutoregressiveModel
+from wavear.models.checkpoint import LATER
 
 ARITHMETIC = 1
 """Version of the engines' rounding: to be raised by a change that moves a bit of any distribution,
@@ -359,7 +360,10 @@ def _check_scores(scores: np.ndarray, expected: np.ndarray, name: str) -> None:
 def _digest(model: AutoregressiveModel | None) -> bytes:
     if model is None:
         return bytes(8)
-    text = json.dumps(describe(model), sort_keys=True)
+    found = describe(model)
+    # Without what came later and has its first value, so that files of before can be decoded.
+    found["config"] = {n: v for n, v in found["config"].items() if n not in LATER or LATER[n] != v}
+    text = json.dumps(found, sort_keys=True)
     return hashlib.sha256(text.encode()).digest()[:8]
 
 

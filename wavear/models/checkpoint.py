@@ -24,7 +24,7 @@ LATER = {
     "mixtures": 10,
     "coarse_classes": 0,
     "pre_emphasis": 0.0,
-    "conditioning_scales": (),
+    "conditioning_scales": [],  # as JSON has it
     "conditioning_slope": 0.2,
 }
 
