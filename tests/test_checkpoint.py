@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 import wavear
 from wavear import CheckpointError, MelConfig, WaveNet, WaveNetConfig
 from wavear.common.errors import WavearError
-from wavear.models.checkpoint import read_config
+from wavear.models.checkpoint import LATER, read_config
 
 MEL = MelConfig(sample_rate=8000, n_fft=64, window_length=64, hop_length=20, bands=5, fmax=4000.0)
 
@@ -211,3 +211,8 @@ def test_non_finite_weights_are_refused_before_they_score(engine):
     if engine != "parallel":
         with pytest.raises(WavearError, match="holds NaN or infinity"):
             wavear.generate(model, samples=5, engine=engine)
+
+
+def test_values_that_came_later_are_those_of_json():
+    """They are compared with the configurations of runs and states, which are read from JSON."""
+    assert json.loads(json.dumps(LATER)) == LATER
