@@ -194,6 +194,7 @@ def test_the_voice_is_exported(tmp_path):
     own = model.condition(mel)
     expected = dense(own).numpy()
     padded = np.pad(mel.numpy(), ((0, 0), (0, 0), (model.lookback, model.lookahead)), mode="edge")
+    assert files.conditioning is not None
     found = session(files.conditioning).run(None, {"mel": padded})[0]
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
     codes = model.grid.encode((tone + noise)[None, :300])
