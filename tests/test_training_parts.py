@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -77,8 +78,10 @@ def test_a_run_of_two_parts_is_replaced_as_a_whole(settings, tmp_path):
     assert {path.name for path in (tmp_path / "run").iterdir()} == {"likelihood"}
     train(dataclasses.replace(config, resume=True))
     assert record_of(tmp_path / "run")["steps"] == 1
+    mine = tmp_path / "run" / "likelihood" / "mine.txt"
+    mine.touch()
     train(dataclasses.replace(config, overwrite=True, free_run=0.0))
-    assert not (tmp_path / "run" / "likelihood").exists()
+    assert list((tmp_path / "run" / "likelihood").iterdir()) == [mine]
 
 
 def test_parts_share_steps_and_minutes_and_the_second_has_its_own_optimizer(settings, fitted):
@@ -116,6 +119,32 @@ def test_a_run_of_minutes_has_two_parts_and_a_run_of_steps_one(settings, fitted,
     assert not only.free_run
     with pytest.raises(ValueError, match="two parts has one process"):
         _trained(fitted, timed | {"free_run": 0.5})
+
+
+@pytest.mark.parametrize("free_run", [None, 1.0])
+def test_a_run_of_one_part_resumes_with_it_whatever_its_new_length(settings, fitted, free_run):
+    config = TrainConfig(
+        out=settings["data"].parent / "run",
+        **settings | {"free_run": None, "max_minutes": 20.0, "resume": True},
+    )
+    Path(config.out).mkdir()
+    record = {"config": {"free_run": free_run}}
+    (Path(config.out) / "train.json").write_text(json.dumps(record), encoding="utf-8")
+    train(config)
+    (only,) = fitted
+    assert only.free_run == free_run
+    assert only.max_minutes == 20
+
+
+def test_a_run_of_two_parts_resumes_in_the_second_whatever_its_new_length(settings, fitted):
+    out = settings["data"].parent / "run"
+    make(small(8000, 64), torch.float32).save(out / "likelihood" / "best")
+    for folder in (out, out / "likelihood"):
+        (folder / "train.json").write_text('{"config": {}}', encoding="utf-8")
+    changes = {"free_run": None, "max_minutes": 5.0, "resume": True}
+    train(TrainConfig(out=out, **settings | changes))
+    (second,) = fitted
+    assert (second.free_run, second.resume) == (1, True)
 
 
 def test_a_part_without_steps_is_refused(settings, fitted):

@@ -35,7 +35,7 @@ def checkpoint_and_inputs(paths: Sequence[Path]) -> tuple[str, list[Path]]:
     first, *others = paths
     if not others:
         if first.name and (str(first) == VOICE or (first / CONFIG).is_file()):
-            raise WavearError(f"{first} is a checkpoint: name the audio or mels to synthesize, too")
+            raise WavearError(f"{first} is a checkpoint: name the audio or mels, too")
         return VOICE, [first]
     named_as_file = first.suffix.lower() in SUFFIXES + MEL_SUFFIXES + kaldi.SUFFIXES
     if str(first) == "-" or first.is_file() or (named_as_file and not first.is_dir()):

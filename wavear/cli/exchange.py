@@ -25,8 +25,8 @@ def export(
     Parameters
     ----------
     checkpoint
-        Folder that `wavear train` wrote, or hf:owner/name on the Hugging Face hub; a WaveNet
-        or GRU.
+        Folder that `wavear train` wrote, or hf:owner/name on the Hugging Face hub; a WaveNet,
+        predictive WaveNet or GRU.
     out
         File to write: the block graph; the others are next to it.
     overwrite

@@ -7,10 +7,11 @@ from typing import Annotated, Any
 
 from tyro.conf import Positional, arg
 
-from wavear.cli.arguments import Checkpoint, Data, load_model
+from wavear.cli.arguments import checkpoint_and_inputs, load_model
 from wavear.common.atomic import say
 from wavear.common.errors import WavearError
 from wavear.common.log import get_logger
+from wavear.common.words import counted
 
 logger = get_logger(__name__)
 
@@ -23,8 +24,7 @@ Optional = Annotated[str | None, arg(metavar="CHECKPOINT")]
 
 
 def score(
-    checkpoint: Checkpoint,
-    data: Data,
+    paths: Annotated[Positional[tuple[Path, ...]], arg(metavar="[CHECKPOINT] DATA")],
     against: str = "linear",
     every: float = 0.1,
     csv: Path | None = None,
@@ -36,11 +36,10 @@ def score(
 
     Parameters
     ----------
-    checkpoint
+    paths
         A model of the sounds that are not odd: a folder that `wavear train` wrote, or
-        hf:owner/name.
-    data
-        Recordings: a folder, a file, or a manifest (docs/data.md).
+        hf:owner/name; without one the voice that comes with wavear. Then the recordings: a folder,
+        a file, or a manifest (docs/data.md).
     against
         What the model is compared with: another checkpoint, or linear, prediction that adapts to
         each recording.
@@ -57,9 +56,12 @@ def score(
 
     if csv is not None and csv.exists() and not overwrite:
         raise FileExistsError(f"{csv} exists: choose another name, or pass --overwrite")
+    checkpoint, data = checkpoint_and_inputs(paths)
+    if len(data) != 1:
+        raise WavearError(f"there are {len(data)} inputs: name one folder, file or manifest")
     model = load_model(checkpoint, "cpu")
     other = None if against == LINEAR else load_model(against, "cpu")
-    found = likelihood_ratios(model, data, other, every=every, progress=bar)
+    found = likelihood_ratios(model, data[0], other, every=every, progress=bar)
     for name, why in found.failed:
         logger.error("%s: %s", name, why)
     if csv is not None:
@@ -120,7 +122,7 @@ def infill(
     source: In,
     begin: Annotated[float, arg(name="from", metavar="SECONDS")],
     end: Annotated[float, arg(name="to", metavar="SECONDS")],
-    out: Annotated[Path, arg(metavar="FILE")],
+    out: Annotated[Path | None, arg(metavar="FILE")] = None,
     checkpoint: Annotated[str, arg(metavar="CHECKPOINT")] = "voice",
     candidates: int = 16,
     seed: int = 0,
@@ -129,7 +131,7 @@ def infill(
 ) -> int:
     """Replace a damaged stretch of a recording by what fits on both sides.
 
-    Example: wavear infill speech.wav --from 1.20 --to 1.25 --out mended.wav --page mended.html
+    Example: wavear infill speech.wav --from 1.20 --to 1.25 --seed 3 --page mended.html
 
     Parameters
     ----------
@@ -140,7 +142,7 @@ def infill(
     end
         Its end.
     out
-        WAV, FLAC, OGG or Opus file to write.
+        WAV, FLAC, OGG or Opus file to write; by default speech-infilled.wav for speech.wav.
     checkpoint
         Folder that `wavear train` wrote, or hf:owner/name; by default the voice that comes with
         wavear.
@@ -157,6 +159,7 @@ def infill(
     from wavear import audio
     from wavear.generation.infilling import infill, janssen, seam_of
 
+    out = out or source.with_name(f"{source.stem}-infilled.wav")
     for path in (out, page):
         if path is not None and path.exists() and not overwrite:
             raise FileExistsError(f"{path} exists: choose another name, or pass --overwrite")
@@ -164,8 +167,8 @@ def infill(
     rate = model.config.sample_rate
     if found.sample_rate != rate or found.channels != 1:
         raise WavearError(
-            f"{source} has {found.channels} channels at {found.sample_rate} Hz, and the model"
-            f" expects mono at {rate} Hz: convert it first"
+            f"{source} has {counted(found.channels, 'channel')} at {found.sample_rate} Hz, and the"
+            f" model expects mono at {rate} Hz: convert it first"
         )
     waveform, gap = audio.read(source), (round(begin * rate), round(end * rate))
     result = infill(model, waveform, *gap, candidates=candidates, seed=seed)

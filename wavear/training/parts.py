@@ -61,9 +61,14 @@ def train_in_parts(
 
 
 def _share(config: TrainConfig) -> float:
-    """Return the share of the second part."""
+    """Return the share of the second part; a resumed run has the parts that it began with."""
+    out = Path(config.out)
     if config.free_run is not None:
         return config.free_run
+    if config.resume and (out / FIRST_PART / RECORD).is_file():
+        return FREE_RUN_SHARE
+    if config.resume:
+        return float(bool(open_directory(config, writes=False)["config"].get("free_run")))
     minutes = config.max_minutes or 0.0
     if config.family != "predictive" or minutes == 0 or Processes.here().world > 1:
         return 0.0

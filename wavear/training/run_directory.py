@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from pathlib import Path
@@ -15,7 +16,7 @@ from wavear.training.config import TrainConfig
 RECORD = "train.json"
 FIRST_PART = "likelihood"
 """Folder, in that of the run, of the part before the free run."""
-_FOLDERS = ("best", "last", "states", "tensorboard", "wandb", "samples", FIRST_PART)
+_FOLDERS = ("best", "last", "states", "tensorboard", "wandb", "samples")
 _FILES = ("resume.safetensors", "metrics.csv", "validation.csv", "loss.png", RECORD)
 
 
@@ -62,15 +63,18 @@ def make_directory(config: TrainConfig, whole: Path | None = None) -> None:
         return
     for folder in (out, whole) if whole else (out,):
         if folder.is_dir():
-            _empty(folder, keep=FIRST_PART if is_second_part(config) else None)
+            _empty(folder)
+    if not is_second_part(config) and (out / FIRST_PART).is_dir():
+        _empty(out / FIRST_PART)
+        with contextlib.suppress(OSError):  # what someone else put there stays
+            (out / FIRST_PART).rmdir()
     out.mkdir(parents=True, exist_ok=True)
 
 
-def _empty(run: Path, keep: str | None) -> None:
-    """Remove what a run wrote, except the folder `keep`."""
+def _empty(run: Path) -> None:
+    """Remove what a run wrote."""
     for name in _FOLDERS:
-        if name != keep:
-            shutil.rmtree(run / name, ignore_errors=True)
+        shutil.rmtree(run / name, ignore_errors=True)
     # The record is the last: without it the rest would not be a run.
     for path in (*run.glob("bad-step-*.safetensors"), *(run / name for name in _FILES)):
         path.unlink(missing_ok=True)
