@@ -17,6 +17,7 @@ from .generation.streams import Stream, StreamBatch
 from .generation.tacotron import Tacotron
 from .mel.conversion import convert_mel
 from .mel.detection import adapt_mel, judge_mel
+from .mel.features import FeatureConfig
 from .mel.spectrogram import MelConfig, log_mel
 from .models.base import AutoregressiveModel
 from .models.checkpoint import CheckpointError, load
@@ -37,6 +38,7 @@ __all__ = [
     "CheckpointError",
     "EvaluateConfig",
     "Evaluation",
+    "FeatureConfig",
     "GRUConfig",
     "IndexReport",
     "Linear",

@@ -146,11 +146,12 @@ def synthesize(
 
 def generate(
     checkpoint: Checkpoint,
-    seconds: float,
     out: Annotated[Path, arg(metavar="FILE")],
+    seconds: float | None = None,
     overwrite: bool = False,
     prime: Annotated[Path | None, arg(metavar="FILE")] = None,
     include_prime: bool = False,
+    features: Annotated[Path | None, arg(metavar="FILE")] = None,
     device: str = "cpu",
     seeds: str | None = None,
     sampling: Sampling = Sampling(),
@@ -164,16 +165,19 @@ def generate(
     ----------
     checkpoint
         Folder that `wavear train` wrote, or hf:owner/name on the Hugging Face hub.
-    seconds
-        Seconds of audio to make.
     out
         WAV, FLAC, OGG or Opus file to write.
+    seconds
+        Seconds of audio to make; needed unless `--features` sets the length.
     overwrite
         Replace the file if it exists.
     prime
         Recording to continue.
     include_prime
         Write the recording in front of the new audio.
+    features
+        Frames to follow (channels x frames: .npy, ...), of a model that was trained with them; with
+        `--prime` they begin with its own.
     device
         cpu, cuda, or one card: cuda:1.
     seeds
@@ -213,6 +217,7 @@ def generate(
             progress=sys.stderr.isatty(),
             prime=prime,
             include_prime=include_prime,
+            features=features,
         )
         say(f"{path}  {info(path).seconds:.2f} s, {model.config.sample_rate} Hz")
         status = max(status, _summary(report))

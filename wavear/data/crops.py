@@ -30,6 +30,7 @@ from wavear.audio.emphasis import emphasised
 from wavear.common.errors import WavearError
 from wavear.data.corpus import Recording, reason
 from wavear.data.recordings import frames_of
+from wavear.mel.conventions import Frames
 from wavear.mel.spectrogram import MelConfig, log_mel
 
 _TRIES = 1000  # unreadable files drawn before giving up
@@ -52,7 +53,7 @@ class Layout:
     """Mel frames after a crop that its conditioning needs."""
     lookback: int
     """Mel frames before a crop that its conditioning needs."""
-    mel: MelConfig | None
+    mel: Frames | None
     sample_rate: int
     pre_emphasis: float = 0.0
     """See `wavear.audio.emphasis`."""
@@ -217,7 +218,7 @@ def mel_of(batch: Batch, layout: Layout) -> torch.Tensor:
     """Return the mel that a model is conditioned on, (B, M, n): from files, or of the waveform."""
     if batch.mel.shape[1]:
         return batch.mel
-    assert layout.mel is not None
+    assert isinstance(layout.mel, MelConfig)  # features are always from files
     own = log_mel(batch.waveform, layout.mel)
     return own.gather(2, batch.frames[:, None].expand(-1, own.shape[1], -1))
 

@@ -24,8 +24,10 @@ from wavear.common.log import get_logger
 from wavear.common.words import counted
 from wavear.data.recordings import MelReader, Recordings
 from wavear.mel import kaldi
+from wavear.mel.conventions import Frames
 from wavear.mel.detection import Expectation, MelVerdict, adapt_mel, judge_mel
-from wavear.mel.mel_files import MEL_SUFFIXES, load_mel
+from wavear.mel.features import FeatureConfig
+from wavear.mel.mel_files import MEL_SUFFIXES, features_in, load_mel
 from wavear.mel.spectrogram import MelConfig, log_mel
 
 logger = get_logger(__name__)
@@ -36,7 +38,9 @@ _JUDGED_SECONDS = 10
 
 
 class MelFolder:
-    """A folder of mels of recordings, in the convention `config` unless a file has its own.
+    """A folder of mels, or of features, of recordings.
+
+    Mels are in the convention `config` unless a file has its own.
 
     Parameters
     ----------
@@ -46,7 +50,7 @@ class MelFolder:
         The model's.
     """
 
-    def __init__(self, folder: str | Path, config: MelConfig):
+    def __init__(self, folder: str | Path, config: Frames):
         self.folder, self.config = Path(folder), config
         self.flat = False
         self.entries: dict[str, Path] | None = None
@@ -105,8 +109,11 @@ class MelFolder:
             )
         frames, owners = recordings.frames.copy(), dict[Path, int]()
         paired = [row for row in rows if paths[row] is not None]
-        judged = set(paired[:: -(-len(paired) // _JUDGED)])
-        expected = Expectation(self.config, _statistics(recordings, sorted(judged), self.config))
+        judged: set[int] = set()
+        statistics = None
+        if isinstance(self.config, MelConfig):
+            judged = set(paired[:: -(-len(paired) // _JUDGED)])
+            statistics = _statistics(recordings, sorted(judged), self.config)
         verdicts: list[tuple[Path, MelVerdict]] = []
         shown = progress(paired, len(paired), "reading mels") if progress else paired
         for row in shown:
@@ -119,13 +126,15 @@ class MelFolder:
                     f" {path}: put mels into the sub-folders of their recordings"
                 )
             mel, own = load_mel(path, self.config)
-            try:
-                adapted = adapt_mel(mel, expected, own or self.config, warn=lambda _: None)
-            except WavearError as error:
-                raise WavearError(f"{path}: {error}") from None
-            frames[row] = self._common(recordings, row, adapted.shape[1], path)
-            if row in judged and own is None:
-                verdicts.append((path, judge_mel(mel, expected)))
+            if isinstance(self.config, MelConfig):
+                expected = Expectation(self.config, statistics)
+                try:
+                    adapt_mel(mel, expected, own or self.config, warn=lambda _: None)
+                except WavearError as error:
+                    raise WavearError(f"{path}: {error}") from None
+                if row in judged and own is None:
+                    verdicts.append((path, judge_mel(mel, expected)))
+            frames[row] = self._common(recordings, row, mel.shape[1], path)
         _report(verdicts)
         with_mels = dataclasses.replace(recordings, frames=frames, mels=folder).take(paired)
         missing = [recordings.name(row) for row in rows if paths[row] is None]
@@ -139,6 +148,10 @@ class MelFolder:
         moved = dataclasses.replace(recordings, start=start, frames=frames)
         return moved.take(frames >= hop)
 
+    @property
+    def _flag(self) -> str:
+        return "--mel-hop-length" if isinstance(self.config, MelConfig) else "--feature-hop"
+
     def _common(self, recordings: Recordings, row: int, found: int, path: Path) -> int:
         """Return the samples of a row that its mel covers; refuse a mel of another length."""
         hop, start = self.config.hop_length, int(recordings.start[row])
@@ -149,9 +162,27 @@ class MelFolder:
             raise WavearError(
                 f"{path} has {counted(found, 'frame')}, and {recordings.name(row)} {stop} samples"
                 f" at {self.config.sample_rate} Hz, {stop // hop} frames of {hop}: make the mel of"
-                " this very recording, and set the model's hop to the mel's (--mel-hop-length)"
+                f" this very recording, and set the model's hop to the mel's ({self._flag})"
             )
         return min(stop, found * hop) - start if missing > 0 else stop - start
+
+
+def folder_features(folder: str | Path, sample_rate: int, hop: int, classes: int) -> FeatureConfig:
+    """Return the settings of the features in a folder; the first file by name has the channels.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no such folder.
+    WavearError
+        If it holds no features, or the first file is damaged or of another type.
+    """
+    if not Path(folder).is_dir():
+        raise FileNotFoundError(f"{folder}: no such folder of features")
+    found = (p for p in Path(folder).rglob("*") if p.suffix in MEL_SUFFIXES and p.is_file())
+    if (first := min(found, default=None)) is None:
+        raise WavearError(f"{folder} holds no features ({', '.join(MEL_SUFFIXES)})")
+    return features_in(first, sample_rate, hop, classes)
 
 
 def _statistics(recordings: Recordings, rows: list[int], config: MelConfig) -> Any:
@@ -187,7 +218,7 @@ def _report(verdicts: list[tuple[Path, MelVerdict]]) -> None:
         break
 
 
-def _frames(path: Path, config: MelConfig, numbers: np.ndarray) -> np.ndarray:
+def _frames(path: Path, config: Frames, numbers: np.ndarray) -> np.ndarray:
     """Return some frames of a file's mel, (M, n)."""
     file, _ = kaldi.split_entry(path) or (path, 0)
     about = file.stat()
@@ -198,6 +229,8 @@ def _frames(path: Path, config: MelConfig, numbers: np.ndarray) -> np.ndarray:
 
 
 @functools.lru_cache(maxsize=2)  # crops of held-out recordings come in order
-def _whole(path: Path, config: MelConfig, version: tuple[int, int]) -> np.ndarray:
+def _whole(path: Path, config: Frames, version: tuple[int, int]) -> np.ndarray:
     mel, own = load_mel(path, config)
+    if isinstance(config, FeatureConfig):
+        return mel.numpy()
     return adapt_mel(mel, Expectation(config), own or config, warn=lambda _: None).numpy()

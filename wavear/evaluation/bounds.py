@@ -7,7 +7,9 @@ import torch
 
 from wavear.audio.emphasis import Deemphasis, emphasised
 from wavear.audio.grid import Grid
-from wavear.mel.spectrogram import MelConfig, mel_filter_bank
+from wavear.evaluation.metrics import mels_at
+from wavear.mel.conventions import Frames
+from wavear.mel.spectrogram import MelConfig, log_mel, mel_filter_bank
 
 _WINDOWS = {"hann": "hann", "hamming": "hamming", "blackman": "blackman", "rectangular": "boxcar"}
 ITERATIONS = 60
@@ -28,6 +30,17 @@ def grid_round_trip(waveform: torch.Tensor, grid: Grid, pre_emphasis: float = 0.
     Tensor, shape (T,), float32
     """
     return Deemphasis(pre_emphasis)(grid.decode(grid.encode(emphasised(waveform, pre_emphasis))))
+
+
+def bound_without_model(
+    waveform: np.ndarray, mel: torch.Tensor, config: Frames, seed: int
+) -> np.ndarray:
+    """Return Griffin-Lim's audio (T,) of a mel (M, F), or for features of a usual mel."""
+    if not isinstance(config, MelConfig):
+        config = mels_at(config.sample_rate)
+        missing = -waveform.size % config.hop_length
+        mel = log_mel(torch.from_numpy(np.pad(waveform, (0, missing)))[None], config)[0]
+    return griffin_lim(mel.numpy(), config, seed)[: waveform.size]
 
 
 def griffin_lim(mel: np.ndarray, config: MelConfig, seed: int = 0) -> np.ndarray:

@@ -189,10 +189,10 @@ def mel_cepstrum(waveform: np.ndarray, rate: int, order: int = CEPSTRUM_ORDER) -
     return cepstrum
 
 
-def _log_mel(waveform: np.ndarray, rate: int) -> np.ndarray:
-    """Return natural-log mel magnitudes (bands, frames), HiFi-GAN's at 22.05 kHz."""
+def mels_at(rate: int) -> MelConfig:
+    """Return the mels that measures use at a rate in Hz: HiFi-GAN's at 22.05 kHz."""
     n_fft = 2 ** math.ceil(math.log2(0.046 * rate))
-    config = MelConfig(
+    return MelConfig(
         sample_rate=rate,
         n_fft=n_fft,
         window_length=n_fft,
@@ -200,7 +200,12 @@ def _log_mel(waveform: np.ndarray, rate: int) -> np.ndarray:
         bands=min(80, n_fft // 4),
         fmax=min(8000.0, rate / 2),
     )
-    _check_length(waveform, n_fft)
+
+
+def _log_mel(waveform: np.ndarray, rate: int) -> np.ndarray:
+    """Return natural-log mel magnitudes (bands, frames)."""
+    config = mels_at(rate)
+    _check_length(waveform, config.n_fft)
     return log_mel(torch.from_numpy(np.asarray(waveform, np.float64))[None], config)[0].numpy()
 
 

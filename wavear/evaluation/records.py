@@ -38,7 +38,7 @@ class EvaluateConfig:
     """Recordings to fit the baselines to (folder or manifest). None: the training data that the
     model's train.json names, else each half of the evaluated clips serves the other."""
     mels: str | None = None
-    """Folder of mels to condition on, as of `wavear train --mels`. None: those of the clips."""
+    """Folder of mels or features to condition on, as of `wavear train`. None: mels of the clips."""
     baseline_seconds: float = 600.0
     """Seconds of recordings to fit the baselines to."""
     clips: int = 16

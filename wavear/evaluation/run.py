@@ -27,7 +27,7 @@ from wavear.data.corpus import Recording, reason
 from wavear.data.crops import file_mel, read_span
 from wavear.data.file_mels import MelFolder
 from wavear.evaluation.bits import LEVELS, Baselines, Scores, score_recording
-from wavear.evaluation.bounds import grid_round_trip, griffin_lim
+from wavear.evaluation.bounds import bound_without_model, grid_round_trip
 from wavear.evaluation.clips import (
     Fitting,
     Preparation,
@@ -44,7 +44,9 @@ from wavear.evaluation.statistics import bootstrap
 from wavear.generation.engines import make_engine, name_of_engine
 from wavear.generation.sampler import generate
 from wavear.generation.settings import Sampling
-from wavear.mel.spectrogram import MelConfig, log_mel
+from wavear.mel.conventions import Frames
+from wavear.mel.features import FeatureConfig
+from wavear.mel.spectrogram import log_mel
 from wavear.models import checkpoint
 from wavear.models.base import AutoregressiveModel
 from wavear.models.crop_loss import layout_of
@@ -179,9 +181,11 @@ def measure_everything(
 
 
 def _mel_folder(
-    config: EvaluateConfig, mel: MelConfig | None, prepared: Preparation
+    config: EvaluateConfig, mel: Frames | None, prepared: Preparation
 ) -> MelFolder | None:
     if config.mels is None:
+        if isinstance(mel, FeatureConfig):
+            raise WavearError("the model is conditioned on features: pass their folder as --mels")
         return None
     if mel is None:
         raise WavearError("the model is not conditioned on mels: drop mels")
@@ -345,7 +349,7 @@ class _Synthesis:
                     "original": x,
                     "mulaw": grid_round_trip(torch.from_numpy(x), model.grid, emphasis).numpy(),
                     "model": made[: x.size].numpy(),
-                    "griffin_lim": griffin_lim(mel.numpy(), mel_config, seed),
+                    "griffin_lim": bound_without_model(x, mel, mel_config, seed),
                 }
                 row = rows[n]
                 stem = f"{n:04d}-{re.sub(r'[^A-Za-z0-9_.-]+', '-', Path(row.name).stem)[:60]}"

@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -27,7 +28,7 @@ from wavear.generation.jobs import Job, check_writable
 from wavear.generation.priming import check_prime, doubts
 from wavear.generation.sampler import generate_with
 from wavear.generation.settings import Sampling
-from wavear.mel.conventions import describe_source
+from wavear.mel.conventions import Frames, describe_source
 from wavear.mel.mel_files import is_mel, read_mel, write_mel
 from wavear.mel.spectrogram import MelConfig, log_mel
 from wavear.models.base import AutoregressiveModel
@@ -143,10 +144,11 @@ class Report:
         waveform: torch.Tensor,
         rate: int,
         mel: torch.Tensor | None = None,
-        config: MelConfig | None = None,
+        config: Frames | None = None,
     ) -> None:
         """Log and keep the defects of audio that was made."""
-        for finding in watch(waveform, rate, mel=mel, config=config):
+        known = {"mel": mel, "config": config} if isinstance(config, MelConfig) else {}
+        for finding in watch(waveform, rate, **known):
             self.findings.append((path, finding))
             logger.warning("%s: %s", path, finding)
 
@@ -226,7 +228,7 @@ def synthesize(
 
 def generate_file(
     model: AutoregressiveModel,
-    seconds: float,
+    seconds: float | None,
     out: str | Path,
     sampling: Sampling = Sampling(),
     *,
@@ -234,17 +236,28 @@ def generate_file(
     progress: bool = False,
     prime: str | Path | None = None,
     include_prime: bool = False,
+    features: str | Path | None = None,
 ) -> Report:
     """Make `seconds` of audio from a model that is not conditioned on mels, and write it to a file.
 
     It may continue a recording, `prime`, which is resampled to the model's rate (samples that then
-    exceed full scale are clipped), and write it in front of the new audio.
+    exceed full scale are clipped), and write it in front of the new audio. A model of features
+    takes them from a file, which begins with the prime's; without `seconds` they set the length.
     """
-    if model.config.mel is not None:
+    given, config = None, model.config.mel
+    if isinstance(config, MelConfig):
         raise WavearError(
             "the model is conditioned on mels, it needs them: use `wavear synthesize`"
         )
-    if not 0 < seconds <= _LONGEST_SECONDS:
+    if features is not None:
+        given = read_mel(features, config) if config else None
+        if given is None:
+            raise WavearError("the model takes no features: drop --features")
+    elif config is not None:
+        raise WavearError("the model is conditioned on features: pass them with --features")
+    elif seconds is None:
+        raise WavearError("--seconds is needed: nothing else sets the length of the audio")
+    if seconds is not None and not 0 < seconds <= _LONGEST_SECONDS:
         raise WavearError(
             f"seconds is {seconds:g}; it must be above 0 and at most {_LONGEST_SECONDS:g}"
         )
@@ -253,7 +266,7 @@ def generate_file(
     out, rate = Path(out), model.config.sample_rate
     check_writable(out.parent)
     past = None if prime is None else _read_prime(Path(prime), rate)
-    samples = max(round(seconds * rate), 1)
+    samples = None if seconds is None else max(round(seconds * rate), 1)
     name = make_engine(
         model, 1, sampling.engine, weights=sampling.weights, threads=sampling.threads
     )[0]
@@ -263,13 +276,15 @@ def generate_file(
         made, _ = generate_with(
             model,
             sampling,
+            given,
             samples=samples,
             prime=past,
             include_prime=include_prime,
             progress=progress,
         )
         output.write(out, made[0], rate)
-    report = Report(name_of_engine(name, sampling.weights), 1, samples / rate)
+    audio_seconds = made.shape[-1] / rate if seconds is None else seconds
+    report = Report(name_of_engine(name, sampling.weights), 1, audio_seconds)
     report.seconds = time.perf_counter() - began
     report.inspect(out, made[0], rate)
     return report
@@ -299,7 +314,7 @@ def write_mels(jobs: Sequence[Job], config: MelConfig) -> Report:
 class _MelReader:
     """Reads mels of mel files and of recordings; logs the first recording that is resampled."""
 
-    def __init__(self, config: MelConfig):
+    def __init__(self, config: Any):
         self.config = config
         self.resampled = False
 

@@ -12,6 +12,8 @@ from torch import Tensor
 from wavear.audio.waveforms import as_tensor
 from wavear.common.errors import WavearError, require
 from wavear.generation.conditioner import Conditioner
+from wavear.mel.conventions import Frames
+from wavear.mel.features import FeatureConfig
 from wavear.mel.spectrogram import MelConfig
 from wavear.models.base import AutoregressiveModel
 
@@ -39,7 +41,7 @@ def prepare(
     return Conditioner(model, mels, speakers), number
 
 
-def check_mel(mel: Any, config: MelConfig | None) -> list[Tensor] | None:
+def check_mel(mel: Any, config: Frames | None) -> list[Tensor] | None:
     """Return the mels (M, F) of a batch; None for a model without mel conditioning."""
     if config is None:
         if mel is not None:
@@ -49,6 +51,9 @@ def check_mel(mel: Any, config: MelConfig | None) -> list[Tensor] | None:
         raise WavearError(
             f"the model needs a mel: {config.bands} bands, one frame per {config.hop_length}"
             " samples"
+            if isinstance(config, MelConfig)
+            else f"the model needs features: {config.bands} channels, one frame per"
+            f" {config.hop_length} samples"
         )
     if isinstance(mel, Tensor | np.ndarray):
         mel = list(mel) if mel.ndim == 3 else [mel]
@@ -58,6 +63,8 @@ def check_mel(mel: Any, config: MelConfig | None) -> list[Tensor] | None:
     mels = [as_tensor(m, "mel") for m in mel]
     if not mels:
         raise WavearError("there is no mel: the batch is empty")
+    if isinstance(config, FeatureConfig):
+        mels = [config.values(m) for m in mels]
     for m in mels:
         if m.dim() != 2:
             raise WavearError(f"mel has shape {tuple(m.shape)}, expected (B, M, F) or (M, F)")

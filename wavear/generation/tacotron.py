@@ -55,7 +55,7 @@ class Tacotron:
     ):
         if bundle not in BUNDLES:
             raise WavearError(f"bundle is {bundle!r}; it must be one of {', '.join(BUNDLES)}")
-        if model.config.mel is None:
+        if not isinstance(model.config.mel, MelConfig):
             raise WavearError("the model takes no mels: it is not a vocoder")
         # Without a recording to stay in step with, where a frame is centred makes no difference.
         source = MelConfig.preset(BUNDLES[bundle])

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any, NamedTuple
 
 from wavear.common.errors import require
+from wavear.mel.features import FeatureConfig
 from wavear.mel.spectrogram import MelConfig
+
+Frames = MelConfig | FeatureConfig
+"""Settings of the frames that a model is conditioned on."""
 
 # Differences that are audible at most at the ends of a recording or near the floor.
 MINOR = ("padding", "power_offset", "power_floor")
@@ -46,3 +50,16 @@ def describe_source(source: MelConfig | str, target: MelConfig) -> MelConfig:
     if source in CONVENTIONS:
         return CONVENTIONS[source].of(target)
     return MelConfig.preset(source)
+
+
+def frames_from_dict(given: dict[str, Any]) -> Frames:
+    """Return the configuration that `to_dict` was called on.
+
+    Raises
+    ------
+    WavearError
+        If a field is missing, unknown or out of range.
+    """
+    if isinstance(given, dict) and given.keys() == {field.name for field in fields(FeatureConfig)}:
+        return FeatureConfig(**given)
+    return MelConfig.from_dict(given)

@@ -26,8 +26,9 @@ from torch import Tensor
 
 from wavear.audio.waveforms import as_tensor
 from wavear.common.errors import WavearError, require
-from wavear.mel.conventions import CONVENTIONS, MINOR, describe_source
+from wavear.mel.conventions import CONVENTIONS, MINOR, Frames, describe_source
 from wavear.mel.conversion import analysis_differences, convert_mel, per_neper
+from wavear.mel.features import FeatureConfig
 from wavear.mel.presets import PRESETS
 from wavear.mel.spectrogram import MelConfig
 
@@ -117,6 +118,8 @@ def judge_mel(
     config = _mels_of(model)
     if config is None:
         return MelVerdict("wrong", "the model was trained without mels and cannot use one")
+    if isinstance(config, FeatureConfig):
+        raise WavearError("the model takes features from files, which are not judged")
     values = as_tensor(mel, "mel")
     if reason := _wrong_shape(values, config):
         return MelVerdict("wrong", reason)
@@ -170,6 +173,10 @@ def adapt_mel(
     target = _mels_of(model)
     if target is None:
         raise WavearError("the model was trained without mels and cannot use one")
+    if isinstance(target, FeatureConfig):
+        if source is not None:
+            raise WavearError("the model takes features, not mels of any kind: drop the source")
+        return target.values(mel)
     given = as_tensor(mel, "mel")
     if source is None:
         judged = judge_mel(given, model, seconds=seconds)
@@ -203,7 +210,7 @@ def adapt_mel(
         return convert_mel(given, config, target, ignore=[*differing, "floor", "clip"]).float()
 
 
-def _mels_of(model: Any) -> MelConfig | None:
+def _mels_of(model: Any) -> Frames | None:
     if not hasattr(getattr(model, "config", None), "mel"):
         raise WavearError(f"model is a {type(model).__name__}, expected one of wavear.load")
     return model.config.mel

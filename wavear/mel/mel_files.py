@@ -21,8 +21,9 @@ from wavear.common.errors import WavearError, one_line
 from wavear.common.log import get_logger
 from wavear.common.untrusted import parse_json
 from wavear.mel import kaldi
-from wavear.mel.conventions import describe_source
+from wavear.mel.conventions import Frames, describe_source
 from wavear.mel.detection import ConditionedModel, Expectation, adapt_mel
+from wavear.mel.features import FeatureConfig
 from wavear.mel.spectrogram import MelConfig
 from wavear.mel.torch_files import load_tensors
 
@@ -36,7 +37,7 @@ _FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 def read_mel(
     path: str | Path,
-    config: MelConfig,
+    config: Frames,
     *,
     model: ConditionedModel | None = None,
     source: MelConfig | str | None = None,
@@ -47,8 +48,11 @@ def read_mel(
 
     The training data of `model` judge a mel of unknown configuration; `source`, `seconds` and
     `force` are those of `wavear.adapt_mel`, and a `config` in the file overrides `source`.
+    Features, where `config` is a `FeatureConfig`, are checked by their shape and type.
     """
     mel, own = load_mel(path, config)
+    if isinstance(config, FeatureConfig):
+        return mel
     if own is not None and source is not None and describe_source(source, config) != own:
         logger.warning("%s: its own mel configuration overrides the one given", path)
     try:
@@ -64,33 +68,19 @@ def read_mel(
         raise WavearError(f"{path}: {error}") from None
 
 
-def load_mel(path: str | Path, config: MelConfig) -> tuple[torch.Tensor, MelConfig | None]:
+def load_mel(path: str | Path, config: Frames) -> tuple[torch.Tensor, MelConfig | None]:
     """Return the mel (M, F) of a file, float32 and finite, and its own configuration, if any.
 
     The file holds a tensor (M, F) or (1, M, F), floating point: `.npy`; `.npz`, named `mel` or the
     only one, and perhaps `config`, the JSON of a `MelConfig`; `.pt`, a tensor or a dict with `mel`,
     read by torch's loader for weights, which runs no code; `.safetensors` or HDF5, named `mel` or
     the only one. An entry of a Kaldi archive, `feats.ark:OFFSET`, has frames first. The expected
-    `config` is for messages.
+    `config` is for messages; with a `FeatureConfig` the file holds what its `values` takes.
     """
     path = Path(path)
-    suffix = path.suffix.lower()
-    if (entry := kaldi.split_entry(path)) is not None:
-        mel, described = _to_tensor(kaldi.read_matrix(*entry).T), None
-    elif suffix not in MEL_SUFFIXES:
-        raise WavearError(f"{path} is not a mel file by its name: expected {listed(MEL_SUFFIXES)}")
-    elif path.stat().st_size == 0:
-        raise WavearError(f"{path} is empty (0 bytes)")
-    elif suffix == ".npy":
-        mel, described = _read_npy(path), None
-    elif suffix == ".npz":
-        mel, described = _read_npz(path)
-    elif suffix == ".pt":
-        mel, described = _read_pt(path)
-    elif suffix in _HDF5:
-        mel, described = _read_hdf5(path), None
-    else:
-        mel, described = _read_safetensors(path)
+    mel, described = _read(path)
+    if isinstance(config, FeatureConfig):
+        mel, described = config.values(mel, str(path)), None
     shape = tuple(mel.shape)
     mel = mel[0] if mel.dim() == 3 and shape[0] == 1 else mel
     if mel.dim() != 2:
@@ -106,6 +96,37 @@ def load_mel(path: str | Path, config: MelConfig) -> tuple[torch.Tensor, MelConf
         frame = int((~torch.isfinite(mel)).any(dim=0).nonzero()[0])
         raise WavearError(f"{path}: the mel holds NaN or infinity, first in frame {frame}")
     return mel, None if described is None else _config_of(described, path)
+
+
+def features_in(path: Path, sample_rate: int, hop_length: int, classes: int) -> FeatureConfig:
+    """Return the settings of the features in a file, with its number of channels."""
+    given, _ = _read(path)
+    channels = 1 if given.dim() == 1 else len(given)
+    config = FeatureConfig(
+        sample_rate=sample_rate, hop_length=hop_length, channels=channels, classes=classes
+    )
+    config.values(given, str(path))
+    return config
+
+
+def _read(path: Path) -> tuple[torch.Tensor, Any]:
+    """Return the tensor of a file, and the text or fields of its configuration, if any."""
+    suffix = path.suffix.lower()
+    if (entry := kaldi.split_entry(path)) is not None:
+        return _to_tensor(kaldi.read_matrix(*entry).T), None
+    if suffix not in MEL_SUFFIXES:
+        raise WavearError(f"{path} is not a mel file by its name: expected {listed(MEL_SUFFIXES)}")
+    if path.stat().st_size == 0:
+        raise WavearError(f"{path} is empty (0 bytes)")
+    if suffix == ".npy":
+        return _read_npy(path), None
+    if suffix == ".npz":
+        return _read_npz(path)
+    if suffix == ".pt":
+        return _read_pt(path)
+    if suffix in _HDF5:
+        return _read_hdf5(path), None
+    return _read_safetensors(path)
 
 
 def is_mel(path: Path) -> bool:

@@ -38,6 +38,8 @@ from torch import Tensor
 
 from wavear.audio.waveforms import as_tensor
 from wavear.common.errors import WavearError, require
+from wavear.common.words import counted
+from wavear.mel.features import FeatureConfig
 from wavear.mel.presets import PRESETS
 
 Window = Literal["hann", "hamming", "blackman", "rectangular"]
@@ -346,6 +348,11 @@ def log_mel(waveform: Tensor | np.ndarray, config: MelConfig) -> Tensor:
 
 def check_config(config: Any, name: str) -> None:
     """Refuse what is not a `MelConfig`; the configuration of a model holds one, or None."""
+    if isinstance(config, FeatureConfig):
+        raise WavearError(
+            "the model is conditioned on features from files (--features), which audio does not"
+            f" give: {counted(config.bands, 'channel')}, a frame per {config.hop_length} samples"
+        )
     own = isinstance(getattr(config, "mel", None), MelConfig)
     hint = " (the configuration of a model holds it: pass model.config.mel)" if own else ""
     require(config, MelConfig, name, f"a MelConfig{hint}")

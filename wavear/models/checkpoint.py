@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 from wavear.common.errors import WavearError, one_line, require
 from wavear.common.untrusted import parse_json
-from wavear.mel.spectrogram import MelConfig
+from wavear.mel.conventions import frames_from_dict
 from wavear.models.base import AutoregressiveModel
 from wavear.models.families import FAMILIES
 from wavear.models.saving import CONFIG, FORMAT, WEIGHTS, non_finite
@@ -192,7 +192,7 @@ def _config(described: dict, path: Path) -> Any:
     settings = _settings(described, path)
     try:
         if settings["mel"] is not None:
-            settings["mel"] = MelConfig.from_dict(settings["mel"])
+            settings["mel"] = frames_from_dict(settings["mel"])
         return FAMILIES[described["family"]][1](**settings)
     except (AttributeError, TypeError, ValueError, OverflowError) as error:
         raise CheckpointError(f"{path}: {one_line(error)}") from None

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from wavear.common.errors import WavearError
-from wavear.mel.spectrogram import MelConfig
+from wavear.mel.conventions import Frames
 from wavear.models.distributions import LAWS, law_of
 
 
@@ -26,8 +26,8 @@ class CommonConfig:
     (16 bits) of the others."""
     sample_rate: int = 22050
     """Rate of the audio, in Hz."""
-    mel: MelConfig | None = None
-    """The mels the model is conditioned on; None: unconditional."""
+    mel: Frames | None = None
+    """The mels, or features from files, the model is conditioned on; None: unconditional."""
     speakers: int = 0
     """Speakers the model is conditioned on; 0: none."""
     conditioning_channels: int = 80

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from wavear.common.words import counted
+from wavear.mel.spectrogram import MelConfig
 from wavear.models import checkpoint
 from wavear.models.base import AutoregressiveModel
 from wavear.models.conditioning import Interpolation
@@ -79,7 +80,8 @@ def describe(source: str | Path) -> list[tuple[str, str]]:
     rows["mel"] = "none: unconditional"
     if config.mel is not None:
         hop, step = config.mel.hop_length, 1000 * config.mel.hop_length / config.sample_rate
-        rows["mel"] = f"{config.mel.bands} bands, a frame per {hop} samples ({step:.1f} ms)"
+        noun = "bands" if isinstance(config.mel, MelConfig) else "channels of features"
+        rows["mel"] = f"{config.mel.bands} {noun}, a frame per {hop} samples ({step:.1f} ms)"
         rows |= {f"mel {name}": _value(value) for name, value in config.mel.to_dict().items()}
         rows["mel look-ahead"] = (
             f"{counted(model.lookahead, 'frame')} ({model.lookahead * step:.0f} ms)"

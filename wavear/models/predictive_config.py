@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from wavear.common.errors import WavearError
+from wavear.mel.spectrogram import MelConfig
 from wavear.models.config import CommonConfig, check_whole
 
 _REFERENCE_RATE = 22050  # Hz, at which the lengths below were tuned
@@ -79,7 +80,7 @@ class PredictiveWaveNetConfig(CommonConfig):
         check_whole(self, shortest_period=self.period_residuals + 4)
         check_whole(self, longest_period=self.shortest_period + 1)
         super().__post_init__()
-        if self.mel is None:
+        if not isinstance(self.mel, MelConfig):
             raise WavearError(
                 "a predictive WaveNet takes its prediction from a mel: give one, or use wavenet"
             )

@@ -39,13 +39,19 @@ def refuse_contradictions(config: Any) -> None:
         _refuse(config, "mel_preset", "a linear model takes no mels")
     else:
         _refuse(config, "criterion stabilise", f"the family {config.family} has no {{}}")
-    if config.mels is not None:
-        why = "mels from files are of the recordings as they are; change the recordings instead"
+    if config.features is None:
+        _refuse(config, "feature_hop feature_classes", "there are no features")
+    elif config.family == "predictive":
+        raise WavearError("a predictive model needs mels: drop --features or --family")
+    else:
+        _refuse(config, f"mels mel_preset {_OWN_MELS}", "the model takes features, not mels")
+    if config.frames is not None:
+        why = "frames from files are of the recordings as they are; change the recordings instead"
         _refuse(config, "trim_silence normalize", why)
     if config.family == "linear":
-        _refuse(config, "mels", "a linear model takes no mels")
+        _refuse(config, "mels features", "a linear model takes no mels")
     if config.unconditional:
-        _refuse(config, "conditioning_dropout mels", "unconditional models have no mels")
+        _refuse(config, "conditioning_dropout mels features", "unconditional models have no mels")
     elif config.mel_preset:
         _refuse(config, _OWN_MELS, f"mel_preset {config.mel_preset!r} sets the mels")
 

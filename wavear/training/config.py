@@ -5,18 +5,20 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-import numbers
 import os
-import types
 from dataclasses import dataclass, field
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_type_hints
 
 from wavear.common.errors import WavearError
 from wavear.data.corpus import Normalize
+from wavear.data.file_mels import folder_features
+from wavear.mel.conventions import Frames
+from wavear.mel.features import FeatureConfig
 from wavear.mel.spectrogram import MelConfig
 from wavear.models.checkpoint import saved_config
 from wavear.models.families import FAMILIES
 from wavear.training.combinations import refuse_contradictions
+from wavear.training.field_types import described, fits
 from wavear.training.mel_settings import MEL_FIELDS, MelSettings
 from wavear.training.result import TrainResult
 
@@ -122,6 +124,13 @@ class DataSettings:
     mels: str | None = None
     """Folder of mels to condition on (predicted ones, say), named after the recordings: the mel of
     sub/x.wav is sub/x.npy. None: mels are computed from the recordings."""
+    features: str | None = None
+    """Folder of features (.npy of channels x frames, ...) to condition on instead of mels, named
+    after the recordings: numbers such as loudness, F0 or a mask, or codes. Not predictive."""
+    feature_hop: int | None = None
+    """Samples per frame of `features`; None: as for mels."""
+    feature_classes: int = 0
+    """Codes that the integers of `features` may be, 0 to this less 1; 0: they are numbers."""
     redraw_below: float | None = None
     """Draw segments quieter than this many dB of full scale (such as -60) again, up to 4 times, so
     that pauses do not fill the batches. None: never."""
@@ -300,8 +309,13 @@ class OutputSettings:
     """Show a progress bar and messages."""
 
 
-_AT_LEAST_1 = "segment batch_size accumulate checkpoint_every keep_last validate_every max_steps"
-_AT_LEAST_0 = "warmup_steps weight_decay gradient_clip sample_seconds input_noise workers seed"
+_AT_LEAST_1 = (
+    "feature_hop segment batch_size accumulate checkpoint_every keep_last validate_every max_steps"
+)
+_AT_LEAST_0 = (
+    "feature_classes warmup_steps weight_decay gradient_clip sample_seconds input_noise workers"
+    " seed"
+)
 _ABOVE_0 = (
     "learning_rate muon_learning_rate max_minutes validate_seconds validation_seconds"
     " final_seconds baseline_seconds"
@@ -334,16 +348,17 @@ class TrainConfig(
     """
 
     def __post_init__(self) -> None:
-        for name in ("data", "out", "validation", "mels"):
+        for name in ("data", "out", "validation", "mels", "features"):
             if isinstance(value := getattr(self, name), os.PathLike):
                 object.__setattr__(self, name, os.fspath(value))
         for name, hint in _field_types().items():
-            if not _fits(value := getattr(self, name), hint):
-                raise WavearError(f"{name} is {value!r}, expected {_described(hint)}")
+            if not fits(value := getattr(self, name), hint):
+                raise WavearError(f"{name} is {value!r}, expected {described(hint)}")
         if self.from_checkpoint is not None:
             self._follow_checkpoint()
         elif self.family is None:
-            object.__setattr__(self, "family", "wavenet" if self.unconditional else "predictive")
+            without = self.unconditional or self.features is not None
+            object.__setattr__(self, "family", "wavenet" if without else "predictive")
         self._check_ranges()
         refuse_contradictions(self)
         self.model_config()
@@ -369,8 +384,14 @@ class TrainConfig(
         }
         set_by_it |= {name: getattr(own.mel, key, None) for name, key in MEL_FIELDS.items()}
         set_by_it |= {name: getattr(own, name, None) for name in _MODEL_FIELDS}
-        if own.mel is not None and own.mel.norm is None:
+        if getattr(own.mel, "norm", "none") is None:
             set_by_it["mel_norm"] = "none"
+        set_by_it["feature_classes"] = getattr(own.mel, "classes", 0)
+        if isinstance(own.mel, FeatureConfig) != (self.features is not None):
+            takes = "features: pass" if self.features is None else "no features: drop"
+            raise WavearError(f"{self.from_checkpoint} takes {takes} --features")
+        if self.features is not None:
+            set_by_it["feature_hop"] = own.mel.hop_length
         if self.mel_preset is not None and MelConfig.preset(self.mel_preset) == own.mel:
             set_by_it["mel_preset"] = self.mel_preset
         else:
@@ -422,12 +443,20 @@ class TrainConfig(
         return dataclasses.replace(self, **missing) if missing else self
 
     @property
-    def mel(self) -> MelConfig | None:
-        """Return the mels to condition on, or None."""
+    def frames(self) -> str | None:
+        """Return the folder of mels or features to condition on; None: mels of the recordings."""
+        return self.mels if self.features is None else self.features
+
+    @property
+    def mel(self) -> Frames | None:
+        """Return the mels or features to condition on, or None."""
         if self.from_checkpoint is not None:
             return self._start[1].mel
         if self.unconditional or self.family == "linear":
             return None
+        if self.features is not None:
+            hop = self.feature_hop or self.mel_of(self.sample_rate).hop_length
+            return folder_features(self.features, self.sample_rate, hop, self.feature_classes)
         return self.mel_of(self.sample_rate)
 
     def model_config(self, speakers: int = 0) -> Any:
@@ -460,36 +489,3 @@ _MODEL_FIELDS = _MODEL_FIELDS[
 def _field_types() -> dict[str, Any]:
     hints = get_type_hints(TrainConfig)
     return {f.name: hints[f.name] for f in dataclasses.fields(TrainConfig)}
-
-
-_TYPES: dict[Any, tuple[Any, str]] = {
-    bool: (bool, "True or False"),
-    int: (numbers.Integral, "a whole number"),
-    float: (numbers.Real, "a number"),
-    str: (str, "text"),
-    type(None): (type(None), ""),
-}
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    """Return whether a value has the type of an annotation; True and False are not numbers."""
-    if get_origin(hint) in (Union, types.UnionType):
-        return any(_fits(value, option) for option in get_args(hint))
-    if get_origin(hint) is Literal:
-        return value in get_args(hint)
-    if get_origin(hint) is tuple:
-        return (
-            isinstance(value, tuple | list)
-            and len(value) == 2
-            and all(_fits(each, float) for each in value)
-        )
-    return isinstance(value, _TYPES[hint][0]) and (hint is bool or not isinstance(value, bool))
-
-
-def _described(hint: Any) -> str:
-    if get_origin(hint) is tuple:
-        return "two numbers"
-    options = [option for option in get_args(hint) if option is not type(None)]
-    if get_origin(hint) is Literal:
-        return f"{', '.join(options[:-1])} or {options[-1]}"
-    return _described(options[0]) if options else _TYPES[hint][1]

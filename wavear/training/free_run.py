@@ -20,7 +20,7 @@ import torch
 from wavear.data.corpus import Recording
 from wavear.data.crops import Layout, file_mel, read_span
 from wavear.evaluation.metrics import HNR_BANDS, NotMeasured, measure, stft_distance
-from wavear.mel.spectrogram import log_mel
+from wavear.mel.spectrogram import MelConfig, log_mel
 from wavear.models.base import AutoregressiveModel
 from wavear.models.crop_loss import layout_of
 
@@ -142,6 +142,7 @@ def _stretch(
         return clip, torch.zeros(0)
     mel = file_mel(recording, layout, start // hop, (start + length) // hop)
     if mel is None:
+        assert isinstance(layout.mel, MelConfig)  # features are always from files
         return clip, log_mel(torch.from_numpy(clip)[None], layout.mel)[0]
     return clip, torch.from_numpy(mel)
 

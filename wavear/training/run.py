@@ -27,7 +27,7 @@ from wavear.data.doubts import doubts
 from wavear.data.file_mels import MelFolder
 from wavear.data.recordings import Recordings, fingerprint, frames_of
 from wavear.data.shards import is_shards, refuse_remote
-from wavear.mel.spectrogram import MelConfig
+from wavear.mel.conventions import frames_from_dict
 from wavear.models.checkpoint import LATER
 from wavear.models.families import FAMILIES
 from wavear.training.config import OutputSettings, TrainConfig, TrainResult
@@ -91,7 +91,7 @@ def _train(config: TrainConfig, whole: Path | None) -> TrainResult:
         corpus = _open(config, visible)
         speakers = bound(record, _speakers(config, corpus), config)
         _report_changes(record, config, corpus)
-        _report_data(corpus, speakers, config.sample_rate, config.mels)
+        _report_data(corpus, speakers, config.sample_rate, config.frames)
         for doubt in doubts(corpus.train, config.sample_rate) if visible else ():
             logger.warning(doubt)
         torch.manual_seed(config.seed)
@@ -126,7 +126,7 @@ def _open(config: TrainConfig, visible: bool) -> Corpus:
         normalize=config.normalize,
         normalize_by=config.normalize_by,
         trim_silence=config.trim_silence,
-        mels=MelFolder(config.mels, config.mel) if config.mels and config.mel else None,
+        mels=MelFolder(config.frames, config.mel) if config.frames and config.mel else None,
         progress=bar if visible else None,
     )
     if not len(corpus.train):
@@ -160,7 +160,7 @@ def _check_same_run(record: dict[str, Any], config: TrainConfig, model: Any) -> 
     # Fields that came later than the run have their defaults.
     before = {name: value for name, value in LATER.items() if name in now} | record["model"]
     if isinstance(before.get("mel"), dict):
-        before["mel"] = MelConfig.from_dict(before["mel"]).to_dict()
+        before["mel"] = frames_from_dict(before["mel"]).to_dict()
     differ = [
         f"{name} {before.get(name)!r}, now {value!r}"
         for name, value in now.items()
@@ -194,7 +194,7 @@ def _report_changes(record: dict[str, Any], config: TrainConfig, corpus: Corpus)
         )
 
 
-def _report_data(corpus: Corpus, speakers: list[str], rate: int, mels: str | None) -> None:
+def _report_data(corpus: Corpus, speakers: list[str], rate: int, frames: str | None) -> None:
     for name, why in corpus.bad[:_NAMED]:
         logger.warning(f"skipped {name}: {why}")
     if corpus.bad:
@@ -203,7 +203,7 @@ def _report_data(corpus: Corpus, speakers: list[str], rate: int, mels: str | Non
         logger.warning(f"{counted(len(corpus.bad), 'file')} cannot be used{rest}")
     if corpus.without_mel:
         count, first = counted(len(corpus.without_mel), "recording"), corpus.without_mel[0]
-        logger.warning(f"{count} without a mel in {mels} skipped; the first: {first}")
+        logger.warning(f"{count} without a mel in {frames} skipped; the first: {first}")
     for note in corpus.notes:
         logger.info(note)
     speakers_text = f", {counted(len(speakers), 'speaker')}" if speakers else ""
@@ -266,7 +266,7 @@ def write_held_out(run: str | os.PathLike[str], manifest: str | os.PathLike[str]
             f"{held}: what is held out lies in tar shards, whose members a manifest cannot name:"
             " keep it as files, in a second folder or manifest (validation)"
         )
-    rate = config["sample_rate"]
+    rate, frames = config["sample_rate"], config.get("features") or config.get("mels")
     corpus = open_corpus(
         config["data"],
         sample_rate=rate,
@@ -274,7 +274,7 @@ def write_held_out(run: str | os.PathLike[str], manifest: str | os.PathLike[str]
         validation_fraction=config["validation_fraction"],
         speakers=config.get("speakers", False),
         least_samples=mel["hop_length"] if mel else 2,
-        mels=MelFolder(config["mels"], MelConfig.from_dict(mel)) if config.get("mels") else None,
+        mels=MelFolder(frames, frames_from_dict(mel)) if frames else None,
     )
     lines = []
     for r in corpus.validation:
