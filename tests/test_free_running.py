@@ -25,6 +25,7 @@ from wavear import TrainConfig, train
 from wavear.data.corpus import open_corpus
 from wavear.data.crops import Segments, collate
 from wavear.models import compiled_rollout
+from wavear.models import rollout as rollout_module
 from wavear.models.crop_loss import layout_of
 from wavear.models.energy_distance import energy_distance, free_run_losses, window_lengths
 from wavear.models.rollout import past_of, rollout
@@ -149,6 +150,17 @@ def test_the_kernel_equals_torch_for_the_shipped_voice():
 
 def test_the_kernel_equals_torch_at_full_scale():
     check_rollouts(make(small(), torch.float32), 3, stretches=(5, 4), code=0)
+
+
+@pytest.mark.parametrize("growth", [0.05, 0.5])
+def test_gradients_that_grow_are_clipped(growth, monkeypatch):
+    """Alike in the kernel and in torch; a growth of 100 clips nothing here."""
+    model = make(small(), torch.float32)
+    free = rollouts(model, 3)[0][2]
+    monkeypatch.setattr(rollout_module, "GRADIENT_GROWTH", growth)
+    check_rollouts(model, 3)
+    clipped = rollouts(model, 3)[0][2]
+    assert any((clipped[name] - free[name]).norm() > 0.01 * free[name].norm() for name in free)
 
 
 def test_the_energy_distance_is_least_at_the_right_distribution():

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from wavear.models import rollout
 from wavear.models.frames import FrameConditioning
 from wavear.models.predictive import PredictiveWaveNet, clipped_residuals
 from wavear.models.rollout_kernel import Biases, Given, Gradients, Kept, Weights, run
@@ -74,6 +75,7 @@ class _Rollout(torch.autograd.Function):
             np.empty_like(kept.skip),
             np.empty_like(kept.hidden),
             np.zeros((total, streams, weights.output.shape[0]), np.float32),
+            gradient.abs().amax(0).numpy() * np.float32(rollout.GRADIENT_GROWTH),
         )
         run(True, recent, weights, given, kept, gradients)
 

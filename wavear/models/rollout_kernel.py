@@ -130,6 +130,8 @@ class Gradients(NamedTuple):
     """(T, B, head channels)."""
     raw: Any
     """(T, B, 3 * mixtures)."""
+    bound: Any
+    """(B,): see `rollout.GRADIENT_GROWTH`."""
 
 
 @numba.njit(inline="always")
@@ -344,7 +346,8 @@ def _undraw(t, given, kept, gradients):
     raw, count = gradients.raw[t], gradients.raw.shape[2] // 3
     now = kept.samples.shape[0] - given.scale.shape[0] + t
     for b in range(raw.shape[0]):
-        e = kept.residuals[now, b]
+        e, bound = kept.residuals[now, b], gradients.bound[b]
+        gradients.samples[t, b] = min(max(gradients.samples[t, b], -bound), bound)
         gradient = given.scale[t, b] * gradients.samples[t, b]
         if abs(e) <= _LARGEST:
             gradient += _SCALING * gradients.clipped[t, b]
