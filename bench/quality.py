@@ -70,7 +70,7 @@ def bits_16(model: Any, waveform: np.ndarray, speaker: int | None) -> float | No
 
 
 def evaluate(
-    checkpoint: Path, files: list[Path], weights: str, pictures: Path | None
+    checkpoint: Path, files: list[Path], weights: str, particles: int, pictures: Path | None
 ) -> tuple[dict[str, Interval], float]:
     """Return the mean of each column over the clips that have it, and the speed of one core.
 
@@ -94,6 +94,7 @@ def evaluate(
             speaker = names.index(path.parent.name) if path.parent.name in names else 0
         mel = wavear.log_mel(torch.from_numpy(x)[None], model.config.mel)
         settings: Any = {"speaker": speaker, "weights": weights, "threads": 1}
+        settings["particles"] = particles
         if not clips:  # so that compilation is not timed
             wavear.generate(model, mel[:, :, :8], **settings)
         began = time.perf_counter()
@@ -147,7 +148,7 @@ def train(minutes: float, options: argparse.Namespace) -> Path:
     return out / "best"
 
 
-def row(checkpoint: Path, columns: dict[str, Interval], speed: float) -> str:
+def row(checkpoint: Path, particles: int, columns: dict[str, Interval], speed: float) -> str:
     """Return a line of the table."""
     step = read_config(checkpoint).get("training", {}).get("step")
     record, history = of_run(checkpoint, "train.json"), []
@@ -158,7 +159,7 @@ def row(checkpoint: Path, columns: dict[str, Interval], speed: float) -> str:
     if seconds is not None and first is not None and first.is_file():
         before = json.loads(first.read_text(encoding="utf-8"))
         seconds, step = seconds + before["seconds"], step + before["steps"]
-    cells = [run_name(checkpoint)]
+    cells = [run_name(checkpoint) + (f", {particles} particles" if particles > 1 else "")]
     cells += ["" if seconds is None else f"{seconds / 60:.1f}", "" if step is None else f"{step:,}"]
     cells += [shown(name, columns[name]) if name in columns else "" for name in ("bits", *COLUMNS)]
     return "| " + " | ".join([*cells, f"{speed:.1f}"]) + " |"
@@ -202,6 +203,7 @@ def main() -> None:
     add("--name", default="minutes-", help="begin the names of runs with this")
     add("--flags", nargs=argparse.REMAINDER, default=[], help="flags of wavear train, the last")
     add("--weights", default="float32")
+    add("--particles", type=int, nargs="+", default=[1], help="a row for each number of particles")
     add("--pictures", type=Path, help="write spectrograms of three clips here")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -220,9 +222,11 @@ def main() -> None:
     lines += ["", "| " + " | ".join(titles) + " |", "|---|" + "---:|" * (len(titles) - 1)]
     print("\n".join(lines), flush=True)
     for checkpoint in checkpoints:
-        columns, speed = evaluate(checkpoint, files, options.weights, options.pictures)
-        lines.append(row(checkpoint, columns, speed))
-        print(lines[-1], flush=True)
+        for count in options.particles:
+            pictures = options.pictures if count == options.particles[0] else None
+            columns, speed = evaluate(checkpoint, files, options.weights, count, pictures)
+            lines.append(row(checkpoint, count, columns, speed))
+            print(lines[-1], flush=True)
     if options.out is not None:
         write_section(options.out, "quality", "\n".join(lines))
 

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from wavear.generation.conditioner import Conditioner
 from wavear.generation.engines import make_engine
-from wavear.generation.inputs import Mel, check_samples, prepare
+from wavear.generation.inputs import Mel, check_mel, check_samples, prepare
+from wavear.generation.particles import Particles, check_particles
 from wavear.generation.priming import check_prime, deemphasis_after, doubts, encode_prime, fill
 from wavear.generation.progress import chunks
 from wavear.generation.settings import Sampling, candidate_seeds
@@ -40,6 +41,7 @@ def generate(
     top_p: float | None = None,
     argmax: bool = False,
     best_of: int = 1,
+    particles: int = 1,
     return_log_probability: bool = False,
     engine: str = "auto",
     weights: str = "float32",
@@ -79,6 +81,9 @@ def generate(
     best_of : int
         Make this many candidates of each utterance and keep the one of the highest log-probability.
         Candidate i of seed s has the seed `candidate_seeds(s, best_of)[i]`, the first s itself.
+    particles : int
+        Make this many streams of each utterance side by side and every quarter of a frame continue
+        those whose mel is nearest to the given one (`wavear.generation.particles`).
     return_log_probability : bool
         Return the log-probability of every sample as well.
     engine, weights, threads
@@ -116,7 +121,8 @@ def generate(
     torch.Size([2, 100])
     """
     sampling = Sampling(
-        seed, temperature, top_k, top_p, argmax, best_of, speaker, engine, weights, threads
+        seed, temperature, top_k, top_p, argmax, best_of, particles, speaker, engine, weights,
+        threads,
     )  # fmt: skip
     waveform, scores = generate_with(
         model,
@@ -164,7 +170,13 @@ def generate_with(
             temperature = np.repeat(temperature, best_of, axis=0)
     scores = np.zeros((len(lengths), max(lengths))) if with_scores or best_of > 1 else None
     streams = _Streams(conditioner, past, seeds, lengths, temperature)
-    codes = _draw(model, sampling, streams, scores, progress)
+    if sampling.particles > 1:
+        check_particles(model)
+        mels = check_mel(mel, model.config.mel) or []
+        mels *= batch // len(mels)
+        codes = _draw_particles(model, sampling, streams, mels, scores, progress)
+    else:
+        codes = _draw(model, sampling, streams, scores, progress)
     waveform = model.grid.decode(torch.from_numpy(codes))
     for b, length in enumerate(lengths):
         waveform[b] = deemphasis_after(past[b], model)(waveform[b])
@@ -230,4 +242,43 @@ def _draw(
         )
         if scores is not None:
             scores[seats, start:stop] = part
+    return codes
+
+
+@torch.inference_mode()
+def _draw_particles(
+    model: AutoregressiveModel,
+    sampling: Sampling,
+    streams: _Streams,
+    mels: list[Tensor],
+    scores: np.ndarray | None,
+    progress: bool,
+) -> np.ndarray:
+    """Return the codes (B, T) of particles, one utterance after another; see `_draw`."""
+    count, begin = sampling.particles, streams.past.shape[1]
+    name, engine = make_engine(
+        model, count, sampling.engine, weights=sampling.weights, threads=sampling.threads
+    )
+    codes = np.zeros((len(streams.lengths), max(streams.lengths)), dtype=np.int64)
+    temperature = streams.temperature
+    for b, length in enumerate(streams.lengths):
+        runner = engine if b == 0 else engine.resized(count)
+        utterance = streams.conditioner.utterances[b]
+        if begin:
+            row = encode_prime(streams.past[b : b + 1], model)[0]
+            fill(runner, 0, model, row, utterance)
+            for n in range(1, count):
+                runner.load_state(n, runner.state(0))
+        seeds = candidate_seeds(streams.seeds[b], count + 1)
+        particles = Particles(model, runner, mels[b], streams.past[b], seeds)
+        one = streams.conditioner.copies(b, count)
+        for start, stop in chunks(length, progress, model.config.sample_rate, 1, name):
+            given = temperature
+            if isinstance(temperature, np.ndarray):
+                given = temperature[b, start:stop]
+            cond = one.span(begin + start, begin + stop)
+            particles.run(stop - start, cond, given, top_k=sampling.top_k, top_p=sampling.top_p)
+        codes[b, :length], found = particles.chosen()
+        if scores is not None:
+            scores[b, :length] = found
     return codes

@@ -45,6 +45,9 @@ class Sampling:
     or a tone."""
     best_of: int = 1
     """Make this many candidates and keep the likeliest; takes as many times as long."""
+    particles: int = 1
+    """Make this many streams side by side and every few milliseconds continue those whose mel is
+    nearest to the one given (such as 8): closer to the recording, and as many times as long."""
     speaker: Speaker = None
     """Name or number of the speaker, for a model with speakers; a text is a name if one has it."""
     engine: str = "auto"
@@ -84,7 +87,11 @@ class Sampling:
         truncated = self.top_k is not None or self.top_p is not None
         if not model.law.truncates:
             refuse_truncation(model.config.law, 1 if self.argmax else self.top_k, self.top_p)
-        for name, value in (("top_k", self.top_k), ("best_of", self.best_of)):
+        for name, value in (
+            ("top_k", self.top_k),
+            ("best_of", self.best_of),
+            ("particles", self.particles),
+        ):
             if value is not None and (not _is_whole(value) or value < 1):
                 raise WavearError(f"{name} is {value!r}; it must be a whole number of at least 1")
         if self.top_p is not None and (
@@ -96,6 +103,9 @@ class Sampling:
         if self.argmax and truncated:
             raise WavearError("argmax takes the likeliest code: drop top_k and top_p")
         top_k = 1 if self.argmax else self.top_k
+        if self.particles > 1 and (self.best_of > 1 or top_k == 1):
+            other = f"best_of {self.best_of}" if self.best_of > 1 else "argmax"
+            raise WavearError(f"particles is {self.particles}: drop {other}")
         if self.best_of > 1 and top_k == 1:
             raise WavearError(f"best_of is {self.best_of}, and there is one argmax: drop either")
         if top_k == 1 and not quiet:

@@ -93,9 +93,11 @@ class Stream:
 
     @classmethod
     def with_settings(cls, model: AutoregressiveModel, sampling: Sampling) -> Stream:
-        """Return a stream with these settings, of which `best_of` must be 1."""
+        """Return a stream with these settings, of which `best_of` and `particles` must be 1."""
         if sampling.best_of > 1:
             raise WavearError("best_of compares whole utterances; a stream is heard before it ends")
+        if sampling.particles > 1:
+            raise WavearError("particles are chosen by what follows; a stream is heard before that")
         stream = cls.__new__(cls)
         stream._utterance = Utterance(model, sampling.checked(model))
         stream._start_engine(model, sampling)

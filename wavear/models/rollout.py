@@ -35,7 +35,7 @@ _LEAST_UNIFORM = 1e-5  # logit(u) is then within 11.5
 GRADIENT_GROWTH = 100.0
 """Gradients of samples are clipped at this multiple of the largest that comes in from outside, for
 each stream: on their way back through 1,000 samples they can overflow. The multiple
-is usually below 1, and was at most 55 in 500 stretches of a training."""
+is usually below 1, and was at most 55 in 1,000 stretches of a training."""
 
 
 @dataclass(frozen=True)
