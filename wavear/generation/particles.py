@@ -9,7 +9,7 @@ levels that the recording happened to have, where a single stream draws its own;
 
     P(x | mel) * product over steps of exp(-SHARPNESS * distance(x, mel))
 
-in the limit of many particles, no longer of the model alone.
+in the limit of many particles, and of the model only where SHARPNESS is 0.
 """
 
 from __future__ import annotations

@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from wavear.models import rollout
 from wavear.models.frames import FrameConditioning
 from wavear.models.predictive import PredictiveWaveNet, clipped_residuals
 from wavear.models.rollout_kernel import Biases, Given, Gradients, Kept, Weights, run
@@ -51,12 +50,18 @@ class _Rollout(torch.autograd.Function):
 
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, recent: int, given: Given, kept: Kept, gates: Tensor, *parameters: Tensor
+        ctx: Any,
+        recent: int,
+        growth: float,
+        given: Given,
+        kept: Kept,
+        gates: Tensor,
+        *parameters: Tensor,
     ) -> Tensor:
         given = given._replace(gates=gates.detach().transpose(2, 3).contiguous().numpy())
         forth, back, biases = _arrays(parameters, len(given.begins))
         run(False, recent, forth, biases, given, kept)
-        ctx.kept = recent, back, given, kept
+        ctx.kept = recent, growth, back, given, kept
         return torch.from_numpy(kept.samples[-len(given.scale) :].copy())
 
     @staticmethod
@@ -64,7 +69,7 @@ class _Rollout(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> Any:  # type: ignore[override]
         if ctx.kept is None:
             raise RuntimeError("the gradient of a rollout can be taken once")
-        (recent, weights, given, kept), ctx.kept = ctx.kept, None
+        (recent, growth, weights, given, kept), ctx.kept = ctx.kept, None
         layers, (total, streams) = len(given.begins), given.scale.shape
         rows = total * streams
         gradients = Gradients(
@@ -75,7 +80,7 @@ class _Rollout(torch.autograd.Function):
             np.empty_like(kept.skip),
             np.empty_like(kept.hidden),
             np.zeros((total, streams, weights.output.shape[0]), np.float32),
-            gradient.abs().amax(0).numpy() * np.float32(rollout.GRADIENT_GROWTH),
+            gradient.abs().amax(0).numpy() * np.float32(growth),
         )
         run(True, recent, weights, given, kept, gradients)
 
@@ -102,7 +107,7 @@ class _Rollout(torch.autograd.Function):
             raw.t() @ flat(kept.hidden),
             *(each.sum(0) for each in (*h, skip, hidden, raw)),
         ]
-        return None, None, None, torch.from_numpy(gradients.gates).transpose(2, 3), *found
+        return None, None, None, None, torch.from_numpy(gradients.gates).transpose(2, 3), *found
 
 
 def usable(model: PredictiveWaveNet, cond: FrameConditioning) -> bool:
@@ -121,6 +126,7 @@ def generate_stretch(
     places: list[Tensor],
     component: Tensor,
     logistic: Tensor,
+    growth: float,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Generate samples (B, T), differentiable; return them, residuals, and inputs of the layers.
 
@@ -134,6 +140,8 @@ def generate_stretch(
     places : K - 1 of (B, T), those that the taps of a period layer read, the oldest first
     component, logistic : Tensor, shape (B, T)
         The randomness.
+    growth : float
+        See `rollout.GRADIENT_GROWTH`.
 
     Returns
     -------
@@ -207,7 +215,7 @@ def generate_stretch(
         if length:
             kept.h[begin - length : begin] = by_time(queue[:, -length:])
     made: Tensor = _Rollout.apply(  # type: ignore[assignment]
-        config.recent_residuals, given, kept, cond.gates, *_parameters(model)
+        config.recent_residuals, growth, given, kept, cond.gates, *_parameters(model)
     )
     return (
         made.t(),

@@ -98,7 +98,7 @@ def rollout(
     for _ in range(config.kernel_size - 1):
         places = places - whole.gather(1, places + past.lags.shape[1])
         periods.insert(0, places)
-    plan = (at - lag.ceil().long(), periods, component, torch.logit(u).to(dtype))
+    plan = (at - lag.ceil().long(), periods, component, torch.logit(u).to(dtype), GRADIENT_GROWTH)
     run = _kernel().generate_stretch if _kernel().usable(model, cond) else _generate_in_torch
     samples, residuals, inputs = run(model, past.samples, past.residuals, past.queues, cond, *plan)
 
@@ -132,6 +132,7 @@ def _generate_in_torch(
     periods: list[Tensor],
     component: Tensor,
     logistic: Tensor,
+    growth: float,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Compute `compiled_rollout.generate_stretch`; this is its definition."""
     config, dtype, device = model.config, model.input.weight.dtype, past_samples.device
@@ -203,7 +204,7 @@ def _generate_in_torch(
     made = [layer.made() for layer in layers]
     out = torch.cat(samples[1:], dim=1)
     if out.requires_grad:
-        out.register_hook(lambda g: bounds.append(GRADIENT_GROWTH * g.abs().amax(1, keepdim=True)))
+        out.register_hook(lambda g: bounds.append(growth * g.abs().amax(1, keepdim=True)))
     return out, torch.cat(residuals[1:], dim=1), made
 
 
