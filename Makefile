@@ -10,7 +10,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow wheel-test docs soak fuzz test-cuda bench-cuda bench-training lint format clean
+.PHONY: help demo test test-slow wheel-test notebooks docs soak fuzz test-cuda bench-cuda bench-training lint format clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "%-14s %s\n", $$1, $$2 }'
@@ -47,6 +47,9 @@ test-cuda: $(VENV)/.installed-dev  ## run the tests of the CUDA engines, includi
 
 bench-cuda: $(VENV)/.installed  ## measure the CUDA engines, and write docs/benchmarks_cuda.md
 	$(BIN)/python bench/generation.py --device cuda $(ARGS)
+
+notebooks: $(VENV)/.installed-dev  ## run docs/notebooks and store their outputs (ARGS=hear: one of them)
+	$(BIN)/python bench/notebooks.py $(ARGS)
 
 docs: $(VENV)/.installed-docs  ## build the docs site into build/docs; warnings are errors
 	$(BIN)/python -m sphinx -E -a --fail-on-warning --keep-going -c docs -d build/doctrees . build/docs $(ARGS)

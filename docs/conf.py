@@ -52,16 +52,23 @@ pygments_style = "friendly"
 
 
 class NotebookParser(Parser):
-    """Read a notebook as Markdown: its texts, and its code as fenced blocks."""
+    """Read a notebook as Markdown: its texts, its code as fenced blocks, its outputs."""
 
     supported = ("ipynb",)
 
     def parse(self, inputstring: str, document: nodes.document) -> None:
-        """Parse the cells of a notebook, without outputs."""
+        """Parse the cells of a notebook."""
         cells = []
         for cell in json.loads(inputstring)["cells"]:
             text = "".join(cell["source"])
             cells.append(text if cell["cell_type"] == "markdown" else f"```python\n{text}\n```")
+            for output in cell.get("outputs", []):
+                kind, shown = next(
+                    (block, "".join(output["data"][key]))
+                    for key, block in (("text/html", "{raw} html"), ("text/plain", "none"))
+                    if key in output["data"]
+                )
+                cells.append(f"```{kind}\n{shown}\n```")
         super().parse("\n\n".join(cells), document)
 
 

@@ -254,7 +254,8 @@ def test_the_best_unconditional_model_has_the_fewest_bits(data, tmp_path, monkey
     history = record_of(out)["history"]
     assert best_step(out) == min(history, key=lambda entry: entry["bits"])["step"]
     assert not any("free_run" in entry for entry in history)
-    assert not (out / "samples").exists()
+    names = sorted(path.name for path in (out / "samples").iterdir())
+    assert names == ["recorded-0.wav", *(f"step-{step:08}-0.wav" for step in range(2, 7))]
     assert {row["measure"] for row in rows_of(out / "validation.csv")} == {"bits by level", "probe"}
 
 

@@ -6,19 +6,21 @@ from .common.errors import WavearError
 from .data import corpora
 from .data.corpus import IndexReport, index
 from .evaluation import display
+from .evaluation.config import EvaluateConfig
 from .evaluation.evaluation import compare, compare_models, evaluate
 from .evaluation.ratios import likelihood_ratios
-from .evaluation.records import EvaluateConfig, Evaluation
+from .evaluation.records import Evaluation
 from .generation.defects import watch
 from .generation.sampler import generate
 from .generation.scoring import score
 from .generation.states import StreamState
 from .generation.streams import Stream, StreamBatch
 from .generation.tacotron import Tacotron
+from .mel.config import MelConfig
 from .mel.conversion import convert_mel
 from .mel.detection import adapt_mel, judge_mel
 from .mel.features import FeatureConfig
-from .mel.spectrogram import MelConfig, log_mel
+from .mel.spectrogram import log_mel
 from .models.base import AutoregressiveModel
 from .models.checkpoint import CheckpointError, load
 from .models.fitting import fit_linear

@@ -1,6 +1,6 @@
 """The entry point: choose a command by the first argument, or list all of them.
 
-Most modules of the commands import torch, which takes seconds; the list of commands does not.
+Importing torch takes seconds: commands import it when they run, so that their help does not.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from tyro.conf import Positional, arg
 from wavear.cli.arguments import Checkpoint, Data, Folder, available, load_model
 from wavear.common.atomic import say
 from wavear.common.errors import WavearError
-from wavear.evaluation.records import EvaluateConfig
+from wavear.evaluation.config import EvaluateConfig
 
 
 def evaluate(

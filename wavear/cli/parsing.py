@@ -60,6 +60,7 @@ def _hide_none(owner: Any) -> None:
         owner = owner if isinstance(owner, type) else type(owner)
     else:
         return
+    plain = get_type_hints(owner)
     for name, hint in get_type_hints(owner, include_extras=True).items():
         if defaults.get(name, 0) is not None:
             continue
@@ -67,7 +68,7 @@ def _hide_none(owner: Any) -> None:
         if all(getattr(each, "help_behavior_hint", None) is None for each in given):
             hint = Annotated[hint, tyro.conf.arg(help_behavior_hint="")]
         if all(getattr(each, "metavar", None) is None for each in given):
-            types = [t for t in get_args(get_type_hints(owner)[name]) if t is not type(None)]
+            types = [t for t in get_args(plain[name]) if t is not type(None)]
             if types and all(isinstance(t, type) for t in types):
                 metavar = "|".join(t.__name__.upper() for t in types)
                 hint = Annotated[hint, tyro.conf.arg(metavar=metavar)]

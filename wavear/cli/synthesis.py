@@ -3,7 +3,7 @@
 # Annotations are objects, not strings: tyro reads them.
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from tyro.conf import Positional, arg
 
@@ -17,9 +17,12 @@ from wavear.cli.arguments import (
 from wavear.common.atomic import say
 from wavear.common.errors import WavearError
 from wavear.common.log import get_logger
-from wavear.generation.files import FORMATS, MelInput, Output, Report
+from wavear.generation.output import FORMATS, Output
 from wavear.generation.settings import Sampling
-from wavear.mel.spectrogram import MelConfig
+from wavear.mel.config import MelConfig
+
+if TYPE_CHECKING:
+    from wavear.generation.files import Report
 
 logger = get_logger(__name__)
 
@@ -118,8 +121,8 @@ def synthesize(
         for ending, _ in each
     ]
     jobs = plans[0]
-    mels = MelInput(mel_preset, mel_seconds, force)
-    if mels != MelInput() and not any(is_mel(job.source) for job in jobs):
+    mels = files.MelInput(mel_preset, mel_seconds, force)
+    if mels != files.MelInput() and not any(is_mel(job.source) for job in jobs):
         raise WavearError(
             "the inputs are recordings, and their mels fit the model: drop --mel-preset,"
             " --mel-seconds and --force"
@@ -276,7 +279,7 @@ def mel(
     return _summary(write_mels(jobs, wanted))
 
 
-def _summary(report: Report) -> int:
+def _summary(report: "Report") -> int:
     """Print what was done, and return the exit status; each failure is logged already."""
     if report.files:
         say(str(report))

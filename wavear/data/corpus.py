@@ -18,8 +18,9 @@ from wavear.common.errors import WavearError
 from wavear.common.words import counted
 from wavear.data.duplicates import contents, overlapping
 from wavear.data.file_mels import MelFolder
+from wavear.data.gains import Normalize
 from wavear.data.indexing import LEVELS, Files, Index, mixed
-from wavear.data.levels import Normalize, Stretch, why
+from wavear.data.levels import Stretch, why
 from wavear.data.recordings import SPLIT_NAMES, Recording, Recordings
 
 _TRAIN, _VALIDATION, _TEST = range(len(SPLIT_NAMES))

@@ -6,7 +6,7 @@ import hashlib
 import math
 import os
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -15,11 +15,8 @@ from wavear.audio.reading import blocks
 from wavear.audio.scale import share_beyond
 from wavear.audio.waveforms import sounding
 from wavear.common.errors import one_line
+from wavear.data.gains import PEAK_TARGET, RMS_TARGET, Normalize
 
-Normalize = Literal["none", "peak", "rms"]
-
-_PEAK_TARGET = 0.9  # of full scale
-_RMS_TARGET = 10 ** (-23 / 20)  # -23 dB of full scale, near the level of broadcast (EBU R 128)
 _HASHED = 4096  # bytes from the middle of a file
 _TRIM_KEEP_SECONDS = 0.05  # silence that `trim_silence` leaves at either end
 
@@ -125,7 +122,7 @@ def _level(source: audio.AudioPath, asked: Stretch) -> Looked:
     if peak == 0:
         return Looked(start, frames)
     rms = math.sqrt(energy / count)
-    gain = _PEAK_TARGET / peak if asked.normalize == "peak" else min(_RMS_TARGET / rms, 1 / peak)
+    gain = PEAK_TARGET / peak if asked.normalize == "peak" else min(RMS_TARGET / rms, 1 / peak)
     return Looked(start, frames, gain=gain)
 
 

@@ -18,8 +18,9 @@ from wavear.common.atomic import say
 from wavear.common.errors import WavearError
 from wavear.common.words import counted
 from wavear.demo.sounds import notes
+from wavear.evaluation.config import EvaluateConfig
 from wavear.evaluation.evaluation import compare
-from wavear.evaluation.records import Comparison, EvaluateConfig
+from wavear.evaluation.records import Comparison
 from wavear.generation.sampler import generate
 from wavear.mel.mel_files import read_mel
 from wavear.models.checkpoint import SHIPPED, VOICE, load, read_config

@@ -6,7 +6,7 @@ The HTML is self-contained and needs no package of Jupyter: `View.html` can be w
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +27,7 @@ Sound = Tensor | np.ndarray
 class View:
     """A player, a picture, or several, in one piece of HTML."""
 
-    html: str
+    html: str = field(repr=False)  # a notebook would store it twice
 
     def _repr_html_(self) -> str:
         return self.html

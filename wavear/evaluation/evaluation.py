@@ -13,6 +13,7 @@ from typing import Any
 from wavear.common.atomic import replace_file
 from wavear.common.errors import WavearError
 from wavear.common.log import get_logger
+from wavear.evaluation.config import EvaluateConfig
 from wavear.evaluation.records import (
     COMPARISON_PAGE,
     COMPARISON_RECORD,
@@ -23,7 +24,6 @@ from wavear.evaluation.records import (
     TABLE_PAGE,
     TABLE_RECORD,
     Comparison,
-    EvaluateConfig,
     Evaluation,
     ModelTable,
 )

@@ -18,7 +18,8 @@ from wavear.common.log import get_logger
 from wavear.common.words import counted
 from wavear.data.crops import read_span
 from wavear.evaluation.clips import Preparation, open_clips
-from wavear.evaluation.records import STRIP, EvaluateConfig, Evaluation
+from wavear.evaluation.config import EvaluateConfig
+from wavear.evaluation.records import STRIP, Evaluation
 from wavear.generation.conditioner import Conditioner
 from wavear.generation.engines import make_engine
 from wavear.generation.sampler import generate

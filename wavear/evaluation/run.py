@@ -37,9 +37,10 @@ from wavear.evaluation.clips import (
     preparation,
     training_record,
 )
+from wavear.evaluation.config import EvaluateConfig
 from wavear.evaluation.held_out import subset
 from wavear.evaluation.metrics import MEASURES, NEAR, NotMeasured, measure, pitch
-from wavear.evaluation.records import SOUNDS, SYSTEMS, Clip, EvaluateConfig
+from wavear.evaluation.records import SOUNDS, SYSTEMS, Clip
 from wavear.evaluation.statistics import bootstrap
 from wavear.generation.engines import make_engine, name_of_engine
 from wavear.generation.sampler import generate

@@ -21,9 +21,10 @@ from wavear.common.claims import claimed
 from wavear.common.errors import WavearError
 from wavear.common.log import get_logger
 from wavear.common.untrusted import parse_json
-from wavear.generation.files import MelInput, Output, Report
+from wavear.generation.files import MelInput, Report
 from wavear.generation.files import synthesize as synthesize_jobs
 from wavear.generation.jobs import Job
+from wavear.generation.output import Output
 from wavear.generation.settings import Sampling
 from wavear.generation.states import describe
 from wavear.mel import kaldi

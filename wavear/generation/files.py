@@ -25,6 +25,7 @@ from wavear.generation.cuda.choice import ENGINES as CUDA_ENGINES
 from wavear.generation.defects import Finding, watch
 from wavear.generation.engines import make_engine, name_of_engine
 from wavear.generation.jobs import Job, check_writable
+from wavear.generation.output import Output
 from wavear.generation.priming import check_prime, doubts
 from wavear.generation.sampler import generate_with
 from wavear.generation.settings import Sampling
@@ -36,16 +37,6 @@ from wavear.models.base import AutoregressiveModel
 logger = get_logger(__name__)
 
 _LONGEST_SECONDS = 86400.0  # a WAV file ends at 4 GiB, 27 hours at 22050 Hz
-# By the name of a format: the ending of the file, and the encoding of `wavear.audio.write`.
-FORMATS = {
-    "wav": (".wav", "pcm16"),
-    "wav24": (".wav", "pcm24"),
-    "wavfloat": (".wav", "float32"),
-    "flac": (".flac", "pcm16"),
-    "flac24": (".flac", "pcm24"),
-    "ogg": (".ogg", "vorbis"),
-    "opus": (".opus", "opus"),
-}
 
 
 @dataclass(frozen=True)
@@ -64,42 +55,6 @@ class _Batching:
 
 _CPU = _Batching(window=96, most=24, samples=2**25, spread=1.25)
 _CUDA = _Batching(window=4096, most=2048, samples=2**27, spread=2.0)  # streams that end can leave
-
-
-@dataclass(frozen=True)
-class Output:
-    """How audio is written."""
-
-    format: str | None = None
-    """wav (16 bits), wav24, wavfloat, flac (16 bits), flac24, ogg (Vorbis) or opus; by default wav,
-    or after the name of the file."""
-    normalize: float | None = None
-    """Peak of each file in dB of full scale (such as -1); by default the level is unchanged."""
-    fade: float = 0.0
-    """Milliseconds to fade in and out over."""
-
-    def __post_init__(self) -> None:
-        if self.format is not None and self.format not in FORMATS:
-            raise WavearError(f"format is {self.format!r}; it must be one of {', '.join(FORMATS)}")
-        if self.normalize is not None and not -200 <= self.normalize <= 0:
-            raise WavearError(f"normalize is {self.normalize!r}; it must be -200 to 0 dB")
-        if not 0 <= self.fade < float("inf"):
-            raise WavearError(f"fade is {self.fade!r}; it must be 0 ms or more")
-
-    @property
-    def suffix(self) -> str:
-        """The ending of the files."""
-        return FORMATS[self.format or "wav"][0]
-
-    def write(self, path: Path, waveform: torch.Tensor, sample_rate: int) -> None:
-        """Write a waveform to a file, whose folder is made; samples that clip are logged."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if self.normalize is not None:
-            waveform = audio.normalize_peak(waveform, self.normalize)
-        waveform = audio.fade(waveform, sample_rate, self.fade) if self.fade else waveform
-        encoding = None if self.format is None else FORMATS[self.format][1]
-        if clipped := audio.write(path, waveform.numpy(), sample_rate, encoding):
-            logger.warning("%s: %d samples are beyond full scale and were clipped", path, clipped)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,7 @@
-"""How audio is sampled: one record from the command line and the public functions to the draw."""
+"""How audio is sampled: one record from the command line and the public functions to the draw.
+
+It imports torch only where it is used: `wavear COMMAND --help` reads the fields.
+"""
 
 from __future__ import annotations
 
@@ -10,16 +13,16 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from torch import Tensor
 
-from wavear.audio.waveforms import as_tensor
 from wavear.common.errors import WavearError
-from wavear.models.base import AutoregressiveModel, check_model
-from wavear.models.distributions import refuse_truncation
 
 COLDEST = 1e-6  # every engine can divide by this temperature and by what it makes of the logits
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
+    from wavear.models.base import AutoregressiveModel
+
     Seed = int | Sequence[int]
     Speaker = int | str | Sequence[int | str] | Tensor | None
     Temperature = float | Tensor | np.ndarray
@@ -70,6 +73,9 @@ class Sampling:
         A `WavearError` names a value that is out of range, or truncation of a distribution that has
         no codes to choose among.
         """
+        from wavear.models.base import check_model
+        from wavear.models.distributions import refuse_truncation
+
         check_model(model)
         seed: Any = self.seed
         several = isinstance(seed, Iterable) and getattr(seed, "ndim", 1) == 1
@@ -130,11 +136,16 @@ class Sampling:
         return np.ascontiguousarray(np.broadcast_to(values, (batch, total)))
 
     def _temperatures(self) -> np.ndarray:
+        from wavear.audio.waveforms import as_tensor
+
         given: Any = self.temperature
         return as_tensor(given, "temperature").cpu().double().numpy()
 
     def speakers(self, model: AutoregressiveModel) -> list[int] | None:
         """Return the numbers of the speakers, one or one per utterance; None without speakers."""
+        from wavear.audio.waveforms import as_tensor
+        from wavear.models.base import check_model
+
         check_model(model)
         count, names = model.config.speakers, model.speaker_names
         given: Any = self.speaker

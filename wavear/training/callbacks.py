@@ -361,11 +361,6 @@ class Run(L.Callback):
             self.log_book.validation(trainer, step, name, rows)
         for name, waveform in zip(("original", "generated"), free.clips[0], strict=True):
             self.log_book.sound(trainer, step, f"sample/{name}", waveform, rate)
-        if free.score is None:
-            return
-        printed = ", ".join(f"{n} {v:.3f}" for n, v in free.measures.items() if n in _PRINTED)
-        mark = " (best so far)" if best else ""
-        logger.info(f"step {step}: {entry['bits']:.3f} bits; free run: {printed}{mark}")
         folder = self.out / "samples"
         folder.mkdir(exist_ok=True)
         for number, (recorded, generated) in enumerate(free.clips):
@@ -376,6 +371,11 @@ class Run(L.Callback):
         for path in folder.glob("step-*.wav"):
             if path.name[:13] not in kept:
                 path.unlink()
+        if free.score is None:
+            return
+        printed = ", ".join(f"{n} {v:.3f}" for n, v in free.measures.items() if n in _PRINTED)
+        mark = " (best so far)" if best else ""
+        logger.info(f"step {step}: {entry['bits']:.3f} bits; free run: {printed}{mark}")
 
     # --- states and checkpoints
 

@@ -1,4 +1,4 @@
-"""Settings of a training run (`TrainConfig`, in six groups), and its outcome (`TrainResult`)."""
+"""Settings of a training run, `TrainConfig`. No torch here: the command line reads it."""
 
 from __future__ import annotations
 
@@ -7,20 +7,18 @@ import functools
 import math
 import os
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, get_type_hints
 
 from wavear.common.errors import WavearError
-from wavear.data.corpus import Normalize
-from wavear.data.file_mels import folder_features
-from wavear.mel.conventions import Frames
-from wavear.mel.features import FeatureConfig
-from wavear.mel.spectrogram import MelConfig
-from wavear.models.checkpoint import saved_config
-from wavear.models.families import FAMILIES
+from wavear.data.gains import Normalize
+from wavear.mel.config import MelConfig
 from wavear.training.combinations import refuse_contradictions
 from wavear.training.field_types import described, fits
 from wavear.training.mel_settings import MEL_FIELDS, MelSettings
 from wavear.training.result import TrainResult
+
+if TYPE_CHECKING:
+    from wavear.mel.conventions import Frames
 
 __all__ = ["TRAINING_DEFAULTS", "OutputSettings", "TrainConfig", "TrainResult"]
 
@@ -366,10 +364,14 @@ class TrainConfig(
     @functools.cached_property
     def _start(self) -> tuple[str, Any]:
         """Family and configuration of the checkpoint to fine-tune."""
+        from wavear.models.checkpoint import saved_config
+
         return saved_config(str(self.from_checkpoint))
 
     def _follow_checkpoint(self) -> None:
         """Take what the checkpoint to fine-tune sets, and refuse other values."""
+        from wavear.mel.features import FeatureConfig
+
         family, own = self._start
         if family == "linear":
             raise WavearError(
@@ -455,12 +457,16 @@ class TrainConfig(
         if self.unconditional or self.family == "linear":
             return None
         if self.features is not None:
+            from wavear.data.file_mels import folder_features
+
             hop = self.feature_hop or self.mel_of(self.sample_rate).hop_length
             return folder_features(self.features, self.sample_rate, hop, self.feature_classes)
         return self.mel_of(self.sample_rate)
 
     def model_config(self, speakers: int = 0) -> Any:
         """Return the configuration of the family's model."""
+        from wavear.models.families import FAMILIES
+
         if self.family not in FAMILIES:
             raise WavearError(f"family is {self.family!r}, it must be one of {', '.join(FAMILIES)}")
         if self.from_checkpoint is not None:

@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from wavear.mel.spectrogram import (
+from wavear.mel.config import (
     Centre,
     FloorMode,
     LogBase,
