@@ -121,7 +121,7 @@ class Particles:
         place = (self.position - self._right) / self.config.hop_length
         first = int(place // 1)
         if self._tail.shape[1] < self._kept or first < 0:
-            return None  # the mel mirrors what lies before the start
+            return None  # the mel mirrors the samples at the start
         share = place - first
         last = min(first + 1, self.mel.shape[1] - 1)
         target = torch.lerp(self.mel[:, min(first, last)], self.mel[:, last], share)
