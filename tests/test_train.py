@@ -23,7 +23,7 @@ from small_training import (
 )
 
 import wavear
-from wavear import audio, train
+from wavear import MelConfig, audio, train
 from wavear.common.errors import WavearError
 from wavear.data.corpus import open_corpus
 from wavear.evaluation.held_out import held_out_bits
@@ -175,7 +175,7 @@ def test_speakers_are_numbered_and_named(tones, tmp_path):
 def test_mel_statistics_are_those_of_the_training_data(tones, tmp_path):
     config = config_of(tones, tmp_path / "run", max_steps=1)
     conditioning = wavear.load(train(config).best).conditioning
-    assert config.mel is not None
+    assert isinstance(config.mel, MelConfig)
     waveforms = [audio.read(r.path)[None] for r in open_corpus(tones, sample_rate=RATE).train]
     mels = torch.cat([wavear.log_mel(w, config.mel)[0] for w in waveforms], dim=1)
     # From 64 crops of a tenth of a second: within a third of a deviation.
