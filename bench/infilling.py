@@ -7,8 +7,8 @@ Of each clip a stretch is taken out at random where it is louder than its median
 of signal to error in the gap, which counts phase; the distance of the log-spectra of the gap and 10
 ms on each side (RMS over bins up to 8 kHz, in dB); the level of the filling compared with the
 original's; log P of the 20 ms behind the gap under one judge, the first checkpoint, which gets mels
-in which the gap is not heard; seconds to fill a gap. A checkpoint of features is one of
-recipes/infill.
+in which the gap is not heard; processor seconds to fill a gap. A checkpoint of features is one of
+recipes/infill. "No right side" is the mean candidate before any was forked.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def main() -> None:
     models = {name: wavear.load(name) for name in arguments.checkpoints}
     judge = next(iter(models.values()))
     rate, generator = judge.config.sample_rate, np.random.default_rng(0)
-    rows = defaultdict(list)
+    rows, own, first = defaultdict(list), "", 0.0
     for path in sorted(arguments.data.glob("*.*"))[: arguments.clips]:
         x, start = stretch(wavear.audio.read(path, rate), rate, generator)
         for seconds in GAPS:
@@ -93,10 +93,13 @@ def main() -> None:
                     model, x, *gap, features=known, candidates=arguments.candidates, seed=3
                 )
                 fillings[title(name)] = result.waveform
+                if model is judge:
+                    own, first = title(name), result.first_seam
                 spent[title(name)] = time.process_time() - began
             for name, y in fillings.items():
                 found = [*compare(x, y, gap, rate), seam_of(judge, y, *gap), spent[name]]
                 rows[seconds, name].append(found)
+            rows[seconds, f"{own}, no right side"].append([np.nan] * 3 + [first, np.nan])
         print(path.name, flush=True)
     text = [
         f"{arguments.clips} clips, {arguments.candidates} candidates, means; ± is the standard"
@@ -108,11 +111,9 @@ def main() -> None:
     ]
     for (seconds, name), found in rows.items():
         means, errors = np.mean(found, axis=0), np.std(found, axis=0) / len(found) ** 0.5
-        cells = [f"{m:.1f} ± {e:.1f}" for m, e in zip(means[:3], errors[:3], strict=True)] + [
-            f"{means[3]:.3f}",
-            f"{means[4]:.2f}",
-        ]
-        if name == "original":
+        cells = [f"{m:.1f} ± {e:.1f}" for m, e in zip(means[:3], errors[:3], strict=True)]
+        cells += [f"{means[3]:.3f}", f"{means[4]:.2f}"]
+        if name == "original" or np.isnan(means[0]):
             cells = ["", "", "", cells[3], ""]
         text.append(f"| {1000 * seconds:.0f} ms | {name} | {' | '.join(cells)} |")
     print("\n".join(text))

@@ -146,7 +146,8 @@ def test_command_writes_sound_and_page(x, model, tmp_path: Path, capsys):
     command += ["--checkpoint", checkpoint, "--page", page, "--candidates", "4"]
     assert main(command) == 0
     assert "log P of the seam" in capsys.readouterr().out
-    assert (tmp_path / "y.html").read_text().count("<audio") == 3
+    text = (tmp_path / "y.html").read_text()
+    assert text.count("<audio") == text.count("data:image/png") == 3
     assert main(command) == 1  # they exist
     assert main([*command, "--overwrite", "--to", "2"]) == 1
 
