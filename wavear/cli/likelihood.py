@@ -16,6 +16,7 @@ from wavear.common.words import counted
 logger = get_logger(__name__)
 
 _PAGE = "<!doctype html><meta charset=utf-8><title>infilling</title>{}"
+_KEPT = {"PCM_24": "pcm24", "FLOAT": "float32"}  # other than 16 bits
 _SHOWN = 5  # recordings, and windows
 
 In = Annotated[Positional[Path], arg(metavar="IN")]
@@ -124,6 +125,7 @@ def infill(
     end: Annotated[float, arg(name="to", metavar="SECONDS")],
     out: Annotated[Path | None, arg(metavar="FILE")] = None,
     checkpoint: Annotated[str, arg(metavar="CHECKPOINT")] = "voice",
+    features: Annotated[Path | None, arg(metavar="FILE")] = None,
     candidates: int = 16,
     seed: int = 0,
     page: Annotated[Path | None, arg(metavar="FILE.html")] = None,
@@ -136,7 +138,8 @@ def infill(
     Parameters
     ----------
     source
-        Mono recording at the model's rate.
+        Mono recording. At another rate than the model's, frequencies that the model lacks are
+        filled by linear prediction.
     begin
         Start of the stretch, in seconds.
     end
@@ -146,6 +149,8 @@ def infill(
     checkpoint
         Folder that `wavear train` wrote, or hf:owner/name; by default the voice that comes with
         wavear.
+    features
+        Frames that condition the model instead of the recording's mel: recipes/infill.
     candidates
         Fillings to choose among.
     seed
@@ -156,29 +161,38 @@ def infill(
     overwrite
         Replace files that exist.
     """
+    import soundfile
+
     from wavear import audio
-    from wavear.generation.infilling import infill, janssen, seam_of
+    from wavear.generation.infilling import at_rate, infill, janssen, seam_of
+    from wavear.mel.mel_files import read_mel
 
     out = out or source.with_name(f"{source.stem}-infilled.wav")
     for path in (out, page):
         if path is not None and path.exists() and not overwrite:
             raise FileExistsError(f"{path} exists: choose another name, or pass --overwrite")
     model, found = load_model(checkpoint, "cpu"), audio.info(source)
-    rate = model.config.sample_rate
-    if found.sample_rate != rate or found.channels != 1:
+    rate = found.sample_rate
+    if found.channels != 1:
         raise WavearError(
-            f"{source} has {counted(found.channels, 'channel')} at {found.sample_rate} Hz, and the"
-            f" model expects mono at {rate} Hz: convert it first"
+            f"{source} has {counted(found.channels, 'channel')}, expected one: fill each by itself"
         )
     waveform, gap = audio.read(source), (round(begin * rate), round(end * rate))
-    result = infill(model, waveform, *gap, candidates=candidates, seed=seed)
-    audio.write(out, result.waveform, rate)
+    known = None
+    if features is not None:
+        if model.config.mel is None:
+            raise WavearError(f"{checkpoint} takes no features: drop --features")
+        known = read_mel(features, model.config.mel)
+    given: dict[str, Any] = {"features": known, "candidates": candidates, "seed": seed}
+    result = infill(model, waveform, *gap, sample_rate=rate, **given)
+    kept = _KEPT.get(soundfile.info(source).subtype) if out.suffix.lower() == ".wav" else None
+    audio.write(out, result.waveform, rate, kept)
     linear = janssen(waveform, *gap)
+    seam = seam_of(model, *at_rate(linear, *gap, rate, model.config.sample_rate), known)
     say(f"{out}  {begin:g} to {end:g} s of {len(waveform) / rate:.2f} s, {rate} Hz")
     say(
         f"log P of the seam, nats per sample: {result.seam:.3f}; of candidates without the right"
-        f" side {result.first_seam:.3f}; of linear prediction"
-        f" {seam_of(model, linear, *gap):.3f}"
+        f" side {result.first_seam:.3f}; of linear prediction {seam:.3f}"
     )
     if page is not None:
         from wavear.common.atomic import replace_file

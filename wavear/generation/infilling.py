@@ -11,17 +11,20 @@ classic alternative, linear prediction from both sides.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from wavear.audio.emphasis import coefficient
+from wavear.audio.waveforms import resample
 from wavear.common.errors import WavearError
 from wavear.generation.conditioner import Conditioner
 from wavear.generation.engine import Engine
 from wavear.generation.engines import make_engine
+from wavear.generation.inputs import check_mel
 from wavear.generation.priming import fill
 from wavear.generation.settings import candidate_seeds
 from wavear.mel.spectrogram import MelConfig, log_mel
@@ -52,6 +55,8 @@ def infill(
     start: int,
     stop: int,
     *,
+    sample_rate: int | None = None,
+    features: Tensor | None = None,
     candidates: int = 16,
     seed: int = 0,
     engine: str = "auto",
@@ -64,9 +69,14 @@ def infill(
         Without speakers. One with mels gets those of the recording; where the gap touches a frame,
         it is interpolated between the frames on both sides.
     waveform : Tensor, shape (T,), floating point in [-1, 1]
-        At the model's rate; samples inside the gap are not used.
+        Samples inside the gap are not used.
     start, stop : int
         The gap.
+    sample_rate : int, optional
+        Of the recording, Hz. At another than the model's, frequencies that the model lacks are
+        filled by `janssen`.
+    features : Tensor, shape (C, F), optional
+        What conditions the model instead of the recording's mel; a model of features needs them.
     candidates : int
         More fit better, and take as many times as long.
     seed : int
@@ -79,7 +89,7 @@ def infill(
         If the gap is empty or reaches an end, or the model is not suited.
     """
     check_model(model)
-    total, rate = len(waveform), model.config.sample_rate
+    total, rate = len(waveform), sample_rate or model.config.sample_rate
     if not 0 < start < stop < total:
         raise WavearError(
             f"the gap is {start / rate:g} to {stop / rate:g} s of {total / rate:g} s: it must begin"
@@ -89,8 +99,22 @@ def infill(
         raise WavearError("infilling takes a model without speakers and pre-emphasis")
     if candidates < 2:
         raise WavearError(f"candidates is {candidates}, expected 2 or more")
+    own = model.config.sample_rate
+    if rate != own:
+        filled = janssen(waveform, start, stop)  # the gap's samples would ring outside of it
+        low, *gap = at_rate(filled, start, stop, rate, own)
+        given: dict[str, Any] = {
+            "features": features,
+            "candidates": candidates,
+            "seed": seed,
+            "engine": engine,
+        }
+        found = infill(model, low, *gap, **given)
+        change = resample(found.waveform - low, own, rate)
+        filled[start:stop] = (filled + change[:total])[start:stop].clamp(-1, 1)
+        return replace(found, waveform=filled)
     codes = model.grid.encode(waveform.float()).numpy()
-    conditioner = _conditioner(model, waveform, start, stop)
+    conditioner = _conditioner(model, waveform, start, stop, features)
     _, runner = make_engine(model, candidates, engine)
     fill(runner, 0, model, codes[:start], conditioner.utterances[0])
     left = runner.state(0)
@@ -122,11 +146,29 @@ def infill(
     return Infilled(filled, likeliest / seam.shape[1], first / seam.shape[1])
 
 
+def at_rate(
+    waveform: Tensor, start: int, stop: int, from_rate: int, to_rate: int
+) -> tuple[Tensor, int, int]:
+    """Return a recording at another rate, and where the gap begins and ends there."""
+    ratio = to_rate / from_rate
+    return (
+        resample(waveform, from_rate, to_rate),
+        math.floor(start * ratio),
+        math.ceil(stop * ratio),
+    )
+
+
 @torch.inference_mode()
-def seam_of(model: AutoregressiveModel, waveform: Tensor, start: int, stop: int) -> float:
+def seam_of(
+    model: AutoregressiveModel,
+    waveform: Tensor,
+    start: int,
+    stop: int,
+    features: Tensor | None = None,
+) -> float:
     """Return log P of the seam behind a filled gap, in nats per sample, as `infill` reports it."""
     codes = model.grid.encode(waveform.float()).numpy()
-    conditioner = _conditioner(model, waveform, start, stop)
+    conditioner = _conditioner(model, waveform, start, stop, features)
     _, runner = make_engine(model, 1)
     fill(runner, 0, model, codes[:stop], conditioner.utterances[0])
     end = min(stop + round(SEAM_SECONDS * model.config.sample_rate), len(codes))
@@ -176,18 +218,58 @@ def _load(runner: Engine, states: list[dict[str, Tensor]]) -> None:
 
 
 def _conditioner(
-    model: AutoregressiveModel, waveform: Tensor, start: int, stop: int
+    model: AutoregressiveModel, waveform: Tensor, start: int, stop: int, features: Tensor | None
 ) -> Conditioner:
     """Return the conditioning of a recording, in which the gap is not heard."""
-    config: MelConfig | None = model.config.mel
-    if config is None:
-        return Conditioner(model, None, None)
-    missing = -len(waveform) % config.hop_length
+    config = model.config.mel
+    if features is None and isinstance(config, MelConfig):
+        features = gap_features(waveform, [(start, stop)], config)[:-1]
+    frames = check_mel(features, config)
+    if frames and config and frames[0].shape[1] < len(waveform) // config.hop_length:
+        raise WavearError(
+            f"there are {frames[0].shape[1]} frames of features, and the recording has"
+            f" {len(waveform) // config.hop_length}: make them of all of it"
+        )
+    return Conditioner(model, frames, None)
+
+
+def gap_features(waveform: Tensor, gaps: list[tuple[int, int]], config: MelConfig) -> Tensor:
+    """Return the mel of a recording in which no gap is heard, and a mask.
+
+    Frames that a gap touches are interpolated between those on both sides.
+
+    Parameters
+    ----------
+    waveform : Tensor, shape (T,)
+    gaps : list of (start, stop)
+        In samples, at least a window apart.
+    config : MelConfig
+
+    Returns
+    -------
+    Tensor, shape (M + 1, F), F = T / hop rounded up
+        The last channel is 1 in the frames that are interpolated, else 0.
+
+    Raises
+    ------
+    WavearError
+        If a gap touches every frame.
+    """
+    hop, (left, right) = config.hop_length, config.window_span
+    missing = -len(waveform) % hop
     mel = log_mel(torch.nn.functional.pad(waveform.float(), (0, missing))[None], config)[0]
-    hop, margin = config.hop_length, config.context_samples
-    # Frame f hears the samples from f * hop - margin to (f + 1) * hop + margin.
-    before = max(math.floor((start - margin) / hop) - 1, 0)
-    after = min(math.ceil((stop + margin) / hop), mel.shape[1] - 1)
-    share = torch.linspace(0, 1, after - before + 1)
-    mel[:, before : after + 1] = torch.lerp(mel[:, before, None], mel[:, after, None], share)
-    return Conditioner(model, [mel], None)
+    frames = mel.shape[1]
+    mask = torch.zeros(1, frames)
+    for start, stop in gaps:
+        # Frame f hears the samples from f * hop - left to f * hop + right.
+        before, after = math.floor((start - right) / hop), math.ceil((stop + left) / hop)
+        known = [f for f in (before, after) if 0 <= f < frames]
+        if not known:
+            raise WavearError(f"the gap touches all of {frames} frames: the recording is too short")
+        first, last = mel[:, known[0]], mel[:, known[-1]]
+        share = torch.linspace(0, 1, after - before + 1)[None]
+        within = slice(max(before + 1, 0), min(after, frames))
+        values = torch.lerp(first[:, None], last[:, None], share)[:, 1:-1]
+        mel[:, within] = values[:, within.start - before - 1 :][:, : within.stop - within.start]
+        mask[:, within] = 1
+    return torch.cat([mel, mask])
