@@ -79,16 +79,17 @@ def test_values_are_flags(name: str, start: Callable[..., int], monkeypatch: pyt
         "wavear.cli.training.run_training", lambda config: trained.append(config) or 0
     )
     recipe = module(RECIPES / name / "train.py")
-    sizes = {"wavenet": ("--stacks", "3"), "predictive": ("--period-layers", "2")}
+    sizes = {"wavenet": "stacks", "predictive": "period_layers", "transformer": "window"}
+    size = sizes.get(str(recipe.VALUES.family), "")
     Path("elsewhere").write_text("path\nsome.wav\n")  # a manifest, which every recipe accepts
     fine_tuned = recipe.VALUES.from_checkpoint is not None  # which sets the sizes
-    flags = () if fine_tuned else ("--layers", "6", *sizes[recipe.VALUES.family])
+    flags = () if fine_tuned else ("--layers", "6", f"--{size.replace('_', '-')}", "3")
     assert start(recipe, "--data", "elsewhere", "--seed", "5", *flags) == 0
     (config,) = trained
     assert (config.data, config.seed, config.family) == ("elsewhere", 5, recipe.VALUES.family)
     if not fine_tuned:
         assert config.layers == 6
-        assert (config.stacks, config.period_layers) in ((3, None), (None, 2))
+        assert getattr(config, size) == 3
     assert config.sample_rate == recipe.VALUES.sample_rate
     assert config.segment == recipe.VALUES.segment
     assert start(recipe, "--kernel-size", "1") == 2
