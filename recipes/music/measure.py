@@ -105,7 +105,7 @@ def bits_by_context(
 
 
 def tempo(x: np.ndarray, rate: int) -> float:
-    """Return beats per minute, 0 where none are found."""
+    """Return beats per minute, 0 where there are none."""
     return float(np.ravel(librosa.beat.beat_track(y=x, sr=rate)[0])[0])
 
 
@@ -125,7 +125,8 @@ def same_tempo(a: float, b: float) -> bool:
 
 def chroma(x: np.ndarray, rate: int) -> np.ndarray:
     """Return the mean strength of the twelve pitch classes from C on, (12,)."""
-    return librosa.feature.chroma_cqt(y=x, sr=rate, tuning=0.0).mean(axis=1)
+    bins = 1 << math.ceil(math.log2(rate / 4))  # at most 4 Hz apart: semitones from 65 Hz on
+    return librosa.feature.chroma_stft(y=x, sr=rate, n_fft=bins, tuning=0.0).mean(axis=1)
 
 
 def correlation(a: np.ndarray, b: np.ndarray) -> float:

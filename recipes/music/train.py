@@ -10,16 +10,17 @@ VALUES = TrainConfig(
     unconditional=True,
     # Recordings are mixed to mono and resampled as they are read.
     sample_rate=16000,
-    # 5 layers x 255 positions x 32 samples: 2.6 seconds of past. Few channels of a past sample, as
+    # 4 layers x 383 positions x 32 samples: 3.1 seconds of past. Few channels of a past sample, as
     # the head reads those of 32 samples for each new one.
-    layers=5,
-    channels=256,
-    window=256,
+    layers=4,
+    channels=128,
+    window=384,
     patch=32,
     sample_channels=16,
+    head_channels=128,
     # A segment sees the keys and values of those before it, 32 segments (8.2 s) at most.
     segment=4096,
-    batch_size=4,
+    batch_size=2,
     optimizer="muon",
     learning_rate=4e-3,
     hold=0.3,
@@ -28,7 +29,7 @@ VALUES = TrainConfig(
     input_noise=1.0,
     sample_seconds=4.0,
     max_steps=None,
-    max_minutes=60.0,
+    max_minutes=20.0,
 )
 
 if __name__ == "__main__":
