@@ -79,16 +79,17 @@ def test_values_are_flags(name: str, start: Callable[..., int], monkeypatch: pyt
         "wavear.cli.training.run_training", lambda config: trained.append(config) or 0
     )
     recipe = module(RECIPES / name / "train.py")
-    sizes = {"wavenet": ("--stacks", "3"), "predictive": ("--period-layers", "2")}
+    sizes = {"wavenet": "stacks", "predictive": "period_layers", "transformer": "window"}
+    size = sizes.get(str(recipe.VALUES.family), "")
     Path("elsewhere").write_text("path\nsome.wav\n")  # a manifest, which every recipe accepts
     fine_tuned = recipe.VALUES.from_checkpoint is not None  # which sets the sizes
-    flags = () if fine_tuned else ("--layers", "6", *sizes[recipe.VALUES.family])
+    flags = () if fine_tuned else ("--layers", "6", f"--{size.replace('_', '-')}", "3")
     assert start(recipe, "--data", "elsewhere", "--seed", "5", *flags) == 0
     (config,) = trained
     assert (config.data, config.seed, config.family) == ("elsewhere", 5, recipe.VALUES.family)
     if not fine_tuned:
         assert config.layers == 6
-        assert (config.stacks, config.period_layers) in ((3, None), (None, 2))
+        assert getattr(config, size) == 3
     assert config.sample_rate == recipe.VALUES.sample_rate
     assert config.segment == recipe.VALUES.segment
     assert start(recipe, "--kernel-size", "1") == 2
@@ -206,17 +207,28 @@ def test_families_recipe_refuses_shards_before_it_trains(
 
 
 def test_music_recipe_trains(start: Callable[..., int], tmp_path: Path):
-    """Train on stereo files of another rate, without mels."""
-    noise = np.random.default_rng(0).normal(0, 0.1, (2, 4000)).astype(np.float32)
+    """Train on stereo files of another rate without mels, then on features."""
+    noise = np.random.default_rng(0).normal(0, 0.1, (3, 4000, 2)).astype(np.float32)
     album = tmp_path / "data" / "music" / "album"
-    album.mkdir(parents=True)
+    features = tmp_path / "features" / "album"
+    for folder in (album, features):
+        folder.mkdir(parents=True)
     for number in range(3):
-        soundfile.write(album / f"{number}.flac", noise.T, 44100)
+        soundfile.write(album / f"{number}.flac", noise[number], 44100)
+        np.save(features / f"{number}.npy", np.ones((3, 6), np.float32))
     recipe = module(RECIPES / "music" / "train.py")
-    assert start(recipe, *SMALL, "--stacks", "1", "--batch-size", "2") == 0
+    own = {"layers": 2, "channels": 8, "heads": 2, "head-channels": 4, "window": 8, "patch": 4}
+    own |= {"segment": 256, "max-steps": 2, "sample-seconds": 0, "device": "cpu", "workers": 0}
+    flags = [part for name, value in own.items() for part in (f"--{name}", str(value))]
+    assert start(recipe, *flags) == 0
     trained = wavear.load(tmp_path / "runs" / "music" / "best")
     assert trained.config.mel is None
     assert trained.config.sample_rate == 16000
+    steered = ["--no-unconditional", "--features", "features", "--feature-hop", "256"]
+    assert start(recipe, *flags, *steered, "--out", "steered") == 0
+    assert wavear.load("steered/best").config.mel == wavear.FeatureConfig(
+        sample_rate=16000, hop_length=256, channels=3
+    )
 
 
 # --- text to speech

@@ -1,0 +1,126 @@
+"""The recipe for music: what its program measures, on sounds whose tempo and key are known."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from small_models import tiny
+from test_recipes import RECIPES, module
+
+import wavear
+from wavear import GRU, GRUConfig, Transformer, TransformerConfig, audio
+
+RATE = 16000
+MEASURE = module(RECIPES / "music" / "measure.py")
+FEATURES = module(RECIPES / "music" / "features.py")
+
+
+def notes(pitches: list[int], seconds: float) -> np.ndarray:
+    """Return notes of MIDI numbers one after another, each with three partials and a decay."""
+    t = np.arange(round(seconds * RATE)) / RATE
+    tones = [
+        sum(np.sin(2 * np.pi * k * 440 * 2 ** ((p - 69) / 12) * t) / k for k in (1, 2, 3))
+        * np.exp(-5 * t)
+        for p in pitches
+    ]
+    return 0.2 * np.concatenate(tones).astype(np.float32)
+
+
+def test_context_exceeds_two_seconds():
+    values = module(RECIPES / "music" / "train.py").VALUES
+    assert values.model_config().receptive_field > 2 * values.sample_rate
+    assert 32 * values.segment > 2 * values.sample_rate  # of a stretch in training (lanes.VISIT)
+
+
+def of_family(family: str) -> wavear.AutoregressiveModel:
+    torch.manual_seed(0)
+    if family == "wavenet":
+        return tiny(layers=4)
+    if family == "gru":
+        return GRU(GRUConfig(channels=8, sample_rate=8000)).eval()
+    return Transformer(
+        TransformerConfig(layers=2, channels=16, heads=2, window=8, patch=4, sample_rate=8000)
+    ).eval()
+
+
+@pytest.mark.parametrize("family", ["wavenet", "gru", "transformer"])
+def test_bits_by_context_are_scores_after_silence(family: str):
+    """Equal the end of `wavear.score` of a waveform that is cut at the beginning of the context."""
+    model = of_family(family)
+    rows = 0.3 * torch.randn(3, 400, generator=torch.Generator().manual_seed(1)).clamp(-1, 1)
+    bits = MEASURE.bits_by_context(model, rows, [10, 50, 300], scored=40)
+    for column, context in enumerate([10, 50, 300]):
+        scores = wavear.score(model, rows[:, -context - 40 :])[:, -40:]
+        expected = -scores.mean(dim=1) / math.log(2)
+        assert bits[:, column] == pytest.approx(expected.numpy(), abs=1e-6)  # float32
+    assert (bits[:, 0] != bits[:, 1]).all()
+
+
+def test_tempo_and_key_of_known_music():
+    c_major, e_minor = [60, 64, 67, 72, 65, 69, 67, 71, 60], [64, 67, 71, 76, 69, 72, 71, 66, 64]
+    for scale, expected in ((c_major, 0), (e_minor, 12 + 4)):
+        assert MEASURE.key(MEASURE.chroma(notes(scale, 0.5), RATE)) == expected
+    fast = notes([60] * 16, 60 / 140)
+    assert MEASURE.tempo(fast, RATE) == pytest.approx(140, rel=0.04)
+    assert not MEASURE.same_tempo(MEASURE.tempo(fast, RATE), 100)
+    assert MEASURE.tempo(np.zeros(RATE, np.float32), RATE) == 0
+
+
+def test_kept_compares_with_own_and_with_other_primes():
+    pieces = [notes([60, 64, 67, 72] * 3, 60 / 100), notes([66, 70, 73, 78] * 3, 60 / 140)]
+    sources = np.arange(2)
+    own = MEASURE.kept(pieces, pieces, sources, RATE)
+    crossed = MEASURE.kept(pieces, pieces[::-1], sources, RATE)
+    for (same, other), (swapped, back) in zip(own, crossed, strict=True):
+        assert (same, other) == (back, swapped)
+        assert same == pytest.approx(1)
+        assert other < 0.5
+
+
+def test_program_prints_both_tables(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    of_family("transformer").save(tmp_path / "model")
+    (tmp_path / "data").mkdir()
+    for number, pitch in enumerate((60, 66)):
+        audio.write(tmp_path / "data" / f"{number}.wav", notes([pitch] * 10, 0.45)[::2], 8000)
+    program = ["measure.py", str(tmp_path / "model"), "--data", str(tmp_path / "data")]
+    small = ["--stretches", "2", "--primes", "1", "--seconds", "1"]
+    monkeypatch.setattr("sys.argv", [*program, *small])
+    assert MEASURE.main() == 0
+    out = capsys.readouterr().out
+    assert "4 stretches of 0.1 s" in out
+    assert "2 continuations of 1 s after 1 s, of 2 recordings" in out
+    monkeypatch.setattr("sys.argv", [*program, *small, "--seconds", "60"])
+    assert MEASURE.main() == 1
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    assert "has no recording of 120 s" in err
+
+
+def test_features_are_those_of_made_sounds(tmp_path: Path):
+    t = np.arange(RATE) / RATE
+    for folder, hertz in (("low", 110), ("high", 440)):
+        tone = 0.1 * np.sin(2 * np.pi * hertz * t).astype(np.float32)
+        (tmp_path / folder).mkdir()
+        audio.write(tmp_path / folder / "x.wav", np.concatenate([tone, np.zeros(RATE)]), RATE)
+    assert FEATURES.write(tmp_path, tmp_path / "f", RATE, 256) == (2, ["high", "low"])
+    for folder, octaves, label in (("low", 1, [0, 1]), ("high", 3, [1, 0])):
+        found = np.load(tmp_path / "f" / folder / "x.npy")
+        assert found.shape == (5, 125)
+        assert found.dtype == np.float32
+        tone, silence = found[:, 10:50], found[:, 70:]
+        level = 20 * math.log10(0.1 / math.sqrt(2))
+        assert tone[0] == pytest.approx(level, abs=0.3)
+        assert found[0, 62] == pytest.approx(level - 3, abs=0.3)  # the tone ends in its middle
+        assert tone[1] == pytest.approx(octaves, abs=0.03)
+        assert (tone[2] == 1).all()
+        assert (silence[0] == -80).all()
+        assert (silence[2] == 0).all()
+        assert found[3:, 0].tolist() == label
+    with pytest.raises(wavear.WavearError, match="exists"):
+        FEATURES.write(tmp_path, tmp_path / "f", RATE, 256)
