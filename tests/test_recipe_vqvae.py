@@ -7,7 +7,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -179,11 +179,13 @@ def test_saved_codes_load_and_damage_is_one_line(
 
 def test_programs_on_made_sounds(
     start: Callable[..., int],
+    recipe: Callable[[str], ModuleType],
+    monkeypatch: pytest.MonkeyPatch,
     small_voice: Any,
     tmp_path: Path,
     capsys: pytest.CaptureFixture,
 ):
-    """Train, convert, and babble, by the commands of the README."""
+    """Train, convert, measure, and babble, by the commands of the README."""
     generator = np.random.default_rng(0)
     for speaker, base in {"low": 110, "high": 220}.items():
         (tmp_path / "data" / speaker).mkdir(parents=True)
@@ -223,6 +225,36 @@ def test_programs_on_made_sounds(
         error = capsys.readouterr().err
         assert reason in error
         assert error.count("\n") == 1
+
+    calls: list[tuple[Any, ...]] = []
+
+    def evaluate(checkpoint: str, data: Path, out: Path, settings: wavear.EvaluateConfig) -> Any:
+        calls.append((Path(checkpoint).name, out.name, settings.mels))
+        return SimpleNamespace(
+            record={"measures": {"pesq": {"model": {"mean": 2.5}}}}, bits={"model": 7}
+        )
+
+    monkeypatch.setattr(recipe("measure"), "evaluate", evaluate)
+    words = ["run", "--data", "data", "--out", "m", "--seconds", "0.5", "--before", "start"]
+    assert start("measure", *words, "--voices", "low", "high") == 0
+    printed = capsys.readouterr().out
+    assert "2 held-out recordings, 2 s, 43.07 codes per second" in printed
+    assert "| codes | 7.00 | 2.50 | - |" in printed
+    assert calls == [
+        ("start", "copy", None),
+        ("voice", "codes", "m/mels"),
+        ("start", "apart", "m/mels"),
+    ]
+    assert np.load("m/mels/low0.npy").shape == (80, 43)
+    assert audio.info("m/clips/low0.wav").frames == 43 * 256
+    assert audio.info("m/converted/low0-as-high.wav").frames == 44 * 256  # of 22 codes
+    table = (tmp_path / "m" / "conversion.csv").read_text(encoding="utf-8").splitlines()
+    rows = [line.split(",") for line in table[1:]]
+    assert [row[:2] for row in rows] == [["low", "high"], ["high", "low"]]
+    pitches = [[float(row[2]), float(row[3])] for row in rows]
+    np.testing.assert_allclose(pitches, [[110, 220], [220, 110]], rtol=0.03)  # pYIN's steps
+    assert start("measure", *words) == 1
+    assert "m exists" in capsys.readouterr().err
 
     sizes = ["--width", "8", "--layers", "1", "--window", "8", "--steps", "2", "--seconds", "0.5"]
     assert start("babble", "run", "--data", "data", "--speaker", "low", *sizes) == 0

@@ -31,7 +31,7 @@ Sequences = list[tuple[Tensor, int]]
 
 @dataclass(frozen=True)
 class Babble:
-    """What to speak, and the training before it."""
+    """The babble, and the training before it."""
 
     model: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="MODEL")] = Path()
     """Folder that train.py wrote."""
@@ -54,13 +54,13 @@ class Babble:
     batch_size: int = 16
     """Stretches of two windows per step."""
     learning_rate: float = 2e-3
-    """At its highest."""
+    """The highest; it falls to zero by half a cosine."""
     dropout: float = 0.1
     """Share of past codes replaced by random ones in training."""
     limit: float = 400.0
     """Seconds of each speaker to train on, at most."""
     temperature: float = 1.0
-    """Of the codes."""
+    """Divides the logits of the codes."""
     top_p: float = 0.95
     """Draw among the likeliest codes with this probability."""
     seed: int = 0

@@ -12,7 +12,7 @@ import csv
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import librosa
 import numpy as np
@@ -26,12 +26,12 @@ from wavear import EvaluateConfig, WavearError, audio, evaluate, generate, log_m
 from wavear.cli import recipe
 
 MEASURES = {"pesq": 2, "stoi": 3, "mcd": 2, "log_mel": 3, "period_error": 1}
-"""Of `wavear.evaluate`, with the decimals to print."""
+"""Measures of `wavear.evaluate`, with the decimals to print."""
 
 
 @dataclass(frozen=True)
 class Measure:
-    """What to measure."""
+    """The recordings, and how much of them to measure."""
 
     model: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="MODEL")] = Path()
     """Folder that train.py wrote."""
@@ -43,6 +43,8 @@ class Measure:
     """The voice that train.py started from."""
     voices: tuple[str, ...] = ()
     """Speakers to convert to each other."""
+    ways: tuple[Literal["copy", "codes", "apart"], ...] = ("copy", "codes", "apart")
+    """Syntheses to evaluate."""
     clips: int = 2
     """Clips of each speaker to synthesize."""
     seconds: float = 5.0
@@ -94,15 +96,14 @@ def resynthesis(clips: list[Recording], model: CodesModel, voice: Any, config: M
     mels, after = str(config.out / "mels"), str(config.model / "voice")
     ways = {"copy": (config.before, None), "codes": (after, mels), "apart": (config.before, mels)}
     print(f"| | bits | {' | '.join(MEASURES)} |\n|---|---:{'|---:' * len(MEASURES)}|")
-    for name, (checkpoint, given) in ways.items():
+    for name in config.ways:
+        checkpoint, given = ways[name]
         settings = EvaluateConfig(
             clips=len(clips), seconds=config.seconds, seed=config.seed, mels=given
         )
         found = evaluate(checkpoint, config.out / "clips.csv", config.out / name, settings)
-        values = [
-            f"{found.record['measures'][key]['model']['mean']:.{decimals}f}"
-            for key, decimals in MEASURES.items()
-        ]
+        means = {k: v["model"]["mean"] for k, v in found.record["measures"].items() if "model" in v}
+        values = [f"{means[k]:.{d}f}" if k in means else "-" for k, d in MEASURES.items()]
         bits = found.bits["model"]
         print(f"| {name} | {bits:.2f} | {' | '.join(values)} |", flush=True)
 
@@ -186,7 +187,8 @@ def run(config: Measure) -> int:
     print(f"{used} of {model.config.codes} codes occur, at most {most * rate:.0f} bits per second")
     print(f"entropy of single codes {bits:.2f} of {most:.2f} bits, {bits * rate:.0f} per second")
     clips = excerpts(held, config, voice.config.sample_rate, hop)
-    resynthesis(clips, model, voice, config)
+    if config.ways:
+        resynthesis(clips, model, voice, config)
     if len(config.voices) > 1:
         conversion(clips, model, voice, config)
     return 0

@@ -46,8 +46,8 @@ class CodesConfig:
     """Channels of the convolutions."""
     blocks: int = 3
     """Residual blocks of the encoder, and of the decoder."""
-    decay: float = 0.99
-    """Of the moving averages of the codebook, per batch."""
+    decay: float = 0.97
+    """Decay of the codebook's moving averages, per batch."""
     restart_below: float = 0.1
     """A code used less than this share of an even use restarts at a vector of the batch."""
 

@@ -37,6 +37,8 @@ class Train:
     """Mel frames per code: 1, 2, 4..."""
     codes: int = 512
     """Size of the codebook."""
+    decay: float = 0.97
+    """Decay of the codebook's moving averages per step: an unused code restarts after 76 steps."""
     channels: int = 192
     """Channels of the encoder and the decoder."""
     seconds: float = 400.0
@@ -52,9 +54,9 @@ class Train:
     likelihood: float = 0.3
     """Weight of nats per sample, next to the mean absolute error of normalised mels."""
     learning_rate: float = 1e-3
-    """Of the codes; it falls to a tenth by half a cosine."""
+    """Learning rate of the codes; it falls to a tenth by half a cosine."""
     voice_learning_rate: float = 5e-4
-    """Of the voice, likewise."""
+    """Learning rate of the voice, likewise."""
     seed: int = 0
     """Seed of first weights and crops."""
     overwrite: bool = False
@@ -69,7 +71,14 @@ def new_model(config: Train, clips: list[Clip], voice: PredictiveWaveNet) -> Cod
     names = tuple(sorted({clip.recording.speaker for clip in clips}))
     bands = voice.conditioning.bands
     model = CodesModel(
-        CodesConfig(names, bands, config.frames, config.codes, channels=config.channels)
+        CodesConfig(
+            names,
+            bands,
+            config.frames,
+            config.codes,
+            channels=config.channels,
+            decay=config.decay,
+        )
     )
     model.deviation.copy_(voice.conditioning.mel_deviation)
     model.floor.fill_(min(float(clip.mel.min()) for clip in clips))
@@ -118,7 +127,8 @@ def fit(
     total, recent = config.steps + config.joint_steps, []
     for step in range(1, total + 1):
         waveforms = config.waveforms if step > config.steps else 0
-        parts = torch.stack(losses(model, voice, crops.draw(config.batch_size), waveforms))
+        batch = crops.draw(config.batch_size)
+        parts = torch.stack(losses(model, voice, batch, waveforms))
         if not parts.isfinite().all():
             raise WavearError(f"the loss of step {step} is {parts.tolist()}: lower --learning-rate")
         optimizer.zero_grad()
@@ -130,14 +140,15 @@ def fit(
         optimizer.step()
         recent.append(parts.detach())
         if step % max(total // 24, 1) == 0 or step in (config.steps, total):
-            counts, means = model.quantizer.counts, torch.stack(recent).mean(0).tolist()
-            recent = []
+            means, recent = torch.stack(recent).mean(0).tolist(), []
+            with torch.no_grad():
+                codes = model.quantizer.nearest(model.latent(batch["mel"], batch["mean"]))
             yield {
                 "step": step,
                 "seconds": time.monotonic() - began,
                 "processor_seconds": time.process_time() - spent,
                 **dict(zip(("mel_error", "commitment", "nats"), means, strict=True)),
-                "codes_in_use": int((counts > 0.5 * counts.mean()).sum()),
+                "codes_of_a_batch": len(codes.unique()),
             }
 
 
