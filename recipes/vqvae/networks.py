@@ -241,7 +241,9 @@ def load_codes(folder: Path) -> tuple[CodesModel, Any]:
     return model.eval(), load(folder / VOICE)
 
 
-def nats(voice: PredictiveWaveNet, waveform: Tensor, mel: Tensor, context: int) -> Tensor:
+def nats(
+    voice: PredictiveWaveNet, waveform: Tensor, mel: Tensor, context: int, noise: float = 0.0
+) -> Tensor:
     """Return the mean negative log-likelihood per sample, differentiable in the mel.
 
     Parameters
@@ -250,9 +252,12 @@ def nats(voice: PredictiveWaveNet, waveform: Tensor, mel: Tensor, context: int) 
     mel : Tensor, shape (B, M, lookback + T / hop + lookahead)
     context : int
         First samples that count only as context.
+    noise : float
+        On the past that the voice sees, at most: see `PredictiveWaveNet.input_noise`.
     """
     codes = voice.grid.encode(waveform)
-    parameters = voice(codes, voice.condition(mel, padded=True))
+    past = voice.input_noise(codes, noise, torch.default_generator) if noise else {"codes": codes}
+    parameters = voice(cond=voice.condition(mel, padded=True), **past)
     return -voice.law.log_prob(parameters, codes)[:, context:].mean()
 
 

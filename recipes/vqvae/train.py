@@ -55,8 +55,10 @@ class Train:
     """Weight of nats per sample, next to the mean absolute error of normalised mels."""
     learning_rate: float = 1e-3
     """Learning rate of the codes; it falls to a tenth by half a cosine."""
-    voice_learning_rate: float = 5e-4
+    voice_learning_rate: float = 1e-4
     """Learning rate of the voice, likewise."""
+    input_noise: float = 0.5
+    """Noise on the past that the voice sees, so that it plays by itself as well."""
     seed: int = 0
     """Seed of first weights and crops."""
     overwrite: bool = False
@@ -91,7 +93,11 @@ def new_model(config: Train, clips: list[Clip], voice: PredictiveWaveNet) -> Cod
 
 
 def losses(
-    model: CodesModel, voice: PredictiveWaveNet, batch: dict[str, Any], waveforms: int
+    model: CodesModel,
+    voice: PredictiveWaveNet,
+    batch: dict[str, Any],
+    waveforms: int,
+    noise: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return the error of the mel, the commitment, and nats per sample of the first crops.
 
@@ -105,7 +111,7 @@ def losses(
     hop, before, after = voice.conditioning.hop, voice.lookback, voice.lookahead
     waveform = batch["waveform"][:waveforms, before * hop : -after * hop]
     context = min(voice.receptive_field or 0, waveform.shape[1] // 2)
-    return error, commitment, nats(voice, waveform, mel[:waveforms], context)
+    return error, commitment, nats(voice, waveform, mel[:waveforms], context, noise)
 
 
 def fit(
@@ -128,7 +134,7 @@ def fit(
     for step in range(1, total + 1):
         waveforms = config.waveforms if step > config.steps else 0
         batch = crops.draw(config.batch_size)
-        parts = torch.stack(losses(model, voice, batch, waveforms))
+        parts = torch.stack(losses(model, voice, batch, waveforms, config.input_noise))
         if not parts.isfinite().all():
             raise WavearError(f"the loss of step {step} is {parts.tolist()}: lower --learning-rate")
         optimizer.zero_grad()
