@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from pages import write_section
 
-from wavear import TrainConfig, generate, load, log_mel, score, train
+from wavear import MelConfig, TrainConfig, generate, load, log_mel, score, train
 from wavear.audio.grid import Grid
 from wavear.common.atomic import replace_file
 from wavear.data.corpus import open_corpus
@@ -157,7 +157,7 @@ def measure(config: TrainConfig, count: int, seconds: float) -> dict[str, Any]:
     """Return the bits and measures of each clip, of the last state of a run."""
     model = load(Path(config.out) / "last")
     clips, rate = clips_of(config, count, seconds), config.sample_rate
-    assert config.mel is not None
+    assert isinstance(config.mel, MelConfig)
     heard = [torch.from_numpy(np.clip(x * np.float32(gain), -1, 1)) for _, x, gain in clips]
     made = generate(model, [log_mel(x[None], config.mel)[0] for x in heard], seed=0)
     rows = {}

@@ -15,7 +15,7 @@ import torch
 from networks import CONFIG, VOICE, CodesConfig, CodesModel, nats, refuse_existing
 from recordings import Clip, Crops, listed, read
 
-from wavear import PredictiveWaveNet, WavearError, load
+from wavear import MelConfig, PredictiveWaveNet, WavearError, load
 from wavear.cli import recipe
 
 
@@ -177,7 +177,7 @@ def run(config: Train) -> int:
         )
     training = [each for each in listed(config.data) if not each.held_out]
     mels = voice.config.mel
-    assert mels is not None
+    assert isinstance(mels, MelConfig)
     clips = list(read(training, mels, config.seconds))
     model = new_model(config, clips, voice)
     names = model.config.speakers
