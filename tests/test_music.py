@@ -15,7 +15,7 @@ import wavear
 from wavear import GRU, GRUConfig, Transformer, TransformerConfig, audio
 
 RATE = 16000
-MEASURE = module(RECIPES / "music" / "measure.py")
+MEASURE = module(RECIPES.parent / "bench" / "music.py")
 FEATURES = module(RECIPES / "music" / "features.py")
 
 
@@ -88,7 +88,7 @@ def test_program_prints_both_tables(
     (tmp_path / "data").mkdir()
     for number, pitch in enumerate((60, 66)):
         audio.write(tmp_path / "data" / f"{number}.wav", notes([pitch] * 10, 0.45)[::2], 8000)
-    program = ["measure.py", str(tmp_path / "model"), "--data", str(tmp_path / "data")]
+    program = ["music.py", str(tmp_path / "model"), "--data", str(tmp_path / "data")]
     small = ["--stretches", "2", "--primes", "1", "--seconds", "1"]
     monkeypatch.setattr("sys.argv", [*program, *small])
     assert MEASURE.main() == 0

@@ -11,6 +11,7 @@ from .evaluation.evaluation import compare, compare_models, evaluate
 from .evaluation.ratios import likelihood_ratios
 from .evaluation.records import Evaluation
 from .generation.defects import watch
+from .generation.infilling import gap_features
 from .generation.sampler import generate
 from .generation.scoring import score
 from .generation.states import StreamState
@@ -68,6 +69,7 @@ __all__ = [
     "display",
     "evaluate",
     "fit_linear",
+    "gap_features",
     "generate",
     "index",
     "judge_mel",

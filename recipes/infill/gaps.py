@@ -21,9 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from wavear import MelConfig, WavearError, audio, load
-from wavear.generation.infilling import gap_features
-from wavear.mel.features import FeatureConfig
+from wavear import FeatureConfig, MelConfig, WavearError, audio, gap_features, load
 
 MEL = MelConfig()
 SHORTEST, LONGEST = 0.003, 0.15  # seconds of a gap

@@ -20,8 +20,7 @@ from pathlib import Path
 import librosa
 import numpy as np
 
-from wavear import audio
-from wavear.common.errors import WavearError
+from wavear import WavearError, audio
 
 SILENCE = -80.0
 """dB of full scale."""

@@ -1,6 +1,6 @@
 """Measure what models of music make of their past.
 
-    python recipes/music/measure.py runs/music/best runs/wavenet/best --data my/held_out
+    python bench/music.py runs/music/best runs/wavenet/best --data my/held_out
 
 1. Bits per sample of the same held-out samples with 0.1, 0.5, 1, 2 and 4 s of the audio before
    them; earlier audio is replaced by silence.
