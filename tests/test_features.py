@@ -123,6 +123,15 @@ def test_settings_that_do_not_fit_are_refused(tones, tmp_path, change, message):
         wavear.TrainConfig(str(tones), "out", **{"sample_rate": RATE} | given)
 
 
+@pytest.mark.parametrize(
+    "wrong", [{"channels": 0}, {"classes": -1}, {"channels": 70, "classes": 70}]
+)
+def test_configurations_out_of_range_are_refused(wrong):
+    """A checkpoint may hold any."""
+    with pytest.raises(WavearError, match=r"FeatureConfig: (channels|classes|bands) is"):
+        FeatureConfig(**wrong)
+
+
 def test_audio_does_not_stand_for_features(tones):
     config = FeatureConfig(sample_rate=RATE, hop_length=HOP, channels=2)
     model = wavear.WaveNet(wavear.WaveNetConfig(sample_rate=RATE, mel=config, layers=2))

@@ -30,7 +30,7 @@ from wavear.generation.settings import candidate_seeds
 from wavear.mel.spectrogram import MelConfig, log_mel
 from wavear.models import lpc
 from wavear.models.base import AutoregressiveModel, check_model
-from wavear.models.sampling import uniforms
+from wavear.models.sampling import systematic, uniforms
 
 SEAM_SECONDS = 0.02
 FORKS = (0.01, 0.004, 0.0015)  # seconds before the end of the gap
@@ -136,10 +136,7 @@ def infill(
         first = first if number else float(found.mean())
         if found.max() > likeliest:
             best, likeliest = made[found.argmax()].copy(), float(found.max())
-        weights = np.exp(found - found.max())
-        # Systematic resampling: one uniform number places all of them.
-        marks = (generator.random() + np.arange(candidates)) / candidates
-        chosen = np.searchsorted(weights.cumsum() / weights.sum(), marks).clip(max=candidates - 1)
+        chosen = systematic(np.exp(found - found.max()), generator.random())
         states, made = [states[n] for n in chosen], made[chosen]
     filled = waveform.float().clone()
     filled[start:stop] = model.grid.decode(torch.from_numpy(best))

@@ -26,7 +26,7 @@ from wavear.generation.engine import Engine
 from wavear.mel.conversion import per_neper
 from wavear.mel.spectrogram import MelConfig, compress_, filters_and_window
 from wavear.models.base import AutoregressiveModel
-from wavear.models.sampling import uniforms
+from wavear.models.sampling import systematic, uniforms
 
 STEP = 0.5
 """Hops between two draws of the particles."""
@@ -146,8 +146,7 @@ class Particles:
         if distance is None:
             return parents
         weights = torch.softmax(-SHARPNESS * distance, dim=0).numpy()
-        places = (uniforms(self.draw_seed, self.position, 1) + parents) / len(parents)
-        drawn = np.searchsorted(np.cumsum(weights)[:-1], places, side="right")
+        drawn = systematic(weights, float(uniforms(self.draw_seed, self.position, 1)[0]))
         counts = np.bincount(drawn, minlength=len(parents))
         spare = np.repeat(parents, np.maximum(counts - 1, 0))  # survivors stay where they are
         ended = np.flatnonzero(counts == 0)

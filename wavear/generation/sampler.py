@@ -82,7 +82,7 @@ def generate(
         Make this many candidates of each utterance and keep the one of the highest log-probability.
         Candidate i of seed s has the seed `candidate_seeds(s, best_of)[i]`, the first s itself.
     particles : int
-        Make this many streams of each utterance side by side and every quarter of a frame continue
+        Make this many streams of each utterance side by side and every half frame continue
         those whose mel is nearest to the given one (`wavear.generation.particles`).
     return_log_probability : bool
         Return the log-probability of every sample as well.

@@ -50,7 +50,8 @@ class FeatureConfig:
             ("sample_rate", 1000, 384_000),
             ("hop_length", 1, 2**16),
             ("channels", 1, _MOST),
-            ("classes", 0, _MOST // self.channels if isinstance(self.channels, int) else 0),
+            ("classes", 0, _MOST),
+            ("bands", 1, _MOST),
         ):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
@@ -63,11 +64,6 @@ class FeatureConfig:
     def bands(self) -> int:
         """Channels that the model sees: of codes, one for each code."""
         return self.channels * max(self.classes, 1)
-
-    @property
-    def frame_rate(self) -> float:
-        """Frames per second."""
-        return self.sample_rate / self.hop_length
 
     @property
     def context_frames(self) -> int:

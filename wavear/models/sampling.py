@@ -46,6 +46,20 @@ def uniforms(seed: int, start: int, count: int) -> np.ndarray:
     return (words >> np.uint64(11)) * 2.0**-53
 
 
+def systematic(weights: np.ndarray, uniform: float) -> np.ndarray:
+    """Draw streams in proportion to their weights, by systematic resampling (Kitagawa, 1996).
+
+    One uniform number places all of them. Returns the streams (N,), in their order.
+
+    Examples
+    --------
+    >>> systematic(np.array([1.0, 2.0, 1.0, 0.0]), 0.5).tolist()
+    [0, 1, 1, 2]
+    """
+    places = (uniform + np.arange(len(weights))) / len(weights)
+    return np.searchsorted(np.cumsum(weights / weights.sum())[:-1], places, side="right")
+
+
 def kept(
     probabilities: Tensor, logits: Tensor, top_k: int | None = None, top_p: float | None = None
 ) -> Tensor:
