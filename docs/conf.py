@@ -74,7 +74,8 @@ class NotebookParser(Parser):
 
 def make_landing(app: Sphinx, docname: str, source: list[str]) -> None:
     """Put README.md before the list of pages, with its links relative to `docs/`."""
-    source[0] = source[0].replace("](../README.md", "](index.md")
+    if docname.startswith("docs/"):
+        source[0] = source[0].replace("](../README.md", "](index.md")
     if docname == LANDING:
         readme = (ROOT / "README.md").read_text(encoding="utf-8")
         source[0] = re.sub(r"\]\((?![a-z]+:|#)", "](../", readme) + "\n" + source[0]
