@@ -1,6 +1,9 @@
 """Measure what models of music make of their past.
 
     python bench/music.py runs/music/best runs/wavenet/best --data my/held_out
+    python bench/music.py runs/steered/best --data my/held_out --features my/features
+
+Without `--features`, for models that play by themselves:
 
 1. Bits per sample of the same held-out samples with 0.1, 0.5, 1, 2 and 4 s of the audio before
    them; earlier audio is replaced by silence.
@@ -8,6 +11,12 @@
    beat tracker; within 4 %, octaves count as equal) and the key (mean chroma, the profiles of
    Krumhansl, 1990) of the stretch before? In brackets: of stretches of the other recordings, which
    is chance. The first row has the recordings' own continuations, which bound the others.
+
+With `--features`, for models of what recipes/music/features.py writes: sounds made on the features
+of held-out recordings. Mean difference of their loudness from the one asked for, in frames above
+-60 dB; the share of frames with a pitch in both whose pitches are within 50 cents; and the share of
+frames in which both have a pitch, or neither. In brackets: the same for the features of another
+recording, which is chance.
 """
 
 from __future__ import annotations
@@ -24,6 +33,7 @@ import torch
 from torch import Tensor
 
 import wavear
+from wavear import audio
 from wavear.common.errors import WavearError
 from wavear.data.corpus import Treatment, find, prepare
 from wavear.data.crops import read_span
@@ -31,12 +41,17 @@ from wavear.generation.conditioner import Conditioner
 from wavear.generation.scoring import score_parallel
 from wavear.models.base import AutoregressiveModel
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "recipes" / "music"))
+from features import features
+
 CONTEXTS = (0.1, 0.5, 1.0, 2.0, 4.0)
 """Seconds."""
 SCORED = 0.1
 """Seconds that are scored after each context."""
 WITHIN = 0.04
 """Tempi are equal up to this."""
+AUDIBLE, CENTS = -60.0, 50.0
+"""Loudness that counts, in dB of full scale, and a difference of pitches that is none."""
 # Krumhansl, "Cognitive Foundations of Musical Pitch", 1990: how well each degree fits a key.
 MAJOR = (6.35, 2.23, 3.48, 2.33, 4.38, 4.09, 2.52, 5.19, 2.39, 3.66, 2.29, 2.88)
 MINOR = (6.33, 2.68, 3.52, 5.38, 2.60, 3.53, 2.54, 4.75, 3.98, 2.69, 3.34, 3.17)
@@ -216,8 +231,66 @@ def continuation_table(
     return lines
 
 
+def followed(asked: np.ndarray, found: np.ndarray) -> tuple[float, float, float]:
+    """Compare loudness, pitch and voicing (3 or more, F) that were asked for with those found.
+
+    Returns
+    -------
+    tuple of float
+        Mean difference of loudness in dB, and the shares of equal pitch and of equal voicing; NaN
+        where there is no frame to compare.
+    """
+    frames = min(asked.shape[1], found.shape[1])
+    asked, found = asked[:3, :frames], found[:3, :frames]
+    heard = asked[0] > AUDIBLE
+    voiced = (asked[2] > 0) & (found[2] > 0)
+    differences = [
+        np.abs(asked[0] - found[0])[heard],
+        np.abs(asked[1] - found[1])[voiced] <= CENTS / 1200,
+        (asked[2] > 0) == (found[2] > 0),
+    ]
+    loudness, pitch, voicing = (float(d.mean()) if len(d) else math.nan for d in differences)
+    return loudness, pitch, voicing
+
+
+def steering_table(
+    models: dict[str, AutoregressiveModel], data: Path, folder: Path, threads: int
+) -> list[str]:
+    """Return a table of how well sounds follow the features of the recordings in a folder.
+
+    Raises
+    ------
+    WavearError
+        If there are fewer than two recordings, or a file of features is missing.
+    """
+    paths = sorted(p for p in data.rglob("*") if p.suffix.lower() in audio.SUFFIXES)
+    if len(paths) < 2:
+        raise WavearError(f"{data} has {len(paths)} recordings: give a folder with two or more")
+    asked = [np.load((folder / p.relative_to(data)).with_suffix(".npy")) for p in paths]
+    lines = [
+        f"{len(paths)} sounds; in brackets on the features of another recording:",
+        "",
+        "| model | loudness, dB | pitch within 50 cents | voicing |",
+        "|---|---:|---:|---:|",
+    ]
+    for name, model in models.items():
+        rate, hop = model.config.sample_rate, model.config.mel.hop_length
+        made = [
+            wavear.generate(model, torch.from_numpy(each)[None], seed=seed, threads=threads)[0]
+            for seed, each in enumerate(asked)
+        ]
+        found = [features(sound.numpy(), rate, hop) for sound in made]
+        own, other = (
+            np.nanmean([followed(a, b) for a, b in zip(asked, sounds, strict=True)], axis=0)
+            for sounds in (found, found[1:] + found[:1])
+        )
+        cells = [f"{o:.{d}f} ({c:.{d}f})" for o, c, d in zip(own, other, (1, 2, 2), strict=True)]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return lines
+
+
 def main() -> int:
-    """Print both tables."""
+    """Print the tables."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -232,10 +305,16 @@ def main() -> int:
     parser.add_argument(
         "--seconds", type=float, default=6.0, help="of a prime and of its continuation (6)"
     )
+    parser.add_argument("--features", type=Path, help="folder of features: measure steering")
     parser.add_argument("--threads", type=int, default=1, help="CPU cores to generate on (1)")
     arguments = parser.parse_args()
     try:
         models = {name: wavear.load(name) for name in arguments.checkpoints}
+        if arguments.features:
+            data = Path(arguments.data)
+            table = steering_table(models, data, arguments.features, arguments.threads)
+            print("\n".join(table))
+            return 0
         if conditioned := [name for name, model in models.items() if model.conditioned]:
             raise WavearError(f"{conditioned[0]} needs conditioning: give unconditional models")
         if len({model.config.sample_rate for model in models.values()}) > 1:

@@ -124,3 +124,42 @@ def test_features_are_those_of_made_sounds(tmp_path: Path):
         assert found[3:, 0].tolist() == label
     with pytest.raises(wavear.WavearError, match="exists"):
         FEATURES.write(tmp_path, tmp_path / "f", RATE, 256)
+
+
+def test_following_compares_loudness_pitch_and_voicing():
+    asked = np.array([[-20.0, -20, -70, -20], [1, 2, 2, 2], [1, 1, 0, 0]])
+    found = np.array([[-26.0, -22, -10, -21, 0], [1 + 0.04, 2.05, 3, 3, 0], [1, 1, 1, 0, 0]])
+    assert MEASURE.followed(asked, found) == pytest.approx((3, 0.5, 0.75))
+    silent = np.array([[-80.0], [0], [0]])
+    loudness, pitch, voicing = MEASURE.followed(silent, silent)
+    assert math.isnan(loudness)
+    assert math.isnan(pitch)
+    assert voicing == 1
+
+
+def test_program_compares_sounds_with_their_features(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    """The stand-in plays a tone of the pitch that it is asked for, 6 dB too low."""
+    for number, hertz in enumerate((110, 200, 330)):
+        tone = 0.2 * np.sin(2 * np.pi * hertz * np.arange(RATE) / RATE)
+        (tmp_path / "data").mkdir(exist_ok=True)
+        audio.write(tmp_path / "data" / f"{number}.wav", tone.astype(np.float32), RATE)
+    FEATURES.write(tmp_path / "data", tmp_path / "features", RATE, 256)
+    mel = wavear.FeatureConfig(channels=3, hop_length=256, sample_rate=RATE)
+    sizes = {"layers": 1, "channels": 16, "heads": 2, "window": 4, "patch": 4}
+    config = TransformerConfig(mel=mel, sample_rate=RATE, **sizes)
+    Transformer(config).save(tmp_path / "model")
+
+    def play(model: Transformer, asked: torch.Tensor, **settings: object) -> torch.Tensor:
+        t = torch.arange(asked.shape[2] * 256) / RATE
+        return 0.1 * torch.sin(2 * math.pi * 55 * 2 ** float(asked[0, 1, 20]) * t)[None]
+
+    monkeypatch.setattr(wavear, "generate", play)
+    program = ["music.py", str(tmp_path / "model"), "--data", str(tmp_path / "data")]
+    monkeypatch.setattr("sys.argv", [*program, "--features", str(tmp_path / "features")])
+    assert MEASURE.main() == 0
+    assert "| 6.0 (6.0) | 1.00 (0.00) | 1.00 (1.00) |" in capsys.readouterr().out
+    monkeypatch.setattr("sys.argv", [*program, "--features", str(tmp_path / "nothing")])
+    assert MEASURE.main() == 1
+    assert "nothing" in capsys.readouterr().err
