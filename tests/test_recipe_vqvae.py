@@ -155,7 +155,7 @@ def test_saved_codes_load_and_damage_is_one_line(
     mel = torch.randn(80, 35)
     model.train()(mel[None], mel.mean(1)[None], torch.tensor([0]))
     model.eval().save(tmp_path)
-    small_voice.save(tmp_path / "voice")
+    small_voice.save(tmp_path / "voice" / "best")
     loaded, voice = networks.load_codes(tmp_path)
     assert loaded.config == model.config
     assert not loaded.training
@@ -196,8 +196,9 @@ def test_programs_on_made_sounds(
             path = tmp_path / "data" / speaker / f"{speaker}{number}.wav"
             audio.write(path, (0.2 * tone + noise).astype(np.float32), RATE)
     small_voice.save(tmp_path / "start")
-    sizes = "--channels 8 --codes 8 --batch-size 2 --crop 32 --steps 3 --joint-steps 2"
-    flags = ["--data", "data", "--voice", "start", "--out", "run", *sizes.split()]
+    sizes = "--channels 8 --codes 8 --batch-size 2 --crop 32"
+    steps = "--steps 3 --joint-steps 2 --voice-minutes 0.1"
+    flags = ["--data", "data", "--voice", "start", "--out", "run", *f"{sizes} {steps}".split()]
     assert start("train", *flags) == 0
     printed = capsys.readouterr().out
     assert "4 recordings, 0.1 minutes, 2 speakers" in printed
@@ -205,6 +206,12 @@ def test_programs_on_made_sounds(
     assert [row["nats"] > 0 for row in record["log"]] == [False] * 3 + [True] * 2
     assert start("train", *flags) == 1
     assert "exists" in capsys.readouterr().err
+    assert np.load("run/mels/low1.npz")["mel"].shape == (80, 86)
+    assert start("train", *flags, "--voice-minutes", "0", "--out", "codes") == 0
+    untrained, taught = (wavear.load(f"{run}/voice/best").state_dict() for run in ("codes", "run"))
+    for name, weights in small_voice.state_dict().items():
+        torch.testing.assert_close(untrained[name], weights, msg=f"{name} learned with the codes")
+    assert any(not torch.equal(taught[name], weights) for name, weights in untrained.items())
 
     clip = "data/low/low0.wav"
     convert = ["run", clip, "--out", "x.wav", "--codes", "x.npy", "--speaker"]
@@ -242,7 +249,7 @@ def test_programs_on_made_sounds(
     assert "| codes | 7.00 | 2.50 | - |" in printed
     assert calls == [
         ("start", "copy", None),
-        ("voice", "codes", "m/mels"),
+        ("best", "codes", "m/mels"),
         ("start", "apart", "m/mels"),
     ]
     assert np.load("m/mels/low0.npy").shape == (80, 43)

@@ -18,7 +18,7 @@ import librosa
 import numpy as np
 import torch
 import tyro
-from networks import CodesModel, load_codes, refuse_existing
+from networks import VOICE, CodesModel, load_codes, refuse_existing
 from recordings import Recording, listed, read_mel
 from torch import Tensor
 
@@ -93,7 +93,7 @@ def resynthesis(clips: list[Recording], model: CodesModel, voice: Any, config: M
         _, mel = read_mel(clip.path, voice.config.mel)
         decoded = model.decode(model.encode(mel), clip.speaker)[:, : mel.shape[1]]
         np.save(config.out / "mels" / f"{clip.path.stem}.npy", decoded.numpy())
-    mels, after = str(config.out / "mels"), str(config.model / "voice")
+    mels, after = str(config.out / "mels"), str(config.model / VOICE)
     ways = {"copy": (config.before, None), "codes": (after, mels), "apart": (config.before, mels)}
     print(f"| | bits | {' | '.join(MEASURES)} |\n|---|---:{'|---:' * len(MEASURES)}|")
     for name in config.ways:

@@ -25,7 +25,7 @@ from torch.nn import functional as F
 
 from wavear import PredictiveWaveNet, WavearError, load
 
-CONFIG, WEIGHTS, VOICE = "codes.json", "codes.safetensors", "voice"
+CONFIG, WEIGHTS, VOICE = "codes.json", "codes.safetensors", "voice/best"
 
 
 @dataclass(frozen=True)
@@ -241,9 +241,7 @@ def load_codes(folder: Path) -> tuple[CodesModel, Any]:
     return model.eval(), load(folder / VOICE)
 
 
-def nats(
-    voice: PredictiveWaveNet, waveform: Tensor, mel: Tensor, context: int, noise: float = 0.0
-) -> Tensor:
+def nats(voice: PredictiveWaveNet, waveform: Tensor, mel: Tensor, context: int) -> Tensor:
     """Return the mean negative log-likelihood per sample, differentiable in the mel.
 
     Parameters
@@ -252,12 +250,9 @@ def nats(
     mel : Tensor, shape (B, M, lookback + T / hop + lookahead)
     context : int
         First samples that count only as context.
-    noise : float
-        On the past that the voice sees, at most: see `PredictiveWaveNet.input_noise`.
     """
     codes = voice.grid.encode(waveform)
-    past = voice.input_noise(codes, noise, torch.default_generator) if noise else {"codes": codes}
-    parameters = voice(cond=voice.condition(mel, padded=True), **past)
+    parameters = voice(codes, voice.condition(mel, padded=True))
     return -voice.law.log_prob(parameters, codes)[:, context:].mean()
 
 

@@ -50,9 +50,9 @@ def listed(data: str) -> list[Recording]:
             f"{data}: nothing to train on. Expected a folder with a sub-folder per speaker, or a"
             " table with path, speaker and split (train or validation)"
         )
-    stems = Counter(each.path.stem for each in found if each.held_out)
+    stems = Counter(each.path.stem for each in found)
     if twice := [stem for stem, count in stems.items() if count > 1]:
-        raise WavearError(f"{data}: two held-out recordings are named {twice[0]}: rename one")
+        raise WavearError(f"{data}: two recordings are named {twice[0]}: rename one")
     return found
 
 

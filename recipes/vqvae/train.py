@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 import json
 import math
@@ -11,17 +12,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from networks import CONFIG, VOICE, CodesConfig, CodesModel, nats, refuse_existing
 from recordings import Clip, Crops, listed, read
 
-from wavear import MelConfig, PredictiveWaveNet, WavearError, load
+from wavear import MelConfig, PredictiveWaveNet, TrainConfig, WavearError, load, train
 from wavear.cli import recipe
 
 
 @dataclass(frozen=True)
 class Train:
-    """A run: first codes by the mel only, then codes and voice together."""
+    """A run: codes by the mel, codes by what the voice makes of them, then the voice."""
 
     data: str = "data"
     """A folder with a sub-folder per speaker, or a CSV table: path, speaker, split."""
@@ -32,7 +34,9 @@ class Train:
     steps: int = 2400
     """Steps by the mel only."""
     joint_steps: int = 400
-    """Steps after them in which the waveform's likelihood joins the loss."""
+    """Steps after them in which the waveform's likelihood, by the voice, joins the loss."""
+    voice_minutes: float = 8.0
+    """Minutes in which the voice then learns the decoded mels, by the free run."""
     frames: int = 2
     """Mel frames per code: 1, 2, 4..."""
     codes: int = 512
@@ -55,10 +59,6 @@ class Train:
     """Weight of nats per sample, next to the mean absolute error of normalised mels."""
     learning_rate: float = 1e-3
     """Learning rate of the codes; it falls to a tenth by half a cosine."""
-    voice_learning_rate: float = 1e-4
-    """Learning rate of the voice, likewise."""
-    input_noise: float = 0.5
-    """Noise on the past that the voice sees, so that it plays by itself as well."""
     seed: int = 0
     """Seed of first weights and crops."""
     overwrite: bool = False
@@ -66,6 +66,8 @@ class Train:
 
 
 VALUES = Train()
+MELS = "mels"
+"""Folder of decoded mels."""
 
 
 def new_model(config: Train, clips: list[Clip], voice: PredictiveWaveNet) -> CodesModel:
@@ -97,7 +99,6 @@ def losses(
     voice: PredictiveWaveNet,
     batch: dict[str, Any],
     waveforms: int,
-    noise: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return the error of the mel, the commitment, and nats per sample of the first crops.
 
@@ -111,22 +112,15 @@ def losses(
     hop, before, after = voice.conditioning.hop, voice.lookback, voice.lookahead
     waveform = batch["waveform"][:waveforms, before * hop : -after * hop]
     context = min(voice.receptive_field or 0, waveform.shape[1] // 2)
-    return error, commitment, nats(voice, waveform, mel[:waveforms], context, noise)
+    return error, commitment, nats(voice, waveform, mel[:waveforms], context)
 
 
 def fit(
     config: Train, model: CodesModel, voice: PredictiveWaveNet, crops: Crops
 ) -> Iterator[dict[str, float]]:
     """Take all steps; yield the means of the losses now and then, and after the last."""
-    groups = [
-        {"params": list(model.parameters()), "peak": config.learning_rate, "begin": 0},
-        {
-            "params": [p for p in voice.parameters() if p.requires_grad],
-            "peak": config.voice_learning_rate,
-            "begin": config.steps,
-        },
-    ]
-    optimizer = torch.optim.AdamW(groups, weight_decay=0.01)
+    voice.requires_grad_(False)
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.01)
     model.train()
     weights = torch.tensor([1.0, config.commitment, config.likelihood])
     began, spent = time.monotonic(), time.process_time()
@@ -134,15 +128,14 @@ def fit(
     for step in range(1, total + 1):
         waveforms = config.waveforms if step > config.steps else 0
         batch = crops.draw(config.batch_size)
-        parts = torch.stack(losses(model, voice, batch, waveforms, config.input_noise))
+        parts = torch.stack(losses(model, voice, batch, waveforms))
         if not parts.isfinite().all():
             raise WavearError(f"the loss of step {step} is {parts.tolist()}: lower --learning-rate")
         optimizer.zero_grad()
         (weights * parts).sum().backward()
-        for group in optimizer.param_groups:
-            torch.nn.utils.clip_grad_norm_(group["params"], 1.0)
-            progress = max(step - 1 - group["begin"], 0) / max(total - group["begin"], 1)
-            group["lr"] = group["peak"] * (0.55 + 0.45 * math.cos(math.pi * progress))
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        share = 0.55 + 0.45 * math.cos(math.pi * (step - 1) / total)
+        optimizer.param_groups[0]["lr"] = config.learning_rate * share
         optimizer.step()
         recent.append(parts.detach())
         if step % max(total // 24, 1) == 0 or step in (config.steps, total):
@@ -156,6 +149,33 @@ def fit(
                 **dict(zip(("mel_error", "commitment", "nats"), means, strict=True)),
                 "codes_of_a_batch": len(codes.unique()),
             }
+
+
+def teach(config: Train, model: CodesModel, mels: MelConfig, clips: list[Clip]) -> None:
+    """Train the voice on the decoded mels of recordings; the run is in `voice/`."""
+    (config.out / MELS).mkdir(exist_ok=True)
+    rows, settings = [], json.dumps(mels.to_dict())
+    for clip in clips:
+        path, mel = clip.recording.path, torch.from_numpy(clip.mel).float()
+        decoded = model.decode(model.encode(mel), clip.recording.speaker)[:, : clip.frames]
+        name = config.out / MELS / f"{path.stem}.npz"
+        np.savez(name, mel=decoded.numpy(), config=settings)  # with it the mel is taken as it is
+        rows.append([path.resolve(), "dev" if clip.recording.held_out else "train"])
+    with open(config.out / "recordings.csv", "w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows([["path", "split"], *rows])
+    train(
+        TrainConfig(
+            data=str(config.out / "recordings.csv"),
+            mels=str(config.out / MELS),
+            out=str(config.out / "voice"),
+            from_checkpoint=config.voice,
+            free_run=1.0,
+            max_steps=None,
+            max_minutes=config.voice_minutes,
+            seed=config.seed,
+            overwrite=config.overwrite,
+        )
+    )
 
 
 def run(config: Train) -> int:
@@ -175,10 +195,10 @@ def run(config: Train) -> int:
             f"crop is {config.crop} and waveforms is {config.waveforms}: expected a multiple of"
             f" {config.frames} above {least}, and at most {config.batch_size}"
         )
-    training = [each for each in listed(config.data) if not each.held_out]
+    recordings = listed(config.data)
     mels = voice.config.mel
     assert isinstance(mels, MelConfig)
-    clips = list(read(training, mels, config.seconds))
+    clips = list(read([each for each in recordings if not each.held_out], mels, config.seconds))
     model = new_model(config, clips, voice)
     names = model.config.speakers
     crops = Crops(clips, names, config.crop, config.seed)
@@ -190,9 +210,13 @@ def run(config: Train) -> int:
         print(", ".join(f"{name} {value:.4g}" for name, value in row.items()), flush=True)
         record["log"].append(row)
         model.save(config.out)
-        voice.save(config.out / VOICE, overwrite=config.overwrite or len(record["log"]) > 1)
         text = json.dumps(record, indent=1) + "\n"
         (config.out / "train.json").write_text(text, encoding="utf-8")
+    if config.voice_minutes:
+        held_out = read([each for each in recordings if each.held_out], mels)
+        teach(config, model.eval(), mels, [*clips, *held_out])
+    else:
+        voice.save(config.out / VOICE, overwrite=config.overwrite)
     return 0
 
 
