@@ -22,6 +22,7 @@ recording, which is chance.
 from __future__ import annotations
 
 import argparse
+import importlib
 import math
 import sys
 from collections.abc import Callable, Sequence
@@ -42,7 +43,7 @@ from wavear.generation.scoring import score_parallel
 from wavear.models.base import AutoregressiveModel
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "recipes" / "music"))
-from features import features
+features = importlib.import_module("features").features
 
 CONTEXTS = (0.1, 0.5, 1.0, 2.0, 4.0)
 """Seconds."""

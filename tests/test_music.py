@@ -147,8 +147,9 @@ def test_program_compares_sounds_with_their_features(
         audio.write(tmp_path / "data" / f"{number}.wav", tone.astype(np.float32), RATE)
     FEATURES.write(tmp_path / "data", tmp_path / "features", RATE, 256)
     mel = wavear.FeatureConfig(channels=3, hop_length=256, sample_rate=RATE)
-    sizes = {"layers": 1, "channels": 16, "heads": 2, "window": 4, "patch": 4}
-    config = TransformerConfig(mel=mel, sample_rate=RATE, **sizes)
+    config = TransformerConfig(
+        layers=1, channels=16, heads=2, window=4, patch=4, mel=mel, sample_rate=RATE
+    )
     Transformer(config).save(tmp_path / "model")
 
     def play(model: Transformer, asked: torch.Tensor, **settings: object) -> torch.Tensor:
