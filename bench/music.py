@@ -34,7 +34,7 @@ import torch
 from torch import Tensor
 
 import wavear
-from wavear import audio
+from wavear import FeatureConfig, audio
 from wavear.common.errors import WavearError
 from wavear.data.corpus import Treatment, find, prepare
 from wavear.data.crops import read_span
@@ -262,8 +262,12 @@ def steering_table(
     Raises
     ------
     WavearError
-        If there are fewer than two recordings, or a file of features is missing.
+        If a model is not one of features, or there are fewer than two recordings.
+    OSError
+        If a file of features is missing.
     """
+    if other := [n for n, m in models.items() if not isinstance(m.config.mel, FeatureConfig)]:
+        raise WavearError(f"{other[0]} is not a model of features: leave out --features")
     paths = sorted(p for p in data.rglob("*") if p.suffix.lower() in audio.SUFFIXES)
     if len(paths) < 2:
         raise WavearError(f"{data} has {len(paths)} recordings: give a folder with two or more")
@@ -281,11 +285,11 @@ def steering_table(
             for seed, each in enumerate(asked)
         ]
         found = [features(sound.numpy(), rate, hop) for sound in made]
-        own, other = (
+        own, chance = (
             np.nanmean([followed(a, b) for a, b in zip(asked, sounds, strict=True)], axis=0)
             for sounds in (found, found[1:] + found[:1])
         )
-        cells = [f"{o:.{d}f} ({c:.{d}f})" for o, c, d in zip(own, other, (1, 2, 2), strict=True)]
+        cells = [f"{o:.{d}f} ({c:.{d}f})" for o, c, d in zip(own, chance, (1, 2, 2), strict=True)]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return lines
 

@@ -164,3 +164,8 @@ def test_program_compares_sounds_with_their_features(
     monkeypatch.setattr("sys.argv", [*program, "--features", str(tmp_path / "nothing")])
     assert MEASURE.main() == 1
     assert "nothing" in capsys.readouterr().err
+    of_family("transformer").save(tmp_path / "plain")
+    words = [str(tmp_path / "plain"), "--data", str(tmp_path), "--features", str(tmp_path)]
+    monkeypatch.setattr("sys.argv", ["music.py", *words])
+    assert MEASURE.main() == 1
+    assert "plain is not a model of features" in capsys.readouterr().err

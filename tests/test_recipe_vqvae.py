@@ -213,6 +213,13 @@ def test_programs_on_made_sounds(
         torch.testing.assert_close(untrained[name], weights, msg=f"{name} learned with the codes")
     assert any(not torch.equal(taught[name], weights) for name, weights in untrained.items())
 
+    assert start("train", *flags, "--out", "y", "--voice-minutes", "-1") == 1
+    assert "voice_minutes -1" in capsys.readouterr().err
+    table = "path,speaker,split\ndata/low/low0.wav,a,train\nelsewhere/low0.wav,b,validation\n"
+    (tmp_path / "twice.csv").write_text(table, encoding="utf-8")
+    assert start("train", *flags, "--out", "y", "--data", "twice.csv") == 1
+    assert "two recordings are named low0" in capsys.readouterr().err
+
     clip = "data/low/low0.wav"
     convert = ["run", clip, "--out", "x.wav", "--codes", "x.npy", "--speaker"]
     assert start("convert", *convert, "high") == 0

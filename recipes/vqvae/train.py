@@ -185,9 +185,10 @@ def run(config: Train) -> int:
     voice = load(config.voice)
     if not isinstance(voice, PredictiveWaveNet):
         raise WavearError(f"{config.voice} is a {type(voice).__name__}: give a predictive WaveNet")
-    if config.steps < 1 or config.joint_steps < 0:
+    if config.steps < 1 or min(config.joint_steps, config.voice_minutes) < 0:
         raise WavearError(
-            f"steps is {config.steps}, joint_steps {config.joint_steps}: expected at least 1, 0"
+            f"steps is {config.steps}, joint_steps {config.joint_steps}, voice_minutes"
+            f" {config.voice_minutes:g}: expected at least 1, 0 and 0"
         )
     least = voice.lookback + voice.lookahead + 1
     if config.crop % config.frames or config.crop <= least or config.waveforms > config.batch_size:
