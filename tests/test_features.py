@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from small_training import RATE, assert_same_run, config_of, interrupt_at_step
+from small_training import RATE, assert_same_run, config_of, interrupt_at_step, record_of
 
 import wavear
 from wavear import WavearError, audio, train
@@ -83,6 +84,17 @@ def test_a_trained_model_follows_a_file(tones, tmp_path, family, codes):
     out = tmp_path / "x.wav"
     assert main(["generate", str(result.best), "--features", str(path), "--out", str(out)]) == 0
     assert audio.info(out).frames == np.load(path).shape[1] * HOP
+
+
+def test_best_is_chosen_by_bits(tones, tmp_path):
+    """Features leave most of the sound open: the best model need not come near the recording."""
+    given = settings_of(tones, tmp_path / "features", codes=False, sample_seconds=0.3)
+    result = train(config_of(tones, tmp_path / "run", validate_every=1, max_steps=3, **given))
+    history = record_of(tmp_path / "run")["history"][1:]
+    assert all("log_mel" in e["free_run"] and "score" not in e["free_run"] for e in history)
+    best = min(history, key=lambda entry: entry["bits"])
+    described = json.loads((result.best / "config.json").read_text())
+    assert described["training"]["step"] == best["step"]
 
 
 def test_a_resumed_run_equals_an_uninterrupted_one_and_can_be_fine_tuned(tones, tmp_path):

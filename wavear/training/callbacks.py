@@ -8,7 +8,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -279,8 +279,8 @@ class Run(L.Callback):
 
     def _show_validation(self, entry: dict[str, Any]) -> None:
         self.shown["bits"] = f"{entry['bits']:.3f}"
-        if "free_run" in entry:
-            self.shown["score"] = f"{entry['free_run']['score']:.3f}"
+        if (score := _score(entry)) is not None:
+            self.shown["score"] = f"{score:.3f}"
 
     # --- validation
 
@@ -308,7 +308,7 @@ class Run(L.Callback):
                 free = free_run(model, self.validation, seconds, self.speakers)
             except WavearError as error:  # such as weights that are finite and logits that are not
                 logger.warning(f"step {step}: the free run failed, the training continues: {error}")
-        if free is not None and free.score is not None:
+        if free is not None and free.measures:
             entry["free_run"] = {name: round(value, 5) for name, value in free.measures.items()}
         best = self._is_best(entry)
         self.record["history"].append(entry)
@@ -326,15 +326,15 @@ class Run(L.Callback):
         self._since += self._validation_cost  # not time of training
 
     def _is_best(self, entry: dict[str, Any]) -> bool:
-        """Compare with the curve so far: by the free run, or by bits where there are none.
+        """Compare with the curve so far: by the free run, or by bits where it has no score.
 
         The untrained model is never the best: who stops in the first minutes gets no `best/`. The
         best of the first part is, until the second has a better one.
         """
         earlier = self.comparable()
-        scores = [e["free_run"]["score"] for e in earlier if "free_run" in e]
-        if "free_run" in entry:
-            return entry["free_run"]["score"] < min(filter(math.isfinite, scores), default=math.inf)
+        scores = [s for s in map(_score, earlier) if s is not None and self.config.features is None]
+        if (score := _score(entry)) is not None:
+            return score < min(filter(math.isfinite, scores), default=math.inf)
         bits = filter(math.isfinite, (e["bits"] for e in earlier if e["step"] > 0))
         return entry["step"] > 0 and not scores and entry["bits"] < min(bits, default=math.inf)
 
@@ -346,8 +346,8 @@ class Run(L.Callback):
     def _log_validation(self, trainer: L.Trainer, entry: dict[str, Any], held_out: HeldOut) -> None:
         step = entry["step"]
         row = {"seconds": entry["seconds"], "validation_bits": round(entry["bits"], 5)}
-        if "free_run" in entry:
-            row["free_run_score"] = entry["free_run"]["score"]
+        if (score := _score(entry)) is not None:
+            row["free_run_score"] = score
         self.log_book.metrics(trainer, step, row)
         for name, group in held_out.groups.items():
             self.log_book.validation(trainer, step, f"bits by {name}", group)
@@ -371,7 +371,7 @@ class Run(L.Callback):
         for path in folder.glob("step-*.wav"):
             if path.name[:13] not in kept:
                 path.unlink()
-        if free.score is None:
+        if not free.measures:
             return
         printed = ", ".join(f"{n} {v:.3f}" for n, v in free.measures.items() if n in _PRINTED)
         mark = " (best so far)" if best else ""
@@ -425,3 +425,8 @@ class Run(L.Callback):
 def _training(module: L.LightningModule) -> TrainingModule:
     assert isinstance(module, TrainingModule)
     return module
+
+
+def _score(entry: Mapping[str, Any]) -> float | None:
+    """Return the score of a validation's free run, if it has one."""
+    return entry.get("free_run", {}).get("score")

@@ -50,7 +50,11 @@ class FreeRun:
 
     @property
     def score(self) -> float | None:
-        """Return the log-mel distance plus 0.02 per dB of the mean difference in harmonicity."""
+        """Return the log-mel distance plus 0.02 per dB of the mean difference in harmonicity.
+
+        None for a model of features: they leave most of the sound open, so the best model need not
+        come near the recording.
+        """
         return self.measures.get("score")
 
 
@@ -104,10 +108,12 @@ def free_run(
     ((silence, _),) = quiet
     probe["noise_floor"] = _level(made[-1, : silence.size].numpy())
     probe["noise_floor_recorded"] = _level(silence)
-    return FreeRun(_measures(clips, rate), clips, probe)
+    return FreeRun(_measures(clips, rate, isinstance(layout.mel, MelConfig)), clips, probe)
 
 
-def _measures(clips: list[tuple[np.ndarray, np.ndarray]], rate: int) -> dict[str, float]:
+def _measures(
+    clips: list[tuple[np.ndarray, np.ndarray]], rate: int, scored: bool
+) -> dict[str, float]:
     rows = []
     for recorded, generated in clips:
         values, _ = measure(recorded, generated, rate, names=_MEASURES)
@@ -121,7 +127,7 @@ def _measures(clips: list[tuple[np.ndarray, np.ndarray]], rate: int) -> dict[str
         for name in HNR_BANDS
         if {name, f"{name}_recorded"} <= row.keys()
     ]
-    if "log_mel" in means:
+    if scored and "log_mel" in means:
         gap = statistics.fmean(gaps) if gaps else 0.0
         means["score"] = means["log_mel"] + HNR_WEIGHT * gap
     return means
