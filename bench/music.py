@@ -233,7 +233,7 @@ def continuation_table(
 
 
 def followed(asked: np.ndarray, found: np.ndarray) -> tuple[float, float, float]:
-    """Compare loudness, pitch and voicing (3, F) that were asked for with those found.
+    """Compare loudness, pitch and voicing (3 or more, F) that were asked for with those found.
 
     Returns
     -------
@@ -242,7 +242,7 @@ def followed(asked: np.ndarray, found: np.ndarray) -> tuple[float, float, float]
         where there is no frame to compare.
     """
     frames = min(asked.shape[1], found.shape[1])
-    asked, found = asked[:, :frames], found[:, :frames]
+    asked, found = asked[:3, :frames], found[:3, :frames]
     heard = asked[0] > AUDIBLE
     voiced = (asked[2] > 0) & (found[2] > 0)
     differences = [
@@ -271,7 +271,7 @@ def steering_table(
     paths = sorted(p for p in data.rglob("*") if p.suffix.lower() in audio.SUFFIXES)
     if len(paths) < 2:
         raise WavearError(f"{data} has {len(paths)} recordings: give a folder with two or more")
-    given = [np.load((folder / p.relative_to(data)).with_suffix(".npy")) for p in paths]
+    asked = [np.load((folder / p.relative_to(data)).with_suffix(".npy")) for p in paths]
     lines = [
         f"{len(paths)} sounds; in brackets on the features of another recording:",
         "",
@@ -282,9 +282,8 @@ def steering_table(
         rate, hop = model.config.sample_rate, model.config.mel.hop_length
         made = [
             wavear.generate(model, torch.from_numpy(each)[None], seed=seed, threads=threads)[0]
-            for seed, each in enumerate(given)
+            for seed, each in enumerate(asked)
         ]
-        asked = [features(audio.read(path, rate).numpy(), rate, hop) for path in paths]
         found = [features(sound.numpy(), rate, hop) for sound in made]
         own, chance = (
             np.nanmean([followed(a, b) for a, b in zip(asked, sounds, strict=True)], axis=0)

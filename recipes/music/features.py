@@ -4,11 +4,10 @@
 
 For each recording, sub/x.wav, sub/x.npy: float32 (channels, frames), one frame per `--hop` samples.
 
-    0      loudness, dB of full scale (RMS of 64 ms around the middle of the frame), -80 at least
-    1-48   pitch (pYIN): a channel for each semitone from C2 to B5, shared by the nearest two in
-           proportion; 0 where there is no pitch
-    49...  one channel for each folder of the first level, 1 in those of its own, if there are
-           several
+    0    loudness, dB of full scale (RMS of 64 ms around the middle of the frame), -80 at least
+    1    pitch, octaves above 55 Hz, interpolated where there is none (pYIN, 65 to 1000 Hz)
+    2    1 where there is a pitch, 0 elsewhere
+    3... one channel for each folder of the first level, 1 in those of its own, if there are several
 """
 
 from __future__ import annotations
@@ -29,10 +28,6 @@ WINDOW = 0.064
 """Seconds: a period of 65 Hz fits four times."""
 LOWEST, HIGHEST = 65.0, 1000.0
 """Hz."""
-NOTES = ["C", "C#", "D", "D#", "E", "F", "F#", "G", "G#", "A", "A#", "B"]
-SEMITONES = [f"{note}{octave}" for octave in range(2, 6) for note in NOTES]
-C2 = 3 / 12
-"""Octaves above 55 Hz."""
 
 
 def features(x: np.ndarray, rate: int, hop: int) -> np.ndarray:
@@ -68,24 +63,6 @@ def features(x: np.ndarray, rate: int, hop: int) -> np.ndarray:
     return np.stack([loudness, octaves, voiced]).astype(np.float32)
 
 
-def channels(found: np.ndarray) -> np.ndarray:
-    """Return channels for a model, float32 (49, frames), from loudness, pitch and voicing.
-
-    A model learns each pitch sooner from a channel of its own than from one number for all.
-
-    Examples
-    --------
-    >>> middle_c = np.array([[-20.0], [2 + 3 / 12], [1.0]])  # octaves above 55 Hz
-    >>> found = channels(middle_c)[:, 0]
-    >>> float(found[0]), SEMITONES[found[1:].argmax()]
-    (-20.0, 'C4')
-    """
-    loudness, octaves, voiced = found
-    semitone = np.clip((octaves - C2) * 12, 0, len(SEMITONES) - 1)
-    away = np.abs(semitone - np.arange(len(SEMITONES))[:, None])
-    return np.concatenate([loudness[None], voiced * np.maximum(1 - away, 0)]).astype(np.float32)
-
-
 def labelled(found: np.ndarray, label: int, labels: int) -> np.ndarray:
     """Append a channel for each label, 1 in that of `label`; none for a single one."""
     if labels < 2:
@@ -116,7 +93,7 @@ def write(
         target = (out / name).with_suffix(".npy")
         if target.exists() and not overwrite:
             raise WavearError(f"{target} exists: choose another --out, or pass --overwrite")
-        found = channels(features(audio.read(path, rate).numpy(), rate, hop))
+        found = features(audio.read(path, rate).numpy(), rate, hop)
         label = folders.index(name.parts[0]) if len(name.parts) > 1 else -1
         target.parent.mkdir(parents=True, exist_ok=True)
         np.save(target, labelled(found, label, len(folders)))
@@ -142,9 +119,8 @@ def main() -> int:
         print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
         return 1
     print(f"{count} files in {arguments.out}, a frame per {arguments.hop} samples")
-    print(f"channels: 0 loudness, 1 to {len(SEMITONES)} pitches from C2 to B5", end="")
-    after = enumerate(labels, len(SEMITONES) + 1) if len(labels) > 1 else ()
-    print("".join(f", {n} {label}" for n, label in after))
+    names = ["loudness", "pitch", "voiced", *(labels if len(labels) > 1 else [])]
+    print("channels: " + ", ".join(f"{n} {name}" for n, name in enumerate(names)))
     return 0
 
 

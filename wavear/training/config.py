@@ -290,7 +290,8 @@ class OutputSettings:
     """Seconds of training audio that the baselines are fitted to."""
     sample_seconds: float = 2.0
     """Seconds to synthesize of each of four held-out recordings at every validation, into samples/;
-    their score selects the best model. Without mels: of one recording, to hear. 0: none."""
+    their score selects the best model of mels, bits that of features. Without either: of one
+    recording, to hear. 0: none."""
     wandb: str | None = None
     """Weights & Biases project to log to as well (needs `pip install wandb`)."""
     checkpoint_every: int = 1000
