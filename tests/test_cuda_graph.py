@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import test_families
+import test_predictive
 import torch
 from engine_cases import make_gru, make_wavenet
 from torch import Tensor
@@ -330,6 +331,51 @@ def test_streams_and_primes_equal_the_reference(monkeypatch):
     batch.pull(other, 12)
     made.append(batch.step()[first])
     assert torch.equal(torch.cat(made), streamed)
+
+
+@pytest.mark.parametrize("name", ["causal", "kernel 5, two periods"])
+@torch.inference_mode()
+def test_predictive_states_cuts_and_primes_equal_the_reference(name):
+    model = test_predictive.make(test_predictive.CONFIGS[name])
+    u, cond = draws(3, 107)[0], test_predictive.conditioning(model, 3, 5)[:, :, :107]
+    nats = np.empty((2, 3, 107))
+    expected = ReferenceEngine(model, 3).generate(u, cond, 0.8, log_probability=nats[0])
+    engine = CudaGraphEngine(model, 3)
+    parts = [engine.generate(u[:, a:b], cond[:, :, a:b], 0.8, log_probability=nats[1, :, a:b])
+             for a, b in pairwise([0, 1, 53, 107])]  # fmt: skip
+    np.testing.assert_array_equal(np.concatenate(parts, axis=1), expected)
+    np.testing.assert_allclose(nats[1], nats[0], rtol=0, atol=1e-9)
+    other = ReferenceEngine(model, 1)
+    other.load_state(0, engine.state(2))
+    back = CudaGraphEngine(model, 2)
+    back.load_state(1, other.state(0))
+    for key, tensor in engine.state(2).items():
+        assert torch.equal(back.state(1)[key], tensor)
+    filled, by_steps = CudaGraphEngine(model, 3), CudaGraphEngine(model, 3)
+    by_steps.score(expected[:, :60], cond[:, :, :60])
+    for stream in range(3):
+        filled.fill(stream, expected[stream, :60], cond[stream : stream + 1, :, :60])
+    found = filled.keep([2, 0]).generate(u[[2, 0], 60:], cond[torch.tensor([2, 0]), :, 60:], 0.8)
+    np.testing.assert_array_equal(found, expected[[2, 0], 60:])
+    np.testing.assert_array_equal(
+        by_steps.generate(u[:, 60:], cond[:, :, 60:], 0.8), expected[:, 60:]
+    )
+
+
+def test_predictive_streams_equal_the_reference(monkeypatch):
+    model = test_predictive.make(test_predictive.small(speakers=2))
+    mels = [test_predictive.random_mel(model, 1, frames)[0] for frames in (4, 9)]
+    expected = wavear.generate(model, mels, seed=[1, 2], speaker=[0, 1], engine="reference")
+    on_stand_in(monkeypatch)
+    monkeypatch.setattr(sys.modules["wavear.generation.progress"].chunks, "__defaults__", (30,))
+    assert torch.equal(
+        wavear.generate(model, mels, seed=[1, 2], speaker=[0, 1], engine="cuda-graph"), expected
+    )
+    stream = wavear.Stream(model, seed=2, speaker=1, engine="cuda-graph")
+    assert torch.equal(
+        torch.cat([stream.push(mels[1][:, :6]), stream.push(mels[1][:, 6:]), stream.flush()]),
+        expected[1],
+    )
 
 
 @torch.inference_mode()

@@ -1,4 +1,4 @@
-"""The predictive WaveNet on the CPU engine: distribution, streams, states, primes, CUDA graphs."""
+"""The predictive WaveNet on the CPU engine: distribution, streams, states, primes."""
 
 from __future__ import annotations
 
@@ -18,8 +18,6 @@ from test_predictive import random_codes, random_mel, small
 import wavear
 from wavear import Stream, StreamBatch, generate, score
 from wavear.generation.cpu.predictive import NumbaPredictiveEngine
-from wavear.generation.cuda import choice, graph
-from wavear.generation.cuda.graph import CudaGraphEngine
 from wavear.generation.engines import make_engine
 from wavear.generation.reference import ReferenceEngine
 from wavear.generation.settings import candidate_seeds
@@ -406,59 +404,6 @@ def test_a_lower_temperature_is_nearer_to_the_prediction():
             uniforms(0, 0, 30 * HOP)[None], cond, ramp[None]
         )
     assert torch.equal(found, model.grid.decode(torch.from_numpy(expected)))
-
-
-# ---- on a CUDA graph
-
-
-@pytest.mark.parametrize("name", ["causal, speakers", "kernel 5, two periods"])
-@torch.inference_mode()
-def test_the_graph_engine_equals_the_reference(name, monkeypatch):
-    """A stand-in runs the graph, in float64, so that no uniform lies on an edge between codes."""
-    monkeypatch.setattr(graph, "CHUNK", 40)
-    monkeypatch.setattr(graph, "RUN", 8)
-    model = make(CONFIGS[name], torch.float64)
-    u, cond = draws(3, 107), conditioning(model, 3, 107)
-    nats = np.empty((2, 3, 107))
-    expected = ReferenceEngine(model, 3).generate(u, cond, 0.8, log_probability=nats[0])
-    engine = CudaGraphEngine(model, 3)
-    parts = [engine.generate(u[:, a:b], cond[:, :, a:b], 0.8, log_probability=nats[1, :, a:b])
-             for a, b in pairwise([0, 1, 53, 107])]  # fmt: skip
-    np.testing.assert_array_equal(np.concatenate(parts, axis=1), expected)
-    np.testing.assert_allclose(nats[1], nats[0], rtol=0, atol=1e-9)
-    other = ReferenceEngine(model, 1)
-    other.load_state(0, engine.state(2))
-    back = CudaGraphEngine(model, 2)
-    back.load_state(1, other.state(0))
-    for name_, tensor in engine.state(2).items():
-        assert torch.equal(back.state(1)[name_], tensor)
-    filled, by_steps = CudaGraphEngine(model, 3), CudaGraphEngine(model, 3)
-    by_steps.score(expected[:, :60], cond[:, :, :60])
-    for stream in range(3):
-        filled.fill(stream, expected[stream, :60], cond[stream : stream + 1, :, :60])
-    found = filled.keep([2, 0]).generate(u[[2, 0], 60:], cond[torch.tensor([2, 0]), :, 60:], 0.8)
-    np.testing.assert_array_equal(found, expected[[2, 0], 60:])
-    np.testing.assert_array_equal(
-        by_steps.generate(u[:, 60:], cond[:, :, 60:], 0.8), expected[:, 60:]
-    )
-
-
-def test_generate_and_streams_run_on_the_graph_engine(monkeypatch):
-    model = make(small(speakers=2), torch.float64)
-    mels = [random_mel(model, 1, frames)[0] for frames in (4, 9)]
-    expected = generate(model, mels, seed=[1, 2], speaker=[0, 1], engine="reference")
-    monkeypatch.setattr(
-        choice, "make", lambda model, batch, engine, weights: CudaGraphEngine(model, batch)
-    )
-    monkeypatch.setattr(sys.modules["wavear.generation.progress"].chunks, "__defaults__", (30,))
-    assert torch.equal(
-        generate(model, mels, seed=[1, 2], speaker=[0, 1], engine="cuda-graph"), expected
-    )
-    stream = Stream(model, seed=2, speaker=1, engine="cuda-graph")
-    assert torch.equal(
-        torch.cat([stream.push(mels[1][:, :6]), stream.push(mels[1][:, 6:]), stream.flush()]),
-        expected[1],
-    )
 
 
 # ---- what cannot be
