@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from engine_cases import CASES, conditioning, piece, random_uniforms
 
 import wavear
 from wavear import MelConfig, WavearError, log_mel
@@ -14,10 +16,12 @@ from wavear.generation import sampler
 from wavear.generation.conditioner import Conditioner
 from wavear.generation.engines import make_engine
 from wavear.generation.particles import Particles
+from wavear.generation.reference import ReferenceEngine
 from wavear.generation.settings import Sampling
 from wavear.generation.streams import Stream
 from wavear.mel.mel_files import read_mel
 from wavear.models.checkpoint import SHIPPED, VOICE
+from wavear.models.frames import shared, stacked
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 MEL = MelConfig(sample_rate=8000, n_fft=128, window_length=128, hop_length=32, bands=8, fmax=None)
@@ -63,9 +67,9 @@ def test_the_audio_is_that_of_one_line_of_ancestors(model):
 
 def test_each_particle_is_compared_by_its_own_past(model):
     mel = mel_for(model, 20)
-    engine, conditioner = make_engine(model, 5)[1], Conditioner(model, [mel], None).copies(0, 5)
+    engine, conditioner = make_engine(model, 5)[1], Conditioner(model, [mel], None)
     particles = Particles(model, engine, mel, torch.zeros(0), list(range(6)))
-    particles.run(640, conditioner.span(0, 640), 1.0)
+    particles.run(640, shared(conditioner.span(0, 640), 5), 1.0)
     codes, _ = particles.chosen()
     nearest = particles._distances().argmin()  # type: ignore[union-attr]
     heard = model.grid.decode(torch.from_numpy(codes)).double()[-particles._kept :]
@@ -110,6 +114,39 @@ def test_frames_and_distances_are_those_of_log_mel(change):
         assert particles._distances().max() < 1e-9  # type: ignore[union-attr]
         between = Particles(model, None, mel, audio[0, : stop + 8], [1, 2])  # type: ignore[arg-type]
         assert between._distances()[0] > 1e-2  # type: ignore[index]
+
+
+@pytest.mark.parametrize("name", ["wavenet", "predictive", "gru", "transformer", "linear", ""])
+def test_copied_streams_equal_exported_and_imported_ones(name):
+    if name == "linear":
+        model = wavear.Linear(wavear.LinearConfig(order=4))
+    else:
+        case, settings = CASES[name or "wavenet"]
+        model = case.make(**settings)
+    engines = [
+        make_engine(model, 5, "numba", threads=2)[1] if name else ReferenceEngine(model, 5)
+        for _ in range(2)
+    ]
+    copied, imported = engines
+    cond = conditioning(model, 5, 80)
+    for start, stop in ((0, 37), (37, 80)):  # copies are made at both ends
+        draws, part = random_uniforms(5, stop - start, start), piece(cond, start, stop)
+        assert np.array_equal(copied.generate(draws, part), imported.generate(draws, part))
+        copied.copy_streams([0, 3, 0], [1, 2, 4])  # across the groups of two threads
+        for source, target in ((0, 1), (3, 2), (0, 4)):
+            imported.load_state(target, imported.state(source))
+    for n in range(5):
+        expected, found = imported.state(n), copied.state(n)
+        assert all(torch.equal(found[key], expected[key]) for key in expected)
+
+
+def test_shared_conditioning_equals_a_copy_for_each_stream():
+    case, settings = CASES["predictive"]
+    model = case.make(**settings)
+    one, draws = conditioning(model, 1, 80), random_uniforms(5, 80)
+    expected = make_engine(model, 5)[1].generate(draws, stacked([one] * 5))
+    assert shared(one, 5).gates.stride(0) == 0
+    assert np.array_equal(make_engine(model, 5)[1].generate(draws, shared(one, 5)), expected)
 
 
 def test_particles_are_nearer_to_the_mel_of_a_voice():

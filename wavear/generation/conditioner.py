@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
@@ -60,13 +59,6 @@ class Conditioner:
         self.utterances = [utterance for utterance in self.utterances for _ in range(times)]
         if self.lengths is not None:
             self.lengths = [length for length in self.lengths for _ in range(times)]
-
-    def copies(self, utterance: int, times: int) -> Conditioner:
-        """Return the conditioning of one utterance, repeated."""
-        made = copy.copy(self)
-        made.keep([utterance])
-        made.repeat(times)
-        return made
 
     def keep(self, chosen: list[int]) -> None:
         """Keep these utterances only; without mels and speakers there is one for all streams."""

@@ -61,6 +61,10 @@ class Engine(Protocol):
         """Resume one stream from the `state` of any engine."""
         ...
 
+    def copy_streams(self, sources: list[int], targets: list[int]) -> None:
+        """Replace the states of streams by those of others; no target is also a source."""
+        ...
+
     def fill(self, stream: int, codes: np.ndarray, cond: Tensor | None) -> None:
         """Move one stream past codes (n,) in parallel, as `score` does one by one.
 

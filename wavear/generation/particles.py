@@ -84,6 +84,7 @@ class Particles:
         step = max(round(STEP * self.config.hop_length), 1)
         first, end = self.position, self.position + samples
         draws = np.stack([uniforms(seed, first, samples) for seed in self.seeds])
+        places = uniforms(self.draw_seed, first, samples + 1)
         temperatures = np.broadcast_to(temperature, draws.shape)
         while self.position < end:
             start, stop = self.position, min((self.position // step + 1) * step, end)
@@ -101,7 +102,7 @@ class Particles:
             self._tail = torch.cat([self._tail, values], dim=1)[:, -self._kept :]
             parents = np.arange(len(codes))
             if stop % step == 0:
-                parents = self._drawn(parents)
+                parents = self._drawn(parents, float(places[stop - first]))
             self._made.append((codes, scores, parents))
 
     def chosen(self) -> tuple[np.ndarray, np.ndarray]:
@@ -140,18 +141,18 @@ class Particles:
         bins.clamp_(min=config.power_floor)
         return compress_((bins.sqrt() if config.power == 1 else bins) @ filters.T, config)
 
-    def _drawn(self, parents: np.ndarray) -> np.ndarray:
+    def _drawn(self, parents: np.ndarray, uniform: float) -> np.ndarray:
         """Draw the particles that continue, copy their states, and return their parents."""
         distance = self._distances()
         if distance is None:
             return parents
         weights = torch.softmax(-SHARPNESS * distance, dim=0).numpy()
-        drawn = systematic(weights, float(uniforms(self.draw_seed, self.position, 1)[0]))
+        drawn = systematic(weights, uniform)
         counts = np.bincount(drawn, minlength=len(parents))
         spare = np.repeat(parents, np.maximum(counts - 1, 0))  # survivors stay where they are
         ended = np.flatnonzero(counts == 0)
         parents[ended] = spare
-        for target in ended:
-            self.engine.load_state(int(target), self.engine.state(int(parents[target])))
-        self._tail = self._tail[torch.from_numpy(parents)]
+        if len(ended):
+            self.engine.copy_streams(spare.tolist(), ended.tolist())
+            self._tail[ended] = self._tail[spare]
         return parents

@@ -84,6 +84,11 @@ class ReferenceEngine:
         self.states[stream] = self.model.import_state(tensors)
         self.previous[stream] = state["previous"].to(self.device, copy=True)
 
+    def copy_streams(self, sources: list[int], targets: list[int]) -> None:
+        """See `Engine.copy_streams`."""
+        for source, target in zip(sources, targets, strict=True):
+            self.load_state(target, self.state(source))
+
     def fill(self, stream: int, codes: np.ndarray, cond: Tensor | None) -> None:
         """See `Engine.fill`."""
         given = torch.from_numpy(codes).to(self.device)

@@ -23,6 +23,7 @@ from wavear.generation.priming import check_prime, deemphasis_after, doubts, enc
 from wavear.generation.progress import chunks
 from wavear.generation.settings import Sampling, candidate_seeds
 from wavear.models.base import AutoregressiveModel
+from wavear.models.frames import shared
 from wavear.models.sampling import uniforms
 
 # Streams that have ended leave an engine that can `keep` others once this share of them is left.
@@ -267,16 +268,14 @@ def _draw_particles(
         if begin:
             row = encode_prime(streams.past[b : b + 1], model)[0]
             fill(runner, 0, model, row, utterance)
-            for n in range(1, count):
-                runner.load_state(n, runner.state(0))
+            runner.copy_streams([0] * (count - 1), list(range(1, count)))
         seeds = candidate_seeds(streams.seeds[b], count + 1)
         particles = Particles(model, runner, mels[b], streams.past[b], seeds)
-        one = streams.conditioner.copies(b, count)
         for start, stop in chunks(length, progress, model.config.sample_rate, 1, name):
             given = temperature
             if isinstance(temperature, np.ndarray):
                 given = temperature[b, start:stop]
-            cond = one.span(begin + start, begin + stop)
+            cond = shared(utterance.span(begin + start, begin + stop), count)
             particles.run(stop - start, cond, given, top_k=sampling.top_k, top_p=sampling.top_p)
         codes[b, :length], found = particles.chosen()
         if scores is not None:

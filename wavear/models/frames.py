@@ -127,6 +127,10 @@ class FrameConditioning:
         """Return the conditioning of `times` copies of the streams, one after the other."""
         return self._map(lambda x: torch.cat([x] * times))
 
+    def distinct(self) -> FrameConditioning:
+        """Return the conditioning of one stream where all share it (`shared`), else this."""
+        return self._map(lambda x: x[:1]) if self.gates.stride(0) == 0 else self
+
     def times(self) -> Tensor:
         """Return the place (B, samples), int64, of each sample, counted from the first frame."""
         return self.offset[:, None] + torch.arange(self.samples, device=self.offset.device)
@@ -213,6 +217,13 @@ def stacked(rows: Sequence[Conditioned]) -> Conditioned:
         places = torch.arange(length, device=tensors[0].device)
         found[name] = torch.cat([t[:, places.clamp(max=t.shape[1] - 1)] for t in tensors])
     return dataclasses.replace(rows[0], **found)  # type: ignore[arg-type]
+
+
+def shared(cond: Conditioned, streams: int) -> Conditioned:
+    """Return the conditioning of one stream for several, all in its memory."""
+    if isinstance(cond, FrameConditioning):
+        return cond._map(lambda x: shared(x, streams))
+    return cond.expand(streams, *cond.shape[1:])
 
 
 def dense(cond: Conditioned) -> Tensor:

@@ -118,6 +118,10 @@ class CompiledEngine:
         """See `Engine.load_state`."""
         raise NotImplementedError
 
+    def copy_streams(self, sources: list[int], targets: list[int]) -> None:
+        """See `Engine.copy_streams`."""
+        raise NotImplementedError
+
     def resized(self, batch: int) -> Any:
         """See `Engine.resized`."""
         own = type(self)
@@ -268,6 +272,12 @@ class GroupedEngine(CompiledEngine):
         """Return the group that runs a stream, and its row there."""
         group = next(g for g in reversed(self._groups) if g.net["first"] <= stream)
         return group, stream - int(group.net["first"])
+
+    def copy_streams(self, sources: list[int], targets: list[int]) -> None:
+        """See `Engine.copy_streams`."""
+        for source, target in zip(sources, targets, strict=True):
+            group, row = self._seat(target)
+            group.copy(row, *self._seat(source))
 
     def _call(self, part: Any, condition: Any, call: Call) -> int:
         return type(self).kernel(type_of(call))(

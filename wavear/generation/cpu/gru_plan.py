@@ -159,3 +159,9 @@ class Group:
         shape = self.panels, vectors, rows, LANES
         panels = [self.region.floats(layer["h"], *shape) for layer in self.layers]
         return [each[row // rows, :, row % rows] for each in panels]
+
+    def copy(self, row: int, other: Group, source: int) -> None:
+        """Copy the state of a stream of any group."""
+        for mine, theirs in zip(self.hidden(row), other.hidden(source), strict=True):
+            mine[:] = theirs
+        self.previous[row] = other.previous[source]

@@ -150,6 +150,10 @@ class NumbaLinearEngine(CompiledEngine):
         """See `Engine.load_state`."""
         self._past[stream] = torch.cat([state["past"], state["previous"]]).cpu().numpy()
 
+    def copy_streams(self, sources: list[int], targets: list[int]) -> None:
+        """See `Engine.copy_streams`."""
+        self._past[targets] = self._past[sources]
+
     def fill(self, stream: int, codes: np.ndarray, cond: Tensor | None) -> None:
         """See `Engine.fill`."""
         reach = self._past.shape[1]

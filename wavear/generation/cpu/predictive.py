@@ -162,6 +162,7 @@ class NumbaPredictiveEngine(CompiledEngine):
                 f"cond is {shape}, expected the conditioning of {batch} streams of {samples} "
                 "samples"
             )
+        cond = cond.distinct()
         r, count = config.residual_channels, len(config.dilations)
         gates = cond.gates.detach().to("cpu", torch.float32).permute(0, 1, 3, 2).numpy()
         parts = gates[..., : 2 * r * count].reshape(*gates.shape[:3], 2 * count, r)
@@ -175,6 +176,7 @@ class NumbaPredictiveEngine(CompiledEngine):
         new_lags = cond.lag.cpu().gather(1, first).round()
         new_lags = new_lags.nan_to_num(1).clamp(config.shortest_period, config.longest_period)
         new_lags = new_lags.long().numpy()
+        new_lags = np.broadcast_to(new_lags, (batch, samples))
         new = np.zeros((batch, samples), np.float32)
         given = cond.weights.cpu().float(), cond.coefficients.cpu().flip(2), cond.scale.cpu()
         arrays = [*given, cond.lag.cpu(), cond.voicing.cpu(), cond.offset.cpu()]
@@ -241,6 +243,14 @@ class NumbaPredictiveEngine(CompiledEngine):
         self._lags[stream] = state["lags"].cpu().numpy()
         self._pending[stream] = state["pending"].to("cpu", torch.float64).numpy()
         self._previous[stream] = previous
+
+    def copy_streams(self, sources: list[int], targets: list[int]) -> None:
+        """See `Engine.copy_streams`."""
+        for array in (
+            *self._rings, self._times, self._samples, self._residuals, self._lags, self._pending,
+            self._previous,
+        ):  # fmt: skip
+            array[targets] = array[sources]
 
 
 def _parameters(model: PredictiveWaveNet) -> Iterable[Tensor]:

@@ -65,11 +65,11 @@ class Frames(NamedTuple):
     pending: Any
     """float64 (B, 2): prediction and scale of the last sample."""
     gates: Any
-    """float32 (B, F, 3, padded G)."""
+    """float32 (B or 1, F, 3, padded G): like all that follows for one stream, or for all."""
     weights: Any
     """float32 (3, hop)."""
     coefficients: Any
-    """float32 (B, sub-frames, order), oldest first."""
+    """float32 (B or 1, sub-frames, order), oldest first."""
     scales: Any
     lags: Any
     voicings: Any
@@ -124,13 +124,13 @@ def _mixture(raw, row, mixtures, p, s, log_s):
 
 
 @numba.njit
-def _interpolated(frames, b, place, first, out, vectors):
+def _interpolated(frames, c, place, first, out, vectors):
     """Write the gate biases of a sample from `first`, at an address."""
     hop, gates = frames.weights.shape[1], frames.gates
     frame, phase = place // hop, place % hop
     weights = frames.weights
     simd.blend(
-        gates[b, frame, 0, first:].ctypes.data, 4 * gates.shape[3], out, vectors,
+        gates[c, frame, 0, first:].ctypes.data, 4 * gates.shape[3], out, vectors,
         weights[0, phase], weights[1, phase], weights[2, phase],
     )  # fmt: skip
 
@@ -196,26 +196,26 @@ def _run(first, last, plan, layers, matrices, frames, call):
     ring_of_lags = frames.whole_lags.shape[1] - samples
     for b in range(first, last):
         x, e, lags = frames.samples[b], frames.residuals[b], frames.whole_lags[b]
-        pending = frames.pending[b]
+        pending, c = frames.pending[b], b % len(frames.offsets)  # c: its conditioning
         e[net.history] = np.float32((np.float64(x[net.history]) - pending[0]) / pending[1])
         sub_before = -1
         s, log_s = 1.0, 0.0
         for t in range(samples):
-            place = frames.offsets[b] + t
+            place = frames.offsets[c] + t
             frame, phase = place // hop, place % hop
             sub = frame * per_frame + phase * per_frame // hop
             if sub != sub_before:
-                s = np.float64(frames.scales[b, sub])
+                s = np.float64(frames.scales[c, sub])
                 log_s = math.log(s)
                 sub_before = sub
             now = net.history + 1 + t
             p = 0.0
             for k in range(order):
-                p -= np.float64(frames.coefficients[b, sub, k]) * np.float64(x[now - order + k])
+                p -= np.float64(frames.coefficients[c, sub, k]) * np.float64(x[now - order + k])
             if abs(p) > 1.0:
                 p = math.copysign(max(2.0 - abs(p), 0.0), p)
-            lag = frames.lags[b, place]
-            voicing = np.float64(frames.voicings[b, place])
+            lag = frames.lags[c, place]
+            voicing = np.float64(frames.voicings[c, place])
             # A lag of NaN would lead outside of the arrays; integers would hide a voicing of NaN.
             if not lag >= 1 or voicing != voicing:
                 return t
@@ -224,7 +224,7 @@ def _run(first, last, plan, layers, matrices, frames, call):
             _features(seen, x, e, now, now - np.int64(ceiling), fraction, voicing, p, s, log_s,
                       net.recent, net.near)  # fmt: skip
             multiply_row(matrices[net.input], seen.ctypes.data, net.input_bias, zeros, signal)
-            _interpolated(frames, b, place, 2 * width * count, skip, net.skip_vectors)
+            _interpolated(frames, c, place, 2 * width * count, skip, net.skip_vectors)
             time = frames.times[b] + t
             for i in range(count):
                 layer, ring, own = layers[i], frames.rings[b, i], sums_at + i * sums_size
@@ -233,7 +233,7 @@ def _run(first, last, plan, layers, matrices, frames, call):
                 if turn == 0:
                     many = min(layer.ahead, samples - t)
                     for j in range(many):
-                        _interpolated(frames, b, place + j, 2 * width * i,
+                        _interpolated(frames, c, place + j, 2 * width * i,
                                       own + j * 2 * row_bytes, 2 * net.x_vectors)  # fmt: skip
                     _multiply_past(net, layer, matrices, ring, time, lags, ring_of_lags + t, many,
                                    _address(panels), zeros, own)  # fmt: skip

@@ -53,3 +53,8 @@ class NumbaTransformer(CompiledEngine):
     def load_state(self, stream: int, state: dict[str, Tensor]) -> None:
         """See `Engine.load_state`."""
         self._streams[stream].load(state)
+
+    def copy_streams(self, sources: list[int], targets: list[int]) -> None:
+        """See `Engine.copy_streams`."""
+        for source, target in zip(sources, targets, strict=True):
+            self._streams[target].copy(self._streams[source])

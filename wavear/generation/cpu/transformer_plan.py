@@ -192,6 +192,12 @@ class Stream:
             self._put(layer, keys, values)
         self._mask()
 
+    def copy(self, other: Stream) -> None:
+        """Copy the state of another stream: a region holds no addresses."""
+        self.net["time"] = other.net["time"]
+        self.history[:] = other.history
+        self.region.bytes[:] = other.region.bytes
+
     def _begun(self) -> int:
         """Return the number of positions so far."""
         return -(-int(self.net["time"]) // self.packed.config.patch)

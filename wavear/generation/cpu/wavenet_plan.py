@@ -211,6 +211,12 @@ class Group:
             shift = self.net["time"] % self.layers[layer]["slots"]
             self._ring(layer)[:, row] = np.roll(past, int(shift), axis=0)
 
+    def copy(self, row: int, other: Group, source: int) -> None:
+        """Copy the state of a stream of a group that has made as many samples."""
+        for layer in range(len(self.layers)):
+            self._ring(layer)[:, row] = other._ring(layer)[:, source]
+        self.previous[row] = other.previous[source]
+
     def _tabulated(self, layer: int) -> bool:
         return layer == 0 and self.net["table"] != 0
 

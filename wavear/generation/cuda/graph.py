@@ -143,6 +143,14 @@ class CudaGraphEngine:
         self._previous[stream] = int(state["previous"])
 
     @torch.inference_mode()
+    def copy_streams(self, sources: list[int], targets: list[int]) -> None:
+        """See `Engine.copy_streams`."""
+        tensors = self.model.export_state(self._state)
+        for value in (*tensors.values(), self._previous):
+            value[targets] = value[sources]
+        self._write(tensors)
+
+    @torch.inference_mode()
     def fill(self, stream: int, codes: np.ndarray, cond: Tensor | None) -> None:
         """See `Engine.fill`."""
         tensors = self.model.export_state(self._state)

@@ -157,6 +157,11 @@ class TritonEngine:
             )
         self._previous[stream] = int(state["previous"])
 
+    def copy_streams(self, sources: list[int], targets: list[int]) -> None:
+        """See `Engine.copy_streams`."""
+        for each in (self._queues, self._previous):
+            each[targets] = each[sources]
+
     def fill(self, stream: int, codes: np.ndarray, cond: Tensor | None) -> None:
         """See `Engine.fill`."""
         runner = ReferenceEngine(rounded(self.model, self.weights), 1)
