@@ -136,6 +136,13 @@ def test_resynthesis_equals_generate(page, vocoder):
     mel = wavear.log_mel(waveform[None], MEL)
     right = wavear.generate(vocoder, mel, seed=7, temperature=0.8)[0].numpy()
     assert pcm_of(made).tobytes() == pcm16(right)
+    several = page.post("/resynthesize", json=asked | {"particles": 2})
+    right = wavear.generate(vocoder, mel, seed=7, temperature=0.8, particles=2)[0].numpy()
+    assert pcm_of(several).tobytes() == pcm16(right)
+    for wrong in (0, 33, 1.5, "2", None):
+        refused = page.post("/resynthesize", json=asked | {"particles": wrong})
+        assert refused.status_code == 400
+        assert "particles is" in refused.json()["error"]
     assert made.json()["real_time_factor"] > 0
     assert base64.b64decode(made.json()["spectrogram"]).startswith(b"\x89PNG")
 

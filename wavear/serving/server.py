@@ -40,6 +40,8 @@ from wavear.serving.recordings import Recordings, mel_of, resynthesize, shown
 from wavear.serving.settings import ServeConfig
 
 PAGE = Path(__file__).parent / "page"
+_MOST_PARTICLES = 32  # of a resynthesis, which takes as many times as long
+_RESYNTHESIS = "id", "top", "seed", "temperature", "top_p", "particles", "speaker"
 _LONGEST_MESSAGE = 4096  # bytes of a client's message on the WebSocket
 _NO_SPEECH = f"Speaking needs wavear[tts]: wavear serve --tacotron2 {next(iter(BUNDLES))}"
 
@@ -185,10 +187,12 @@ class Server:
             body += part
             if len(body) > _LONGEST_MESSAGE:
                 raise HTTPException(413, "the request is too long")
-        asked = _settings(bytes(body), "id", "top", "seed", "temperature", "top_p", "speaker")
+        asked = _settings(bytes(body), *_RESYNTHESIS)
         waveform, top = self.recordings.get(asked.pop("id", None)), asked.pop("top", None)
         if top is not None and not (isinstance(top, int | float) and math.isfinite(top)):
             raise WavearError(f"top is {top!r:.60}; it must be a number")
+        if (particles := asked.get("particles", 1)) not in range(1, _MOST_PARTICLES + 1):
+            raise WavearError(f"particles is {particles!r:.60}; it must be 1 to {_MOST_PARTICLES}")
         sampling = Sampling(**asked, weights=self.config.weights, threads=self.config.threads)
         work = resynthesize, self.model, waveform, sampling, top
         return JSONResponse(await self._in_turn(*work))

@@ -157,7 +157,7 @@ $("synthesize").onclick = async () => {
   $("synthesize").disabled = true;
   show("r-status", "Synthesizing…");
   try {
-    const asked = { id: original.id, top: original.top, seed: +$("r-seed").value, temperature: +$("r-temperature").value };
+    const asked = { id: original.id, top: original.top, seed: +$("r-seed").value, temperature: +$("r-temperature").value, particles: +$("r-particles").value };
     if (about.speakers.length) asked.speaker = $("r-speaker").value;
     const found = await post("resynthesize", JSON.stringify(asked));
     stopBoth();
