@@ -229,6 +229,50 @@ def test_several_seeds_give_the_files_of_single_runs(here, capsys, command, name
     assert not Path("new", name.format("-seed6")).exists()
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("synthesize x --temperature abc", "--temperature is 'abc'; it must be a number"),
+        ("synthesize x --threads abc", "--threads is 'abc'; it must be a number"),
+        ("synthesize x --tempraturee 2", "Unrecognized options: --tempraturee, 2; Perhaps"),
+        ("generate", "Missing from wavear generate: CHECKPOINT --out FILE"),
+        ("generate --seconds", "Missing value for argument '--seconds'. Expected 1 values"),
+        ("synthesize x --format aiff", "--format is 'aiff'; it must be one of wav, wav24,"),
+        ("train x --out y --family z", "--family is 'z', it must be one of predictive,"),
+    ],
+)
+def test_usage_errors_are_one_line(arguments: str, message: str, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "40")
+    err = refused(capsys, *arguments.split(), status=2)
+    assert err.startswith(f"wavear: error: {message}")
+    assert err.endswith(f": wavear {arguments.split()[0]} --help lists the options\n")
+    assert os.environ["COLUMNS"] == "40"
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--argmax --top-k 3", "argmax takes the likeliest code: drop --top-k and --top-p"),
+        ("--particles 2 --best-of 2", "--particles is 2: drop --best-of 2"),
+        ("--temperature 0", "--temperature is 0.0; it must be 1e-06 to 1e+06"),
+        ("--seed -1", "--seed is -1; it must be a whole number, 0 to 2**64 - 1"),
+        ("--weights int9", "--weights is 'int9'; it must be one of"),
+        ("--engine x", "--engine is 'x'; it must be one of"),
+        ("--weights float16", "--engine 'numba' has no --weights='float16': use --engine 'triton'"),
+    ],
+)
+def test_refused_settings_are_named_as_flags(here: Path, flags: str, message: str, capsys):
+    err = refused(capsys, *f"synthesize mel good.npy --out o {flags}".split())
+    assert err.startswith(f"wavear: error: {message}")
+
+
+def test_files_named_like_parameters_keep_their_names(here: Path, capsys: pytest.CaptureFixture):
+    Path("top_k.txt").touch()
+    assert "top_k.txt is not an audio" in refused(capsys, "synthesize", "mel", "top_k.txt")
+    Path("seed").touch()
+    assert ": seed is not an audio" in refused(capsys, "synthesize", "mel", "seed")
+
+
 def test_messages_name_flags(here: Path, capsys: pytest.CaptureFixture):
     arguments = shlex.split("train x --out o --from voice --mel-bands 60")
     status, _, err = run(capsys, *arguments)

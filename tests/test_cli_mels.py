@@ -220,7 +220,7 @@ def test_level_and_fade(here: Path, capsys: pytest.CaptureFixture):
         ("--format mp3", 2, "format is 'mp3'; it must"),
         ("--normalize 3", 2, "normalize is 3.0; it must"),
         ("--fade -1", 2, "fade is -1.0"),
-        ("--top-p 1.5", 1, "top_p is 1.5; it must be above 0 and at most 1"),
+        ("--top-p 1.5", 1, "--top-p is 1.5; it must be above 0 and at most 1"),
         ("--format flac", 1, "--format flac makes a file that ends in .flac, and --out is x.wav"),
     ],
 )

@@ -6,13 +6,16 @@ itself is wrong; 130 interrupted.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import inspect
+import io
 import os
+import re
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Annotated, Any, get_args, get_type_hints
 
 import tyro
@@ -43,7 +46,90 @@ def parse(function: Callable[..., int], arguments: Sequence[str], prog: str) -> 
     parameters = inspect.signature(function).parameters.values()
     for owner in [function, *(p.default for p in parameters), *function.__annotations__.values()]:
         _hide_none(owner)
-    return tyro.cli(_deferred(function), prog=prog, args=named, config=_CONFIG)
+    flags, box = _flags(function), io.StringIO()
+    try:
+        with contextlib.redirect_stderr(box), _wide({"-h", "--help"}.isdisjoint(named)):
+            command = tyro.cli(_deferred(function), prog=prog, args=named, config=_CONFIG)
+    except SystemExit as stop:
+        if stop.code:
+            wrong = _with_flags(_unboxed(box.getvalue()), flags)
+            print(f"wavear: error: {wrong}: {prog} --help lists the options", file=sys.stderr)
+        raise
+
+    def run() -> int:
+        try:
+            return command()
+        except WavearError as error:
+            raise WavearError(_with_flags(str(error), flags)) from error
+
+    return run
+
+
+@contextlib.contextmanager
+def _wide(wanted: bool) -> Iterator[None]:
+    """Let tyro print its errors without line breaks."""
+    before = os.environ.get("COLUMNS")
+    if wanted:
+        os.environ["COLUMNS"] = "10000"
+    try:
+        yield
+    finally:
+        os.environ.pop("COLUMNS", None)
+        if before is not None:
+            os.environ["COLUMNS"] = before
+
+
+def _unboxed(box: str) -> str:
+    """Return tyro's box on one line, without the help of options."""
+    parts: list[str] = []
+    for line in re.sub(r"\x1b\[[\d;]*m", "", box).splitlines()[1:]:  # without its title
+        text = line.strip("│ ")
+        if text.startswith(("Argument helptext", "For full helptext")):
+            break
+        if not text.strip("─-"):  # between sections
+            parts = [" ".join(parts) + ";"] if parts else []
+        elif not text.startswith("╰") and not line.strip("│").startswith(" " * 9):
+            parts.append(text)
+    said = re.sub(r"^Error parsing (?!--)\w+: ", "", " ".join(parts).rstrip("; ."))
+    number = r"^Error parsing (--\S+): .*(?:invalid literal|could not convert)[^:]*: (.*)$"
+    return re.sub(number, r"\1 is \2; it must be a number", said)
+
+
+def _with_flags(message: str, flags: dict[str, str]) -> str:
+    """Name flags, not parameters, in a message.
+
+    Names of one word are words of messages, too: they are flags before a value or after "drop".
+
+    Examples
+    --------
+    >>> _with_flags("seed is -1; drop top_k", {"seed": "--seed", "top_k": "--top-k"})
+    '--seed is -1; drop --top-k'
+    """
+    names = "|".join(flags)
+    long = "|".join(name for name in flags if "_" in name) or "(?!)"
+    value = r"(?= is (?:['\d-]|nan|inf)|=| ')"
+    pattern = (
+        rf"(?<![\w./-])(?:(?:{long})(?![\w/-]|\.\w)"
+        rf"|(?<!mel )(?:{names}){value}|(?<=drop )(?:{names})\b)"
+    )
+    return re.sub(pattern, lambda m: flags[m[0]], message)
+
+
+def _is_record(hint: Any) -> bool:
+    return isinstance(hint, type) and dataclasses.is_dataclass(hint)
+
+
+def _flags(function: Callable[..., Any]) -> dict[str, str]:
+    """Return the flag of each parameter, and of each field of those that are dataclasses."""
+    found = {}
+    owners = [function, *(t for t in get_type_hints(function).values() if _is_record(t))]
+    for owner in owners:
+        for name, hint in get_type_hints(owner, include_extras=True).items():
+            given = getattr(hint, "__metadata__", ())
+            if tyro.conf.Positional not in given and not _is_record(hint):
+                renamed = [each.name for each in given if getattr(each, "name", None)]
+                found[name] = "--" + (renamed or [name.replace("_", "-")])[0]
+    return found
 
 
 def _hide_none(owner: Any) -> None:

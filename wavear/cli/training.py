@@ -1,11 +1,9 @@
 """`wavear train`, and the main program of a recipe."""
 
 # Annotations are objects, not strings: tyro reads those of functions inside functions, too.
-import contextlib
 import dataclasses
-import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
@@ -23,28 +21,10 @@ from wavear.training.config import (
     family_defaults,
 )
 
-_NAMES = {f.name: "--" + f.name.replace("_", "-") for f in dataclasses.fields(TrainConfig)}
-_NAMES["from_checkpoint"] = "--from"
-# Names of one word are words of messages, too.
-_IN_MESSAGES = re.compile(rf"(?<![\w./-])({'|'.join(n for n in _NAMES if '_' in n)})(?![\w/-])")
-
-
-@contextlib.contextmanager
-def _flags_in_messages() -> Iterator[None]:
-    """Name flags, not fields, in what is refused."""
-    try:
-        yield
-    except WavearError as error:
-        raise WavearError(_IN_MESSAGES.sub(lambda m: _NAMES[m[1]], str(error))) from None
-
 
 @dataclasses.dataclass(frozen=True)
 class _Values(TrainConfig):
     """The settings as flags, in help and messages."""
-
-    def __post_init__(self) -> None:
-        with _flags_in_messages():
-            super().__post_init__()
 
 
 _Values.__annotations__["from_checkpoint"] = Annotated[
@@ -77,8 +57,7 @@ def train(config: _Flags) -> int:
     config
         The run.
     """
-    with _flags_in_messages():
-        refuse_unused(config)
+    refuse_unused(config)
     return run_training(config)
 
 
@@ -86,8 +65,7 @@ def run_training(config: Any) -> int:
     """Train and print the result; return the exit status."""
     from wavear.training.run import train
 
-    with _flags_in_messages():
-        result = train(config)
+    result = train(config)
     # An interrupt leaves no time for all the scores.
     scores = result.held_out or {"model": result.bits_best}
     bits = ", ".join(f"{name} {value:.3f}" for name, value in scores.items())

@@ -25,17 +25,17 @@ _WHITE = 0.4  # spectral flatness: 0.56 of white noise, below 0.3 of fricatives 
 _APART = 2.5  # nepers between the loudness of the mel given and that of the audio: 22 dB
 
 _ADVICE: dict[Kind, str] = {
-    "silence": "try another seed, a temperature nearer to 1, no argmax, a larger top_p; or train on"
-    " less silence",
-    "constant": "try another seed, a temperature nearer to 1, no argmax; or train longer",
-    "loop": "try a temperature nearer to 1, no argmax, a larger top_k or top_p",
-    "noise": "try another seed, a temperature of 0.8 or a top_p of 0.95; or train longer, with"
+    "silence": "try another seed, a temperature nearer to 1, no --argmax, a larger --top-p; or"
+    " train on less silence",
+    "constant": "try another seed, a temperature nearer to 1, no --argmax; or train longer",
+    "loop": "try a temperature nearer to 1, no --argmax, a larger --top-k or --top-p",
+    "noise": "try another seed, --temperature 0.8 or --top-p 0.95; or train longer, with"
     " --input-noise",
-    "clipping": "try a lower temperature, a top_p of 0.95, or train with --normalize peak",
+    "clipping": "try a lower temperature, --top-p 0.95, or train with --normalize peak",
     "quieter": "check that the mel is the one the model expects (--mel-preset); try another seed,"
-    " no argmax",
-    "louder": "check that the mel is the one the model expects (--mel-preset); try a temperature of"
-    " 0.8",
+    " no --argmax",
+    "louder": "check that the mel is the one the model expects (--mel-preset); try"
+    " --temperature 0.8",
 }
 
 

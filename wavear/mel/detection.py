@@ -175,7 +175,7 @@ def adapt_mel(
         raise WavearError("the model was trained without mels and cannot use one")
     if isinstance(target, FeatureConfig):
         if source is not None:
-            raise WavearError("the model takes features, not mels of any kind: drop the source")
+            raise WavearError("the model takes features, not mels of any kind: drop --mel-preset")
         return target.values(mel)
     given = as_tensor(mel, "mel")
     if source is None:
@@ -198,7 +198,7 @@ def adapt_mel(
     )
     if not differing.keys() <= {*MINOR} and (not force or "bands" in differing):
         delay = 500 * target.hop_length / target.sample_rate
-        hint = f" (only {delay:.1f} ms of delay, half a frame, differ: force accepts it)"
+        hint = f" (only {delay:.1f} ms of delay, half a frame, differ: --force accepts it)"
         hint = hint if differing.keys() <= {"centre", *MINOR} else ""
         raise WavearError(f"it is not the mel the model was trained on: it has {listed}{hint}")
     if differing:
