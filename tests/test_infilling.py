@@ -153,6 +153,26 @@ def test_command_writes_sound_and_page(x, model, tmp_path: Path, capsys):
     assert main([*command, "--overwrite", "--to", "2"]) == 1
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--from nan", "--from is nan; it must be a time"),
+        ("--to inf", "--to is inf; it must be a time"),
+        ("--out {}/y.txt", "y.txt is not an audio file by its name"),
+        ("--out {0}/d.wav", "d.wav is a folder: name a file"),
+        ("--page {}", "is a folder: name a file"),
+    ],
+)
+def test_command_refuses_arguments_before_the_work(flags, message, x, tmp_path: Path, capsys):
+    soundfile.write(tmp_path / "x.wav", x.numpy(), RATE, subtype="PCM_16")
+    (tmp_path / "d.wav").mkdir()
+    command = ["infill", str(tmp_path / "x.wav"), "--from", "0.3", "--to", "0.32"]
+    # The checkpoint does not exist: it is not read.
+    command += ["--checkpoint", "nowhere", *flags.format(tmp_path).split()]
+    assert main(command) == 1
+    assert message in capsys.readouterr().err
+
+
 def test_unsuited_gaps_are_refused(x, model):
     for gap in ((0, 9), (9, 9), (7990, 8000)):
         with pytest.raises(WavearError, match="it must begin and end inside"):

@@ -69,6 +69,26 @@ def seeds_of(text: str | None, sampling: "Sampling") -> list[tuple[str, "Samplin
     return [(f"-seed{seed}", dataclasses.replace(sampling, seed=seed)) for seed in seeds]
 
 
+def refuse_target(out: Path, overwrite: bool) -> None:
+    """Refuse a name for `--out` before the work: not audio, a folder, or a file that exists."""
+    from wavear.generation.output import FORMATS
+
+    suffixes = sorted({suffix for suffix, _ in FORMATS.values()})
+    if out.suffix.lower() not in suffixes:
+        raise WavearError(
+            f"{out} is not an audio file by its name: --out takes a {', '.join(suffixes)} file"
+        )
+    refuse_existing(out, overwrite)
+
+
+def refuse_existing(out: Path, overwrite: bool) -> None:
+    """Refuse to write to a folder, or to a file that exists unless it may be overwritten."""
+    if out.is_dir():
+        raise IsADirectoryError(f"{out} is a folder: name a file")
+    if out.exists() and not overwrite:
+        raise FileExistsError(f"{out} exists: choose another name, or pass --overwrite")
+
+
 def load_model(checkpoint: str, device: str) -> Any:
     """Return the model of a checkpoint on a device, if the machine has it."""
     from wavear.models.checkpoint import load

@@ -1,13 +1,19 @@
 """`wavear score`, `wavear compress`, `wavear decompress` and `wavear infill`."""
 
 # Annotations are objects, not strings: tyro reads them.
+import math
 import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 from tyro.conf import Positional, arg
 
-from wavear.cli.arguments import checkpoint_and_inputs, load_model
+from wavear.cli.arguments import (
+    checkpoint_and_inputs,
+    load_model,
+    refuse_existing,
+    refuse_target,
+)
 from wavear.common.atomic import say
 from wavear.common.errors import WavearError
 from wavear.common.log import get_logger
@@ -55,8 +61,8 @@ def score(
     from wavear.common.progress import bar
     from wavear.evaluation.ratios import LINEAR, likelihood_ratios
 
-    if csv is not None and csv.exists() and not overwrite:
-        raise FileExistsError(f"{csv} exists: choose another name, or pass --overwrite")
+    if csv is not None:
+        refuse_existing(csv, overwrite)
     checkpoint, data = checkpoint_and_inputs(paths)
     if len(data) != 1:
         raise WavearError(f"there are {len(data)} inputs: name one folder, file or manifest")
@@ -168,9 +174,12 @@ def infill(
     from wavear.mel.mel_files import read_mel
 
     out = out or source.with_name(f"{source.stem}-infilled.wav")
-    for path in (out, page):
-        if path is not None and path.exists() and not overwrite:
-            raise FileExistsError(f"{path} exists: choose another name, or pass --overwrite")
+    for flag, value in (("--from", begin), ("--to", end)):
+        if not math.isfinite(value):
+            raise WavearError(f"{flag} is {value}; it must be a time in the recording, in seconds")
+    refuse_target(out, overwrite)
+    if page is not None:
+        refuse_existing(page, overwrite)
     model, found = load_model(checkpoint, "cpu"), audio.info(source)
     rate = found.sample_rate
     if found.channels != 1:

@@ -12,12 +12,13 @@ from wavear.cli.arguments import (
     Folder,
     checkpoint_and_inputs,
     load_model,
+    refuse_target,
     seeds_of,
 )
 from wavear.common.atomic import say
 from wavear.common.errors import WavearError
 from wavear.common.log import get_logger
-from wavear.generation.output import FORMATS, Output
+from wavear.generation.output import Output
 from wavear.generation.settings import Sampling
 from wavear.mel.config import MelConfig
 
@@ -193,17 +194,9 @@ def generate(
     from wavear.audio import info
     from wavear.generation.files import generate_file
 
-    suffixes = sorted({suffix for suffix, _ in FORMATS.values()})
-    if out.suffix.lower() not in suffixes:
-        raise WavearError(
-            f"{out} is not an audio file by its name: --out takes a {', '.join(suffixes)} file"
-        )
     each = [(out.with_stem(out.stem + end), one) for end, one in seeds_of(seeds, sampling)]
     for path, _ in each:
-        if path.is_dir():
-            raise IsADirectoryError(f"{path} is a folder: --out takes a file")
-        if path.exists() and not overwrite:
-            raise FileExistsError(f"{path} exists: choose another name, or pass --overwrite")
+        refuse_target(path, overwrite)
     if output.format is not None and out.suffix.lower() != output.suffix:
         raise WavearError(
             f"--format {output.format} makes a file that ends in {output.suffix}, and --out is"
