@@ -155,3 +155,17 @@ def test_unsuited_models_and_recordings_are_refused(wav, tmp_path):
         compress(wav, out)
     with pytest.raises(WavearError, match="compressed with the model"):
         decompress(out, tmp_path / "y.flac", make_wavenet(seed=1))
+
+
+def test_the_input_is_never_replaced_and_folders_are_made(wav, tmp_path):
+    before = wav.read_bytes()
+    with pytest.raises(FileExistsError, match="is the input itself"):
+        compress(wav, tmp_path / "." / "x.wav", overwrite=True)
+    out = tmp_path / "new" / "a.wav"  # a name that decompress takes, too
+    compress(wav, out)
+    with pytest.raises(FileExistsError, match="is the input itself"):
+        decompress(out, out, overwrite=True)
+    decompress(out, tmp_path / "newer" / "y.wav")
+    assert wav.read_bytes() == before
+    restored = soundfile.read(tmp_path / "newer" / "y.wav")[0]
+    assert (restored == soundfile.read(wav)[0]).all()

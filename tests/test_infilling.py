@@ -161,6 +161,7 @@ def test_command_writes_sound_and_page(x, model, tmp_path: Path, capsys):
         ("--out {}/y.txt", "y.txt is not an audio file by its name"),
         ("--out {0}/d.wav", "d.wav is a folder: name a file"),
         ("--page {}", "is a folder: name a file"),
+        ("--overwrite --out {}/x.wav", "x.wav is the input itself: choose another name"),
     ],
 )
 def test_command_refuses_arguments_before_the_work(flags, message, x, tmp_path: Path, capsys):

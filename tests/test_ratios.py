@@ -56,6 +56,16 @@ def test_the_oddest_window_is_that_of_the_fault(against, data, model, tmp_path, 
     assert main(["score", *arguments]) == 1  # the table exists
 
 
+def test_no_table_is_written_of_nothing(model, tmp_path):
+    model.save(tmp_path / "model")
+    (tmp_path / "empty").mkdir()
+    soundfile.write(tmp_path / "empty" / "x.wav", torch.zeros(0).numpy(), RATE)
+    table = tmp_path / "new" / "x.csv"
+    given = [str(tmp_path / "model"), str(tmp_path / "empty"), "--csv", str(table)]
+    assert main(["score", *given]) == 1
+    assert not table.exists()
+
+
 def test_windows_have_the_bits_of_score(data, model):
     found = [
         w for w in likelihood_ratios(model, data, model, every=0.3).windows if w.path == "0.wav"

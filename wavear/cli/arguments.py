@@ -69,8 +69,9 @@ def seeds_of(text: str | None, sampling: "Sampling") -> list[tuple[str, "Samplin
     return [(f"-seed{seed}", dataclasses.replace(sampling, seed=seed)) for seed in seeds]
 
 
-def refuse_target(out: Path, overwrite: bool) -> None:
-    """Refuse a name for `--out` before the work: not audio, a folder, or a file that exists."""
+def refuse_target(out: Path, overwrite: bool, source: Path | None = None) -> None:
+    """Refuse a name for `--out` that is not of audio, or not a file to write (`check_target`)."""
+    from wavear.common.atomic import check_target
     from wavear.generation.output import FORMATS
 
     suffixes = sorted({suffix for suffix, _ in FORMATS.values()})
@@ -78,15 +79,7 @@ def refuse_target(out: Path, overwrite: bool) -> None:
         raise WavearError(
             f"{out} is not an audio file by its name: --out takes a {', '.join(suffixes)} file"
         )
-    refuse_existing(out, overwrite)
-
-
-def refuse_existing(out: Path, overwrite: bool) -> None:
-    """Refuse to write to a folder, or to a file that exists unless it may be overwritten."""
-    if out.is_dir():
-        raise IsADirectoryError(f"{out} is a folder: name a file")
-    if out.exists() and not overwrite:
-        raise FileExistsError(f"{out} exists: choose another name, or pass --overwrite")
+    check_target(out, overwrite, source)
 
 
 def load_model(checkpoint: str, device: str) -> Any:

@@ -8,13 +8,8 @@ from typing import Annotated, Any
 
 from tyro.conf import Positional, arg
 
-from wavear.cli.arguments import (
-    checkpoint_and_inputs,
-    load_model,
-    refuse_existing,
-    refuse_target,
-)
-from wavear.common.atomic import say
+from wavear.cli.arguments import checkpoint_and_inputs, load_model, refuse_target
+from wavear.common.atomic import check_target, say
 from wavear.common.errors import WavearError
 from wavear.common.log import get_logger
 from wavear.common.words import counted
@@ -62,7 +57,7 @@ def score(
     from wavear.evaluation.ratios import LINEAR, likelihood_ratios
 
     if csv is not None:
-        refuse_existing(csv, overwrite)
+        check_target(csv, overwrite)
     checkpoint, data = checkpoint_and_inputs(paths)
     if len(data) != 1:
         raise WavearError(f"there are {len(data)} inputs: name one folder, file or manifest")
@@ -71,7 +66,7 @@ def score(
     found = likelihood_ratios(model, data[0], other, every=every, progress=bar)
     for name, why in found.failed:
         logger.error("%s: %s", name, why)
-    if csv is not None:
+    if csv is not None and found.windows:
         found.write(csv)
     say("bits per sample: model, against, ratio; the oddest recordings, then the oddest windows")
     for windows, timed in ((found.of_recordings(), False), (found.windows, True)):
@@ -177,9 +172,9 @@ def infill(
     for flag, value in (("--from", begin), ("--to", end)):
         if not math.isfinite(value):
             raise WavearError(f"{flag} is {value}; it must be a time in the recording, in seconds")
-    refuse_target(out, overwrite)
+    refuse_target(out, overwrite, source)
     if page is not None:
-        refuse_existing(page, overwrite)
+        check_target(page, overwrite, source)
     model, found = load_model(checkpoint, "cpu"), audio.info(source)
     rate = found.sample_rate
     if found.channels != 1:
@@ -195,6 +190,7 @@ def infill(
     given: dict[str, Any] = {"features": known, "candidates": candidates, "seed": seed}
     result = infill(model, waveform, *gap, sample_rate=rate, **given)
     kept = _KEPT.get(soundfile.info(source).subtype) if out.suffix.lower() == ".wav" else None
+    out.parent.mkdir(parents=True, exist_ok=True)
     audio.write(out, result.waveform, rate, kept)
     linear = janssen(waveform, *gap)
     seam = seam_of(model, *at_rate(linear, *gap, rate, model.config.sample_rate), known)
@@ -212,6 +208,7 @@ def infill(
         damaged[slice(*gap)] = 0
         sounds = {"gap": damaged, "filled": result.waveform, "linear prediction": linear}
         html = side_by_side({name: x[first:last] for name, x in sounds.items()}, rate).html
+        page.parent.mkdir(parents=True, exist_ok=True)
         replace_file(page, lambda path: path.write_text(_PAGE.format(html), encoding="utf-8"))
         say(f"{page}  a second on each side")
     return 0

@@ -62,6 +62,22 @@ def replace_file(path: str | Path, write: Callable[[Path], object]) -> None:
         raise
 
 
+def check_target(out: Path, overwrite: bool, source: Path | None = None) -> None:
+    """Refuse a file to write before the work: a folder, its own source, or one that exists.
+
+    Raises
+    ------
+    OSError
+        The file exists, and `overwrite` is false or it is the `source`.
+    """
+    if out.is_dir():
+        raise IsADirectoryError(f"{out} is a folder: name a file")
+    if source is not None and out.exists() and source.exists() and out.samefile(source):
+        raise FileExistsError(f"{out} is the input itself: choose another name")
+    if out.exists() and not overwrite:
+        raise FileExistsError(f"{out} exists: choose another name, or pass --overwrite")
+
+
 def replace_tensors(
     path: str | Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]
 ) -> None:

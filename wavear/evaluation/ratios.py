@@ -76,6 +76,7 @@ class Ratios:
         for w in self.windows:
             numbers = (w.bits, w.against, w.ratio)
             table.writerow((w.path, f"{w.start:.3f}", *(f"{n:.4f}" for n in numbers)))
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
         replace_file(path, lambda p: p.write_text(text.getvalue(), encoding="utf-8"))
 
 

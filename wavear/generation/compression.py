@@ -29,7 +29,7 @@ import torch
 from wavear.audio.emphasis import coefficient
 from wavear.audio.grid import COMMON_GRIDS, Grid
 from wavear.audio.reading import read_pcm16
-from wavear.common.atomic import replace_file
+from wavear.common.atomic import check_target, replace_file
 from wavear.common.errors import WavearError
 from wavear.generation.conditioner import Conditioner
 from wavear.generation.engines import make_engine
@@ -101,7 +101,7 @@ def compress(
     WavearError
         If the recording or the model is not suited, or `step` and `forward` differ.
     """
-    _check_new(Path(out), overwrite)
+    check_target(Path(out), overwrite, Path(source))
     pcm, rate = read_pcm16(source)
     grid = _check_model(model, rate, str(source))
     values = pcm.astype(np.int64) + _HALF
@@ -135,6 +135,7 @@ def compress(
     sizes = struct.pack(f"<{len(parts)}I", *map(len, parts))
     sizes += struct.pack("<f", step) if levels.size else b""
     data = header + sizes + b"".join(parts)
+    Path(out).parent.mkdir(parents=True, exist_ok=True)
     replace_file(Path(out), lambda path: path.write_bytes(data))
     return Compressed(pcm.size, rate, len(pcm), len(data), name)
 
@@ -164,7 +165,7 @@ def decompress(
         If the file is damaged, or was made with another model or arithmetic.
     """
     target = Path(out)
-    _check_new(target, overwrite)
+    check_target(target, overwrite, Path(source))
     if target.suffix.lower() not in ENDINGS:
         raise WavearError(f"{out}: its name must end in {' or '.join(ENDINGS)}")
     data = Path(source).read_bytes()
@@ -367,17 +368,11 @@ def _digest(model: AutoregressiveModel | None) -> bytes:
     return hashlib.sha256(text.encode()).digest()[:8]
 
 
-def _check_new(out: Path, overwrite: bool) -> None:
-    if out.is_dir():
-        raise IsADirectoryError(f"{out} is a folder: name a file")
-    if out.exists() and not overwrite:
-        raise FileExistsError(f"{out} exists: choose another name, or pass --overwrite")
-
-
 def _write(target: Path, pcm: np.ndarray, rate: int) -> None:
     import soundfile
 
     kind = ENDINGS[target.suffix.lower()]
+    target.parent.mkdir(parents=True, exist_ok=True)
     replace_file(
         target,
         lambda path: soundfile.write(path, pcm.T, rate, subtype="PCM_16", format=kind),
