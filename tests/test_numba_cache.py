@@ -144,6 +144,23 @@ def test_another_processor_recompiles(cache, tmp_path):
     assert len(stored(cache)) == 2
 
 
+def test_symbols_of_two_processes_differ(tmp_path):
+    """Else a function for the records of one kernel would serve those of another."""
+    program = (
+        "from wavear.common.compiled import compiled\n"
+        "def double(x): return 2 * x\n"
+        "print(next(iter(compiled(double, 'int64(int64)').overloads.values())).fndesc.mangled_name)"
+    )
+    environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path)}
+    names = {
+        subprocess.run(
+            [sys.executable, "-c", program], env=environment, capture_output=True, check=True
+        ).stdout
+        for _ in range(2)
+    }
+    assert len(names) == 2
+
+
 def test_an_unwritable_cache_warns_once_and_compiles(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path / "file" / "cache"))

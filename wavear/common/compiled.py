@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -197,11 +198,25 @@ def _warn_once(error: Exception) -> None:
         )
 
 
+@functools.cache
+def _name_uniquely() -> None:
+    """Begin Numba's numbers of functions at random, as they are part of the symbols' names.
+
+    Code of several processes meets in one. A function for two layouts of records, each compiled
+    first by another process, would have one name, and the one that is loaded first serve both:
+    WaveNet's kernel and the GRU's crashed so.
+    """
+    from numba.core.bytecode import FunctionIdentity
+
+    FunctionIdentity._unique_ids = itertools.count(int.from_bytes(os.urandom(6), "big"))
+
+
 def _compile(
     function, signature: Any, callback: bool, directory: Path | None, options: dict[str, Any]
 ):
     import numba
 
+    _name_uniquely()
     if callback:
         compiler = numba.cfunc(signature, cache=bool(directory), **options)
     else:
