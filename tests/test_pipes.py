@@ -363,10 +363,10 @@ def test_a_device_without_the_package_is_refused(monkeypatch):
         ("synthesize model - --stream --format flac", "drop --format, --normalize, --fade"),
         ("synthesize model - --stream --mel-seconds 1", "--mel-seconds"),
         ("synthesize model - --stream --mel-preset r9yy9", "no mel preset 'r9yy9'"),
-        ("synthesize model - --stream --best-of 2", "best_of compares whole utterances"),
-        ("synthesize model - --stream --argmax --top-k 3", "drop top_k and top_p"),
-        ("synthesize model - --stream --argmax --top-p 0.5", "drop top_k and top_p"),
-        ("synthesize model - --stream --top-p 2", "top_p is 2.0;"),
+        ("synthesize model - --stream --best-of 2", "--best-of compares whole utterances"),
+        ("synthesize model - --stream --argmax --top-k 3", "drop --top-k and --top-p"),
+        ("synthesize model - --stream --argmax --top-p 0.5", "drop --top-k and --top-p"),
+        ("synthesize model - --stream --top-p 2", "--top-p is 2.0;"),
     ],
 )
 def test_commands_that_cannot_stream_are_refused(

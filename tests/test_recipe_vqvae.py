@@ -214,7 +214,7 @@ def test_programs_on_made_sounds(
     assert any(not torch.equal(taught[name], weights) for name, weights in untrained.items())
 
     assert start("train", *flags, "--out", "y", "--voice-minutes", "-1") == 1
-    assert "voice_minutes -1" in capsys.readouterr().err
+    assert "--voice-minutes -1" in capsys.readouterr().err
     table = "path,speaker,split\ndata/low/low0.wav,a,train\nelsewhere/low0.wav,b,validation\n"
     (tmp_path / "twice.csv").write_text(table, encoding="utf-8")
     assert start("train", *flags, "--out", "y", "--data", "twice.csv") == 1

@@ -60,7 +60,7 @@ def test_an_untrained_model_makes_noise():
     assert finding.start == 0
     assert finding.stop > 1.9
     assert "white noise (-" in finding.what
-    assert "temperature of 0.8" in finding.advice
+    assert "--temperature 0.8" in finding.advice
 
 
 def test_a_model_of_only_silence_is_reported_as_silence():
