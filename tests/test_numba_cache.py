@@ -147,18 +147,24 @@ def test_another_processor_recompiles(cache, tmp_path):
 def test_symbols_of_two_processes_differ(tmp_path):
     """Else a function for the records of one kernel would serve those of another."""
     program = (
+        "import os\n"
         "from wavear.common.compiled import compiled\n"
         "def double(x): return 2 * x\n"
-        "print(next(iter(compiled(double, 'int64(int64)').overloads.values())).fndesc.mangled_name)"
+        "compiled(double, 'float64(float64)')\n"
+        "child = os.fork()\n"
+        "code = next(iter(compiled(double, 'int64(int64)').overloads.values()))\n"
+        "print(code.fndesc.mangled_name, flush=True)\n"
+        "child and os.wait()"
     )
     environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path)}
     names = {
-        subprocess.run(
-            [sys.executable, "-c", program], env=environment, capture_output=True, check=True
-        ).stdout
+        name
         for _ in range(2)
+        for name in subprocess.run(
+            [sys.executable, "-c", program], env=environment, capture_output=True, check=True
+        ).stdout.split()
     }
-    assert len(names) == 2
+    assert len(names) == 4
 
 
 def test_an_unwritable_cache_warns_once_and_compiles(tmp_path, monkeypatch):

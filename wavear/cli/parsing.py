@@ -55,6 +55,7 @@ def parse(function: Callable[..., int], arguments: Sequence[str], prog: str) -> 
             wrong = _with_flags(_unboxed(box.getvalue()), flags)
             print(f"wavear: error: {wrong}: {prog} --help lists the options", file=sys.stderr)
         raise
+    sys.stderr.write(box.getvalue())  # warnings
 
     def run() -> int:
         try:

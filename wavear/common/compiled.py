@@ -199,12 +199,12 @@ def _warn_once(error: Exception) -> None:
 
 
 @functools.cache
-def _name_uniquely() -> None:
-    """Begin Numba's numbers of functions at random, as they are part of the symbols' names.
+def _name_uniquely(process: int) -> None:
+    """Begin Numba's numbers of functions at random, once in each process, forked ones too.
 
-    Code of several processes meets in one. A function for two layouts of records, each compiled
-    first by another process, would have one name, and the one that is loaded first serve both:
-    WaveNet's kernel and the GRU's crashed so.
+    They are part of the symbols' names. Code of several processes meets in one. A function for two
+    layouts of records, each compiled first by another process, would have one name, and the one
+    that is loaded first serve both: WaveNet's kernel and the GRU's crashed so.
     """
     from numba.core.bytecode import FunctionIdentity
 
@@ -216,7 +216,7 @@ def _compile(
 ):
     import numba
 
-    _name_uniquely()
+    _name_uniquely(os.getpid())
     if callback:
         compiler = numba.cfunc(signature, cache=bool(directory), **options)
     else:
