@@ -24,7 +24,7 @@ test: $(VENV)/.installed-dev  ## run the tests and the docstring examples, witho
 
 test-slow: $(VENV)/.installed-dev  ## run the slow tests, which make test leaves out
 	$(BIN)/python tests/warm.py
-	$(BIN)/python -m pytest -n auto --dist load -m slow $(ARGS)
+	$(BIN)/python -m pytest -n auto --dist load -m slow --timeout 3600 $(ARGS)
 
 wheel-test: $(VENV)/.installed-dev  ## build the wheel, install it into an empty environment, synthesize
 	$(BIN)/python tests/wheel.py $(ARGS)
