@@ -119,9 +119,11 @@ def test_records_of_other_clips_are_not_paired(made: Evaluation, words: str, cha
 
 
 def test_different_settings_are_noted(made: Evaluation):
-    other = changed(made, lambda r: r["settings"].update(temperature=0.8))
-    notes = paired(made.record, other.record)["notes"]
-    assert notes == ["temperature is 1.0 in a and 0.8 in b: the model is not the only difference"]
+    other = changed(made, lambda r: r["settings"].update(temperature=0.8, particles=4))
+    old = changed(made, lambda r: r["settings"].pop("particles"))  # before there were particles
+    end = "in b: the model is not the only difference"
+    notes = paired(old.record, other.record)["notes"]
+    assert notes == [f"temperature is 1.0 in a and 0.8 {end}", f"particles is 1 in a and 4 {end}"]
 
 
 # ---- the table of models

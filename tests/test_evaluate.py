@@ -84,6 +84,19 @@ def test_audio_equals_generate_and_measures_equal_the_packages(here: Path, tmp_p
                 assert entry["mean"] == pytest.approx(mean)
 
 
+def test_particles_are_those_of_generate(here: Path, tmp_path: Path):
+    config = dataclasses.replace(FAST, clips=1, particles=3)
+    made = evaluate(here / "mel", here / "held", tmp_path / "out", config)
+    (row,) = [row for row in made.clips if row.audio]
+    x = audio.read(here / "held" / row.name)[: round(FAST.seconds * RATE) // 64 * 64]
+    model, mel = wavear.load(here / "mel"), wavear.log_mel(x[None], MEL)
+    assert row.audio is not None
+    written = audio.read(made.folder / row.audio["model"])
+    three, one = (wavear.generate(model, mel, seed=0, particles=n)[0] for n in (3, 1))
+    assert torch.allclose(written, three, atol=1.01 / 32768, rtol=0)
+    assert not torch.allclose(written, one, atol=1e-2, rtol=0)
+
+
 def test_the_record_has_the_bounds_of_each_measure(made: Evaluation):
     found = made.record["measures"]
     for name in ("stft_distance", "mcd"):
@@ -333,6 +346,7 @@ def test_refusals(
             "2",
         ),
         "0.wav has no speaker. Put it into a sub-folder": ("speakers", "held"),
+        "particles need a model of logarithmic mels": ("free", "held", "--particles", "2"),
         "engine is 'steam'": ("mel", "held", "--engine", "steam"),
         "weights is 'int3'": ("mel", "held", "--weights", "int3"),
         "has only the evaluated clips": ("mel", "held", "--train-data", "held"),
@@ -342,6 +356,7 @@ def test_refusals(
     for words, flags in {
         "device is 'abacus'": ("--device", "abacus"),
         "clips is -1": ("--clips", "-1"),
+        "particles is 0": ("--particles", "0"),
         "seconds is 0": ("--seconds", "0"),
     }.items():
         assert words in refused(capsys, "evaluate", "mel", "held", "--out", out, *flags, status=2)

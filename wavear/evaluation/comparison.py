@@ -143,8 +143,8 @@ def _described(record: dict[str, Any]) -> dict[str, Any]:
 def _notes(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
     """Return the differences other than the model."""
     notes = []
-    for name in ("seed", "temperature", "weights"):
-        x, y = a["settings"][name], b["settings"][name]
+    for name in ("seed", "temperature", "weights", "particles"):
+        x, y = (each["settings"].get(name, 1) for each in (a, b))  # old records have no particles
         if x != y:
             notes.append(f"{name} is {x} in a and {y} in b: the model is not the only difference")
     for side, record in (("a", a), ("b", b)):

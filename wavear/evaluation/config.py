@@ -38,6 +38,8 @@ class EvaluateConfig:
     temperature: float = 1.0
     """Divides the logits: 1 as trained, below 1 duller and cleaner, above 1 noisier. Bits are
     always at 1."""
+    particles: int = 1
+    """Streams of each clip side by side, of which those nearest to its mel continue."""
     speaker: str | int | None = None
     """Name or number of the speaker, for a model with speakers; None: by the names of folders, or
     the manifest's column."""
@@ -57,7 +59,8 @@ class EvaluateConfig:
     """Replace an earlier evaluation in the folder."""
 
     def __post_init__(self) -> None:
-        for name, least in {"clips": 0, "seed": 0, "shown": 0, "resamples": 100}.items():
+        at_least = {"clips": 0, "seed": 0, "particles": 1, "shown": 0, "resamples": 100}
+        for name, least in at_least.items():
             if getattr(self, name) < least:
                 raise WavearError(f"{name} is {getattr(self, name)!r}; it must be {least} or more")
         for name in ("baseline_seconds", "seconds", "temperature"):

@@ -43,6 +43,7 @@ from wavear.evaluation.metrics import MEASURES, NEAR, NotMeasured, measure, pitc
 from wavear.evaluation.records import SOUNDS, SYSTEMS, Clip
 from wavear.evaluation.statistics import bootstrap
 from wavear.generation.engines import make_engine, name_of_engine
+from wavear.generation.particles import check_particles
 from wavear.generation.sampler import generate
 from wavear.generation.settings import Sampling
 from wavear.mel.conventions import Frames
@@ -92,6 +93,8 @@ def measure_everything(
     engine = make_engine(model, 1, config.engine, weights=config.weights, threads=config.threads)[0]
     trained = training_record(source)
     prepared = preparation(trained)
+    if config.particles > 1:
+        check_particles(model)
     least = 2 if mel is None else mel.hop_length
     by_name = model.config.speakers > 0 and config.speaker is None
     clips = open_clips(data, rate, least, prepared, by_name, _mel_folder(config, mel, prepared))
@@ -343,7 +346,8 @@ class _Synthesis:
             ]
             numbers = None if model.config.speakers == 0 else [speakers[n] for n in batch]
             began = time.perf_counter()
-            waveforms = self.generate(mels, seed=seed, speaker=numbers, progress=self.progress)
+            how = {"seed": seed, "speaker": numbers, "particles": self.config.particles}
+            waveforms = self.generate(mels, **how, progress=self.progress)
             taken += time.perf_counter() - began
             for n, x, mel, made in zip(batch, originals, mels, waveforms, strict=True):
                 systems = {
