@@ -408,12 +408,15 @@ def test_inputs_with_the_same_output_are_refused(here: Path, capsys: pytest.Capt
         ("train void --out o --family gru --muon-learning-rate 1", "drop --muon-learning-rate 1.0"),
         ("synthesize mel in --out o --mel-preset ln", "their mels fit the model: drop"),
         ("synthesize mel in --out o --force", "their mels fit the model: drop"),
+        ("demo --out o --minutes nan", "--minutes is nan; it must be above 0"),
+        ("synthesize void/a.m4a", "ffmpeg -i a.m4a a.wav"),
         ("demo --out in", "in is not empty"),
-        ("demo --out in --overwrite", "in holds no demo"),
+        ("demo --out in --overwrite", "in is not empty and has no"),
     ],
 )
 def test_refusals(here: Path, capsys: pytest.CaptureFixture, arguments: str, words: str):
     Path("void").mkdir()
+    Path("void/a.m4a").touch()
     assert words in refused(capsys, *arguments.split())
     assert not Path("o").exists() or not any(Path("o").iterdir())
     assert not Path("x.wav").exists()

@@ -117,7 +117,7 @@ def test_overwrite_replaces_only_a_demo(tmp_path: Path):
     precious = tmp_path / "precious.txt"
     precious.write_text("mine")
     (tmp_path / "sounds").mkdir()
-    with pytest.raises(FileExistsError, match="holds no demo"):
+    with pytest.raises(FileExistsError, match="not empty and has no"):
         job.run(tmp_path, overwrite=True)
     (tmp_path / "demo.json").write_text("{}")
     job._make_folder(tmp_path, overwrite=True)

@@ -21,6 +21,7 @@ from wavear.demo.sounds import notes
 from wavear.evaluation.config import EvaluateConfig
 from wavear.evaluation.evaluation import compare
 from wavear.evaluation.records import Comparison
+from wavear.generation.jobs import check_folder
 from wavear.generation.sampler import generate
 from wavear.mel.mel_files import read_mel
 from wavear.models.checkpoint import SHIPPED, VOICE, load, read_config
@@ -92,6 +93,10 @@ def run(
     overwrite : bool
         Replace an earlier demo in the folder; anything else raises `FileExistsError`.
     """
+    if threads is not None and threads < 1:
+        raise WavearError(f"threads is {threads}; it must be at least 1")
+    if minutes is not None and not minutes > 0:
+        raise WavearError(f"minutes is {minutes}; it must be above 0")
     began = time.perf_counter()
     out = Path(out)
     config = dataclasses.replace(
@@ -104,8 +109,6 @@ def run(
         overwrite=False,
         resume=False,
     )
-    if threads is not None and threads < 1:
-        raise WavearError(f"threads is {threads}; it must be at least 1")
     _make_folder(out, overwrite)
     speak(out / "voice.wav", seed)
     count = write_notes(out, seed)
@@ -163,19 +166,9 @@ def _join(paths: list[Path], out: Path) -> None:
 
 def _make_folder(out: Path, overwrite: bool) -> None:
     """Make the folder, and remove an earlier demo from it."""
-    if out.exists() and not out.is_dir():
-        raise FileExistsError(f"{out} is a file: choose another folder")
-    if out.is_dir() and any(out.iterdir()):
-        if not overwrite:
-            raise FileExistsError(
-                f"{out} is not empty: choose another folder with --out, or pass --overwrite"
-            )
-        if not (out / _RECORD).is_file():
-            raise FileExistsError(
-                f"{out} holds no demo (no {_RECORD}) and is not overwritten: choose another folder"
-            )
-        for name in _FOLDERS:
-            shutil.rmtree(out / name, ignore_errors=True)
+    check_folder(out, overwrite, _RECORD)
+    for name in _FOLDERS:
+        shutil.rmtree(out / name, ignore_errors=True)
     out.mkdir(parents=True, exist_ok=True)
     # So that a demo that was cut short can be overwritten.
     (out / _RECORD).write_text("{}\n", encoding="utf-8")

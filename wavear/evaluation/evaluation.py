@@ -27,6 +27,7 @@ from wavear.evaluation.records import (
     Evaluation,
     ModelTable,
 )
+from wavear.generation.jobs import check_folder
 
 logger = get_logger(__name__)
 _DEFAULTS = EvaluateConfig()
@@ -77,7 +78,7 @@ def evaluate(
     from wavear.evaluation.run import cores, measure_everything
 
     out = Path(out)
-    _check_folder(out, config.overwrite)
+    check_folder(out, config.overwrite, RECORD)
     for source in (checkpoint, data):
         if Path(source).resolve().is_relative_to((out / SOUNDS).resolve()):
             raise WavearError(
@@ -132,7 +133,7 @@ def compare(
     from wavear.evaluation import comparison, pages
 
     out, sources = Path(out), (a, b)
-    _check_folder(out, config.overwrite, COMPARISON_RECORD)
+    check_folder(out, config.overwrite, COMPARISON_RECORD)
     given = _read_evaluations(sources, data)
     if data is not None and None not in given:
         raise WavearError("two evaluations need no --data: drop it, they name their own")
@@ -189,7 +190,7 @@ def compare_models(
     from wavear.evaluation.run import cores
 
     out = Path(out)
-    _check_folder(out, config.overwrite, TABLE_RECORD)
+    check_folder(out, config.overwrite, TABLE_RECORD)
     given = _read_evaluations(sources, data)
     configs = _model_configs(sources, given)
     # Reject before hours of work.
@@ -276,24 +277,6 @@ def _begin(words: Sequence[str | Path]) -> dict[str, Any]:
 
 def _data_flag(data: str | Path | None) -> list[str]:
     return [] if data is None else ["--data", str(data)]
-
-
-def _check_folder(out: Path, overwrite: bool, record: str = RECORD) -> None:
-    """Refuse to overwrite files of others, before any work is done."""
-    from wavear.generation.jobs import check_writable
-
-    if out.exists() and not out.is_dir():
-        raise FileExistsError(f"{out} is a file: choose another folder")
-    if out.is_dir() and any(out.iterdir()):
-        if not overwrite:
-            raise FileExistsError(
-                f"{out} is not empty: choose another folder with --out, or pass --overwrite"
-            )
-        if not (out / record).is_file():
-            raise FileExistsError(
-                f"{out} is not empty and has no {record}: choose another folder with --out"
-            )
-    check_writable(out)
 
 
 def _make_folder(out: Path) -> None:

@@ -63,7 +63,8 @@ def plan(
             found += [(entry, Path(f"{name}{source.suffix}")) for name, entry in entries]
         elif source.suffix.lower() not in suffixes:
             raise WavearError(
-                f"{source} is not an {kinds} file by its name: expected {listed(suffixes)}"
+                f"{source} is not an {kinds} file by its name: expected {listed(suffixes)};"
+                f" other audio can be converted: ffmpeg -i {source.name} {source.stem}.wav"
             )
         else:
             found.append((source, Path(source.name)))
@@ -103,6 +104,29 @@ def plan(
     for folder in sorted({job.target.parent for job in jobs.values()}) if beside else [out]:
         check_writable(folder)
     return list(jobs.values())
+
+
+def check_folder(out: Path, overwrite: bool, record: str) -> None:
+    """Refuse a folder to write to before the work, unless it is empty or may be overwritten.
+
+    Raises
+    ------
+    OSError
+        The folder is a file, cannot be written, or has files and `overwrite` is false or the file
+        `record` of an earlier result is missing.
+    """
+    if out.exists() and not out.is_dir():
+        raise FileExistsError(f"{out} is a file: choose another folder")
+    if out.is_dir() and any(out.iterdir()):
+        if not overwrite:
+            raise FileExistsError(
+                f"{out} is not empty: choose another folder with --out, or pass --overwrite"
+            )
+        if not (out / record).is_file():
+            raise FileExistsError(
+                f"{out} is not empty and has no {record}: choose another folder with --out"
+            )
+    check_writable(out)
 
 
 def check_writable(folder: str | Path) -> None:
