@@ -238,6 +238,7 @@ def test_several_seeds_give_the_files_of_single_runs(here, capsys, command, name
         ("generate", "Missing from wavear generate: CHECKPOINT --out FILE"),
         ("generate --seconds", "Missing value for argument '--seconds'. Expected 1 values"),
         ("synthesize x --format aiff", "--format is 'aiff'; it must be one of wav, wav24,"),
+        ("mel x --out y --hop-length 9999", "--hop-length is 9999, expected 1 to --window-length"),
         ("train x --out y --family z", "--family is 'z', it must be one of predictive,"),
     ],
 )

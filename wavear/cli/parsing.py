@@ -92,6 +92,7 @@ def _unboxed(box: str) -> str:
         elif not text.startswith("╰") and not line.strip("│").startswith(" " * 9):
             parts.append(text)
     said = re.sub(r"^Error parsing (?!--)\w+: ", "", " ".join(parts).rstrip("; ."))
+    said = said.removeprefix("MelConfig: ")
     number = r"^Error parsing (--\S+): .*(?:invalid literal|could not convert)[^:]*: (.*)$"
     return re.sub(number, r"\1 is \2; it must be a number", said)
 
@@ -99,16 +100,19 @@ def _unboxed(box: str) -> str:
 def _with_flags(message: str, flags: dict[str, str]) -> str:
     """Name flags, not parameters, in a message.
 
-    Names of one word are words of messages, too: they are flags before a value or after "drop".
+    Names of one word are words of messages, too: they are flags before a value, before "need" and
+    after "drop".
 
     Examples
     --------
     >>> _with_flags("seed is -1; drop top_k", {"seed": "--seed", "top_k": "--top-k"})
     '--seed is -1; drop --top-k'
+    >>> _with_flags("top_k and argmax need", {"argmax": "--argmax", "top_k": "--top-k"})
+    '--top-k and --argmax need'
     """
     names = "|".join(flags)
     long = "|".join(name for name in flags if "_" in name) or "(?!)"
-    value = r"(?= is (?:['\d-]|nan|inf)|=| ')"
+    value = r"(?= is (?:['\d-]|nan|inf)|=| '| need\b)"
     pattern = (
         rf"(?<![\w./-])(?:(?:{long})(?![\w/-]|\.\w)"
         rf"|(?<!mel )(?:{names}){value}|(?<=drop )(?:{names})\b)"
