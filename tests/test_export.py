@@ -182,6 +182,15 @@ def test_export_without_its_packages_names_the_extra(monkeypatch, tmp_path):
         export_onnx(make_gru(), tmp_path / "out.onnx")
 
 
+def test_the_folder_is_made_or_refused_before_the_work(monkeypatch, tmp_path):
+    made = export_onnx(make_gru(), tmp_path / "sub" / "deep" / "out.onnx")
+    assert made.step.is_file()
+    (tmp_path / "file").touch()
+    monkeypatch.setattr("wavear.exchange.export._StepAndDraw", None)  # the work
+    with pytest.raises(OSError, match="cannot write to"):
+        export_onnx(make_gru(), tmp_path / "file" / "out.onnx")
+
+
 @pytest.mark.slow
 def test_the_voice_is_exported(tmp_path):
     """The conditioning to the rounding of float32, and the step, given torch's conditioning."""

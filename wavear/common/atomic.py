@@ -7,6 +7,7 @@ import os
 import re
 import stat
 import sys
+import tempfile
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -65,10 +66,12 @@ def replace_file(path: str | Path, write: Callable[[Path], object]) -> None:
 def check_target(out: Path, overwrite: bool, source: Path | None = None) -> None:
     """Refuse a file to write before the work: a folder, its own source, or one that exists.
 
+    Its folder may be missing, if it can be made.
+
     Raises
     ------
     OSError
-        The file exists, and `overwrite` is false or it is the `source`.
+        The file exists, and `overwrite` is false or it is the `source`; or it cannot be written.
     """
     if out.is_dir():
         raise IsADirectoryError(f"{out} is a folder: name a file")
@@ -76,6 +79,17 @@ def check_target(out: Path, overwrite: bool, source: Path | None = None) -> None
         raise FileExistsError(f"{out} is the input itself: choose another name")
     if out.exists() and not overwrite:
         raise FileExistsError(f"{out} exists: choose another name, or pass --overwrite")
+    check_writable(out.parent)
+
+
+def check_writable(folder: str | Path) -> None:
+    """Raise an `OSError` if no file can be made in a folder, or in the nearest one above it."""
+    above = (Path(folder), *Path(folder).absolute().parents)
+    existing = next(part for part in above if part.exists())
+    try:
+        tempfile.TemporaryFile(dir=existing).close()
+    except OSError as error:
+        raise OSError(error.errno, f"cannot write to {existing}: {error.strerror}") from None
 
 
 def replace_tensors(

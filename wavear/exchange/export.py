@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from wavear.common.atomic import replace_file
+from wavear.common.atomic import check_target, replace_file
 from wavear.common.errors import WavearError
 from wavear.common.log import get_logger
 from wavear.exchange.loops import block_graph, pruned
@@ -90,8 +90,7 @@ def export_onnx(
         path.with_name(f"{path.stem}-conditioning.onnx") if model.conditioned else None,
     )
     for file in files:
-        if file.exists() and not overwrite:
-            raise FileExistsError(f"{file} exists: choose another name, or overwrite")
+        check_target(file, overwrite)
     model = copy.deepcopy(model).float().cpu().eval().requires_grad_(False)
     step = _StepAndDraw(model)
     names, inputs = step.example()
@@ -107,6 +106,7 @@ def export_onnx(
     if files.conditioning is not None:
         graphs[files.conditioning] = _conditioning_graph(model)
     metadata = json.dumps(describe(model))
+    path.parent.mkdir(parents=True, exist_ok=True)
     for file, graph in graphs.items():
         entry = graph.metadata_props.add()
         entry.key, entry.value = "wavear", metadata

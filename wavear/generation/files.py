@@ -16,6 +16,7 @@ import torch
 
 from wavear import audio
 from wavear.audio.scale import limited
+from wavear.common.atomic import check_writable
 from wavear.common.claims import claimed
 from wavear.common.errors import WavearError, one_line
 from wavear.common.log import get_logger
@@ -24,7 +25,7 @@ from wavear.common.words import counted
 from wavear.generation.cuda.choice import ENGINES as CUDA_ENGINES
 from wavear.generation.defects import Finding, watch
 from wavear.generation.engines import make_engine, name_of_engine
-from wavear.generation.jobs import Job, check_writable
+from wavear.generation.jobs import Job
 from wavear.generation.output import Output
 from wavear.generation.priming import check_prime, doubts
 from wavear.generation.sampler import generate_with

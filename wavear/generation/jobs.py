@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from wavear.audio import SUFFIXES
+from wavear.common.atomic import check_writable
 from wavear.common.errors import WavearError
 from wavear.mel import kaldi
 from wavear.mel.mel_files import MEL_SUFFIXES, listed
@@ -127,16 +127,6 @@ def check_folder(out: Path, overwrite: bool, record: str) -> None:
                 f"{out} is not empty and has no {record}: choose another folder with --out"
             )
     check_writable(out)
-
-
-def check_writable(folder: str | Path) -> None:
-    """Raise an `OSError` if no file can be made in a folder, or in the nearest one above it."""
-    above = (Path(folder), *Path(folder).absolute().parents)
-    existing = next(part for part in above if part.exists())
-    try:
-        tempfile.TemporaryFile(dir=existing).close()
-    except OSError as error:
-        raise OSError(error.errno, f"cannot write to {existing}: {error.strerror}") from None
 
 
 def _walk(folder: Path, suffixes: tuple[str, ...], out: Path | None) -> list[tuple[Path, Path]]:

@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from wavear.common.atomic import replace_file
+from wavear.common.atomic import check_writable, replace_file
 from wavear.common.errors import WavearError
 from wavear.common.untrusted import parse_json
 from wavear.training.config import TrainConfig
@@ -22,8 +22,6 @@ _FILES = ("resume.safetensors", "metrics.csv", "validation.csv", "loss.png", REC
 
 def open_directory(config: TrainConfig, writes: bool) -> dict[str, Any]:
     """Check that `out` can be used; return its record if the run is resumed. Changes nothing."""
-    from wavear.generation.jobs import check_writable
-
     out = Path(config.out)
     record = out / RECORD
     if out.exists() and not out.is_dir():
