@@ -177,7 +177,8 @@ def test_sigterm_in_the_last_validation_ends_the_run(tones, tmp_path, monkeypatc
     assert train(config_of(tones, tmp_path / "run", max_steps=2, resume=True)).held_out
 
 
-@pytest.mark.parametrize("method", ["forkserver", pytest.param("spawn", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["forkserver", "spawn"])
 def test_workers_of_every_start_method_train_alike(tones, tmp_path, method):
     """Python 3.14 starts processes through a fork server."""
     train(config_of(tones, tmp_path / "none", max_steps=2))

@@ -142,7 +142,13 @@ def test_an_output_has_the_same_bits_in_every_kernel(inputs, weights):
     assert all(len(found) == 1 for found in results.values())
 
 
-@pytest.mark.parametrize("instruction", [True, False], ids=["instruction", "plain"])
+@pytest.mark.parametrize(
+    "instruction",
+    [
+        pytest.param(True, id="instruction"),
+        pytest.param(False, id="plain", marks=pytest.mark.slow if emitter.HAS_DOT else ()),
+    ],
+)
 def test_products_of_bytes_are_exact_in_every_kernel(monkeypatch, instruction):
     if instruction and not emitter.HAS_DOT:
         pytest.skip("this processor has no such instruction")
