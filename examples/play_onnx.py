@@ -1,7 +1,7 @@
 """Synthesize audio from a mel with an exported model, by onnxruntime and NumPy alone.
 
     wavear export runs/mine/best out.onnx
-    wavear mel speech.wav --checkpoint runs/mine/best --out mels
+    wavear mel speech.wav --checkpoint runs/mine/best --out mels --npy
     python examples/play_onnx.py out.onnx mels/speech.npy out.wav
 
 The same seed gives the audio of `wavear synthesize` until rounding moves a code.
@@ -48,6 +48,8 @@ def synthesize(path, mel, seed=0):
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 4:
+        sys.exit("usage: play_onnx.py OUT.onnx MEL.npy OUT.wav")
     model, mel, out = sys.argv[1:]
     rate, audio = zip(*synthesize(model, np.load(mel)), strict=True)
     samples = np.round(np.concatenate(audio) * 32768).clip(-32768, 32767).astype("<i2")

@@ -310,6 +310,7 @@ def test_quick_takes_ten_clips_and_two_measures(here: Path, tmp_path: Path):
     first, second = (row["measures"]["model"] for row in found["clips"][:2])
     assert (set(first), set(second)) == ({"stoi", "mcd"}, {"mcd"})  # too short for STOI
     assert found["clips"][1]["not_measured"]["model"].keys() == {"stoi"}
+    assert "Noise floor in silence (--quick)." in (out / "report.html").read_text()
 
 
 def test_only_held_out_rows_of_a_manifest_are_evaluated(here: Path, tmp_path: Path):

@@ -177,6 +177,7 @@ def test_new_weights_are_used_at_once():
         ({}, {"samples": 5, "seed": -1}, "seed is -1"),
         ({}, {"samples": 5, "seed": 2**64}, "seed is 18446744073709551616"),
         ({}, {"samples": 5, "temperature": 0}, "temperature is 0"),
+        ({}, {"samples": 5, "temperature": "a"}, "temperature is 'a'; it must be a number"),
         ({}, {"samples": 5, "temperature": float("nan")}, "temperature is nan"),
         ({}, {"samples": 5, "speaker": 0}, "trained without any"),
         ({"speakers": 2}, {"samples": 5}, "needs a speaker, 0 to 1"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -53,6 +54,15 @@ def test_manifest_columns(tmp_path, kind):
         ("path,start\na.wav,soon\n", "m.csv", r"m\.csv:2: start is 'soon'"),
         ("path,split\na.wav,both\n", "m.csv", r"m\.csv:2: split is 'both', expected train"),
         ("file,text\na.wav,x\n", "m.csv", r"m\.csv:2: no path\..* the columns are file, text"),
+        ("a.wav\nb.wav\n", "m.txt", r"m\.txt:2: no path\..* a\.wav \(the first line is the header"),
+        (
+            "path,speaker\n,ann\n",
+            "m.csv",
+            r"m\.csv:2: path is '', expected the name of an audio file",
+        ),
+        ('{"path": 3}\n', "m.jsonl", r"m\.jsonl:1: path is 3, expected the name"),
+        ("path,text\na.wav,well, no\n", "m.csv", r"m\.csv:2: has 3 values for 2 columns: quote"),
+        ("path,path\na.wav,b.wav\n", "m.csv", r"m\.csv:1: the column `path` is there twice"),
         ('{"path": "a.wav"}\nnot json\n', "m.jsonl", r"m\.jsonl:2 is not JSON"),
         ("[1]\n", "m.jsonl", r"m\.jsonl:1 is not a JSON object"),
         ("", "m.csv", r"m\.csv lists no recordings"),
@@ -63,6 +73,34 @@ def test_invalid_manifest_is_refused_with_its_line(tmp_path, text, name, message
     (tmp_path / name).write_text(text)
     with pytest.raises(ValueError, match=message):
         find(tmp_path / name)
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "utf-16"])
+def test_a_manifest_in_another_encoding_is_refused_with_the_remedy(tmp_path, encoding):
+    (tmp_path / "m.csv").write_text("path,text\na.wav,schön\n", encoding=encoding)
+    with pytest.raises(ValueError, match=r"m\.csv is not UTF-8 .*: save it as UTF-8"):
+        find(tmp_path / "m.csv")
+
+
+def test_empty_values_after_the_last_column_are_dropped(tmp_path):
+    (tmp_path / "m.csv").write_text("path,speaker\na.wav,ann,,\nb.wav\n")
+    assert [(r.name, r.speaker) for r in find(tmp_path / "m.csv")] == [
+        ("a.wav", "ann"),
+        ("b.wav", None),
+    ]
+
+
+def test_missing_files_and_held_out_rows_name_the_manifest(tmp_path):
+    manifest = tmp_path / "m.csv"
+    manifest.write_text("path\nno/a.wav\n")
+    reason = f"the first: no/a.wav: No such file or directory; paths are relative to {tmp_path}"
+    with pytest.raises(ValueError, match=re.escape(reason) + "$"):
+        open_corpus(manifest, sample_rate=8000)
+    write(tmp_path / "a.wav")
+    for split in ("dev", "test"):
+        manifest.write_text(f"path,split\na.wav,{split}\n")
+        with pytest.raises(ValueError, match=r"m\.csv: no training recordings"):
+            open_corpus(manifest, sample_rate=8000)
 
 
 LINES = [f"{n}.wav@{text}@ann" for n, text in enumerate(["a", '"b', "c", 'd"', '"e" f', "g", '"h'])]

@@ -185,6 +185,18 @@ def test_only_the_newest_recordings_are_kept(page):
     assert statuses == [400, 200, 200]  # clients=2
 
 
+@pytest.mark.parametrize(
+    ("asked", "reason"),
+    [
+        ({}, "the recording is None; it must be the id"),
+        ({"id": 3}, "the recording is 3; it must be the id"),
+        ({"id": "x"}, "upload it again"),
+    ],
+)
+def test_a_request_without_a_recording_is_told_what_to_send(page, asked, reason):
+    assert reason in page.post("/resynthesize", json=asked).json()["error"]
+
+
 @pytest.mark.parametrize("asked", ["[]", "{", '{"seed": "x"}', '{"temperature": 0}', '{"x": 1}'])
 def test_wrong_requests_are_refused_in_one_line(page, asked):
     key = page.post("/recordings?name=a.wav", content=recording()).json()["id"]
@@ -323,6 +335,14 @@ def test_wrong_messages_are_answered_and_the_stream_continues(player, free, mess
         assert reply(ws, "error")["error"]
         ws.send_json({"back": 0})
         assert (listen(ws, 4000, epoch=1) == expected(free, 4000, seed=1)).all()
+
+
+def test_a_binary_message_closes_the_stream_with_a_reason(player):
+    with player.websocket_connect(WS) as ws:
+        ws.send_json({})
+        assert reply(ws, "started")
+        ws.send_bytes(b"{}")
+        assert "must be JSON text" in reply(ws, "error")["error"]
 
 
 @pytest.mark.parametrize("start", ['{"seed": -1}', '{"top_p": 2}', '{"speaker": 1}', "x"])

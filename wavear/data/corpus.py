@@ -159,7 +159,10 @@ def open_corpus(
         part, unusable = prepare(index.recordings(speakers), how, index)
         if not len(part):
             name, told = unusable[len(part.bad) :][0]
-            raise WavearError(f"{source}: none of the files can be used; the first: {name}: {told}")
+            where = f"; paths are relative to {part.root}" if Path(source).is_file() else ""
+            raise WavearError(
+                f"{source}: none of the files can be used; the first: {name}: {told}{where}"
+            )
         if mels is not None:
             part, missing = mels.pair(part, progress)
             without_mel += missing
@@ -172,9 +175,9 @@ def open_corpus(
         notes.append(
             f"{count} of {len(rates)} files are resampled to {sample_rate} Hz (from {text} Hz)"
         )
+    _check_left(parts[0].take(parts[0].split <= _TRAIN), data)
     if validation is not None:
         train, held = parts[0].take(parts[0].split <= _TRAIN), parts[1]
-        _check_left(train, data)
         train = _without(train, held, f"{data} are also in {validation}", notes)
     elif (parts[0].split == _VALIDATION).any():
         train, held = split(parts[0], validation_fraction, least_samples)

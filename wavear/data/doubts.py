@@ -42,8 +42,8 @@ def _of_headers(recordings: Recordings, sample_rate: int) -> list[str]:
         least = int(recordings.rate[lower].min())
         found.append(
             f"{lower.sum()} of {count} recordings have a lower rate than the model's {sample_rate}"
-            f" Hz, down to {least} Hz: above {least // 2} Hz they are empty. Use --sample-rate"
-            f" {least}, or leave them out"
+            f" Hz, down to {least} Hz: above {least // 2} Hz they are empty. Leave them out, or"
+            f" train with --sample-rate {least}"
         )
     return found
 

@@ -144,5 +144,7 @@ def why(error: Exception, source: audio.AudioPath) -> str:
     """Return why a file cannot be used, in one line without its name."""
     if isinstance(error, MemoryError):
         return one_line(error)
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror.replace(f"cannot read {source}: ", "")
     lines = str(error).strip().splitlines()
     return lines[0].replace(f"{source}: ", "") if lines else type(error).__name__

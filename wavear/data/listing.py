@@ -15,6 +15,7 @@ from wavear.common.untrusted import parse_json
 from wavear.data.recordings import Builder, Recordings
 
 _PATHS = ("path", "audio_filepath", "file_name")  # the last two: NeMo, Hugging Face
+_MANIFESTS = ".csv", ".tsv", ".txt", ".jsonl", ".json", ".ndjson"
 _ROUNDING = 0.011  # seconds by which `duration` and `end` may differ: both may be rounded
 _SPLITS = {
     "train": "train",
@@ -54,7 +55,7 @@ def split_named(value: Any) -> str | None:
         return None
     split = _SPLITS.get(str(value).strip().lower())
     if split is None:
-        raise WavearError(f"split is {value!r}, expected train, validation, dev or test")
+        raise WavearError(f"split is {value!r}, expected {', '.join(_SPLITS)}")
     return split
 
 
@@ -105,7 +106,11 @@ def _add_manifest(builder: Builder, manifest: Path) -> None:
                 _add_row(builder, row)
             except ValueError as error:
                 raise WavearError(f"{manifest}:{line}: {error}") from None
-    except UnicodeDecodeError:
+    except UnicodeDecodeError as error:
+        if manifest.suffix.lower() in _MANIFESTS:
+            raise WavearError(
+                f"{manifest} is not UTF-8 ({error.reason} {error.start}): save it as UTF-8"
+            ) from None
         raise WavearError(
             f"{manifest} is neither an audio file ({', '.join(SUFFIXES)}) nor a text manifest"
         ) from None
@@ -142,10 +147,17 @@ def _rows(manifest: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         try:
             header = [_value(name, plain).lower() for name in next(reader, [])]
             last = reader.line_num
+            if twice := [name for name in _PATHS if header.count(name) > 1]:
+                raise WavearError(f"{manifest}:{last}: the column `{twice[0]}` is there twice")
             for values in reader:
                 last = reader.line_num
                 if any(values):
                     row = [_value(value, plain) for value in values]
+                    if any(row[len(header) :]):  # all after a separator too many would be shifted
+                        raise WavearError(
+                            f"{manifest}:{last}: has {len(row)} values for {len(header)} columns:"
+                            " quote a value that holds the separator, or remove it"
+                        )
                     yield last, dict(zip(header, row, strict=False))
         except csv.Error as error:
             # A quotation mark without its pair can begin many lines above the place of the error.
@@ -182,10 +194,14 @@ def _json_row(manifest: Path, line: int, content: str) -> dict[str, Any]:
 
 
 def _add_row(builder: Builder, row: dict[str, Any]) -> None:
-    file = next((row[name] for name in _PATHS if row.get(name)), None)
-    if not isinstance(file, str):
-        columns = ", ".join(filter(None, row)) or "none"
-        raise WavearError(f"no path. Add a column `path`; the columns are {columns}.")
+    columns = [name for name in _PATHS if name in row]
+    if not columns:
+        names = ", ".join(filter(None, row)) or "none"
+        header = " (the first line is the header)" if names.endswith(SUFFIXES) else ""
+        raise WavearError(f"no path. Add a column `path`; the columns are {names}{header}.")
+    file = next((row[name] for name in columns if row[name]), row[columns[0]])
+    if not isinstance(file, str) or not file:
+        raise WavearError(f"{columns[0]} is {file!r}, expected the name of an audio file")
     if os.sep != "/" or "//" in file or "./" in file or file[-1] in "./" or file[0] == ".":
         file = Path(file).as_posix()
     speaker = "" if row.get("speaker") is None else str(row["speaker"]).strip()

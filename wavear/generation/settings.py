@@ -139,6 +139,8 @@ class Sampling:
         from wavear.audio.waveforms import as_tensor
 
         given: Any = self.temperature
+        if isinstance(given, str):
+            raise WavearError(f"temperature is {given!r:.60}; it must be a number, or numbers")
         return as_tensor(given, "temperature").cpu().double().numpy()
 
     def speakers(self, model: AutoregressiveModel) -> list[int] | None:

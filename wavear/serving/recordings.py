@@ -74,7 +74,11 @@ class Recordings:
 
     def get(self, key: object) -> Tensor:
         """Return the waveform of a key."""
-        if not isinstance(key, str) or key not in self._kept:
+        if not isinstance(key, str):
+            raise WavearError(
+                f"the recording is {key!r:.60}; it must be the id that uploading gave"
+            )
+        if key not in self._kept:
             raise WavearError(
                 f"the recording is not here any more, the newest {self.most} are kept: upload it"
                 " again"

@@ -231,7 +231,10 @@ class Server:
         except (WavearError, HTTPException) as error:
             await client.send_json({"error": str(error)})
             await client.close(1008)
-        except (WebSocketDisconnect, KeyError):  # KeyError: a binary message instead of text
+        except KeyError:  # of Starlette
+            await client.send_json({"error": "the message is binary; it must be JSON text"})
+            await client.close(1008)
+        except WebSocketDisconnect:
             pass
         finally:
             self._joined -= 1

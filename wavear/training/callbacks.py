@@ -252,7 +252,7 @@ class Run(L.Callback):
         """Note and report a recording that cannot be read, once."""
         if name not in self.skipped:
             self.skipped[name] = reason
-            logger.warning(f"skipped {name}: {reason}")
+            logger.warning(f"skipped what cannot be read of {name}: {reason}")
 
     # --- numbers
 

@@ -171,7 +171,13 @@ def _check_same_run(record: dict[str, Any], config: TrainConfig, model: Any) -> 
             f"{out} is a run of the family {family}, now {config.family}: resume with the same"
         )
     if differ:
-        raise WavearError(f"{out} is a run of another model: {'; '.join(differ)}")
+        settings = [
+            f"{name} is {old[name]!r}"
+            for name, value in dataclasses.asdict(config).items()
+            if name in old.keys() - _FREE and old[name] != value
+        ]
+        again = f"; its settings, to be repeated: {', '.join(settings)}" if settings else ""
+        raise WavearError(f"{out} is a run of another model: {'; '.join(differ)}{again}")
     if (optimizer := old.get("optimizer", "adamw")) != config.optimizer:
         raise WavearError(
             f"{out} is a run with the optimizer {optimizer}, now {config.optimizer}: resume with"
@@ -209,10 +215,9 @@ def _report_data(corpus: Corpus, speakers: list[str], rate: int, frames: str | N
     speakers_text = f", {counted(len(speakers), 'speaker')}" if speakers else ""
     for purpose, recordings in (("training on", corpus.train), ("holding out", corpus.validation)):
         extent = _extent(recordings, rate)
-        count, minutes = extent["recordings"], extent["seconds"] / 60
-        logger.info(
-            f"{purpose} {counted(count, 'recording')}, {minutes:.1f} minutes{speakers_text}"
-        )
+        count, seconds = extent["recordings"], extent["seconds"]
+        length = f"{seconds / 60:.1f} minutes" if seconds >= 60 else f"{seconds:.1f} s"
+        logger.info(f"{purpose} {counted(count, 'recording')}, {length}{speakers_text}")
 
 
 def _gains(recordings: Recordings) -> dict[str, float]:
