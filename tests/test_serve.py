@@ -193,7 +193,7 @@ def test_only_the_newest_recordings_are_kept(page):
         ({"id": "x"}, "upload it again"),
     ],
 )
-def test_a_request_without_a_recording_is_told_what_to_send(page, asked, reason):
+def test_a_request_without_a_recording_is_refused_with_what_to_send(page, asked, reason):
     assert reason in page.post("/resynthesize", json=asked).json()["error"]
 
 
