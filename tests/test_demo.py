@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from evaluate_cases import stubs as stubs
 
 import wavear
 from wavear import audio

@@ -64,6 +64,10 @@ def test_manifest_columns(tmp_path, kind):
         ("path,text\na.wav,well, no\n", "m.csv", r"m\.csv:2: has 3 values for 2 columns: quote"),
         ("path,path\na.wav,b.wav\n", "m.csv", r"m\.csv:1: the column `path` is there twice"),
         ('{"path": "a.wav"}\nnot json\n', "m.jsonl", r"m\.jsonl:2 is not JSON"),
+        ('[{"path": "a.wav"}, 1]', "m.json", r"m\.json:entry 2 is not a JSON object: 1"),
+        ('[{"path": "a.wav"}, {"path": 1}]', "m.json", r"m\.json:entry 2: path is 1, expected"),
+        ('[{"path": "a.wav"},', "m.json", r"m\.json is not JSON: "),
+        ("[]", "m.json", r"m\.json lists no recordings"),
         ("[1]\n", "m.jsonl", r"m\.jsonl:1 is not a JSON object"),
         ("", "m.csv", r"m\.csv lists no recordings"),
         ("path\n\n", "m.csv", r"m\.csv lists no recordings"),
@@ -73,6 +77,13 @@ def test_invalid_manifest_is_refused_with_its_line(tmp_path, text, name, message
     (tmp_path / name).write_text(text)
     with pytest.raises(ValueError, match=message):
         find(tmp_path / name)
+
+
+@pytest.mark.parametrize("text", ['[\n {"path": "a.wav"},\n {"path": "b.wav"}\n]',
+                                  '{"path": "a.wav"}\n{"path": "b.wav"}\n'])  # fmt: skip
+def test_a_json_file_is_an_array_or_has_an_object_in_each_line(tmp_path, text):
+    (tmp_path / "m.json").write_text("\ufeff" + text, encoding="utf-8")
+    assert [r.name for r in find(tmp_path / "m.json")] == ["a.wav", "b.wav"]
 
 
 @pytest.mark.parametrize("encoding", ["latin-1", "utf-16"])

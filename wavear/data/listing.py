@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import math
 import os
 from collections.abc import Iterator
@@ -118,13 +119,18 @@ def _add_manifest(builder: Builder, manifest: Path) -> None:
         raise WavearError(f"{manifest} lists no recordings")
 
 
-def _rows(manifest: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield line number and columns of each row."""
+def _rows(manifest: Path) -> Iterator[tuple[int | str, dict[str, Any]]]:
+    """Yield line number, or "entry" and its number, and columns of each row."""
     with open(manifest, encoding="utf-8-sig", newline="") as file:
         if manifest.suffix.lower() in (".jsonl", ".json", ".ndjson"):
+            if manifest.suffix.lower() == ".json" and file.read(99).lstrip().startswith("["):
+                file.seek(0)
+                yield from _json_array(manifest, file.read())
+                return
+            file.seek(0)
             for line, content in enumerate(file, 1):
                 if content.strip():
-                    yield line, _json_row(manifest, line, content)
+                    yield line, _json_row(f"{manifest}:{line}", content)
             return
         first = file.readline().rstrip("\r\n")
         file.seek(0)
@@ -183,13 +189,25 @@ def _value(value: str, plain: bool) -> str:
     return value
 
 
-def _json_row(manifest: Path, line: int, content: str) -> dict[str, Any]:
+def _json_array(manifest: Path, content: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    for number, row in enumerate(_json(str(manifest), content), 1):
+        yield f"entry {number}", _named(f"{manifest}:entry {number}", row)
+
+
+def _json_row(place: str, content: str) -> dict[str, Any]:
+    return _named(place, _json(place, content))
+
+
+def _json(place: str, content: str) -> Any:
     try:
-        row = parse_json(content)
+        return parse_json(content)
     except ValueError as error:
-        raise WavearError(f"{manifest}:{line} is not JSON: {error}") from None
+        raise WavearError(f"{place} is not JSON: {error}") from None
+
+
+def _named(place: str, row: Any) -> dict[str, Any]:
     if not isinstance(row, dict):
-        raise WavearError(f"{manifest}:{line} is not a JSON object: {content.strip():.60}")
+        raise WavearError(f"{place} is not a JSON object: {json.dumps(row):.60}")
     return {name.strip().lower(): value for name, value in row.items()}
 
 
