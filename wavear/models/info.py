@@ -87,7 +87,7 @@ def describe(source: str | Path) -> list[tuple[str, str]]:
             f"{counted(model.lookahead, 'frame')} ({model.lookahead * step:.0f} ms)"
         )
     training = described.get("training", {})
-    rows |= {f"training {name}": _value(value) for name, value in training.items()}
+    rows |= {f"training {name}": _value(value) for name, value in training.items() if value != []}
     return list(rows.items())
 
 
