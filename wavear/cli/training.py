@@ -73,7 +73,7 @@ def run_training(config: Any) -> int:
         say(f"fitted in {result.seconds:.1f} s")
     else:
         steps, minutes = counted(result.steps, "step"), result.seconds / 60
-        say(f"stopped by {result.stopped_by} after {steps}, {minutes:.1f} minutes")
+        say(f"stopped by {result.stopped_by} after {steps}, {minutes:.1f} minutes with validations")
     say(f"held-out bits per sample: {bits} (before training {result.bits_before:.3f})")
     say(f"checkpoint: {result.best}")
     return 130 if result.stopped_by == "interrupt" else 0
