@@ -439,8 +439,9 @@ def test_generation_without_a_mel_is_refused():
 
 def test_info_describes_a_predictive_wavenet(tmp_path):
     model = make(CONFIGS["kernel 3"], torch.float32)
-    model.save(tmp_path / "model")
+    model.save(tmp_path / "model", training={"step": 7, "speakers": []})
     rows = dict(describe(tmp_path / "model"))
+    assert [row for row in rows if row.startswith("training")] == ["training step"]
     assert rows["model"].startswith("predictive")
     assert rows["mel look-ahead"] == "4 frames (6 ms)"
     assert rows["longest_period"] == "40"
