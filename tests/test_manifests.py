@@ -60,6 +60,8 @@ def test_manifest_columns(tmp_path, kind):
             "m.csv",
             r"m\.csv:2: path is '', expected the name of an audio file",
         ),
+        ("a.wav,hello\nb.wav,x\n", "m.csv", r"m\.csv:2: .* a\.wav, hello \(the first line is the"),
+        ("path|text\na.wav|x|y\n", "m.csv", r"m\.csv:2: has 3 values for 2 columns: remove"),
         ('{"path": 3}\n', "m.jsonl", r"m\.jsonl:1: path is 3, expected the name"),
         ("path,text\na.wav,well, no\n", "m.csv", r"m\.csv:2: has 3 values for 2 columns: quote"),
         ("path,path\na.wav,b.wav\n", "m.csv", r"m\.csv:1: the column `path` is there twice"),
@@ -106,6 +108,9 @@ def test_missing_files_and_held_out_rows_name_the_manifest(tmp_path):
     manifest.write_text("path\nno/a.wav\n")
     reason = f"the first: no/a.wav: No such file or directory; paths are relative to {tmp_path}"
     with pytest.raises(ValueError, match=re.escape(reason) + "$"):
+        open_corpus(manifest, sample_rate=8000)
+    manifest.write_text("path\nm.csv\n")
+    with pytest.raises(ValueError, match=r"the first: m\.csv: [^;]*$"):
         open_corpus(manifest, sample_rate=8000)
     write(tmp_path / "a.wav")
     for split in ("dev", "test"):

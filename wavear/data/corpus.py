@@ -7,6 +7,8 @@ levels (`wavear.data.indexing`). Audio is decoded here only to measure levels or
 from __future__ import annotations
 
 import dataclasses
+import errno
+import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -159,7 +161,8 @@ def open_corpus(
         part, unusable = prepare(index.recordings(speakers), how, index)
         if not len(part):
             name, told = unusable[len(part.bad) :][0]
-            where = f"; paths are relative to {part.root}" if Path(source).is_file() else ""
+            missing = told == os.strerror(errno.ENOENT)
+            where = f"; paths are relative to {part.root}" if missing else ""
             raise WavearError(
                 f"{source}: none of the files can be used; the first: {name}: {told}{where}"
             )

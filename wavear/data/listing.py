@@ -110,7 +110,7 @@ def _add_manifest(builder: Builder, manifest: Path) -> None:
     except UnicodeDecodeError as error:
         if manifest.suffix.lower() in _MANIFESTS:
             raise WavearError(
-                f"{manifest} is not UTF-8 ({error.reason} {error.start}): save it as UTF-8"
+                f"{manifest} is not UTF-8 ({error.reason}): save it as UTF-8"
             ) from None
         raise WavearError(
             f"{manifest} is neither an audio file ({', '.join(SUFFIXES)}) nor a text manifest"
@@ -162,7 +162,7 @@ def _rows(manifest: Path) -> Iterator[tuple[int | str, dict[str, Any]]]:
                     if any(row[len(header) :]):  # all after a separator too many would be shifted
                         raise WavearError(
                             f"{manifest}:{last}: has {len(row)} values for {len(header)} columns:"
-                            " quote a value that holds the separator, or remove it"
+                            f" {'remove' if plain else 'quote'} separators in a value"
                         )
                     yield last, dict(zip(header, row, strict=False))
         except csv.Error as error:
@@ -215,7 +215,8 @@ def _add_row(builder: Builder, row: dict[str, Any]) -> None:
     columns = [name for name in _PATHS if name in row]
     if not columns:
         names = ", ".join(filter(None, row)) or "none"
-        header = " (the first line is the header)" if names.endswith(SUFFIXES) else ""
+        files = any(name.endswith(SUFFIXES) for name in row)
+        header = " (the first line is the header)" if files else ""
         raise WavearError(f"no path. Add a column `path`; the columns are {names}{header}.")
     file = next((row[name] for name in columns if row[name]), row[columns[0]])
     if not isinstance(file, str) or not file:

@@ -41,6 +41,7 @@ logger = get_logger(__name__)
 _NAMED = 20  # files that cannot be used, in the messages
 # Settings that may differ in a resumed run without a message: the data count by their contents.
 _FREE = {"data", "validation", "validation_fraction", "workers"}
+_LENGTH = {"max_steps", "max_minutes"}
 _FREE |= {field.name for field in dataclasses.fields(OutputSettings)}
 
 
@@ -174,7 +175,7 @@ def _check_same_run(record: dict[str, Any], config: TrainConfig, model: Any) -> 
         settings = [
             f"{name} is {old[name]!r}"
             for name, value in dataclasses.asdict(config).items()
-            if name in old.keys() - _FREE and old[name] != value
+            if name in old.keys() - _FREE - _LENGTH and old[name] != value
         ]
         again = f"; its settings, to be repeated: {', '.join(settings)}" if settings else ""
         raise WavearError(f"{out} is a run of another model: {'; '.join(differ)}{again}")
