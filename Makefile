@@ -18,13 +18,16 @@ help:  ## list the targets
 demo: $(VENV)/.installed  ## speak a sentence, fine-tune the voice on generated notes, compare before and after
 	$(BIN)/wavear demo $(ARGS)
 
+# One thread per worker: more of them would wait for each other.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist load
+
 test: $(VENV)/.installed-dev  ## run the tests and the docstring examples, without the slow ones
 	$(BIN)/python tests/warm.py
-	$(BIN)/python -m pytest -n auto --dist load -m "not slow" $(ARGS)
+	$(PYTEST) -m "not slow" $(ARGS)
 
 test-slow: $(VENV)/.installed-dev  ## run the slow tests, which make test leaves out
 	$(BIN)/python tests/warm.py
-	$(BIN)/python -m pytest -n auto --dist load -m slow --timeout 3600 $(ARGS)
+	$(PYTEST) -m slow --timeout 3600 $(ARGS)
 
 wheel-test: $(VENV)/.installed-dev  ## build the wheel, install it into an empty environment, synthesize
 	$(BIN)/python tests/wheel.py $(ARGS)

@@ -76,8 +76,9 @@ def test_fine_tuning_is_better_if_bits_and_log_mel_distance_fall(
 
 
 def test_the_demo_writes_all_files_and_compares_before_with_after(
-    tmp_path: Path, capsys: pytest.CaptureFixture
+    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ):
+    monkeypatch.setattr(job, "NOTE_SECONDS", 0.3)
     out = tmp_path / "demo"
     result = job.run(out, minutes=0.1)
     assert len(list((out / "sounds").glob("*.wav"))) == 36

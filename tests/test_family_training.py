@@ -22,7 +22,9 @@ TRAINED: dict[str, dict[str, Any]] = {
         "layers": 3, "stacks": 1, "residual_channels": 8, "skip_channels": 8, "head_channels": 8,
     },
     # Unconditional: a network would memorise the mels of three tones and fail on the fourth.
-    "gru": {"layers": 1, "channels": 16, "head_channels": 16, **UNCONDITIONAL},
+    "gru": {
+        "layers": 1, "channels": 16, "head_channels": 16, "segment": 240, **UNCONDITIONAL,
+    },
     "transformer": {
         "layers": 2, "channels": 16, "heads": 2, "window": 8, "patch": 4, "learning_rate": 3e-3,
         **UNCONDITIONAL,

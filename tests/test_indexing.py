@@ -387,6 +387,7 @@ def test_corpus_opens_without_a_writable_cache(corpus, monkeypatch, tmp_path):
 # --- in processes
 
 
+@pytest.mark.slow
 def test_processes_equal_threads(corpus, monkeypatch):
     expected = opened(corpus, normalize="rms")
     use_processes(monkeypatch, 16)

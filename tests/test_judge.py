@@ -29,6 +29,7 @@ from wavear.mel.detection import Expectation
 LN = MelConfig()
 
 
+@functools.cache
 def voices(count: int, seconds: float = 1.5, seed: int = 0) -> list[torch.Tensor]:
     """Return syllables of harmonics at changing pitch and level, with hiss and final silence."""
     generator = np.random.default_rng(seed)

@@ -144,6 +144,7 @@ def test_another_processor_recompiles(cache, tmp_path):
     assert len(stored(cache)) == 2
 
 
+@pytest.mark.slow
 def test_symbols_of_two_processes_differ(tmp_path):
     """Else a function for the records of one kernel would serve those of another."""
     program = (

@@ -97,7 +97,7 @@ def test_a_stream_has_the_same_bits_in_every_batch_grouping_and_cut(case, config
 @torch.inference_mode()
 def test_free_running_codes_equal_the_reference(case, config):
     model = case.make(**config)
-    samples = 300
+    samples = 150
     uniforms, cond = random_uniforms(2, samples), conditioning(model, 2, samples)
     nats = np.empty((2, samples))
     found = case.engine(model, 2).generate(uniforms, cond, log_probability=nats)
@@ -119,13 +119,13 @@ def test_free_running_codes_equal_the_reference(case, config):
 @pytest.mark.parametrize("make", [make_wavenet, make_gru, make_transformer])
 @torch.inference_mode()
 def test_temperature_top_k_and_top_p_equal_those_of_the_reference(make):
-    model, uniforms = make(), random_uniforms(1, 120)
-    temperature = np.where(np.arange(120) < 60, 0.25, 2.0)[None]
+    model, uniforms = make(), random_uniforms(1, 80)
+    temperature = np.where(np.arange(80) < 40, 0.25, 2.0)[None]
     options: tuple[dict[str, Any], ...] = (
         {}, {"top_k": 1}, {"top_k": 5}, {"top_p": 0.8}, {"top_k": 9, "top_p": 0.6},
     )  # fmt: skip
     for given in options:
-        nats = np.empty((2, 1, 120))
+        nats = np.empty((2, 1, 80))
         found, expected = (
             engine.generate(uniforms, None, temperature, log_probability=row, **given)
             for engine, row in zip(

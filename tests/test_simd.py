@@ -31,7 +31,7 @@ _tanh = emitter.kernel("tanh", 3, simd._pointwise(lambda e, x: e.b.fdiv(*e.tanh_
 _logistic = emitter.kernel("sigmoid", 3, simd._pointwise(_sigmoid))
 
 
-@numba.njit("void(int64,int64,int64,int64)")
+@numba.njit
 def _functions(x, out, vectors, size):
     _exp(x, out, vectors)
     _tanh(x, out + size, vectors)
@@ -93,12 +93,12 @@ def test_tanh_is_odd_and_both_stay_in_range():
     assert sigmoid.max() <= 1
 
 
-@numba.njit("void(int64,int64,int64,int64,int64,int64,int64,int64,int64)")
+@numba.njit
 def _tile(key, weights, inputs, x, x_block, bias, zeros, out, row):
     simd.tile(key, weights, inputs, x, x_block, bias, zeros, 0, 0, out, row, VECTOR_BYTES)
 
 
-@numba.njit("void(int64,int64,int64,int64,int64,int64,int64,int64)")
+@numba.njit
 def _row(vectors, kind, weights, inputs, x, bias, init, out):
     simd.call6(simd.row_address(vectors, kind), weights, inputs, x, bias, init, out)
 
@@ -202,7 +202,7 @@ def test_products_of_bytes_are_exact_in_every_kernel(monkeypatch, instruction):
                 np.testing.assert_array_equal(out, expected[:height, own])
 
 
-@numba.njit("int64(int64,int64,int64,int64,int64,int64,int64,int64,int64)")
+@numba.njit
 def _sparse(key, weights, x, inputs, row, values, offsets, init, out):
     count = simd.entries(x, inputs, row, values, offsets)
     simd.sparse(key, weights, count, values, offsets, init, out)

@@ -56,11 +56,11 @@ class Stream:
     >>> sizes = {"layers": 2, "stacks": 1, "residual_channels": 4, "skip_channels": 4}
     >>> model = WaveNet(WaveNetConfig(**sizes, mel=MelConfig()))
     >>> mel = torch.randn(80, 12)
-    >>> stream = Stream(model, engine="reference")
+    >>> stream = Stream(model)
     >>> parts = [stream.push(mel[:, :5]), stream.push(mel[:, 5:]), stream.flush()]
     >>> [len(part) for part in parts]  # the look-ahead is 4 frames of 256 samples
     [256, 1792, 1024]
-    >>> torch.equal(torch.cat(parts), generate(model, mel, engine="reference")[0])
+    >>> torch.equal(torch.cat(parts), generate(model, mel)[0])
     True
     """
 
