@@ -48,7 +48,7 @@ def test_a_picture_shows_the_pitch():
     assert drawn[0].shape == drawn[1].shape
     column = drawn[0].shape[1] // 2
     below = drawn[0].shape[0] // 2  # the mel is the lower part of the picture
-    heights = [int(x[below:-60, column, :3].sum(-1).argmax()) for x in drawn]
+    heights = [int(x[below:-70, column, :3].sum(-1).argmax()) for x in drawn]
     assert heights[1] < heights[0] - 20  # higher in the picture
 
 
@@ -57,7 +57,7 @@ def test_a_comparison_shares_colours():
     view = display.side_by_side({"recording": TONE, "copy": TONE / 100}, RATE)
     loud, quiet = (pixels(png)[..., :3] for png in embedded(view, "image/png"))
     (single,) = embedded(display.hear(TONE / 100, RATE), "image/png")
-    assert quiet[200:-60].mean() < pixels(single)[200:-60, ..., :3].mean() - 0.02
+    assert quiet[200:-70].mean() < pixels(single)[200:-70, ..., :3].mean() - 0.02
     assert len(embedded(view, "audio/flac")) == 2
     assert loud.shape == quiet.shape
 
