@@ -286,7 +286,9 @@ FAULTS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
         {"upsample_net.upsample.up_layers.2.weight": torch.ones(1, 1, 1, 5)}, {}, "activations",
     ),
     "no layout": (
-        {"conv_layers.0.conv.weight_v": None}, {}, "layout is unknown: tensor first_conv.bias",
+        {"conv_layers.0.conv.weight_v": None},
+        {"mel": None},  # nor a rate: the file is looked at first
+        "layout is unknown: tensor first_conv.bias",
     ),
     "other hop": ({}, {"mel": MelConfig()}, "5 bands and 12 samples per frame, the mel has 80 and"),
     "no mel": ({}, {"mel": None, "sample_rate": 8000}, "name their preset with --mel"),

@@ -54,8 +54,6 @@ def import_checkpoint(
     """
     path = Path(source)
     rate = sample_rate if sample_rate is not None else mel.sample_rate if mel is not None else None
-    if rate is None:
-        raise WavearError(f"{path}: give its sample rate with --sample-rate; the file has none")
     try:
         tensors = Tensors(_state_dict(path))
         layout = next((name for name, (sign, _) in LAYOUTS.items() if sign in tensors), None)
@@ -65,6 +63,8 @@ def import_checkpoint(
             raise WavearError(f"its layout is unknown: tensor {first}; expected one of {signs}")
         parts = LAYOUTS[layout][1](tensors)
         tensors.finish()
+        if rate is None:
+            raise WavearError("give its sample rate with --sample-rate; the file has none")
         model = assemble(parts, stacks, rate, mel)
         if statistics is not None:
             _standardise(model, Path(statistics))
