@@ -297,3 +297,8 @@ def test_progress_is_the_share_of_the_run_and_resumes(monkeypatch: pytest.Monkey
     assert "training:  75%" in text
     assert "00:10 left" in text
     assert "step=100" in text
+    module.progress = 0.8
+    for interval, expected in ((bar.interval, 0.75), (0.0, 0.8)):  # seconds to the next look
+        bar.interval = interval
+        bar.on_train_batch_end(trainer, module, None, None, 0)
+        assert bar.train_progress_bar.n == expected

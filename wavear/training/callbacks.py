@@ -48,8 +48,10 @@ class ProgressBar(TQDMProgressBar):
     BAR_FORMAT = "{l_bar}{bar}| {remaining} left{postfix}"
 
     def __init__(self, run: Run):
-        # A log file does not need a line ten times a second.
-        super().__init__(refresh_rate=1 if sys.stdout.isatty() else 100)
+        super().__init__()
+        # Seconds between two looks: a log file does not need a line ten times a second.
+        self.interval = 0.1 if sys.stdout.isatty() else 15.0
+        self.drawn = -math.inf
         self.run = run
 
     @override
@@ -68,7 +70,9 @@ class ProgressBar(TQDMProgressBar):
     @override
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         share = _training(pl_module).progress  # of all processes, so each has to ask at each step
-        if trainer.global_step % self.refresh_rate == 0 or share >= 1:
+        now = time.monotonic()
+        if now - self.drawn >= self.interval or share >= 1:
+            self.drawn = now
             self.train_progress_bar.n = min(share, 1.0)
             self.train_progress_bar.set_postfix(self.get_metrics(trainer, pl_module))
 
