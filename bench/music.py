@@ -1,6 +1,7 @@
 """Measure what models of music make of their past.
 
     python bench/music.py runs/music/best runs/wavenet/best --data my/held_out
+    python bench/music.py --codes runs/vqvae --speaker music --data my/held_out
     python bench/music.py runs/steered/best --data my/held_out --features my/features
 
 Without `--features`, for models that play by themselves:
@@ -10,7 +11,9 @@ Without `--features`, for models that play by themselves:
 2. Continuations of stretches of held-out recordings. Does the new audio have the tempo (librosa's
    beat tracker; within 4 %, octaves count as equal) and the key (mean chroma, the profiles of
    Krumhansl, 1990) of the stretch before? In brackets: of stretches of the other recordings, which
-   is chance. The first row has the recordings' own continuations, which bound the others.
+   is chance. The first row has the recordings' own continuations, which bound the others. With
+   `--codes`, of recipes/vqvae: its babble after the codes of the stretch, and the recordings' own
+   continuations as its codes render them.
 
 With `--features`, for models of what recipes/music/features.py writes: sounds made on the features
 of held-out recordings. Mean difference of their loudness from the one asked for, in frames above
@@ -43,6 +46,7 @@ from wavear.generation.scoring import score_parallel
 from wavear.models.base import AutoregressiveModel
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "recipes" / "music"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "recipes" / "vqvae"))
 features = importlib.import_module("features").features
 
 CONTEXTS = (0.1, 0.5, 1.0, 2.0, 4.0)
@@ -203,14 +207,58 @@ def context_table(models: dict[str, AutoregressiveModel], data: str, count: int)
     return [f"{len(rows)} stretches of {SCORED:g} s:", "", *lines]
 
 
+def by_codes(folder: Path, speaker: str) -> tuple[int, Callable[[Tensor, int], dict[str, Tensor]]]:
+    """Load what recipes/vqvae wrote.
+
+    Returns
+    -------
+    int: its sample rate
+    callable: from recordings (N, T) and the length of their beginnings to new ends, by name
+    """
+    babble = importlib.import_module("babble")
+    model, voice = importlib.import_module("networks").load_codes(folder)
+    speaks = wavear.load(folder / "babble")
+    rate, hop = voice.config.sample_rate, voice.config.mel.hop_length * model.config.frames
+
+    def ends(rows: Tensor, first: int) -> dict[str, Tensor]:
+        rendered, continued = [], []
+        for seed, row in enumerate(rows):
+            mel = wavear.log_mel(row[None], voice.config.mel)[0]
+            own = model.decode(model.encode(mel), speaker, mel.mean(1))
+            rendered.append(wavear.generate(voice, own, seed=seed)[0, first : len(row)])
+            prime = row[: first // hop * hop]
+            given = prime, wavear.log_mel(prime[None], voice.config.mel)[0]
+            seconds = (len(row) - first) / rate
+            continued.append(
+                babble.continued(model, voice, speaks, speaker, seconds, given, seed=seed)
+            )
+        length = min(len(x) for x in [*rendered, *continued])
+        return {
+            f"{name}{folder}": torch.stack([x[:length] for x in parts])
+            for name, parts in (("the recording by the codes of ", rendered), ("", continued))
+        }
+
+    return rate, ends
+
+
 def continuation_table(
-    models: dict[str, AutoregressiveModel], data: str, count: int, seconds: float, threads: int
+    models: dict[str, AutoregressiveModel],
+    data: str,
+    count: int,
+    seconds: float,
+    threads: int,
+    codes: tuple[Path, str] | None = None,
 ) -> list[str]:
-    """Return a table of what continuations keep."""
-    rate = next(iter(models.values())).config.sample_rate
+    """Return a table of what continuations keep; `codes` are the folder and speaker of a recipe."""
+    if codes is None:
+        rate, ends = next(iter(models.values())).config.sample_rate, None
+    else:
+        rate, ends = by_codes(*codes)
     rows, sources = windows(data, rate, 2 * seconds, count)
     primes, rest = rows.split(round(seconds * rate), dim=1)
     sounds = {"the recording itself": rest}
+    if ends is not None:
+        sounds |= ends(rows, primes.shape[1])
     for name, model in models.items():
         sounds[name] = wavear.generate(
             model,
@@ -299,7 +347,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("checkpoints", nargs="+", help="folders that `wavear train` wrote")
+    parser.add_argument("checkpoints", nargs="*", help="folders that `wavear train` wrote")
+    parser.add_argument("--codes", type=Path, help="folder that recipes/vqvae/babble.py trained")
+    parser.add_argument("--speaker", default="", help="of the codes")
     parser.add_argument("--data", required=True, help="held-out recordings: folder or manifest")
     parser.add_argument(
         "--stretches", type=int, default=20, help="of each recording to score; 0: none (20)"
@@ -324,11 +374,20 @@ def main() -> int:
             raise WavearError(f"{conditioned[0]} needs conditioning: give unconditional models")
         if len({model.config.sample_rate for model in models.values()}) > 1:
             raise WavearError("the models have different sample rates: measure them separately")
-        if arguments.stretches:
+        if not models and not arguments.codes:
+            raise WavearError("give checkpoints, or --codes")
+        if models and arguments.codes:
+            raise WavearError("--codes have a rate of their own: measure them without checkpoints")
+        if models and arguments.stretches:
             print("\n".join(context_table(models, arguments.data, arguments.stretches)), flush=True)
         if arguments.primes:
             lines = continuation_table(
-                models, arguments.data, arguments.primes, arguments.seconds, arguments.threads
+                models,
+                arguments.data,
+                arguments.primes,
+                arguments.seconds,
+                arguments.threads,
+                (arguments.codes, arguments.speaker) if arguments.codes else None,
             )
             print("\n".join(["", *lines]))
     except (WavearError, OSError) as error:

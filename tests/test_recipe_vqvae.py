@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from test_recipes import module
 
 import wavear
 from wavear import audio, cli
@@ -278,3 +279,21 @@ def test_programs_on_made_sounds(
     assert start("babble", "run", "--speaker", "low", "--seconds", "0.5", "--out", "again.wav") == 0
     assert torch.equal(audio.read("babble.wav"), audio.read("again.wav"))
     assert start("babble", "run", "--speaker", "low") == 1
+
+    clip = Path("data/low/low1.wav")
+    words = ["run", "--speaker", "low", "--prime", str(clip), "--seconds", "0.5"]
+    assert start("babble", *words, "--out", "more.wav") == 0
+    more, begun = audio.read("more.wav"), audio.read(clip)
+    past = 86 * 256
+    assert torch.equal(more[:past], begun[:past])
+    assert len(more) == past + 22 * 512
+    music = module(FOLDER.parents[1] / "bench" / "music.py")
+    rate, ends = music.by_codes(Path("run"), "low")
+    found = ends(torch.stack([begun, begun]), 22 * 512)
+    assert (rate, list(found)) == (RATE, ["the recording by the codes of run", "run"])
+    assert {len(x) for sounds in found.values() for x in sounds} == {21 * 512}
+    # The new codes follow those of the recording, and keep the mean of its mel.
+    model, _ = recipe("networks").load_codes(Path("run"))
+    codes, mean = torch.arange(8), torch.linspace(1, 2, 80)
+    plain = model.decode(codes, "low") - model.means.weight[1].detach()[:, None]
+    torch.testing.assert_close(model.decode(codes, "low", mean) - mean[:, None], plain)

@@ -1,6 +1,7 @@
-"""Train a Transformer on codes, and speak new ones: babble without a text.
+"""Train a Transformer on codes, and play new ones: babble without a text, or more of a recording.
 
     python recipes/vqvae/babble.py runs/vqvae --data voices.csv --speaker p226 --out babble.wav
+    python recipes/vqvae/babble.py runs/vqvae --speaker p226 --prime start.wav --out more.wav
 
 It is wavear's Transformer, one position per code, conditioned on the speaker. The first run trains
 it (MODEL/babble); later ones generate only, and need no data.
@@ -10,19 +11,29 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 import tyro
 from networks import CodesModel, load_codes, refuse_existing
-from recordings import listed, read
+from recordings import listed, read, read_mel
 from torch import Tensor
 from torch.nn import functional as F
 
-from wavear import Transformer, TransformerConfig, WavearError, audio, generate, load
+from wavear import (
+    MelConfig,
+    PredictiveWaveNet,
+    Transformer,
+    TransformerConfig,
+    WavearError,
+    audio,
+    generate,
+    load,
+)
 from wavear.cli import recipe
 
 Sequences = list[tuple[Tensor, int]]
@@ -39,10 +50,12 @@ class Babble:
     """Recordings to train on, as of train.py; needed for the first run only."""
     speaker: str = ""
     """Name of the speaker; none: list the names."""
+    prime: Path | None = None
+    """A recording to continue; the file begins with it."""
     out: Path = Path("babble.wav")
     """File to write."""
     seconds: float = 8.0
-    """Seconds to speak."""
+    """Seconds of new audio."""
     steps: int = 800
     """Steps of training."""
     window: int = 128
@@ -169,11 +182,49 @@ def trained(
     return babble.eval()
 
 
+def continued(
+    model: CodesModel,
+    voice: PredictiveWaveNet,
+    babble: Transformer,
+    speaker: str,
+    seconds: float,
+    prime: tuple[Tensor, Tensor] | None = None,
+    *,
+    seed: int = 0,
+    temperature: float = 1.0,
+    top_p: float | None = 0.95,
+) -> Tensor:
+    """Return new audio (T,), after a recording and its mel (`recordings.read_mel`) if given.
+
+    The new codes follow the recording's codes, the new samples its samples; the mean of its mel is
+    kept.
+    """
+    mels = voice.config.mel
+    assert isinstance(mels, MelConfig)
+    count = round(seconds * mels.frame_rate / model.config.frames)
+    given: dict[str, Any] = {"seed": seed, "temperature": temperature, "top_p": top_p}
+    given["speaker"] = model.number(speaker)
+    if prime is None:
+        codes = babble.grid.encode(generate(babble, samples=count, **given))[0]
+        return generate(voice, model.decode(codes, speaker), seed=seed)[0]
+    waveform, mel = prime
+    past = model.encode(mel)
+    # A code is the value that the Transformer's grid decodes it to, and back.
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "the prime is clipped")  # the first and the last code
+        drawn = generate(babble, samples=count, prime=babble.grid.decode(past)[None], **given)
+    codes = torch.cat([past, babble.grid.encode(drawn)[0]])
+    new = model.decode(codes, speaker, mel.mean(1))[:, mel.shape[1] :]
+    return generate(voice, torch.cat([mel, new], dim=1), prime=waveform, seed=seed)[0]
+
+
 def run(config: Babble) -> int:
-    """Train if there is nothing yet; generate codes, and speak them."""
+    """Train if there is nothing yet; generate codes, and play them."""
     refuse_existing(config.out, config.overwrite)
     model, voice = load_codes(config.model)
-    names, speaker = model.config.speakers, model.number(config.speaker)
+    names = model.config.speakers
+    model.number(config.speaker)
+    prime = None if config.prime is None else read_mel(config.prime, voice.config.mel)
     folder = config.model / "babble"
     if config.steps < 1:
         raise WavearError(f"steps is {config.steps}: expected at least 1")
@@ -193,20 +244,20 @@ def run(config: Babble) -> int:
         babble.save(folder, training=record)
         print(f"held out: {record['validation_bits']:.3f} bits per code: {folder}")
     babble = load(folder)
-    rate = voice.config.mel.frame_rate / model.config.frames
-    count = round(config.seconds * rate)
-    drawn = generate(
+    new = continued(
+        model,
+        voice,
         babble,
-        samples=count,
-        speaker=speaker,
+        config.speaker,
+        config.seconds,
+        prime,
         seed=config.seed,
         temperature=config.temperature,
         top_p=config.top_p,
     )
-    codes = babble.grid.encode(drawn)[0]  # the values that its codes stand for, and back
-    waveform = generate(voice, model.decode(codes, config.speaker), seed=config.seed)[0]
+    waveform = new if prime is None else torch.cat([prime[0], new])
     audio.write(config.out, waveform, voice.config.sample_rate)
-    print(f"{config.out}  {count} new codes, {len(waveform) / voice.config.sample_rate:.2f} s")
+    print(f"{config.out}  {len(new) / voice.config.sample_rate:.2f} s of new audio")
     return 0
 
 

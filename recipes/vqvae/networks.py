@@ -182,15 +182,19 @@ class CodesModel(nn.Module):
             x = block(x)
         return self.to_code(F.relu(x)).transpose(1, 2)
 
-    def render(self, vectors: Tensor, speaker: Tensor) -> Tensor:
-        """Decode vectors (B, N, D) as mels (B, M, N * frames) of speakers (B,)."""
+    def render(self, vectors: Tensor, speaker: Tensor, mean: Tensor | None = None) -> Tensor:
+        """Decode vectors (B, N, D) as mels (B, M, N * frames) of speakers (B,).
+
+        `mean` (B, M) replaces the mean of a speaker's mels.
+        """
+        middle: Tensor = self.means(speaker) if mean is None else mean
         x, voice = self.from_code(vectors.transpose(1, 2)), self.voices(speaker)
         for block in self.decoder:
             x = block(x, voice)
         for stage in self.up:
             x = stage(F.relu(x))
         x = self.leave(F.relu(x)) * self.deviation[:, None]
-        return torch.maximum(x + self.means(speaker)[:, :, None], self.floor)
+        return torch.maximum(x + middle[:, :, None], self.floor)
 
     def forward(self, mel: Tensor, mean: Tensor, speaker: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return the decoded mels (B, M, F), the codes (B, N), and the commitment loss."""
@@ -203,10 +207,14 @@ class CodesModel(nn.Module):
         return self.quantizer.nearest(self.latent(mel[None], mel.mean(1)[None]))[0]
 
     @torch.inference_mode()
-    def decode(self, codes: Tensor, speaker: str) -> Tensor:
-        """Return the mel (M, N * frames) of codes (N,) in a speaker's voice."""
+    def decode(self, codes: Tensor, speaker: str, mean: Tensor | None = None) -> Tensor:
+        """Return the mel (M, N * frames) of codes (N,) in a speaker's voice.
+
+        `mean` (M,) is that of the recording which the codes continue; by default the speaker's.
+        """
         number = torch.tensor([self.number(speaker)])
-        return self.render(self.quantizer.codebook[codes][None], number)[0]
+        vectors = self.quantizer.codebook[codes][None]
+        return self.render(vectors, number, None if mean is None else mean[None])[0]
 
     def number(self, speaker: str) -> int:
         """Return the number of a speaker."""
