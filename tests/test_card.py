@@ -60,6 +60,19 @@ def test_unconditional_model_has_a_card(tmp_path: Path):
     assert "Not measured yet." in card
 
 
+def test_card_of_a_model_of_features_shows_how_to_give_them(tmp_path: Path):
+    features = wavear.FeatureConfig(sample_rate=8000, hop_length=64, channels=3)
+    wavear.WaveNet(wavear.WaveNetConfig(layers=2, stacks=1, sample_rate=8000, mel=features)).save(
+        tmp_path
+    )
+    card = (tmp_path / CARD).read_text()
+    assert "takes features." in card
+    assert "wavear generate FOLDER --features new.npy --out new.wav" in card
+    assert "## Features" in card
+    assert "synthesize" not in card
+    assert "vocoder" not in card
+
+
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """Replace the calls to the hub; return what arrives there."""

@@ -347,6 +347,10 @@ def test_output_among_the_inputs_is_not_read_as_input(here: Path, capsys: pytest
 def test_inputs_with_the_same_output_are_refused(here: Path, capsys: pytest.CaptureFixture):
     message = refused(capsys, "synthesize", "mel", "in/a.wav", "in/sub/a.wav", "--out", "out")
     assert "in/a.wav and in/sub/a.wav would both become out/a.wav" in message
+    assert message.endswith("or give the folder above\n")
+    Path("in/a.flac").write_bytes(b"")
+    message = refused(capsys, "synthesize", "mel", "in/a.wav", "in/a.flac", "--out", "out")
+    assert message.endswith("or rename one\n")
     assert len(plan(["in/a.wav", "in/../in/a.wav"], "out", ".wav")) == 1  # the same file
 
 

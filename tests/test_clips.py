@@ -72,8 +72,9 @@ def test_baselines_of_a_clip_are_fitted_to_the_other_half(
     assert found.clips[0].bits == pytest.approx(made.clips[1].bits)
 
 
-def test_a_single_clip_has_no_baselines(here: Path, tmp_path: Path):
+def test_a_single_clip_has_no_baselines(here: Path, tmp_path: Path, lines: Any):
     found = evaluate(here / "mel", here / "held" / "1.wav", tmp_path / "out", BITS)
+    assert "baselines fitted to nothing, as a single clip has no other half" in lines()
     assert set(found.bits) == {"model", "uniform"}
     assert any("--train-data" in note for note in found.record["notes"])
     assert found.record["bits"]["model"]["low"] is None

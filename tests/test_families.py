@@ -247,6 +247,11 @@ def test_rows_of_a_state_are_independent(config):
     torch.testing.assert_close(model(given, cond_t, state, previous), torch.stack(alone), **EXACT)
 
 
+def test_the_receptive_field_in_words():
+    assert make(MODELS["wavenet"]).span == "7 samples (1 ms)"
+    assert make(MODELS["gru"]).span == "unbounded"
+
+
 @every
 @torch.no_grad()
 def test_samples_beyond_the_receptive_field_have_no_effect(config):

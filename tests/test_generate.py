@@ -169,7 +169,7 @@ def test_new_weights_are_used_at_once():
         (
             {"mel": MEL},
             {"mel": torch.zeros(5, 2), "samples": 41},
-            "samples is 41, and the mel covers 40",
+            "the frames cover 40 samples, and 41 are asked for",
         ),
         ({}, {"mel": torch.zeros(5, 2)}, "takes no mel"),
         ({}, {}, "samples is needed"),

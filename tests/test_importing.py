@@ -328,6 +328,13 @@ def test_command_writes_a_checkpoint_that_loads(tmp_path, capsys):
     assert "exists" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("content", [b"RIFF\x04\0\0\0WAVE", b"", b"\x16{}", b"PK\3\4"])
+def test_a_file_of_another_kind_is_named_as_such(tmp_path, content):
+    (tmp_path / "its.pth").write_bytes(content)
+    with pytest.raises(WavearError, match=r"its\.pth: it is not a file of PyTorch"):
+        import_checkpoint(tmp_path / "its.pth", stacks=1)
+
+
 def test_objects_in_a_file_are_refused(tmp_path):
     torch.save({"state_dict": pairwise}, tmp_path / "its.pth")
     with pytest.raises(WavearError, match="expected tensors"):

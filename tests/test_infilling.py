@@ -182,7 +182,9 @@ def test_unsuited_gaps_are_refused(x, model):
         infill(model, x, *GAP, candidates=1)
 
 
-def test_recipe_trains_a_network_conditioned_on_both_sides(tmp_path: Path, monkeypatch):
+def test_recipe_trains_a_network_conditioned_on_both_sides(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
     path = Path(wavear.__file__).parents[1] / "recipes" / "infill" / "gaps.py"
     spec = importlib.util.spec_from_file_location("recipe_gaps", path)
     assert spec is not None
@@ -200,13 +202,28 @@ def test_recipe_trains_a_network_conditioned_on_both_sides(tmp_path: Path, monke
     plain.save(tmp_path / "plain")
     monkeypatch.chdir(tmp_path)
 
-    def run(*words: str) -> None:
+    def run(*words: str) -> int:
         monkeypatch.setattr("sys.argv", ["gaps.py", *words])
-        recipe.main()
+        return recipe.main()
 
-    run("make", "data", "held", "--out", "gaps", "--copies", "2")
-    run("widen", "plain", "--out", "start")
-    run("one", "held/c.wav", "--from", "0.7", "--to", "0.72", "--out", "gap.npy")
+    assert run("make", "data", "held", "--out", "gaps", "--copies", "2") == 0
+    assert run("widen", "plain", "--out", "start") == 0
+    one = ["one", "held/c.wav", "--from", "0.7", "--out", "gap.npy", "--to"]
+    assert run(*one, "0.72") == 0
+    capsys.readouterr()
+    wavear.Linear(wavear.LinearConfig(order=2)).save(tmp_path / "linear")
+    for words, reason in (
+        ([*one, "9"], "0.7 to 9 s of 1.4966 s: it must begin and end inside"),
+        ([*one, "0.6"], "must begin and end inside"),
+        (["one", "none.wav", *one[2:], "0.8"], "none.wav"),
+        (["make", "nowhere", "--out", "x"], "nowhere holds no recordings"),
+        (["widen", "linear", "--out", "x"], "linear is not trained on wavear's default mels"),
+        (["widen", "voice", "--out", "x"], "voice"),
+    ):
+        assert run(*words) == 1
+        error = capsys.readouterr().err
+        assert reason in error
+        assert error.count("\n") == 1
     features = np.load("gap.npy")
     wide, codes = wavear.load("start"), torch.randint(0, 256, (1, 2560))
     both = [

@@ -449,6 +449,15 @@ def test_invalid_fits_are_refused(given, changes, message):
         fit_linear(given, sample_rate=8000, **changes)
 
 
+def test_recordings_beyond_full_scale_are_clipped_or_refused():
+    x = np.random.default_rng(0).uniform(-1.01, 1.01, 5000)
+    with pytest.warns(UserWarning, match=r"recording 0: 1\.\d+% of the samples exceed full scale"):
+        loud = fit_linear(x, sample_rate=8000, order=2)
+    assert loud.config == fit_linear(x.clip(-1, 1), sample_rate=8000, order=2).config
+    with pytest.raises(ValueError, match=r"recording 1: .* divide 16-bit values by 32768"):
+        fit_linear([x.clip(-1, 1), 32768 * x], sample_rate=8000, order=2)
+
+
 def test_silence_can_be_fitted():
     model = fit_linear(np.zeros(1000), sample_rate=8000, order=4)
     assert score(model, np.zeros(100)).mean() > -0.1
@@ -464,6 +473,8 @@ def test_engines_and_runs_refuse_unsupported_options(recordings, tmp_path, monke
         make_engine(model, 1, "numba", weights="bfloat16")
     with pytest.raises(ValueError, match="nothing to resume"):
         settings(recordings, tmp_path, resume=True)
+    with pytest.raises(ValueError, match="a linear model has no speakers: drop speakers"):
+        settings(recordings, tmp_path, speakers=True)
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="without torchrun"):
         train(settings(recordings, tmp_path / "two"))

@@ -135,6 +135,8 @@ def test_log_mel_of_arrays_and_single_waveforms(kind: Callable[..., Any]):
         (lambda: wavear.generate("runs/best", samples=3), "wavear.load"),  # type: ignore[arg-type]
         (lambda: wavear.score(FREE, "a.wav"), "wavear.audio.read"),  # type: ignore[arg-type]
         (lambda: audio.read("x.raw"), "convert them to WAV"),
+        (lambda: wavear.Stream(FOLLOWS).push("x"), "read the file first"),  # type: ignore[arg-type]
+        (lambda: wavear.StreamBatch(FREE).add(state={"a": 1}), "state is a dict"),  # type: ignore[arg-type]
         (lambda: wavear.watch(WAVE, 0), "sample_rate is 0"),
     ],
 )

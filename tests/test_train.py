@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -157,15 +158,21 @@ def test_unreadable_held_out_file_is_reported_and_skipped(tones, tmp_path, famil
 def test_missing_speaker_labels_are_refused(tones, tmp_path):
     rows = [f"{path}" for path in sorted(tones.rglob("*.wav"))]
     (tmp_path / "list.csv").write_text("\n".join(["path", *rows]) + "\n")
-    for settings in ({"speakers": True}, {"normalize": "rms", "normalize_by": "speaker"}):
-        with pytest.raises(WavearError, match=r"no speaker labels found in .*list\.csv"):
+    for settings, flag in (
+        ({"speakers": True}, "--speakers"),
+        ({"normalize": "rms", "normalize_by": "speaker"}, "--normalize-by"),
+    ):
+        with pytest.raises(WavearError, match=rf"list\.csv names no speaker: .* or drop {flag}$"):
             train(config_of(tmp_path / "list.csv", tmp_path / "run", **settings))
     assert not (tmp_path / "run").exists()
 
 
-def test_speakers_are_numbered_and_named(tones, tmp_path):
+def test_speakers_are_numbered_and_named(tones, tmp_path, lines):
     config = config_of(tones, tmp_path / "run", speakers=True, unconditional=True, max_steps=2)
+    config = dataclasses.replace(config, progress=True, validation_fraction=0.01)
     model = wavear.load(train(config).best)
+    counts = re.findall(r"(?:on|out) (\d+) recordings?, .*, (\d) speakers?\n", lines())
+    assert counts == [("7", "2"), ("1", "1")]
     assert model.config.speakers == 2
     assert wavear.generate(model, samples=10, speaker=1, engine="reference").shape == (1, 10)
     described = json.loads((tmp_path / "run" / "best" / "config.json").read_text())

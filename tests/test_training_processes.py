@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,6 +22,7 @@ from small_training import assert_same, config_of, record_of, state_of
 
 import wavear
 from wavear import TrainConfig, train
+from wavear.cli.training import run_training
 from wavear.training.processes import Processes
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -138,6 +140,20 @@ def test_inconsistent_environments_are_refused(change: dict[str, str], message: 
 
 
 # --- runs
+
+
+def test_only_one_process_prints_the_result(monkeypatch, capsys):
+    """The others have no final scores: theirs would be other figures."""
+    result = SimpleNamespace(
+        held_out={}, bits_best=1.0, bits_before=2.0, steps=3, seconds=4.0, stopped_by="steps",
+        best="best",
+    )  # fmt: skip
+    monkeypatch.setattr("wavear.training.run.train", lambda _: result)
+    for rank, lines in (("0", 3), ("1", 0)):
+        for name, value in {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "RANK": rank}.items():
+            monkeypatch.setenv(name, value)
+        assert run_training(None) == 0
+        assert capsys.readouterr().out.count("\n") == lines
 
 
 @pytest.mark.parametrize(

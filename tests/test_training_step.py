@@ -288,6 +288,10 @@ def test_progress_is_the_share_of_the_run_and_resumes(monkeypatch: pytest.Monkey
     bar: Any = ProgressBar(SimpleNamespace(shown={"loss": "1"}))  # type: ignore[arg-type]
     bar._trainer = trainer = SimpleNamespace(global_step=100, is_global_zero=True)
     module = SimpleNamespace(progress=0.5)
+    module.progress = 1.4  # of a time that the first validation took
+    bar.on_train_start(trainer, module)
+    assert bar.train_progress_bar.n == 1
+    module.progress = 0.5
     bar.on_train_start(trainer, module)
     bar.on_train_epoch_start(trainer, module)
     module.progress = 0.75

@@ -16,12 +16,13 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from wavear import FeatureConfig, MelConfig, WavearError, audio, gap_features, load
+from wavear import FeatureConfig, MelConfig, WavearError, WaveNet, audio, gap_features, load
 
 MEL = MelConfig()
 SHORTEST, LONGEST = 0.003, 0.15  # seconds of a gap
@@ -64,7 +65,11 @@ def widen(checkpoint: str, out: Path) -> None:
     """Write a model of mels and a mask that ignores the mask."""
     model = load(checkpoint)
     if model.config.mel != MEL:
-        raise WavearError(f"{checkpoint} is not a model of the mels {MEL}")
+        raise WavearError(f"{checkpoint} is not trained on wavear's default mels, as it has to be")
+    if not isinstance(model, WaveNet):
+        raise WavearError(
+            f"{checkpoint} is a {type(model).__name__}: give a model of --family wavenet"
+        )
     features = FeatureConfig(
         sample_rate=MEL.sample_rate, hop_length=MEL.hop_length, channels=MEL.bands + 1
     )
@@ -78,7 +83,17 @@ def widen(checkpoint: str, out: Path) -> None:
     wide.save(out)
 
 
-def main() -> None:
+def one(source: Path, begin: float, end: float, out: Path) -> None:
+    """Write the features of a recording with a gap, whose ends are in seconds."""
+    waveform, rate = audio.read(source, MEL.sample_rate), MEL.sample_rate
+    gap = round(begin * rate), round(end * rate)
+    values = gap_features(waveform, [gap], MEL).numpy()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with open(out, "wb") as file:
+        np.save(file, values)
+
+
+def main() -> int:
     """Run one of the three commands."""
     parser = argparse.ArgumentParser(description="Make the conditioning of a WaveNet for gaps.")
     commands = parser.add_subparsers(dest="command", required=True)
@@ -98,15 +113,18 @@ def main() -> None:
     each.add_argument("--to", dest="end", type=float, required=True, help="seconds")
     each.add_argument("--out", type=Path, required=True)
     given = parser.parse_args()
-    if given.command == "make":
-        make(given.folders, given.out, given.copies, given.seed)
-    elif given.command == "widen":
-        widen(given.checkpoint, given.out)
-    else:
-        rate = MEL.sample_rate
-        gap = round(given.begin * rate), round(given.end * rate)
-        np.save(given.out, gap_features(audio.read(given.source, rate), [gap], MEL).numpy())
+    try:
+        if given.command == "make":
+            make(given.folders, given.out, given.copies, given.seed)
+        elif given.command == "widen":
+            widen(given.checkpoint, given.out)
+        else:
+            one(given.source, given.begin, given.end, given.out)
+    except (WavearError, OSError) as error:
+        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        return 1
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

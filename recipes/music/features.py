@@ -97,6 +97,7 @@ def write(
         label = folders.index(name.parts[0]) if len(name.parts) > 1 else -1
         target.parent.mkdir(parents=True, exist_ok=True)
         np.save(target, labelled(found, label, len(folders)))
+        print(target, flush=True)
     return len(paths), folders
 
 

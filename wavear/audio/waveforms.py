@@ -292,7 +292,7 @@ def as_tensor(values: Any, name: str) -> Tensor:
         raise WavearError(f"{name} is a {type(values).__name__} of unequal parts") from None
     if array.dtype.kind not in "fiu":
         shown = f" ({values!r:.60})" if isinstance(values, str | os.PathLike) else ""
-        remedy = ": read it first, with wavear.audio.read" if shown else ""
+        remedy = ": read the file first, recordings with wavear.audio.read" if shown else ""
         raise WavearError(
             f"{name} is a {type(values).__name__}{shown}, of type {array.dtype}, which cannot be"
             f" read as numbers{remedy}"

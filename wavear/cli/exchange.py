@@ -82,6 +82,5 @@ def import_(
     )
     model.save(out, overwrite=overwrite)
     size = sum(tensor.numel() for tensor in model.parameters()) / 1e6
-    receptive = model.receptive_field
-    say(f"{out}  {layout}, {size:.2f} million parameters, receptive field {receptive} samples")
+    say(f"{out}  {layout}, {size:.2f} million parameters, receptive field {model.span}")
     return 0

@@ -63,9 +63,12 @@ def train(config: _Flags) -> int:
 
 def run_training(config: Any) -> int:
     """Train and print the result; return the exit status."""
+    from wavear.training.processes import Processes
     from wavear.training.run import train
 
     result = train(config)
+    if Processes.here().rank:
+        return 130 if result.stopped_by == "interrupt" else 0
     # An interrupt leaves no time for all the scores.
     scores = result.held_out or {"model": result.bits_best}
     bits = ", ".join(f"{name} {value:.3f}" for name, value in scores.items())

@@ -25,6 +25,7 @@ from wavear.data.indexing import LEVELS, Files, Index, mixed
 from wavear.data.levels import Stretch, why
 from wavear.data.recordings import SPLIT_NAMES, Recording, Recordings
 
+_SHORT = 0.1  # seconds: durations in manifests are rounded
 _TRAIN, _VALIDATION, _TEST = range(len(SPLIT_NAMES))
 Bad = list[tuple[str, str]]
 """Files that cannot be used: name and reason."""
@@ -166,6 +167,13 @@ def open_corpus(
             raise WavearError(
                 f"{source}: none of the files can be used; the first: {name}: {told}{where}"
             )
+        if part.span is not None and trim_silence is None:
+            short = part.frames / sample_rate + _SHORT < part.span[:, 1]  # NaN: up to the end
+            if short.any():
+                notes.append(
+                    f"{source}: {counted(short.sum(), 'recording')} shorter than it states; the"
+                    f" first: {part.name(int(np.argmax(short)))}"
+                )
         if mels is not None:
             part, missing = mels.pair(part, progress)
             without_mel += missing

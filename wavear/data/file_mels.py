@@ -161,8 +161,8 @@ class MelFolder:
         if missing > _TOLERANCE or (to_the_end and missing < -_TOLERANCE):
             raise WavearError(
                 f"{path} has {counted(found, 'frame')}, and {recordings.name(row)} {stop} samples"
-                f" at {self.config.sample_rate} Hz, {stop // hop} frames of {hop}: make the mel of"
-                f" this very recording, and set the model's hop to the mel's ({self._flag})"
+                f" at {self.config.sample_rate} Hz, {stop // hop} frames of {hop}: make the frames"
+                f" of this very recording, and set the model's hop to theirs ({self._flag})"
             )
         return min(stop, found * hop) - start if missing > 0 else stop - start
 

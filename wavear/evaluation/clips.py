@@ -293,7 +293,8 @@ def fitting_data(
     random.Random(0).shuffle(left)
     chosen = subset(left, seconds * rate) if left else []
     if not chosen:
-        origin = "the clips themselves, each half for the other"
+        halves = "the clips themselves, each half for the other"
+        origin = halves if len(clips) > 1 else "nothing, as a single clip has no other half"
     note = None
     if unknown is not None:
         note = f"whether clips were trained on is not known: of the training data, {unknown}"

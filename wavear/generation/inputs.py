@@ -109,7 +109,7 @@ def check_samples(
     if begin + samples > covered:
         after = f" after a prime of {begin}" if begin else ""
         raise WavearError(
-            f"samples is {samples}{after}, and the mel covers {covered}: give more frames, or ask"
-            " for fewer samples"
+            f"the frames cover {covered} samples, and {samples} are asked for{after}: give more"
+            " frames, or ask for less"
         )
     return [int(samples)] * batch

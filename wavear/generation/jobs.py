@@ -85,9 +85,11 @@ def plan(
         if target in jobs and jobs[target].source.resolve() == source.resolve():
             continue  # named twice
         if target in jobs:
+            other = jobs[target].source
+            remedy = "rename one" if other.parent == source.parent else "give the folder above"
             raise WavearError(
-                f"{jobs[target].source} and {source} would both become {target}: give them one at a"
-                " time, or the folder above them"
+                f"{other} and {source} would both become {target}: give them one at a time, or"
+                f" {remedy}"
             )
         if target.is_dir():
             raise IsADirectoryError(

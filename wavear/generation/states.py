@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from wavear.common.atomic import replace_tensors
-from wavear.common.errors import WavearError
+from wavear.common.errors import WavearError, require
 from wavear.common.untrusted import checksum, parse_json
 from wavear.models.base import AutoregressiveModel
 
@@ -90,6 +91,7 @@ class StreamState:
         """
         from safetensors import SafetensorError, safe_open
 
+        require(path, (str, os.PathLike), "state", "a StreamState, or the path of a file")
         if not Path(path).is_file():
             raise FileNotFoundError(f"{path}: no such file")
         try:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from wavear.common.errors import WavearError, one_line
+from wavear.common.errors import WavearError
 
 # What the pickle of a tensor, or of a dict of tensors and numbers, refers to. The loader allows
 # more, such as `bytearray`, which takes as much memory as the file asks for.
@@ -46,8 +46,10 @@ def load_tensors(path: Path) -> Any:
             if numbers > max(8 * size, 2**20):
                 raise WavearError("its tensors are larger than the file")
         loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # the loader raises whatever the first damaged byte leads to
-        raise WavearError(one_line(error).split(". ")[0][:200]) from None
+    except WavearError:
+        raise
+    except Exception:  # the loader raises whatever the first damaged byte leads to
+        raise WavearError("it is not a file of PyTorch (.pt, .pth), or is damaged") from None
     _check_sizes(loaded, size)
     return loaded
 

@@ -56,6 +56,14 @@ class AutoregressiveModel(nn.Module):
         return self.config.receptive_field
 
     @property
+    def span(self) -> str:
+        """The receptive field in words, in samples and milliseconds."""
+        field = self.receptive_field
+        if field is None:
+            return "unbounded"
+        return f"{field:,} samples ({1000 * field / self.config.sample_rate:.0f} ms)"
+
+    @property
     def carries(self) -> bool:
         """True if training carries the state from segment to segment of a recording.
 

@@ -34,19 +34,28 @@ def write_card(directory: Path, described: Mapping[str, Any]) -> None:
     replace_file(path, lambda temporary: temporary.write_bytes(text.encode()))
 
 
+_COMMANDS = {
+    "mel spectrograms": "wavear synthesize FOLDER speech.wav",
+    "features": "wavear generate FOLDER --features new.npy --out new.wav",
+    None: "wavear generate FOLDER --seconds 10 --out new.wav",
+}
+
+
 def _card(described: Mapping[str, Any]) -> str:
     config, training = described["config"], described["training"]
     mel = config.get("mel")
+    features = mel is not None and "channels" in mel  # frames of FeatureConfig
+    conditioning = "features" if features else "mel spectrograms"
     return f"""---
 library_name: wavear
 {UNKNOWN_LICENSE}
-tags: [audio, {"vocoder" if mel else "audio generation"}, autoregressive]
+tags: [audio, {"vocoder" if mel and not features else "audio generation"}, autoregressive]
 ---
 
 # {described["family"]}, {config["sample_rate"]} Hz
 
 An autoregressive waveform model of wavear with the output distribution `{config["law"]}`, which
-takes {"mel spectrograms" if mel else "no mels"}.
+takes {conditioning if mel else "no mels"}.
 
 ## Use
 
@@ -56,11 +65,7 @@ import wavear
 model = wavear.load("FOLDER")  # the folder of this file, or "hf:owner/name"
 ```
 
-    {
-        "wavear synthesize FOLDER speech.wav"
-        if mel
-        else "wavear generate FOLDER --seconds 10 --out new.wav"
-    }
+    {_COMMANDS[conditioning if mel else None]}
 
 ## Data and licence
 
@@ -68,7 +73,7 @@ model = wavear.load("FOLDER")  # the folder of this file, or "hf:owner/name"
 
 The licence of the weights depends on these recordings: set `license` at the top of this file.
 
-## Mels
+## {"Features" if features else "Mels"}
 
 {_table("setting", mel) if mel else "None: the model is unconditional."}
 

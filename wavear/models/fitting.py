@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from wavear.audio.grid import Grid
+from wavear.audio.scale import limited
 from wavear.audio.waveforms import as_tensor
 from wavear.common.errors import WavearError, require
 from wavear.models import lpc
@@ -375,4 +376,4 @@ def _each(recordings: Any) -> Iterator[Tensor]:
             raise WavearError(
                 f"recording {number} is {waveform.dtype}, expected floating point in [-1, 1]"
             )
-        yield waveform
+        yield limited(waveform, f"recording {number}", warnings.warn)

@@ -62,19 +62,16 @@ def describe(source: str | Path) -> list[tuple[str, str]]:
     """
     model = checkpoint.load(source)
     described = checkpoint.read_config(source)
-    config, field = model.config, model.receptive_field
+    config = model.config
     network, conditioning = multiply_adds(model)
     cost = f"{network:,}" + (f" + {conditioning:,.0f} of the conditioning" if conditioning else "")
-    span = "unbounded"
-    if field is not None:
-        span = f"{field:,} samples ({1000 * field / config.sample_rate:.0f} ms)"
     billions = network * config.sample_rate / 1e9
     rows = {
         "model": f"{described['family']}, checkpoint format {described['format']}",
         "parameters": f"{sum(p.numel() for p in model.parameters()):,}",
         "multiply-adds per sample": cost,
         "at its sample rate": f"{billions:.2f} G multiply-adds per second of audio",
-        "receptive field": span,
+        "receptive field": model.span,
     }
     rows |= {name: _value(value) for name, value in described["config"].items() if name != "mel"}
     rows["mel"] = "none: unconditional"

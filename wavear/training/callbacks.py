@@ -60,7 +60,7 @@ class ProgressBar(TQDMProgressBar):
         bar = self.train_progress_bar
         # The rate is that of this part of the run.
         bar.total = 1.0
-        bar.initial = bar.n = _training(pl_module).progress
+        bar.initial = bar.n = min(_training(pl_module).progress, 1.0)
         bar.set_description("training")
 
     @override

@@ -35,7 +35,9 @@ def refuse_contradictions(config: Any) -> None:
         raise WavearError(f"the family {config.family} has no training by the free run: drop it")
     if config.family == "linear":
         if config.resume:
-            raise WavearError("a linear model has nothing to resume: use overwrite")
+            raise WavearError("a linear model has nothing to resume: drop resume")
+        if config.speakers:
+            raise WavearError("a linear model has no speakers: drop speakers")
         _refuse(config, "mel_preset", "a linear model takes no mels")
     else:
         _refuse(config, "criterion stabilise", f"the family {config.family} has no {{}}")

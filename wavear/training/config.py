@@ -305,7 +305,7 @@ class OutputSettings:
     overwrite: bool = False
     """Replace the run in `out`."""
     progress: bool = True
-    """Show a progress bar and messages."""
+    """Progress bar and messages; `--no-progress` leaves them out."""
 
 
 _AT_LEAST_1 = (

@@ -80,8 +80,8 @@ def fit(
     device = trainer.strategy.root_device
     parameters = sum(p.numel() for p in model.parameters())
     logger.info(
-        f"{type(model).__name__} of {parameters:,} parameters, receptive field"
-        f" {model.receptive_field} samples, on {device}"
+        f"{type(model).__name__} of {parameters:,} parameters, receptive field {model.span}, on"
+        f" {device}"
     )
     logger.info(f"{described(model, config)}; {'bf16' if bf16 else 'float32'} ({why})")
     if trainer.is_global_zero:

@@ -138,8 +138,8 @@ def _open(config: TrainConfig, visible: bool) -> Corpus:
     by_speaker = config.normalize_by == "speaker" and config.normalize != "none"
     if not corpus.speakers and (config.speakers or by_speaker):
         raise WavearError(
-            f"no speaker labels found in {config.data}: add a column 'speaker' or one sub-folder"
-            " per speaker, or drop --speakers and --normalize-by"
+            f"{config.data} names no speaker: fill a column 'speaker', or make one sub-folder per"
+            f" speaker, or drop {'--normalize-by' if by_speaker else '--speakers'}"
         )
     return corpus
 
@@ -213,12 +213,13 @@ def _report_data(corpus: Corpus, speakers: list[str], rate: int, frames: str | N
         logger.warning(f"{count} without a mel in {frames} skipped; the first: {first}")
     for note in corpus.notes:
         logger.info(note)
-    speakers_text = f", {counted(len(speakers), 'speaker')}" if speakers else ""
     for purpose, recordings in (("training on", corpus.train), ("holding out", corpus.validation)):
         extent = _extent(recordings, rate)
         count, seconds = extent["recordings"], extent["seconds"]
         length = f"{seconds / 60:.1f} minutes" if seconds >= 60 else f"{seconds:.1f} s"
-        logger.info(f"{purpose} {counted(count, 'recording')}, {length}{speakers_text}")
+        voices = len(recordings.speakers()) if speakers else 0
+        more = f", {counted(voices, 'speaker')}" if voices else ""
+        logger.info(f"{purpose} {counted(count, 'recording')}, {length}{more}")
 
 
 def _gains(recordings: Recordings) -> dict[str, float]:
