@@ -20,6 +20,7 @@ from wavear.data.file_mels import MelFolder
 from wavear.mel.conventions import frames_from_dict
 from wavear.mel.features import FeatureConfig
 from wavear.models.crop_loss import layout_of
+from wavear.models.info import describe
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -84,6 +85,9 @@ def test_a_trained_model_follows_a_file(tones, tmp_path, family, codes):
     out = tmp_path / "x.wav"
     assert main(["generate", str(result.best), "--features", str(path), "--out", str(out)]) == 0
     assert audio.info(out).frames == np.load(path).shape[1] * HOP
+    rows = dict(describe(result.best))
+    assert rows["features"].endswith(f"a frame per {HOP} samples (6.2 ms)")
+    assert not any(name.startswith("mel") for name in rows)
 
 
 def test_best_is_chosen_by_bits(tones, tmp_path):

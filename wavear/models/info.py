@@ -74,13 +74,15 @@ def describe(source: str | Path) -> list[tuple[str, str]]:
         "receptive field": model.span,
     }
     rows |= {name: _value(value) for name, value in described["config"].items() if name != "mel"}
-    rows["mel"] = "none: unconditional"
-    if config.mel is not None:
+    if config.mel is None:
+        rows["mel"] = "none: unconditional"
+    else:
         hop, step = config.mel.hop_length, 1000 * config.mel.hop_length / config.sample_rate
-        noun = "bands" if isinstance(config.mel, MelConfig) else "channels of features"
-        rows["mel"] = f"{config.mel.bands} {noun}, a frame per {hop} samples ({step:.1f} ms)"
-        rows |= {f"mel {name}": _value(value) for name, value in config.mel.to_dict().items()}
-        rows["mel look-ahead"] = (
+        mels = isinstance(config.mel, MelConfig)
+        kind, noun = ("mel", "bands") if mels else ("features", "channels")
+        rows[kind] = f"{config.mel.bands} {noun}, a frame per {hop} samples ({step:.1f} ms)"
+        rows |= {f"{kind} {name}": _value(value) for name, value in config.mel.to_dict().items()}
+        rows[f"{kind} look-ahead"] = (
             f"{counted(model.lookahead, 'frame')} ({model.lookahead * step:.0f} ms)"
         )
     training = described.get("training", {})
