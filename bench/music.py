@@ -3,6 +3,7 @@
     python bench/music.py runs/music/best runs/wavenet/best --data my/held_out
     python bench/music.py --codes runs/vqvae --speaker music --data my/held_out
     python bench/music.py runs/steered/best --data my/held_out --features my/features
+    python bench/music.py --instrument runs/instrument --data my/held_out --features my/features
 
 Without `--features`, for models that play by themselves:
 
@@ -15,7 +16,8 @@ Without `--features`, for models that play by themselves:
    `--codes`, of recipes/vqvae: its babble after the codes of the stretch, and the recordings' own
    continuations as its codes render them.
 
-With `--features`, for models of what recipes/music/features.py writes: sounds made on the features
+With `--features`, for models of what recipes/music/features.py writes, or the instruments of
+recipes/music/instrument.py: sounds made on the features
 of held-out recordings. Mean difference of their loudness from the one asked for, in frames above
 -60 dB; the share of frames with a pitch in both whose pitches are within 50 cents; and the share of
 frames in which both have a pitch, or neither. In brackets: the same for the features of another
@@ -29,6 +31,8 @@ import importlib
 import math
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import librosa
@@ -302,20 +306,61 @@ def followed(asked: np.ndarray, found: np.ndarray) -> tuple[float, float, float]
     return loudness, pitch, voicing
 
 
-def steering_table(
-    models: dict[str, AutoregressiveModel], data: Path, folder: Path, threads: int
-) -> list[str]:
+@dataclass(frozen=True)
+class Follower:
+    """A model or an instrument: `play` makes sounds (T,) of features (C, F) and a seed."""
+
+    rate: int
+    hop: int
+    play: Callable[[Tensor, int], Tensor]
+
+
+def followers(
+    checkpoints: Sequence[str], instruments: Sequence[Path], threads: int
+) -> dict[str, Follower]:
+    """Load models of features, and instruments.
+
+    Raises
+    ------
+    WavearError
+        If a model is not one of features.
+    """
+    found = {}
+    for name in checkpoints:
+        model = wavear.load(name)
+        config = model.config.mel
+        if not isinstance(config, FeatureConfig):
+            raise WavearError(f"{name} is not a model of features: leave out --features")
+        play = partial(_play, model, threads)
+        found[name] = Follower(model.config.sample_rate, config.hop_length, play)
+    for folder in instruments:
+        recipe = importlib.import_module("instrument")
+        made, voice = recipe.load(folder)
+        play = partial(_play_instrument, recipe.play, made, voice)
+        found[str(folder)] = Follower(voice.config.sample_rate, voice.config.mel.hop_length, play)
+    return found
+
+
+def _play(model: AutoregressiveModel, threads: int, asked: Tensor, seed: int) -> Tensor:
+    return wavear.generate(model, asked[None], seed=seed, threads=threads)[0]
+
+
+def _play_instrument(
+    play: Callable, made: torch.nn.Module, voice: AutoregressiveModel, asked: Tensor, seed: int
+) -> Tensor:
+    return play(made, voice, asked, seed=seed)
+
+
+def steering_table(models: dict[str, Follower], data: Path, folder: Path) -> list[str]:
     """Return a table of how well sounds follow the features of the recordings in a folder.
 
     Raises
     ------
     WavearError
-        If a model is not one of features, or there are fewer than two recordings.
+        If there are fewer than two recordings.
     OSError
         If a file of features is missing.
     """
-    if other := [n for n, m in models.items() if not isinstance(m.config.mel, FeatureConfig)]:
-        raise WavearError(f"{other[0]} is not a model of features: leave out --features")
     paths = sorted(p for p in data.rglob("*") if p.suffix.lower() in audio.SUFFIXES)
     if len(paths) < 2:
         raise WavearError(f"{data} has {len(paths)} recordings: give a folder with two or more")
@@ -327,12 +372,8 @@ def steering_table(
         "|---|---:|---:|---:|",
     ]
     for name, model in models.items():
-        rate, hop = model.config.sample_rate, model.config.mel.hop_length
-        made = [
-            wavear.generate(model, torch.from_numpy(each)[None], seed=seed, threads=threads)[0]
-            for seed, each in enumerate(asked)
-        ]
-        found = [features(sound.numpy(), rate, hop) for sound in made]
+        made = [model.play(torch.from_numpy(each), seed) for seed, each in enumerate(asked)]
+        found = [features(sound.numpy(), model.rate, model.hop) for sound in made]
         own, chance = (
             np.nanmean([followed(a, b) for a, b in zip(asked, sounds, strict=True)], axis=0)
             for sounds in (found, found[1:] + found[:1])
@@ -361,15 +402,17 @@ def main() -> int:
         "--seconds", type=float, default=6.0, help="of a prime and of its continuation (6)"
     )
     parser.add_argument("--features", type=Path, help="folder of features: measure steering")
+    parser.add_argument(
+        "--instrument", type=Path, action="append", default=[], help="of instrument.py, to steer"
+    )
     parser.add_argument("--threads", type=int, default=1, help="CPU cores to generate on (1)")
     arguments = parser.parse_args()
     try:
-        models = {name: wavear.load(name) for name in arguments.checkpoints}
         if arguments.features:
-            data = Path(arguments.data)
-            table = steering_table(models, data, arguments.features, arguments.threads)
-            print("\n".join(table))
+            found = followers(arguments.checkpoints, arguments.instrument, arguments.threads)
+            print("\n".join(steering_table(found, Path(arguments.data), arguments.features)))
             return 0
+        models = {name: wavear.load(name) for name in arguments.checkpoints}
         if conditioned := [name for name, model in models.items() if model.conditioned]:
             raise WavearError(f"{conditioned[0]} needs conditioning: give unconditional models")
         if len({model.config.sample_rate for model in models.values()}) > 1:

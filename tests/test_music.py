@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from wavear import GRU, GRUConfig, Transformer, TransformerConfig, audio
 RATE = 16000
 MEASURE = module(RECIPES.parent / "bench" / "music.py")
 FEATURES = module(RECIPES / "music" / "features.py")
+INSTRUMENT = module(RECIPES / "music" / "instrument.py")
 
 
 def notes(pitches: list[int], seconds: float) -> np.ndarray:
@@ -169,3 +171,84 @@ def test_program_compares_sounds_with_their_features(
     monkeypatch.setattr("sys.argv", ["music.py", *words])
     assert MEASURE.main() == 1
     assert "plain is not a model of features" in capsys.readouterr().err
+
+
+# ---- instrument.py
+
+
+def glide(path: Path, hertz: float, level: float) -> None:
+    """Write two seconds of harmonics whose pitch rises by a third, at a level that falls."""
+    t = np.arange(44100) / 22050
+    phase = 2 * np.pi * np.cumsum(hertz * 2 ** (t / 6)) / 22050
+    sound = sum(np.sin(k * phase) / k for k in range(1, 12))
+    noise = np.random.default_rng(0).normal(0, 1e-3, t.size)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    audio.write(path, (level * np.exp(-t) * sound + noise).astype(np.float32), 22050)
+
+
+def test_plain_harmonics_have_their_pitch_and_level():
+    mel = wavear.MelConfig()
+    harmonics, noise = INSTRUMENT.plain(mel)
+    for number in (60, 180):  # octaves of 60 steps above 55 Hz
+        x = torch.zeros(22050)
+        x[:: round(22050 / (55 * 2 ** (number / 60)))] = 1.0  # a train of impulses
+        train = wavear.log_mel((x / x.square().mean().sqrt())[None], mel)[0].mean(1)
+        distances = (harmonics - train)[:, 1:].abs().mean(1)  # the train has a mean, too
+        assert abs(int(distances.argmin()) - number) <= 1
+        assert (noise - train)[1:].abs().mean() > 2 * distances.min()
+
+
+def test_an_instrument_learns_and_follows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    monkeypatch.chdir(tmp_path)
+    for number in range(10):
+        glide(Path("data") / f"{number}.wav", 110 + 20 * number, 0.1 + 0.02 * number)
+    FEATURES.write(Path("data"), Path("features"), 22050, 256)
+
+    def run(*words: str) -> tuple[int, str]:
+        monkeypatch.setattr("sys.argv", ["instrument.py", *words])
+        status = INSTRUMENT.main()
+        output = capsys.readouterr()
+        return status, output.out + output.err
+
+    words = ["train", "data", "--features", "features", "--out", "run", "--steps"]
+    status, printed = run(*words, "100")
+    assert status == 0
+    rows = re.findall(r"step \d+: (\S+), held out (\S+)\n", printed)
+    errors = [[float(value) for value in row] for row in rows]
+    assert errors[-1][0] < 0.7 * errors[0][0]
+    made, voice = INSTRUMENT.load(Path("run"))
+    asked = INSTRUMENT.read_features(Path("features/0.npy"))
+    (given, wanted), *_ = INSTRUMENT.pairs(Path("data"), Path("features"), voice.config.mel)
+    assert INSTRUMENT.error(made, [(given, wanted)]) == pytest.approx(
+        min(held for _, held in errors), abs=1e-3
+    )
+
+    status, printed = run("play", "run", "features/0.npy", "--out", "x.wav", "--seed", "3")
+    assert (status, printed) == (0, "x.wav  2.01 s\n")
+    heard = audio.read("x.wav")
+    assert torch.allclose(heard, INSTRUMENT.play(made, voice, asked, seed=3), atol=1e-4)
+    # The pitch of the voice is that which was asked for, an octave higher as well.
+    for octave in (0, 1):
+        asked[1] += octave
+        found = FEATURES.features(INSTRUMENT.play(made, voice, asked).numpy(), 22050, 256)
+        _, pitch, voicing = MEASURE.followed(asked.numpy(), found)
+        assert min(pitch, voicing) > 0.8, octave
+
+    np.save("two.npy", np.zeros((2, 9)))
+    np.save("nan.npy", np.full((3, 9), np.nan))
+    np.save("features/9.npy", np.zeros((3, 9)))
+    for wrong, reason in (
+        (["play", "run", "features/0.npy", "--out", "x.wav"], "x.wav exists"),
+        (["play", "run", "two.npy", "--out", "y.wav"], "(2, 9): expected (3, frames)"),
+        (["play", "run", "nan.npy", "--out", "y.wav"], "NaN"),
+        (["play", "nowhere", "nan.npy", "--out", "y.wav"], "instrument.json is missing: run train"),
+        ([*words, "8"], "instrument.json exists"),
+        ([*words, "8", "--out", "z"], "run features.py with --rate 22050 --hop 256"),
+        ([*words, "0", "--out", "z"], "--steps is 0"),
+    ):
+        status, printed = run(*wrong)
+        assert status == 1
+        assert reason in printed
+        assert printed.count("\n") == 1

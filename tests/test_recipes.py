@@ -39,6 +39,7 @@ def module(path: Path) -> ModuleType:
     assert spec is not None
     assert spec.loader is not None
     loaded = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = loaded  # dataclasses look their module up
     spec.loader.exec_module(loaded)
     return loaded
 
