@@ -306,22 +306,21 @@ def test_scores_of_engines_equal_the_parallel_pass(config, engine, monkeypatch):
     monkeypatch.setattr(sys.modules["wavear.generation.scoring"], "PARALLEL_CHUNK", 37)
     model = make(config, torch.float32)
     _needs(model, engine)
-    waveform = model.grid.decode(random_codes(model, 2, 150))
-    conditions = given(model, 2, 150)
+    waveform = model.grid.decode(random_codes(model, 2, 90))
+    conditions = given(model, 2, 90)
     parallel = score(model, waveform, **conditions)
     stepped = score(model, waveform, engine=engine, **conditions)
     torch.testing.assert_close(stepped, parallel, rtol=1e-5, atol=1e-3)
 
 
 @every
-@engines
-def test_the_same_seed_gives_the_same_audio_on_every_engine(config, engine):
+def test_the_same_seed_gives_the_same_audio_on_the_compiled_engine(config):
     """Codes are equal, unless a uniform is within rounding of a boundary between neighbours."""
     model = make(config, torch.float32)
-    _needs(model, engine)
-    conditions = given(model, 2, 180)
-    expected = generate(model, samples=180, seed=[3, 4], engine="reference", **conditions)
-    found = generate(model, samples=180, seed=[3, 4], engine=engine, **conditions)
+    _needs(model, "numba")
+    conditions = given(model, 2, 140)
+    expected = generate(model, samples=140, seed=[3, 4], engine="reference", **conditions)
+    found = generate(model, samples=140, seed=[3, 4], engine="numba", **conditions)
     differ = (expected != found).any(dim=1)
     for b in range(2):
         if differ[b]:
@@ -337,19 +336,19 @@ def test_the_same_seed_gives_the_same_audio_on_every_engine(config, engine):
 def test_audio_does_not_depend_on_batch_or_chunks(config, engine):
     model = make(config, torch.float32)
     _needs(model, engine)
-    conditions = given(model, 3, 120)
-    together = generate(model, samples=120, seed=[5, 6, 7], engine=engine, **conditions)
+    conditions = given(model, 3, 72)
+    together = generate(model, samples=72, seed=[5, 6, 7], engine=engine, **conditions)
     for b in (0, 2):
         one = {name: values[b] for name, values in conditions.items()}
-        alone = generate(model, samples=120, seed=5 + b, engine=engine, **one)
+        alone = generate(model, samples=72, seed=5 + b, engine=engine, **one)
         assert torch.equal(alone[0], together[b])
         stream = Stream(model, seed=5 + b, engine=engine, speaker=one.get("speaker"))
         if "mel" in one:
-            parts = [stream.push(one["mel"][:, n : n + 3]) for n in range(0, 10, 3)]
+            parts = [stream.push(one["mel"][:, n : n + 2]) for n in range(0, 6, 2)]
             made = torch.cat([*parts, stream.flush()])
         else:
-            made = torch.cat([stream.pull(n) for n in (1, 0, 50, 69)])
-        assert torch.equal(made[:120], alone[0])
+            made = torch.cat([stream.pull(n) for n in (1, 0, 30, 41)])
+        assert torch.equal(made[:72], alone[0])
 
 
 @every
