@@ -9,6 +9,7 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,9 +20,12 @@ import wavear
 from wavear import audio
 from wavear.cli.commands import COMMANDS, _function, main
 from wavear.cli.parsing import parse
+from wavear.generation.engines import ENGINES
 from wavear.generation.files import synthesize
 from wavear.generation.jobs import plan
 from wavear.generation.settings import Sampling
+from wavear.mel.presets import PRESETS
+from wavear.models.distributions import LAWS
 
 
 @pytest.fixture(scope="module")
@@ -292,6 +296,15 @@ def test_help(command: str, capsys: pytest.CaptureFixture):
     assert out.count("\nExample: wavear ") == 1
     assert "partial(" not in out
     assert "dummy" not in out
+
+
+@pytest.mark.parametrize(
+    ("command", "names"),
+    [("train", LAWS), ("mel", PRESETS), ("synthesize", ENGINES), ("bench", ENGINES[1:])],
+)
+def test_help_lists_every_name(command: str, names: Any, capsys: pytest.CaptureFixture):
+    words = set(re.findall(r"[\w-]*\w", re.sub(r"-\s+", "-", run(capsys, command, "--help")[1])))
+    assert set(names) <= words
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -20,6 +20,7 @@ from wavear.common.errors import WavearError
 from wavear.generation import compression
 from wavear.generation.compression import compress, decompress
 from wavear.generation.cpu.coding import LEAST_SHARE
+from wavear.models.distributions import LAWS
 from wavear.models.linear import Linear, LinearConfig
 
 RATE = 22050
@@ -38,6 +39,8 @@ MODELS = {
     "adaptive": lambda: None,
     "wavenet": make_wavenet,
     "wavenet, mixture": lambda: make_wavenet(gain=1.0, **VALUES),
+    "wavenet, gaussian": lambda: make_wavenet(law="gaussian", classes=65536),
+    "wavenet, laplace": lambda: make_wavenet(law="laplace", classes=65536),
     "wavenet, mel": lambda: make_wavenet(mel=wavear.MelConfig(hop_length=100, bands=12)),
     "gru, gaussian": lambda: make_gru(law="gaussian", classes=65536),
     "transformer": make_transformer,
@@ -61,6 +64,11 @@ def sound(samples: int, channels: int = 1, seed: int = 0) -> np.ndarray:
 def wav(tmp_path: Path) -> Path:
     soundfile.write(tmp_path / "x.wav", sound(600), RATE, subtype="PCM_16")
     return tmp_path / "x.wav"
+
+
+def test_models_of_every_distribution_are_coded():
+    networks = [make() for name, make in MODELS.items() if name.startswith("wavenet")]
+    assert {model.config.law for model in networks} == set(LAWS)
 
 
 COMPILED = {"gru, gaussian", "transformer", "predictive"}  # with kernels of their own

@@ -4,8 +4,10 @@ import itertools
 import sys
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from engine_cases import piece
 
 from wavear import (
     GRUConfig,
@@ -152,10 +154,18 @@ def test_step_equals_forward(config):
     whole = model(codes, cond)
     assert whole.shape == (2, model.law.channels, 60)
     state, previous = model.init_state(2), start(model, 2)
+    places = addresses(state)
     for t in range(60):
         stepped = model.step(previous, state, part(cond, t))
         torch.testing.assert_close(stepped, whole[:, :, t], **EXACT)
         previous = codes[:, t]
+    assert addresses(state) == places  # updated in place: a CUDA graph holds the addresses
+
+
+def addresses(state: Any) -> list[int]:
+    """Return where the tensors of a state lie."""
+    parts = [x if isinstance(x, list) else [x] for x in vars(state).values()]
+    return [tensor.data_ptr() for tensor in itertools.chain.from_iterable(parts)]
 
 
 @every
@@ -367,6 +377,22 @@ def test_a_stream_resumes_from_its_file_on_another_engine(config, engine, tmp_pa
     found = torch.cat([first, rest])
     assert (found == expected).float().mean() > 0.5
     assert torch.isfinite(found).all()
+
+
+@every
+@engines
+def test_a_copied_stream_continues_alike(config, engine):
+    """Particles copy the states of streams."""
+    model = make(config, torch.float32)
+    _needs(model, engine)
+    _, runner = make_engine(model, 3, engine)
+    codes, cond = random_codes(model, 3, 60), conditioning(model, 3, 60)
+    runner.score(codes[:, :40].numpy(), part(cond, slice(0, 40)))
+    runner.copy_streams([2], [0])
+    rows = [2, 1, 2]
+    nats = runner.score(codes[rows, 40:].numpy(), piece(cond, 40, 60, rows))
+    assert np.array_equal(nats[0], nats[2])
+    assert not np.array_equal(nats[0], nats[1])
 
 
 @every

@@ -11,6 +11,7 @@ import wavear
 from wavear import MelConfig, WaveNet, WaveNetConfig, mulaw_decode, mulaw_encode
 from wavear.generation import conditioner, scoring
 from wavear.generation.conditioner import Conditioner, UtteranceConditioner
+from wavear.generation.engines import ENGINES
 from wavear.models.sampling import uniforms
 
 MEL = MelConfig(sample_rate=8000, n_fft=64, window_length=64, hop_length=20, bands=5, fmax=4000.0)
@@ -190,7 +191,7 @@ def test_new_weights_are_used_at_once():
         (
             {},
             {"samples": 5, "engine": "warp"},
-            "engine is 'warp'; it must be one of auto, reference, numba",
+            f"engine is 'warp'; it must be one of {', '.join(ENGINES)}",
         ),
         ({}, {"samples": 5, "weights": "int3"}, "weights is 'int3'"),
         ({}, {"samples": 5, "engine": "reference", "weights": "bfloat16"}, "needs engine 'numba'"),

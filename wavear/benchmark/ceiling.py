@@ -13,6 +13,7 @@ from llvmlite import ir
 from numba.core import types
 
 from wavear.common.compiled import compiled
+from wavear.common.errors import WavearError
 from wavear.generation.cpu.emitter import LANES, VECTOR_BYTES, Emitter, kernel
 from wavear.generation.cpu.packing import Region, ahead_of
 from wavear.models.distributions import law_of
@@ -81,8 +82,12 @@ def cost(config: Config, weights: str = "float32") -> Cost:
         rows = _of_transformer(config)
     elif isinstance(config, PredictiveWaveNetConfig):
         rows = _of_predictive(config)
+    elif isinstance(config, GRUConfig):
+        rows = _of_gru(config)
+    elif isinstance(config, WaveNetConfig):
+        rows = _of_wavenet(config)
     else:
-        rows = _of_gru(config) if isinstance(config, GRUConfig) else _of_wavenet(config)
+        raise WavearError(f"the cost of a {type(config).__name__} is not known")
     matrices = [_Matrix(*row) for row in rows if row[1]]
     nbytes = [m.outputs * (m.inputs * _BYTES[weights] + 4 * (weights == "int8")) for m in matrices]
     return Cost(

@@ -69,6 +69,8 @@ def _layers(config: Config | LinearConfig) -> str:
             f"transformer, {config.layers} layers of {config.channels}, {config.heads} heads, "
             f"window {config.window}, patch {config.patch}"
         )
+    if not isinstance(config, WaveNetConfig | PredictiveWaveNetConfig):
+        return type(config).__name__.removesuffix("Config")
     layers, more = f"{config.layers} layers, {getattr(config, 'stacks', 0)} stacks", ""
     if isinstance(config, PredictiveWaveNetConfig):
         layers = f"{config.layers} layers and {config.period_layers} of the period"

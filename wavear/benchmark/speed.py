@@ -21,7 +21,6 @@ from wavear.common.errors import WavearError
 from wavear.common.log import get_logger
 from wavear.common.machine import available_cores, machine
 from wavear.generation.conditioner import Conditioner
-from wavear.generation.cuda.choice import pick
 from wavear.generation.engines import WEIGHTS, make_engine
 from wavear.models.base import AutoregressiveModel
 from wavear.models.families import FAMILIES
@@ -266,7 +265,7 @@ def measure_all(
     config = model.config
     linear = isinstance(config, LinearConfig)
     if not engines:  # None, or none named on the command line
-        fastest = kind == "cpu" or pick(model, torch.device(device)) == "triton"
+        fastest = make_engine(model, 1)[0] in ("numba", "triton")
         engines = ENGINES[kind][:2] if fastest else ENGINES[kind][1:2]
     if not weights:
         weights = ("float32", "bfloat16", "float16" if kind == "cuda" else "int8")

@@ -353,8 +353,8 @@ def _check_scores(scores: np.ndarray, expected: np.ndarray, name: str) -> None:
         raise WavearError(
             f"{name}: step and forward of the model differ at sample {t}: log P is"
             f" {scores[b, t]:.4f} by step and {floor[b, t]:.4f} by forward (at most"
-            f" {allowed[b, t]:.2g} is rounding); this is a fault of the model's code, and nothing"
-            " was written"
+            f" {allowed[b, t]:.2g} is rounding); this is a fault of the model's code or of the"
+            " coder's, and nothing was written"
         )
 
 

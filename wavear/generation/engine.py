@@ -63,7 +63,8 @@ class Engine(Protocol):
 
     def copy_streams(self, sources: list[int], targets: list[int]) -> None:
         """Replace the states of streams by those of others; no target is also a source."""
-        ...
+        for source, target in zip(sources, targets, strict=True):
+            self.load_state(target, self.state(source))
 
     def fill(self, stream: int, codes: np.ndarray, cond: Tensor | None) -> None:
         """Move one stream past codes (n,) in parallel, as `score` does one by one.

@@ -7,10 +7,11 @@ import torch
 from torch import Tensor
 
 from wavear.generation.checks import non_finite
+from wavear.generation.engine import Engine
 from wavear.models.base import AutoregressiveModel
 
 
-class ReferenceEngine:
+class ReferenceEngine(Engine):
     """Steps any autoregressive model, one stream after the other, on the model's device.
 
     Streams do not share a step, because a matrix product rounds differently over two rows than over
@@ -83,11 +84,6 @@ class ReferenceEngine:
         tensors = {name: value[None] for name, value in state.items() if name != "previous"}
         self.states[stream] = self.model.import_state(tensors)
         self.previous[stream] = state["previous"].to(self.device, copy=True)
-
-    def copy_streams(self, sources: list[int], targets: list[int]) -> None:
-        """See `Engine.copy_streams`."""
-        for source, target in zip(sources, targets, strict=True):
-            self.load_state(target, self.state(source))
 
     def fill(self, stream: int, codes: np.ndarray, cond: Tensor | None) -> None:
         """See `Engine.fill`."""

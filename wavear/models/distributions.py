@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -37,7 +38,6 @@ from wavear.models import sampling
 _SHARPEST = 0.05
 _LARGEST_LOG_SCALE = 5.0
 _BELOW_ONE = 1 - 2.0**-53
-LAWS = ("categorical", "logistic_mixture", "gaussian", "laplace")
 
 
 @dataclass(frozen=True)
@@ -268,14 +268,20 @@ class Laplace(_OneMean):
         return torch.where(uniform < 0.5, 1.0, -1.0) * (2 * tail).log()
 
 
+LAWS: dict[str, Callable[[Any], Law]] = {
+    "categorical": lambda config: Categorical(Grid("mulaw", config.classes)),
+    "logistic_mixture": lambda config: LogisticMixture(
+        Grid("linear", config.classes), config.mixtures
+    ),
+    "gaussian": lambda config: Gaussian(Grid("linear", config.classes)),
+    "laplace": lambda config: Laplace(Grid("linear", config.classes)),
+}
+"""Each name of `--law`, and the law of a configuration."""
+
+
 def law_of(config: Any) -> Law:
     """Return the law of a configuration: `config.law`, with its `classes` and `mixtures`."""
-    if config.law == "categorical":
-        return Categorical(Grid("mulaw", config.classes))
-    grid = Grid("linear", config.classes)
-    if config.law == "logistic_mixture":
-        return LogisticMixture(grid, config.mixtures)
-    return Gaussian(grid) if config.law == "gaussian" else Laplace(grid)
+    return LAWS[config.law](config)
 
 
 def log_prob_on(law: Law, parameters: Tensor, codes: Tensor, grid: Grid) -> Tensor:

@@ -87,7 +87,8 @@ class PredictiveWaveNetConfig(CommonConfig):
         for name, value in _FIXED.items():
             if getattr(self, name) != value:
                 raise WavearError(
-                    f"{name} is {getattr(self, name)!r}: a predictive WaveNet has {value!r}"
+                    f"{name} is {getattr(self, name)!r}: a predictive WaveNet has"
+                    f" {value!r}; other families have others"
                 )
         if self.layers > 12:
             raise WavearError(

@@ -11,13 +11,19 @@ import math
 import numba
 import numpy as np
 
+from wavear.common.errors import WavearError
 from wavear.generation.cpu import simd
-from wavear.models.distributions import Gaussian, Laplace, Law, LogisticMixture
+from wavear.models.distributions import Categorical, Gaussian, Laplace, Law, LogisticMixture
 
 CATEGORICAL, LOGISTIC_MIXTURE, GAUSSIAN, LAPLACE = range(4)
 # As in `wavear.models.distributions`; the key of the compiled code covers this directory only.
 SHARPEST, LARGEST_LOG_SCALE = 0.05, 5.0
-_KINDS = {LogisticMixture: LOGISTIC_MIXTURE, Gaussian: GAUSSIAN, Laplace: LAPLACE}
+_KINDS: dict[type[Law], int] = {
+    Categorical: CATEGORICAL,
+    LogisticMixture: LOGISTIC_MIXTURE,
+    Gaussian: GAUSSIAN,
+    Laplace: LAPLACE,
+}
 _ROOT_HALF = math.sqrt(0.5)
 _LOG_2 = math.log(2)
 _LOG_ROOT_2_PI = 0.5 * math.log(2 * math.pi)
@@ -26,7 +32,11 @@ _FAR = -20.0  # deviations; below, the series of the normal tail is exact to flo
 
 def numbers(law: Law) -> tuple[int, int, int]:
     """Return (kind, mixtures, classes) of a law."""
-    kind = _KINDS.get(type(law), CATEGORICAL)
+    if type(law) not in _KINDS:
+        raise WavearError(
+            f"engine 'numba' has no distribution {type(law).__name__}: use engine 'reference'"
+        )
+    kind = _KINDS[type(law)]
     return kind, law.mixtures if isinstance(law, LogisticMixture) else 1, law.grid.classes
 
 
