@@ -236,12 +236,25 @@ def test_an_instrument_learns_and_follows(
         _, pitch, voicing = MEASURE.followed(asked.numpy(), found)
         assert min(pitch, voicing) > 0.8, octave
 
+    with_labels = INSTRUMENT.labelled(asked, 5, 4, Path("x.npy"))
+    assert with_labels[3:, 0].tolist() == [0, 1]
+    assert torch.equal(INSTRUMENT.labelled(asked, 3, None, Path("x.npy")), asked)
+    for channels, label, reason in (
+        (5, None, "--label 3 to 4"),
+        (5, 5, "--label 3"),
+        (3, 3, "drop"),
+    ):
+        with pytest.raises(wavear.WavearError, match=reason):
+            INSTRUMENT.labelled(asked, channels, label, Path("x.npy"))
+
+    np.save("four.npy", np.zeros((4, 9)))
     np.save("two.npy", np.zeros((2, 9)))
     np.save("nan.npy", np.full((3, 9), np.nan))
     np.save("features/9.npy", np.zeros((3, 9)))
     for wrong, reason in (
         (["play", "run", "features/0.npy", "--out", "x.wav"], "x.wav exists"),
-        (["play", "run", "two.npy", "--out", "y.wav"], "(2, 9): expected (3, frames)"),
+        (["play", "run", "two.npy", "--out", "y.wav"], "(2, 9): expected (3 or more, frames)"),
+        (["play", "run", "four.npy", "--out", "y.wav"], "4 channels: expected 3, as in training"),
         (["play", "run", "nan.npy", "--out", "y.wav"], "NaN"),
         (["play", "nowhere", "nan.npy", "--out", "y.wav"], "instrument.json is missing: run train"),
         ([*words, "8"], "instrument.json exists"),

@@ -156,6 +156,25 @@ def read_features(path: Path, channels: int | None = None) -> Tensor:
     return torch.from_numpy(values.astype(np.float32))
 
 
+def labelled(features: Tensor, channels: int, label: int | None, path: Path) -> Tensor:
+    """Return features with a label, where they have none and the instrument was trained with some.
+
+    `label` is the channel that gets ones, as `features.py` counts them.
+    """
+    if len(features) != 3 or channels == 3:
+        if label is not None:
+            raise WavearError("--label is for features without labels: drop it")
+        return features
+    if label is None or not 3 <= label < channels:
+        raise WavearError(
+            f"{path} has no label, and the instrument has {channels - 3}: pass --label 3 to"
+            f" {channels - 1}, the channels that features.py printed"
+        )
+    ones = torch.zeros(channels - 3, features.shape[1])
+    ones[label - 3] = 1
+    return torch.cat([features, ones])
+
+
 def pairs(data: Path, folder: Path, config: MelConfig) -> list[tuple[Tensor, Tensor]]:
     """Return features and mel, of the same number of frames, of each recording of a folder."""
     paths = sorted(p for p in data.rglob("*") if p.suffix.lower() in audio.SUFFIXES)
@@ -250,6 +269,9 @@ def main() -> int:
     each.add_argument("features", type=Path, help=".npy, (channels, frames)")
     each.add_argument("--out", type=Path, required=True, help="file to write")
     each.add_argument("--voice", help="another checkpoint that plays the mels")
+    each.add_argument(
+        "--label", type=int, help="channel of the sound to play, as features.py counts"
+    )
     each.add_argument("--seed", type=int, default=0)
     each.add_argument("--overwrite", action="store_true", help="replace the file")
     given = parser.parse_args()
@@ -261,7 +283,14 @@ def main() -> int:
             train(given.data, given.features, given.out, given.voice, given.steps, given.seed)
             return 0
         made, voice = load(given.instrument, given.voice)
-        features = read_features(given.features, made.settings.channels)
+        channels = made.settings.channels
+        features = read_features(given.features)
+        if len(features) not in (3, channels):
+            raise WavearError(
+                f"{given.features} has {len(features)} channels: expected {channels}, as in"
+                " training"
+            )
+        features = labelled(features, channels, given.label, given.features)
         sound = play(made, voice, features, seed=given.seed)
         audio.write(given.out, sound, voice.config.sample_rate)
         print(f"{given.out}  {len(sound) / voice.config.sample_rate:.2f} s")
