@@ -17,11 +17,10 @@ Without `--features`, for models that play by themselves:
    continuations as its codes render them.
 
 With `--features`, for models of what recipes/music/features.py writes, or the instruments of
-recipes/music/instrument.py: sounds made on the features
-of held-out recordings. Mean difference of their loudness from the one asked for, in frames above
--60 dB; the share of frames with a pitch in both whose pitches are within 50 cents; and the share of
-frames in which both have a pitch, or neither. In brackets: the same for the features of another
-recording, which is chance.
+recipes/music/instrument.py: sounds made on the features of held-out recordings. Mean difference of
+their loudness from the one asked for, in frames above -60 dB; the share of frames with a pitch in
+both whose pitches are within 50 cents; and the share of frames in which both have a pitch, or
+neither. In brackets: the same for the features of another recording, which is chance.
 """
 
 from __future__ import annotations
@@ -409,6 +408,8 @@ def main() -> int:
     arguments = parser.parse_args()
     try:
         if arguments.features:
+            if not arguments.checkpoints and not arguments.instrument:
+                raise WavearError("give checkpoints, or --instrument")
             found = followers(arguments.checkpoints, arguments.instrument, arguments.threads)
             print("\n".join(steering_table(found, Path(arguments.data), arguments.features)))
             return 0

@@ -85,6 +85,10 @@ def test_gap_features_are_the_mel_outside_and_a_line_inside(x):
     assert bend.abs().max() < 1e-4
     with pytest.raises(WavearError, match="touches all of 80 frames"):
         gap_features(x, [(1, 7999)], config)
+    assert gap_features(x, [(0, 100), (7900, 8000)], config)[-1, [0, -1]].tolist() == [1, 1]
+    for gap in ((-1, 9), (9, 9), (7990, 8001)):
+        with pytest.raises(WavearError, match="it must be a part of it"):
+            gap_features(x, [gap], config)
 
 
 def test_linear_prediction_continues_tones_from_both_sides():
@@ -213,8 +217,8 @@ def test_recipe_trains_a_network_conditioned_on_both_sides(
     capsys.readouterr()
     wavear.Linear(wavear.LinearConfig(order=2)).save(tmp_path / "linear")
     for words, reason in (
-        ([*one, "9"], "0.7 to 9 s of 1.4966 s: it must begin and end inside"),
-        ([*one, "0.6"], "must begin and end inside"),
+        ([*one, "9"], "0.7 to 9 s of 1.4966 s: it must be a part of it"),
+        ([*one, "0.6"], "0.7 to 0.6 s of"),
         (["one", "none.wav", *one[2:], "0.8"], "none.wav"),
         (["make", "nowhere", "--out", "x"], "nowhere holds no recordings"),
         (["widen", "linear", "--out", "x"], "linear is not trained on wavear's default mels"),

@@ -90,7 +90,11 @@ def infill(
     """
     check_model(model)
     total, rate = len(waveform), sample_rate or model.config.sample_rate
-    _check_inside(start, stop, total, rate)
+    if not 0 < start < stop < total:
+        raise WavearError(
+            f"the gap is {start / rate:g} to {stop / rate:g} s of {total / rate:g} s: it must begin"
+            " and end inside the recording"
+        )
     if model.config.speakers or coefficient(model.config):
         raise WavearError("infilling takes a model without speakers and pre-emphasis")
     if candidates < 2:
@@ -226,14 +230,6 @@ def _conditioner(
     return Conditioner(model, frames, None)
 
 
-def _check_inside(start: int, stop: int, total: int, rate: int) -> None:
-    if not 0 < start < stop < total:
-        raise WavearError(
-            f"the gap is {start / rate:g} to {stop / rate:g} s of {total / rate:g} s: it must begin"
-            " and end inside the recording"
-        )
-
-
 def gap_features(waveform: Tensor, gaps: list[tuple[int, int]], config: MelConfig) -> Tensor:
     """Return the mel of a recording in which no gap is heard, and a mask.
 
@@ -254,7 +250,7 @@ def gap_features(waveform: Tensor, gaps: list[tuple[int, int]], config: MelConfi
     Raises
     ------
     WavearError
-        If a gap is not inside the recording, or touches every frame.
+        If a gap is not a part of the recording, or touches every frame.
     """
     hop, (left, right) = config.hop_length, config.window_span
     missing = -len(waveform) % hop
@@ -262,7 +258,9 @@ def gap_features(waveform: Tensor, gaps: list[tuple[int, int]], config: MelConfi
     frames = mel.shape[1]
     mask = torch.zeros(1, frames)
     for start, stop in gaps:
-        _check_inside(start, stop, len(waveform), config.sample_rate)
+        if not 0 <= start < stop <= len(waveform):
+            a, b, c = (n / config.sample_rate for n in (start, stop, len(waveform)))
+            raise WavearError(f"the gap is {a:g} to {b:g} s of {c:g} s: it must be a part of it")
         # Frame f hears the samples from f * hop - left to f * hop + right.
         before, after = math.floor((start - right) / hop), math.ceil((stop + left) / hop)
         known = [f for f in (before, after) if 0 <= f < frames]
