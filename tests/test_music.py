@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -247,6 +248,15 @@ def test_an_instrument_learns_and_follows(
         with pytest.raises(wavear.WavearError, match=reason):
             INSTRUMENT.labelled(asked, channels, label, Path("x.npy"))
 
+    for name, text in (
+        ("hub", '{"channels": 3, "voice": "hf:owner/name"}'),
+        ("gone", '{"channels": 3, "voice": "nowhere"}'),
+        ("wide", '{"channels": 3, "voice": "voice", "width": 64}'),
+        ("odd", '{"channels": 3}'),
+        ("none", "{"),
+    ):
+        shutil.copytree("run", name)
+        (Path(name) / "instrument.json").write_text(text)
     np.save("four.npy", np.zeros((4, 9)))
     np.save("two.npy", np.zeros((2, 9)))
     np.save("nan.npy", np.full((3, 9), np.nan))
@@ -257,6 +267,11 @@ def test_an_instrument_learns_and_follows(
         (["play", "run", "four.npy", "--out", "y.wav"], "4 channels: expected 3, as in training"),
         (["play", "run", "nan.npy", "--out", "y.wav"], "NaN"),
         (["play", "nowhere", "nan.npy", "--out", "y.wav"], "instrument.json is missing: run train"),
+        (["play", "hub", "features/0.npy", "--out", "y.wav"], "owner/name: pass it with --voice"),
+        (["play", "gone", "features/0.npy", "--out", "y.wav"], "nowhere"),
+        (["play", "wide", "features/0.npy", "--out", "y.wav"], "no instrument that fits"),
+        (["play", "odd", "features/0.npy", "--out", "y.wav"], "odd holds no instrument"),
+        (["play", "none", "features/0.npy", "--out", "y.wav"], "none holds no instrument"),
         ([*words, "8"], "instrument.json exists"),
         ([*words, "8", "--out", "z"], "run features.py with --rate 22050 --hop 256"),
         ([*words, "0", "--out", "z"], "--steps is 0"),

@@ -126,17 +126,22 @@ def load(folder: Path, voice: str | None = None) -> tuple[Instrument, Predictive
     """Return the instrument in a folder, and the model that plays it."""
     try:
         settings = Settings(**json.loads((folder / CONFIG).read_text(encoding="utf-8")))
-        player = voice_of(voice or settings.voice)
-        weights, mel = load_file(folder / WEIGHTS), player.config.mel
-        if len(weights["noise"]) != mel.bands:  # type: ignore[union-attr]
-            raise WavearError(f"{folder} and its voice have different mels: choose another --voice")
-        made = Instrument(settings, (weights["harmonics"], weights["noise"]), mel.floor)  # type: ignore[union-attr]
-        made.load_state_dict(weights)
+        weights = load_file(folder / WEIGHTS)
+        plain_mels = weights["harmonics"], weights["noise"]
     except FileNotFoundError as error:
         raise WavearError(f"{error.filename or folder / WEIGHTS} is missing: run train") from None
-    except (ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
-        if isinstance(error, WavearError):
-            raise
+    except (ValueError, TypeError, KeyError, SafetensorError) as error:
+        raise WavearError(f"{folder} holds no instrument: {error}") from None
+    if voice is None and str(settings.voice).startswith("hf:"):
+        raise WavearError(f"{folder / CONFIG} names {settings.voice}: pass it with --voice")
+    player = voice_of(voice or settings.voice)
+    config: Any = player.config.mel
+    if len(plain_mels[1]) != config.bands:
+        raise WavearError(f"{folder} and its voice have different mels: choose another --voice")
+    try:
+        made = Instrument(settings, plain_mels, config.floor)
+        made.load_state_dict(weights)
+    except (TypeError, RuntimeError) as error:
         raise WavearError(f"{folder} holds no instrument that fits: {error}") from None
     return made.eval(), player
 
