@@ -234,8 +234,9 @@ def test_wrong_grids_and_samples_are_refused(make, message):
 
 
 @pytest.mark.parametrize("law", LAWS)
-def test_default_classes_follow_the_distribution(law):
+def test_the_name_selects_its_distribution_and_the_default_classes(law):
     config = WaveNetConfig(law=law)
+    assert type(law_of(config)).__name__.lower() == law.replace("_", "")
     assert config.classes == (256 if law == "categorical" else 65536)
     assert law_of(config).grid.kind == ("mulaw" if law == "categorical" else "linear")
 
