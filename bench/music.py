@@ -311,7 +311,7 @@ class Follower:
 
     rate: int
     hop: int
-    play: Callable[[Tensor, int], Tensor]
+    play: Callable[..., Tensor]
 
 
 def followers(
@@ -335,19 +335,13 @@ def followers(
     for folder in instruments:
         recipe = importlib.import_module("instrument")
         made, voice = recipe.load(folder)
-        play = partial(_play_instrument, recipe.play, made, voice)
+        play = partial(recipe.play, made, voice)
         found[str(folder)] = Follower(voice.config.sample_rate, voice.config.mel.hop_length, play)
     return found
 
 
-def _play(model: AutoregressiveModel, threads: int, asked: Tensor, seed: int) -> Tensor:
+def _play(model: AutoregressiveModel, threads: int, asked: Tensor, *, seed: int) -> Tensor:
     return wavear.generate(model, asked[None], seed=seed, threads=threads)[0]
-
-
-def _play_instrument(
-    play: Callable, made: torch.nn.Module, voice: AutoregressiveModel, asked: Tensor, seed: int
-) -> Tensor:
-    return play(made, voice, asked, seed=seed)
 
 
 def steering_table(models: dict[str, Follower], data: Path, folder: Path) -> list[str]:
@@ -371,7 +365,7 @@ def steering_table(models: dict[str, Follower], data: Path, folder: Path) -> lis
         "|---|---:|---:|---:|",
     ]
     for name, model in models.items():
-        made = [model.play(torch.from_numpy(each), seed) for seed, each in enumerate(asked)]
+        made = [model.play(torch.from_numpy(each), seed=seed) for seed, each in enumerate(asked)]
         found = [features(sound.numpy(), model.rate, model.hop) for sound in made]
         own, chance = (
             np.nanmean([followed(a, b) for a, b in zip(asked, sounds, strict=True)], axis=0)

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shlex
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -18,14 +16,10 @@ from small_models import MEL, tiny
 
 import wavear
 from wavear import audio
-from wavear.cli.commands import COMMANDS, _function, main
-from wavear.cli.parsing import parse
-from wavear.generation.engines import ENGINES
+from wavear.cli.commands import main
 from wavear.generation.files import synthesize
 from wavear.generation.jobs import plan
 from wavear.generation.settings import Sampling
-from wavear.mel.presets import PRESETS
-from wavear.models.distributions import LAWS
 
 
 @pytest.fixture(scope="module")
@@ -284,46 +278,6 @@ def test_messages_name_flags(here: Path, capsys: pytest.CaptureFixture):
     assert status == 2
     assert "--mel-bands is 60, and voice has 80: drop --mel-bands," in " ".join(err.split())
     assert "_" not in err
-
-
-@pytest.mark.parametrize("command", COMMANDS)
-def test_help(command: str, capsys: pytest.CaptureFixture):
-    status, out, _ = run(capsys, command, "--help")
-    assert status == 0
-    assert f"usage: wavear {command}" in out
-    assert "default: None" not in out  # the text has what it stands for
-    assert not re.search(r"--(seeds|threads|from|top-p|validation) {None}", out)
-    assert out.count("\nExample: wavear ") == 1
-    assert "partial(" not in out
-    assert "dummy" not in out
-
-
-@pytest.mark.parametrize(
-    ("command", "names"),
-    [("train", LAWS), ("mel", PRESETS), ("synthesize", ENGINES), ("bench", ENGINES[1:])],
-)
-def test_help_lists_every_name(command: str, names: Any, capsys: pytest.CaptureFixture):
-    words = set(re.findall(r"[\w-]*\w", re.sub(r"-\s+", "-", run(capsys, command, "--help")[1])))
-    assert set(names) <= words
-
-
-@pytest.mark.parametrize("command", COMMANDS)
-def test_example_in_the_help_is_accepted(command: str):
-    function = _function(command)
-    lines = [line.strip() for line in str(function.__doc__).splitlines()]
-    (example,) = (line for line in lines if line.startswith("Example: "))
-    _, wavear, name, *rest = shlex.split(example)
-    assert (wavear, name) == ("wavear", command)
-    parse(function, rest, "wavear")  # exits on a usage error
-
-
-def test_commands_are_listed_in_groups(capsys: pytest.CaptureFixture):
-    status, out, err = run(capsys, "--help")
-    assert (status, err) == (0, "")
-    for name in COMMANDS:
-        first = str(_function(name).__doc__).partition("\n")[0]
-        assert f"  {name:<12}{first}" in re.sub(r"\n {14}", " ", out)
-    assert run(capsys)[0] == 2
 
 
 def test_a_mistyped_command_names_the_nearest(capsys: pytest.CaptureFixture):

@@ -275,16 +275,6 @@ def test_header_is_read_once_for_all_stretches(corpus, looks):
     assert found.bad == [("s0/00.wav#9", "starts at 9 s, but the file ends at 0.125 s")]
 
 
-def test_recordings_shorter_than_in_the_list_are_noted(corpus):
-    """Durations are rounded, so a tenth of a second less is not noted."""
-    rows = ["s0/00.wav,0,0.2", "s0/02.wav,0.02,1", "s0/04.wav,,"]
-    (corpus / "list.csv").write_text("\n".join(["path,start,duration", *rows]))
-    (note,) = opened(corpus / "list.csv").notes
-    assert note == (
-        f"{corpus / 'list.csv'}: 1 recording shorter than it states; the first: s0/02.wav#0.02"
-    )
-
-
 def flip(content: bytes, at: int) -> bytes:
     return content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :]
 

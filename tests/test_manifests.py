@@ -217,3 +217,13 @@ def test_every_format_is_found_and_planned_by_its_ending(tmp_path, ending):
     assert [r.path for r in corpus.train] == [file]
     assert [job.source for job in plan([file, tmp_path], tmp_path / "out", ".npz")] == [file]
     assert audio.read(file, 8000).shape == (8000,)
+
+
+def test_recordings_shorter_than_in_the_list_are_noted(tmp_path):
+    """Durations are rounded, so a tenth of a second less is not noted."""
+    for level, name in enumerate(("a", "b", "c"), 1):
+        soundfile.write(tmp_path / f"{name}.wav", np.full(1000, 0.1 * level), 8000)
+    path = tmp_path / "list.csv"
+    path.write_text("path,start,duration\na.wav,0,0.2\nb.wav,0.02,1\nc.wav,,\n")
+    (note,) = open_corpus(path, sample_rate=8000).notes
+    assert note == f"{path}: 1 recording shorter than it states; the first: b.wav#0.02"

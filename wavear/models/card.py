@@ -44,18 +44,19 @@ _COMMANDS = {
 def _card(described: Mapping[str, Any]) -> str:
     config, training = described["config"], described["training"]
     mel = config.get("mel")
-    features = mel is not None and "channels" in mel  # frames of FeatureConfig
-    conditioning = "features" if features else "mel spectrograms"
+    kind = None
+    if mel:  # settings of a FeatureConfig, or of a MelConfig
+        kind = "features" if "channels" in mel else "mel spectrograms"
     return f"""---
 library_name: wavear
 {UNKNOWN_LICENSE}
-tags: [audio, {"vocoder" if mel and not features else "audio generation"}, autoregressive]
+tags: [audio, {"vocoder" if kind == "mel spectrograms" else "audio generation"}, autoregressive]
 ---
 
 # {described["family"]}, {config["sample_rate"]} Hz
 
 An autoregressive waveform model of wavear with the output distribution `{config["law"]}`, which
-takes {conditioning if mel else "no mels"}.
+takes {kind or "no mels"}.
 
 ## Use
 
@@ -65,7 +66,7 @@ import wavear
 model = wavear.load("FOLDER")  # the folder of this file, or "hf:owner/name"
 ```
 
-    {_COMMANDS[conditioning if mel else None]}
+    {_COMMANDS[kind]}
 
 ## Data and licence
 
@@ -73,7 +74,7 @@ model = wavear.load("FOLDER")  # the folder of this file, or "hf:owner/name"
 
 The licence of the weights depends on these recordings: set `license` at the top of this file.
 
-## {"Features" if features else "Mels"}
+## {"Features" if kind == "features" else "Mels"}
 
 {_table("setting", mel) if mel else "None: the model is unconditional."}
 
