@@ -88,7 +88,7 @@ class PredictiveWaveNetConfig(CommonConfig):
             if getattr(self, name) != value:
                 raise WavearError(
                     f"{name} is {getattr(self, name)!r}: a predictive WaveNet has"
-                    f" {value!r}; other families have others"
+                    f" {value!r}: drop {name}, or use another family"
                 )
         if self.layers > 12:
             raise WavearError(
